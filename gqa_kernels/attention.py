@@ -1,0 +1,89 @@
+"""The public attention functions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from .backends.dispatch import select
+from .inputs import AttentionInputs, HeadMapLike, Layout
+
+
+def asym_gqa_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    head_map: HeadMapLike,
+    *,
+    value_head_map: HeadMapLike | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    kv_lengths: Tensor | Sequence[int] | None = None,
+    layout: Layout = "bhsd",
+    return_lse: bool = False,
+    deterministic: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention in which query head ``h`` reads KV head ``head_map[h]``, for any map.
+
+    With ``n`` the keys of the sequence (``Sk``, or its ``kv_lengths``) and ``i' = i + n - Sq`` the
+    query's position among them::
+
+        s[h,i,j] = scale * q[h,i] . k[head_map[h],j]
+        s = softcap * tanh(s / softcap)
+        s += -alibi_slopes[h] * |i' - j| + additive mask
+        out[h,i] = softmax over visible j of s[h,i,j] . v[value_head_map[h],j]
+
+    Scores and softmax are fp32, P has q's dtype. A query that sees no key gives 0. Inputs are read
+    through their strides, never copied or modified; the last dim must be contiguous.
+
+    Args:
+        q: ``[B, Hq, Sq, D]``, fp16, bf16, fp32 or fp64 (the reference only).
+        k: ``[B, Hk, Sk, D]``, q's dtype and device.
+        v: ``[B, Hv, Sk, Dv]``; ``Hv = Hk`` unless ``value_head_map`` is given.
+        head_map: ``Hq`` integers: a :class:`HeadMap`, a sequence, or an integer tensor. A tensor on
+            an accelerator is read there, without synchronisation; where an entry of it is out of
+            range that head's output is NaN.
+        value_head_map: the same for V, where K and V are grouped apart.
+        causal: query ``i`` sees keys ``j <= i'`` (aligned to the bottom right).
+        scale: factor of the scores; default ``D ** -0.5``.
+        window: ``(left, right)`` in tokens, inclusive: keys with ``i' - left <= j <= i' + right``
+            are visible; None is unbounded on that side.
+        softcap: cap of the scores (Gemma 2, arXiv 2408.00118, section 2).
+        alibi_slopes: ``[Hq]`` or ``[B, Hq]`` (ALiBi, arXiv 2108.12409).
+        sinks: ``[Hq]``, one extra logit per head in the softmax's denominator, for queries that
+            see a key.
+        attn_mask: boolean (True is visible) or additive, broadcastable to ``[B, Hq, Sq, Sk]`` in
+            either layout. An additive -inf makes a key invisible.
+        kv_lengths: ``[B]`` or ``[B, Hk]`` integers: valid keys per sequence, or per sequence and
+            key head (K and V of a query head then have that length).
+        layout: ``"bhsd"``, or ``"bshd"`` for q, k, v and out as ``[B, S, H, D]``.
+        return_lse: also return the LSE.
+        deterministic: demand bitwise repeatable results, backward included.
+        backend: ``"auto"``, or a name out of :func:`available_backends`, which never falls back.
+
+    Returns:
+        out ``[B, Hq, Sq, Dv]`` (``[B, Sq, Hq, Dv]`` for ``"bshd"``) in q's dtype; with
+        ``return_lse`` also the natural-log log-sum-exp of the scaled scores, fp32,
+        ``[B, Hq, Sq]`` in either layout.
+
+    Raises:
+        ValueError, TypeError: a malformed argument; the message names it, the rule and the value.
+        NotImplementedError: the backend asked for can't run this call; the message says why
+            (:func:`explain_backend` says so for every backend).
+    """
+    inputs = AttentionInputs.create(
+        q, k, v, head_map, value_head_map=value_head_map, causal=causal, scale=scale,
+        window=window, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
+        attn_mask=attn_mask, kv_lengths=kv_lengths, layout=layout, deterministic=deterministic,
+    )  # fmt: skip
+    out, lse = select(inputs, backend).run(inputs)
+    if layout == "bshd":
+        out = out.transpose(1, 2)
+    return (out, lse) if return_lse else out

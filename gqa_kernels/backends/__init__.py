@@ -1,0 +1,1 @@
+"""Implementations of asymmetric grouped-query attention, and the choice among them."""

@@ -1,0 +1,108 @@
+"""What a backend is: capabilities as data, the reasons why it can't run a call, and the call."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..inputs import AttentionInputs
+
+ALL_OPTIONS = frozenset(
+    {
+        "value_head_map",
+        "window",
+        "softcap",
+        "alibi",
+        "sinks",
+        "bool_mask",
+        "additive_mask",
+        "kv_lengths",
+        "device_map",
+    }
+)
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a backend can run. Tests make their matrix from this.
+
+    Attributes:
+        devices: torch device types.
+        dtypes: types of q, k and v.
+        max_head_dim: largest D and Dv.
+        options: names out of ``ALL_OPTIONS``.
+        autograd: whether it has a backward.
+    """
+
+    devices: frozenset[str]
+    dtypes: frozenset[torch.dtype]
+    max_head_dim: int
+    options: frozenset[str]
+    autograd: bool
+
+    def __post_init__(self) -> None:
+        if not self.options <= ALL_OPTIONS:
+            raise ValueError(f"options must be among {sorted(ALL_OPTIONS)}, got {self.options}")
+
+
+class Backend(ABC):
+    """One implementation of asymmetric grouped-query attention."""
+
+    name: str
+    capabilities: Capabilities
+
+    def unavailable_reason(self) -> str | None:
+        """Why this machine can't run the backend, or None. Cheap: imports and compiles nothing."""
+        return None
+
+    def prepare(self) -> str | None:
+        """Make ready to run, compiling at first use where needed; the reason if that fails."""
+        return self.unavailable_reason()
+
+    def unsupported_reasons(self, inputs: AttentionInputs) -> list[str]:
+        """Why the backend can't run these inputs; it can where the list is empty."""
+        can = self.capabilities
+        reasons = []
+        if inputs.device.type not in can.devices:
+            reasons.append(f"device {inputs.device.type} (supported: {_listed(can.devices)})")
+        if inputs.dtype not in can.dtypes:
+            supported = _listed(str(dtype).removeprefix("torch.") for dtype in can.dtypes)
+            reasons.append(f"dtype {str(inputs.dtype).removeprefix('torch.')} ({supported} only)")
+        for name, dim in (("D", inputs.head_dim), ("Dv", inputs.value_head_dim)):
+            if dim > can.max_head_dim:
+                reasons.append(f"head dim {name} = {dim} (at most {can.max_head_dim})")
+        for option in inputs.options:
+            if option not in can.options:
+                reasons.append(f"option {option} is not supported")
+        if inputs.requires_grad and not can.autograd:
+            reasons.append("no backward, and an input requires grad")
+        return reasons
+
+    @abstractmethod
+    def run(self, inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+        """Attention of inputs that the backend supports.
+
+        Returns:
+            out ``[B, Hq, Sq, Dv]`` in q's dtype (memory in the order of ``inputs.layout``), and the
+            natural-log LSE, fp32 (fp64 for fp64 inputs), ``[B, Hq, Sq]``.
+        """
+
+
+def empty_output(inputs: AttentionInputs) -> Tensor:
+    """Uninitialised output, a ``[B, Hq, Sq, Dv]`` view of memory in the order of the layout."""
+    return empty_output_like(inputs.q, inputs.value_head_dim, inputs.layout == "bshd")
+
+
+def empty_output_like(q: Tensor, value_head_dim: int, bshd: bool) -> Tensor:
+    """The same from a ``[B, Hq, Sq, D]`` query, for ops and their fake kernels."""
+    batch, heads, q_len, _ = q.shape
+    if bshd:
+        return q.new_empty(batch, q_len, heads, value_head_dim).transpose(1, 2)
+    return q.new_empty(batch, heads, q_len, value_head_dim)
+
+
+def _listed(names) -> str:
+    return ", ".join(sorted(names))

@@ -1,0 +1,282 @@
+"""Device helpers shared by the forward kernels: key ranges, scores, masking, online softmax.
+
+A kernel works on a tile of BLOCK_M *rows*. A row is one (query token, query head) pair; how rows
+map to tokens and heads is the kernel's business. The helpers take one vector per fact about the
+rows (query position, ALiBi slope, row of the mask), so that prefill and decode share one
+definition of the formula (DESIGN section 3).
+
+Scores are in natural-log units; exponentials are taken in base 2.
+The running state of a tile is (b_acc, b_sum, b_max): the unnormalised output, the sum of the
+exponentials and the maximum of the scores seen so far. Of a row that has seen no key, it is
+(0, 0, -inf).
+
+Source: the online softmax is that of FlashAttention (Dao et al., arXiv 2205.14135).
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+# Values of MASK_KIND.
+NO_MASK = tl.constexpr(0)
+BOOL_MASK = tl.constexpr(1)
+ADDITIVE_MASK = tl.constexpr(2)
+
+# Odd minimax polynomial of tanh on [-0.625, 0.625]: x + x^3 * (C0 + C1 x^2 + ...), 8e-8 relative.
+TANH_BOUND = tl.constexpr(0.625)
+TANH_C0 = tl.constexpr(-0.3333328068)
+TANH_C1 = tl.constexpr(0.1333144158)
+TANH_C2 = tl.constexpr(-0.0537397154)
+TANH_C3 = tl.constexpr(0.0206390861)
+TANH_C4 = tl.constexpr(-0.0057049864)
+
+
+@triton.jit
+def tanh(b_x):
+    """tanh in fp32. Near 0 the exponential form cancels, so a polynomial is used there."""
+    b_abs = tl.abs(b_x)
+    b_exp = tl.exp2(b_abs * (-2.0 * LOG2E))
+    b_large = (1.0 - b_exp) / (1.0 + b_exp)
+    b_large = tl.where(b_x < 0, -b_large, b_large)
+    b_sq = tl.minimum(b_x * b_x, 1.0)  # the unused branch must not overflow
+    b_poly = TANH_C4 * b_sq + TANH_C3
+    b_poly = b_poly * b_sq + TANH_C2
+    b_poly = b_poly * b_sq + TANH_C1
+    b_poly = b_poly * b_sq + TANH_C0
+    return tl.where(b_abs < TANH_BOUND, b_poly * b_sq * b_x + b_x, b_large)
+
+
+@triton.jit
+def load_rows(
+    p_rows,  # [ROWS] pointers to column 0
+    m_rows,  # [ROWS]
+    DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHECK_ROWS: tl.constexpr,
+):
+    """Rows of DIM elements as a [ROWS, BLOCK] tile, zero in masked rows and padding columns.
+
+    Zero and not undefined: a NaN in an unused slot times a probability of 0 would be NaN.
+    """
+    o_cols = tl.arange(0, BLOCK)
+    p_tile = p_rows[:, None] + o_cols[None, :]
+    if CHECK_ROWS and DIM != BLOCK:
+        b_tile = tl.load(p_tile, mask=m_rows[:, None] & (o_cols < DIM)[None, :], other=0.0)
+    elif CHECK_ROWS:
+        b_tile = tl.load(p_tile, mask=m_rows[:, None], other=0.0)
+    elif DIM != BLOCK:
+        b_tile = tl.load(p_tile, mask=(o_cols < DIM)[None, :], other=0.0)
+    else:
+        b_tile = tl.load(p_tile)
+    return b_tile
+
+
+@triton.jit
+def store_rows(
+    p_rows,  # [ROWS] pointers to column 0
+    b_tile,  # [ROWS, BLOCK]
+    m_rows,  # [ROWS]
+    DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Store the first DIM columns of a tile, rounded to the output's type."""
+    o_cols = tl.arange(0, BLOCK)
+    m_tile = m_rows[:, None] & (o_cols < DIM)[None, :]
+    tl.store(p_rows[:, None] + o_cols[None, :], b_tile.to(p_rows.dtype.element_ty), mask=m_tile)
+
+
+@triton.jit
+def visible_keys(
+    i_first,  # first and last query token of the tile
+    i_last,
+    shift,  # position of query token 0 among the keys: n - Sq
+    n,  # keys of the sequence
+    window_left,
+    window_right,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Key ranges of a tile: (start, inner_start, inner_stop, stop), each <= the next.
+
+    No row sees a key outside [start, stop); every row sees all of [inner_start, inner_stop), up
+    to the mask tensor. All but `stop` are multiples of BLOCK_N, unless nothing is visible.
+    """
+    start = 0
+    inner_start = 0
+    stop = n
+    inner_stop = n
+    if HAS_RIGHT:
+        stop = tl.maximum(tl.minimum(n, i_last + shift + window_right + 1), 0)
+        inner_stop = tl.maximum(tl.minimum(n, i_first + shift + window_right + 1), 0)
+    inner_stop = inner_stop // BLOCK_N * BLOCK_N
+    if HAS_LEFT:
+        start = tl.maximum(i_first + shift - window_left, 0) // BLOCK_N * BLOCK_N
+        inner_start = tl.cdiv(tl.maximum(i_last + shift - window_left, 0), BLOCK_N) * BLOCK_N
+        inner_start = tl.minimum(inner_start, tl.cdiv(stop, BLOCK_N) * BLOCK_N)
+        inner_stop = tl.maximum(inner_stop, inner_start)
+    return start, inner_start, inner_stop, stop
+
+
+@triton.jit
+def score_tile(
+    b_qk,  # [BLOCK_M, BLOCK_N] fp32, q . k
+    o_n,  # [BLOCK_N] key positions
+    b_pos,  # [BLOCK_M] query positions among the keys
+    m_rows,  # [BLOCK_M]
+    b_slope,  # [BLOCK_M] ALiBi slopes
+    p_mask,  # [BLOCK_M] pointers to the row of the mask tensor
+    stride_mask_n,
+    n,
+    scale,
+    softcap,
+    window_left,
+    window_right,
+    EDGE: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_ALIBI: tl.constexpr,
+    MASK_KIND: tl.constexpr,
+):
+    """Scores of a tile, -inf where not visible. EDGE: the length and the window may cut it."""
+    b_score = b_qk * scale
+    if HAS_SOFTCAP:
+        b_score = tanh(b_score / softcap) * softcap
+    if HAS_ALIBI:
+        b_distance = tl.abs(b_pos[:, None] - o_n[None, :]).to(tl.float32)
+        b_score -= b_slope[:, None] * b_distance
+    if MASK_KIND != NO_MASK:
+        # [BLOCK_M, BLOCK_N]
+        p_tile = p_mask[:, None] + o_n.to(tl.int64)[None, :] * stride_mask_n
+        b_mask = tl.load(p_tile, mask=m_rows[:, None] & (o_n < n)[None, :], other=0)
+        if MASK_KIND == BOOL_MASK:
+            b_score = tl.where(b_mask != 0, b_score, float("-inf"))
+        else:
+            b_score += b_mask.to(tl.float32)
+    if EDGE:
+        m_visible = (o_n < n)[None, :]
+        if HAS_RIGHT:
+            m_visible = m_visible & (o_n[None, :] <= (b_pos + window_right)[:, None])
+        if HAS_LEFT:
+            m_visible = m_visible & (o_n[None, :] >= (b_pos - window_left)[:, None])
+        b_score = tl.where(m_visible, b_score, float("-inf"))
+    return b_score
+
+
+@triton.jit
+def finite_or_zero(b_max):
+    """The maximum to subtract from scores: 0 in place of -inf, as (-inf) - (-inf) is NaN."""
+    return tl.where(b_max == float("-inf"), 0.0, b_max)
+
+
+@triton.jit
+def attend(
+    b_q,  # [BLOCK_M, BLOCK_D]
+    p_k,  # key 0 and value 0 of the sequence and KV head
+    p_v,
+    stride_kn,
+    stride_vn,
+    start,  # the ranges of `visible_keys`
+    inner_start,
+    inner_stop,
+    stop,
+    b_pos,  # [BLOCK_M] query positions among the keys
+    m_rows,  # [BLOCK_M]
+    b_slope,  # [BLOCK_M] ALiBi slopes, or None
+    p_mask,  # [BLOCK_M] pointers to the rows of the mask tensor, or None
+    stride_mask_n,
+    n,
+    scale,
+    softcap,
+    window_left,
+    window_right,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_ALIBI: tl.constexpr,
+    MASK_KIND: tl.constexpr,
+):
+    """State (b_acc, b_sum, b_max) of a tile after its keys [start, stop)."""
+    b_acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    b_sum = tl.zeros([BLOCK_M], tl.float32)
+    b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    o_block = tl.arange(0, BLOCK_N)
+    # Part 0: left edge of the window; 1: inner blocks, without masking code; 2: right edge.
+    for part in tl.static_range(0 if HAS_LEFT else 1, 3):
+        EDGE: tl.constexpr = part != 1
+        part_start = start if part == 0 else (inner_start if part == 1 else inner_stop)
+        part_stop = inner_start if part == 0 else (inner_stop if part == 1 else stop)
+        for i_n in tl.range(part_start, part_stop, BLOCK_N):
+            o_n = i_n + o_block  # [BLOCK_N]
+            o_n64 = o_n.to(tl.int64)
+            m_n = o_n < n
+            # [BLOCK_N, BLOCK_D]
+            b_k = load_rows(p_k + o_n64 * stride_kn, m_n, HEAD_DIM, BLOCK_D, EDGE)
+            # [BLOCK_M, BLOCK_N]
+            b_qk = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
+            b_score = score_tile(
+                b_qk,
+                o_n,
+                b_pos,
+                m_rows,
+                b_slope,
+                p_mask,
+                stride_mask_n,
+                n,
+                scale,
+                softcap,
+                window_left,
+                window_right,
+                EDGE,
+                HAS_LEFT,
+                HAS_RIGHT,
+                HAS_SOFTCAP,
+                HAS_ALIBI,
+                MASK_KIND,
+            )
+            b_new_max = tl.maximum(b_max, tl.max(b_score, 1))
+            b_shift = b_new_max
+            if EDGE or MASK_KIND != NO_MASK:
+                b_shift = finite_or_zero(b_new_max)
+            b_p = tl.exp2(b_score * LOG2E - (b_shift * LOG2E)[:, None])  # [BLOCK_M, BLOCK_N]
+            b_rescale = tl.exp2((b_max - b_shift) * LOG2E)  # [BLOCK_M]
+            b_sum = b_sum * b_rescale + tl.sum(b_p, 1)
+            b_max = b_new_max
+            # [BLOCK_N, BLOCK_DV]
+            b_v = load_rows(p_v + o_n64 * stride_vn, m_n, VALUE_DIM, BLOCK_DV, EDGE)
+            b_acc = b_acc * b_rescale[:, None]
+            b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision="ieee")
+    return b_acc, b_sum, b_max
+
+
+@triton.jit
+def add_sink(b_sum, b_max, b_sink):
+    """Count one more logit in the softmax of rows that saw a key.
+
+    Returns the new sum and maximum, and the factor that brings the unnormalised output to it.
+    """
+    b_new_max = tl.where(b_sum > 0, tl.maximum(b_max, b_sink), b_max)
+    b_shift = finite_or_zero(b_new_max)
+    b_factor = tl.exp2((b_max - b_shift) * LOG2E)
+    b_extra = tl.where(b_sum > 0, tl.exp2((b_sink - b_shift) * LOG2E), 0.0)
+    return b_sum * b_factor + b_extra, b_new_max, b_factor
+
+
+@triton.jit
+def normaliser(b_sum):
+    """1 / sum, or 1 where no key was seen: the unnormalised output is 0 there."""
+    return 1.0 / tl.where(b_sum == 0, 1.0, b_sum)
+
+
+@triton.jit
+def log_sum_exp(b_sum, b_max):
+    """ln of the softmax denominator, -inf where no key was seen."""
+    return b_max + tl.log(tl.where(b_sum == 0, 1.0, b_sum))

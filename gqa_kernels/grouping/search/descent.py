@@ -1,0 +1,122 @@
+"""Steepest descent over single moves and swaps, many partitions at a time."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .partitions import move_deltas
+from .problem import Problem
+
+# A step must gain more than this, relative to the largest entry of D, so that rounding can't cycle.
+_MIN_GAIN = 1e-12
+
+
+def descend(problem: Problem, labels: np.ndarray, moves: bool = True) -> np.ndarray:
+    """Apply the best move or swap to each partition until none gains, or the deadline passes.
+
+    A move takes a head to another group, a swap exchanges two heads. Every partition stays within
+    the size limits, so the result is feasible whenever the deadline falls.
+
+    Args:
+        labels: ``[B, H]`` feasible partitions; not modified.
+        moves: False keeps the group sizes (swaps only).
+
+    Returns:
+        ``[B, H]`` partitions, each at least as good as its start.
+    """
+    D, G = problem.distances, problem.num_groups
+    moves = moves and problem.lo < problem.hi
+    result = labels.copy()
+    rows = np.arange(len(labels))  # the partitions still improving
+    state = _State.of(D, G, labels)
+    while len(rows) and problem.time_left() > 0:
+        swap_gain, first, second = _best_swap(D, state)
+        if moves:
+            move_gain, head, group = _best_move(problem, state)
+            use_move = move_gain < swap_gain
+            gain = np.minimum(move_gain, swap_gain)
+        else:
+            use_move, gain = np.zeros(len(rows), bool), swap_gain
+        going = gain < -_MIN_GAIN * problem.scale
+        if not going.all():
+            result[rows[~going]] = state.labels[~going]
+            rows, use_move, first, second = (x[going] for x in (rows, use_move, first, second))
+            if moves:
+                head, group = head[going], group[going]
+            state = state.take(going)
+        i = np.flatnonzero(use_move)
+        if len(i):
+            state.move(D, i, head[i], group[i])
+        i = np.flatnonzero(~use_move)
+        if len(i):
+            to_first, to_second = state.labels[i, second[i]], state.labels[i, first[i]]
+            state.move(D, i, first[i], to_first)
+            state.move(D, i, second[i], to_second)
+    result[rows] = state.labels
+    return result
+
+
+def objectives(D: np.ndarray, num_groups: int, labels: np.ndarray) -> np.ndarray:
+    """``[B]`` objectives of ``[B, H]`` partitions."""
+    state = _State.of(D, num_groups, labels)
+    return (state.pairs / np.maximum(state.sizes, 1)).sum(-1)
+
+
+class _State:
+    """Partitions with the sums that make a move's gain cheap.
+
+    labels [B,H]; sums [B,H,G] distance from each head to each group; sizes, pairs [B,G] heads in,
+    and sum of distances inside, each group.
+    """
+
+    def __init__(self, labels, sums, sizes, pairs):
+        self.labels, self.sums, self.sizes, self.pairs = labels, sums, sizes, pairs
+
+    @classmethod
+    def of(cls, D: np.ndarray, num_groups: int, labels: np.ndarray) -> _State:
+        members = np.eye(num_groups)[labels]  # [B, H, G]
+        sums = D @ members
+        return cls(labels.copy(), sums, members.sum(1), (sums * members).sum(1) / 2)
+
+    def take(self, keep: np.ndarray) -> _State:
+        return _State(self.labels[keep], self.sums[keep], self.sizes[keep], self.pairs[keep])
+
+    def move(self, D: np.ndarray, rows: np.ndarray, heads: np.ndarray, groups: np.ndarray) -> None:
+        """Move one head of each given partition."""
+        old = self.labels[rows, heads]
+        self.pairs[rows, old] -= self.sums[rows, heads, old]
+        self.pairs[rows, groups] += self.sums[rows, heads, groups]
+        self.sizes[rows, old] -= 1
+        self.sizes[rows, groups] += 1
+        self.sums[rows, :, old] -= D[heads]
+        self.sums[rows, :, groups] += D[heads]
+        self.labels[rows, heads] = groups
+
+
+def _best_move(problem: Problem, state: _State):
+    """Gain, head and group of each partition's best move."""
+    labels, sizes = state.labels, state.sizes
+    delta = move_deltas(state.sums, labels, sizes, state.pairs)
+    delta[np.take_along_axis(sizes <= problem.lo, labels, -1)] = np.inf
+    delta = np.where((sizes >= problem.hi)[:, None, :], np.inf, delta)
+    np.put_along_axis(delta, labels[..., None], np.inf, -1)
+    delta = delta.reshape(len(labels), -1)
+    best = delta.argmin(1)
+    head, group = np.divmod(best, sizes.shape[1])
+    return delta[np.arange(len(best)), best], head, group
+
+
+def _best_swap(D: np.ndarray, state: _State):
+    """Gain and the two heads of each partition's best swap."""
+    labels = state.labels
+    size = np.take_along_axis(state.sizes, labels, -1)[..., None]  # of each head's own group
+    # to_group[b, i, j]: sum of distances from head j to the group of head i
+    to_group = np.take_along_axis(state.sums, labels[:, None, :], -1).swapaxes(1, 2)
+    own = np.einsum("bii->bi", to_group)[..., None]
+    half = (to_group - own - D) / size  # change in i's group when j takes i's place
+    delta = half + half.swapaxes(1, 2)
+    delta[labels[:, :, None] == labels[:, None, :]] = np.inf
+    delta = delta.reshape(len(labels), -1)
+    best = delta.argmin(1)
+    first, second = np.divmod(best, len(D))
+    return delta[np.arange(len(best)), best], first, second

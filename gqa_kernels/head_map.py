@@ -1,0 +1,199 @@
+"""HeadMap: which KV head each query head reads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+
+@dataclass(frozen=True)
+class HeadMapShard:
+    """One rank's part of a head map under tensor parallelism.
+
+    Attributes:
+        head_map: the map among the rank's own heads (both numbered from 0).
+        query_heads: global index of each local query head, ascending.
+        kv_heads: global index of each local KV head, ascending.
+    """
+
+    head_map: HeadMap
+    query_heads: tuple[int, ...]
+    kv_heads: tuple[int, ...]
+
+
+class HeadMap:
+    """Immutable, hashable map from query head to KV head.
+
+    Args:
+        entries: ``Hq`` integers, ``entries[h]`` = KV head that query head ``h`` reads. Groups may be
+            uneven, interleaved, of size 1 or empty.
+        num_kv_heads: ``Hkv``; default ``max(entries) + 1``. Give it where trailing KV heads are
+            read by no query head.
+
+    Raises:
+        TypeError: an entry is not an integer.
+        ValueError: the map is empty, or an entry lies outside ``[0, num_kv_heads)``.
+    """
+
+    def __init__(self, entries: Iterable[int], num_kv_heads: int | None = None):
+        entries = tuple(_as_int("head_map", h, e) for h, e in enumerate(entries))
+        if not entries:
+            raise ValueError("head_map must have at least one entry, got none")
+        if num_kv_heads is None:
+            num_kv_heads = max(entries) + 1
+        for h, e in enumerate(entries):
+            if not 0 <= e < num_kv_heads:
+                raise ValueError(
+                    f"head_map entries must lie in [0, {num_kv_heads}), got {e} at head {h}"
+                )
+        self.__dict__.update(_entries=entries, _num_kv_heads=int(num_kv_heads), _tensors={})
+
+    @classmethod
+    def uniform(cls, num_heads: int, num_kv_heads: int) -> HeadMap:
+        """The map of ordinary GQA: ``h // (num_heads / num_kv_heads)``."""
+        if num_kv_heads < 1 or num_heads < 1 or num_heads % num_kv_heads:
+            raise ValueError(
+                f"num_heads must be a positive multiple of num_kv_heads ({num_kv_heads}), "
+                f"got {num_heads}"
+            )
+        ratio = num_heads // num_kv_heads
+        return cls((h // ratio for h in range(num_heads)), num_kv_heads)
+
+    @classmethod
+    def from_group_sizes(cls, sizes: Sequence[int]) -> HeadMap:
+        """Contiguous groups: ``[3, 1, 2]`` gives ``[0, 0, 0, 1, 2, 2]``. A size may be 0."""
+        sizes = [_as_int("sizes", g, s) for g, s in enumerate(sizes)]
+        if min(sizes, default=0) < 0:
+            raise ValueError(f"sizes must be non-negative, got {sizes}")
+        return cls((g for g, size in enumerate(sizes) for _ in range(size)), len(sizes))
+
+    @classmethod
+    def from_groups(cls, groups: Sequence[Iterable[int]]) -> HeadMap:
+        """``[[0, 2], [1]]`` gives ``[0, 1, 0]``; every head must appear exactly once."""
+        groups = [sorted(_as_int("groups", g, h) for h in group) for g, group in enumerate(groups)]
+        heads = sorted(h for group in groups for h in group)
+        if heads != list(range(len(heads))):
+            raise ValueError(f"groups must hold each of the query heads once, got {groups}")
+        entries = [0] * len(heads)
+        for g, group in enumerate(groups):
+            for h in group:
+                entries[h] = g
+        return cls(entries, len(groups))
+
+    @property
+    def entries(self) -> tuple[int, ...]:
+        return self._entries
+
+    @property
+    def num_heads(self) -> int:
+        """``Hq``."""
+        return len(self._entries)
+
+    @property
+    def num_kv_heads(self) -> int:
+        """``Hkv``."""
+        return self._num_kv_heads
+
+    @cached_property
+    def groups(self) -> tuple[tuple[int, ...], ...]:
+        """Query heads of each KV head, ascending."""
+        groups: list[list[int]] = [[] for _ in range(self._num_kv_heads)]
+        for h, e in enumerate(self._entries):
+            groups[e].append(h)
+        return tuple(map(tuple, groups))
+
+    @cached_property
+    def group_sizes(self) -> tuple[int, ...]:
+        return tuple(map(len, self.groups))
+
+    @cached_property
+    def is_uniform(self) -> bool:
+        """True where this is the map ordinary GQA kernels compute (equal, contiguous groups)."""
+        ratio, rest = divmod(self.num_heads, self._num_kv_heads)
+        return rest == 0 and all(e == h // ratio for h, e in enumerate(self._entries))
+
+    def cached(self, key: object, build: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """``build()``, kept per key; nothing is kept while torch.compile traces."""
+        found = self._tensors.get(key)
+        if found is None:
+            found = build()
+            if not torch.compiler.is_compiling() and type(found) is torch.Tensor:
+                self._tensors[key] = found
+        return found
+
+    def tensor(self, device: torch.device | str = "cpu") -> torch.Tensor:
+        """The entries as an int32 tensor ``[Hq]``, built once per device. Don't modify it."""
+        device = torch.device(device)
+        return self.cached(
+            device, lambda: torch.tensor(self._entries, dtype=torch.int32, device=device)
+        )
+
+    def shard(self, rank: int, world: int) -> HeadMapShard:
+        """Rank ``rank``'s part when the query heads are cut over ``world`` ranks.
+
+        Query heads are ordered by KV head and cut into ``world`` runs whose lengths differ by at
+        most one, so that a KV head is replicated only where a cut falls inside its group. KV heads
+        that no query head reads are left out.
+        """
+        if world < 1 or world > self.num_heads:
+            raise ValueError(f"world must lie in [1, {self.num_heads}], got {world}")
+        if not 0 <= rank < world:
+            raise ValueError(f"rank must lie in [0, {world}), got {rank}")
+        order = [h for group in self.groups for h in group]
+        low, high = (self.num_heads * r // world for r in (rank, rank + 1))
+        query_heads = tuple(sorted(order[low:high]))
+        kv_heads = tuple(sorted({self._entries[h] for h in query_heads}))
+        local = {kv: i for i, kv in enumerate(kv_heads)}
+        return HeadMapShard(
+            HeadMap((local[self._entries[h]] for h in query_heads), len(kv_heads)),
+            query_heads,
+            kv_heads,
+        )
+
+    def to_json(self) -> str:
+        return json.dumps({"entries": self._entries, "num_kv_heads": self._num_kv_heads})
+
+    @classmethod
+    def from_json(cls, text: str) -> HeadMap:
+        data = json.loads(text)
+        if not isinstance(data, dict) or set(data) != {"entries", "num_kv_heads"}:
+            raise ValueError(
+                f"HeadMap JSON must be an object with entries and num_kv_heads, got {text[:80]}"
+            )
+        return cls(data["entries"], data["num_kv_heads"])
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"HeadMap is immutable: cannot set {name}")
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, HeadMap):
+            return NotImplemented
+        return self._entries == other._entries and self._num_kv_heads == other._num_kv_heads
+
+    def __hash__(self) -> int:
+        return hash((self._entries, self._num_kv_heads))
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __getitem__(self, head: int) -> int:
+        return self._entries[head]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._entries)
+
+    def __reduce__(self):
+        return (HeadMap, (self._entries, self._num_kv_heads))
+
+    def __repr__(self) -> str:
+        return f"HeadMap({list(self._entries)}, num_kv_heads={self._num_kv_heads})"
+
+
+def _as_int(name: str, index: int, value: object) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} entries must be integers, got {value!r} at index {index}")
+    return value.__index__()

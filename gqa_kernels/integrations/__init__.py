@@ -1,0 +1,1 @@
+"""Ways into other libraries: one module each, with one ``register()``, imported only on demand."""

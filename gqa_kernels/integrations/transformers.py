@@ -1,0 +1,151 @@
+"""Hugging Face transformers: ``attn_implementation="asym_gqa"`` for models with head maps.
+
+A model's maps are lists in its config, one entry per layer: ``kv_head_map[layer][h]`` is the KV
+head that query head ``h`` reads, ``value_head_map`` the same for V where K and V are grouped apart.
+A model without them runs as ordinary GQA.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+
+from ..attention import asym_gqa_attention
+from ..head_map import HeadMap
+
+OLDEST = "4.57"  # first release tested
+
+
+def register(name: str = "asym_gqa", backend: str = "auto") -> str:
+    """Make ``attn_implementation=name`` available in transformers; returns ``name``.
+
+    Args:
+        name: what models ask for. Register several names to compare backends.
+        backend: backend of :func:`gqa_kernels.asym_gqa_attention`.
+
+    Raises:
+        ImportError: transformers is missing or too old.
+    """
+    try:
+        from transformers import AttentionInterface, AttentionMaskInterface
+        from transformers.masking_utils import sdpa_mask
+    except ImportError as error:
+        raise ImportError(
+            f"gqa_kernels.integrations.transformers needs transformers >= {OLDEST} "
+            f"(pip install 'transformers>={OLDEST}'): {error}"
+        ) from error
+
+    def attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask, **options
+    ) -> tuple[Tensor, None]:
+        return asym_gqa(module, query, key, value, attention_mask, backend=backend, **options), None
+
+    AttentionInterface.register(name, attention)
+    # Without a mask function of the same name, models drop the padding mask.
+    AttentionMaskInterface.register(name, sdpa_mask)
+    return name
+
+
+def asym_gqa(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    backend: str = "auto",
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    cache: object | None = None,
+    **_: object,
+) -> Tensor:
+    """The attention of one layer, as ``AttentionInterface`` calls it.
+
+    Args:
+        module: the attention layer; its ``config`` and ``layer_idx`` lead to the maps.
+        query: ``[B, Hq, Sq, D]``.
+        key, value: ``[B, Hkv, Sk, D]``, cached tokens included.
+        attention_mask: ``[B, 1 or Hq, Sq, >= Sk]``, boolean or additive, with causality, window and
+            padding in it; None where plain causality is enough.
+        sliding_window: keys a query sees, its own included.
+        s_aux: attention sinks ``[Hq]``.
+
+    Returns:
+        ``[B, Sq, Hq, Dv]``, contiguous.
+    """
+    if dropout:
+        raise NotImplementedError(
+            f"attention dropout must be 0 with attn_implementation='asym_gqa', got {dropout}: set "
+            "config.attention_dropout = 0"
+        )
+    for option, given in (("position_bias", position_bias), ("cache", cache)):
+        if given is not None:
+            raise NotImplementedError(
+                f"{option} must be None with attn_implementation='asym_gqa', got a "
+                f"{type(given).__name__}"
+            )
+    q_len = query.shape[2]
+    window = None
+    causal = False
+    if attention_mask is None:
+        causal = q_len > 1 and (module.is_causal if is_causal is None else is_causal)
+        if causal:
+            # Prefill into an empty static cache: its slots beyond the prompt hold nothing yet.
+            key, value = key[:, :, :q_len], value[:, :, :q_len]
+        if sliding_window is not None:
+            window = (sliding_window - 1, None)
+    else:
+        attention_mask = attention_mask[..., : key.shape[2]]
+    head_map, value_head_map = head_maps(module, query.shape[1], key.shape[1], value.shape[1])
+    return asym_gqa_attention(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        head_map,
+        value_head_map=value_head_map,
+        causal=causal,
+        scale=scaling,
+        window=window,
+        softcap=softcap,
+        sinks=None if s_aux is None else s_aux.float(),
+        attn_mask=attention_mask,
+        layout="bshd",
+        backend=backend,
+    )
+
+
+def head_maps(
+    module: nn.Module, num_heads: int, num_k_heads: int, num_v_heads: int
+) -> tuple[HeadMap, HeadMap | None]:
+    """The maps of an attention layer: for K, and for V where it has its own (else None).
+
+    Raises:
+        ValueError: the config holds no map for the layer and the head counts don't divide.
+    """
+    key_map = _layer_map(module, "kv_head_map", num_k_heads)
+    value_map = _layer_map(module, "value_head_map", num_v_heads)
+    if key_map is None:
+        key_map = HeadMap.uniform(num_heads, num_k_heads)
+    return key_map, value_map
+
+
+def _layer_map(module: nn.Module, field: str, num_kv_heads: int) -> HeadMap | None:
+    maps = getattr(getattr(module, "config", None), field, None)
+    if maps is None:
+        return None
+    layer = module.layer_idx
+    if not 0 <= layer < len(maps):
+        raise ValueError(f"config.{field} must have a map for layer {layer}, got {len(maps)} maps")
+    return _head_map(tuple(maps[layer]), num_kv_heads)
+
+
+@lru_cache(maxsize=None)
+def _head_map(entries: tuple[int, ...], num_kv_heads: int) -> HeadMap:
+    return HeadMap(entries, num_kv_heads)

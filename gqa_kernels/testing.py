@@ -1,0 +1,148 @@
+"""Inputs and the one tolerance rule, for the package's tests and benchmarks and for yours.
+
+The rule (design, section 6): against an exact result, a kernel may be at most twice as wrong as
+eager torch in the same precision, plus the rounding of the output::
+
+    max|out - exact| <= 2 * max|eager - exact| + 2 * max|exact + 0.3 - 0.3 - exact|
+
+The exact result is the reference in fp64. Eager torch is the reference with products in the
+input's precision, in two equivalent forms (scores scaled after or before the product; powers of e
+or of 2), of which the larger error counts: on a few numbers one form alone may err by luck.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from .backends.reference import reference_attention
+from .head_map import HeadMap
+from .inputs import AttentionInputs, HeadMapLike, Layout
+
+
+def make_inputs(
+    batch: int,
+    head_map: HeadMap,
+    q_len: int,
+    kv_len: int,
+    head_dim: int,
+    *,
+    value_head_dim: int | None = None,
+    value_head_map: HeadMap | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    layout: Layout = "bhsd",
+    requires_grad: bool = False,
+    strided: bool = False,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normal random q, k, v in ``layout`` for a map.
+
+    Args:
+        strided: views into larger tensors whose other elements are NaN, so that a kernel that
+            assumes contiguous memory, or reads beyond its rows, shows.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    value_heads = (value_head_map or head_map).num_kv_heads
+    shapes = (
+        (batch, head_map.num_heads, q_len, head_dim),
+        (batch, head_map.num_kv_heads, kv_len, head_dim),
+        (batch, value_heads, kv_len, value_head_dim or head_dim),
+    )
+
+    def one(shape: tuple[int, ...]) -> Tensor:
+        if layout == "bshd":
+            shape = (shape[0], shape[2], shape[1], shape[3])
+        x = torch.randn(shape, generator=generator).to(device=device, dtype=dtype)
+        if strided:
+            room = x.new_full([n + extra for n, extra in zip(shape, (0, 1, 2, 3), strict=True)], torch.nan)
+            room[:, : shape[1], 1 : shape[2] + 1, : shape[3]] = x
+            x = room[:, : shape[1], 1 : shape[2] + 1, : shape[3]]
+        return x.requires_grad_(requires_grad)
+
+    return tuple(one(shape) for shape in shapes)
+
+
+def assert_close(
+    name: str, actual: Tensor, exact: Tensor, eager: list[Tensor], factor: float = 2.0
+) -> None:
+    """The tolerance rule for one tensor.
+
+    Args:
+        name: what to call it in the message.
+        actual: the result under test.
+        exact: the exact result, fp64, same shape.
+        eager: results of eager torch in the precision of ``actual``.
+        factor: how many times as wrong as eager ``actual`` may be: 2 for outputs, 3 for gradients.
+    """
+    assert actual.shape == exact.shape, (
+        f"{name}: shape {tuple(actual.shape)}, expected {tuple(exact.shape)}"
+    )
+    if actual.numel() == 0:
+        return
+    rounded = exact.to(actual.dtype)
+    rounding = 2 * _max_difference(rounded + 0.3 - 0.3, rounded)
+    bound = factor * max(_max_difference(x, exact) for x in eager) + rounding
+    unlike = actual.isfinite() != exact.isfinite()
+    unlike |= ~exact.isfinite() & (actual.isnan() != exact.isnan())
+    unlike |= exact.isinf() & (actual.double() != exact)
+    assert not unlike.any(), (
+        f"{name}: {int(unlike.sum())} of {actual.numel()} elements are non-finite where they must "
+        f"not be, or the reverse; first at {unlike.nonzero()[0].tolist()}: "
+        f"got {actual[unlike][0].item()}, expected {exact[unlike][0].item()}"
+    )
+    error = (actual.double() - exact).abs().nan_to_num(0.0, 0.0, 0.0)
+    worst = error.max().item()
+    assert worst <= bound, (
+        f"{name}: error {worst:.3e} exceeds {bound:.3e} ({factor} x eager's + rounding) at "
+        f"{[int(i) for i in torch.unravel_index(error.argmax(), error.shape)]}"
+    )
+
+
+def assert_attention_close(
+    out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    head_map: HeadMapLike,
+    *,
+    lse: Tensor | None = None,
+    **options,
+) -> None:
+    """Hold an output (and LSE) of :func:`gqa_kernels.asym_gqa_attention` to the tolerance rule.
+
+    Args:
+        out: as returned for ``layout``; likewise ``lse``.
+        q, k, v, head_map, options: as given to the call (without ``backend`` and ``return_lse``).
+    """
+    inputs = AttentionInputs.create(q, k, v, head_map, **options)
+    if inputs.layout == "bshd":
+        out = out.transpose(1, 2)
+    assert out.dtype == inputs.dtype, f"out: dtype {out.dtype}, expected {inputs.dtype}"
+    with torch.no_grad():
+        exact_out, exact_lse = reference_attention(upcast(inputs))
+        eager = [reference_attention(inputs, inputs.dtype, base2)[0] for base2 in (False, True)]
+        assert_close("out", out, exact_out, eager)
+        if lse is not None:
+            # Scores are fp32 whatever the input's type, so the LSE is held to fp32.
+            eager = [reference_attention(inputs, None, base2)[1] for base2 in (False, True)]
+            assert lse.dtype == eager[0].dtype, f"lse: dtype {lse.dtype}"
+            assert_close("lse", lse, exact_lse, eager)
+
+
+def upcast(inputs: AttentionInputs) -> AttentionInputs:
+    """The same call in fp64, for an exact result."""
+
+    def up(x: Tensor | None) -> Tensor | None:
+        return x.double() if x is not None and x.dtype.is_floating_point else x
+
+    names = ("q", "k", "v", "alibi_slopes", "sinks", "attn_mask")
+    return replace(inputs, **{name: up(getattr(inputs, name)) for name in names})
+
+
+def _max_difference(x: Tensor, y: Tensor) -> float:
+    """Largest difference over the elements that are finite in both."""
+    difference = (x.double() - y.double()).abs()
+    return difference.nan_to_num(0.0, 0.0, 0.0).max().item()

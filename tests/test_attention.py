@@ -1,0 +1,111 @@
+"""Every backend on every case it declares it can run, by the tolerance rule."""
+
+import pytest
+import torch
+
+from gqa_kernels import asym_gqa_attention, available_backends
+from gqa_kernels.backends.dispatch import BACKENDS
+from gqa_kernels.testing import assert_attention_close, assert_close
+from tests.cases import CASES, DECODE_CASES, PREFILL_CASES
+from tests.conftest import DEVICE
+from tests.dense import dense_attention
+
+USABLE = [name for name in available_backends() if DEVICE in BACKENDS[name].capabilities.devices]
+MATRIX = [
+    pytest.param(case, name, dtype, id=f"{name}-{str(dtype).removeprefix('torch.')}-{case.id}")
+    for name in USABLE
+    for dtype in sorted(BACKENDS[name].capabilities.dtypes, key=str)
+    for case in CASES
+    if case.needs() <= BACKENDS[name].capabilities.options
+]
+
+
+@pytest.mark.parametrize("case, backend, dtype", MATRIX)
+def test_matches_reference(case, backend, dtype, device):
+    args, options = case.build(dtype, device)
+    before = [x.clone() for x in args[:3]]
+    out, lse = asym_gqa_attention(*args, **options, return_lse=True, backend=backend)
+    assert_attention_close(out, *args, lse=lse, **options)
+    for x, y in zip(args, before, strict=False):
+        torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)  # inputs untouched
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_reference_matches_loops(case):
+    """The definition of correct against four loops written apart from it."""
+    args, options = case.build(torch.float64, "cpu")
+    out, lse = asym_gqa_attention(*args, **options, return_lse=True, backend="reference")
+    expected_out, expected_lse = dense_attention(*args, **options)
+    torch.testing.assert_close(out, torch.from_numpy(expected_out), rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(lse, torch.from_numpy(expected_lse), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("backend", USABLE)
+@pytest.mark.parametrize("case", [PREFILL_CASES[1], DECODE_CASES[1]], ids=lambda case: case.id)
+def test_layouts_agree(case, backend, device):
+    """bshd gives the transpose of bhsd, bit for bit, and memory in its own order."""
+    (q, k, v, head_map), options = case.build(torch.float32, device)
+    expected = asym_gqa_attention(q, k, v, head_map, **options, backend=backend)
+    q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
+    out = asym_gqa_attention(q, k, v, head_map, **options, layout="bshd", backend=backend)
+    assert out.is_contiguous() and expected.is_contiguous()
+    assert torch.equal(out.transpose(1, 2), expected)
+
+
+@pytest.mark.parametrize("backend", USABLE)
+@pytest.mark.parametrize("q_len", [1, 40])
+def test_garbage_beyond_lengths_is_never_used(backend, q_len, device):
+    case = next(c for c in PREFILL_CASES if c.id == "lengths")
+    (q, k, v, head_map), options = case.build(torch.float32, device)
+    q = q[:, :, :q_len]
+    clean = asym_gqa_attention(q, k, v, head_map, **options, backend=backend)
+    for b, n in enumerate(options["kv_lengths"].tolist()):
+        k[b, :, n:] = torch.nan
+        v[b, :, n:] = torch.inf
+    dirty = asym_gqa_attention(q, k, v, head_map, **options, backend=backend)
+    assert torch.equal(clean, dirty)
+
+
+@pytest.mark.parametrize("backend", USABLE)
+@pytest.mark.parametrize("q_len", [1, 40])
+def test_large_scores_neither_overflow_nor_vanish(backend, q_len, device):
+    case = PREFILL_CASES[0]
+    (q, k, v, head_map), _ = case.build(torch.float32, device)
+    q = (q * 300)[:, :, :q_len]
+    for shift in (-1e4, 0.0, 1e4):
+        mask = torch.full((q.shape[2], k.shape[2]), shift, device=device)
+        args = (q, k, v, head_map)
+        out, lse = asym_gqa_attention(*args, attn_mask=mask, return_lse=True, backend=backend)
+        assert_attention_close(out, *args, lse=lse, attn_mask=mask)
+
+
+@pytest.mark.parametrize("backend", USABLE)
+@pytest.mark.parametrize("shape", ["batch", "queries"])
+def test_nothing_to_do(backend, shape, device):
+    case = PREFILL_CASES[0]
+    (q, k, v, head_map), _ = case.build(torch.float32, device)
+    if shape == "batch":
+        q, k, v = q[:0], k[:0], v[:0]
+    else:
+        q = q[:, :, :0]
+    out, lse = asym_gqa_attention(q, k, v, head_map, return_lse=True, backend=backend)
+    assert out.shape == q.shape and lse.shape == q.shape[:3]
+
+
+def test_tolerance_rule_catches_a_wrong_map():
+    """The rule itself must fail where one head reads another KV head."""
+    case = PREFILL_CASES[0]
+    (q, k, v, head_map), _ = case.build(torch.bfloat16, "cpu")
+    out = asym_gqa_attention(q, k, v, [0, 0, 0, 1, 2, 1], backend="reference")
+    with pytest.raises(AssertionError, match="out: error"):
+        assert_attention_close(out, q, k, v, head_map)
+
+
+def test_tolerance_rule_catches_stray_and_missing_nonfinite():
+    exact = torch.tensor([1.0, -torch.inf, torch.nan], dtype=torch.float64)
+    right = exact.float()
+    assert_close("x", right, exact, [right])
+    for wrong in ([torch.nan, -torch.inf, torch.nan], [1.0, 5.0, torch.nan],
+                  [1.0, torch.inf, torch.nan], [1.0, -torch.inf, -torch.inf]):  # fmt: skip
+        with pytest.raises(AssertionError, match="non-finite"):
+            assert_close("x", torch.tensor(wrong), exact, [right])
