@@ -19,6 +19,7 @@ Layout = Literal["bhsd", "bshd"]
 LAYOUTS = ("bhsd", "bshd")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 UNBOUNDED = -1  # a window side without limit
+MAX_WINDOW = 1 << 30  # beyond any length, and no 32-bit position overflows by adding it
 
 
 @dataclass(frozen=True)
@@ -320,7 +321,7 @@ def _resolve_window(window: object, causal: bool) -> tuple[int, int]:
                 raise ValueError(
                     f"window {side} must be non-negative, or None for unbounded, got {size}"
                 )
-        left, right = (UNBOUNDED if size is None else size for size in window)
+        left, right = (UNBOUNDED if size is None else min(size, MAX_WINDOW) for size in window)
     return left, 0 if causal else right
 
 

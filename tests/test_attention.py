@@ -5,8 +5,8 @@ import torch
 
 from gqa_kernels import asym_gqa_attention, available_backends
 from gqa_kernels.backends.dispatch import BACKENDS
-from gqa_kernels.testing import assert_attention_close, assert_close
-from tests.cases import CASES, DECODE_CASES, PREFILL_CASES
+from gqa_kernels.testing import assert_attention_close, assert_close, make_inputs
+from tests.cases import CASES, DECODE_CASES, PREFILL_CASES, UNEVEN
 from tests.conftest import DEVICE
 from tests.dense import dense_attention
 
@@ -77,6 +77,29 @@ def test_large_scores_neither_overflow_nor_vanish(backend, q_len, device):
         args = (q, k, v, head_map)
         out, lse = asym_gqa_attention(*args, attn_mask=mask, return_lse=True, backend=backend)
         assert_attention_close(out, *args, lse=lse, attn_mask=mask)
+
+
+@pytest.mark.parametrize("backend", USABLE)
+@pytest.mark.parametrize("q_len", [1, 40])
+def test_windows_beyond_any_length(backend, q_len, device):
+    (q, k, v, head_map), _ = PREFILL_CASES[0].build(torch.float32, device)
+    q = q[:, :, :q_len]
+    expected = asym_gqa_attention(q, k, v, head_map, causal=True, backend=backend)
+    for left in (2**31 - 1, 2**31, 2**62):
+        out = asym_gqa_attention(
+            q, k, v, head_map, causal=True, window=(left, left), backend=backend
+        )
+        assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("backend", USABLE)
+@pytest.mark.parametrize("q_len, kv_len", [(1, 700), (60, 60)])
+def test_deterministic(backend, q_len, kv_len, device):
+    q, k, v = make_inputs(2, UNEVEN, q_len, kv_len, 16, device=device)
+    first = asym_gqa_attention(q, k, v, UNEVEN, deterministic=True, backend=backend)
+    for _ in range(3):
+        again = asym_gqa_attention(q, k, v, UNEVEN, deterministic=True, backend=backend)
+        assert torch.equal(first, again)
 
 
 @pytest.mark.parametrize("backend", USABLE)

@@ -1,19 +1,15 @@
 """Hugging Face transformers: ``attn_implementation="asym_gqa"`` for models with head maps.
 
-A model's maps are lists in its config, one entry per layer: ``kv_head_map[layer][h]`` is the KV
-head that query head ``h`` reads, ``value_head_map`` the same for V where K and V are grouped apart.
-A model without them runs as ordinary GQA.
+The maps come from the model's config (:mod:`gqa_kernels.model_maps`); a model without them runs as
+ordinary GQA.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
-
-import torch
 from torch import Tensor, nn
 
 from ..attention import asym_gqa_attention
-from ..head_map import HeadMap
+from ..model_maps import layer_maps
 
 OLDEST = "4.57"  # first release tested
 
@@ -54,8 +50,21 @@ def asym_gqa(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    *,
     backend: str = "auto",
+    **options: object,
+) -> Tensor:
+    """The attention of one layer, as ``AttentionInterface`` calls it: ``[B, Sq, Hq, Dv]``."""
+    call = attention_call(module, query, key, value, attention_mask, **options)
+    return asym_gqa_attention(**call, backend=backend)
+
+
+def attention_call(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
     scaling: float | None = None,
     dropout: float = 0.0,
     is_causal: bool | None = None,
@@ -65,8 +74,8 @@ def asym_gqa(
     position_bias: Tensor | None = None,
     cache: object | None = None,
     **_: object,
-) -> Tensor:
-    """The attention of one layer, as ``AttentionInterface`` calls it.
+) -> dict[str, object]:
+    """The arguments of :func:`gqa_kernels.asym_gqa_attention` for a call of the interface.
 
     Args:
         module: the attention layer; its ``config`` and ``layer_idx`` lead to the maps.
@@ -76,9 +85,6 @@ def asym_gqa(
             padding in it; None where plain causality is enough.
         sliding_window: keys a query sees, its own included.
         s_aux: attention sinks ``[Hq]``.
-
-    Returns:
-        ``[B, Sq, Hq, Dv]``, contiguous.
     """
     if dropout:
         raise NotImplementedError(
@@ -92,8 +98,8 @@ def asym_gqa(
                 f"{type(given).__name__}"
             )
     q_len = query.shape[2]
-    window = None
     causal = False
+    window = None
     if attention_mask is None:
         causal = q_len > 1 and (module.is_causal if is_causal is None else is_causal)
         if causal:
@@ -103,49 +109,24 @@ def asym_gqa(
             window = (sliding_window - 1, None)
     else:
         attention_mask = attention_mask[..., : key.shape[2]]
-    head_map, value_head_map = head_maps(module, query.shape[1], key.shape[1], value.shape[1])
-    return asym_gqa_attention(
-        query.transpose(1, 2),
-        key.transpose(1, 2),
-        value.transpose(1, 2),
-        head_map,
-        value_head_map=value_head_map,
-        causal=causal,
-        scale=scaling,
-        window=window,
-        softcap=softcap,
-        sinks=None if s_aux is None else s_aux.float(),
-        attn_mask=attention_mask,
-        layout="bshd",
-        backend=backend,
+    head_map, value_head_map = layer_maps(
+        getattr(module, "config", None),
+        getattr(module, "layer_idx", None),
+        query.shape[1],
+        key.shape[1],
+        value.shape[1],
     )
-
-
-def head_maps(
-    module: nn.Module, num_heads: int, num_k_heads: int, num_v_heads: int
-) -> tuple[HeadMap, HeadMap | None]:
-    """The maps of an attention layer: for K, and for V where it has its own (else None).
-
-    Raises:
-        ValueError: the config holds no map for the layer and the head counts don't divide.
-    """
-    key_map = _layer_map(module, "kv_head_map", num_k_heads)
-    value_map = _layer_map(module, "value_head_map", num_v_heads)
-    if key_map is None:
-        key_map = HeadMap.uniform(num_heads, num_k_heads)
-    return key_map, value_map
-
-
-def _layer_map(module: nn.Module, field: str, num_kv_heads: int) -> HeadMap | None:
-    maps = getattr(getattr(module, "config", None), field, None)
-    if maps is None:
-        return None
-    layer = module.layer_idx
-    if not 0 <= layer < len(maps):
-        raise ValueError(f"config.{field} must have a map for layer {layer}, got {len(maps)} maps")
-    return _head_map(tuple(maps[layer]), num_kv_heads)
-
-
-@lru_cache(maxsize=None)
-def _head_map(entries: tuple[int, ...], num_kv_heads: int) -> HeadMap:
-    return HeadMap(entries, num_kv_heads)
+    return {
+        "q": query.transpose(1, 2),
+        "k": key.transpose(1, 2),
+        "v": value.transpose(1, 2),
+        "head_map": head_map,
+        "value_head_map": value_head_map,
+        "causal": causal,
+        "scale": scaling,
+        "window": window,
+        "softcap": softcap,
+        "sinks": s_aux,
+        "attn_mask": attention_mask,
+        "layout": "bshd",
+    }

@@ -23,6 +23,11 @@ NO_MASK = tl.constexpr(0)
 BOOL_MASK = tl.constexpr(1)
 ADDITIVE_MASK = tl.constexpr(2)
 
+# Parts of a tile's key range: the inner blocks, which every row sees in full, take no masking code.
+LEFT_EDGE = tl.constexpr(0)
+INNER = tl.constexpr(1)
+RIGHT_EDGE = tl.constexpr(2)
+
 # Odd minimax polynomial of tanh on [-0.625, 0.625]: x + x^3 * (C0 + C1 x^2 + ...), 8e-8 relative.
 TANH_BOUND = tl.constexpr(0.625)
 TANH_C0 = tl.constexpr(-0.3333328068)
@@ -209,17 +214,19 @@ def attend(
     b_sum = tl.zeros([BLOCK_M], tl.float32)
     b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     o_block = tl.arange(0, BLOCK_N)
-    # Part 0: left edge of the window; 1: inner blocks, without masking code; 2: right edge.
-    for part in tl.static_range(0 if HAS_LEFT else 1, 3):
-        EDGE: tl.constexpr = part != 1
-        part_start = start if part == 0 else (inner_start if part == 1 else inner_stop)
-        part_stop = inner_start if part == 0 else (inner_stop if part == 1 else stop)
+    for part in tl.static_range(LEFT_EDGE if HAS_LEFT else INNER, RIGHT_EDGE + 1):
+        if part == LEFT_EDGE:
+            part_start, part_stop = start, inner_start
+        elif part == INNER:
+            part_start, part_stop = inner_start, inner_stop
+        else:
+            part_start, part_stop = inner_stop, stop
         for i_n in tl.range(part_start, part_stop, BLOCK_N):
             o_n = i_n + o_block  # [BLOCK_N]
             o_n64 = o_n.to(tl.int64)
             m_n = o_n < n
             # [BLOCK_N, BLOCK_D]
-            b_k = load_rows(p_k + o_n64 * stride_kn, m_n, HEAD_DIM, BLOCK_D, EDGE)
+            b_k = load_rows(p_k + o_n64 * stride_kn, m_n, HEAD_DIM, BLOCK_D, part != INNER)
             # [BLOCK_M, BLOCK_N]
             b_qk = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
             b_score = score_tile(
@@ -235,7 +242,7 @@ def attend(
                 softcap,
                 window_left,
                 window_right,
-                EDGE,
+                part != INNER,
                 HAS_LEFT,
                 HAS_RIGHT,
                 HAS_SOFTCAP,
@@ -244,14 +251,14 @@ def attend(
             )
             b_new_max = tl.maximum(b_max, tl.max(b_score, 1))
             b_shift = b_new_max
-            if EDGE or MASK_KIND != NO_MASK:
+            if part != INNER or MASK_KIND != NO_MASK:
                 b_shift = finite_or_zero(b_new_max)
             b_p = tl.exp2(b_score * LOG2E - (b_shift * LOG2E)[:, None])  # [BLOCK_M, BLOCK_N]
             b_rescale = tl.exp2((b_max - b_shift) * LOG2E)  # [BLOCK_M]
             b_sum = b_sum * b_rescale + tl.sum(b_p, 1)
             b_max = b_new_max
             # [BLOCK_N, BLOCK_DV]
-            b_v = load_rows(p_v + o_n64 * stride_vn, m_n, VALUE_DIM, BLOCK_DV, EDGE)
+            b_v = load_rows(p_v + o_n64 * stride_vn, m_n, VALUE_DIM, BLOCK_DV, part != INNER)
             b_acc = b_acc * b_rescale[:, None]
             b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision="ieee")
     return b_acc, b_sum, b_max

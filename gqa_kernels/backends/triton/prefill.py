@@ -13,12 +13,10 @@ Program reads its query block once, walks over the key blocks that some row can 
 Source: FlashAttention-2 (arXiv 2307.08691) for the loop order; own code.
 """
 
-import torch
 import triton
 import triton.language as tl
 
 from . import common
-from .configs import TileConfig, padded_dim
 
 
 @triton.jit(

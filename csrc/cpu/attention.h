@@ -1,0 +1,23 @@
+// Entry point of the CPU kernels. Torch-free: threads come in from the caller.
+#pragma once
+
+#include <cstdint>
+
+#include "../core/params.h"
+
+namespace gqa::cpu {
+
+// The caller's thread pool.
+struct ThreadPool {
+  int num_threads;
+  // Calls body(context, i) for every i in [0, n), possibly at the same time.
+  void (*run)(int64_t n, void (*body)(void* context, int64_t i), void* context);
+};
+
+// Writes params.out and params.lse. Throws std::invalid_argument for a bad GQA_KERNELS_CPU_ISA.
+void attention_forward(const AttentionParams& params, const ThreadPool& pool);
+
+// Name of the instruction set that attention_forward uses now: "portable" or "avx2".
+const char* instruction_set();
+
+}  // namespace gqa::cpu

@@ -1,0 +1,175 @@
+#include "schedule.h"
+
+#include <algorithm>
+#include <tuple>
+
+#include "../core/visible.h"
+
+namespace gqa::cpu {
+namespace {
+
+// Reading one K or V element into registers costs about as much as using it for this many rows.
+constexpr int64_t kLoadRows = 6;
+// Multiply-adds below which waking another thread costs more than it saves (about 10 microseconds).
+constexpr int64_t kMinCostPerWorker = 200'000;
+// Tasks per worker that even out their different lengths.
+constexpr int64_t kTasksPerWorker = 6;
+// Splits shorter than this spend too much on their merge.
+constexpr int64_t kMinSplitKeys = 256;
+// Floats of Q, S, O and packed K and V that stay in a 512 KiB second-level cache.
+constexpr int64_t kTileFloats = 96 * 1024;
+constexpr int kMaxTileRows = 192;
+constexpr int kMinTileRows = 48;
+
+struct Group {
+  int32_t k_head, v_head;
+  int32_t head_begin, head_end;  // slice of Schedule::heads
+};
+
+int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+TileShape tile_shape(const AttentionParams& params) {
+  const int64_t dims = params.head_dim + params.value_head_dim;
+  TileShape tile{kMaxTileRows, 128};
+  while (tile.rows * dims + tile.keys * dims + tile.rows * tile.keys > kTileFloats &&
+         tile.rows > kMinTileRows) {
+    if (tile.keys > 64) {
+      tile.keys /= 2;
+    } else {
+      tile.rows -= 24;
+    }
+  }
+  return tile;
+}
+
+// Sorts the query heads by the (key head, value head) pair they read, stably.
+std::vector<Group> make_groups(const AttentionParams& params, Schedule& schedule) {
+  const int32_t* k_map = params.head_map;
+  const int32_t* v_map = params.value_head_map ? params.value_head_map : params.head_map;
+  for (int32_t h = 0; h < params.num_heads; ++h) {
+    const bool valid = k_map[h] >= 0 && k_map[h] < params.num_k_heads && v_map[h] >= 0 &&
+                       v_map[h] < params.num_v_heads;
+    (valid ? schedule.heads : schedule.invalid_heads).push_back(h);
+  }
+  std::sort(schedule.heads.begin(), schedule.heads.end(), [&](int32_t x, int32_t y) {
+    return std::tie(k_map[x], v_map[x], x) < std::tie(k_map[y], v_map[y], y);
+  });
+  std::vector<Group> groups;
+  for (int32_t i = 0; i < static_cast<int32_t>(schedule.heads.size()); ++i) {
+    const int32_t h = schedule.heads[i];
+    if (groups.empty() || groups.back().k_head != k_map[h] || groups.back().v_head != v_map[h]) {
+      groups.push_back({k_map[h], v_map[h], i, i});
+    }
+    groups.back().head_end = i + 1;
+  }
+  return groups;
+}
+
+// Cuts the rows of every (sequence, group) into blocks of at most max_rows.
+void add_row_blocks(const AttentionParams& params, const std::vector<Group>& groups, int max_rows,
+                    std::vector<Task>& tasks) {
+  const int64_t dims = params.head_dim + params.value_head_dim;
+  for (int32_t b = 0; b < params.batch; ++b) {
+    for (const Group& group : groups) {
+      const int64_t length = kv_length(params, b, group.k_head);
+      const int64_t group_heads = group.head_end - group.head_begin;
+      const int64_t head_blocks = div_up(group_heads, max_rows);
+      const int64_t heads = div_up(group_heads, head_blocks);
+      const int64_t token_blocks = div_up(params.q_len, max_rows / heads);
+      const int64_t tokens = div_up(params.q_len, token_blocks);
+      for (int64_t h = group.head_begin; h < group.head_end; h += heads) {
+        for (int64_t t = 0; t < params.q_len; t += tokens) {
+          Task task{};
+          task.batch = b;
+          task.k_head = group.k_head;
+          task.v_head = group.v_head;
+          task.head_begin = static_cast<int32_t>(h);
+          task.head_end = static_cast<int32_t>(std::min<int64_t>(h + heads, group.head_end));
+          task.token_begin = t;
+          task.token_end = std::min(t + tokens, params.q_len);
+          task.kv_length = length;
+          task.key_begin = visible_keys(params, length, t).begin;
+          task.key_end = visible_keys(params, length, task.token_end - 1).end;
+          if (task.key_end < task.key_begin) task.key_end = task.key_begin;
+          task.num_splits = 1;
+          task.merge = -1;
+          task.cost = (task.key_end - task.key_begin) * dims * (kLoadRows + task.num_rows());
+          tasks.push_back(task);
+        }
+      }
+    }
+  }
+}
+
+// Splits the keys of tasks that are longer than `target`.
+void split_keys(const AttentionParams& params, int64_t target, Schedule& schedule) {
+  std::vector<Task> split_tasks;
+  for (const Task& task : schedule.tasks) {
+    const int64_t keys = task.key_end - task.key_begin;
+    const int64_t wanted = std::min(div_up(task.cost, target), keys / kMinSplitKeys);
+    if (wanted <= 1) {
+      split_tasks.push_back(task);
+      continue;
+    }
+    const int64_t split_keys = div_up(div_up(keys, wanted), schedule.tile.keys) * schedule.tile.keys;
+    const int64_t num_splits = div_up(keys, split_keys);
+    for (int64_t i = 0; i < num_splits; ++i) {
+      Task split = task;
+      split.key_begin = task.key_begin + i * split_keys;
+      split.key_end = std::min(split.key_begin + split_keys, task.key_end);
+      split.cost = task.cost * (split.key_end - split.key_begin) / keys;
+      split.split = static_cast<int32_t>(i);
+      split.num_splits = static_cast<int32_t>(num_splits);
+      split.merge = num_splits > 1 ? schedule.num_merges : -1;
+      split.partial = schedule.partial_floats;
+      split_tasks.push_back(split);
+    }
+    if (num_splits > 1) {
+      ++schedule.num_merges;
+      schedule.partial_floats += num_splits * task.num_rows() * partial_row_floats(params);
+    }
+  }
+  schedule.tasks.swap(split_tasks);
+}
+
+int64_t total_cost(const std::vector<Task>& tasks) {
+  int64_t sum = 0;
+  for (const Task& task : tasks) sum += task.cost;
+  return sum;
+}
+
+int most_rows(const std::vector<Task>& tasks) {
+  int rows = 0;
+  for (const Task& task : tasks) rows = std::max(rows, task.num_rows());
+  return rows;
+}
+
+}  // namespace
+
+Schedule make_schedule(const AttentionParams& params, int num_threads) {
+  Schedule schedule{};
+  schedule.tile = tile_shape(params);
+  const std::vector<Group> groups = make_groups(params, schedule);
+  if (params.q_len == 0) return schedule;
+
+  add_row_blocks(params, groups, schedule.tile.rows, schedule.tasks);
+  const int64_t cost = total_cost(schedule.tasks);
+  const int64_t workers = std::min<int64_t>(num_threads, std::max<int64_t>(1, cost / kMinCostPerWorker));
+  while (workers > 1 && most_rows(schedule.tasks) > kMinTileRows &&
+         static_cast<int64_t>(schedule.tasks.size()) < workers * kTasksPerWorker) {
+    schedule.tile.rows = std::max(kMinTileRows, schedule.tile.rows / 2);
+    schedule.tasks.clear();
+    add_row_blocks(params, groups, schedule.tile.rows, schedule.tasks);
+  }
+  if (workers > 1) split_keys(params, div_up(cost, workers * kTasksPerWorker), schedule);
+
+  const auto longer = [](const Task& x, const Task& y) { return x.cost > y.cost; };
+  if (!std::is_sorted(schedule.tasks.begin(), schedule.tasks.end(), longer)) {
+    std::stable_sort(schedule.tasks.begin(), schedule.tasks.end(), longer);
+  }
+  schedule.num_workers =
+      static_cast<int>(std::min<int64_t>(workers, static_cast<int64_t>(schedule.tasks.size())));
+  return schedule;
+}
+
+}  // namespace gqa::cpu

@@ -1,0 +1,53 @@
+// Cuts one attention call into tasks: (sequence, group, block of rows, run of keys).
+//
+// A group is the query heads that read one (key head, value head) pair. The rows of a task are query tokens x heads of
+// the group (token-major), so that each K and V element is read once for all of them. Shapes and lengths decide
+// everything here; no K, V or Q element is looked at.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "../core/params.h"
+
+namespace gqa::cpu {
+
+// Rows and keys of the tiles that the kernels work on.
+struct TileShape {
+  int rows;  // most rows of a task
+  int keys;  // keys of one step of the online softmax
+};
+
+struct Task {
+  int32_t batch, k_head, v_head;
+  int32_t head_begin, head_end;    // slice of Schedule::heads
+  int64_t token_begin, token_end;  // query tokens
+  int64_t key_begin, key_end;      // keys of this split
+  int64_t kv_length;               // valid keys of this (sequence, key head)
+  int32_t split, num_splits;       // this split of the task's keys
+  int32_t merge;                   // which merge it takes part in; -1 where num_splits is 1
+  int64_t partial;                 // floats before the partial result of split 0
+  int64_t cost;                    // multiply-adds, roughly
+
+  int num_heads() const { return head_end - head_begin; }
+  int num_rows() const { return static_cast<int>(token_end - token_begin) * num_heads(); }
+};
+
+struct Schedule {
+  std::vector<int32_t> heads;          // query heads, group after group
+  std::vector<int32_t> invalid_heads;  // query heads whose map entry names no KV head
+  std::vector<Task> tasks;             // longest first
+  TileShape tile;
+  int num_workers;        // tasks worth running at the same time
+  int num_merges;         // tasks whose keys are split
+  int64_t partial_floats;  // room for the partial results of all splits
+};
+
+// Floats of one row's partial result: its maximum, its sum, and value_head_dim output elements.
+inline int64_t partial_row_floats(const AttentionParams& params) {
+  return params.value_head_dim + 2;
+}
+
+Schedule make_schedule(const AttentionParams& params, int num_threads);
+
+}  // namespace gqa::cpu

@@ -1,0 +1,116 @@
+// Online softmax of one row of scores: bias and visibility, running maximum and sum, probabilities.
+// Scores are kept in units of log2(e), so that exp(s) is one exp2.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "../core/params.h"
+#include "isa.h"
+#include "math.h"
+
+namespace gqa::cpu::GQA_ISA {
+
+// What is added to a row's scores, other than visibility.
+struct RowBias {
+  float softcap;          // 0: off
+  float slope;            // ALiBi, times log2(e)
+  float position;         // of the query, counted from the tile's first key
+  const float* additive;  // [keys of the tile], times log2(e); nullptr: none
+};
+
+// Keys of the tile: those computed, and those this row sees among them.
+struct RowKeys {
+  int begin, end;
+  int visible_begin, visible_end;
+};
+
+// attn_mask[b, h, token, first + i] -> out[i], in log2 units, for i in [begin, end); hidden keys get -inf.
+template <class V, class T>
+inline void load_mask_row(const AttentionParams& params, int64_t b, int64_t h, int64_t token,
+                          int64_t first, int begin, int end, float* out) {
+  const int64_t offset = b * params.mask_stride_b + h * params.mask_stride_h +
+                         token * params.mask_stride_q + first * params.mask_stride_k;
+  const int64_t stride = params.mask_stride_k;
+  if (params.mask_dtype == DType::kBool) {
+    const uint8_t* mask = static_cast<const uint8_t*>(params.attn_mask) + offset;
+    for (int i = begin; i < end; ++i) out[i] = mask[i * stride] ? 0.0f : -INFINITY;
+  } else if (params.mask_dtype == DType::kFloat32) {
+    const float* mask = static_cast<const float*>(params.attn_mask) + offset;
+    for (int i = begin; i < end; ++i) out[i] = mask[i * stride] * kLog2E;
+  } else {
+    const T* mask = static_cast<const T*>(params.attn_mask) + offset;
+    for (int i = begin; i < end; ++i) {
+      float wide;
+      widen_row<V>(mask + i * stride, 1, &wide);
+      out[i] = wide * kLog2E;
+    }
+  }
+}
+
+template <class V>
+GQA_INLINE typename V::F add_bias(typename V::F score, int key, const RowBias& bias) {
+  using F = typename V::F;
+  if (bias.softcap != 0.0f) {
+    const F cap = V::set1(bias.softcap);
+    score = V::mul(cap, tanh<V>(V::div(score, cap)));
+  }
+  score = V::mul(score, V::set1(kLog2E));
+  if (bias.slope != 0.0f) {
+    const F keys = V::add(V::iota(), V::set1(static_cast<float>(key)));
+    const F distance = V::abs(V::sub(V::set1(bias.position), keys));
+    score = V::sub(score, V::mul(V::set1(bias.slope), distance));
+  }
+  if (bias.additive != nullptr) {
+    const F added = V::load(bias.additive + key);
+    const F hidden = V::set1(-INFINITY);
+    score = V::select(V::equal(added, hidden), hidden, V::add(score, added));
+  }
+  return score;
+}
+
+// scores[begin, end) become probabilities exp(s - max) rounded to T, 0 where the row does not see the key.
+// `max` and `sum` are the row's state; the returned factor rescales what was accumulated with the old maximum.
+// kBias: whether bias has anything in it.
+template <class V, class T, bool kBias>
+inline float softmax_row(float* scores, const RowKeys& keys, float scale, const RowBias& bias,
+                         float& max, float& sum) {
+  using F = typename V::F;
+  const int begin = keys.begin / V::kWidth * V::kWidth;
+  const F factor = V::set1(kBias ? scale : scale * kLog2E);
+  const F hidden = V::set1(-INFINITY);
+
+  F most = hidden;
+  for (int i = begin; i < keys.end; i += V::kWidth) {
+    F x = V::mul(V::load(scores + i), factor);
+    if (kBias) x = add_bias<V>(x, i, bias);
+    if (i < keys.visible_begin || i + V::kWidth > keys.visible_end) {
+      const F lane = V::add(V::iota(), V::set1(static_cast<float>(i)));
+      const F first = V::set1(static_cast<float>(keys.visible_begin - 1));
+      const F last = V::set1(static_cast<float>(keys.visible_end));
+      x = V::select(V::both(V::less(first, lane), V::less(lane, last)), x, hidden);
+    }
+    V::store(scores + i, x);
+    most = V::max(x, most);
+  }
+
+  const float old_max = max;
+  const float block_max = V::reduce_max(most);
+  if (block_max > max) max = block_max;
+  // Where nothing is visible yet, 0 stands in for the maximum: exp2(-inf - 0) = 0.
+  const float base = max == -INFINITY ? 0.0f : max;
+  const F minus_base = V::set1(-base);
+
+  F total = V::set1(0.0f);
+  for (int i = begin; i < keys.end; i += V::kWidth) {
+    const F p = exp2<V>(V::add(V::load(scores + i), minus_base));
+    total = V::add(total, p);
+    V::store(scores + i, V::round_to(p, static_cast<const T*>(nullptr)));
+  }
+
+  const float rescale = old_max == max ? 1.0f : exp2_scalar<V>(old_max - base);
+  sum = sum * rescale + V::reduce_add(total);
+  return rescale;
+}
+
+}  // namespace gqa::cpu::GQA_ISA

@@ -1,0 +1,70 @@
+// The working set of one task, carved out of its worker's scratch memory.
+#pragma once
+
+#include <cstdint>
+
+#include "isa.h"
+#include "schedule.h"
+
+namespace gqa::cpu::GQA_ISA {
+
+// Rows of the packed micro-kernel; its columns are two vectors.
+constexpr int kStripRows = 6;
+
+inline int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
+
+template <class V>
+struct TileLayout {
+  static constexpr int kPanel = 2 * V::kWidth;
+
+  int64_t rows;          // a whole number of strips
+  int64_t keys;          // a whole number of panels
+  int64_t q_ld, o_ld;    // row lengths of q and o, padded with zeros
+
+  TileLayout(const AttentionParams& params, const TileShape& tile)
+      : rows(round_up(tile.rows, kStripRows)),
+        keys(tile.keys),
+        q_ld(round_up(params.head_dim, V::kWidth)),
+        o_ld(round_up(params.value_head_dim, kPanel)) {}
+
+  int64_t scratch_floats() const {
+    return rows * (q_ld + keys + o_ld + 2) + keys * (q_ld + o_ld + 1);
+  }
+};
+
+template <class V>
+struct Tile {
+  TileLayout<V> layout;
+  float* q;         // [rows, q_ld]  queries in fp32
+  float* s;         // [rows, keys]  scores, then probabilities
+  float* o;         // [rows, o_ld]  output, not yet divided by the sum
+  float* k_panels;  // [keys / kPanel, D, kPanel]    packed K
+  float* v_panels;  // [o_ld / kPanel, keys, kPanel]  packed V
+  float* max;       // [rows]  running maximum of the scores, log2 units
+  float* sum;       // [rows]  running sum of exp(score - max)
+  float* bias;      // [keys]  additive mask of one row
+
+  Tile(const TileLayout<V>& tile_layout, float* scratch) : layout(tile_layout) {
+    float* next = scratch;
+    const auto take = [&next](int64_t floats) {
+      float* taken = next;
+      next += floats;
+      return taken;
+    };
+    q = take(layout.rows * layout.q_ld);
+    s = take(layout.rows * layout.keys);
+    o = take(layout.rows * layout.o_ld);
+    k_panels = take(layout.keys * layout.q_ld);
+    v_panels = take(layout.keys * layout.o_ld);
+    max = take(layout.rows);
+    sum = take(layout.rows);
+    bias = take(layout.keys);
+  }
+};
+
+// The keys of a tile that a run of rows needs, counted from the tile's first key; empty where begin >= end.
+struct StripKeys {
+  int begin, end;
+};
+
+}  // namespace gqa::cpu::GQA_ISA

@@ -1,0 +1,112 @@
+// Vectors of 8 floats: AVX2, FMA and F16C. The interface is described in vec_portable.h.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "../core/params.h"
+#include "isa.h"
+
+namespace gqa::cpu::GQA_ISA {
+
+struct Vec {
+  using F = __m256;
+  using Mask = __m256;
+  static constexpr int kWidth = 8;
+
+  static GQA_INLINE F set1(float x) { return _mm256_set1_ps(x); }
+  static GQA_INLINE F iota() { return _mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7); }
+
+  static GQA_INLINE F load(const float* p) { return _mm256_loadu_ps(p); }
+  static GQA_INLINE F load(const BFloat16* p) {
+    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+  }
+  static GQA_INLINE F load(const Float16* p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static GQA_INLINE void store(float* p, F x) { _mm256_storeu_ps(p, x); }
+  static GQA_INLINE void store(BFloat16* p, F x) {
+    const __m256i high = _mm256_srli_epi32(_mm256_castps_si256(round_to(x, p)), 16);
+    const __m256i packed = _mm256_packus_epi32(high, high);
+    const __m256i ordered = _mm256_permute4x64_epi64(packed, 0x08);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(ordered));
+  }
+  static GQA_INLINE void store(Float16* p, F x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+  }
+  static GQA_INLINE F round_to(F x, const float*) { return x; }
+  static GQA_INLINE F round_to(F x, const BFloat16*) {
+    const __m256i bits = _mm256_castps_si256(x);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i sum = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const __m256i rounded = _mm256_and_si256(sum, _mm256_set1_epi32(static_cast<int>(0xffff0000u)));
+    const F nan = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000));
+    return _mm256_blendv_ps(_mm256_castsi256_ps(rounded), nan, _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+  }
+  static GQA_INLINE F round_to(F x, const Float16*) {
+    return _mm256_cvtph_ps(_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+  }
+
+  static GQA_INLINE F add(F a, F b) { return _mm256_add_ps(a, b); }
+  static GQA_INLINE F sub(F a, F b) { return _mm256_sub_ps(a, b); }
+  static GQA_INLINE F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+  static GQA_INLINE F div(F a, F b) { return _mm256_div_ps(a, b); }
+  static GQA_INLINE F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  static GQA_INLINE F max(F a, F b) { return _mm256_max_ps(a, b); }
+  static GQA_INLINE F abs(F x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
+  static GQA_INLINE F copy_sign(F magnitude, F sign) {
+    return _mm256_or_ps(abs(magnitude), _mm256_and_ps(_mm256_set1_ps(-0.0f), sign));
+  }
+
+  static GQA_INLINE Mask less(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
+  static GQA_INLINE Mask equal(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_EQ_OQ); }
+  static GQA_INLINE Mask both(Mask a, Mask b) { return _mm256_and_ps(a, b); }
+  static GQA_INLINE F select(Mask mask, F a, F b) { return _mm256_blendv_ps(b, a, mask); }
+
+  static GQA_INLINE F add_to_exponent(F x, F n_bits) {
+    const __m256i shifted = _mm256_slli_epi32(_mm256_castps_si256(n_bits), 23);
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(x), shifted));
+  }
+
+  static GQA_INLINE float reduce_add(F x) {
+    __m128 sum = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+    return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
+  }
+  static GQA_INLINE float reduce_max(F x) {
+    __m128 most = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    most = _mm_max_ps(most, _mm_movehl_ps(most, most));
+    return _mm_cvtss_f32(_mm_max_ss(most, _mm_movehdup_ps(most)));
+  }
+  static GQA_INLINE void store_sums4(float* out, const F (&x)[4]) {
+    // Each step adds halves of two vectors: lanes end as x0 x1 x2 x3 in both 128-bit halves.
+    const F ab = add(_mm256_unpacklo_ps(x[0], x[1]), _mm256_unpackhi_ps(x[0], x[1]));
+    const F cd = add(_mm256_unpacklo_ps(x[2], x[3]), _mm256_unpackhi_ps(x[2], x[3]));
+    const F sums = add(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xee));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1)));
+  }
+  static GQA_INLINE void transpose(F (&x)[kWidth]) {
+    F a[8], b[8];
+    GQA_UNROLL(4)
+    for (int i = 0; i < 8; i += 2) {
+      a[i] = _mm256_unpacklo_ps(x[i], x[i + 1]);
+      a[i + 1] = _mm256_unpackhi_ps(x[i], x[i + 1]);
+    }
+    GQA_UNROLL(2)
+    for (int i = 0; i < 8; i += 4) {
+      b[i] = _mm256_shuffle_ps(a[i], a[i + 2], 0x44);
+      b[i + 1] = _mm256_shuffle_ps(a[i], a[i + 2], 0xee);
+      b[i + 2] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0x44);
+      b[i + 3] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0xee);
+    }
+    GQA_UNROLL(4)
+    for (int i = 0; i < 4; ++i) {
+      x[i] = _mm256_permute2f128_ps(b[i], b[i + 4], 0x20);
+      x[i + 4] = _mm256_permute2f128_ps(b[i], b[i + 4], 0x31);
+    }
+  }
+};
+
+}  // namespace gqa::cpu::GQA_ISA

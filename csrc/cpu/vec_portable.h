@@ -1,0 +1,157 @@
+// Vectors of 4 floats in the compiler's own vector types: SSE2 on x86-64, NEON on aarch64, scalars elsewhere.
+// The interface that every instruction set implements; the kernels know nothing else about the processor.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "../core/params.h"
+#include "isa.h"
+
+namespace gqa::cpu::GQA_ISA {
+
+#if defined(__ARM_FP16_FORMAT_IEEE)
+GQA_INLINE float to_float(Float16 x) {
+  __fp16 value;
+  std::memcpy(&value, &x, sizeof value);
+  return value;
+}
+GQA_INLINE Float16 to_float16(float x) {
+  const __fp16 value = x;
+  Float16 result;
+  std::memcpy(&result, &value, sizeof result);
+  return result;
+}
+#else
+GQA_INLINE float to_float(Float16 x) {
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
+  const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fffu) << 13;
+  // Read as fp32, the exponent is 112 too small; multiplying by 2^112 also normalises subnormals.
+  float value;
+  std::memcpy(&value, &magnitude, sizeof value);
+  value *= 0x1p112f;
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  if (magnitude >= 0x0f800000u) bits |= 0x7f800000u;  // infinity and NaN keep their exponent
+  bits |= sign;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+GQA_INLINE Float16 to_float16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000u);
+  bits &= 0x7fffffffu;
+  uint32_t half;
+  if (bits > 0x7f800000u) {
+    half = 0x7e00u;  // NaN
+  } else if (bits >= 0x477ff000u) {
+    half = 0x7c00u;  // rounds to 65536 or more: infinity
+  } else if (bits < 0x38800000u) {
+    // Below 2^-14: the sum with 0.5 rounds (to nearest even) at 2^-24, the step of fp16 subnormals.
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    value += 0.5f;
+    std::memcpy(&half, &value, sizeof half);
+    half -= 0x3f000000u;
+  } else {
+    half = (bits - 0x38000000u + 0xfffu + ((bits >> 13) & 1u)) >> 13;  // nearest even
+  }
+  return {static_cast<uint16_t>(sign | half)};
+}
+#endif
+
+GQA_INLINE float to_float(BFloat16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+GQA_INLINE BFloat16 to_bfloat16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return {0x7fc0u};  // NaN
+  return {static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
+}
+
+struct Vec {
+  typedef float F __attribute__((vector_size(16)));
+  typedef int32_t I __attribute__((vector_size(16)));
+  using Mask = I;
+  static constexpr int kWidth = 4;
+
+  static GQA_INLINE F set1(float x) { return F{x, x, x, x}; }
+  static GQA_INLINE F iota() { return F{0, 1, 2, 3}; }
+
+  // Loads widen to fp32 exactly; stores round to nearest even.
+  static GQA_INLINE F load(const float* p) {
+    F x;
+    std::memcpy(&x, p, sizeof x);
+    return x;
+  }
+  template <class T>
+  static GQA_INLINE F load(const T* p) {
+    return F{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])};
+  }
+  static GQA_INLINE void store(float* p, F x) { std::memcpy(p, &x, sizeof x); }
+  static GQA_INLINE void store(BFloat16* p, F x) {
+    for (int i = 0; i < kWidth; ++i) p[i] = to_bfloat16(x[i]);
+  }
+  static GQA_INLINE void store(Float16* p, F x) {
+    for (int i = 0; i < kWidth; ++i) p[i] = to_float16(x[i]);
+  }
+  // x rounded to T and widened again.
+  template <class T>
+  static GQA_INLINE F round_to(F x, const T*) {
+    T rounded[kWidth];
+    store(rounded, x);
+    return load(rounded);
+  }
+
+  static GQA_INLINE F add(F a, F b) { return a + b; }
+  static GQA_INLINE F sub(F a, F b) { return a - b; }
+  static GQA_INLINE F mul(F a, F b) { return a * b; }
+  static GQA_INLINE F div(F a, F b) { return a / b; }
+  static GQA_INLINE F fma(F a, F b, F c) { return a * b + c; }
+  // b where either is NaN.
+  static GQA_INLINE F max(F a, F b) { return select(a > b, a, b); }
+  static GQA_INLINE F abs(F x) { return (F)((I)x & I{kAbs, kAbs, kAbs, kAbs}); }
+  static GQA_INLINE F copy_sign(F magnitude, F sign) {
+    return (F)((I)abs(magnitude) | ((I)sign & ~I{kAbs, kAbs, kAbs, kAbs}));
+  }
+
+  static GQA_INLINE Mask less(F a, F b) { return a < b; }
+  static GQA_INLINE Mask equal(F a, F b) { return a == b; }
+  static GQA_INLINE Mask both(Mask a, Mask b) { return a & b; }
+  static GQA_INLINE F select(Mask mask, F a, F b) {
+    return (F)((mask & (I)a) | (~mask & (I)b));
+  }
+
+  // x * 2^n for the integer n in the low bits of `n_bits`; 2^-127 * 1 gives 0.
+  static GQA_INLINE F add_to_exponent(F x, F n_bits) { return (F)((I)x + ((I)n_bits << 23)); }
+
+  static GQA_INLINE float reduce_add(F x) { return (x[0] + x[1]) + (x[2] + x[3]); }
+  static GQA_INLINE float reduce_max(F x) {
+    const float a = x[0] > x[1] ? x[0] : x[1];
+    const float b = x[2] > x[3] ? x[2] : x[3];
+    return a > b ? a : b;
+  }
+  // out[i] = sum of the lanes of x[i]
+  static GQA_INLINE void store_sums4(float* out, const F (&x)[4]) {
+    F t[4] = {x[0], x[1], x[2], x[3]};
+    transpose(t);
+    store(out, (t[0] + t[1]) + (t[2] + t[3]));
+  }
+  static GQA_INLINE void transpose(F (&x)[kWidth]) {
+    const F a = x[0], b = x[1], c = x[2], d = x[3];
+    x[0] = F{a[0], b[0], c[0], d[0]};
+    x[1] = F{a[1], b[1], c[1], d[1]};
+    x[2] = F{a[2], b[2], c[2], d[2]};
+    x[3] = F{a[3], b[3], c[3], d[3]};
+  }
+
+ private:
+  static constexpr int32_t kAbs = 0x7fffffff;
+};
+
+}  // namespace gqa::cpu::GQA_ISA

@@ -1,0 +1,202 @@
+"""Tiles and launch choices of the Triton kernels, as data and pure functions of shape and device.
+
+There is no autotuning at run time: it would synchronise with the device, and a result would depend
+on what ran before. The tables hold tiles that compile without register spills and fit the shared
+memory (tests/backends/test_triton_aot.py checks both).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+
+from ... import env
+from ...splits import SplitChoice, ceil_div, choose_splits
+
+
+@dataclass(frozen=True)
+class DeviceFacts:
+    """What the choices depend on.
+
+    Attributes:
+        family: key of the tile tables.
+        num_sms: streaming multiprocessors or compute units.
+        l2_bytes: size of the L2 cache.
+    """
+
+    family: str
+    num_sms: int
+    l2_bytes: int
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Rows and keys of a tile, and how the kernel is compiled for it."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a call; ``num_groups`` is G of the plan."""
+
+    batch: int
+    num_heads: int
+    num_groups: int
+    q_len: int
+    kv_len: int
+    head_dim: int
+    value_head_dim: int
+    itemsize: int
+    window_left: int = -1
+    window_right: int = -1
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """A decode launch: the tile, the row tiles per (sequence, split), and the splits."""
+
+    tile: Tile
+    num_tiles: int
+    splits: SplitChoice
+
+
+INTERPRETER = DeviceFacts("interpreter", num_sms=4, l2_bytes=1 << 20)
+
+# (family, bytes per element) -> dim class (the larger padded head dim, at least 64) -> tile.
+PREFILL_TILES: dict[tuple[str, int], dict[int, Tile]] = {
+    ("sm80", 2): {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 4, 2)},
+    ("sm80", 4): {64: Tile(64, 32, 4, 2), 128: Tile(32, 32, 4, 2), 256: Tile(32, 16, 4, 2)},
+    ("sm86", 2): {64: Tile(128, 64, 4, 2), 128: Tile(128, 32, 8, 2), 256: Tile(64, 32, 8, 1)},
+    ("sm86", 4): {64: Tile(64, 32, 4, 1), 128: Tile(32, 32, 4, 1), 256: Tile(32, 16, 4, 1)},
+    ("sm90", 2): {64: Tile(128, 128, 8, 2), 128: Tile(128, 64, 8, 3), 256: Tile(128, 64, 8, 2)},
+    ("sm90", 4): {64: Tile(64, 32, 4, 2), 128: Tile(32, 32, 4, 2), 256: Tile(32, 16, 4, 2)},
+    ("sm100", 2): {64: Tile(128, 128, 8, 2), 128: Tile(128, 64, 8, 3), 256: Tile(128, 64, 8, 2)},
+    ("sm100", 4): {64: Tile(64, 32, 4, 2), 128: Tile(32, 32, 4, 2), 256: Tile(32, 16, 4, 2)},
+    ("gfx9", 2): {64: Tile(128, 64, 4, 1), 128: Tile(128, 32, 4, 1), 256: Tile(64, 32, 4, 1)},
+    ("gfx9", 4): {64: Tile(64, 32, 4, 1), 128: Tile(32, 32, 4, 1), 256: Tile(32, 16, 4, 1)},
+    ("interpreter", 2): {dim: Tile(64, 64, 4, 1) for dim in (64, 128, 256)},
+    ("interpreter", 4): {dim: Tile(64, 64, 4, 1) for dim in (64, 128, 256)},
+}
+
+# The same for decode; its block_m follows from the shape (`decode_block_m`), up to the one here.
+DECODE_TILES: dict[tuple[str, int], dict[int, Tile]] = {
+    ("sm80", 2): {64: Tile(64, 128, 4, 3), 128: Tile(64, 64, 4, 3), 256: Tile(32, 32, 4, 3)},
+    ("sm80", 4): {64: Tile(32, 32, 4, 2), 128: Tile(16, 32, 4, 2), 256: Tile(16, 16, 4, 2)},
+    ("sm86", 2): {64: Tile(64, 64, 4, 3), 128: Tile(64, 32, 4, 3), 256: Tile(32, 32, 4, 2)},
+    ("sm86", 4): {64: Tile(32, 32, 4, 2), 128: Tile(16, 32, 4, 2), 256: Tile(16, 16, 4, 2)},
+    ("sm90", 2): {64: Tile(64, 128, 4, 3), 128: Tile(64, 64, 4, 3), 256: Tile(64, 32, 4, 3)},
+    ("sm90", 4): {64: Tile(32, 32, 4, 2), 128: Tile(16, 32, 4, 2), 256: Tile(16, 16, 4, 2)},
+    ("sm100", 2): {64: Tile(64, 128, 4, 3), 128: Tile(64, 64, 4, 3), 256: Tile(64, 32, 4, 3)},
+    ("sm100", 4): {64: Tile(32, 32, 4, 2), 128: Tile(16, 32, 4, 2), 256: Tile(16, 16, 4, 2)},
+    ("gfx9", 2): {64: Tile(64, 64, 4, 1), 128: Tile(32, 64, 4, 1), 256: Tile(32, 32, 4, 1)},
+    ("gfx9", 4): {64: Tile(32, 32, 4, 1), 128: Tile(16, 32, 4, 1), 256: Tile(16, 16, 4, 1)},
+    ("interpreter", 2): {dim: Tile(64, 64, 4, 1) for dim in (64, 128, 256)},
+    ("interpreter", 4): {dim: Tile(64, 64, 4, 1) for dim in (64, 128, 256)},
+}
+
+DECODE_PROGRAMS_PER_SM = 2  # decode programs that run on one multiprocessor at once
+ALWAYS_PACKED_Q_LEN = 16  # up to here rows are packed whatever the rest of the shape
+MAX_PACKED_Q_LEN = 128  # a whole prefill tile: packing can't fill it better
+ROW_HEADROOM = 2  # rows of a decode tile over the mean group's, for groups above the mean
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least ``n``."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def padded_dim(dim: int) -> int:
+    """Columns of a tile that holds ``dim`` columns: a power of two, at least 16 for ``tl.dot``."""
+    return max(16, power_of_two(dim))
+
+
+@lru_cache(maxsize=64)
+def device_facts(device: torch.device) -> DeviceFacts:
+    """Facts of a device; fixed ones where the kernels are interpreted."""
+    if env.triton_interpreter():
+        return INTERPRETER
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        family = "gfx9"
+    elif (properties.major, properties.minor) == (8, 0):
+        family = "sm80"
+    elif properties.major == 9:
+        family = "sm90"
+    elif properties.major in (10, 11):
+        family = "sm100"
+    else:
+        family = "sm86"
+    return DeviceFacts(family, properties.multi_processor_count, properties.L2_cache_size)
+
+
+def prefill_tile(shape: Shape, facts: DeviceFacts) -> Tile:
+    """Tile of a prefill launch."""
+    return _lookup(PREFILL_TILES, shape, facts)
+
+
+def heads_per_section(shape: Shape, facts: DeviceFacts) -> int:
+    """Query heads that run side by side: as many as leave their K and V in half of the L2 cache."""
+    bytes_per_head = shape.kv_len * (shape.head_dim + shape.value_head_dim) * shape.itemsize
+    return max(1, min(shape.num_heads, facts.l2_bytes // 2 // max(bytes_per_head, 1)))
+
+
+def prefers_decode(shape: Shape, facts: DeviceFacts) -> bool:
+    """Whether the decode kernel (rows of a group packed, split keys) suits the shape better.
+
+    Always for a few query tokens. For up to a prefill tile of them, where tiles of one head would
+    stay mostly empty and there are too few of them to fill the device.
+    """
+    if shape.q_len <= ALWAYS_PACKED_Q_LEN:
+        return True
+    if shape.q_len > MAX_PACKED_Q_LEN:
+        return False
+    block_m = prefill_tile(shape, facts).block_m
+    tiles = ceil_div(shape.q_len, block_m)
+    mostly_empty = 2 * shape.q_len <= tiles * block_m
+    return mostly_empty and shape.batch * shape.num_heads * tiles < facts.num_sms
+
+
+def decode_config(shape: Shape, facts: DeviceFacts, num_splits: int | None = None) -> DecodeConfig:
+    """Launch of the decode kernel; ``num_splits`` overrides the heuristic."""
+    tile = _lookup(DECODE_TILES, shape, facts)
+    tile = replace(tile, block_m=decode_block_m(shape, tile.block_m))
+    kv_len = shape.kv_len
+    if shape.window_left >= 0 and shape.window_right >= 0:
+        kv_len = min(kv_len, shape.window_left + shape.window_right + shape.q_len)
+    num_blocks = ceil_div(kv_len, tile.block_n)
+    rows = shape.q_len * shape.num_heads
+    likely_tiles = max(ceil_div(rows, tile.block_m), min(shape.num_groups, shape.num_heads))
+    slots = facts.num_sms * DECODE_PROGRAMS_PER_SM
+    splits = choose_splits(shape.batch * likely_tiles, num_blocks, slots)
+    if num_splits is not None:
+        splits = replace(splits, num_splits=num_splits)
+    return DecodeConfig(tile, most_row_tiles(shape, tile.block_m), splits)
+
+
+def decode_block_m(shape: Shape, largest: int) -> int:
+    """Rows of a decode tile: those of the mean group with some headroom, as maps are uneven."""
+    groups = max(1, min(shape.num_groups, shape.num_heads))
+    mean_rows = ceil_div(shape.q_len * shape.num_heads, groups)
+    headroom = ROW_HEADROOM if groups > 1 else 1
+    return max(16, min(largest, power_of_two(headroom * mean_rows)))
+
+
+def most_row_tiles(shape: Shape, block_m: int) -> int:
+    """Row tiles that suffice for every head map of this shape.
+
+    A group of r rows takes ceil(r / block_m) <= (r - 1) // block_m + 1 tiles. At most
+    min(G + 1, Hq) groups, with that of the invalid heads, are not empty.
+    """
+    groups = min(shape.num_groups + 1, shape.num_heads)
+    return groups + (shape.q_len * shape.num_heads - groups) // block_m
+
+
+def _lookup(table: dict[tuple[str, int], dict[int, Tile]], shape: Shape, facts: DeviceFacts):
+    dim_class = max(64, padded_dim(shape.head_dim), padded_dim(shape.value_head_dim))
+    return table[facts.family, shape.itemsize][dim_class]

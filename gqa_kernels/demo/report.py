@@ -1,0 +1,208 @@
+"""The demo's results as tables and as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from ..head_map import HeadMap
+from ..version import __version__
+from . import text
+from .baseline import Comparison
+from .lossless import Lossless
+from .lossy import Merged
+from .measure import Speed
+from .model import LoadedModel
+from .settings import Settings
+
+SHOWN_LAYERS = 6  # maps printed in full; the rest are in the JSON
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that one run found; see the classes of its parts."""
+
+    settings: Settings
+    loaded: LoadedModel
+    load_seconds: float
+    lossless: Lossless
+    comparison: Comparison
+    speed: dict[str, Speed]
+    merged: list[Merged]
+    seconds: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether the lossless part held."""
+        return self.lossless.identical
+
+    def to_dict(self) -> dict:
+        config = self.loaded.model.config
+        return {
+            "ok": self.ok,
+            "seconds": self.seconds,
+            "versions": versions(),
+            "settings": asdict(self.settings),
+            "model": {
+                "name": self.loaded.name,
+                "layers": config.num_hidden_layers,
+                "query_heads": config.num_attention_heads,
+                "kv_heads": config.num_key_value_heads,
+                "load_seconds": self.load_seconds,
+            },
+            "lossless": {
+                "identical": self.lossless.identical,
+                "kv_heads": self.settings.split_kv_heads,
+                "maps": [list(head_map) for head_map in self.lossless.maps],
+                "stock_tokens": self.lossless.stock_tokens,
+                "split_tokens": self.lossless.split_tokens,
+                "stock_text": self.lossless.stock_text,
+                "split_text": self.lossless.split_text,
+            },
+            "attention": asdict(self.comparison),
+            "speed": {name: asdict(speed) for name, speed in self.speed.items()},
+            "lossy": {
+                "calibration_text": text.CALIBRATION,
+                "evaluation_text": text.EVALUATION,
+                "models": [
+                    {
+                        "method": m.method,
+                        "kv_heads": m.kv_heads,
+                        "kv_bytes_per_token": m.kv_bytes_per_token,
+                        "perplexity": m.perplexity,
+                        "key_maps": [list(key_map) for key_map, _ in m.maps],
+                        "value_maps": [list(value_map) for _, value_map in m.maps],
+                    }
+                    for m in self.merged
+                ],
+            },
+        }
+
+    def save(self, path: Path) -> None:
+        """Write the JSON; the file appears whole or not at all."""
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+
+    def show(self, console: Console) -> None:
+        for table in (self._maps(), self._speeds(), self._perplexities()):
+            console.print()
+            console.print(table)
+        console.print()
+        self._verdict(console)
+
+    def _maps(self) -> Table:
+        config = self.loaded.model.config
+        count = len(self.lossless.maps)
+        table = Table(
+            title=f"Lossless maps: {config.num_attention_heads} query heads over "
+            f"{self.settings.split_kv_heads} KV heads (from {config.num_key_value_heads})"
+        )
+        for name in ("layer", "KV head of each query head", "group sizes"):
+            table.add_column(name, justify="right" if name == "layer" else "left")
+        for layer, head_map in enumerate(self.lossless.maps[:SHOWN_LAYERS]):
+            table.add_row(str(layer), _entries(head_map), _sizes(head_map))
+        if count > SHOWN_LAYERS:
+            table.add_row("...", f"{count - SHOWN_LAYERS} more layers, each another map", "")
+        return table
+
+    def _speeds(self) -> Table:
+        settings = self.settings
+        table = Table(
+            title=f"Whole model, batch 1, {settings.dtype}, {settings.context} tokens of context, "
+            f"median of {settings.repeats}, {_device(self.loaded)}"
+        )
+        table.add_column("attention")
+        for name in ("KV bytes/token", "prefill tokens/s", "decode tokens/s"):
+            table.add_column(name, justify="right")
+        for name, speed in self.speed.items():
+            table.add_row(
+                name, f"{speed.kv_bytes_per_token:,}", f"{speed.prefill:.1f}", f"{speed.decode:.2f}"
+            )
+        return table
+
+    def _perplexities(self) -> Table:
+        texts, length = self.settings.evaluation_shape
+        table = Table(
+            title=f"Perplexity without any retraining, {text.EVALUATION} ({texts} x {length} tokens)"
+        )
+        table.add_column("groups")
+        table.add_column("KV heads", justify="right")
+        table.add_column("group sizes by K")
+        for name in ("KV bytes/token", "perplexity"):
+            table.add_column(name, justify="right")
+        for m in self.merged:
+            table.add_row(
+                m.method,
+                str(m.kv_heads),
+                _common_sizes([key_map for key_map, _ in m.maps]),
+                f"{m.kv_bytes_per_token:,}",
+                f"{m.perplexity:.2f}",
+            )
+        return table
+
+    def _verdict(self, console: Console) -> None:
+        prompt, part, seen = self.settings.prompt, self.lossless, self.comparison
+        console.print(f"[bold]{prompt}[/bold]{part.split_text}", highlight=False)
+        count = len(part.stock_tokens)
+        if self.ok:
+            console.print(
+                f"[green]Lossless:[/green] all {count} tokens equal those of the stock model."
+            )
+        else:
+            pairs = zip(part.stock_tokens, part.split_tokens, strict=True)
+            first = next(i for i, (a, b) in enumerate(pairs) if a != b)
+            console.print(f"[red]NOT lossless:[/red] token {first} of {count} differs; stock text:")
+            console.print(part.stock_text, highlight=False)
+        for phase, backend in seen.backend.items():
+            console.print(
+                f"{phase}: backend {backend}, max |asym_gqa - expand + SDPA| = "
+                f"{seen.max_error[phase]:.1e} (values up to {seen.max_value[phase]:.1f})"
+            )
+        console.print(f"{self.seconds:.0f} s in all, {self.load_seconds:.0f} s of them loading")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what ran, for the report."""
+    import transformers
+
+    return {
+        "gqa_kernels": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def _device(loaded: LoadedModel) -> str:
+    device = loaded.model.device
+    if device.type == "cpu":
+        return f"CPU with {torch.get_num_threads()} threads"
+    return torch.cuda.get_device_name(device)
+
+
+def _entries(head_map: HeadMap) -> str:
+    return " ".join(map(str, head_map))
+
+
+def _sizes(head_map: HeadMap) -> str:
+    return ",".join(map(str, head_map.group_sizes))
+
+
+def _common_sizes(maps: list[HeadMap]) -> str:
+    """Sorted group sizes and how many layers have them, the commonest first."""
+    counts = Counter(",".join(map(str, sorted(m.group_sizes, reverse=True))) for m in maps)
+    return "  ".join(
+        sizes if count == len(maps) else f"{sizes} (x{count})"
+        for sizes, count in counts.most_common(3)
+    )

@@ -1,0 +1,72 @@
+"""The demo from loading to report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from ..integrations.transformers import register
+from . import lossless, lossy
+from .baseline import EXPAND, Comparison, compare, register_baseline
+from .measure import Speed, speeds
+from .model import LoadedModel
+from .progress import Steps
+from .report import Report
+from .settings import Settings
+from .text import evaluation_text, rows
+
+
+def run(settings: Settings, load: Callable[[], LoadedModel], console: Console) -> Report:
+    """Run every part on the model that ``load`` returns."""
+    started = time.perf_counter()
+    steps = Steps(console)
+    register(backend=settings.backend)
+    register_baseline()
+    with steps.step("Loading the model"):
+        loaded = load()
+    load_seconds = time.perf_counter() - started
+    split, lossless_part = lossless.run(loaded, settings, steps)
+    comparison = lossless_part.comparison
+    dtype = getattr(torch, settings.dtype)
+    if dtype != torch.float32:
+        loaded.model.to(dtype)
+        split.to(dtype)
+        comparison = _compare_again(split, loaded, settings, steps)
+    timed = _time(split, loaded, settings, steps)
+    del split
+    return Report(
+        settings=settings,
+        loaded=loaded,
+        load_seconds=load_seconds,
+        lossless=lossless_part,
+        comparison=comparison,
+        speed=timed,
+        merged=lossy.run(loaded, settings, steps),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _compare_again(
+    split: nn.Module, loaded: LoadedModel, settings: Settings, steps: Steps
+) -> Comparison:
+    ids = rows(loaded.tokenizer, evaluation_text(), (1, 64)).to(split.device)
+    with steps.step(f"Comparing attention with expand + SDPA in {settings.dtype}"):
+        return compare(split, ids, 8, settings.backend)
+
+
+def _time(
+    split: nn.Module, loaded: LoadedModel, settings: Settings, steps: Steps
+) -> dict[str, Speed]:
+    ids = rows(loaded.tokenizer, evaluation_text(), (1, settings.context)).to(split.device)
+    variants = {
+        "stock model, SDPA": (loaded.model, "sdpa"),
+        "split model, expand + SDPA": (split, EXPAND),
+        "split model, asym_gqa": (split, "asym_gqa"),
+    }
+    total = len(variants) * (settings.repeats + 1)
+    with steps.step(f"Timing prefill of {settings.context} tokens and decode", total) as advance:
+        return speeds(variants, ids, settings.decode_steps, settings.repeats, advance)

@@ -1,0 +1,106 @@
+"""torch.compile without graph breaks, on every backend."""
+
+import pytest
+import torch
+from torch import nn
+
+from gqa_kernels import HeadMap, asym_gqa_attention
+from gqa_kernels.testing import assert_attention_close, make_inputs
+from tests.test_attention import USABLE
+
+MAP = HeadMap([0, 2, 0, 1])
+
+
+class Attention(nn.Module):
+    """A module as users write it: the map as an attribute, projections around the call."""
+
+    def __init__(self, head_map, backend: str, **options):
+        super().__init__()
+        self.head_map, self.backend, self.options = head_map, backend, options
+
+    def forward(self, q, k, v):
+        out, lse = asym_gqa_attention(
+            q * 1.0, k, v, self.head_map, return_lse=True, backend=self.backend, **self.options
+        )
+        return out + 0.0, lse
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled(module, dynamic=None):
+    return torch.compile(module, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+
+
+OPTIONS = {
+    "causal": {"causal": True},
+    "everything": {
+        "window": (6, 2),
+        "softcap": 2.0,
+        "alibi_slopes": torch.tensor([0.1, 0.2, 0.3, 0.0]),
+        "sinks": torch.tensor([1.0, 0.0, -1.0, 2.0]),
+        "attn_mask": torch.randn(4, 1, 9, generator=torch.Generator().manual_seed(0)),
+        "kv_lengths": torch.tensor([4, 9]),
+        "value_head_map": HeadMap([1, 0, 0, 2]),
+    },
+}
+
+
+@pytest.mark.parametrize("backend", ["auto", *USABLE])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+def test_fullgraph(backend, options, layout, device):
+    options = {
+        name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in options.items()
+    }
+    q, k, v = make_inputs(2, MAP, 7, 9, 16, device=device, layout=layout)
+    module = Attention(MAP, backend, layout=layout, **options)
+    for _ in range(2):
+        out, lse = compiled(module)(q, k, v)
+        assert_attention_close(out, q, k, v, MAP, lse=lse, layout=layout, **options)
+
+
+@pytest.mark.parametrize("backend", USABLE)
+def test_changing_shapes_and_map_tensors_compile_once(backend, device):
+    """Dynamic shapes; and a map in a tensor may change with no compilation."""
+    count = 0
+
+    def counting(graph, inputs):
+        nonlocal count
+        count += 1
+        return graph
+
+    @torch.compile(fullgraph=True, dynamic=True, backend=counting)
+    def call(q, k, v, head_map):
+        return asym_gqa_attention(q, k, v, head_map, causal=True, backend=backend)
+
+    for step, (q_len, kv_len) in enumerate([(18, 33), (19, 40), (23, 51)]):
+        entries = [(h * (step + 1) + step) % 3 for h in range(4)]
+        head_map = torch.tensor(entries, dtype=torch.int32, device=device)
+        q, k, v = make_inputs(2, HeadMap(entries, 3), q_len, kv_len, 16, device=device)
+        assert_attention_close(call(q, k, v, head_map), q, k, v, entries, causal=True)
+    assert count == 1
+
+
+@pytest.mark.parametrize("backend", USABLE)
+def test_bad_entry_of_a_map_tensor_gives_nan(backend, device):
+    """In a compiled graph, as on an accelerator, the host can't look at the map."""
+    head_map = torch.tensor([0, 7, 1, -1], dtype=torch.int32, device=device)
+    for q_len in (1, 20):
+        q, k, v = make_inputs(2, HeadMap([0, 1, 1, 0]), q_len, 9, 16, device=device)
+        out, lse = compiled(Attention(head_map, backend))(q, k, v)
+        assert out[:, [1, 3]].isnan().all() and lse[:, [1, 3]].isnan().all()
+        good = asym_gqa_attention(q[:, [0, 2]], k, v, [0, 1], backend=backend)
+        torch.testing.assert_close(out[:, [0, 2]], good)
+
+
+@pytest.mark.parametrize("backend", USABLE)
+def test_inductor(backend, device):
+    q, k, v = make_inputs(2, MAP, 7, 9, 16, device=device)
+    module = torch.compile(Attention(MAP, backend, causal=True), fullgraph=True)
+    out, lse = module(q, k, v)
+    assert_attention_close(out, q, k, v, MAP, lse=lse, causal=True)
