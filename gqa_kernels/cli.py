@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--backend", choices=("auto", *BACKENDS), default="auto", help="of the attention (auto)"
     )
-    demo.add_argument("--new-tokens", type=_positive, metavar="N", help="tokens to generate (48)")
+    demo.add_argument("--new-tokens", type=_count, metavar="N", help="tokens to generate (48)")
     demo.add_argument("--prompt", help="text to continue")
     demo.add_argument("--quick", action="store_true", help="smaller sizes, rough perplexities")
     demo.add_argument("--seed", type=int, help="of the lossless maps (0)")
@@ -140,11 +140,10 @@ def _version(distribution: str) -> str:
         return "not installed"
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text}")
+    return int(text)
 
 
 def _wait_passively() -> None:

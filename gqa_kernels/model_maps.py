@@ -8,7 +8,7 @@ is ordinary GQA.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 from .head_map import HeadMap
@@ -56,6 +56,6 @@ def _read(
     return _head_map(tuple(maps[layer]), num_kv_heads)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _head_map(entries: tuple[int, ...], num_kv_heads: int) -> HeadMap:
     return HeadMap(entries, num_kv_heads)

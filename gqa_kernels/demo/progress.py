@@ -22,8 +22,11 @@ class Steps:
         columns = [TextColumn("{task.description}"), BarColumn(bar_width=30)]
         if total is not None:
             columns.append(MofNCompleteColumn())
+        columns.append(TimeElapsedColumn())
         started = time.perf_counter()
-        with Progress(*columns, TimeElapsedColumn(), console=self.console, transient=True) as bars:
+        with Progress(
+            *columns, console=self.console, transient=True, disable=not self.console.is_terminal
+        ) as bars:
             task = bars.add_task(title, total=total)
             yield lambda: bars.advance(task)
         self.console.print(f"{title} [dim]{time.perf_counter() - started:.1f} s[/dim]")

@@ -101,26 +101,28 @@ class Report:
 
     def _maps(self) -> Table:
         config = self.loaded.model.config
-        count = len(self.lossless.maps)
-        table = Table(
-            title=f"Lossless maps: {config.num_attention_heads} query heads over "
-            f"{self.settings.split_kv_heads} KV heads (from {config.num_key_value_heads})"
-        )
-        for name in ("layer", "KV head of each query head", "group sizes"):
-            table.add_column(name, justify="right" if name == "layer" else "left")
-        for layer, head_map in enumerate(self.lossless.maps[:SHOWN_LAYERS]):
-            table.add_row(str(layer), _entries(head_map), _sizes(head_map))
-        if count > SHOWN_LAYERS:
-            table.add_row("...", f"{count - SHOWN_LAYERS} more layers, each another map", "")
+        fewest = self.merged[-1]
+        table = Table(title=f"KV head that each of {config.num_attention_heads} query heads reads")
+        table.add_column("layer", justify="right")
+        table.add_column(f"lossless, {self.settings.split_kv_heads} KV heads")
+        table.add_column("group sizes")
+        table.add_column(f"{fewest.method}, {fewest.kv_heads}: K")
+        table.add_column("V")
+        layers = list(zip(self.lossless.maps, fewest.maps, strict=True))
+        for layer, (split, (key_map, value_map)) in enumerate(layers[:SHOWN_LAYERS]):
+            table.add_row(
+                str(layer), _entries(split), _sizes(split), _entries(key_map), _entries(value_map)
+            )
+        if len(layers) > SHOWN_LAYERS:
+            table.add_row("...", f"({len(layers) - SHOWN_LAYERS} more layers)")
         return table
 
     def _speeds(self) -> Table:
         settings = self.settings
         table = Table(
-            title=f"Whole model, batch 1, {settings.dtype}, {settings.context} tokens of context, "
-            f"median of {settings.repeats}, {_device(self.loaded)}"
+            title=f"Speed, {settings.dtype}, context {settings.context}, {_device(self.loaded)}"
         )
-        table.add_column("attention")
+        table.add_column("model: attention")
         for name in ("KV bytes/token", "prefill tokens/s", "decode tokens/s"):
             table.add_column(name, justify="right")
         for name, speed in self.speed.items():
@@ -132,11 +134,11 @@ class Report:
     def _perplexities(self) -> Table:
         texts, length = self.settings.evaluation_shape
         table = Table(
-            title=f"Perplexity without any retraining, {text.EVALUATION} ({texts} x {length} tokens)"
+            title=f"KV heads merged, not retrained: perplexity of {texts} x {length} tokens"
         )
         table.add_column("groups")
         table.add_column("KV heads", justify="right")
-        table.add_column("group sizes by K")
+        table.add_column("K group sizes")
         for name in ("KV bytes/token", "perplexity"):
             table.add_column(name, justify="right")
         for m in self.merged:
@@ -192,7 +194,7 @@ def _device(loaded: LoadedModel) -> str:
 
 
 def _entries(head_map: HeadMap) -> str:
-    return " ".join(map(str, head_map))
+    return ("" if head_map.num_kv_heads <= 10 else " ").join(map(str, head_map))
 
 
 def _sizes(head_map: HeadMap) -> str:

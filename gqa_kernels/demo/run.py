@@ -9,6 +9,8 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from ..attention import asym_gqa_attention
+from ..head_map import HeadMap
 from ..integrations.transformers import register
 from . import lossless, lossy
 from .baseline import EXPAND, Comparison, compare, register_baseline
@@ -24,6 +26,8 @@ def run(settings: Settings, load: Callable[[], LoadedModel], console: Console) -
     """Run every part on the model that ``load`` returns."""
     started = time.perf_counter()
     steps = Steps(console)
+    with steps.step("Preparing kernels (some are compiled at first use)"):
+        asym_gqa_attention(*torch.zeros(3, 1, 2, 4, 16), HeadMap([1, 0]), backend=settings.backend)
     register(backend=settings.backend)
     register_baseline()
     with steps.step("Loading the model"):
@@ -63,9 +67,9 @@ def _time(
 ) -> dict[str, Speed]:
     ids = rows(loaded.tokenizer, evaluation_text(), (1, settings.context)).to(split.device)
     variants = {
-        "stock model, SDPA": (loaded.model, "sdpa"),
-        "split model, expand + SDPA": (split, EXPAND),
-        "split model, asym_gqa": (split, "asym_gqa"),
+        "stock: SDPA": (loaded.model, "sdpa"),
+        "split: expand + SDPA": (split, EXPAND),
+        "split: asym_gqa": (split, "asym_gqa"),
     }
     total = len(variants) * (settings.repeats + 1)
     with steps.step(f"Timing prefill of {settings.context} tokens and decode", total) as advance:

@@ -91,9 +91,7 @@ def similarity(
     return Dissimilarity(sum(distances) / len(distances), layer, side, kind)
 
 
-def _distance(
-    layer: AttentionLayer, stats: LayerStats | None, side: str, kind: str
-) -> np.ndarray:
+def _distance(layer: AttentionLayer, stats: LayerStats | None, side: str, kind: str) -> np.ndarray:
     """``[Hq, Hq]`` distances of one side."""
     projection, head_map = {
         "k": (layer.key, layer.key_map),

@@ -1,0 +1,231 @@
+// One task: the online softmax over its keys, tile after tile, for all its rows.
+//
+//   for every tile of keys:  S = Q K^T;  P = exp(S - max);  O = O * exp(old max - max) + P V
+//   then:                    out = O / sum, or a partial result, which the last split to finish merges
+//
+// Rows are query tokens x heads of one group, token-major: row r is token r / heads, head r % heads. Tasks with few
+// rows (decode) read K and V where they lie, others pack them (products_direct.h, products_packed.h).
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "../core/visible.h"
+#include "isa.h"
+#include "kernels.h"
+#include "kv_rows.h"
+#include "math.h"
+#include "products_direct.h"
+#include "products_packed.h"
+#include "schedule.h"
+#include "softmax.h"
+#include "tile.h"
+
+namespace gqa::cpu::GQA_ISA {
+
+constexpr int kMaxTileKeys = 128;
+constexpr int kMaxStrips = 32;
+
+template <class V, class T>
+class AttentionTask {
+ public:
+  AttentionTask(const CallState& call, const Task& task, float* scratch)
+      : call_(call),
+        params_(call.params),
+        task_(task),
+        tile_(TileLayout<V>(call.params, call.schedule.tile), scratch),
+        k_(params_.k, params_.k_stride, task.batch, task.k_head),
+        v_(params_.v, params_.v_stride, task.batch, task.v_head),
+        rows_(task.num_rows()) {}
+
+  void run() {
+    load_queries();
+    const bool bias = params_.softcap != 0.0f || params_.alibi_slopes || params_.attn_mask;
+    if (rows_ <= DirectProducts<V, T>::kMaxRows) {
+      bias ? run_tiles<DirectProducts<V, T>, true>() : run_tiles<DirectProducts<V, T>, false>();
+    } else {
+      bias ? run_tiles<PackedProducts<V, T>, true>() : run_tiles<PackedProducts<V, T>, false>();
+    }
+    if (task_.merge < 0) {
+      for (int r = 0; r < rows_; ++r) write_row(r, tile_.o + r * tile_.layout.o_ld, tile_.max[r], tile_.sum[r]);
+    } else {
+      store_partial_result();
+      // The last split to finish sees all others' results: acquire pairs with their release.
+      if (call_.unfinished[task_.merge].fetch_sub(1, std::memory_order_acq_rel) == 1) merge_splits();
+    }
+  }
+
+ private:
+  int64_t token(int r) const { return task_.token_begin + r / task_.num_heads(); }
+  int32_t head(int r) const {
+    return call_.schedule.heads[task_.head_begin + r % task_.num_heads()];
+  }
+
+  void load_queries() {
+    const TileLayout<V>& layout = tile_.layout;
+    const int64_t padded_rows = round_up(rows_, kStripRows);
+    const T* q = static_cast<const T*>(params_.q) + task_.batch * params_.q_stride.b;
+    for (int r = 0; r < padded_rows; ++r) {
+      float* to = tile_.q + r * layout.q_ld;
+      const int64_t filled = r < rows_ ? params_.head_dim : 0;
+      if (r < rows_) {
+        const T* from = q + head(r) * params_.q_stride.h + token(r) * params_.q_stride.s;
+        widen_row<V>(from, params_.head_dim, to);
+      }
+      for (int64_t d = filled; d < layout.q_ld; ++d) to[d] = 0.0f;
+      for (int64_t d = 0; d < layout.o_ld; ++d) tile_.o[r * layout.o_ld + d] = 0.0f;
+    }
+    for (int r = 0; r < rows_; ++r) {
+      tile_.max[r] = -INFINITY;
+      tile_.sum[r] = 0.0f;
+    }
+  }
+
+  template <class Products, bool kBias>
+  void run_tiles() {
+    Products products(params_, tile_);
+    const T* k_rows[2][kMaxTileKeys];  // of this tile and the next
+    const T* v_rows[kMaxTileKeys];
+    StripKeys strips[kMaxStrips];
+    const int64_t end = task_.key_end;
+    const auto keys_of_tile = [&](int64_t first) {
+      const int64_t n = first < end ? end - first : 0;
+      return static_cast<int>(n < tile_.layout.keys ? n : tile_.layout.keys);
+    };
+    k_.fetch(task_.key_begin, keys_of_tile(task_.key_begin), k_rows[0]);
+    int which = 0;
+    for (int64_t first = task_.key_begin; first < end; first += tile_.layout.keys, which ^= 1) {
+      const int n = keys_of_tile(first);
+      const int64_t next = first + n;
+      v_.fetch(first, n, v_rows);
+      k_.fetch(next, keys_of_tile(next), k_rows[which ^ 1]);
+      for (int r = 0; r < rows_; r += Products::kStrip) {
+        strips[r / Products::kStrip] = strip_keys(r, r + Products::kStrip, first, n);
+      }
+      products.begin_tile(k_rows[which], v_rows, n, k_rows[which ^ 1], keys_of_tile(next));
+      products.scores(rows_, strips);
+      for (int r = 0; r < rows_; ++r) {
+        const StripKeys& strip = strips[r / Products::kStrip];
+        if (strip.begin < strip.end) softmax<kBias>(r, first, strip);
+      }
+      products.accumulate(rows_, strips);
+    }
+  }
+
+  // Keys of the tile that rows [begin, end) see between them.
+  StripKeys strip_keys(int begin, int end, int64_t first, int n) const {
+    if (end > rows_) end = rows_;
+    const int64_t low = visible_keys(params_, task_.kv_length, token(begin)).begin - first;
+    const int64_t high = visible_keys(params_, task_.kv_length, token(end - 1)).end - first;
+    return {static_cast<int>(low < 0 ? 0 : low < n ? low : n),
+            static_cast<int>(high < 0 ? 0 : high < n ? high : n)};
+  }
+
+  template <bool kBias>
+  void softmax(int r, int64_t first, const StripKeys& strip) {
+    const KeyRange visible = visible_keys(params_, task_.kv_length, token(r));
+    const int64_t low = visible.begin - first, high = visible.end - first;
+    const RowKeys keys{strip.begin, strip.end,
+                       static_cast<int>(low < strip.begin ? strip.begin : low < strip.end ? low : strip.end),
+                       static_cast<int>(high < strip.begin ? strip.begin : high < strip.end ? high : strip.end)};
+    RowBias bias{};
+    if (kBias) {
+      bias.softcap = params_.softcap;
+      bias.position = static_cast<float>(query_position(params_, task_.kv_length, token(r)) - first);
+      if (params_.alibi_slopes) {
+        bias.slope = kLog2E * params_.alibi_slopes[task_.batch * params_.alibi_stride_b +
+                                                   head(r) * params_.alibi_stride_h];
+      }
+      if (params_.attn_mask) {
+        load_mask_row<V, T>(params_, task_.batch, head(r), token(r), first, strip.begin, strip.end, tile_.bias);
+        bias.additive = tile_.bias;
+      }
+    }
+    const float rescale = softmax_row<V, T, kBias>(tile_.s + r * tile_.layout.keys, keys, params_.scale,
+                                                   bias, tile_.max[r], tile_.sum[r]);
+    if (rescale != 1.0f) scale_row(tile_.o + r * tile_.layout.o_ld, rescale);
+  }
+
+  void scale_row(float* o, float factor) {
+    for (int64_t d = 0; d < tile_.layout.o_ld; d += V::kWidth) {
+      V::store(o + d, V::mul(V::load(o + d), V::set1(factor)));
+    }
+  }
+
+  // Row r of this task's split: [max, sum, o[Dv]]
+  float* partial_row(int split, int r) const {
+    return call_.partials + task_.partial +
+           (static_cast<int64_t>(split) * rows_ + r) * partial_row_floats(params_);
+  }
+
+  void store_partial_result() {
+    for (int r = 0; r < rows_; ++r) {
+      float* row = partial_row(task_.split, r);
+      row[0] = tile_.max[r];
+      row[1] = tile_.sum[r];
+      widen_row<V>(tile_.o + r * tile_.layout.o_ld, params_.value_head_dim, row + 2);
+    }
+  }
+
+  // In the order of the splits, whichever finished last: results do not depend on the threads' timing.
+  void merge_splits() {
+    for (int r = 0; r < rows_; ++r) {
+      float max = -INFINITY, sum = 0.0f;
+      for (int i = 0; i < task_.num_splits; ++i) {
+        if (partial_row(i, r)[0] > max) max = partial_row(i, r)[0];
+      }
+      float* o = tile_.o + r * tile_.layout.o_ld;
+      for (int64_t d = 0; d < params_.value_head_dim; ++d) o[d] = 0.0f;
+      for (int i = 0; i < task_.num_splits; ++i) {
+        const float* row = partial_row(i, r);
+        const float factor = exp2_scalar<V>(row[0] - (max == -INFINITY ? 0.0f : max));
+        sum += row[1] * factor;
+        for (int64_t d = 0; d < params_.value_head_dim; ++d) o[d] += row[2 + d] * factor;
+      }
+      write_row(r, o, max, sum);
+    }
+  }
+
+  // out = o / sum and LSE = ln(sum) + max, with the head's sink in the sum.
+  void write_row(int r, const float* o, float max, float sum) {
+    const int32_t h = head(r);
+    const int64_t t = token(r);
+    const bool sees_nothing = sum == 0.0f;  // a visible key adds about 1 at the maximum; NaN is not 0
+    float factor = 1.0f;
+    if (params_.sinks && !sees_nothing) {
+      const float sink = params_.sinks[h] * kLog2E;
+      const float new_max = sink > max ? sink : max;
+      factor = std::exp2(max - new_max);
+      sum = sum * factor + std::exp2(sink - new_max);
+      max = new_max;
+    }
+    params_.lse[(task_.batch * params_.num_heads + h) * params_.q_len + t] =
+        sees_nothing ? -INFINITY : max * kLn2 + std::log(sum);
+    const typename V::F inverse = V::set1(sees_nothing ? 0.0f : factor / sum);
+    T* out = static_cast<T*>(params_.out) + task_.batch * params_.out_stride.b +
+             h * params_.out_stride.h + t * params_.out_stride.s;
+    const int64_t dims = params_.value_head_dim;
+    int64_t d = 0;
+    for (; d + V::kWidth <= dims; d += V::kWidth) V::store(out + d, V::mul(V::load(o + d), inverse));
+    if (d < dims) store_partial<V>(out + d, V::mul(V::load(o + d), inverse), dims - d);
+  }
+
+  const CallState& call_;
+  const AttentionParams& params_;
+  const Task& task_;
+  Tile<V> tile_;
+  DenseRows<T> k_, v_;
+  int rows_;
+};
+
+template <class V, class T>
+void run_task(const CallState& call, const Task& task, float* scratch) {
+  AttentionTask<V, T>(call, task, scratch).run();
+}
+
+template <class V>
+int64_t scratch_floats(const AttentionParams& params, const TileShape& tile) {
+  return TileLayout<V>(params, tile).scratch_floats();
+}
+
+}  // namespace gqa::cpu::GQA_ISA

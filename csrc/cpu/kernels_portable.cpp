@@ -1,0 +1,17 @@
+// The kernels for any processor.
+#define GQA_ISA portable
+
+#include "attention_kernel.h"
+#include "vec_portable.h"
+
+namespace gqa::cpu {
+
+const Kernels kPortableKernels = {
+    "portable",
+    [] { return true; },
+    portable::scratch_floats<portable::Vec>,
+    {portable::run_task<portable::Vec, float>, portable::run_task<portable::Vec, BFloat16>,
+     portable::run_task<portable::Vec, Float16>},
+};
+
+}  // namespace gqa::cpu

@@ -1,0 +1,209 @@
+"""attn_implementation="asym_gqa" against the same models with expanded K and V on torch's SDPA."""
+
+import builtins
+
+import pytest
+import torch
+
+from gqa_kernels import HeadMap
+from gqa_kernels.convert import convert
+from gqa_kernels.integrations.transformers import register
+from tests.tiny_models import FAMILIES, batch, expanded, split, tiny
+
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}  # logits of two fp32 summation orders, values up to about 5
+
+
+@pytest.fixture(autouse=True, scope="module")
+def registered():
+    register()
+
+
+@pytest.fixture(params=FAMILIES)
+def pair(request):
+    """A model with uneven maps, 6 query heads over 4 KV heads, and its expansion."""
+    model = split(tiny(request.param), num_kv_heads=4)
+    return model, expanded(model)
+
+
+@torch.no_grad()
+def logits(model, inputs):
+    """Logits of the tokens that are not padding."""
+    return model(**inputs).logits[inputs["attention_mask"].bool()]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("lengths", [[17], [17, 9, 1]], ids=["whole", "padded"])
+def test_logits(pair, lengths, side):
+    inputs = batch(lengths, side)
+    ours, theirs = (logits(model, inputs) for model in pair)
+    torch.testing.assert_close(ours, theirs, **CLOSE)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("lengths", [[7], [7, 3]], ids=["whole", "padded"])
+def test_generated_tokens(pair, lengths, cache):
+    options = {"max_new_tokens": 12, "do_sample": False, "cache_implementation": cache}
+    inputs = batch(lengths, "left")
+    ours, theirs = (model.generate(**inputs, **options) for model in pair)
+    assert ours.tolist() == theirs.tolist()
+
+
+def test_chunked_prefill(pair):
+    ids = batch([12], "left")["input_ids"]
+    ours, theirs = pair
+    with torch.no_grad():
+        first = ours(ids[:, :7], use_cache=True)
+        rest = ours(ids[:, 7:], past_key_values=first.past_key_values).logits
+        whole = theirs(ids).logits[:, 7:]
+    torch.testing.assert_close(rest, whole, **CLOSE)
+
+
+def test_gradients(pair):
+    inputs = batch([9, 5], "right")
+    grads = []
+    for model in pair:
+        model.train()
+        loss = model(**inputs, labels=inputs["input_ids"]).loss
+        loss.backward()
+        grads.append(model.model.layers[0].self_attn.q_proj.weight.grad)
+    torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("lengths", [[40], [40, 23]], ids=["whole", "padded"])
+def test_sliding_window(lengths):
+    parent = tiny("mistral", sliding_window=8)
+    model = split(parent, num_kv_heads=4)
+    inputs = batch(lengths, "left")
+    torch.testing.assert_close(logits(model, inputs), logits(expanded(model), inputs), **CLOSE)
+    generated = [
+        m.generate(**inputs, max_new_tokens=12, do_sample=False) for m in (model, expanded(model))
+    ]
+    assert torch.equal(*generated)
+
+
+def test_sliding_window_without_a_mask():
+    """Some models pass the window and no mask."""
+    model = split(tiny("mistral", sliding_window=8), num_kv_heads=4)
+    ids = batch([40], "left")["input_ids"]
+    with torch.no_grad():
+        masked = model(ids).logits
+        for layer in model.model.layers:
+            layer.self_attn.register_forward_pre_hook(
+                lambda _, args, kwargs: (args, {**kwargs, "attention_mask": None}),
+                with_kwargs=True,
+            )
+        torch.testing.assert_close(model(ids).logits, masked, **CLOSE)
+
+
+@pytest.mark.parametrize("lengths", [[19], [19, 6]], ids=["whole", "padded"])
+@pytest.mark.parametrize(
+    ("model_type", "config"),
+    [
+        ("gemma2", {"query_pre_attn_scalar": 16, "attn_logit_softcapping": 1.0}),
+        ("gpt_oss", {"num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 8}),
+    ],
+    ids=["softcap", "sinks"],
+)
+def test_other_models_unchanged(model_type, config, lengths):
+    """Softcap and sinks, on even maps, against transformers' eager attention."""
+    model = tiny(model_type, **config)
+    inputs = batch(lengths, "left")
+    model.set_attn_implementation("eager")
+    theirs = logits(model, inputs)
+    model.set_attn_implementation("asym_gqa")
+    torch.testing.assert_close(logits(model, inputs), theirs, **CLOSE)
+
+
+def test_even_model_equals_sdpa():
+    model = tiny()
+    inputs = batch([17, 9], "left")
+    theirs = logits(model, inputs)
+    model.set_attn_implementation("asym_gqa")
+    torch.testing.assert_close(logits(model, inputs), theirs, **CLOSE)
+
+
+def test_separate_value_map():
+    parent = tiny(num_heads=5, num_kv_heads=5)
+    maps = [(HeadMap([0, 1, 0, 2, 2]), HeadMap([2, 1, 1, 0, 0]))] * 2
+    model = convert(parent, maps)
+    model.set_attn_implementation("asym_gqa")
+    assert model.config.value_head_map == [[2, 1, 1, 0, 0]] * 2
+    inputs = batch([17, 9], "left")
+    torch.testing.assert_close(logits(model, inputs), logits(expanded(model), inputs), **CLOSE)
+
+
+def test_save_and_load_keep_the_maps(tmp_path):
+    model = split(tiny(), num_kv_heads=4)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, attn_implementation="asym_gqa")
+    assert loaded.config.kv_head_map == model.config.kv_head_map
+    inputs = batch([17, 9], "left")
+    assert torch.equal(logits(loaded, inputs), logits(model, inputs))
+
+
+def test_output_is_contiguous_and_inputs_are_not_copied():
+    from gqa_kernels.integrations import transformers as integration
+
+    model = split(tiny(), num_kv_heads=4)
+    module = model.model.layers[0].self_attn
+    q, k, v = (torch.randn(2, 5, heads, 16).transpose(1, 2) for heads in (6, 4, 4))
+    call = integration.attention_call(module, q, k, v, None)
+    for name, given in (("q", q), ("k", k), ("v", v)):
+        assert call[name].untyped_storage().data_ptr() == given.untyped_storage().data_ptr()
+    out = integration.asym_gqa(module, q, k, v, None)
+    assert out.shape == (2, 5, 6, 16)
+    assert out.is_contiguous()
+
+
+def test_named_backend():
+    name = register("asym_gqa_reference", backend="reference")
+    model = split(tiny(), num_kv_heads=4)
+    inputs = batch([9], "left")
+    first = logits(model, inputs)
+    model.set_attn_implementation(name)
+    torch.testing.assert_close(logits(model, inputs), first, **CLOSE)
+
+
+class TestErrors:
+    def test_dropout(self):
+        model = split(tiny(attention_dropout=0.1), num_kv_heads=4).train()
+        with pytest.raises(NotImplementedError, match=r"dropout must be 0 .*got 0\.1"):
+            model(**batch([5], "left"))
+
+    @pytest.mark.parametrize("option", ["position_bias", "cache"])
+    def test_option(self, option):
+        from gqa_kernels.integrations.transformers import attention_call
+
+        module = tiny().model.layers[0].self_attn
+        q = torch.zeros(1, 6, 3, 16)
+        with pytest.raises(NotImplementedError, match=f"{option} must be None .*got a Tensor"):
+            attention_call(module, q, q, q, None, **{option: q})
+
+    def test_too_few_maps(self):
+        model = split(tiny(), num_kv_heads=4)
+        model.config.kv_head_map = model.config.kv_head_map[:1]
+        with pytest.raises(ValueError, match=r"must have a map for layer 1, got 1 maps"):
+            model(**batch([5], "left"))
+
+    def test_map_of_wrong_length(self):
+        model = split(tiny(), num_kv_heads=4)
+        model.config.kv_head_map = [[0, 1, 2, 3]] * 2
+        with pytest.raises(ValueError, match=r"kv_head_map\[0\] must have 6 entries.*got 4"):
+            model(**batch([5], "left"))
+
+    def test_heads_that_do_not_divide_without_a_map(self):
+        model = split(tiny(), num_kv_heads=4)
+        model.config.kv_head_map = None
+        with pytest.raises(ValueError, match="multiple of num_kv_heads"):
+            model(**batch([5], "left"))
+
+    def test_transformers_missing(self, monkeypatch):
+        def no_transformers(name, *args, **kwargs):
+            if name.split(".")[0] == "transformers":
+                raise ImportError("no transformers")
+            return real(name, *args, **kwargs)
+
+        real = builtins.__import__
+        monkeypatch.setattr(builtins, "__import__", no_transformers)
+        with pytest.raises(ImportError, match=r"needs transformers >= 4\.57"):
+            register()
