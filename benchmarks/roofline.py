@@ -1,4 +1,4 @@
-"""Bytes that attention must move, operations it must do, and the time that a machine's limits allow.
+"""Bytes that attention must move, operations it must do, and the time that limits allow for both.
 
 The one definition for every benchmark row. Bytes count each input once and the output once: a KV
 head is counted once per sequence however many query heads read it, and not at all where no query
@@ -66,7 +66,7 @@ def attention_work(
     right = 0 if causal else right
     lengths = [kv_len] * batch if kv_lengths is None else list(kv_lengths)
     pairs = sum(visible_pairs(q_len, n, left, right) for n in lengths)
-    keys = sum(visible_keys(q_len, n, left, right) for n in lengths)
+    keys = sum(visible_keys(q_len, n, left) for n in lengths)
     k_row = heads_read(head_map) * head_dim
     v_row = heads_read(value_head_map) * value_head_dim
     q_and_out = batch * q_len * head_map.num_heads * (head_dim + value_head_dim)
@@ -105,14 +105,12 @@ def visible_pairs(q_len: int, kv_len: int, left: int | None, right: int | None) 
     return pairs
 
 
-def visible_keys(q_len: int, kv_len: int, left: int | None, right: int | None) -> int:
-    """Keys that at least one query of a sequence sees (arguments as above).
+def visible_keys(q_len: int, kv_len: int, left: int | None) -> int:
+    """Keys of a sequence that at least one query sees.
 
-    The ranges of successive queries are one key apart, so their union is one range.
+    The ranges of successive queries are one key apart, so their union is one range; it ends at the
+    last key, where the last query stands.
     """
     if q_len == 0:
         return 0
-    offset = kv_len - q_len
-    first = 0 if left is None else max(0, offset - left)
-    last = kv_len - 1 if right is None else min(kv_len - 1, kv_len - 1 + right)
-    return max(0, last - first + 1)
+    return kv_len if left is None else min(kv_len, q_len + left)

@@ -1,5 +1,6 @@
-// What one attention call computes, without Torch: every pointer with its shape, every stride in elements.
-// The last dim of q, k, v and out is contiguous. Tensors are read through strides, never copied.
+// What one attention call computes, without Torch: every pointer with its shape, every stride in
+// elements. The last dim of q, k, v and out is contiguous. Tensors are read through strides, never
+// copied.
 #pragma once
 
 #include <cstdint>
@@ -23,11 +24,11 @@ struct Strides {
 
 // B sequences, Hq query heads, Hk key heads, Hv value heads, Sq query tokens, Sk key tokens.
 struct AttentionParams {
-  const void* q;    // [B, Hq, Sq, D]
-  const void* k;    // [B, Hk, Sk, D]
-  const void* v;    // [B, Hv, Sk, Dv]
-  void* out;        // [B, Hq, Sq, Dv]
-  float* lse;       // [B, Hq, Sq], contiguous; natural log
+  const void* q;  // [B, Hq, Sq, D]
+  const void* k;  // [B, Hk, Sk, D]
+  const void* v;  // [B, Hv, Sk, Dv]
+  void* out;      // [B, Hq, Sq, Dv]
+  float* lse;     // [B, Hq, Sq], contiguous; natural log
   Strides q_stride, k_stride, v_stride, out_stride;
 
   const int32_t* head_map;        // [Hq]: key head of each query head
@@ -35,8 +36,8 @@ struct AttentionParams {
 
   const float* alibi_slopes;  // [B, Hq] or nullptr
   int64_t alibi_stride_b, alibi_stride_h;
-  const float* sinks;         // [Hq], contiguous, or nullptr
-  const void* attn_mask;      // [B, Hq, Sq, Sk] or nullptr; bool: visible; float: added to the score
+  const float* sinks;     // [Hq], contiguous, or nullptr
+  const void* attn_mask;  // [B, Hq, Sq, Sk] or nullptr; bool: visible; float: added to the score
   int64_t mask_stride_b, mask_stride_h, mask_stride_q, mask_stride_k;
   const int32_t* kv_lengths;  // [B, Hk] or nullptr; clamped to [0, Sk]
   int64_t kv_lengths_stride_b, kv_lengths_stride_h;
@@ -48,7 +49,7 @@ struct AttentionParams {
   float softcap;                      // 0: off
   int64_t window_left, window_right;  // keys a query sees on either side; < 0: unbounded
   DType dtype;                        // of q, k, v and out
-  DType mask_dtype;                   // of attn_mask: kBool, kFloat32 or dtype
+  DType mask_dtype;                   // of attn_mask
 };
 
 }  // namespace gqa

@@ -18,7 +18,8 @@ inline int64_t kv_length(const AttentionParams& params, int64_t b, int64_t k_hea
   return length < 0 ? 0 : length > params.kv_len ? params.kv_len : length;
 }
 
-// The place of query token `token` among `length` keys: the last query token is aligned to the last key.
+// The place of query token `token` among `length` keys: the last query token is aligned to the last
+// key.
 inline int64_t query_position(const AttentionParams& params, int64_t length, int64_t token) {
   return token + length - params.q_len;
 }

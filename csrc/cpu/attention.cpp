@@ -23,13 +23,15 @@ const Kernels* const kAllKernels[] = {
     &kPortableKernels,
 };
 
-// The best for this processor, or the one that GQA_KERNELS_CPU_ISA names. Read at every call: tests change it.
+// The best for this processor, or the one that GQA_KERNELS_CPU_ISA names. Read at every call: tests
+// change it.
 const Kernels& select_kernels() {
   const char* forced = std::getenv("GQA_KERNELS_CPU_ISA");
   std::string names;
   for (const Kernels* kernels : kAllKernels) {
     if (!kernels->supported()) continue;
-    if (forced == nullptr || *forced == '\0' || std::strcmp(forced, kernels->name) == 0) return *kernels;
+    if (forced == nullptr || *forced == '\0' || std::strcmp(forced, kernels->name) == 0)
+      return *kernels;
     names += names.empty() ? kernels->name : std::string(", ") + kernels->name;
   }
   throw std::invalid_argument("GQA_KERNELS_CPU_ISA must be one of " + names + ", got " + forced);
@@ -74,7 +76,8 @@ void fill_head_with_nan(const AttentionParams& params, int32_t head) {
   }
 }
 
-// Workers take the next task until none is left: tasks differ in length, and so do threads in speed.
+// Workers take the next task until none is left: tasks differ in length, and so do threads in
+// speed.
 struct Work {
   const CallState& call;
   TaskFunction run_task;
@@ -109,10 +112,12 @@ void attention_forward(const AttentionParams& params, const ThreadPool& pool) {
   AlignedFloats scratch(schedule.num_workers * lines * kFloatsPerLine);
 
   const CallState call{params, schedule, partials.get(), unfinished.get()};
-  Work work{call, kernels.run_task[static_cast<int>(params.dtype)], scratch.get(), lines * kFloatsPerLine};
+  Work work{call, kernels.run_task[static_cast<int>(params.dtype)], scratch.get(),
+            lines * kFloatsPerLine};
   pool.run(
       schedule.num_workers,
-      [](void* context, int64_t worker) { static_cast<Work*>(context)->run_worker(worker); }, &work);
+      [](void* context, int64_t worker) { static_cast<Work*>(context)->run_worker(worker); },
+      &work);
 }
 
 }  // namespace gqa::cpu

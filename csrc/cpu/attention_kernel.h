@@ -1,10 +1,12 @@
 // One task: the online softmax over its keys, tile after tile, for all its rows.
 //
 //   for every tile of keys:  S = Q K^T;  P = exp(S - max);  O = O * exp(old max - max) + P V
-//   then:                    out = O / sum, or a partial result, which the last split to finish merges
+//   then:                    out = O / sum, or a partial result, which the last split to finish
+//   merges
 //
-// Rows are query tokens x heads of one group, token-major: row r is token r / heads, head r % heads. Tasks with few
-// rows (decode) read K and V where they lie, others pack them (products_direct.h, products_packed.h).
+// Rows are query tokens x heads of one group, token-major: row r is token r / heads, head r %
+// heads. Tasks with few rows (decode) read K and V where they lie, others pack them
+// (products_direct.h, products_packed.h).
 #pragma once
 
 #include <cmath>
@@ -47,11 +49,13 @@ class AttentionTask {
       bias ? run_tiles<PackedProducts<V, T>, true>() : run_tiles<PackedProducts<V, T>, false>();
     }
     if (task_.merge < 0) {
-      for (int r = 0; r < rows_; ++r) write_row(r, tile_.o + r * tile_.layout.o_ld, tile_.max[r], tile_.sum[r]);
+      for (int r = 0; r < rows_; ++r)
+        write_row(r, tile_.o + r * tile_.layout.o_ld, tile_.max[r], tile_.sum[r]);
     } else {
       store_partial_result();
       // The last split to finish sees all others' results: acquire pairs with their release.
-      if (call_.unfinished[task_.merge].fetch_sub(1, std::memory_order_acq_rel) == 1) merge_splits();
+      if (call_.unfinished[task_.merge].fetch_sub(1, std::memory_order_acq_rel) == 1)
+        merge_splits();
     }
   }
 
@@ -117,8 +121,12 @@ class AttentionTask {
     if (end > rows_) end = rows_;
     const int64_t low = visible_keys(params_, task_.kv_length, token(begin)).begin - first;
     const int64_t high = visible_keys(params_, task_.kv_length, token(end - 1)).end - first;
-    return {static_cast<int>(low < 0 ? 0 : low < n ? low : n),
-            static_cast<int>(high < 0 ? 0 : high < n ? high : n)};
+    return {static_cast<int>(low < 0   ? 0
+                             : low < n ? low
+                                       : n),
+            static_cast<int>(high < 0   ? 0
+                             : high < n ? high
+                                        : n)};
   }
 
   template <bool kBias>
@@ -126,23 +134,29 @@ class AttentionTask {
     const KeyRange visible = visible_keys(params_, task_.kv_length, token(r));
     const int64_t low = visible.begin - first, high = visible.end - first;
     const RowKeys keys{strip.begin, strip.end,
-                       static_cast<int>(low < strip.begin ? strip.begin : low < strip.end ? low : strip.end),
-                       static_cast<int>(high < strip.begin ? strip.begin : high < strip.end ? high : strip.end)};
+                       static_cast<int>(low < strip.begin ? strip.begin
+                                        : low < strip.end ? low
+                                                          : strip.end),
+                       static_cast<int>(high < strip.begin ? strip.begin
+                                        : high < strip.end ? high
+                                                           : strip.end)};
     RowBias bias{};
     if (kBias) {
       bias.softcap = params_.softcap;
-      bias.position = static_cast<float>(query_position(params_, task_.kv_length, token(r)) - first);
+      bias.position =
+          static_cast<float>(query_position(params_, task_.kv_length, token(r)) - first);
       if (params_.alibi_slopes) {
         bias.slope = kLog2E * params_.alibi_slopes[task_.batch * params_.alibi_stride_b +
                                                    head(r) * params_.alibi_stride_h];
       }
       if (params_.attn_mask) {
-        load_mask_row<V, T>(params_, task_.batch, head(r), token(r), first, strip.begin, strip.end, tile_.bias);
+        load_mask_row<V>(params_, task_.batch, head(r), token(r), first, strip.begin, strip.end,
+                         tile_.bias);
         bias.additive = tile_.bias;
       }
     }
-    const float rescale = softmax_row<V, T, kBias>(tile_.s + r * tile_.layout.keys, keys, params_.scale,
-                                                   bias, tile_.max[r], tile_.sum[r]);
+    const float rescale = softmax_row<V, T, kBias>(tile_.s + r * tile_.layout.keys, keys,
+                                                   params_.scale, bias, tile_.max[r], tile_.sum[r]);
     if (rescale != 1.0f) scale_row(tile_.o + r * tile_.layout.o_ld, rescale);
   }
 
@@ -167,7 +181,8 @@ class AttentionTask {
     }
   }
 
-  // In the order of the splits, whichever finished last: results do not depend on the threads' timing.
+  // In the order of the splits, whichever finished last: results do not depend on the threads'
+  // timing.
   void merge_splits() {
     for (int r = 0; r < rows_; ++r) {
       float max = -INFINITY, sum = 0.0f;
@@ -190,7 +205,8 @@ class AttentionTask {
   void write_row(int r, const float* o, float max, float sum) {
     const int32_t h = head(r);
     const int64_t t = token(r);
-    const bool sees_nothing = sum == 0.0f;  // a visible key adds about 1 at the maximum; NaN is not 0
+    const bool sees_nothing =
+        sum == 0.0f;  // a visible key adds about 1 at the maximum; NaN is not 0
     float factor = 1.0f;
     if (params_.sinks && !sees_nothing) {
       const float sink = params_.sinks[h] * kLog2E;
@@ -206,7 +222,8 @@ class AttentionTask {
              h * params_.out_stride.h + t * params_.out_stride.s;
     const int64_t dims = params_.value_head_dim;
     int64_t d = 0;
-    for (; d + V::kWidth <= dims; d += V::kWidth) V::store(out + d, V::mul(V::load(o + d), inverse));
+    for (; d + V::kWidth <= dims; d += V::kWidth)
+      V::store(out + d, V::mul(V::load(o + d), inverse));
     if (d < dims) store_partial<V>(out + d, V::mul(V::load(o + d), inverse), dims - d);
   }
 

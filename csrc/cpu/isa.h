@@ -1,5 +1,6 @@
-// Every kernel header is compiled once per instruction set, inside the namespace GQA_ISA names, so that the linker can
-// never take code for one processor where another was meant. The .cpp file defines GQA_ISA before its includes.
+// Every kernel header is compiled once per instruction set, inside the namespace GQA_ISA names, so
+// that the linker can never take code for one processor where another was meant. The .cpp file
+// defines GQA_ISA before its includes.
 #pragma once
 
 #ifndef GQA_ISA

@@ -13,8 +13,8 @@ namespace gqa::cpu {
 struct CallState {
   const AttentionParams& params;
   const Schedule& schedule;
-  float* partials;                        // [schedule.partial_floats]
-  std::atomic<int32_t>* unfinished;       // [schedule.num_merges] splits still at work
+  float* partials;                   // [schedule.partial_floats]
+  std::atomic<int32_t>* unfinished;  // [schedule.num_merges] splits still at work
 };
 
 // Runs one task with scratch_floats(...) floats of memory of its own.

@@ -1,5 +1,6 @@
-// The kernels for x86-64 with AVX2, FMA and F16C. The instruction set is switched on here and not by a compiler flag, so
-// that all files are built alike; what other files share with this one is included before the switch.
+// The kernels for x86-64 with AVX2, FMA and F16C. The instruction set is switched on here and not
+// by a compiler flag, so that all files are built alike; what other files share with this one is
+// included before the switch.
 #define GQA_ISA avx2
 
 #include "../core/visible.h"

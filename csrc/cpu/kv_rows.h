@@ -1,7 +1,8 @@
-// How kernels reach K and V: a loader turns a run of keys into row pointers, and kernels read nothing but these.
+// How kernels reach K and V: a loader turns a run of keys into row pointers, and kernels read
+// nothing but these.
 //
-// Another kind of cache is another loader with the same `fetch`: a paged one looks the pages up, a quantised one unpacks
-// the rows into a buffer of its own and returns pointers into that.
+// Another kind of cache is another loader with the same `fetch`: a paged one looks the pages up, a
+// quantised one unpacks the rows into a buffer of its own and returns pointers into that.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +19,8 @@ struct DenseRows {
   int64_t stride;  // elements from row to row
 
   DenseRows(const void* data, const Strides& strides, int64_t batch, int64_t head)
-      : base(static_cast<const T*>(data) + batch * strides.b + head * strides.h), stride(strides.s) {}
+      : base(static_cast<const T*>(data) + batch * strides.b + head * strides.h),
+        stride(strides.s) {}
 
   // rows[i] = row first + i
   void fetch(int64_t first, int n, const T** rows) const {
@@ -26,7 +28,8 @@ struct DenseRows {
   }
 };
 
-// Asks for rows ahead of their use, a few at a time, so that the requests spread over the arithmetic.
+// Asks for rows ahead of their use, a few at a time, so that the requests spread over the
+// arithmetic.
 template <class T>
 class Prefetcher {
  public:

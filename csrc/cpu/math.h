@@ -36,7 +36,8 @@ GQA_INLINE typename V::F tanh(typename V::F x) {
   const typename V::F one = V::set1(1.0f);
   const typename V::F magnitude = V::abs(x);
   // |x| >= 0.625: 1 - 2 / (e^2|x| + 1). From 10 on it is 1 in fp32; the bound keeps 2^x in range.
-  const typename V::F bounded = V::sub(V::set1(0.0f), V::max(V::set1(-10.0f), V::sub(V::set1(0.0f), magnitude)));
+  const typename V::F bounded =
+      V::sub(V::set1(0.0f), V::max(V::set1(-10.0f), V::sub(V::set1(0.0f), magnitude)));
   const typename V::F e = exp2<V>(V::mul(bounded, V::set1(2.0f * kLog2E)));
   const typename V::F large = V::sub(one, V::div(V::set1(2.0f), V::add(e, one)));
   // |x| < 0.625: odd minimax polynomial, relative error 4e-9.

@@ -1,5 +1,5 @@
-// The two matrix products of a tile with few rows (decode): K and V are read where they lie, row after row, and
-// widened in registers. The next rows are prefetched during the arithmetic.
+// The two matrix products of a tile with few rows (decode): K and V are read where they lie, row
+// after row, and widened in registers. The next rows are prefetched during the arithmetic.
 #pragma once
 
 #include <cstdint>
@@ -42,11 +42,11 @@ GQA_INLINE void dot_4_keys(const float* q, int64_t ldq, const T* const (&k)[4], 
   for (int r = 0; r < kRows; ++r) V::store_sums4(s + r * lds, sum[r]);
 }
 
-// o[r, column block] += sum over keys of p[r, key] * v[key, column block]; the block is kCols vectors wide,
-// the last of them `last` elements (fewer than a vector only where kCols is 1).
+// o[r, column block] += sum over keys of p[r, key] * v[key, column block]; the block is kCols
+// vectors wide, the last of them `last` elements (fewer than a vector only where kCols is 1).
 template <class V, class T, int kRows, int kCols>
-GQA_INLINE void add_keys(const float* p, int64_t ldp, const T* const* v, int64_t column, StripKeys keys,
-                         int64_t last, float* o, int64_t ldo) {
+GQA_INLINE void add_keys(const float* p, int64_t ldp, const T* const* v, int64_t column,
+                         StripKeys keys, int64_t last, float* o, int64_t ldo) {
   using F = typename V::F;
   constexpr int kW = V::kWidth;
   F sum[kRows][kCols];
@@ -140,7 +140,8 @@ class DirectProducts {
 
   template <int kRows>
   void add_rows(int r, StripKeys keys, Prefetcher<T>& ahead) {
-    constexpr int kCols = kRows <= 2 ? 4 : 2;  // 4 to 12 sums: as many as hide the latency of FMA and fit
+    constexpr int kCols =
+        kRows <= 2 ? 4 : 2;  // 4 to 12 sums: as many as hide the latency of FMA and fit
     const int64_t ldp = tile_.layout.keys, ldo = tile_.layout.o_ld;
     const float* p = tile_.s + r * ldp;
     float* o = tile_.o + r * ldo;

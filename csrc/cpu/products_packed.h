@@ -1,5 +1,6 @@
-// The two matrix products of a tile with many rows: K and V are packed once, widened to fp32, into panels that a
-// register-blocked micro-kernel streams through (6 rows x 2 vectors: 12 sums, 2 loads and 6 broadcasts per 12 FMAs).
+// The two matrix products of a tile with many rows: K and V are packed once, widened to fp32, into
+// panels that a register-blocked micro-kernel streams through (6 rows x 2 vectors: 12 sums, 2 loads
+// and 6 broadcasts per 12 FMAs).
 #pragma once
 
 #include <cstdint>
@@ -61,8 +62,8 @@ class PackedProducts {
       for (int r = 0; r < rows; r += kStrip) {
         const StripKeys& need = strips[r / kStrip];
         if (key + kPanel <= need.begin || key >= need.end) continue;
-        multiply_strip<V, false>(tile_.q + r * tile_.layout.q_ld, tile_.layout.q_ld, panel, head_dim_,
-                                 tile_.s + r * ld + key, ld);
+        multiply_strip<V, false>(tile_.q + r * tile_.layout.q_ld, tile_.layout.q_ld, panel,
+                                 head_dim_, tile_.s + r * ld + key, ld);
       }
     }
   }
@@ -97,7 +98,8 @@ class PackedProducts {
         for (int i = 0; i < kW; ++i) {
           x[i] = V::set1(0.0f);
           if (key + i < n) {
-            x[i] = dims == kW ? V::load(rows[key + i] + d) : load_partial<V>(rows[key + i] + d, dims);
+            x[i] =
+                dims == kW ? V::load(rows[key + i] + d) : load_partial<V>(rows[key + i] + d, dims);
           }
         }
         V::transpose(x);

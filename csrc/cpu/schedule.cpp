@@ -111,7 +111,8 @@ void split_keys(const AttentionParams& params, int64_t target, Schedule& schedul
       split_tasks.push_back(task);
       continue;
     }
-    const int64_t split_keys = div_up(div_up(keys, wanted), schedule.tile.keys) * schedule.tile.keys;
+    const int64_t split_keys =
+        div_up(div_up(keys, wanted), schedule.tile.keys) * schedule.tile.keys;
     const int64_t num_splits = div_up(keys, split_keys);
     for (int64_t i = 0; i < num_splits; ++i) {
       Task split = task;
@@ -154,7 +155,8 @@ Schedule make_schedule(const AttentionParams& params, int num_threads) {
 
   add_row_blocks(params, groups, schedule.tile.rows, schedule.tasks);
   const int64_t cost = total_cost(schedule.tasks);
-  const int64_t workers = std::min<int64_t>(num_threads, std::max<int64_t>(1, cost / kMinCostPerWorker));
+  const int64_t workers =
+      std::min<int64_t>(num_threads, std::max<int64_t>(1, cost / kMinCostPerWorker));
   while (workers > 1 && most_rows(schedule.tasks) > kMinTileRows &&
          static_cast<int64_t>(schedule.tasks.size()) < workers * kTasksPerWorker) {
     schedule.tile.rows = std::max(kMinTileRows, schedule.tile.rows / 2);

@@ -1,8 +1,8 @@
 // Cuts one attention call into tasks: (sequence, group, block of rows, run of keys).
 //
-// A group is the query heads that read one (key head, value head) pair. The rows of a task are query tokens x heads of
-// the group (token-major), so that each K and V element is read once for all of them. Shapes and lengths decide
-// everything here; no K, V or Q element is looked at.
+// A group is the query heads that read one (key head, value head) pair. The rows of a task are
+// query tokens x heads of the group (token-major), so that each K and V element is read once for
+// all of them. Shapes and lengths decide everything here; no K, V or Q element is looked at.
 #pragma once
 
 #include <cstdint>
@@ -38,8 +38,8 @@ struct Schedule {
   std::vector<int32_t> invalid_heads;  // query heads whose map entry names no KV head
   std::vector<Task> tasks;             // longest first
   TileShape tile;
-  int num_workers;        // tasks worth running at the same time
-  int num_merges;         // tasks whose keys are split
+  int num_workers;         // tasks worth running at the same time
+  int num_merges;          // tasks whose keys are split
   int64_t partial_floats;  // room for the partial results of all splits
 };
 

@@ -25,26 +25,38 @@ struct RowKeys {
   int visible_begin, visible_end;
 };
 
-// attn_mask[b, h, token, first + i] -> out[i], in log2 units, for i in [begin, end); hidden keys get -inf.
 template <class V, class T>
+inline void load_additive_row(const void* data, int64_t offset, int64_t stride, int begin, int end,
+                              float* out) {
+  const T* mask = static_cast<const T*>(data) + offset;
+  if (stride == 1) {
+    widen_row<V>(mask + begin, end - begin, out + begin);
+  } else {
+    for (int i = begin; i < end; ++i) widen_row<V>(mask + i * stride, 1, out + i);
+  }
+  for (int i = begin; i < end; ++i) out[i] *= kLog2E;
+}
+
+// attn_mask[b, h, token, first + i] -> out[i], in log2 units, for i in [begin, end); hidden keys
+// get -inf.
+template <class V>
 inline void load_mask_row(const AttentionParams& params, int64_t b, int64_t h, int64_t token,
                           int64_t first, int begin, int end, float* out) {
   const int64_t offset = b * params.mask_stride_b + h * params.mask_stride_h +
                          token * params.mask_stride_q + first * params.mask_stride_k;
   const int64_t stride = params.mask_stride_k;
-  if (params.mask_dtype == DType::kBool) {
-    const uint8_t* mask = static_cast<const uint8_t*>(params.attn_mask) + offset;
-    for (int i = begin; i < end; ++i) out[i] = mask[i * stride] ? 0.0f : -INFINITY;
-  } else if (params.mask_dtype == DType::kFloat32) {
-    const float* mask = static_cast<const float*>(params.attn_mask) + offset;
-    for (int i = begin; i < end; ++i) out[i] = mask[i * stride] * kLog2E;
-  } else {
-    const T* mask = static_cast<const T*>(params.attn_mask) + offset;
-    for (int i = begin; i < end; ++i) {
-      float wide;
-      widen_row<V>(mask + i * stride, 1, &wide);
-      out[i] = wide * kLog2E;
+  switch (params.mask_dtype) {
+    case DType::kBool: {
+      const uint8_t* mask = static_cast<const uint8_t*>(params.attn_mask) + offset;
+      for (int i = begin; i < end; ++i) out[i] = mask[i * stride] ? 0.0f : -INFINITY;
+      return;
     }
+    case DType::kFloat32:
+      return load_additive_row<V, float>(params.attn_mask, offset, stride, begin, end, out);
+    case DType::kBFloat16:
+      return load_additive_row<V, BFloat16>(params.attn_mask, offset, stride, begin, end, out);
+    case DType::kFloat16:
+      return load_additive_row<V, Float16>(params.attn_mask, offset, stride, begin, end, out);
   }
 }
 
@@ -69,9 +81,9 @@ GQA_INLINE typename V::F add_bias(typename V::F score, int key, const RowBias& b
   return score;
 }
 
-// scores[begin, end) become probabilities exp(s - max) rounded to T, 0 where the row does not see the key.
-// `max` and `sum` are the row's state; the returned factor rescales what was accumulated with the old maximum.
-// kBias: whether bias has anything in it.
+// scores[begin, end) become probabilities exp(s - max) rounded to T, 0 where the row does not see
+// the key. `max` and `sum` are the row's state; the returned factor rescales what was accumulated
+// with the old maximum. kBias: whether bias has anything in it.
 template <class V, class T, bool kBias>
 inline float softmax_row(float* scores, const RowKeys& keys, float scale, const RowBias& bias,
                          float& max, float& sum) {

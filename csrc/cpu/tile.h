@@ -17,9 +17,9 @@ template <class V>
 struct TileLayout {
   static constexpr int kPanel = 2 * V::kWidth;
 
-  int64_t rows;          // a whole number of strips
-  int64_t keys;          // a whole number of panels
-  int64_t q_ld, o_ld;    // row lengths of q and o, padded with zeros
+  int64_t rows;        // a whole number of strips
+  int64_t keys;        // a whole number of panels
+  int64_t q_ld, o_ld;  // row lengths of q and o, padded with zeros
 
   TileLayout(const AttentionParams& params, const TileShape& tile)
       : rows(round_up(tile.rows, kStripRows)),
@@ -62,7 +62,8 @@ struct Tile {
   }
 };
 
-// The keys of a tile that a run of rows needs, counted from the tile's first key; empty where begin >= end.
+// The keys of a tile that a run of rows needs, counted from the tile's first key; empty where begin
+// >= end.
 struct StripKeys {
   int begin, end;
 };

@@ -1,5 +1,6 @@
-// Vectors of 4 floats in the compiler's own vector types: SSE2 on x86-64, NEON on aarch64, scalars elsewhere.
-// The interface that every instruction set implements; the kernels know nothing else about the processor.
+// Vectors of 4 floats in the compiler's own vector types: SSE2 on x86-64, NEON on aarch64, scalars
+// elsewhere. The interface that every instruction set implements; the kernels know nothing else
+// about the processor.
 #pragma once
 
 #include <cstdint>
@@ -123,9 +124,7 @@ struct Vec {
   static GQA_INLINE Mask less(F a, F b) { return a < b; }
   static GQA_INLINE Mask equal(F a, F b) { return a == b; }
   static GQA_INLINE Mask both(Mask a, Mask b) { return a & b; }
-  static GQA_INLINE F select(Mask mask, F a, F b) {
-    return (F)((mask & (I)a) | (~mask & (I)b));
-  }
+  static GQA_INLINE F select(Mask mask, F a, F b) { return (F)((mask & (I)a) | (~mask & (I)b)); }
 
   // x * 2^n for the integer n in the low bits of `n_bits`; 2^-127 * 1 gives 0.
   static GQA_INLINE F add_to_exponent(F x, F n_bits) { return (F)((I)x + ((I)n_bits << 23)); }

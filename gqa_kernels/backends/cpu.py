@@ -1,13 +1,55 @@
-# Stand-in: the owner of this file overwrites it.
+"""CPU backend: the native kernels under ``csrc/cpu``, through one compiled op."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import extension
+from ..inputs import AttentionInputs
 from .base import ALL_OPTIONS, Backend, Capabilities
 
 
 class CPUBackend(Backend):
     name = "cpu"
-    capabilities = Capabilities(frozenset({"cpu"}), frozenset(), 256, ALL_OPTIONS, False)
+    capabilities = Capabilities(
+        devices=frozenset({"cpu"}),
+        dtypes=frozenset({torch.float16, torch.bfloat16, torch.float32}),
+        max_head_dim=256,
+        options=ALL_OPTIONS,
+        autograd=False,
+    )
 
-    def unavailable_reason(self):
-        return "not written yet"
+    def unavailable_reason(self) -> str | None:
+        return extension.unavailable_reason()
 
-    def run(self, inputs):
-        raise NotImplementedError
+    def prepare(self) -> str | None:
+        try:
+            extension.load()
+        except RuntimeError as error:
+            return str(error)
+        return None
+
+    def run(self, inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+        return torch.ops.gqa_kernels.attention_forward(
+            inputs.q,
+            inputs.k,
+            inputs.v,
+            _int32(inputs.head_map_tensor),
+            _int32(inputs.value_head_map_tensor),
+            inputs.alibi_slopes,
+            inputs.sinks,
+            inputs.attn_mask,
+            inputs.kv_lengths,
+            inputs.scale,
+            inputs.window_left,
+            inputs.window_right,
+            inputs.softcap,
+            inputs.layout == "bshd",
+        )
+
+
+def _int32(head_map: Tensor | None) -> Tensor | None:
+    if head_map is None or head_map.dtype == torch.int32:
+        return head_map
+    return head_map.to(torch.int32)

@@ -48,7 +48,10 @@ def convert(model: nn.Module, maps: Sequence[LayerMap], merging: str = "mean") -
     for layer, new in zip(attention_layers(child), projections, strict=True):
         _replace(layer.key, *new[0])
         _replace(layer.value, *new[1])
-        layer.module.num_key_value_groups = layer.num_heads // num_kv_heads
+        # What transformers' own attention repeats K and V by: 0 makes it fail on uneven groups,
+        # which it would compute as even ones where the head counts divide.
+        uniform = all(head_map.is_uniform for head_map in pairs[layer.index])
+        layer.module.num_key_value_groups = layer.num_heads // num_kv_heads if uniform else 0
     child.config.num_key_value_heads = num_kv_heads
     store_maps(child.config, *zip(*pairs, strict=True))
     return child

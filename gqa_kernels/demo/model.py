@@ -58,7 +58,8 @@ def load_smollm2() -> LoadedModel:
         tokenizer = AutoTokenizer.from_pretrained(**source)
         config = packed.config
         # What comes out of a GGUF file refuses save_pretrained: move the weights to a plain model.
-        del config.quantization_config
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
         model = LlamaForCausalLM.from_pretrained(
             None, config=config, state_dict=packed.state_dict(), dtype=torch.float32
         )

@@ -101,7 +101,9 @@ def attention_call(
     causal = False
     window = None
     if attention_mask is None:
-        causal = q_len > 1 and (module.is_causal if is_causal is None else is_causal)
+        if is_causal is None:
+            is_causal = getattr(module, "is_causal", True)
+        causal = q_len > 1 and is_causal
         if causal:
             # Prefill into an empty static cache: its slots beyond the prompt hold nothing yet.
             key, value = key[:, :, :q_len], value[:, :, :q_len]

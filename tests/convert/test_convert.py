@@ -75,6 +75,24 @@ def test_converting_twice_follows_the_first_map():
         assert torch.equal(old.value.weight, new.value.weight)
 
 
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_stock_attention_fails_on_uneven_groups_that_divide(implementation):
+    """It would compute the even groups instead."""
+    child = convert(tiny(), [HeadMap([0, 0, 1, 2, 2, 2])] * 2, merging="none")
+    child.set_attn_implementation(implementation)
+    with pytest.raises(RuntimeError):
+        child(torch.ones(1, 4, dtype=torch.long))
+
+
+@pytest.mark.parametrize("num_kv_heads", [2, 6])
+def test_even_child_runs_on_stock_attention(num_kv_heads):
+    parent = tiny()
+    child = convert(parent, [HeadMap.uniform(6, num_kv_heads)] * 2)
+    ids = torch.arange(3, 12)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(child(ids).logits, parent(ids).logits)
+
+
 class TestSplit:
     @pytest.mark.parametrize("num_kv_heads", range(3, 10))
     def test_is_lossless_and_has_all_heads(self, num_kv_heads):

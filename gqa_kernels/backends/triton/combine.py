@@ -52,14 +52,14 @@ def combine_kernel(
     b_sum = tl.load(p_sum + o_s, mask=m_s, other=0.0)  # [BLOCK_S]
     row_max = tl.max(b_max, 0)
     row_shift = common.finite_or_zero(row_max)
-    row_sum = tl.sum(b_sum * tl.exp2((b_max - row_shift) * common.LOG2E), 0)
+    row_sum = tl.sum(b_sum * tl.exp2(b_max - row_shift), 0)
 
     o_dv = tl.arange(0, BLOCK_DV)  # [BLOCK_DV]
     b_acc = tl.zeros([BLOCK_DV], tl.float32)
     for i_s in tl.range(0, num_splits, CHUNK_S):
         o_chunk = i_s + tl.arange(0, CHUNK_S)  # [CHUNK_S]
         b_chunk_max = tl.load(p_max + o_chunk, mask=o_chunk < num_splits, other=float("-inf"))
-        b_weight = tl.exp2((b_chunk_max - row_shift) * common.LOG2E)  # [CHUNK_S]
+        b_weight = tl.exp2(b_chunk_max - row_shift)  # [CHUNK_S]
         m_acc = (b_chunk_max > float("-inf"))[:, None] & (o_dv < VALUE_DIM)[None, :]
         # [CHUNK_S, BLOCK_DV]
         p_acc = p_partial_acc + (i_row * num_splits + o_chunk)[:, None] * VALUE_DIM + o_dv[None, :]

@@ -5,10 +5,11 @@ map to tokens and heads is the kernel's business. The helpers take one vector pe
 rows (query position, ALiBi slope, row of the mask), so that prefill and decode share one
 definition of the formula (DESIGN section 3).
 
-Scores are in natural-log units; exponentials are taken in base 2.
 The running state of a tile is (b_acc, b_sum, b_max): the unnormalised output, the sum of the
-exponentials and the maximum of the scores seen so far. Of a row that has seen no key, it is
-(0, 0, -inf).
+exponentials, and the maximum of the scores seen so far. Of a row that has seen no key, it is
+(0, 0, -inf). Scores are in natural units, but b_max is in units of base 2 (times LOG2E): then
+exp2(score * LOG2E - b_max) is one fused multiply-add and one instruction, and b_max, being exactly
+what was subtracted, leaves no rounding error in the LSE.
 
 Source: the online softmax is that of FlashAttention (Dao et al., arXiv 2205.14135).
 """
@@ -17,6 +18,7 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 
 # Values of MASK_KIND.
 NO_MASK = tl.constexpr(0)
@@ -249,12 +251,12 @@ def attend(
                 HAS_ALIBI,
                 MASK_KIND,
             )
-            b_new_max = tl.maximum(b_max, tl.max(b_score, 1))
+            b_new_max = tl.maximum(b_max, tl.max(b_score, 1) * LOG2E)
             b_shift = b_new_max
             if part != INNER or MASK_KIND != NO_MASK:
                 b_shift = finite_or_zero(b_new_max)
-            b_p = tl.exp2(b_score * LOG2E - (b_shift * LOG2E)[:, None])  # [BLOCK_M, BLOCK_N]
-            b_rescale = tl.exp2((b_max - b_shift) * LOG2E)  # [BLOCK_M]
+            b_p = tl.exp2(tl.fma(b_score, LOG2E, -b_shift[:, None]))  # [BLOCK_M, BLOCK_N]
+            b_rescale = tl.exp2(b_max - b_shift)  # [BLOCK_M]
             b_sum = b_sum * b_rescale + tl.sum(b_p, 1)
             b_max = b_new_max
             # [BLOCK_N, BLOCK_DV]
@@ -266,14 +268,14 @@ def attend(
 
 @triton.jit
 def add_sink(b_sum, b_max, b_sink):
-    """Count one more logit in the softmax of rows that saw a key.
+    """Count one more logit, in natural units, in the softmax of rows that saw a key.
 
     Returns the new sum and maximum, and the factor that brings the unnormalised output to it.
     """
-    b_new_max = tl.where(b_sum > 0, tl.maximum(b_max, b_sink), b_max)
+    b_new_max = tl.where(b_sum > 0, tl.maximum(b_max, b_sink * LOG2E), b_max)
     b_shift = finite_or_zero(b_new_max)
-    b_factor = tl.exp2((b_max - b_shift) * LOG2E)
-    b_extra = tl.where(b_sum > 0, tl.exp2((b_sink - b_shift) * LOG2E), 0.0)
+    b_factor = tl.exp2(b_max - b_shift)
+    b_extra = tl.where(b_sum > 0, tl.exp2(tl.fma(b_sink, LOG2E, -b_shift)), 0.0)
     return b_sum * b_factor + b_extra, b_new_max, b_factor
 
 
@@ -285,5 +287,5 @@ def normaliser(b_sum):
 
 @triton.jit
 def log_sum_exp(b_sum, b_max):
-    """ln of the softmax denominator, -inf where no key was seen."""
-    return b_max + tl.log(tl.where(b_sum == 0, 1.0, b_sum))
+    """Natural log of the softmax denominator, -inf where no key was seen."""
+    return tl.fma(b_max, LN2, tl.log(tl.where(b_sum == 0, 1.0, b_sum)))

@@ -1,9 +1,10 @@
-"""Make Triton's interpreter (``TRITON_INTERPRET=1``) numerically right for bf16.
+"""Make Triton's interpreter (``TRITON_INTERPRET=1``) numerically right: bf16, and fused FMA.
 
 Up to version 3.9 the interpreter holds bf16 values as their raw 16 bits and computes on those as if
 they were integers, and its casts to bf16 truncate. Here bf16 operands are widened to fp32 before
-arithmetic and products, and results are rounded to nearest even, as devices do. With numpy 2.4 and
-later, loops whose bounds are run-time values fail for want of ``__index__``; that is mended too.
+arithmetic and products, and results are rounded to nearest even, as devices do. ``tl.fma`` rounds
+once instead of twice. With numpy 2.4 and later, loops whose bounds are run-time values fail for
+want of ``__index__``; that is mended too.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ def install() -> None:
     """Mend the interpreter of this process, once."""
     handle = triton_interpreter.TensorHandle
     builder = triton_interpreter.InterpreterBuilder
-    stock_binary, stock_unary, stock_dot = (
-        builder.binary_op, builder.unary_op, builder.create_dot
-    )  # fmt: skip
+    stock_binary, stock_unary = builder.binary_op, builder.unary_op
+    stock_dot, stock_fma = builder.create_dot, builder.create_fma
+    stock_fp_to_fp = builder.create_fp_to_fp
     stock_patch_tensor = triton_interpreter._patch_lang_tensor
 
     def is_bf16(x) -> bool:
@@ -65,7 +66,15 @@ def install() -> None:
         return stock_dot(self, widened(a), widened(b), d, input_precision, max_num_imprecise_acc)
 
     def create_fp_to_fp(self, src, dst_type, rounding_mode):
-        return cast_impl(self, src, dst_type)
+        if {src.dtype.scalar, dst_type.scalar} <= {tl.float16, tl.bfloat16, tl.float32, tl.float64}:
+            return cast_impl(self, src, dst_type)
+        return stock_fp_to_fp(self, src, dst_type, rounding_mode)
+
+    def create_fma(self, x, y, z):
+        if x.dtype.scalar != tl.float32:
+            return stock_fma(self, x, y, z)
+        product = x.data.astype(np.float64) * y.data.astype(np.float64)
+        return handle((product + z.data).astype(np.float32), tl.float32)
 
     def patch_tensor(tensor, *scope):
         stock_patch_tensor(tensor, *scope)
@@ -80,5 +89,5 @@ def install() -> None:
 
     builder.binary_op, builder.unary_op = binary_op, unary_op
     builder.cast_impl, builder.create_fp_to_fp = cast_impl, create_fp_to_fp
-    builder.create_dot = create_dot
+    builder.create_dot, builder.create_fma = create_dot, create_fma
     triton_interpreter._patch_lang_tensor = patch_tensor

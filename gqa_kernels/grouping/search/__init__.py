@@ -8,7 +8,19 @@ from numpy.typing import ArrayLike
 
 from ..objective import TOLERANCE, as_distances, objective
 from ..result import SearchResult, Sizes, canonical_labels
-from . import local, neighbour, random, subset_dp
+from . import (
+    align,
+    asymgqa,
+    column_generation,
+    exact,
+    hierarchical,
+    key_norm,
+    local,
+    neighbour,
+    nsga2,
+    random,
+    subset_dp,
+)
 from .problem import Problem, check_sizes, size_limits
 from .registry import Found, Method
 
@@ -17,13 +29,16 @@ METHODS: dict[str, Method] = {
     for method in (
         Method("neighbour", "adjacent heads together, as ordinary GQA", neighbour.solve),
         Method("random", "a random balanced partition", random.solve),
+        Method("key_norm", "sizes from key norms (KDGQA, DGQA)", key_norm.solve),
+        Method("asymgqa", "AsymGQA's symmetric random search", asymgqa.solve),
+        Method("asymgqa_uneven", "AsymGQA's search with uneven steps", asymgqa.solve_uneven),
+        Method("align", "Align's random swaps and restarts", align.solve),
+        Method("hierarchical", "Ward and other linkages", hierarchical.solve, hierarchical.solve_all),
+        Method("nsga2", "QCQA's NSGA-II (needs pymoo)", nsga2.solve),
         Method("local", "multistart swaps and moves", local.solve),
-        Method(
-            "subset_dp",
-            "exact by dynamic programming, H <= 18",
-            subset_dp.solve,
-            subset_dp.solve_all,
-        ),
+        Method("subset_dp", "exact, H <= 18", subset_dp.solve, subset_dp.solve_all),
+        Method("column_generation", "exact, set partitioning on HiGHS", column_generation.solve),
+        Method("exact", "the faster of the exact methods", exact.solve, exact.solve_all),
     )
 }
 
@@ -31,7 +46,7 @@ METHODS: dict[str, Method] = {
 def search(
     D: ArrayLike,
     num_groups: int,
-    method: str = "local",
+    method: str = "exact",
     sizes: Sizes = "free",
     seed: int = 0,
     time_limit: float | None = None,
@@ -66,7 +81,7 @@ def search(
 
 def search_curve(
     D: ArrayLike,
-    method: str = "local",
+    method: str = "exact",
     sizes: Sizes = "free",
     seed: int = 0,
     time_limit: float | None = None,

@@ -28,7 +28,7 @@ def descend(problem: Problem, labels: np.ndarray, moves: bool = True) -> np.ndar
     moves = moves and problem.lo < problem.hi
     result = labels.copy()
     rows = np.arange(len(labels))  # the partitions still improving
-    state = _State.of(D, G, labels)
+    state = State.of(D, G, labels)
     while len(rows) and problem.time_left() > 0:
         swap_gain, first, second = _best_swap(D, state)
         if moves:
@@ -58,11 +58,11 @@ def descend(problem: Problem, labels: np.ndarray, moves: bool = True) -> np.ndar
 
 def objectives(D: np.ndarray, num_groups: int, labels: np.ndarray) -> np.ndarray:
     """``[B]`` objectives of ``[B, H]`` partitions."""
-    state = _State.of(D, num_groups, labels)
+    state = State.of(D, num_groups, labels)
     return (state.pairs / np.maximum(state.sizes, 1)).sum(-1)
 
 
-class _State:
+class State:
     """Partitions with the sums that make a move's gain cheap.
 
     labels [B,H]; sums [B,H,G] distance from each head to each group; sizes, pairs [B,G] heads in,
@@ -73,13 +73,13 @@ class _State:
         self.labels, self.sums, self.sizes, self.pairs = labels, sums, sizes, pairs
 
     @classmethod
-    def of(cls, D: np.ndarray, num_groups: int, labels: np.ndarray) -> _State:
+    def of(cls, D: np.ndarray, num_groups: int, labels: np.ndarray) -> State:
         members = np.eye(num_groups)[labels]  # [B, H, G]
         sums = D @ members
         return cls(labels.copy(), sums, members.sum(1), (sums * members).sum(1) / 2)
 
-    def take(self, keep: np.ndarray) -> _State:
-        return _State(self.labels[keep], self.sums[keep], self.sizes[keep], self.pairs[keep])
+    def take(self, keep: np.ndarray) -> State:
+        return State(self.labels[keep], self.sums[keep], self.sizes[keep], self.pairs[keep])
 
     def move(self, D: np.ndarray, rows: np.ndarray, heads: np.ndarray, groups: np.ndarray) -> None:
         """Move one head of each given partition."""
@@ -93,7 +93,7 @@ class _State:
         self.labels[rows, heads] = groups
 
 
-def _best_move(problem: Problem, state: _State):
+def _best_move(problem: Problem, state: State):
     """Gain, head and group of each partition's best move."""
     labels, sizes = state.labels, state.sizes
     delta = move_deltas(state.sums, labels, sizes, state.pairs)
@@ -106,7 +106,7 @@ def _best_move(problem: Problem, state: _State):
     return delta[np.arange(len(best)), best], head, group
 
 
-def _best_swap(D: np.ndarray, state: _State):
+def _best_swap(D: np.ndarray, state: State):
     """Gain and the two heads of each partition's best swap."""
     labels = state.labels
     size = np.take_along_axis(state.sizes, labels, -1)[..., None]  # of each head's own group

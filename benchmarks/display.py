@@ -1,0 +1,125 @@
+"""What the harness prints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from .cases import MAPS, MODELS, SUITES, Case
+from .compare import Change
+from .harness import Row
+from .limits import Limits
+from .ops import OPS
+
+
+def show_header(console: Console, header: dict) -> None:
+    versions = ", ".join(f"{name} {version}" for name, version in header["versions"].items())
+    console.print(f"{header['device']}, {header['threads']} threads, commit {header['commit']}")
+    console.print(versions)
+    absent: dict[str, list[str]] = {}
+    for name, reason in header["contestants"].items():
+        if reason != "available":
+            absent.setdefault(one_line(reason), []).append(name)
+    for reason, names in absent.items():
+        console.print(f"without {', '.join(names)}: {reason}", markup=False)
+
+
+def show_case(console: Console, case: Case, rows: Sequence[Row]) -> None:
+    table = Table(title=case.key, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("", no_wrap=True)
+    for name in ("time", "spread", "rate", "of limit", "/ ours"):
+        table.add_column(name, justify="right", no_wrap=True)
+    ours = next((r for r in rows if r["kind"] == "backend" and r["status"] == "ok"), None)
+    refused = []
+    for row in rows:
+        if row["status"] != "ok":
+            refused.append(f"{row['contestant']} {row['status']}: {one_line(row['reason'])}")
+            continue
+        table.add_row(
+            row["contestant"],
+            seconds(row["median"]),
+            f"{100 * (row['high'] - row['low']) / row['median']:.0f} %",
+            rate(row),
+            f"{row['percent_of_limit']:.0f} %",
+            f"{row['median'] / ours['median']:.2f}" if ours else "-",
+        )
+    console.print(table)
+    for line in refused:
+        console.print("  " + line, markup=False)
+
+
+def show_limits(console: Console, limits: Limits) -> None:
+    measured = limits.to_json()
+    for entry in measured["memory"]:
+        console.print(f"memory limit, {size(entry['bytes'])}: {entry['rate'] / 1e9:.1f} GB/s")
+    for name, rate in measured["compute"].items():
+        console.print(f"matrix product, {name}: {rate / 1e12:.3f} TFLOP/s")
+
+
+def show_changes(console: Console, before: dict, after: dict, changes: Iterable[Change]) -> None:
+    for name in ("device", "threads", "versions", "commit"):
+        if before[name] != after[name]:
+            console.print(f"{name} differs: {before[name]} -> {after[name]}", markup=False)
+    table = Table()
+    for name in ("case | contestant", "before", "after", "ratio", ""):
+        table.add_column(name)
+    for change in changes:
+        table.add_row(
+            change.key,
+            seconds(change.before) if change.before else "-",
+            seconds(change.after) if change.after else "-",
+            f"{change.ratio:.3f}" if change.ratio else "-",
+            change.mark,
+        )
+    console.print(table)
+
+
+def show_list(console: Console, device: torch.device) -> None:
+    console.print("models: " + ", ".join(MODELS), markup=False)
+    for name, meaning in MAPS.items():
+        console.print(f"map {name}: {meaning}", markup=False)
+    for name, cases in SUITES.items():
+        console.print(f"suite {name}: {len(cases)} cases")
+    for name, op in OPS.items():
+        console.print(f"op {name}: {op.summary}")
+    op = next(iter(OPS.values()))
+    for contestant in (*op.backends().values(), *op.peers().values()):
+        reason = contestant.unavailable_reason(device)
+        state = f" [not usable: {one_line(reason)}]" if reason else ""
+        console.print(
+            f"{contestant.kind} {contestant.name}: {contestant.summary}{state}", markup=False
+        )
+
+
+def rate(row: Row) -> str:
+    """GB/s or TFLOP/s, whichever limits the case."""
+    if row["bound_by"] == "memory":
+        return f"{row['gbytes_per_second']:.1f} GB/s"
+    if row["tflops"] < 1:
+        return f"{1e3 * row['tflops']:.0f} GFLOP/s"
+    return f"{row['tflops']:.0f} TFLOP/s"
+
+
+def seconds(value: float) -> str:
+    """With three digits and a fitting unit."""
+    unit, factor = next(
+        (pair for pair in (("s", 1.0), ("ms", 1e3)) if value * pair[1] >= 1), ("us", 1e6)
+    )
+    return f"{value * factor:#.3g} {unit}".replace(". ", " ")
+
+
+def size(count: float) -> str:
+    """Bytes, binary units."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}"
+        count /= 1024
+    return f"{count:.0f} GiB"
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())[:200]

@@ -1,0 +1,121 @@
+"""An attention case with its tensors, and the gate that every result passes before it is timed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gqa_kernels import HeadMap
+from gqa_kernels.backends.reference import reference_attention
+from gqa_kernels.inputs import AttentionInputs
+from gqa_kernels.testing import assert_close, make_inputs, upcast
+
+from .cases import Case
+from .timing import cache_bytes
+
+CHECK_ALL_BELOW = 1 << 22  # scores of a call up to which every row is checked
+BLOCK_ROWS = 32  # query rows of a checked block beyond that
+MOST_COPIES = 64
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Tensors of a case.
+
+    Attributes:
+        copies: q ``[B, Hq, Sq, D]``, k and v ``[B, Hkv, Sk, D]``, with other values in each copy.
+    """
+
+    case: Case
+    copies: list[tuple[Tensor, Tensor, Tensor]]
+
+    @classmethod
+    def build(cls, case: Case, device: torch.device) -> Problem:
+        return cls(
+            case,
+            [
+                make_inputs(
+                    case.batch, case.head_map, case.q_len, case.kv_len, case.head_dim,
+                    dtype=case.torch_dtype, device=device, seed=seed,
+                )
+                for seed in range(num_copies(case, device))
+            ],
+        )  # fmt: skip
+
+    @property
+    def head_map(self) -> HeadMap:
+        return self.case.head_map
+
+    @property
+    def device(self) -> torch.device:
+        return self.copies[0][0].device
+
+
+def num_copies(case: Case, device: torch.device) -> int:
+    """Input copies that together exceed the last-level cache twice (on a CPU for cold cases)."""
+    if device.type == "cpu" and not case.cold:
+        return 1
+    return min(MOST_COPIES, max(2, math.ceil(2 * cache_bytes(device) / case.work.bytes)))
+
+
+class Gate:
+    """Holds results of a problem's first copy to the package's tolerance rule.
+
+    Small calls are checked whole. Of larger ones every element must be finite, and blocks of rows
+    (the first, the last, one between) of the first and the last sequence are compared, all heads.
+    """
+
+    def __init__(self, problem: Problem):
+        self.shape = problem.copies[0][0].shape
+        self.dtype = problem.case.torch_dtype
+        self.blocks = [_Block(problem, *part) for part in _parts(problem.case)]
+
+    def check(self, out: Tensor) -> None:
+        """Raises AssertionError, saying what is wrong, for a wrong result.
+
+        Args:
+            out: ``[B, Hq, Sq, D]``.
+        """
+        assert out.shape == self.shape, f"out: shape {tuple(out.shape)}, expected {self.shape}"
+        assert out.dtype == self.dtype, f"out: dtype {out.dtype}, expected {self.dtype}"
+        assert out.isfinite().all(), "out: some elements are not finite"
+        for block in self.blocks:
+            block.check(out)
+
+
+def _parts(case: Case) -> list[tuple[int, int, int]]:
+    """Sequence, first row and last row + 1 of each block to check."""
+    scores = case.head_map.num_heads * case.q_len * case.kv_len
+    if case.batch * scores <= CHECK_ALL_BELOW:
+        return [(b, 0, case.q_len) for b in range(case.batch)]
+    rows = [(0, case.q_len)]
+    if case.q_len > 3 * BLOCK_ROWS:
+        starts = (0, case.q_len // 2 - 7, case.q_len - BLOCK_ROWS)
+        rows = [(start, start + BLOCK_ROWS) for start in starts]
+    return [(b, *part) for b in sorted({0, case.batch - 1}) for part in rows]
+
+
+class _Block:
+    """Query rows of one sequence, with their exact results and eager torch's errors."""
+
+    def __init__(self, problem: Problem, sequence: int, start: int, stop: int):
+        case = problem.case
+        self.index = (slice(sequence, sequence + 1), slice(None), slice(start, stop))
+        q, k, v = (x[sequence : sequence + 1] for x in problem.copies[0])
+        # Causal is aligned to the last key: without the keys beyond the block's last row, the
+        # block's rows are the last of a shorter call.
+        keys = stop + case.kv_len - case.q_len if case.causal else case.kv_len
+        inputs = AttentionInputs.create(
+            q[:, :, start:stop], k[:, :, :keys], v[:, :, :keys], case.head_map, **case.options
+        )
+        with torch.no_grad():
+            self.exact = reference_attention(upcast(inputs))[0]
+            self.eager = [
+                reference_attention(inputs, inputs.dtype, base2)[0] for base2 in (False, True)
+            ]
+
+    def check(self, out: Tensor) -> None:
+        assert_close("out", out[self.index], self.exact, self.eager)

@@ -1,0 +1,193 @@
+"""The benchmark harness: ``python -m benchmarks.run --help``."""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+# Spinning OpenMP threads slow a shared machine 25 times; OpenMP reads this when torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from . import display
+from .cases import SUITES, Case, parse_shape, vary
+from .compare import compare
+from .contestants import Contestant
+from .harness import measure, row_key
+from .limits import Limits
+from .ops import OPS
+from .results import FOLDER, Results, folder_name, header
+from .timing import Settings
+
+SUITE_WITHOUT = {"quick": ["flex"]}  # peers left out by default: compiling takes 10 s a case
+NOT_BY_DEFAULT = "reference"  # eager, materialises all scores
+DEVICE_SECONDS = {"cpu": 1.0, "cuda": 0.15}  # per contestant and case
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run; the exit status. 0: fine, 1: a wrong result or a regression, 2: it could not run."""
+    arguments = _parser().parse_args(argv)
+    console = Console()
+    try:
+        if arguments.compare:
+            return _compare(arguments.compare, console)
+        if arguments.list:
+            display.show_list(console, _device(arguments.device))
+            return 0
+        return _run(arguments, console)
+    except ValueError as error:
+        print(f"benchmarks.run: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
+    add = parser.add_argument
+    add("--suite", choices=SUITES, help="named cases (quick, unless --shapes are given)")
+    add("--quick", action="store_true", help="the quick suite with short samples")
+    add("--op", action="append", choices=OPS, help="only this op (repeatable; all)")
+    add("--shapes", nargs="+", metavar="MODEL:BATCH:KV_LEN[:Q_LEN]", help="own cases, see --list")
+    add("--maps", nargs="+", metavar="MAP", help="own cases' maps (even), or a filter of the suite")
+    add("--dtype", nargs="+", metavar="TYPE", help="likewise for types (bfloat16)")
+    add("--backend", nargs="+", default=["*"], metavar="NAME", help="ours; patterns (all)")
+    add("--peer", nargs="*", default=None, metavar="NAME", help="peers; patterns (those usable)")
+    add("--device", help="cpu or cuda (cuda where there is one)")
+    add("--threads", type=int, help="of torch on the CPU (torch's own choice)")
+    add("--seconds", type=float, help="per contestant and case (1; GPU 0.15; quick 0.2)")
+    add("--budget", type=float, metavar="SECONDS", help="start no case after so long")
+    add("--json", type=Path, metavar="PATH", help="write the results there")
+    add("--save", action="store_true", help=f"write them to {FOLDER.name}/DEVICE/SUITE.json")
+    add("--resume", action="store_true", help="go on with the results file: skip cases it has")
+    add("--compare", nargs=2, type=Path, metavar=("A", "B"), help="ratios of two results files")
+    add("--list", action="store_true", help="show models, maps, suites, contestants")
+    return parser
+
+
+def _run(arguments: argparse.Namespace, console: Console) -> int:
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    device = _device(arguments.device)
+    suite, cases = _cases(arguments)
+    chosen, reasons = _contestants(arguments, suite, device)
+    results = Results(header(device, suite, reasons))
+    path = arguments.json
+    if arguments.save:
+        path = FOLDER / folder_name(results.header) / f"{suite}.json"
+    if arguments.resume and path is None:
+        raise ValueError("--resume must come with --json or --save, got neither")
+    if arguments.resume and path.exists():
+        results.resume(Results.load(path))
+    limits, settings = Limits(device), _settings(arguments, device)
+    display.show_header(console, results.header)
+
+    started, finished = time.monotonic(), True
+    with _bars(console) as bars:
+        task = bars.add_task("", total=len(cases))
+        for case in cases:
+            bars.update(task, description=case.key)
+            if not all(results.has(row_key(case, c.name)) for c in chosen[case.op]):
+                if arguments.budget and time.monotonic() - started > arguments.budget:
+                    finished = False
+                    break
+                rows = measure(case, chosen[case.op], limits, settings, device)
+                results.add(rows)
+                display.show_case(console, case, rows)
+                if path is not None:
+                    results.save(path, limits)
+            bars.advance(task)
+    display.show_limits(console, limits)
+    console.print("all cases done" if finished else "out of time; --resume goes on from here")
+    return 1 if any(row["status"] == "wrong" for row in results.rows) else 0
+
+
+def _cases(arguments: argparse.Namespace) -> tuple[str, list[Case]]:
+    """Name and cases of what is to be measured."""
+    ops = arguments.op or list(OPS)
+    if arguments.shapes:
+        shapes = [parse_shape(op, text) for op in ops for text in arguments.shapes]
+        return "custom", vary(shapes, arguments.maps or ["even"], arguments.dtype or ["bfloat16"])
+    suite = "quick" if arguments.quick else arguments.suite or "quick"
+    cases = [case for case in SUITES[suite] if case.op in ops]
+    if arguments.maps:
+        cases = [case for case in cases if _matches(case.map, arguments.maps)]
+    if arguments.dtype:
+        cases = [case for case in cases if case.dtype in arguments.dtype]
+    if not cases:
+        raise ValueError(f"--op, --maps and --dtype must leave cases of suite {suite}, got none")
+    return suite, cases
+
+
+def _contestants(
+    arguments: argparse.Namespace, suite: str, device: torch.device
+) -> tuple[dict[str, list[Contestant]], dict[str, str]]:
+    """Per op the usable contestants asked for; for every one asked for, whether it is usable."""
+    chosen: dict[str, list[Contestant]] = {}
+    reasons: dict[str, str] = {}
+    for name in arguments.op or OPS:
+        op = OPS[name]
+        ours = _chosen("backend", op.backends(), arguments.backend, [NOT_BY_DEFAULT])
+        peers = ["*"] if arguments.peer is None else arguments.peer
+        peers = [] if peers == ["none"] else peers
+        peers = _chosen("peer", op.peers(), peers, SUITE_WITHOUT.get(suite, []))
+        chosen[name] = []
+        for contestant in ours + peers:
+            reason = contestant.unavailable_reason(device)
+            reasons[contestant.name] = reason or "available"
+            if reason is None:
+                chosen[name].append(contestant)
+            elif contestant.name in (*arguments.backend, *(arguments.peer or [])):
+                raise ValueError(f"{contestant.name} is not usable here: {reason}")
+    return chosen, reasons
+
+
+def _chosen(
+    what: str, known: dict[str, Contestant], patterns: list[str], without: list[str]
+) -> list[Contestant]:
+    for pattern in patterns:
+        if not fnmatch.filter(known, pattern):
+            raise ValueError(f"--{what} must be among {', '.join(known)}, got {pattern!r}")
+    names = [name for name in known if _matches(name, patterns)]
+    return [known[name] for name in names if name in patterns or name not in without]
+
+
+def _matches(name: str, patterns: list[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _settings(arguments: argparse.Namespace, device: torch.device) -> Settings:
+    if arguments.seconds is not None:
+        return Settings(seconds=arguments.seconds)
+    if arguments.quick:
+        return Settings().quick()
+    return Settings(seconds=DEVICE_SECONDS[device.type])
+
+
+def _device(name: str | None) -> torch.device:
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _compare(paths: list[Path], console: Console) -> int:
+    before, after = (Results.load(path) for path in paths)
+    changes = compare(before.rows, after.rows)
+    display.show_changes(console, before.header, after.header, changes)
+    return 1 if any(change.regressed for change in changes) else 0
+
+
+def _bars(console: Console) -> Progress:
+    columns = [TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn()]
+    return Progress(
+        *columns, TimeElapsedColumn(), console=console, transient=True,
+        disable=not console.is_terminal,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,20 @@
+// Tensors to AttentionParams: the entry points that bindings.cpp registers.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <tuple>
+
+namespace gqa::host {
+
+using OptionalTensor = std::optional<torch::stable::Tensor>;
+
+std::tuple<torch::stable::Tensor, torch::stable::Tensor> attention_forward_cpu(
+    const torch::stable::Tensor& q, const torch::stable::Tensor& k, const torch::stable::Tensor& v,
+    const torch::stable::Tensor& head_map, const OptionalTensor& value_head_map,
+    const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
+    const OptionalTensor& attn_mask, const OptionalTensor& kv_lengths, double scale,
+    int64_t window_left, int64_t window_right, double softcap, bool bshd);
+
+}  // namespace gqa::host
