@@ -20,12 +20,17 @@ def show_header(console: Console, header: dict) -> None:
     versions = ", ".join(f"{name} {version}" for name, version in header["versions"].items())
     console.print(f"{header['device']}, {header['threads']} threads, commit {header['commit']}")
     console.print(versions)
-    absent: dict[str, list[str]] = {}
+    for reason, names in absent(header).items():
+        console.print(f"without {', '.join(names)}: {reason}", markup=False)
+
+
+def absent(header: dict) -> dict[str, list[str]]:
+    """Contestants that the machine can't run, by the reason."""
+    found: dict[str, list[str]] = {}
     for name, reason in header["contestants"].items():
         if reason != "available":
-            absent.setdefault(one_line(reason), []).append(name)
-    for reason, names in absent.items():
-        console.print(f"without {', '.join(names)}: {reason}", markup=False)
+            found.setdefault(one_line(reason), []).append(name)
+    return found
 
 
 def show_case(console: Console, case: Case, rows: Sequence[Row]) -> None:
@@ -56,8 +61,8 @@ def show_limits(console: Console, limits: Limits) -> None:
     measured = limits.to_json()
     for entry in measured["memory"]:
         console.print(f"memory limit, {size(entry['bytes'])}: {entry['rate'] / 1e9:.1f} GB/s")
-    for name, rate in measured["compute"].items():
-        console.print(f"matrix product, {name}: {rate / 1e12:.3f} TFLOP/s")
+    for name, value in measured["compute"].items():
+        console.print(f"matrix product, {name}: {flops(value)}")
 
 
 def show_changes(console: Console, before: dict, after: dict, changes: Iterable[Change]) -> None:
@@ -96,12 +101,17 @@ def show_list(console: Console, device: torch.device) -> None:
 
 
 def rate(row: Row) -> str:
-    """GB/s or TFLOP/s, whichever limits the case."""
-    if row["bound_by"] == "memory":
+    """GB/s of decode, operations per second of all else."""
+    if row["case"]["op"] == "decode":
         return f"{row['gbytes_per_second']:.1f} GB/s"
-    if row["tflops"] < 1:
-        return f"{1e3 * row['tflops']:.0f} GFLOP/s"
-    return f"{row['tflops']:.0f} TFLOP/s"
+    return flops(row["tflops"] * 1e12)
+
+
+def flops(value: float) -> str:
+    """Operations per second, with up to three digits and a fitting unit."""
+    if value < 1e12:
+        return f"{value / 1e9:.3g} GFLOP/s"
+    return f"{value / 1e12:.3g} TFLOP/s"
 
 
 def seconds(value: float) -> str:

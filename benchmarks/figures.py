@@ -34,7 +34,6 @@ class Figure:
     y_label: str
     series: dict[str, list[tuple[float, float]]]
     guides: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
-    log_x: bool = True
     log_y: bool = False
     joined: bool = True
 
@@ -65,6 +64,7 @@ def draw(figure: Figure, folder: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import ScalarFormatter
 
     style = {"svg.hashsalt": figure.name, "svg.fonttype": "none", "font.size": 9}
     with plt.rc_context(style):
@@ -78,8 +78,8 @@ def draw(figure: Figure, folder: Path) -> None:
                 lw=2 if ours else 1, alpha=1 if ours else 0.75, zorder=3 if ours else 2,
                 label=label,
             )  # fmt: skip
-        if figure.log_x:
-            axes.set_xscale("log", base=2)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(ScalarFormatter())
         if figure.log_y:
             axes.set_yscale("log")
         else:
@@ -105,8 +105,10 @@ def _roofline(results: Results, cases: list[CaseRows]) -> Figure:
     if limits and points and limits["memory"]:
         rate = limits["memory"][-1]["rate"]
         for name, compute in limits["compute"].items():
+            if not any(label.endswith(name) for label in series):
+                continue
             knee = compute / rate
-            ends = sorted({min(points), knee, max(*points, 2 * knee)})
+            ends = sorted({min(*points, knee), knee, max(*points, 2 * knee)})
             guides[f"limit {name}"] = [(x, min(x * rate, compute) / 1e9) for x in ends]
     return Figure(
         "roofline", "Roofline", "operations per byte", "GFLOP/s", series, guides, log_y=True,

@@ -48,8 +48,8 @@ done
 stage device 20 bash -c 'nvidia-smi -L && python3 -c "
 import torch, triton
 print(torch.__version__, triton.__version__, torch.cuda.get_device_name())"' || exit 1
-stage build 150 python3 -m gqa_kernels.extension
-stage tests 240 python3 -m pytest -x -q -p no:cacheprovider --durations=10 tests
+stage build 150 python3 -c "from gqa_kernels import extension; extension.load()"
+stage tests 240 python3 -m pytest --maxfail=20 -q -p no:cacheprovider --durations=10 tests
 
 # The suite stops by itself, in time for its last case, the copy and the report.
 time_left=$(left)

@@ -23,7 +23,9 @@ LARGEST_READ = 1 << 28  # bytes; far beyond any last-level cache
 READ_SECONDS = 0.03
 FILL, ABSENT = 0xAA, 0x55
 COPY_BYTES = 1 << 30
-GPU_PRODUCT, CPU_PRODUCT = 8192, 1024  # rows, columns and depth of the matrix product
+GPU_PRODUCT = 8192  # rows, columns and depth of the matrix product
+CPU_PRODUCTS = (256, 512, 1024)  # the larger ones only where they are done soon:
+PRODUCT_SECONDS = 0.1  # torch has no fast product for some types on some processors
 REPEATS = 5
 
 
@@ -49,13 +51,12 @@ class Limits:
 
     def flops_per_second(self, dtype: torch.dtype) -> float:
         """Compute limit for operands of a type."""
-        rate = self._product(dtype)
-        return max(rate, self._product(torch.float32)) if self.device.type == "cpu" else rate
-
-    def _product(self, dtype: torch.dtype) -> float:
         name = str(dtype).removeprefix("torch.")
         if name not in self._compute:
-            self._compute[name] = _matrix_product(dtype, self.device)
+            rate = _matrix_product(dtype, self.device)
+            if self.device.type == "cpu" and dtype != torch.float32:
+                rate = max(rate, self.flops_per_second(torch.float32))
+            self._compute[name] = rate
         return self._compute[name]
 
     def to_json(self) -> dict:
@@ -97,16 +98,20 @@ def _device_copy(size: int) -> float:
 
 
 def _matrix_product(dtype: torch.dtype, device: torch.device) -> float:
-    n = CPU_PRODUCT if device.type == "cpu" else GPU_PRODUCT
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    """Operations per second."""
     if device.type != "cpu":
-        return 2 * n**3 / _device_seconds(lambda: a @ b)
-    seconds = []
-    for _ in range(1 + REPEATS):
-        started = time.perf_counter()
-        a @ b
-        seconds.append(time.perf_counter() - started)
-    return 2 * n**3 / min(seconds[1:])
+        a, b = (torch.randn(GPU_PRODUCT, GPU_PRODUCT, device=device).to(dtype) for _ in range(2))
+        return 2 * GPU_PRODUCT**3 / _device_seconds(lambda: a @ b)
+    best = 0.0
+    for n in CPU_PRODUCTS:
+        if best and 2 * n**3 / best > PRODUCT_SECONDS:
+            break
+        a, b = (torch.randn(n, n).to(dtype) for _ in range(2))
+        for _ in range(1 + REPEATS):
+            started = time.perf_counter()
+            a @ b
+            best = max(best, 2 * n**3 / (time.perf_counter() - started))
+    return best
 
 
 def _device_seconds(run) -> float:

@@ -16,8 +16,8 @@ from gqa_kernels.testing import assert_close, make_inputs, upcast
 from .cases import Case
 from .timing import cache_bytes
 
-CHECK_ALL_BELOW = 1 << 22  # scores of a call up to which every row is checked
-BLOCK_ROWS = 32  # query rows of a checked block beyond that
+CHECK_ALL_BELOW = 1 << 20  # scores of a call up to which every row is checked
+BLOCK_ROWS = 16  # query rows of a checked block beyond that
 MOST_COPIES = 64
 
 
@@ -64,8 +64,8 @@ def num_copies(case: Case, device: torch.device) -> int:
 class Gate:
     """Holds results of a problem's first copy to the package's tolerance rule.
 
-    Small calls are checked whole. Of larger ones every element must be finite, and blocks of rows
-    (the first, the last, one between) of the first and the last sequence are compared, all heads.
+    Small calls are checked whole. Of larger ones every element must be finite, and blocks of rows,
+    all heads, are compared: the first and a middle one of the first sequence, the last of the last.
     """
 
     def __init__(self, problem: Problem):
@@ -91,11 +91,15 @@ def _parts(case: Case) -> list[tuple[int, int, int]]:
     scores = case.head_map.num_heads * case.q_len * case.kv_len
     if case.batch * scores <= CHECK_ALL_BELOW:
         return [(b, 0, case.q_len) for b in range(case.batch)]
-    rows = [(0, case.q_len)]
-    if case.q_len > 3 * BLOCK_ROWS:
-        starts = (0, case.q_len // 2 - 7, case.q_len - BLOCK_ROWS)
-        rows = [(start, start + BLOCK_ROWS) for start in starts]
-    return [(b, *part) for b in sorted({0, case.batch - 1}) for part in rows]
+    last = case.batch - 1
+    if case.q_len <= 3 * BLOCK_ROWS:
+        return [(b, 0, case.q_len) for b in sorted({0, last})]
+    middle = case.q_len // 2 - 7
+    return [
+        (0, 0, BLOCK_ROWS),
+        (0, middle, middle + BLOCK_ROWS),
+        (last, case.q_len - BLOCK_ROWS, case.q_len),
+    ]
 
 
 class _Block:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import tables
+from . import display, tables
 from .figures import draw, figures, is_current
 from .results import FOLDER, Results
 
@@ -125,12 +125,11 @@ def device_report(name: str, suites: dict[str, Results]) -> str:
             parts += [f"### {title}", table] if table else []
         refused = tables.refusals(results)
         parts += ["### Refused a timing", refused] if refused else []
-        absent = [
-            f"- {contestant}: {tables.one_line(reason)}"
-            for contestant, reason in results.header["contestants"].items()
-            if reason != "available"
-        ]
-        parts += ["### Not usable on this machine", "\n".join(absent)] if absent else []
+        absent = display.absent(results.header)
+        parts += ["### Not usable on this machine"] if absent else []
+        parts.append(
+            "\n".join(f"- {', '.join(names)}: {reason}" for reason, names in absent.items())
+        )
     drawn = figures(newest_suite(suites))
     parts += ["## Figures"] if drawn else []
     parts += [f"![{figure.title}]({figure.file})" for figure in drawn]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from .cases import BOTH, HEADLINE, HEADLINE_LENGTHS
-from .display import one_line, rate, seconds, size
+from .display import flops, one_line, rate, seconds, size
 from .harness import Row
 from .results import Results
 
@@ -72,9 +72,7 @@ def provenance(header: dict) -> str:
         f"{entry['rate'] / 1e9:.1f} GB/s ({size(entry['bytes'])})"
         for entry in limits["memory"][-1:]
     )
-    compute = ", ".join(
-        f"{name} {value / 1e9:.0f} GFLOP/s" for name, value in limits["compute"].items()
-    )
+    compute = ", ".join(f"{name} {flops(value)}" for name, value in limits["compute"].items())
     return (
         f"{header['device']}{driver}, {header['threads']} CPU threads; {versions}; "
         f"commit {header['commit']}; {header['date']}. "

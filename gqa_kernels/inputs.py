@@ -220,22 +220,28 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor, head_axis: int) -> None:
     """Sizes of the bhsd views; ``head_axis`` is where the caller's layout has the heads."""
     token_axis = 3 - head_axis
-    for name, x in (("k", k), ("v", v)):
-        if x.shape[0] != q.shape[0]:
-            raise ValueError(
-                f"{name}.shape[0] must equal q.shape[0] ({q.shape[0]}), got {x.shape[0]}"
-            )
-    if k.shape[3] != q.shape[3]:
-        raise ValueError(f"k.shape[3] must equal q.shape[3] ({q.shape[3]}), got {k.shape[3]}")
-    if v.shape[2] != k.shape[2]:
+    batch, q_heads, _, head_dim = q.shape
+    k_batch, k_heads, kv_len, k_head_dim = k.shape
+    v_batch, v_heads, v_len, value_head_dim = v.shape
+    if k_batch != batch:
+        raise ValueError(f"k.shape[0] must equal q.shape[0] ({batch}), got {k_batch}")
+    if v_batch != batch:
+        raise ValueError(f"v.shape[0] must equal q.shape[0] ({batch}), got {v_batch}")
+    if k_head_dim != head_dim:
+        raise ValueError(f"k.shape[3] must equal q.shape[3] ({head_dim}), got {k_head_dim}")
+    if v_len != kv_len:
         raise ValueError(
-            f"v.shape[{token_axis}] must equal k.shape[{token_axis}] ({k.shape[2]}), "
-            f"got {v.shape[2]}"
+            f"v.shape[{token_axis}] must equal k.shape[{token_axis}] ({kv_len}), got {v_len}"
         )
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        for dim, axis, what in ((1, head_axis, "heads"), (3, 3, "head dim")):
-            if x.shape[dim] < 1:
-                raise ValueError(f"{name}.shape[{axis}] ({what}) must be at least 1, got 0")
+    if q_heads < 1 or k_heads < 1 or v_heads < 1:
+        raise ValueError(
+            f"q, k and v.shape[{head_axis}] (heads) must be at least 1, "
+            f"got {q_heads}, {k_heads} and {v_heads}"
+        )
+    if head_dim < 1 or value_head_dim < 1:
+        raise ValueError(
+            f"q and v.shape[3] (head dim) must be at least 1, got {head_dim} and {value_head_dim}"
+        )
 
 
 def _readable(x: Tensor) -> bool:
@@ -284,7 +290,7 @@ def _resolve_map(
         entries = tuple(value)
         if not all(type(e) is int for e in entries):
             entries = HeadMap(entries).entries  # converts numpy integers, refuses the rest
-        if entries and not (0 <= min(entries) and max(entries) < num_kv_heads):
+        if entries and not (min(entries) >= 0 and max(entries) < num_kv_heads):
             head = next(h for h, e in enumerate(entries) if not 0 <= e < num_kv_heads)
             raise ValueError(
                 f"{name} entries must lie in [0, {shape_name} ({num_kv_heads})), "

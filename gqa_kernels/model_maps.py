@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
+import torch
+
 from .head_map import HeadMap
 
 KEY_FIELD = "kv_head_map"
@@ -53,7 +55,8 @@ def _read(
             f"config.{field}[{layer}] must have {num_heads} entries, one per query head, got "
             f"{len(maps[layer])}"
         )
-    return _head_map(tuple(maps[layer]), num_kv_heads)
+    make = HeadMap if torch.compiler.is_compiling() else _head_map
+    return make(tuple(maps[layer]), num_kv_heads)
 
 
 @cache

@@ -61,7 +61,9 @@ def make_inputs(
             shape = (shape[0], shape[2], shape[1], shape[3])
         x = torch.randn(shape, generator=generator).to(device=device, dtype=dtype)
         if strided:
-            room = x.new_full([n + extra for n, extra in zip(shape, (0, 1, 2, 3), strict=True)], torch.nan)
+            room = x.new_full(
+                [n + extra for n, extra in zip(shape, (0, 1, 2, 3), strict=True)], torch.nan
+            )
             room[:, : shape[1], 1 : shape[2] + 1, : shape[3]] = x
             x = room[:, : shape[1], 1 : shape[2] + 1, : shape[3]]
         return x.requires_grad_(requires_grad)

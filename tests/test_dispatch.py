@@ -45,7 +45,9 @@ def test_reasons_have_values():
         assert any("dtype float64" in why for why in reasons[name])
         assert any("requires grad" in why for why in reasons[name])
     wide = make_inputs(1, MAP, 2, 2, 300)
-    assert any("head dim D = 300 (at most 256)" in why for why in explain_backend(*wide, MAP)["cpu"])
+    assert any(
+        "head dim D = 300 (at most 256)" in why for why in explain_backend(*wide, MAP)["cpu"]
+    )
 
 
 def test_no_grad_lifts_the_need_for_a_backward():

@@ -45,7 +45,11 @@ def test_immutable_hashable_and_copied():
     with pytest.raises(AttributeError, match="immutable"):
         head_map.entries = (0,)
     assert len({head_map, HeadMap([0, 1, 1]), HeadMap([0, 1, 1], 3)}) == 2
-    for copied in (copy.copy(head_map), copy.deepcopy(head_map), pickle.loads(pickle.dumps(head_map))):
+    for copied in (
+        copy.copy(head_map),
+        copy.deepcopy(head_map),
+        pickle.loads(pickle.dumps(head_map)),
+    ):
         assert copied == head_map and hash(copied) == hash(head_map)
     assert eval(repr(head_map)) == head_map
     assert HeadMap.from_json(HeadMap([0, 1], 3).to_json()) == HeadMap([0, 1], 3)

@@ -169,7 +169,9 @@ class Report:
                 f"{phase}: backend {backend}, max |asym_gqa - expand + SDPA| = "
                 f"{seen.max_error[phase]:.1e} (values up to {seen.max_value[phase]:.1f})"
             )
-        console.print(f"{self.seconds:.0f} s in all, {self.load_seconds:.0f} s of them loading")
+        console.print(
+            f"{self.seconds:.0f} s in all, {self.load_seconds:.0f} s of them to load the model"
+        )
 
 
 def versions() -> dict[str, str]:

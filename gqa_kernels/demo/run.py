@@ -30,9 +30,10 @@ def run(settings: Settings, load: Callable[[], LoadedModel], console: Console) -
         asym_gqa_attention(*torch.zeros(3, 1, 2, 4, 16), HeadMap([1, 0]), backend=settings.backend)
     register(backend=settings.backend)
     register_baseline()
+    loading = time.perf_counter()
     with steps.step("Loading the model"):
         loaded = load()
-    load_seconds = time.perf_counter() - started
+    load_seconds = time.perf_counter() - loading
     split, lossless_part = lossless.run(loaded, settings, steps)
     comparison = lossless_part.comparison
     dtype = getattr(torch, settings.dtype)

@@ -31,7 +31,7 @@ def as_distances(D: ArrayLike) -> NDArray[np.float64]:
         ``[H, H]`` fp64, exactly symmetric, non-negative, with a zero diagonal.
 
     Raises:
-        ValueError: D is not square, not symmetric, negative, not finite, or its diagonal isn't zero.
+        ValueError: D is not square, symmetric, non-negative and finite with a zero diagonal.
     """
     D = np.array(getattr(D, "array", D), dtype=np.float64)
     if D.ndim != 2 or D.shape[0] != D.shape[1] or D.size == 0:

@@ -1,6 +1,7 @@
 """attn_implementation="asym_gqa" against the same models with expanded K and V on torch's SDPA."""
 
 import builtins
+import warnings
 
 import pytest
 import torch
@@ -153,6 +154,16 @@ def test_output_is_contiguous_and_inputs_are_not_copied():
     out = integration.asym_gqa(module, q, k, v, None)
     assert out.shape == (2, 5, 6, 16)
     assert out.is_contiguous()
+
+
+def test_compiled(pair):
+    inputs = batch([17, 9], "left")
+    model, _ = pair
+    eager = logits(model, inputs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(logits(compiled, inputs), eager, **CLOSE)
 
 
 def test_named_backend():

@@ -33,7 +33,7 @@ METHODS: dict[str, Method] = {
         Method("asymgqa", "AsymGQA's symmetric random search", asymgqa.solve),
         Method("asymgqa_uneven", "AsymGQA's search with uneven steps", asymgqa.solve_uneven),
         Method("align", "Align's random swaps and restarts", align.solve),
-        Method("hierarchical", "Ward and other linkages", hierarchical.solve, hierarchical.solve_all),
+        Method("hierarchical", "Ward, other linkages", hierarchical.solve, hierarchical.solve_all),
         Method("nsga2", "QCQA's NSGA-II (needs pymoo)", nsga2.solve),
         Method("local", "multistart swaps and moves", local.solve),
         Method("subset_dp", "exact, H <= 18", subset_dp.solve, subset_dp.solve_all),
@@ -105,8 +105,7 @@ def search_curve(
     problems = [Problem.create(D, G, sizes, seed, time_limit) for G in possible]
     found = chosen.solve_all(problems, **options)
     return {
-        p.num_groups: _result(p, f, started, method)
-        for p, f in zip(problems, found, strict=True)
+        p.num_groups: _result(p, f, started, method) for p, f in zip(problems, found, strict=True)
     }
 
 

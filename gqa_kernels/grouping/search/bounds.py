@@ -13,10 +13,10 @@ def nearest_bound(problem: Problem) -> float:
     """Each head in a group of ``s`` is charged as if it sat with its ``s - 1`` nearest heads.
 
     ``(1/s) * sum_{i<j in S} D_ij`` is the sum over the group's heads of ``1/(2s)`` times their
-    distances inside the group, so a head's charge ``c_i(s)`` is at most its true share. The bound is
-    the linear program that spreads each head over sizes, ``m_s`` groups of size ``s``:
-    ``sum_i y_is = s * m_s`` and ``sum_s m_s = G``. Its dual values, not its optimum, make the bound,
-    so that solver tolerances can't make it too high. 0 where the program is not solved.
+    distances inside the group, so a head's charge ``c_i(s)`` is at most its true share. The bound
+    is the linear program that spreads each head over sizes, ``m_s`` groups of size ``s``:
+    ``sum_i y_is = s * m_s`` and ``sum_s m_s = G``. Its dual values, not its optimum, make the
+    bound, so that solver tolerances can't make it too high. 0 where the program is not solved.
     """
     H, G = problem.num_heads, problem.num_groups
     sizes = np.arange(problem.lo, problem.hi + 1)

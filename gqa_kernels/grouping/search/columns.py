@@ -91,7 +91,7 @@ class Columns:
 
     def incidence(self) -> csc_array:
         """``[H, n]``, 1 where the head is in the group."""
-        present = self.members.T < self.num_heads
+        present = np.not_equal(self.members.T, self.num_heads)
         ends = np.cumsum(present.sum(1))
         heads = self.members.T[present].astype(np.int32)
         return csc_array(

@@ -1,7 +1,7 @@
 """Group sizes from key norms, as KDGQA and DGQA give query heads to KV heads (arXiv 2408.08454).
 
-There the sizes change while the model runs; here they are computed once, from calibration norms, and
-the heads are then assigned to groups of those sizes so that the objective is low.
+There the sizes change while the model runs; here they are computed once, from calibration norms,
+and the heads are then assigned to groups of those sizes so that the objective is low.
 """
 
 from __future__ import annotations
@@ -54,8 +54,9 @@ def key_norm_sizes(
         raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
     hi = num_heads if hi is None else hi
     if not lo * len(norms) <= num_heads <= hi * len(norms):
-        raise ValueError(f"sizes must let {len(norms)} groups hold {num_heads} heads, "
-                         f"got lo = {lo}, hi = {hi}")
+        raise ValueError(
+            f"sizes must let {len(norms)} groups hold {num_heads} heads, got lo = {lo}, hi = {hi}"
+        )
     shares = norms - norms.min() if rule == "kdgqa" else norms
     if shares.sum() == 0:
         shares = np.ones(len(norms))

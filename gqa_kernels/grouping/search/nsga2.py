@@ -78,9 +78,7 @@ def convert_layers(
         genomes = genomes.astype(bool)
         return num_heads * L - genomes @ saved, genomes @ errors
 
-    genomes = np.unique(
-        _evolve(aims, L, 1, generations, population, seed, binary=True), axis=0
-    )
+    genomes = np.unique(_evolve(aims, L, 1, generations, population, seed, binary=True), axis=0)
     front: list[tuple[int, float, tuple[bool, ...]]] = []
     heads, totals = aims(genomes)
     for i in np.lexsort((totals, heads)):

@@ -8,8 +8,7 @@ from .problem import Problem
 
 
 def balanced_sizes(num_heads: int, num_groups: int) -> np.ndarray:
-    """``[G]`` sizes that differ by at most one, larger ones first. Any feasible limits allow them.
-    """
+    """``[G]`` sizes that differ by at most one, larger ones first; within any feasible limits."""
     sizes = np.full(num_groups, num_heads // num_groups)
     sizes[: num_heads % num_groups] += 1
     return sizes
@@ -71,6 +70,7 @@ def move_deltas(
     Returns:
         ``[..., H, G]``; entries for a head's own group mean nothing.
     """
+
     def own(values):  # [..., G] -> [..., H, 1], the value of each head's own group
         return np.take_along_axis(values, labels, axis=-1)[..., None]
 

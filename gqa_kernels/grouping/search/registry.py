@@ -9,8 +9,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .problem import Problem
-
 
 class Found(NamedTuple):
     """What a method returns.
@@ -32,7 +30,8 @@ class Method:
     Attributes:
         name: what ``search(method=...)`` takes.
         summary: one line for tables and help.
-        solve: ``solve(problem, **options) -> Found``; its keyword arguments are the options.
+        solve: ``solve(problem: Problem, **options) -> Found``; the arguments after the problem are
+            the method's options.
         solve_all: optional ``solve_all(problems, **options) -> list[Found]`` over problems that
             differ in ``num_groups`` and size limits only, cheaper than one by one.
     """
