@@ -83,6 +83,7 @@ class Case:
 
     Attributes:
         op: name out of ``benchmarks.ops.OPS``.
+        q_len: query tokens; of ``generate``, tokens to generate after ``kv_len`` of a prompt.
         model: name out of ``MODELS``.
         map: name of a head map, see ``MAPS``.
         dtype: name of a torch type.
@@ -171,6 +172,17 @@ def prefill(
     ]
 
 
+def end_to_end(
+    model: str, maps: Iterable[str], batch: int, prompt: int, new_tokens: int, dtype: str
+) -> list[Case]:
+    """Time to the first token after a prompt, and the tokens after it."""
+    return [
+        Case(op, model, name, batch, q_len, prompt, dtype)
+        for op, q_len in (("first-token", prompt), ("generate", new_tokens))
+        for name in maps
+    ]
+
+
 BOTH = ("even", SKEWED)
 GROUP_SIZES = ("uneven-2", "uneven-3", "uneven-4", "uneven-6")
 BF16, FP16, FP32 = "bfloat16", "float16", "float32"
@@ -187,7 +199,7 @@ QUICK = [
 
 CPU = [
     # Bandwidth versus context; at 8192 also the other types and a batch.
-    *(c for n in (128, 512, 1024, 2048, 4096) for c in decode("llama-3-8b", BOTH, 1, n)),
+    *(c for n in (128, 512, 1024, 4096) for c in decode("llama-3-8b", BOTH, 1, n)),
     *decode("llama-3-8b", BOTH, 1, 1024, FP16, FP32),
     *decode("llama-3-8b", BOTH, 1, 8192, BF16, FP16, FP32),
     *decode("llama-3-8b", BOTH, 8, 8192, BF16),
@@ -201,12 +213,14 @@ CPU = [
     *decode("llama-3-8b", BOTH, 1, 512, cold=True),
     *prefill("llama-3-8b", BOTH, 1, 128, BF16, FP32),
     *prefill("llama-3-8b", BOTH, 1, 1024, BF16, FP16, FP32),
-    *prefill("llama-3-8b", BOTH, 1, 4096, BF16, FP32),
+    *prefill("llama-3-8b", BOTH, 1, 4096, BF16),
+    *prefill("llama-3-8b", ("even",), 1, 4096, FP32),
     *prefill("llama-3-8b", ("giant", "interleaved", "pruned"), 1, 1024),
     *prefill("opt-1.3b", ("even", "uneven-4"), 1, 1024, BF16, FP32),
     *prefill("llama-2-7b", GROUP_SIZES, 1, 1024),
     *prefill("smollm2-135m", ("even", "4-3-2"), 1, 1024, FP32),
     *prefill("vit-b", ("even", "uneven-3"), 8, 197, FP32),
+    *end_to_end("smollm2-135m", ("even", "4-3-2"), 1, 1024, 8, FP32),
 ]
 
 GPU = [
@@ -232,16 +246,19 @@ GPU = [
     *prefill("opt-1.3b", ("even", "uneven-4"), 4, 2048),
     *prefill("vit-b", ("even", "uneven-3"), 64, 197),
     *prefill("llama-3-8b", BOTH, 1, 8192, window=1024),
+    *end_to_end("llama-3-8b", BOTH, 8, 8192, 8, BF16),
 ]
 
 HEADLINE = "llama-3-8b"  # the model, with the maps of BOTH and the lengths below, for the README
 HEADLINE_LENGTHS = {"decode": (1024, 8192), "prefill": (1024, 2048, 4096, 8192)}
 
+Q_LENGTHS = {"decode": 1, "generate": 8}  # of own cases, unless given
+
 SUITES: dict[str, list[Case]] = {"quick": QUICK, "cpu": CPU, "gpu": GPU}
 
 
 def parse_shape(op: str, text: str) -> Case:
-    """``MODEL:BATCH:KV_LEN[:Q_LEN]``; Q_LEN is 1 for decode and KV_LEN for prefill if left out."""
+    """``MODEL:BATCH:KV_LEN[:Q_LEN]``; without Q_LEN the op's own, else KV_LEN."""
     match = re.fullmatch(r"([^:]+):(\d+):(\d+)(?::(\d+))?", text)
     if not match or match[1] not in MODELS:
         raise ValueError(
@@ -249,7 +266,7 @@ def parse_shape(op: str, text: str) -> Case:
             f"got {text!r}"
         )
     kv_len = int(match[3])
-    q_len = int(match[4] or (1 if op == "decode" else kv_len))
+    q_len = int(match[4] or Q_LENGTHS.get(op, kv_len))
     return Case(op, match[1], "even", int(match[2]), q_len, kv_len)
 
 

@@ -74,7 +74,7 @@ class BackendContestant(Contestant):
             return f"does not run on device {device.type}"
         if self.name == "triton" and device.type == "cpu":
             return "runs in Triton's interpreter here, which is never timed"
-        return backend.prepare()
+        return backend.unavailable_reason()
 
     def unsupported_reason(self, problem: Problem) -> str | None:
         reasons = explain_backend(*problem.copies[0], problem.head_map, **problem.case.options)

@@ -49,7 +49,7 @@ def show_case(console: Console, case: Case, rows: Sequence[Row]) -> None:
             seconds(row["median"]),
             f"{100 * (row['high'] - row['low']) / row['median']:.0f} %",
             rate(row),
-            f"{row['percent_of_limit']:.0f} %",
+            of_limit(row),
             f"{row['median'] / ours['median']:.2f}" if ours else "-",
         )
     console.print(table)
@@ -101,10 +101,16 @@ def show_list(console: Console, device: torch.device) -> None:
 
 
 def rate(row: Row) -> str:
-    """GB/s of decode, operations per second of all else."""
+    """GB/s of decode, tokens/s of a whole model, operations/s of all else."""
+    if "bytes" not in row:
+        return f"{row['tokens_per_second']:.1f} tokens/s"
     if row["case"]["op"] == "decode":
         return f"{row['gbytes_per_second']:.1f} GB/s"
     return flops(row["tflops"] * 1e12)
+
+
+def of_limit(row: Row) -> str:
+    return f"{row['percent_of_limit']:.0f} %" if "percent_of_limit" in row else ""
 
 
 def flops(value: float) -> str:

@@ -96,7 +96,7 @@ def draw(figure: Figure, folder: Path) -> None:
 def _roofline(results: Results, cases: list[CaseRows]) -> Figure:
     series: dict[str, list[tuple[float, float]]] = {}
     for c in cases:
-        if ours := c.ours:
+        if (ours := c.ours) and "bytes" in ours:
             point = (ours["flops"] / ours["bytes"], 1e3 * ours["tflops"])
             series.setdefault(f"ours {c.case['op']} {c.case['dtype']}", []).append(point)
     guides = {}

@@ -132,8 +132,7 @@ def _paged(problem: Problem) -> str | None:
 def _fa3_dense(problem: Problem, expand: bool) -> Prepared:
     """q, k and v as ``[B, S, H, D]``, K and V expanded to all query heads or as they are."""
     forward, case = _fa3(), problem.case
-    index = problem.head_map.tensor(problem.device).long()
-    inputs = [(q, k[:, index], v[:, index]) if expand else (q, k, v) for q, k, v in problem.copies]
+    inputs = problem.expanded if expand else problem.copies
     inputs = [tuple(x.transpose(1, 2).contiguous() for x in copy) for copy in inputs]
     options = {"softmax_scale": case.head_dim**-0.5, "is_causal": case.causal}
     if case.window is not None:

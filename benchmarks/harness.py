@@ -92,18 +92,20 @@ def _row(
 
 
 def _rates(case: Case, timing: Timing, limits: Limits) -> Mapping[str, Any]:
-    """Work, rates and percent of the machine's limit; see ``README.md`` for the columns."""
-    work = case.work
+    """Tokens/s and, where a roofline bounds the op, work, rates and percent of the limit."""
+    rates = {"tokens_per_second": case.batch * case.q_len / timing.median}
+    if OPS[case.op].work is None:
+        return rates
+    work = OPS[case.op].work(case)
     working_set = work.bytes if not case.cold else 1 << 62
     least = bound(
         work, limits.bytes_per_second(working_set), limits.flops_per_second(case.torch_dtype)
     )
-    return {
+    return rates | {
         "bytes": work.bytes,
         "flops": work.flops,
         "gbytes_per_second": work.bytes / timing.median / 1e9,
         "tflops": work.flops / timing.median / 1e12,
-        "tokens_per_second": case.batch * case.q_len / timing.median,
         "bound_by": least.by,
         "limit_seconds": least.seconds,
         "percent_of_limit": 100 * least.seconds / timing.median,

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from .contestants import Contestant, backends
+from .e2e import Decoder, DecoderGate, decoder_backends, decoder_peers
 from .peers import peers
 from .problem import Gate, Problem
+from .roofline import Work
 
 
 @dataclass(frozen=True)
@@ -23,17 +25,29 @@ class Op:
         summary: one line for ``--list``.
         build: problem of a case on a device.
         gate: from a problem, an object whose ``check(result)`` raises AssertionError if wrong.
+        work: bytes and operations of a case, or None where no roofline bounds it.
         backends, peers: contestants by name.
     """
 
     summary: str
     build: Callable[..., Any]
     gate: Callable[[Any], Any]
+    work: Callable[[Any], Work] | None
     backends: Callable[[], dict[str, Contestant]]
     peers: Callable[[], dict[str, Contestant]]
 
 
+def _attention(summary: str) -> Op:
+    return Op(summary, Problem.build, Gate, lambda case: case.work, backends, peers)
+
+
+def _end_to_end(summary: str) -> Op:
+    return Op(summary, Decoder.build, DecoderGate, None, decoder_backends, decoder_peers)
+
+
 OPS: dict[str, Op] = {
-    "decode": Op("one new query token per sequence", Problem.build, Gate, backends, peers),
-    "prefill": Op("all tokens of a prompt at once", Problem.build, Gate, backends, peers),
+    "decode": _attention("attention of one new token per sequence"),
+    "prefill": _attention("attention of all tokens of a prompt at once"),
+    "first-token": _end_to_end("a whole decoder's time to the first token after a prompt"),
+    "generate": _end_to_end("a whole decoder's further tokens, with the prompt in the cache"),
 }

@@ -52,9 +52,7 @@ class SdpaPeer(Contestant):
     def prepare(self, problem: Problem) -> Prepared:
         options = sdpa_options(problem)
         index = problem.head_map.tensor(problem.device).long()
-        inputs = problem.copies
-        if self.storage == "expanded-sdpa":
-            inputs = [(q, k[:, index], v[:, index]) for q, k, v in inputs]
+        inputs = problem.expanded if self.storage == "expanded-sdpa" else problem.copies
         if self.storage == "gqa-sdpa":
             options["enable_gqa"] = True
 

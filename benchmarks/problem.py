@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from gqa_kernels import HeadMap
 from gqa_kernels.backends.reference import reference_attention
 from gqa_kernels.inputs import AttentionInputs
-from gqa_kernels.testing import assert_close, make_inputs, upcast
+from gqa_kernels.testing import assert_close, upcast
 
 from .cases import Case
 from .timing import cache_bytes
@@ -34,16 +35,13 @@ class Problem:
 
     @classmethod
     def build(cls, case: Case, device: torch.device) -> Problem:
-        return cls(
-            case,
-            [
-                make_inputs(
-                    case.batch, case.head_map, case.q_len, case.kv_len, case.head_dim,
-                    dtype=case.torch_dtype, device=device, seed=seed,
-                )
-                for seed in range(num_copies(case, device))
-            ],
-        )  # fmt: skip
+        return cls(case, [_inputs(case, device, seed) for seed in range(num_copies(case, device))])
+
+    @cached_property
+    def expanded(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """The copies with K and V expanded to all query heads, shared by the peers that want it."""
+        index = self.head_map.tensor(self.device).long()
+        return [(q, k[:, index], v[:, index]) for q, k, v in self.copies]
 
     @property
     def head_map(self) -> HeadMap:
@@ -58,7 +56,19 @@ def num_copies(case: Case, device: torch.device) -> int:
     """Input copies that together exceed the last-level cache twice (on a CPU for cold cases)."""
     if device.type == "cpu" and not case.cold:
         return 1
-    return min(MOST_COPIES, max(2, math.ceil(2 * cache_bytes(device) / case.work.bytes)))
+    return min(MOST_COPIES, math.ceil(2 * cache_bytes(device) / case.work.bytes))
+
+
+def _inputs(case: Case, device: torch.device, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Normal random q, k, v, made on the device: a batch of long caches takes seconds elsewhere."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def one(heads: int, length: int) -> Tensor:
+        shape = (case.batch, heads, length, case.head_dim)
+        return torch.randn(shape, generator=generator, dtype=case.torch_dtype, device=device)
+
+    heads, kv_heads = case.head_map.num_heads, case.head_map.num_kv_heads
+    return one(heads, case.q_len), one(kv_heads, case.kv_len), one(kv_heads, case.kv_len)
 
 
 class Gate:

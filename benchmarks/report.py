@@ -19,7 +19,12 @@ from .results import FOLDER, Results
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 SUITE_ORDER = ("gpu", "cpu", "quick")  # of which a device's README block shows the first it has
-TITLES = {"decode": "Decode", "prefill": "Prefill"}
+TITLES = {
+    "decode": "Decode",
+    "prefill": "Prefill",
+    "first-token": "First token, whole model",
+    "generate": "Generation, whole model",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

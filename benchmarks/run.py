@@ -29,7 +29,7 @@ from .timing import Settings
 
 SUITE_WITHOUT = {"quick": ["flex"]}  # peers left out by default: compiling takes 10 s a case
 NOT_BY_DEFAULT = "reference"  # eager, materialises all scores
-DEVICE_SECONDS = {"cpu": 1.0, "cuda": 0.15}  # per contestant and case
+DEVICE_SECONDS = {"cpu": 0.5, "cuda": 0.15}  # per contestant and case
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--peer", nargs="*", default=None, metavar="NAME", help="peers; patterns (those usable)")
     add("--device", help="cpu or cuda (cuda where there is one)")
     add("--threads", type=int, help="of torch on the CPU (torch's own choice)")
-    add("--seconds", type=float, help="per contestant and case (1; GPU 0.15; quick 0.2)")
+    add("--seconds", type=float, help="per contestant and case (0.5; GPU 0.15; quick 0.2)")
     add("--budget", type=float, metavar="SECONDS", help="start no case after so long")
     add("--json", type=Path, metavar="PATH", help="write the results there")
     add("--save", action="store_true", help=f"write them to {FOLDER.name}/DEVICE/SUITE.json")

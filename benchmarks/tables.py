@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from .cases import BOTH, HEADLINE, HEADLINE_LENGTHS
-from .display import flops, one_line, rate, seconds, size
+from .display import flops, of_limit, one_line, rate, seconds, size
 from .harness import Row
 from .results import Results
 
@@ -87,7 +87,7 @@ def is_headline(case: dict) -> bool:
         and case["map"] in BOTH
         and not case["cold"]
         and case["window"] is None
-        and case["kv_len"] in HEADLINE_LENGTHS[case["op"]]
+        and case["kv_len"] in HEADLINE_LENGTHS.get(case["op"], ())
     )
 
 
@@ -115,7 +115,7 @@ def _cells(c: CaseRows, cases: list[CaseRows], columns: list[str]) -> list[str]:
         cells += [
             seconds(ours["median"]),
             rate(ours),
-            f"{ours['percent_of_limit']:.0f} %",
+            of_limit(ours),
             f"{ours['median'] / even['median']:.2f}" if even else "",
         ]
     else:
@@ -140,7 +140,9 @@ def times(ratio: float) -> str:
 def describe(case: dict) -> str:
     parts = [f"{case['model']} {case['map']}", f"batch {case['batch']}"]
     parts.append(f"{case['kv_len']} keys")
-    if case["op"] != "decode" and case["q_len"] != case["kv_len"]:
+    if case["op"] == "generate":
+        parts.append(f"{case['q_len']} new tokens")
+    elif case["op"] != "decode" and case["q_len"] != case["kv_len"]:
         parts.append(f"{case['q_len']} queries")
     parts += [case["dtype"]]
     parts += [f"window {case['window']}"] if case["window"] is not None else []

@@ -25,6 +25,7 @@ Run = Callable[[int], Any]
 GRAPH_BELOW = 200e-6  # seconds of a call under which GPU contestants are timed in a graph
 GRAPH_CALLS = 32
 MOST_CALLS = 1000  # in one sample
+SHORTEST = 1e-7  # seconds that a call is taken for at least
 
 
 @dataclass(frozen=True)
@@ -38,14 +39,14 @@ class Settings:
         warmup_seconds: of a contestant, at least one call over every copy.
     """
 
-    seconds: float = 1.0
+    seconds: float = 0.5
     sample_seconds: float = 1e-3
-    least: int = 5
+    least: int = 3
     most: int = 60
     warmup_seconds: float = 0.1
 
     def quick(self) -> Settings:
-        return Settings(seconds=0.2, least=3, most=30, warmup_seconds=0.03)
+        return Settings(seconds=0.2, most=30, warmup_seconds=0.03)
 
 
 @dataclass(frozen=True)
@@ -185,18 +186,17 @@ def _timer(run: Run, copies: int, device: torch.device, settings: Settings) -> _
 
 
 def _warm_up(run: Run, copies: int, device: torch.device, settings: Settings) -> float:
-    """Run over every copy, then until the warm-up time is over; seconds of the last call."""
+    """Run over every copy, then until the warm-up time is over; seconds of the fastest call."""
     started = time.perf_counter()
-    calls = 0
-    while True:
+    calls, fastest = 0, math.inf
+    while calls < copies or time.perf_counter() - started < settings.warmup_seconds:
         before = time.perf_counter()
         run(calls % copies)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         calls += 1
-        now = time.perf_counter()
-        if calls >= copies and now - started >= settings.warmup_seconds:
-            return max(now - before, 1e-7)
+        fastest = min(fastest, time.perf_counter() - before)
+    return max(fastest, SHORTEST)
 
 
 def cache_bytes(device: torch.device) -> int:

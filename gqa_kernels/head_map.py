@@ -29,8 +29,8 @@ class HeadMap:
     """Immutable, hashable map from query head to KV head.
 
     Args:
-        entries: ``Hq`` integers, ``entries[h]`` = KV head that query head ``h`` reads. Groups may be
-            uneven, interleaved, of size 1 or empty.
+        entries: ``Hq`` integers, ``entries[h]`` = KV head that query head ``h`` reads. Groups may
+            be uneven, interleaved, of size 1 or empty.
         num_kv_heads: ``Hkv``; default ``max(entries) + 1``. Give it where trailing KV heads are
             read by no query head.
 

@@ -5,10 +5,11 @@ The plan is one packed int32 tensor, so that kernels take one pointer and caches
     [ perm: Hq | k_head: Hq | v_head: Hq | offsets: G + 2 ]
 
 ``perm`` lists the query heads sorted (stably) by group; ``k_head[i]`` and ``v_head[i]`` are the KV
-heads that query head ``perm[i]`` reads; group ``g`` is ``perm[offsets[g]:offsets[g + 1]]``. Without
-a value map group ``g`` is KV head ``g`` and ``G = Hk``. With one, groups are the distinct (key head,
-value head) pairs in use and ``G = min(Hq, Hk * Hv)``, unused groups being empty. Group ``G`` holds
-the heads whose map entry is out of range: kernels give them NaN and read no key or value.
+heads that query head ``perm[i]`` reads; group ``g`` is ``perm[offsets[g]:offsets[g + 1]]``.
+Without a value map group ``g`` is KV head ``g`` and ``G = Hk``. With one, groups are the distinct
+(key head, value head) pairs in use and ``G = min(Hq, Hk * Hv)``, unused groups being empty. Group
+``G`` holds the heads whose map entry is out of range: kernels give them NaN and read no key or
+value.
 
 Every size depends on shapes only and every step is a torch op of static shape, so a map that lives
 on the device costs no synchronisation and may change between CUDA-graph replays.

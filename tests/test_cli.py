@@ -32,6 +32,7 @@ def test_env(capsys):
         (["demo", "--new-tokens", "many"], "must be an integer of at least 1, got many"),
         (["demo", "--backend", "abacus"], "invalid choice: 'abacus'"),
         (["demo", "--dtype", "int8"], "invalid choice: 'int8'"),
+        (["demo", "--device", "tpu"], "invalid choice: 'tpu'"),
     ],
 )
 def test_bad_arguments(arguments, message, capsys):
@@ -41,11 +42,13 @@ def test_bad_arguments(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_json_into_a_missing_folder(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("name", ["nowhere/out.json", "."])
+def test_json_that_cannot_be_written(name, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("gqa_kernels.demo.model.require", lambda *_: None)
-    path = tmp_path / "nowhere" / "out.json"
+    path = tmp_path / name
     assert cli.main(["demo", "--json", str(path)]) == 2
-    assert "--json must lie in an existing folder, got " in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"--json must be a file in an existing, writable folder, got {path}" in error
 
 
 def test_backend_that_is_not_usable(capsys, monkeypatch):
@@ -53,7 +56,16 @@ def test_backend_that_is_not_usable(capsys, monkeypatch):
     backend = cli.BACKENDS["reference"]
     monkeypatch.setattr(type(backend), "unavailable_reason", lambda self: "out of order")
     assert cli.main(["demo", "--backend", "reference"]) == 2
-    assert "backend reference is not usable here: out of order" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error.startswith("gqa-kernels: backend 'reference' can't run ")
+    assert "out of order" in error
+
+
+def test_gpu_where_there_is_none(capsys, monkeypatch):
+    monkeypatch.setattr("gqa_kernels.demo.model.require", lambda *_: None)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert cli.main(["demo", "--device", "cuda"]) == 2
+    assert "--device must be cpu where torch finds no GPU, got cuda" in capsys.readouterr().err
 
 
 def test_module_waits_passively():

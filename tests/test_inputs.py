@@ -32,12 +32,28 @@ BAD = {
         r"v.shape\[1\] must equal k.shape\[1\] \(2\), got 1",
     ),
     "value-heads": (dict(v=V[:, :1]), ValueError, r"v.shape\[1\] must equal k.shape\[1\] \(2\)"),
-    "no-heads": (dict(q=Q[:, :0], head_map=[]), ValueError, r"q, k and v.shape\[1\] \(heads\) must be at least 1, got 0"),
-    "no-kv-heads": (dict(k=K[:, :0], v=V[:, :0]), ValueError, r"v.shape\[1\] \(heads\) must be at least 1, got 3, 0 and 0"),
-    "no-head-dim": (dict(q=Q[..., :0], k=K[..., :0]), ValueError, r"v.shape\[3\] \(head dim\) must be .*got 0 and 8"),
+    "no-heads": (
+        dict(q=Q[:, :0], head_map=[]),
+        ValueError,
+        r"q, k and v.shape\[1\] \(heads\) must be at least 1, got 0",
+    ),
+    "no-kv-heads": (
+        dict(k=K[:, :0], v=V[:, :0]),
+        ValueError,
+        r"v.shape\[1\] \(heads\) must be at least 1, got 3, 0 and 0",
+    ),
+    "no-head-dim": (
+        dict(q=Q[..., :0], k=K[..., :0]),
+        ValueError,
+        r"v.shape\[3\] \(head dim\) must be .*got 0 and 8",
+    ),
     "map-length": (dict(head_map=[0, 1]), ValueError, r"one entry per query head \(3\), got 2"),
     "map-empty": (dict(head_map=[]), ValueError, "head_map must have .*got"),
-    "map-negative": (dict(head_map=[0, -1, 1]), ValueError, r"\[0, k.shape\[1\] \(2\)\), got -1 at"),
+    "map-negative": (
+        dict(head_map=[0, -1, 1]),
+        ValueError,
+        r"\[0, k.shape\[1\] \(2\)\), got -1 at",
+    ),
     "map-too-large": (dict(head_map=[0, 2, 1]), ValueError, "got 2 at head 1"),
     "map-tensor-too-large": (dict(head_map=torch.tensor([0, 2, 1])), ValueError, "got 2 at head 1"),
     "map-floats": (dict(head_map=[0.0, 1.0, 1.0]), TypeError, "must be integers, got 0.0"),
@@ -50,7 +66,11 @@ BAD = {
     ),
     "map-float-array": (dict(head_map=np.zeros(3)), TypeError, "must be integers, got 0.0"),
     "map-2d-array": (dict(head_map=np.zeros((3, 1), int)), TypeError, "must be integers"),
-    "map-rank": (dict(head_map=torch.zeros(3, 1, dtype=torch.int)), ValueError, "1 dimension, got 2"),
+    "map-rank": (
+        dict(head_map=torch.zeros(3, 1, dtype=torch.int)),
+        ValueError,
+        "1 dimension, got 2",
+    ),
     "map-tensor-length": (dict(head_map=torch.tensor([0])), ValueError, r"\(3\), got 1"),
     "map-none": (dict(head_map=None), TypeError, "must be a HeadMap, a sequence .*got NoneType"),
     "map-string": (dict(head_map="011"), TypeError, "must be a HeadMap, a sequence .*got str"),
@@ -78,26 +98,50 @@ BAD = {
     "window-three": (dict(window=(1, 2, 3)), ValueError, "window must be a pair"),
     "window-negative": (dict(window=(-1, 0)), ValueError, "window left must be non-negative, or"),
     "window-float": (dict(window=(0, 1.5)), TypeError, "window right must be an integer or None"),
-    "alibi-shape": (dict(alibi_slopes=torch.ones(2)), ValueError, r"\(3,\) or \(2, 3\), got \(2,\)"),
-    "alibi-dtype": (dict(alibi_slopes=torch.ones(3).int()), TypeError, "alibi_slopes.dtype must be"),
+    "alibi-shape": (
+        dict(alibi_slopes=torch.ones(2)),
+        ValueError,
+        r"\(3,\) or \(2, 3\), got \(2,\)",
+    ),
+    "alibi-dtype": (
+        dict(alibi_slopes=torch.ones(3).int()),
+        TypeError,
+        "alibi_slopes.dtype must be",
+    ),
     "alibi-list": (dict(alibi_slopes=[1.0] * 3), TypeError, "alibi_slopes must be a torch.Tensor"),
     "sinks-shape": (dict(sinks=torch.ones(2, 3)), ValueError, r"sinks must have shape \(3,\), got"),
-    "sinks-device": (dict(sinks=torch.ones(3, device="meta")), ValueError, "sinks.device must equal"),
+    "sinks-device": (
+        dict(sinks=torch.ones(3, device="meta")),
+        ValueError,
+        "sinks.device must equal",
+    ),
     "mask-shape": (
         dict(attn_mask=torch.ones(4, 6).bool()),
         ValueError,
         r"broadcast to \[B, Hq, Sq, Sk\] = \(2, 3, 4, 5\), got \(4, 6\)",
     ),
-    "mask-rank": (dict(attn_mask=torch.ones(1, 1, 1, 4, 5)), ValueError, "attn_mask must broadcast"),
+    "mask-rank": (
+        dict(attn_mask=torch.ones(1, 1, 1, 4, 5)),
+        ValueError,
+        "attn_mask must broadcast",
+    ),
     "mask-integer": (dict(attn_mask=torch.ones(4, 5).int()), TypeError, "must be bool or floating"),
-    "mask-list": (dict(attn_mask=[[True]]), TypeError, "attn_mask must be a torch.Tensor, got list"),
-    "lengths-shape": (dict(kv_lengths=torch.tensor([1])), ValueError, r"\(2,\) or \(2, 2\), got \(1,\)"),
+    "mask-list": (
+        dict(attn_mask=[[True]]),
+        TypeError,
+        "attn_mask must be a torch.Tensor, got list",
+    ),
+    "lengths-shape": (
+        dict(kv_lengths=torch.tensor([1])),
+        ValueError,
+        r"\(2,\) or \(2, 2\), got \(1,\)",
+    ),
     "lengths-nan": (dict(kv_lengths=[float("nan"), 1.0]), TypeError, "must be int32 or int64, got"),
     "lengths-float": (dict(kv_lengths=torch.ones(2)), TypeError, "kv_lengths.dtype must be int32"),
     "lengths-too-large": (dict(kv_lengths=[5, 6]), ValueError, r"in \[0, Sk \(5\)\], got 6"),
     "lengths-negative": (dict(kv_lengths=[-1, 5]), ValueError, r"in \[0, Sk \(5\)\], got -1"),
     "backend": (dict(backend="fast"), ValueError, r"backend must be one of \('auto', .*got 'fast'"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("change, error, message", BAD.values(), ids=BAD)

@@ -11,7 +11,7 @@ namespace gqa::cpu::GQA_ISA {
 constexpr float kLog2E = 1.44269504f;
 constexpr float kLn2 = 0.693147181f;
 
-// 2^x for x < 128, within 1 ulp; 0 for x <= -127; NaN stays NaN.
+// 2^x for x < 128, within 1.2 ulp; 0 for x <= -127; NaN stays NaN.
 template <class V>
 GQA_INLINE typename V::F exp2(typename V::F x) {
   // Adding 1.5 * 2^23 leaves the nearest integer to x in the low bits.

@@ -10,6 +10,7 @@ from ..convert import convert, random_split
 from ..convert.families import attention_layers
 from ..head_map import HeadMap
 from .baseline import Comparison, compare
+from .errors import DemoError
 from .measure import generate
 from .model import LoadedModel
 from .progress import Steps
@@ -54,8 +55,10 @@ def run(loaded: LoadedModel, settings: Settings, steps: Steps) -> tuple[nn.Modul
         maps = split_maps(stock, settings.split_kv_heads, settings.seed)
         split = convert(stock, maps, merging="none")
         split.set_attn_implementation("asym_gqa")
-    prompt = tensor([loaded.tokenizer.encode(settings.prompt, add_special_tokens=False)])
-    prompt = prompt.to(stock.device)
+    prompt = loaded.tokenizer.encode(settings.prompt, add_special_tokens=False)
+    if not prompt:
+        raise DemoError(f"the prompt must have at least one token, got {settings.prompt!r}")
+    prompt = tensor([prompt], device=stock.device)
     with steps.step("Generating: stock model, SDPA", settings.new_tokens) as advance:
         stock_tokens = generate(stock, prompt, settings.new_tokens, advance)
     with steps.step("Generating: split model, asym_gqa", settings.new_tokens) as advance:

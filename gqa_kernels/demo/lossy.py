@@ -17,13 +17,12 @@ from ..grouping import search
 from ..grouping.calibration import LayerStats, calibrate
 from ..grouping.similarity import similarity
 from ..head_map import HeadMap
-from .measure import kv_bytes_per_token, perplexity
+from .measure import kv_bytes, perplexity
 from .model import LoadedModel
 from .progress import Steps
 from .settings import Settings
 from .text import calibration_text, evaluation_text, rows
 
-SEARCH = "subset_dp"
 LayerMaps = list[tuple[HeadMap, HeadMap]]
 
 
@@ -60,7 +59,7 @@ def similar_maps(model: nn.Module, stats: list[LayerStats], num_kv_heads: int) -
     """Query heads whose keys (and, apart, values) are alike together: the optimal partitions."""
     return [
         tuple(
-            search(similarity(model, stats, layer.index, side), num_kv_heads, SEARCH).head_map
+            search(similarity(model, stats, layer.index, side), num_kv_heads, "exact").head_map
             for side in ("k", "v")
         )
         for layer in attention_layers(model)
@@ -97,8 +96,7 @@ def _measure(
     title = f"Perplexity: {method}, {kv_heads} KV heads"
     with steps.step(title, len(held_out)) as advance:
         value = perplexity(model, held_out, advance)
-        cache = model(held_out[:1, :8], use_cache=True, logits_to_keep=1).past_key_values
-    return Merged(method, kv_heads, maps, kv_bytes_per_token(cache), value)
+    return Merged(method, kv_heads, maps, kv_bytes(model, held_out[:1, :8]), value)
 
 
 def _ticking(batches, advance):

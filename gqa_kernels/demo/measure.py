@@ -115,6 +115,12 @@ def _timed(model: nn.Module, ids: Tensor, steps: int) -> tuple[float, float, int
     return middle - started, ended - middle, kv_bytes_per_token(out.past_key_values)
 
 
+@torch.inference_mode()
+def kv_bytes(model: nn.Module, ids: Tensor) -> int:
+    """Bytes per token of the model's KV cache after ``ids [1, n]``."""
+    return kv_bytes_per_token(model(ids, use_cache=True, logits_to_keep=1).past_key_values)
+
+
 def kv_bytes_per_token(cache: Any) -> int:
     """Bytes of the tensors that a transformers cache holds, by its tokens, batch 1."""
     storages = [t.untyped_storage() for layer in cache.layers for t in (layer.keys, layer.values)]

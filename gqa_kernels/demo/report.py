@@ -28,7 +28,12 @@ SHOWN_LAYERS = 6  # maps printed in full; the rest are in the JSON
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that one run found; see the classes of its parts."""
+    """Everything that one run found; see the classes of its parts.
+
+    Attributes:
+        load_seconds, seconds: wall time of loading the model, of the whole run.
+        cpu_seconds: CPU time of the whole run, all threads; tells a slow run from a busy machine.
+    """
 
     settings: Settings
     loaded: LoadedModel
@@ -38,6 +43,7 @@ class Report:
     speed: dict[str, Speed]
     merged: list[Merged]
     seconds: float
+    cpu_seconds: float
 
     @property
     def ok(self) -> bool:
@@ -49,6 +55,7 @@ class Report:
         return {
             "ok": self.ok,
             "seconds": self.seconds,
+            "cpu_seconds": self.cpu_seconds,
             "versions": versions(),
             "settings": asdict(self.settings),
             "model": {
@@ -170,7 +177,8 @@ class Report:
                 f"{seen.max_error[phase]:.1e} (values up to {seen.max_value[phase]:.1f})"
             )
         console.print(
-            f"{self.seconds:.0f} s in all, {self.load_seconds:.0f} s of them to load the model"
+            f"{self.seconds:.0f} s in all ({self.cpu_seconds:.0f} s of CPU time), "
+            f"{self.load_seconds:.0f} s to load the model"
         )
 
 

@@ -14,6 +14,7 @@ from ..head_map import HeadMap
 from ..integrations.transformers import register
 from . import lossless, lossy
 from .baseline import EXPAND, Comparison, compare, register_baseline
+from .errors import DemoError
 from .measure import Speed, speeds
 from .model import LoadedModel
 from .progress import Steps
@@ -24,15 +25,17 @@ from .text import evaluation_text, rows
 
 def run(settings: Settings, load: Callable[[], LoadedModel], console: Console) -> Report:
     """Run every part on the model that ``load`` returns."""
-    started = time.perf_counter()
+    started, cpu_started = time.perf_counter(), time.process_time()
     steps = Steps(console)
+    device = _device(settings)
     with steps.step("Preparing kernels (some are compiled at first use)"):
-        asym_gqa_attention(*torch.zeros(3, 1, 2, 4, 16), HeadMap([1, 0]), backend=settings.backend)
+        _prepare(settings.backend, device)
     register(backend=settings.backend)
     register_baseline()
     loading = time.perf_counter()
     with steps.step("Loading the model"):
         loaded = load()
+        loaded.model.to(device)
     load_seconds = time.perf_counter() - loading
     split, lossless_part = lossless.run(loaded, settings, steps)
     comparison = lossless_part.comparison
@@ -52,7 +55,25 @@ def run(settings: Settings, load: Callable[[], LoadedModel], console: Console) -
         speed=timed,
         merged=lossy.run(loaded, settings, steps),
         seconds=time.perf_counter() - started,
+        cpu_seconds=time.process_time() - cpu_started,
     )
+
+
+def _device(settings: Settings) -> str:
+    found = torch.cuda.is_available()
+    if settings.device == "cuda" and not found:
+        raise DemoError("--device must be cpu where torch finds no GPU, got cuda")
+    return ("cuda" if found else "cpu") if settings.device == "auto" else settings.device
+
+
+def _prepare(backend: str, device: str) -> None:
+    """A first call, so that no timing holds a compilation."""
+    try:
+        asym_gqa_attention(
+            *torch.zeros(3, 1, 2, 4, 16, device=device), HeadMap([1, 0]), backend=backend
+        )
+    except NotImplementedError as error:
+        raise DemoError(str(error)) from None
 
 
 def _compare_again(

@@ -13,6 +13,7 @@ class Settings:
 
     Attributes:
         backend: backend of ``asym_gqa_attention``.
+        device: ``"cpu"``, ``"cuda"``, or ``"auto"``, the GPU where there is one.
         prompt: text that generation continues.
         new_tokens: tokens to generate.
         dtype: type of weights and cache for error, speed and perplexity. Generation is compared in
@@ -27,6 +28,7 @@ class Settings:
     """
 
     backend: str = "auto"
+    device: str = "auto"
     prompt: str = PROMPT
     new_tokens: int = 48
     dtype: str = "float32"

@@ -5,6 +5,7 @@ from itertools import combinations
 
 def partitions(n):
     """Every partition of ``n`` heads, as labels numbered by first appearance."""
+
     def extend(labels, groups):
         if len(labels) == n:
             yield tuple(labels)

@@ -43,7 +43,14 @@ class Tile:
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a call; ``num_groups`` is G of the plan."""
+    """Sizes and kind of a call, all that launch choices may see of it.
+
+    Attributes:
+        num_groups: G of the plan.
+        itemsize: bytes per element of q, k and v.
+        modifies_scores: softcap, ALiBi slopes or a mask tensor are given.
+        window_left, window_right: -1 where unbounded.
+    """
 
     batch: int
     num_heads: int
@@ -53,6 +60,7 @@ class Shape:
     head_dim: int
     value_head_dim: int
     itemsize: int
+    modifies_scores: bool = False
     window_left: int = -1
     window_right: int = -1
 
@@ -68,37 +76,86 @@ class DecodeConfig:
 
 INTERPRETER = DeviceFacts("interpreter", num_sms=4, l2_bytes=1 << 20)
 
-# (family, bytes per element) -> dim class (the larger padded head dim, at least 64) -> tile.
-PREFILL_TILES: dict[tuple[str, int], dict[int, Tile]] = {
-    ("sm80", 2): {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 4, 2)},
-    ("sm80", 4): {64: Tile(64, 32, 4, 2), 128: Tile(32, 32, 4, 2), 256: Tile(32, 16, 4, 2)},
-    ("sm86", 2): {64: Tile(128, 64, 4, 2), 128: Tile(128, 32, 8, 2), 256: Tile(64, 32, 8, 1)},
-    ("sm86", 4): {64: Tile(64, 32, 4, 1), 128: Tile(32, 32, 4, 1), 256: Tile(32, 16, 4, 1)},
-    ("sm90", 2): {64: Tile(128, 128, 8, 2), 128: Tile(128, 64, 8, 3), 256: Tile(128, 64, 8, 2)},
-    ("sm90", 4): {64: Tile(64, 32, 4, 2), 128: Tile(32, 32, 4, 2), 256: Tile(32, 16, 4, 2)},
-    ("sm100", 2): {64: Tile(128, 128, 8, 2), 128: Tile(128, 64, 8, 3), 256: Tile(128, 64, 8, 2)},
-    ("sm100", 4): {64: Tile(64, 32, 4, 2), 128: Tile(32, 32, 4, 2), 256: Tile(32, 16, 4, 2)},
-    ("gfx9", 2): {64: Tile(128, 64, 4, 1), 128: Tile(128, 32, 4, 1), 256: Tile(64, 32, 4, 1)},
-    ("gfx9", 4): {64: Tile(64, 32, 4, 1), 128: Tile(32, 32, 4, 1), 256: Tile(32, 16, 4, 1)},
-    ("interpreter", 2): {dim: Tile(64, 64, 4, 1) for dim in (64, 128, 256)},
-    ("interpreter", 4): {dim: Tile(64, 64, 4, 1) for dim in (64, 128, 256)},
-}
+_INTERPRETED = {dim: (Tile(64, 64, 4, 1),) * 2 for dim in (64, 128, 256)}
 
-# The same for decode; its block_m follows from the shape (`decode_block_m`), up to the one here.
-DECODE_TILES: dict[tuple[str, int], dict[int, Tile]] = {
-    ("sm80", 2): {64: Tile(64, 128, 4, 3), 128: Tile(64, 64, 4, 3), 256: Tile(32, 32, 4, 3)},
-    ("sm80", 4): {64: Tile(32, 32, 4, 2), 128: Tile(16, 32, 4, 2), 256: Tile(16, 16, 4, 2)},
-    ("sm86", 2): {64: Tile(64, 64, 4, 3), 128: Tile(64, 32, 4, 3), 256: Tile(32, 32, 4, 2)},
-    ("sm86", 4): {64: Tile(32, 32, 4, 2), 128: Tile(16, 32, 4, 2), 256: Tile(16, 16, 4, 2)},
-    ("sm90", 2): {64: Tile(64, 128, 4, 3), 128: Tile(64, 64, 4, 3), 256: Tile(64, 32, 4, 3)},
-    ("sm90", 4): {64: Tile(32, 32, 4, 2), 128: Tile(16, 32, 4, 2), 256: Tile(16, 16, 4, 2)},
-    ("sm100", 2): {64: Tile(64, 128, 4, 3), 128: Tile(64, 64, 4, 3), 256: Tile(64, 32, 4, 3)},
-    ("sm100", 4): {64: Tile(32, 32, 4, 2), 128: Tile(16, 32, 4, 2), 256: Tile(16, 16, 4, 2)},
-    ("gfx9", 2): {64: Tile(64, 64, 4, 1), 128: Tile(32, 64, 4, 1), 256: Tile(32, 32, 4, 1)},
-    ("gfx9", 4): {64: Tile(32, 32, 4, 1), 128: Tile(16, 32, 4, 1), 256: Tile(16, 16, 4, 1)},
-    ("interpreter", 2): {dim: Tile(64, 64, 4, 1) for dim in (64, 128, 256)},
-    ("interpreter", 4): {dim: Tile(64, 64, 4, 1) for dim in (64, 128, 256)},
-}
+# (family, bytes per element) -> dim class (the larger padded head dim, at least 64)
+# -> tile of plain calls, tile of calls with softcap, ALiBi or a mask tensor, whose scores take more
+# registers. Triton counts block_m * block_n * head dim against 255 registers a thread.
+PREFILL_TILES: dict[tuple[str, int], dict[int, tuple[Tile, Tile]]] = {
+    ("sm80", 2): {
+        64: (Tile(128, 64, 4, 3), Tile(128, 64, 8, 2)),
+        128: (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
+        256: (Tile(64, 64, 8, 2), Tile(64, 32, 8, 2)),
+    },
+    ("sm86", 2): {
+        64: (Tile(128, 64, 4, 2), Tile(128, 64, 8, 2)),
+        128: (Tile(128, 32, 8, 2), Tile(128, 32, 8, 2)),
+        256: (Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
+    },
+    ("sm90", 2): {
+        64: (Tile(128, 128, 8, 2), Tile(128, 64, 8, 2)),
+        128: (Tile(128, 128, 8, 2), Tile(128, 64, 8, 2)),
+        256: (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
+    },
+    ("sm100", 2): {
+        64: (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2)),
+        128: (Tile(128, 64, 8, 3), Tile(128, 32, 8, 2)),
+        256: (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
+    },
+    ("gfx9", 2): {
+        64: (Tile(128, 64, 4, 1), Tile(128, 64, 4, 1)),
+        128: (Tile(128, 32, 4, 1), Tile(128, 32, 4, 1)),
+        256: (Tile(64, 32, 4, 1), Tile(64, 32, 4, 1)),
+    },
+    **{(family, 4): {
+        64: (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
+        128: (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
+        256: (Tile(32, 16, 4, 2), Tile(32, 16, 4, 2)),
+    } for family in ("sm80", "sm86", "sm90", "sm100")},
+    ("gfx9", 4): {
+        64: (Tile(64, 32, 4, 1), Tile(64, 32, 4, 1)),
+        128: (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
+        256: (Tile(32, 16, 4, 1), Tile(32, 16, 4, 1)),
+    },
+    ("interpreter", 2): _INTERPRETED,
+    ("interpreter", 4): _INTERPRETED,
+}  # fmt: skip
+
+# The same for decode; block_m follows from the shape (`decode_block_m`), up to the one here.
+DECODE_TILES: dict[tuple[str, int], dict[int, tuple[Tile, Tile]]] = {
+    ("sm80", 2): {
+        64: (Tile(64, 64, 4, 3), Tile(32, 64, 4, 3)),
+        128: (Tile(32, 64, 4, 3), Tile(32, 32, 4, 3)),
+        256: (Tile(16, 32, 4, 3), Tile(16, 32, 4, 2)),
+    },
+    ("sm86", 2): {
+        64: (Tile(64, 64, 4, 3), Tile(32, 64, 4, 2)),
+        128: (Tile(32, 64, 4, 2), Tile(32, 32, 4, 2)),
+        256: (Tile(16, 32, 4, 2), Tile(16, 32, 4, 2)),
+    },
+    **{(family, 2): {
+        64: (Tile(64, 64, 4, 3), Tile(32, 64, 4, 3)),
+        128: (Tile(64, 64, 4, 3), Tile(32, 32, 4, 3)),
+        256: (Tile(16, 32, 4, 3), Tile(16, 32, 4, 2)),
+    } for family in ("sm90", "sm100")},
+    ("gfx9", 2): {
+        64: (Tile(64, 64, 4, 1), Tile(64, 64, 4, 1)),
+        128: (Tile(32, 64, 4, 1), Tile(32, 64, 4, 1)),
+        256: (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
+    },
+    **{(family, 4): {
+        64: (Tile(16, 32, 4, 2), Tile(16, 16, 4, 2)),
+        128: (Tile(16, 16, 4, 2), Tile(16, 16, 4, 2)),
+        256: (Tile(16, 16, 4, 2), Tile(16, 16, 4, 2)),
+    } for family in ("sm80", "sm86", "sm90", "sm100")},
+    ("gfx9", 4): {
+        64: (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
+        128: (Tile(16, 32, 4, 1), Tile(16, 32, 4, 1)),
+        256: (Tile(16, 16, 4, 1), Tile(16, 16, 4, 1)),
+    },
+    ("interpreter", 2): _INTERPRETED,
+    ("interpreter", 4): _INTERPRETED,
+}  # fmt: skip
 
 DECODE_PROGRAMS_PER_SM = 2  # decode programs that run on one multiprocessor at once
 ALWAYS_PACKED_Q_LEN = 16  # up to here rows are packed whatever the rest of the shape
@@ -197,6 +254,8 @@ def most_row_tiles(shape: Shape, block_m: int) -> int:
     return groups + (shape.q_len * shape.num_heads - groups) // block_m
 
 
-def _lookup(table: dict[tuple[str, int], dict[int, Tile]], shape: Shape, facts: DeviceFacts):
+def _lookup(
+    table: dict[tuple[str, int], dict[int, tuple[Tile, Tile]]], shape: Shape, facts: DeviceFacts
+) -> Tile:
     dim_class = max(64, padded_dim(shape.head_dim), padded_dim(shape.value_head_dim))
-    return table[facts.family, shape.itemsize][dim_class]
+    return table[facts.family, shape.itemsize][dim_class][shape.modifies_scores]

@@ -81,6 +81,9 @@ class ForwardCall:
             head_dim=head_dim,
             value_head_dim=self.v.shape[3],
             itemsize=self.q.element_size(),
+            modifies_scores=(
+                self.softcap > 0 or self.alibi_slopes is not None or self.attn_mask is not None
+            ),
             window_left=self.window_left if bounded_left else -1,
             window_right=self.window_right if bounded_right else -1,
         )

@@ -63,8 +63,9 @@ def key_norm_sizes(
     shares = shares / shares.sum() * num_heads
     sizes = np.clip(np.floor(shares), lo, hi).astype(int)
     while sizes.sum() != num_heads:
-        if sizes.sum() < num_heads:
-            sizes[np.argmax(np.where(sizes < hi, shares - sizes, -np.inf))] += 1
-        else:
-            sizes[np.argmin(np.where(sizes > lo, shares - sizes, np.inf))] -= 1
+        step = 1 if sizes.sum() < num_heads else -1
+        movable = np.flatnonzero(sizes < hi if step > 0 else sizes > lo)
+        # the largest remainder gains, the smallest loses; of equals, the first or the largest
+        order = np.lexsort((-sizes[movable] * (step < 0), -step * (shares - sizes)[movable]))
+        sizes[movable[order[0]]] += step
     return sizes.tolist()

@@ -1,0 +1,178 @@
+"""Every search method on the same matrices: objective, share of the attainable gain left, time.
+
+    python -m benchmarks.grouping_search                          # five families, four sizes
+    python -m benchmarks.grouping_search --heads 64 --groups 16 --sizes equal --families random
+    python -m benchmarks.grouping_search --matrix layer0_k.npy --groups 4 --json layer0.json
+
+The gain that can be had is the mean objective of random balanced partitions less the optimum; a
+method's share left is what it misses of it. Where the optimum isn't proved the best partition found
+stands in for it, and the heading says so. CPU seconds are the process's own, of all its threads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from gqa_kernels.grouping import search
+from gqa_kernels.grouping.result import Sizes
+
+from .grouping_instances import FAMILIES, instance
+
+RUNS: dict[str, tuple[str, dict]] = {  # what a row is called -> method, options
+    "neighbour": ("neighbour", {}),
+    "AsymGQA, 10 steps": ("asymgqa", {}),
+    "AsymGQA, 200 steps": ("asymgqa", {"iterations": 200}),
+    "AsymGQA, 2000 steps": ("asymgqa", {"iterations": 2000}),
+    "AsymGQA uneven, 2000 steps": ("asymgqa_uneven", {"iterations": 2000}),
+    "Align, 1 x 3000": ("align", {"restarts": 1}),
+    "Align, 200 x 3000": ("align", {}),
+    "NSGA-II, 10 generations": ("nsga2", {}),
+    "NSGA-II, 100 generations": ("nsga2", {"generations": 100}),
+    "average linkage": ("hierarchical", {"linkage": "average"}),
+    "complete linkage": ("hierarchical", {"linkage": "complete"}),
+    "Ward": ("hierarchical", {}),
+    "local search": ("local", {}),
+    "exact": ("exact", {}),
+}
+CASES: tuple[tuple[int, int, Sizes], ...] = (
+    (16, 4, "free"),
+    (32, 8, "equal"),
+    (32, 8, (1, 6)),
+    (64, 16, "equal"),
+)
+RANDOM_RUNS = 100
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method on one matrix. ``gap_left`` is the share, from 0, of random-to-optimum left."""
+
+    instance: str
+    method: str
+    objective: float
+    lower_bound: float
+    proved: bool
+    gap_left: float
+    seconds: float
+    cpu_seconds: float
+
+
+def compare(
+    name: str, D: np.ndarray, groups: int, sizes: Sizes, seed: int, time_limit: float | None
+) -> list[Row]:
+    """All methods on one matrix; NSGA-II is left out where pymoo is missing."""
+    random = np.mean(
+        [search(D, groups, "random", sizes, seed=i).objective for i in range(RANDOM_RUNS)]
+    )
+    measured = []
+    for label, (method, options) in RUNS.items():
+        if method == "nsga2" and importlib.util.find_spec("pymoo") is None:
+            continue
+        started = time.process_time()
+        result = search(D, groups, method, sizes, seed, time_limit, **options)
+        measured.append((label, result, time.process_time() - started))
+    best = min(result.objective for _, result, _ in measured)
+    gain = random - best
+    return [
+        Row(
+            instance=name,
+            method=label,
+            objective=result.objective,
+            lower_bound=result.lower_bound,
+            proved=result.proved,
+            gap_left=(result.objective - best) / gain if gain > 0 else 0.0,
+            seconds=result.seconds,
+            cpu_seconds=cpu,
+        )
+        for label, result, cpu in measured
+    ]
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown table of one instance."""
+    proved = "optimum proved" if any(row.proved for row in rows) else "optimum NOT proved"
+    lines = [
+        f"### {rows[0].instance} ({proved})",
+        "",
+        "| method | objective | gap left | seconds | CPU s |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row.method} | {row.objective:.5g} | {row.gap_left:.1%} "
+            f"| {row.seconds:.2f} | {row.cpu_seconds:.2f} |"
+        )
+    return "\n".join([*lines, ""])
+
+
+def summary(rows: list[Row]) -> str:
+    """Gap left of every method (rows) on every instance (columns)."""
+    names = list(dict.fromkeys(row.instance for row in rows))
+    cells = {(row.method, row.instance): f"{row.gap_left:.1%}" for row in rows}
+    methods = dict.fromkeys(row.method for row in rows)
+    lines = ["| gap left | " + " | ".join(names) + " |", "|---|" + "--:|" * len(names)]
+    for method in methods:
+        lines.append(f"| {method} | " + " | ".join(cells[method, n] for n in names) + " |")
+    return "\n".join(lines)
+
+
+def parse_sizes(text: str) -> Sizes:
+    """``free``, ``equal`` or ``lo,hi``."""
+    return tuple(int(part) for part in text.split(",")) if "," in text else text
+
+
+def matrices(args: argparse.Namespace) -> Iterator[tuple[str, np.ndarray, int, Sizes]]:
+    if args.matrix:
+        for path in args.matrix:
+            D = np.load(path)
+            yield (
+                f"{path.stem} {_case(len(D), args.groups, args.sizes)}",
+                D,
+                args.groups,
+                args.sizes,
+            )
+        return
+    cases = [(args.heads, args.groups, args.sizes)] if args.heads else CASES
+    for heads, groups, sizes in cases:
+        for family in args.families:
+            D = instance(family, heads, args.seed)
+            yield f"{family} {_case(heads, groups, sizes)}", D, groups, sizes
+
+
+def _case(heads: int, groups: int, sizes: Sizes) -> str:
+    return f"H={heads} G={groups} {sizes if isinstance(sizes, str) else '{}..{}'.format(*sizes)}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--heads", type=int, help="heads of the generated matrices")
+    parser.add_argument("--groups", type=int, default=8)
+    parser.add_argument("--sizes", type=parse_sizes, default="free", help="free, equal or lo,hi")
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
+    parser.add_argument("--matrix", nargs="+", type=Path, help=".npy dissimilarities [H, H]")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--time-limit", type=float, help="seconds for each method")
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    args = parser.parse_args()
+    rows: list[Row] = []
+    for name, D, groups, sizes in matrices(args):
+        found = compare(name, D, groups, sizes, args.seed, args.time_limit)
+        print(table(found), flush=True)
+        rows += found
+    print(summary(rows))
+    if args.json:
+        args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,258 @@
+"""What is particular to the native CPU kernels; the cases that all backends share are elsewhere."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+from gqa_kernels import HeadMap, asym_gqa_attention, extension
+from gqa_kernels.backends.cpu import CPUBackend
+from gqa_kernels.inputs import AttentionInputs
+from gqa_kernels.testing import assert_attention_close, make_inputs
+from tests.cases import CASES, UNEVEN
+
+pytestmark = pytest.mark.skipif(
+    extension.unavailable_reason() is not None, reason="no compiled kernels and no compiler"
+)
+DTYPES = sorted(CPUBackend.capabilities.dtypes, key=str)
+HAS_AVX2 = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+ISAS = ["portable", "avx2"] if HAS_AVX2 else ["portable"]
+
+
+@pytest.fixture(params=ISAS)
+def isa(request, monkeypatch):
+    monkeypatch.setenv("GQA_KERNELS_CPU_ISA", request.param)
+    return request.param
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of torch's threads, for one test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def check(q, k, v, head_map, **options):
+    out, lse = asym_gqa_attention(q, k, v, head_map, return_lse=True, backend="cpu", **options)
+    assert_attention_close(out, q, k, v, head_map, lse=lse, **options)
+    return out
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_instruction_set_on_every_case(isa, dtype):
+    for case in CASES:
+        args, options = case.build(dtype, "cpu")
+        try:
+            check(*args, **options)
+        except AssertionError as error:
+            raise AssertionError(f"{case.id}: {error}") from error
+
+
+def test_unknown_instruction_set(monkeypatch):
+    monkeypatch.setenv("GQA_KERNELS_CPU_ISA", "abacus")
+    q, k, v = make_inputs(1, UNEVEN, 1, 3, 8)
+    with pytest.raises(ValueError, match=r"GQA_KERNELS_CPU_ISA must be .*portable, got abacus"):
+        asym_gqa_attention(q, k, v, UNEVEN, backend="cpu")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_head_dim(isa, dtype):
+    """All remainders of vectors and panels, in both kernels (few rows, many rows)."""
+    head_map = HeadMap([0, 0, 1])
+    for q_len in (1, 11):
+        for dim in [*range(1, 36), 63, 65, 100, 127, 129, 200, 255, 256]:
+            q, k, v = make_inputs(
+                1, head_map, q_len, 21, dim, value_head_dim=257 - dim, dtype=dtype
+            )
+            check(q, k, v, head_map)
+
+
+@pytest.mark.parametrize("q_len", [1, 3, 40])
+def test_every_kv_length(isa, q_len):
+    """All remainders of key blocks, and splits that end anywhere."""
+    head_map = HeadMap([0, 1, 0])
+    for kv_len in [*range(1, 40), 127, 128, 129, 255, 300, 1025]:
+        q, k, v = make_inputs(1, head_map, q_len, kv_len, 16)
+        check(q, k, v, head_map, causal=True)
+
+
+@pytest.mark.parametrize("q_len, kv_len", [(1, 9000), (4, 5000), (70, 3000)])
+def test_split_keys_merge_right_and_repeatably(threads, q_len, kv_len):
+    """One sequence, few heads: the keys are cut so that all threads have work."""
+    head_map = HeadMap([0, 1, 1, 1])
+    q, k, v = make_inputs(1, head_map, q_len, kv_len, 64)
+    options = {
+        "sinks": torch.tensor([0.5, -1.0, 3.0, 0.0]),
+        "kv_lengths": torch.tensor([[kv_len, 777]]),
+    }
+    for count in (1, 2, 3, 7):
+        threads(count)
+        first = check(q, k, v, head_map, **options)
+        for _ in range(3):
+            again = asym_gqa_attention(q, k, v, head_map, backend="cpu", **options)
+            assert torch.equal(first, again)
+
+
+@pytest.mark.parametrize("num_heads, q_len", [(200, 1), (200, 3), (17, 1), (16, 1), (5, 40)])
+def test_groups_of_any_size(isa, num_heads, q_len):
+    head_map = HeadMap([0] * num_heads + [1])
+    q, k, v = make_inputs(1, head_map, q_len, 70, 24)
+    check(q, k, v, head_map, causal=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("q_len", [1, 30])
+def test_garbage_beyond_lengths_per_head(isa, dtype, q_len):
+    lengths = torch.tensor([[0, 5, 64], [65, 1, 200]], dtype=torch.int32)
+    q, k, v = make_inputs(2, UNEVEN, q_len, 200, 40, dtype=dtype)
+    clean = check(q, k, v, UNEVEN, kv_lengths=lengths)
+    for b in range(2):
+        for h in range(3):
+            k[b, h, lengths[b, h] :] = torch.nan
+            v[b, h, lengths[b, h] :] = torch.inf
+    assert torch.equal(
+        asym_gqa_attention(q, k, v, UNEVEN, kv_lengths=lengths, backend="cpu"), clean
+    )
+
+
+@pytest.mark.parametrize("q_len", [1, 30])
+def test_nan_that_is_seen_is_not_hidden(isa, q_len):
+    q, k, v = make_inputs(1, UNEVEN, q_len, 50, 16)
+    k[0, 1, 7] = torch.nan
+    out, lse = asym_gqa_attention(q, k, v, UNEVEN, return_lse=True, backend="cpu")
+    assert out[:, 3].isnan().all() and lse[:, 3].isnan().all()
+    assert out[:, [0, 1, 2, 4, 5]].isfinite().all()
+
+
+@pytest.mark.parametrize("q_len", [2, 30])
+def test_masks_of_any_strides(isa, q_len):
+    q, k, v = make_inputs(2, UNEVEN, q_len, 45, 16, dtype=torch.bfloat16)
+    wide = torch.randn(2, 6, q_len, 90)
+    for mask in (
+        wide[..., ::2],
+        wide[:, :1, :, :45].bfloat16(),
+        wide[..., :45].transpose(2, 3).contiguous().transpose(2, 3).bfloat16(),
+        wide[:, :, :1, 45:] > 0,
+        (wide > 0)[..., 1::2],
+        (wide > -1)[:1, :, :, :1],
+    ):
+        check(q, k, v, UNEVEN, attn_mask=mask)
+
+
+def op_arguments(q_len=5, **options):
+    q, k, v = make_inputs(2, UNEVEN, q_len, 9, 16)
+    x = AttentionInputs.create(q, k, v, UNEVEN, **options)
+    return [
+        x.q, x.k, x.v, x.head_map_tensor, x.value_head_map_tensor, x.alibi_slopes, x.sinks,
+        x.attn_mask, x.kv_lengths, x.scale, x.window_left, x.window_right, x.softcap, False,
+    ]  # fmt: skip
+
+
+def op():
+    extension.load()
+    return torch.ops.gqa_kernels.attention_forward.default
+
+
+@pytest.mark.parametrize("q_len", [1, 5])
+def test_opcheck(q_len):
+    everything = {
+        "causal": True,
+        "softcap": 2.0,
+        "alibi_slopes": torch.rand(6),
+        "sinks": torch.rand(6),
+        "attn_mask": torch.rand(q_len, 9) > 0.2,
+        "kv_lengths": torch.tensor([4, 9]),
+        "value_head_map": HeadMap([0, 1, 2, 0, 1, 2]),
+    }
+    for options in ({}, everything):
+        for bshd in (False, True):
+            torch.library.opcheck(op(), (*op_arguments(q_len, **options)[:-1], bshd))
+
+
+def test_out_of_range_map_entries_give_nan_and_read_nothing():
+    arguments = op_arguments()
+    for bad in (-1, 3, 2**31 - 1, -(2**31)):
+        arguments[3] = torch.tensor([0, bad, 2, 1, bad, 0], dtype=torch.int32)
+        out, lse = op()(*arguments)
+        assert out[:, [1, 4]].isnan().all() and lse[:, [1, 4]].isnan().all()
+        good = asym_gqa_attention(arguments[0][:, [0, 2, 3, 5]], *arguments[1:3], [0, 2, 1, 0])
+        torch.testing.assert_close(out[:, [0, 2, 3, 5]], good)
+
+
+@pytest.mark.parametrize(
+    "index, value, message",
+    [
+        (1, torch.zeros(2, 3, 9, 16, dtype=torch.half), "k must have dtype Float, got Half"),
+        (3, torch.zeros(6, dtype=torch.long), "head_map must have dtype Int, got Long"),
+        (0, torch.zeros(2, 6, 5, 32)[..., ::2], "q must have a last dim of stride 1, got stride 2"),
+        (2, torch.zeros(2, 3, 9, 300), "v must have a head dim of 1 to 256, got 300"),
+        (2, torch.zeros(2, 3, 8, 16), r"v must have shape \(2, 3, 9, 16\), got \(2, 3, 8, 16\)"),
+        (3, torch.zeros(5, dtype=torch.int), r"head_map must have shape \(6\), got \(5\)"),
+        (
+            7,
+            torch.zeros(2, 6, 5, 8),
+            r"attn_mask must have shape \(2, 6, 5, 9\), got \(2, 6, 5, 8\)",
+        ),
+        (
+            8,
+            torch.zeros(2, 1, dtype=torch.int),
+            r"kv_lengths must have shape \(2, 3\), got \(2, 1\)",
+        ),
+    ],
+)
+def test_op_refuses_what_memory_safety_forbids(index, value, message):
+    arguments = op_arguments()
+    arguments[index] = value
+    with pytest.raises(RuntimeError, match=message):
+        op()(*arguments)
+
+
+def run_alone(code: str) -> list[float]:
+    """Numbers that ``code`` prints in a process of its own."""
+    setup = """
+        import resource, time, torch
+        from gqa_kernels import HeadMap, asym_gqa_attention
+        from gqa_kernels.testing import make_inputs
+        head_map = HeadMap([0, 0, 0, 1])
+    """
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(setup) + textwrap.dedent(code)],
+        capture_output=True, text=True, env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return [float(x) for x in result.stdout.split()]
+
+
+@pytest.mark.parametrize("q_len, kv_len", [(400, 400), (1, 60000)])
+def test_number_of_threads_is_torchs(q_len, kv_len):
+    """Processor time spent outside the calling thread: none with one thread, some with two."""
+    alone, shared = run_alone(f"""
+        q, k, v = make_inputs(2, head_map, {q_len}, {kv_len}, 64)
+        asym_gqa_attention(q[:, :, :1], k[:, :, :9], v[:, :, :9], head_map, backend="cpu")
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            others, process = time.thread_time(), time.process_time()
+            for _ in range(10):
+                asym_gqa_attention(q, k, v, head_map, backend="cpu")
+            own, process = time.thread_time() - others, time.process_time() - process
+            print((process - own) / process)
+    """)
+    assert alone < 0.05 and shared > 0.2
+
+
+def test_memory_is_bounded_by_tiles():
+    """Scores of one head would take 64 MiB, K and V expanded to the query heads 24 MiB more."""
+    (grown,) = run_alone("""
+        q, k, v = make_inputs(1, head_map, 4096, 4096, 64)
+        asym_gqa_attention(q[:, :, :9], k[:, :, :9], v[:, :, :9], head_map, backend="cpu")
+        out = torch.empty_like(q).fill_(1)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        out2 = asym_gqa_attention(q, k, v, head_map, backend="cpu")
+        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    """)
+    output = 4 * 4096 * 64 * 4 / 2**20
+    assert grown < output + 4

@@ -1,0 +1,96 @@
+"""Every peer computes the same function as the reference, on every map that it takes."""
+
+import pytest
+import torch
+
+from benchmarks.cases import Case, decode, prefill
+from benchmarks.peers import UNEVEN, peers
+from benchmarks.problem import Gate, Problem
+from gqa_kernels.backends.reference import reference_attention
+from gqa_kernels.inputs import AttentionInputs
+
+MODEL = "smollm2-135m"
+MAPS = ("even", "4-3-2", "5-0-4", "interleaved", "giant", "pruned", "tp-2")
+CASES = [
+    *decode(MODEL, MAPS, 2, 19, "float32"),
+    *decode(MODEL, ("4-3-2",), 2, 19, "bfloat16"),
+    *decode(MODEL, ("even", "4-3-2"), 1, 19, "float32", window=5),
+    *prefill(MODEL, ("even", "5-0-4", "interleaved"), 1, 13, "float32"),
+    *prefill(MODEL, ("even", "4-3-2"), 1, 13, "float32", window=4),
+    Case("prefill", MODEL, "4-3-2", 2, 5, 13, "float32"),  # fewer queries than keys
+    *prefill("vit-b", ("uneven-3",), 1, 13, "float32"),  # not causal
+]
+SLOW = ("flex",)  # compiles
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.key)
+def test_peers_are_right(case, device):
+    device = torch.device(device)
+    problem = Problem.build(case, device)
+    gate = Gate(problem)
+    ran = []
+    for name, peer in peers().items():
+        if name in SLOW or peer.unavailable_reason(device) or peer.unsupported_reason(problem):
+            continue
+        prepared = peer.prepare(problem)
+        gate.check(prepared.result(prepared.run(0)))
+        ran.append(name)
+    assert {"expand+sdpa", "expanded-sdpa", "sdpa-padded", "sdpa-per-size"} <= set(ran)
+    assert ("gqa-sdpa" in ran) == case.head_map.is_uniform
+    assert ("sdpa-rows" in ran) == (case.q_len == 1 and case.window is None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case", [*decode(MODEL, ("even",), 1, 32), *prefill(MODEL, ("even",), 1, 32)]
+)
+def test_flex_is_right(case, device):
+    problem = Problem.build(case, torch.device(device))
+    prepared = peers()["flex"].prepare(problem)
+    Gate(problem).check(prepared.result(prepared.run(0)))
+
+
+def test_peers_say_why_not():
+    cpu = torch.device("cpu")
+    problem = Problem.build(decode(MODEL, ("4-3-2",), 1, 16)[0], cpu)
+    known = peers()
+    assert known["gqa-sdpa"].unsupported_reason(problem) == UNEVEN
+    assert known["flex"].unsupported_reason(problem) == UNEVEN
+    assert "GPU" in known["fa3-rows"].unavailable_reason(cpu)
+    assert "GPU" in known["expanded-sdpa:flash"].unavailable_reason(cpu)
+    assert all(peer.summary for peer in known.values())
+
+
+def test_each_copy_is_read():
+    problem = Problem.build(
+        decode(MODEL, ("4-3-2",), 1, 16, "float32", cold=True)[0], torch.device("cpu")
+    )
+    last = len(problem.copies) - 1
+    q, k, v = problem.copies[last]
+    expected, _ = reference_attention(AttentionInputs.create(q, k, v, problem.head_map))
+    for name in ("expand+sdpa", "expanded-sdpa", "sdpa-rows", "sdpa-padded", "sdpa-per-size"):
+        prepared = peers()[name].prepare(problem)
+        torch.testing.assert_close(prepared.result(prepared.run(last)), expected)
+
+
+@pytest.mark.parametrize("case", [CASES[1], prefill(MODEL, ("4-3-2",), 1, 300, "float32")[0]])
+@pytest.mark.parametrize("row", [0, -1])
+def test_gate_refuses_a_wrong_row_and_a_hole(case, row):
+    problem = Problem.build(case, torch.device("cpu"))
+    gate = Gate(problem)
+    q, k, v = problem.copies[0]
+    inputs = AttentionInputs.create(q, k, v, case.head_map, **case.options)
+    right, _ = reference_attention(inputs)
+    gate.check(right)
+    wrong = right.clone()
+    wrong[row, 4, row] += 0.01
+    with pytest.raises(AssertionError, match="exceeds"):
+        gate.check(wrong)
+    hole = right.clone()
+    hole[-1, 0, case.q_len // 3, 0] = torch.nan
+    with pytest.raises(AssertionError, match="not finite"):
+        gate.check(hole)
+    with pytest.raises(AssertionError, match="shape"):
+        gate.check(right[:, :1])
+    with pytest.raises(AssertionError, match="dtype"):
+        gate.check(right.double())

@@ -1,0 +1,129 @@
+"""The report and the README's block are made from the results, and staleness shows."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from benchmarks import report
+from benchmarks.cases import BOTH, MILD, decode, prefill
+from benchmarks.harness import row_key
+from benchmarks.results import FOLDER, Results
+
+ROOT = Path(__file__).parents[2]
+HEADER = {
+    "schema": 1, "device": "Test CPU", "device_type": "cpu", "driver": None, "threads": 2,
+    "versions": {"torch": "2.13.0"}, "commit": "abcdef", "date": "2026-11-22 04:00 UTC",
+    "suite": "cpu", "contestants": {"cpu": "available", "fa3-rows": "needs a CUDA GPU"},
+    "limits": {"memory": [{"bytes": 1 << 28, "rate": 2e10}], "compute": {"bfloat16": 1e11}},
+}  # fmt: skip
+CASES = [
+    *(case for n in (1024, 8192) for case in decode("llama-3-8b", BOTH, 1, n)),
+    *decode("llama-3-8b", (MILD,), 1, 8192),
+    *decode("llama-2-7b", ("uneven-2", "uneven-4"), 1, 4096),
+    *prefill("llama-3-8b", BOTH, 1, 1024),
+]
+TIMES = {"cpu": 1.0, "expand+sdpa": 8.0, "expanded-sdpa": 0.5, "sdpa-rows": 2.0, "sdpa-padded": 3.0}
+
+
+def made_up(case, contestant, times):
+    row = {
+        "key": row_key(case, contestant), "case_key": case.key, "contestant": contestant,
+        "kind": "backend" if contestant == "cpu" else "peer",
+        "case": {
+            "op": case.op, "model": case.model, "map": case.map, "batch": case.batch,
+            "q_len": case.q_len, "kv_len": case.kv_len, "dtype": case.dtype, "window": None,
+            "cold": False, "num_heads": 32, "num_kv_heads": case.head_map.num_kv_heads,
+            "group_sizes": list(case.head_map.group_sizes),
+        },
+    }  # fmt: skip
+    if times is None:
+        return row | {"status": "wrong", "reason": "out: error 1 exceeds 0.1"}
+    seconds = times * case.work.bytes / 1e10
+    return row | {
+        "status": "ok", "median": seconds, "low": seconds, "high": seconds, "samples": 5,
+        "bytes": case.work.bytes, "flops": case.work.flops, "bound_by": "memory",
+        "gbytes_per_second": case.work.bytes / seconds / 1e9,
+        "tflops": case.work.flops / seconds / 1e12,
+        "limit_seconds": seconds / 2, "percent_of_limit": 50.0,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A folder of results and a README."""
+    rows = [made_up(case, name, times) for case in CASES for name, times in TIMES.items()]
+    rows += [made_up(CASES[0], "sdpa-per-size", None)]
+    Results(dict(HEADER), rows).save(tmp_path / "results" / "test-cpu" / "cpu.json")
+    (tmp_path / "README.md").write_text(f"# Top\n\n{report.BEGIN}\nearlier\n{report.END}\n\nrest\n")
+    return ["--results", str(tmp_path / "results"), "--readme", str(tmp_path / "README.md")]
+
+
+def test_written_report_is_current_and_edits_make_it_stale(place, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    assert report.main([*place, "--check"]) == 1
+    assert "README.md is stale" in capsys.readouterr().err
+    assert report.main(place) == 0
+    assert report.main([*place, "--check"]) == 0
+
+    readme = tmp_path / "README.md"
+    text = readme.read_text()
+    assert text.startswith("# Top\n") and text.endswith("\nrest\n") and "earlier" not in text
+    readme.write_text(text.replace("8.00x", "9.00x"))
+    assert report.main([*place, "--check"]) == 1
+    assert capsys.readouterr().err.splitlines() == [
+        "README.md is stale: run python -m benchmarks.report"
+    ]
+
+    path = tmp_path / "results" / "test-cpu" / "cpu.json"
+    path.write_text(path.read_text().replace('"commit": "abcdef"', '"commit": "fedcba"'))
+    report.main([*place, "--check"])
+    assert "test-cpu/report.md is stale" in capsys.readouterr().err
+
+
+def test_figures_are_small_and_redrawn_when_the_data_change(place, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    assert report.main(place) == 0
+    folder = tmp_path / "results" / "test-cpu"
+    drawn = {path.name: path.stat().st_size for path in folder.glob("*.svg")}
+    assert set(drawn) == {"roofline.svg", "bandwidth.svg", "groups.svg", "skew.svg"}
+    assert max(drawn.values()) < 200_000
+    results = Results.load(folder / "cpu.json")
+    for row in results.rows:
+        if "tflops" in row:
+            row["tflops"] *= 2
+    results.save(folder / "cpu.json")
+    assert report.main([*place, "--check"]) == 1
+    assert "roofline.svg is stale" in capsys.readouterr().err
+
+
+def test_tables_show_wins_and_losses_and_where_they_were_measured(place, tmp_path):
+    pytest.importorskip("matplotlib")
+    report.main(place)
+    readme = (tmp_path / "README.md").read_text()
+    for fact in ("Test CPU", "2 CPU threads", "torch 2.13.0", "commit abcdef", "20.0 GB/s"):
+        assert fact in readme
+    line = next(x for x in readme.splitlines() if x.startswith("| llama-3-8b 9-7-5-4-3-2-1-1"))
+    assert line.split(" | ")[3:] == ["50 %", "1.00", "8.00x", "**0.50x**", "2.00x |"]
+    assert "expand + SDPA: ours is faster on 9 of 9 cases" in readme
+    assert "SDPA, expanded cache: ours is faster on 0 of 9 cases" in readme
+    written = (tmp_path / "results" / "test-cpu" / "report.md").read_text()
+    assert "sdpa-per-size wrong: out: error 1 exceeds 0.1" in written
+    assert "- fa3-rows: needs a CUDA GPU" in written
+
+
+def test_markers_are_required():
+    with pytest.raises(ValueError, match="README must have one"):
+        report.with_block("no markers", "")
+
+
+def test_the_repository_is_current():
+    """The committed results, reports, figures and README belong together."""
+    if not report.load_all(FOLDER):
+        pytest.skip("no results are committed")
+    assert report.main(["--check"]) == 0
+
+
+def test_gpu_session_parses():
+    script = ROOT / "benchmarks" / "gpu_session.sh"
+    assert subprocess.run(["bash", "-n", script], capture_output=True).returncode == 0

@@ -1,0 +1,186 @@
+"""Triton launches compiled ahead of time, without a GPU or its driver.
+
+Only in a process without ``TRITON_INTERPRET=1``, which replaces Triton's compiler: tests run the
+scripts of this folder as subprocesses.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from gqa_kernels import HeadMap
+from gqa_kernels.backends.base import empty_output
+from gqa_kernels.backends.triton.configs import DeviceFacts
+from gqa_kernels.backends.triton.launch import ForwardCall, Launch
+from gqa_kernels.inputs import AttentionInputs
+from gqa_kernels.plan import plan_for
+
+assert os.environ.get("TRITON_INTERPRET", "0") != "1"
+
+POINTER_TYPES = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.uint8: "*u8",
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """A GPU to compile for: its facts as on a typical device, and its shared memory per program."""
+
+    gpu: GPUTarget
+    facts: DeviceFacts
+    shared_bytes: int
+
+
+KIB = 1024
+TARGETS = {
+    "sm_80": Target(GPUTarget("cuda", 80, 32), DeviceFacts("sm80", 108, 40 << 20), 163 * KIB),
+    "sm_90": Target(GPUTarget("cuda", 90, 32), DeviceFacts("sm90", 132, 50 << 20), 227 * KIB),
+    "sm_100": Target(GPUTarget("cuda", 100, 32), DeviceFacts("sm100", 148, 126 << 20), 227 * KIB),
+    "sm_86": Target(GPUTarget("cuda", 86, 32), DeviceFacts("sm86", 84, 6 << 20), 99 * KIB),
+    "gfx942": Target(GPUTarget("hip", "gfx942", 64), DeviceFacts("gfx9", 304, 4 << 20), 64 * KIB),
+}
+
+
+@dataclass(frozen=True)
+class Signature:
+    """Types, compile-time values and promised divisors of a launch's arguments, as a real launch
+    specialises on them."""
+
+    types: dict[str, str]
+    constants: dict[str, object]
+    divisors: dict[str, int]
+
+    @classmethod
+    def of(cls, launch: Launch) -> Signature:
+        types, constants, divisors = {}, {}, {}
+        for parameter in launch.kernel.params:
+            name, value = parameter.name, launch.arguments[parameter.name]
+            specialised = not parameter.do_not_specialize
+            if parameter.is_constexpr or value is None:
+                constants[name] = value
+            elif isinstance(value, torch.Tensor):
+                types[name], divisors[name] = POINTER_TYPES[value.dtype], 16
+            elif isinstance(value, float):
+                types[name] = "fp32"
+            elif specialised and value == 1:
+                constants[name] = 1
+            else:
+                types[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+                if specialised and value % 16 == 0:
+                    divisors[name] = 16
+        return cls(types, constants, divisors)
+
+
+def compile_launch(launch: Launch, gpu: GPUTarget):
+    """Triton's compiled kernel of a launch."""
+    names = [parameter.name for parameter in launch.kernel.params]
+    signature = Signature.of(launch)
+    source = ASTSource(
+        fn=launch.kernel,
+        signature={name: signature.types.get(name, "constexpr") for name in names},
+        constexprs={(names.index(name),): value for name, value in signature.constants.items()},
+        attrs={
+            (names.index(name),): [["tt.divisibility", divisor]]
+            for name, divisor in signature.divisors.items()
+        },
+    )
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    return triton.compile(source, target=gpu, options=options)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Per thread: registers, bytes of spills (NVIDIA) or spilled registers (AMD). Per program:
+    bytes of shared memory."""
+
+    registers: int
+    spills: int
+    shared: int
+
+
+def resources(compiled) -> Resources:
+    """What a compiled kernel uses."""
+    shared = compiled.metadata.shared
+    if "amdgcn" in compiled.asm:
+        text = compiled.asm["amdgcn"]
+        registers, spills = (
+            int(re.search(rf"\.{name}:\s+(\d+)", text)[1])
+            for name in ("vgpr_count", "vgpr_spill_count")
+        )
+        return Resources(registers, spills, shared)
+    ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+    if "sm_10" in re.search(r"\.target (\S+)", compiled.asm["ptx"])[1]:
+        newer = ptxas.with_name("ptxas-blackwell")
+        ptxas = newer if newer.exists() else ptxas
+    target = re.search(r"\.target (\w+)", compiled.asm["ptx"])[1]
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(compiled.asm["ptx"])
+        command = [str(ptxas), "-v", f"-arch={target}", str(source), "-o", f"{folder}/kernel.cubin"]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    stores, loads = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report).groups()
+    return Resources(int(re.search(r"Used (\d+) registers", report)[1]), int(stores) + int(loads), shared)
+
+
+def make_call(
+    q_len: int,
+    kv_len: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    *,
+    value_head_dim: int | None = None,
+    head_map: HeadMap | None = None,
+    batch: int = 2,
+    seed: int = 0,
+    **options,
+) -> tuple[AttentionInputs, ForwardCall]:
+    """A call on random CPU tensors, with outputs to write into."""
+    head_map = head_map or HeadMap.uniform(32, 8)
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(heads: int, tokens: int, dim: int) -> torch.Tensor:
+        return torch.randn(batch, heads, tokens, dim, generator=generator).to(dtype)
+
+    inputs = AttentionInputs.create(
+        normal(head_map.num_heads, q_len, head_dim),
+        normal(head_map.num_kv_heads, kv_len, head_dim),
+        normal(head_map.num_kv_heads, kv_len, value_head_dim or head_dim),
+        head_map,
+        **options,
+    )
+    out = empty_output(inputs).fill_(torch.nan)
+    lse = torch.full(out.shape[:3], torch.nan)
+    call = ForwardCall(
+        inputs.q, inputs.k, inputs.v, plan_for(inputs), inputs.alibi_slopes, inputs.sinks,
+        inputs.attn_mask, inputs.kv_lengths, inputs.scale, inputs.window_left, inputs.window_right,
+        inputs.softcap, out, lse,
+    )  # fmt: skip
+    return inputs, call
+
+
+def every_option(q_len: int, kv_len: int, num_heads: int, batch: int) -> dict[str, object]:
+    """One value for each option that changes the compiled kernel."""
+    mask = torch.randn(1, 1, q_len, kv_len)
+    return {
+        "causal": True,
+        "window": (kv_len // 2, None),
+        "softcap": 5.0,
+        "alibi_slopes": torch.linspace(0.05, 0.5, num_heads),
+        "sinks": torch.linspace(-1, 2, num_heads),
+        "attn_mask": mask.masked_fill(mask > 1.5, -torch.inf),
+        "kv_lengths": torch.arange(1, batch + 1) * kv_len // batch,
+    }

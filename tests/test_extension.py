@@ -1,0 +1,191 @@
+"""Finding, building and loading the compiled part, each try in a process and a cache of its own.
+
+Most tests put a stand-in in the compiler's place: it logs its calls, takes as long or fails as it
+is told, and "links" by copying a library that was built before.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from gqa_kernels import extension
+
+ROOT = Path(__file__).parent.parent
+STAND_IN = """#!{python}
+import os, shutil, sys, time
+args = sys.argv[1:]
+if args == ["--version"]:
+    sys.exit(print("stand-in 1.0"))
+with open({log!r}, "a") as log:
+    log.write(" ".join(args) + "\\n")
+if {failure!r}:
+    sys.exit(print({failure!r}, file=sys.stderr) or 1)
+time.sleep({seconds})
+target = args[args.index("-o") + 1]
+shutil.copy({library!r}, target) if "-shared" in args else open(target, "w").close()
+"""
+CALL = """
+import torch, warnings
+from gqa_kernels import HeadMap, asym_gqa_attention
+from gqa_kernels.testing import assert_attention_close, make_inputs
+head_map = HeadMap([0, 1, 1])
+q, k, v = make_inputs(1, head_map, 3, 40, 16)
+out = asym_gqa_attention(q, k, v, head_map, backend="{backend}")
+assert_attention_close(out, q, k, v, head_map)
+"""
+pytestmark = pytest.mark.skipif(
+    extension.unavailable_reason() is not None, reason="no compiled kernels and no compiler"
+)
+
+
+@pytest.fixture(scope="module")
+def library() -> str:
+    extension.load()
+    return str(extension.library_path())
+
+
+@pytest.fixture
+def machine(tmp_path, library):
+    return Machine(tmp_path, library)
+
+
+class Machine:
+    """An empty cache, a compiler, and processes that use the package with them."""
+
+    def __init__(self, folder: Path, library: str):
+        self.cache = folder / "cache"
+        self.log = folder / "compiler.log"
+        self.script = folder / "c++"
+        self.library = library
+        # No library built ahead of time: a checkout may have one beside its sources.
+        self.without_ahead = "from gqa_kernels import extension; extension.LIBRARY = 'none'\n"
+
+    def compiler(self, failure: str = "", seconds: float = 0.0) -> str:
+        self.script.write_text(
+            STAND_IN.format(
+                python=sys.executable, log=str(self.log), failure=failure, seconds=seconds,
+                library=self.library,
+            )
+        )  # fmt: skip
+        self.script.chmod(0o755)
+        return str(self.script)
+
+    def start(self, code: str, **env: str) -> subprocess.Popen:
+        environment = {**os.environ, "GQA_KERNELS_CACHE": str(self.cache), **env}
+        return subprocess.Popen(
+            [sys.executable, "-c", self.without_ahead + code], cwd=ROOT, env=environment,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def run(self, code: str, **env: str) -> tuple[str, str]:
+        process = self.start(code, **env)
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+        return out, err
+
+    def compilations(self) -> int:
+        return len(self.log.read_text().splitlines()) if self.log.exists() else 0
+
+    def files(self) -> list[str]:
+        return sorted(path.name for path in self.cache.iterdir() if path.name != "build.lock")
+
+
+def test_first_use_builds_and_the_next_reuses(machine):
+    cxx = machine.compiler()
+    _, err = machine.run(CALL.format(backend="cpu"), CXX=cxx)
+    assert err.count("building the CPU kernels (first use only)") == 1
+    count = machine.compilations()
+    assert count == len(extension.cpu_sources(extension.source_root())) + 1
+    assert len(machine.files()) == 1 and machine.files()[0].endswith(".so")
+
+    for env in ({"CXX": cxx}, {"CXX": "/none"}, {"CXX": cxx, "GQA_KERNELS_BUILD": "0"}):
+        _, err = machine.run(CALL.format(backend="cpu"), **env)
+        assert "building" not in err and machine.compilations() == count
+
+
+def test_real_build(machine):
+    """With the real compiler; unoptimised, which is much faster."""
+    flags = "extension.COMPILE_FLAGS = (*extension.COMPILE_FLAGS, '-O0')\n"
+    _, err = machine.run(flags + CALL.format(backend="cpu"))
+    assert "building the CPU kernels" in err and len(machine.files()) == 1
+
+
+def test_processes_that_start_together_build_once(machine):
+    cxx = machine.compiler(seconds=0.5)
+    processes = [machine.start(CALL.format(backend="cpu"), CXX=cxx) for _ in range(2)]
+    errors = [process.communicate(timeout=300)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+    assert sum("building" in error for error in errors) == 1
+    assert machine.compilations() == len(extension.cpu_sources(extension.source_root())) + 1
+    assert len(machine.files()) == 1
+
+
+def test_threads_that_start_together_build_once(machine):
+    code = """
+from concurrent.futures import ThreadPoolExecutor
+with ThreadPoolExecutor(4) as pool:
+    list(pool.map(lambda _: extension.load(), range(4)))
+"""
+    _, err = machine.run(code, CXX=machine.compiler(seconds=0.1))
+    assert err.count("building") == 1
+
+
+def test_failing_compiler_gives_its_words_once_and_auto_falls_back(machine):
+    code = """
+import pytest
+with pytest.warns(UserWarning, match="no such luck"):
+    asym_gqa_attention(q, k, v, head_map)
+for _ in range(2):
+    with pytest.raises(NotImplementedError, match="(?s)exited with 1.*no such luck"):
+        asym_gqa_attention(q, k, v, head_map, backend="cpu")
+"""
+    cxx = machine.compiler(failure="fatal error: no such luck")
+    machine.run(CALL.format(backend="reference") + code, CXX=cxx)
+    assert machine.files() == []
+    # Files that compile at the same time may each have failed, but nothing was tried again.
+    assert machine.compilations() <= len(extension.cpu_sources(extension.source_root()))
+
+
+@pytest.mark.parametrize(
+    "env, reason",
+    [
+        ({"CXX": "/none/such"}, "no C++ compiler was found"),
+        ({"GQA_KERNELS_BUILD": "0"}, "GQA_KERNELS_BUILD=0"),
+    ],
+)
+def test_reasons_without_compiling(machine, env, reason):
+    code = (
+        CALL.format(backend="auto")
+        + """
+from gqa_kernels import available_backends, explain_backend
+assert "cpu" not in available_backends()
+print(explain_backend(q, k, v, head_map)["cpu"])
+"""
+    )
+    out, err = machine.run(code, **env)
+    assert reason in out and "building" not in err
+
+
+def test_killed_build_leaves_nothing_in_the_way(machine):
+    process = machine.start("extension.load()", CXX=machine.compiler(seconds=60))
+    deadline = time.monotonic() + 60
+    while machine.compilations() == 0:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    assert machine.files() and not any(name.endswith(".so") for name in machine.files())
+
+    machine.run(CALL.format(backend="cpu"), CXX=machine.compiler())
+    assert len(machine.files()) == 1 and machine.files()[0].endswith(".so")
+
+
+def test_every_source_is_listed():
+    root = extension.source_root()
+    built = {path.relative_to(root).as_posix() for path in extension.cpu_sources(root)}
+    there = {path.relative_to(root).as_posix() for path in root.rglob("*.cpp")}
+    assert built == {name for name in there if not name.startswith("cuda/")}
