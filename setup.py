@@ -45,6 +45,6 @@ def compiled_part() -> dict:
 setup(
     packages=[*find_packages(include=["gqa_kernels", "gqa_kernels.*"]), "gqa_kernels._csrc"],
     package_dir={"gqa_kernels._csrc": "csrc"},
-    package_data={"": ["*.txt", "*.json"], "gqa_kernels._csrc": ["**/*.h", "**/*.cpp"]},
+    package_data={"": ["*.json"], "gqa_kernels._csrc": ["**/*.h", "**/*.cpp"]},
     **compiled_part(),
 )

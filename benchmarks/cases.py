@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import random
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 
 import torch
@@ -29,6 +30,7 @@ MODELS = {
     "llama-2-7b": Model(32, 32, 128),
     "opt-1.3b": Model(32, 32, 64),
     "llama-3-8b": Model(32, 8, 128),
+    "llama-3.2-1b": Model(32, 8, 64),
     "llama-3-70b": Model(64, 8, 128),
     "qwen2.5-7b": Model(28, 4, 128),
     "smollm2-135m": Model(9, 3, 64),
@@ -111,6 +113,17 @@ class Case:
         parts += [f"w{self.window}"] if self.window is not None else []
         return " ".join([*parts, "cold"] if self.cold else parts)
 
+    @property
+    def facts(self) -> dict:
+        """What a row says of the case."""
+        return {
+            **asdict(self),
+            "num_heads": self.head_map.num_heads,
+            "num_kv_heads": self.head_map.num_kv_heads,
+            "head_dim": self.head_dim,
+            "group_sizes": list(self.head_map.group_sizes),
+        }
+
     @cached_property
     def head_map(self) -> HeadMap:
         return head_map(self.map, MODELS[self.model])
@@ -137,17 +150,21 @@ class Case:
         return options
 
     @property
-    def kv_bytes(self) -> int:
-        """Of K and V, all heads."""
-        rows = self.batch * self.head_map.num_kv_heads * self.kv_len
-        return 2 * rows * self.head_dim * self.torch_dtype.itemsize
-
-    @property
     def work(self) -> Work:
         return attention_work(
             self.head_map, self.batch, self.q_len, self.kv_len, self.head_dim,
             self.torch_dtype.itemsize, **self.options,
         )  # fmt: skip
+
+    @property
+    def tokens(self) -> int:
+        """That one call serves."""
+        return self.batch * self.q_len
+
+    @property
+    def working_set(self) -> float:
+        """Bytes that calls in a row go over: of one call, or more than any cache holds."""
+        return math.inf if self.cold else self.work.bytes
 
 
 def decode(
@@ -223,6 +240,13 @@ CPU = [
     *end_to_end("smollm2-135m", ("even", "4-3-2"), 1, 1024, 8, FP32),
 ]
 
+CPU_GOALS = [  # what the CPU backend is held to: slow, about a quarter of an hour
+    *(c for n in (128, 1024, 8192) for c in decode("llama-3-8b", BOTH, 1, n, FP32, FP16, BF16)),
+    *decode("llama-3-8b", BOTH, 8, 8192, FP32, FP16, BF16),
+    *(c for n in (1024, 4096) for c in prefill("llama-3-8b", BOTH, 1, n, FP32, FP16, BF16)),
+    *(c for n in (1024, 4096) for c in prefill("llama-3.2-1b", BOTH, 1, n, FP32, FP16, BF16)),
+]
+
 GPU = [
     # The headline first: a session that runs out of time has measured what matters.
     *decode("llama-3-8b", BOTH, 1, 8192),
@@ -246,15 +270,16 @@ GPU = [
     *prefill("opt-1.3b", ("even", "uneven-4"), 4, 2048),
     *prefill("vit-b", ("even", "uneven-3"), 64, 197),
     *prefill("llama-3-8b", BOTH, 1, 8192, window=1024),
-    *end_to_end("llama-3-8b", BOTH, 8, 8192, 8, BF16),
+    *end_to_end("llama-3-8b", BOTH, 4, 4096, 8, BF16),
 ]
 
-HEADLINE = "llama-3-8b"  # the model, with the maps of BOTH and the lengths below, for the README
-HEADLINE_LENGTHS = {"decode": (1024, 8192), "prefill": (1024, 2048, 4096, 8192)}
+HEADLINE = "llama-3-8b"  # the model, with the maps of BOTH and what follows, for the README
+HEADLINE_TYPES = (BF16, FP32)
+HEADLINE_LENGTHS = {"decode": (8192,), "prefill": (1024, 2048, 4096, 8192)}
 
 Q_LENGTHS = {"decode": 1, "generate": 8}  # of own cases, unless given
 
-SUITES: dict[str, list[Case]] = {"quick": QUICK, "cpu": CPU, "gpu": GPU}
+SUITES: dict[str, list[Case]] = {"quick": QUICK, "cpu": CPU, "cpu-goals": CPU_GOALS, "gpu": GPU}
 
 
 def parse_shape(op: str, text: str) -> Case:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gqa_kernels import asym_gqa_attention
+from gqa_kernels import HeadMap, asym_gqa_attention
 from gqa_kernels.backends.dispatch import BACKENDS, explain_backend
 
 from .problem import Problem
@@ -26,11 +26,13 @@ class Prepared:
 
     Attributes:
         run: what is timed; called with the index of the input copy.
-        result: what the gate looks at, ``[B, Hq, Sq, D]``, from what ``run`` returned; not timed.
+        result: what the gate looks at, from what ``run`` returned; not timed.
+        facts: what a row is to say beside the time.
     """
 
     run: Callable[[int], Any]
-    result: Callable[[Any], Tensor] = unchanged
+    result: Callable[[Any], Any] = unchanged
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Contestant(ABC):
@@ -38,7 +40,7 @@ class Contestant(ABC):
 
     Attributes:
         name: unique among the contestants of an op.
-        kind: ``"backend"`` (ours) or ``"peer"``.
+        kind: ``"backend"`` (ours), ``"peer"``, or ``"control"`` (ours on something easier).
         summary: what it does, and what it is given outside the timing.
     """
 
@@ -58,6 +60,10 @@ class Contestant(ABC):
     def prepare(self, problem: Problem) -> Prepared:
         """Make ready; nothing of it is timed."""
 
+    def control(self) -> Contestant | None:
+        """What is to be timed beside it on something easier, if anything."""
+        return None
+
 
 class BackendContestant(Contestant):
     """A backend of the package through the public function, Python overhead included."""
@@ -65,29 +71,63 @@ class BackendContestant(Contestant):
     kind = "backend"
 
     def __init__(self, name: str):
-        self.name = name
+        self.name = self.backend = name
         self.summary = f"asym_gqa_attention(..., backend={name!r})"
 
     def unavailable_reason(self, device: torch.device) -> str | None:
-        backend = BACKENDS[self.name]
+        backend = BACKENDS[self.backend]
         if device.type not in backend.capabilities.devices:
             return f"does not run on device {device.type}"
-        if self.name == "triton" and device.type == "cpu":
+        if self.backend == "triton" and device.type == "cpu":
             return "runs in Triton's interpreter here, which is never timed"
         return backend.unavailable_reason()
 
     def unsupported_reason(self, problem: Problem) -> str | None:
         reasons = explain_backend(*problem.copies[0], problem.head_map, **problem.case.options)
-        return "; ".join(reasons[self.name]) or None
+        return "; ".join(reasons[self.backend]) or None
 
     def prepare(self, problem: Problem) -> Prepared:
-        head_map, options = problem.head_map, problem.case.options
+        return Prepared(self._call(problem, problem.head_map))
+
+    def _call(self, problem: Problem, head_map: HeadMap) -> Callable[[int], Tensor]:
+        options = problem.case.options
 
         def run(copy: int) -> Tensor:
             q, k, v = problem.copies[copy]
-            return asym_gqa_attention(q, k, v, head_map, backend=self.name, **options)
+            return asym_gqa_attention(q, k, v, head_map, backend=self.backend, **options)
 
-        return Prepared(run)
+        return run
+
+    def control(self) -> Contestant | None:
+        return EvenControl(self.backend)
+
+
+class EvenControl(BackendContestant):
+    """A backend on the same tensors with equal groups: what the unevenness of a map costs."""
+
+    kind = "control"
+
+    def __init__(self, backend: str):
+        super().__init__(backend)
+        self.name = f"{backend}, even map"
+        self.summary += ", on equal groups of the same tensors"
+
+    def unsupported_reason(self, problem: Problem) -> str | None:
+        head_map = problem.head_map
+        if head_map.is_uniform:
+            return "the map is even"
+        if head_map.num_heads % head_map.num_kv_heads:
+            return "the heads don't divide into equal groups"
+        return super().unsupported_reason(problem)
+
+    def prepare(self, problem: Problem) -> Prepared:
+        head_map = problem.head_map
+        even = HeadMap.uniform(head_map.num_heads, head_map.num_kv_heads)
+        on_the_map = self._call(problem, head_map)  # the gate knows that result only
+        return Prepared(self._call(problem, even), lambda _: on_the_map(0))
+
+    def control(self) -> None:
+        return None
 
 
 def backends() -> dict[str, Contestant]:

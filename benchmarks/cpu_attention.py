@@ -30,6 +30,7 @@ from .timing import Settings, time_alternating
 
 EVEN = HeadMap.uniform(32, 8)
 UNEVEN = HeadMap.from_group_sizes([9, 7, 5, 4, 3, 2, 1, 1])
+BACKEND = CPUBackend()
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 CHECKED_KEYS = 600  # of the gate's own, shorter call: its reference holds all scores
 
@@ -123,7 +124,7 @@ def overhead(settings: Settings) -> dict[str, float]:
     q, k, v = make_inputs(1, head_map, 1, 1, 8)
     inputs = AttentionInputs.create(q, k, v, head_map)
     runs = {
-        "op": lambda _: CPUBackend().run(inputs),
+        "op": lambda _: BACKEND.run(inputs),
         "asym_gqa_attention": lambda _: asym_gqa_attention(q, k, v, head_map),
         "sdpa": lambda _: F.scaled_dot_product_attention(q, k, v),
     }
@@ -136,6 +137,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer cases, shorter samples")
     parser.add_argument("--json", help="write the rows to this file")
     arguments = parser.parse_args()
+    failure = BACKEND.prepare()
+    if failure:
+        parser.error(failure)
     settings = Settings().quick() if arguments.quick else Settings()
     limits = Limits(torch.device("cpu"))
 

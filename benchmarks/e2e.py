@@ -109,6 +109,7 @@ class DecoderGate:
         model = copy.deepcopy(problem.model).to(exact)
         model.set_attn_implementation(register("asym_gqa_exact", backend="reference"))
         self.exact = forced_logits(model, problem.ids).double()
+        del model  # room for the twin
         self.eager = forced_logits(with_attention(problem.twin, "eager"), problem.ids)
 
     def check(self, logits: Tensor) -> None:
@@ -148,7 +149,13 @@ def _prepared(problem: Decoder, model: nn.Module) -> Prepared:
             return model.generate(problem.ids, past_key_values=cache, **options)
         return model.generate(problem.ids, **options)
 
-    return Prepared(run, lambda _: forced_logits(model, problem.ids))
+    config = model.config
+    kv_elements = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    return Prepared(
+        run,
+        lambda _: forced_logits(model, problem.ids),
+        {"kv_bytes_per_token": kv_elements * case.torch_dtype.itemsize},
+    )
 
 
 class DecoderBackend(BackendContestant):
@@ -167,8 +174,11 @@ class DecoderBackend(BackendContestant):
     def prepare(self, problem: Decoder) -> Prepared:
         from gqa_kernels.integrations.transformers import register
 
-        implementation = register(f"asym_gqa_{self.name}", backend=self.name)
+        implementation = register(f"asym_gqa_{self.backend}", backend=self.backend)
         return _prepared(problem, with_attention(problem.model, implementation))
+
+    def control(self) -> None:
+        return None
 
 
 class DecoderPeer(Contestant):
@@ -209,7 +219,7 @@ def transformers_missing() -> str | None:
 
 def _llama(case: Case, architecture: Architecture) -> nn.Module:
     """Random weights, a KV head per query head; query heads as the map has them."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
     heads = case.head_map.num_heads
     config = LlamaConfig(
@@ -223,4 +233,4 @@ def _llama(case: Case, architecture: Architecture) -> nn.Module:
         max_position_embeddings=case.kv_len + case.q_len,
         dtype=case.torch_dtype,
     )
-    return LlamaForCausalLM(config).to(case.torch_dtype).eval()
+    return AutoModelForCausalLM.from_config(config).to(case.torch_dtype).eval()

@@ -17,14 +17,17 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from gqa_kernels.grouping import search
 from gqa_kernels.grouping.result import Sizes
 
 from .grouping_instances import FAMILIES, instance
+from .results import commit, device_name
 
 RUNS: dict[str, tuple[str, dict]] = {  # what a row is called -> method, options
     "neighbour": ("neighbour", {}),
@@ -171,7 +174,21 @@ def main() -> None:
         rows += found
     print(summary(rows))
     if args.json:
-        args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+        about = {
+            "device": device_name(torch.device("cpu")),
+            "commit": commit(),
+            "versions": {name: _version(name) for name in ("numpy", "scipy", "pymoo")},
+            "seed": args.seed,
+        }
+        report = {**about, "rows": [asdict(row) for row in rows]}
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 if __name__ == "__main__":

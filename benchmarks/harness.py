@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -30,12 +31,34 @@ def measure(
     A row's ``status`` is ``ok``, or has a ``reason`` beside it and no time: ``unsupported`` (it
     can't run the case), ``wrong`` (the gate refused its result) or ``failed`` (it raised).
     """
+    contestants = list(contestants)
+    if device.type == "cuda":  # what the case before this one left
+        gc.collect()
+        torch.cuda.empty_cache()
+    try:
+        verdicts, ready, timings = _gate_and_time(case, contestants, settings, device)
+    except Exception as error:  # no memory for the case, say: the next may be smaller
+        _raise_if_broken(device)
+        failure = ("failed", _described(error))
+        verdicts, ready, timings = {c.name: failure for c in contestants}, {}, {}
+    return [
+        _row(
+            case, c, verdicts.get(c.name), timings.get(c.name),
+            ready[c.name].facts if c.name in ready else {}, limits,
+        )
+        for c in contestants
+    ]  # fmt: skip
+
+
+def _gate_and_time(
+    case: Case, contestants: list[Contestant], settings: Settings, device: torch.device
+) -> tuple[dict[str, tuple[str, str]], dict[str, Prepared], dict[str, Timing]]:
+    """By name: status and reason of those that are not timed, the others, their times."""
     op = OPS[case.op]
     problem = op.build(case, device)
     gate = op.gate(problem)
     verdicts: dict[str, tuple[str, str]] = {}
     ready: dict[str, Prepared] = {}
-    contestants = list(contestants)
     for contestant in contestants:
         reason = contestant.unsupported_reason(problem)
         if reason:
@@ -48,11 +71,14 @@ def measure(
         except AssertionError as error:
             verdicts[contestant.name] = ("wrong", str(error))
         except Exception as error:
-            verdicts[contestant.name] = ("failed", f"{type(error).__name__}: {error}"[:500])
+            verdicts[contestant.name] = ("failed", _described(error))
             _raise_if_broken(device)
     runs = {name: prepared.run for name, prepared in ready.items()}
-    timings = time_alternating(runs, len(problem.copies), device, settings)
-    return [_row(case, c, verdicts.get(c.name), timings.get(c.name), limits) for c in contestants]
+    return verdicts, ready, time_alternating(runs, len(problem.copies), device, settings)
+
+
+def _described(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:500]
 
 
 def _raise_if_broken(device: torch.device) -> None:
@@ -71,35 +97,30 @@ def _row(
     contestant: Contestant,
     verdict: tuple[str, str] | None,
     timing: Timing | None,
+    facts: Mapping[str, Any],
     limits: Limits,
 ) -> Row:
     row: Row = {
         "key": row_key(case, contestant.name),
         "case_key": case.key,
-        "case": {
-            **dataclasses.asdict(case),
-            "num_heads": case.head_map.num_heads,
-            "num_kv_heads": case.head_map.num_kv_heads,
-            "head_dim": case.head_dim,
-            "group_sizes": list(case.head_map.group_sizes),
-        },
+        "case": case.facts,
         "contestant": contestant.name,
         "kind": contestant.kind,
     }
     if verdict:
         return row | {"status": verdict[0], "reason": verdict[1]}
-    return row | {"status": "ok", **dataclasses.asdict(timing), **_rates(case, timing, limits)}
+    rates = _rates(case, timing, limits)
+    return row | {"status": "ok", **dataclasses.asdict(timing), **rates, **facts}
 
 
 def _rates(case: Case, timing: Timing, limits: Limits) -> Mapping[str, Any]:
     """Tokens/s and, where a roofline bounds the op, work, rates and percent of the limit."""
-    rates = {"tokens_per_second": case.batch * case.q_len / timing.median}
+    rates = {"tokens_per_second": case.tokens / timing.median}
     if OPS[case.op].work is None:
         return rates
     work = OPS[case.op].work(case)
-    working_set = work.bytes if not case.cold else 1 << 62
     least = bound(
-        work, limits.bytes_per_second(working_set), limits.flops_per_second(case.torch_dtype)
+        work, limits.bytes_per_second(case.working_set), limits.flops_per_second(case.torch_dtype)
     )
     return rates | {
         "bytes": work.bytes,

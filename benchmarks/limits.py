@@ -37,7 +37,7 @@ class Limits:
         self._memory: dict[int, float] = {}
         self._compute: dict[str, float] = {}
 
-    def bytes_per_second(self, working_set: int) -> float:
+    def bytes_per_second(self, working_set: float) -> float:
         """Memory limit for data of so many bytes."""
         if self.device.type != "cpu":
             size = COPY_BYTES

@@ -97,7 +97,7 @@ def readme_block(devices: dict[str, dict[str, Results]], folder: Path, readme: P
     for name, suites in devices.items():
         results = newest_suite(suites)
         where = Path(_relative(folder / name, readme.parent))
-        parts.append(f"**{tables.provenance(results.header)}**")
+        parts.append(tables.provenance(results.header))
         for op, title in TITLES.items():
             table = tables.comparison(results, op, tables.is_headline)
             if table:

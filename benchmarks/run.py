@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--dtype", nargs="+", metavar="TYPE", help="likewise for types (bfloat16)")
     add("--backend", nargs="+", default=["*"], metavar="NAME", help="ours; patterns (all)")
     add("--peer", nargs="*", default=None, metavar="NAME", help="peers; patterns (those usable)")
-    add("--device", help="cpu or cuda (cuda where there is one)")
+    add("--device", choices=DEVICE_SECONDS, help="(cuda where there is one)")
     add("--threads", type=int, help="of torch on the CPU (torch's own choice)")
     add("--seconds", type=float, help="per contestant and case (0.5; GPU 0.15; quick 0.2)")
     add("--budget", type=float, metavar="SECONDS", help="start no case after so long")
@@ -137,8 +137,9 @@ def _contestants(
         peers = ["*"] if arguments.peer is None else arguments.peer
         peers = [] if peers == ["none"] else peers
         peers = _chosen("peer", op.peers(), peers, SUITE_WITHOUT.get(suite, []))
+        controls = [control for contestant in ours if (control := contestant.control())]
         chosen[name] = []
-        for contestant in ours + peers:
+        for contestant in ours + controls + peers:
             reason = contestant.unavailable_reason(device)
             reasons[contestant.name] = reason or "available"
             if reason is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from .cases import BOTH, HEADLINE, HEADLINE_LENGTHS
+from .cases import BOTH, HEADLINE, HEADLINE_LENGTHS, HEADLINE_TYPES
 from .display import flops, of_limit, one_line, rate, seconds, size
 from .harness import Row
 from .results import Results
@@ -85,6 +85,7 @@ def is_headline(case: dict) -> bool:
     return (
         case["model"] == HEADLINE
         and case["map"] in BOTH
+        and case["dtype"] in HEADLINE_TYPES
         and not case["cold"]
         and case["window"] is None
         and case["kv_len"] in HEADLINE_LENGTHS.get(case["op"], ())
@@ -101,34 +102,39 @@ def comparison(results: Results, op: str, keep: Callable[[dict], bool] = lambda 
     ]
     if not cases:
         return ""
-    lines = [_line(["case", "ours", "rate", "of limit", "/ even map", *columns])]
-    lines.append(_line(["---"] + ["---:"] * (4 + len(columns))))
-    lines += [_line(_cells(c, cases, columns)) for c in cases]
+    own = dict(OWN_COLUMNS)
+    for name in OWN_OPTIONAL:
+        if not any(c.ours and own[name](c, c.ours) for c in cases):
+            del own[name]
+    lines = [_line(["case", *own, *columns]), _line(["---"] + ["---:"] * (len(own) + len(columns)))]
+    for c in cases:
+        ours = c.ours
+        cells = [cell(c, ours) if ours else "" for cell in own.values()]
+        cells += [_peer_cell(c, ours, name) for name in columns]
+        lines.append(_line([describe(c.case), *cells]))
     return "\n".join(lines)
 
 
-def _cells(c: CaseRows, cases: list[CaseRows], columns: list[str]) -> list[str]:
-    ours = c.ours
-    cells = [describe(c.case)]
-    if ours:
-        even = _on_even_map(c, cases)
-        cells += [
-            seconds(ours["median"]),
-            rate(ours),
-            of_limit(ours),
-            f"{ours['median'] / even['median']:.2f}" if even else "",
-        ]
-    else:
-        cells += ["not timed", "", "", ""]
-    for name in columns:
-        peer = c.fastest(COLUMNS[name])
-        if peer is None:
-            cells.append(", ".join(sorted(c.statuses(COLUMNS[name]) - {"unsupported"})) or "n/a")
-        elif ours is None:
-            cells.append(seconds(peer["median"]))
-        else:
-            cells.append(times(peer["median"] / ours["median"]))
-    return cells
+def _over_even(c: CaseRows, ours: Row) -> str:
+    even = c.rows.get(f"{ours['contestant']}, even map", {})
+    return f"{ours['median'] / even['median']:.2f}" if "median" in even else ""
+
+
+OWN_COLUMNS: dict[str, Callable[[CaseRows, Row], str]] = {
+    "ours": lambda c, ours: seconds(ours["median"]),
+    "rate": lambda c, ours: rate(ours),
+    "of limit": lambda c, ours: of_limit(ours),
+    "/ even map": _over_even,
+    "KV bytes per token": lambda c, ours: str(ours.get("kv_bytes_per_token", "")),
+}
+OWN_OPTIONAL = ("of limit", "/ even map", "KV bytes per token")  # left out where all are empty
+
+
+def _peer_cell(c: CaseRows, ours: Row | None, column: str) -> str:
+    peer = c.fastest(COLUMNS[column])
+    if peer is None:
+        return ", ".join(sorted(c.statuses(COLUMNS[column]) - {"unsupported"})) or "n/a"
+    return times(peer["median"] / ours["median"]) if ours else seconds(peer["median"])
 
 
 def times(ratio: float) -> str:
@@ -173,22 +179,6 @@ def refusals(results: Results) -> str:
         for row in results.rows
         if row["status"] in ("wrong", "failed")
     )
-
-
-def _on_even_map(c: CaseRows, cases: list[CaseRows]) -> Row | None:
-    """Our time on the even map of the same shape and as many KV heads."""
-
-    def shape(case: dict) -> tuple:
-        names = (
-            "op", "model", "batch", "q_len", "kv_len", "dtype", "window", "cold", "num_heads",
-            "num_kv_heads",
-        )  # fmt: skip
-        return tuple(case[name] for name in names)
-
-    if c.case["map"] == "even":
-        return None
-    even = (e for e in cases if e.case["map"] == "even" and shape(e.case) == shape(c.case))
-    return next((e.ours for e in even), None)
 
 
 def _line(cells: list[str]) -> str:

@@ -43,7 +43,7 @@ class AttentionTask {
   void run() {
     load_queries();
     const bool bias = params_.softcap != 0.0f || params_.alibi_slopes || params_.attn_mask;
-    if (rows_ <= DirectProducts<V, T>::kMaxRows) {
+    if (rows_ <= kMaxDirectRows) {
       bias ? run_tiles<DirectProducts<V, T>, true>() : run_tiles<DirectProducts<V, T>, false>();
     } else {
       bias ? run_tiles<PackedProducts<V, T>, true>() : run_tiles<PackedProducts<V, T>, false>();

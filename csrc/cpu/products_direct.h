@@ -79,8 +79,7 @@ GQA_INLINE void add_keys(const float* p, int64_t ldp, const T* const* v, int64_t
 template <class V, class T>
 class DirectProducts {
  public:
-  static constexpr int kMaxRows = 16;
-  static constexpr int kStrip = kMaxRows;  // all rows share one StripKeys
+  static constexpr int kStrip = kMaxDirectRows;  // all rows share one StripKeys
 
   DirectProducts(const AttentionParams& params, Tile<V>& tile)
       : tile_(tile), head_dim_(params.head_dim), value_head_dim_(params.value_head_dim) {}

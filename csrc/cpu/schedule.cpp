@@ -163,6 +163,7 @@ Schedule make_schedule(const AttentionParams& params, int num_threads) {
     schedule.tasks.clear();
     add_row_blocks(params, groups, schedule.tile.rows, schedule.tasks);
   }
+  schedule.tile.rows = most_rows(schedule.tasks);
   if (workers > 1) split_keys(params, div_up(cost, workers * kTasksPerWorker), schedule);
 
   const auto longer = [](const Task& x, const Task& y) { return x.cost > y.cost; };

@@ -10,6 +10,8 @@ namespace gqa::cpu::GQA_ISA {
 
 // Rows of the packed micro-kernel; its columns are two vectors.
 constexpr int kStripRows = 6;
+// Tasks with so few rows read K and V where they lie (products_direct.h); others pack them.
+constexpr int kMaxDirectRows = 16;
 
 inline int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
 
@@ -17,18 +19,20 @@ template <class V>
 struct TileLayout {
   static constexpr int kPanel = 2 * V::kWidth;
 
-  int64_t rows;        // a whole number of strips
-  int64_t keys;        // a whole number of panels
-  int64_t q_ld, o_ld;  // row lengths of q and o, padded with zeros
+  int64_t rows;         // a whole number of strips
+  int64_t keys;         // a whole number of panels
+  int64_t q_ld, o_ld;   // row lengths of q and o, padded with zeros
+  int64_t packed_keys;  // keys of the packed K and V; 0 where nothing is packed
 
   TileLayout(const AttentionParams& params, const TileShape& tile)
       : rows(round_up(tile.rows, kStripRows)),
         keys(tile.keys),
         q_ld(round_up(params.head_dim, V::kWidth)),
-        o_ld(round_up(params.value_head_dim, kPanel)) {}
+        o_ld(round_up(params.value_head_dim, kPanel)),
+        packed_keys(tile.rows > kMaxDirectRows ? tile.keys : 0) {}
 
   int64_t scratch_floats() const {
-    return rows * (q_ld + keys + o_ld + 2) + keys * (q_ld + o_ld + 1);
+    return rows * (q_ld + keys + o_ld + 2) + packed_keys * (q_ld + o_ld) + keys;
   }
 };
 
@@ -54,8 +58,8 @@ struct Tile {
     q = take(layout.rows * layout.q_ld);
     s = take(layout.rows * layout.keys);
     o = take(layout.rows * layout.o_ld);
-    k_panels = take(layout.keys * layout.q_ld);
-    v_panels = take(layout.keys * layout.o_ld);
+    k_panels = take(layout.packed_keys * layout.q_ld);
+    v_panels = take(layout.packed_keys * layout.o_ld);
     max = take(layout.rows);
     sum = take(layout.rows);
     bias = take(layout.keys);

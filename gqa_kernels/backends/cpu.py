@@ -31,7 +31,7 @@ class CPUBackend(Backend):
         return None
 
     def run(self, inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
-        return torch.ops.gqa_kernels.attention_forward(
+        return torch.ops.gqa_kernels.attention_forward.default(
             inputs.q,
             inputs.k,
             inputs.v,

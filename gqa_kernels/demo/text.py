@@ -1,34 +1,38 @@
-"""The demo's two texts: one to calibrate on, another one to measure perplexity on."""
+"""The demo's two texts: one to calibrate on, another one to measure perplexity on.
+
+Both are chapters of the Python language reference, which CPython ships for ``help()``: real English
+prose that is on every machine, so that nothing is downloaded.
+"""
 
 from __future__ import annotations
 
 import re
-from importlib.resources import files
 from typing import Any
 
 from torch import Tensor, tensor
 
 from .errors import DemoError
 
-CALIBRATION = "Python language reference (pydoc_data)"
-EVALUATION = "Alice's Adventures in Wonderland, chapters I to III"
-# Chapters of the reference that are mostly prose.
-TOPICS = ("objects", "execmodel", "naming", "import", "customization", "attribute-access")
-TOPICS += ("types", "function", "class", "with", "async", "calls")
+CALIBRATION_TOPICS = (
+    "objects", "execmodel", "naming", "import", "customization", "attribute-access", "types",
+    "function", "class", "with", "async", "calls",
+)  # fmt: skip
+EVALUATION_TOPICS = (
+    "assignment", "try", "raise", "comparisons", "strings", "identifiers", "numeric-types",
+    "sequence-types", "exceptions", "operator-summary",
+)  # fmt: skip
+CALIBRATION = f"Python language reference: {', '.join(CALIBRATION_TOPICS)}"
+EVALUATION = f"Python language reference: {', '.join(EVALUATION_TOPICS)}"
 
 
 def calibration_text() -> str:
-    """Prose of the Python language reference, which CPython ships for ``help()``."""
-    try:
-        from pydoc_data.topics import topics
-    except ImportError as error:
-        raise DemoError(f"the demo needs Python's complete standard library: {error}") from None
-    return _one_line(" ".join(topics[name] for name in TOPICS if name in topics))
+    """Some chapters."""
+    return _chapters(CALIBRATION_TOPICS)
 
 
 def evaluation_text() -> str:
-    """The beginning of a novel, in the public domain."""
-    return _one_line(files(__package__).joinpath("alice.txt").read_text(encoding="utf-8"))
+    """Other chapters."""
+    return _chapters(EVALUATION_TOPICS)
 
 
 def rows(tokenizer: Any, text: str, shape: tuple[int, int]) -> Tensor:
@@ -40,5 +44,10 @@ def rows(tokenizer: Any, text: str, shape: tuple[int, int]) -> Tensor:
     return tensor(ids[: count * length]).view(count, length)
 
 
-def _one_line(text: str) -> str:
+def _chapters(names: tuple[str, ...]) -> str:
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:
+        raise DemoError(f"the demo needs Python's complete standard library: {error}") from None
+    text = " ".join(topics[name] for name in names if name in topics)
     return re.sub(r"\s+", " ", text).strip()

@@ -1,10 +1,12 @@
 """Suites, shapes and maps as data."""
 
 import pytest
+import torch
 
 from benchmarks.cases import MODELS, SUITES, head_map, parse_shape, vary
 from benchmarks.ops import OPS
 from benchmarks.problem import num_copies
+from benchmarks.timing import cache_bytes
 from gqa_kernels import HeadMap
 
 
@@ -56,11 +58,7 @@ def test_shapes():
         parse_shape("decode", "gpt-9:1:1")
 
 
-def test_cold_cases_take_copies_beyond_the_cache(device):
-    import torch
-
-    from benchmarks.timing import cache_bytes
-
+def test_cold_cases_take_copies_beyond_the_cache():
     cpu = torch.device("cpu")
     cold = next(case for case in SUITES["cpu"] if case.cold)
     copies = num_copies(cold, cpu)

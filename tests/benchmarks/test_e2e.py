@@ -15,7 +15,7 @@ from gqa_kernels.backends import dispatch
 from gqa_kernels.backends.reference import ReferenceBackend
 
 CPU = torch.device("cpu")
-TINY = e2e.Architecture(num_layers=2, hidden_size=64, intermediate_size=64, vocab_size=64)
+TINY = e2e.Architecture(num_layers=2, hidden_size=72, intermediate_size=64, vocab_size=64)
 
 
 class Wrong(ReferenceBackend):

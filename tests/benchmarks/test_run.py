@@ -1,5 +1,6 @@
 """The harness from its command line: gate, statuses, files, resuming, comparing."""
 
+import dataclasses
 import json
 import time
 
@@ -8,6 +9,8 @@ import torch
 
 from benchmarks import run
 from benchmarks.compare import compare
+from benchmarks.ops import OPS
+from benchmarks.problem import Problem
 from benchmarks.results import SCHEMA
 from gqa_kernels.backends import dispatch
 from gqa_kernels.backends.reference import ReferenceBackend
@@ -84,7 +87,8 @@ def test_json_schema(tmp_path):
         assert data[name], name
     assert data["versions"]["torch"] == torch.__version__
     assert data["limits"]["memory"][0]["rate"] > 0 and data["limits"]["compute"]["float32"] > 0
-    (row,) = data["rows"]
+    row, control = data["rows"]
+    assert (control["contestant"], control["kind"]) == ("right, even map", "control")
     assert row["key"] == "decode smollm2-135m 4-3-2 b1 q1 k40 float32 | right"
     assert row["case"]["group_sizes"] == [4, 3, 2]
     assert row["low"] <= row["median"] <= row["high"]
@@ -131,10 +135,10 @@ def test_resume_skips_what_is_there(tmp_path):
     path = tmp_path / "out.json"
     measure = [*FAST, "--backend", "right", "--peer", "none", "--json", str(path), "--resume"]
     assert run.main([*SHAPE, *measure]) == 0
-    (first,) = results(path)["rows"]
+    first = results(path)["rows"]
     assert run.main([*SHAPE, "--maps", "4-3-2", "giant", *measure]) == 0
     again = results(path)["rows"]
-    assert len(again) == 2 and again[0] == first
+    assert again[:2] == first and len(again) == 4
 
 
 def test_resume_refuses_other_conditions(tmp_path, capsys):
@@ -175,3 +179,22 @@ def test_list(capsys):
     out = capsys.readouterr().out
     for word in ("llama-3-8b", "uneven-G", "suite gpu", "peer flex", "backend cpu", "not usable"):
         assert word in out
+
+
+def test_a_case_that_cannot_be_built_fails_alone(tmp_path, monkeypatch):
+    build = Problem.build
+
+    def no_room(case, device):
+        if case.map == "giant":
+            raise torch.OutOfMemoryError("no room")
+        return build(case, device)
+
+    failing = dataclasses.replace(OPS["decode"], build=no_room)
+    monkeypatch.setitem(OPS, "decode", failing)
+    path = tmp_path / "out.json"
+    measure = [*FAST, "--backend", "right", "--peer", "none", "--json", str(path)]
+    assert run.main([*SHAPE, "--maps", "giant", "4-3-2", *measure]) == 0
+    found = {(row["case"]["map"], row["contestant"]): row for row in results(path)["rows"]}
+    assert found["giant", "right"]["reason"] == "OutOfMemoryError: no room"
+    assert found["giant", "right"]["status"] == "failed"
+    assert found["4-3-2", "right"]["status"] == "ok"

@@ -1,8 +1,10 @@
-"""Runs the compiled PTX of Triton launches on the CPU: ``python -m tests.emulation.emulate CASE``.
+"""Runs the compiled PTX of Triton launches on the CPU: ``python -m tests.emulation.emulate ARCH ...``
 
-Prints one JSON object per kernel launch with the emulator's counters, after holding the outputs to
-the package's tolerance rule. The emulator's checks (bounds, races, uninitialised shared memory,
-unawaited copies) are on and raise.
+For each case named (default: all of them) the outputs are held to the package's tolerance rule, and
+one JSON object of the emulator's counters per launch is printed. The emulator's own checks (bounds,
+races, uninitialised shared memory, unawaited copies) are on and raise.
+
+Environment: ``PTXSIM`` is the folder of the emulator; ``TRITON_INTERPRET`` must not be 1.
 """
 
 from __future__ import annotations
@@ -12,21 +14,107 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
-sys.path.insert(0, os.environ["PTXSIM"])
-
-import ptxsim
 import torch
 
+sys.path.insert(0, os.environ["PTXSIM"])
+import ptxsim
+from ptxsim.races import WRITE, Shadow
+
 from gqa_kernels import HeadMap
+from gqa_kernels.backends.reference import reference_attention
 from gqa_kernels.backends.triton.configs import Tile, decode_config
 from gqa_kernels.backends.triton.launch import ForwardCall, Launch, decode_launches, prefill_launch
-from gqa_kernels.testing import assert_attention_close
+from gqa_kernels.inputs import AttentionInputs
+from gqa_kernels.plan import build_plan
+from gqa_kernels.testing import assert_close, upcast
 
 from .aot import TARGETS, Signature, every_option, make_call
 
 UNEVEN = HeadMap([1, 0, 1, 1], num_kv_heads=3)  # interleaved, with an empty group
+LARGE_GROUP = HeadMap([0] * 19 + [1], num_kv_heads=4)  # more heads than a tile has rows
+
+Case = tuple[AttentionInputs, ForwardCall, list[Launch]]
+
+
+def prefill_case(arch: str, tile: Tile, q_len: int, kv_len: int, head_dim: int, dtype, **options):
+    inputs, call = make_call(q_len, kv_len, head_dim, dtype, batch=1, head_map=UNEVEN, **options)
+    return inputs, call, [prefill_launch(call, tile, 3)]
+
+
+def decode_case(
+    arch: str, num_splits: int, q_len: int, kv_len: int, head_map: HeadMap = UNEVEN,
+    dtype: torch.dtype = torch.bfloat16, **options,
+) -> Case:  # fmt: skip
+    inputs, call = make_call(q_len, kv_len, 64, dtype, batch=2, head_map=head_map, **options)
+    config = decode_config(call.shape, TARGETS[arch].facts, num_splits)
+    return inputs, call, decode_launches(call, config)
+
+
+def prefill_causal(arch: str) -> Case:
+    tile = Tile(64, 64, 4, 2)
+    return prefill_case(arch, tile, 72, 200, 64, torch.bfloat16, causal=True)
+
+
+def prefill_everything(arch: str) -> Case:
+    tile = Tile(64, 32, 4, 2)
+    options = every_option(40, 72, UNEVEN.num_heads, 1)
+    return prefill_case(arch, tile, 40, 72, 80, torch.float16, value_head_dim=48, **options)
+
+
+def prefill_fp32(arch: str) -> Case:
+    return prefill_case(arch, Tile(32, 32, 4, 2), 33, 70, 40, torch.float32, window=(20, 9))
+
+
+def decode_splits(arch: str) -> Case:
+    """A few query tokens and every byte of K and V once: the counters must show it."""
+    return decode_case(arch, 4, 3, 900, causal=True)
+
+
+def decode_everything(arch: str) -> Case:
+    return decode_case(arch, 2, 3, 200, **every_option(3, 200, UNEVEN.num_heads, 2))
+
+
+def decode_large_group(arch: str) -> Case:
+    inputs, call, launches = decode_case(arch, 1, 1, 150, LARGE_GROUP, causal=True)
+    assert launches[0].arguments["BLOCK_M"] < max(LARGE_GROUP.group_sizes)
+    return inputs, call, launches
+
+
+def decode_invalid_heads(arch: str) -> Case:
+    """A map entry out of range, as a device tensor may hold: NaN for its head, others as ever."""
+    inputs, call, _ = decode_case(arch, 2, 2, 90, causal=True)
+    head_map = torch.tensor([1, 0, 7, 1])
+    inputs = replace(inputs, head_map=head_map)
+    call = replace(call, plan=build_plan(head_map, 3, None, 3))
+    config = decode_config(call.shape, TARGETS[arch].facts, 2)
+    return inputs, call, decode_launches(call, config)
+
+
+CASES: dict[str, Callable[[str], Case]] = {
+    make.__name__: make
+    for make in (
+        prefill_causal, prefill_everything, prefill_fp32, decode_splits, decode_everything,
+        decode_large_group, decode_invalid_heads,
+    )
+}  # fmt: skip
+
+
+def report_races(stock_report: Callable = Shadow.report) -> None:
+    """Let a store instruction meet itself in other warps.
+
+    Triton spreads a small tile over more warps than it has elements; before a change of layout the
+    warps that hold copies of an element each store it, the same value to the same place. Any other
+    pair of unordered accesses still raises.
+    """
+
+    def report(shadow, granule, who, site, kind, other, other_site, other_kind, description):
+        if not (kind == other_kind == WRITE and site == other_site):
+            stock_report(
+                shadow, granule, who, site, kind, other, other_site, other_kind, description
+            )
+
+    Shadow.report = report
 
 
 def emulate(launch: Launch, arch: str) -> dict[str, object]:
@@ -44,15 +132,42 @@ def emulate(launch: Launch, arch: str) -> dict[str, object]:
     arguments = {name: launch.arguments[name] for name in signature.types}
     report = module.launch((launch.grid,), arguments, timeout=400)
     assert not report.warnings, report.warnings
-    loads = [site for site in report.memory_sites if site["kind"] == "global"]
+    loads = [
+        site
+        for site in report.memory_sites
+        if site["kind"] == "global" and " st.global" not in site["where"]
+    ]
     return {
         "kernel": launch.kernel.__name__,
         "arch": arch,
         "grid": launch.grid,
-        "seconds": round(report.seconds, 1),
         "warp_instructions": report.warp_instructions,
-        "global_bytes_requested": report.global_bytes_requested,
+        "tensor_flops": report.tensor_flops,
+        "bytes_loaded": 32 * sum(site["sectors"] for site in loads),
+        "unique_bytes": {name: read for name, (read, _) in report.touched.items() if read},
         "bank_conflicts": report.bank_conflicts,
-        "touched": {name: list(counts) for name, counts in report.touched.items()},
-        "sites": [(site["where"], site["bytes"]) for site in loads],
     }
+
+
+def check(inputs: AttentionInputs, call: ForwardCall) -> None:
+    """Hold the outputs of a call to the tolerance rule."""
+    exact_out, exact_lse = reference_attention(upcast(inputs))
+    eager = [reference_attention(inputs, inputs.dtype, base2)[0] for base2 in (False, True)]
+    assert_close("out", call.out, exact_out, eager)
+    eager = [reference_attention(inputs, None, base2)[1] for base2 in (False, True)]
+    assert_close("lse", call.lse, exact_lse, eager)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    report_races()
+    arch, *names = sys.argv[1:]
+    for name in names or CASES:
+        inputs, call, launches = CASES[name](arch)
+        for launch in launches:
+            print(json.dumps({"case": name, **emulate(launch, arch)}), flush=True)
+        check(inputs, call)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""The Triton kernels' compiled PTX, executed by the emulator with its checks on."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PTXSIM = Path(os.environ.get("PTXSIM", ROOT.parent / "shared" / "ptxsim"))
+ARCHS = ("sm_80", "sm_90")
+CASES = ("prefill_causal", "decode_splits", "decode_everything")
+SLOW_CASES = ("prefill_everything", "prefill_fp32", "decode_large_group", "decode_invalid_heads")
+
+pytestmark = [
+    pytest.mark.skipif(not PTXSIM.is_dir(), reason=f"no PTX emulator at {PTXSIM} (set PTXSIM)"),
+    pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed"),
+]
+
+
+@lru_cache
+def emulated(arch: str, *cases: str) -> list[dict]:
+    """The counters of the cases' launches; an error of the emulator or a wrong result fails."""
+    environment = {**os.environ, "PTXSIM": str(PTXSIM), "TRITON_INTERPRET": "0"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.emulation.emulate", arch, *cases],
+        cwd=ROOT, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-4000:]}"
+    print(done.stdout)
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_results_and_hazards(arch):
+    launches = emulated(arch, *CASES)
+    assert {launch["case"] for launch in launches} == set(CASES)
+    kernels = {launch["kernel"] for launch in launches}
+    assert kernels == {"prefill_kernel", "decode_kernel", "combine_kernel"}
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_decode_reads_each_byte_once(arch):
+    launches = emulated(arch, *CASES)
+    decode = next(launch for launch in launches if launch["case"] == "decode_splits")
+    assert decode["kernel"] == "decode_kernel"
+    batch, used_kv_heads, kv_len, head_dim, itemsize = 2, 2, 900, 64, 2
+    k_bytes = batch * used_kv_heads * kv_len * head_dim * itemsize
+    # All keys are visible to the last query token: each of their bytes has to be read,
+    assert decode["unique_bytes"]["p_k"] == decode["unique_bytes"]["p_v"] == k_bytes
+    # and reading each once, with the queries and the plan on top, has to be nearly all there is.
+    assert decode["bytes_loaded"] <= 1.05 * 2 * k_bytes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHS)
+def test_more_results_and_hazards(arch):
+    launches = emulated(arch, *SLOW_CASES)
+    assert {launch["case"] for launch in launches} == set(SLOW_CASES)
