@@ -10,16 +10,15 @@ from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
+from . import env
 from .backends.dispatch import BACKENDS
-
-WAIT = "OMP_WAIT_POLICY"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; the exit status. 0: fine, 1: a check failed, 2: it could not run."""
     arguments = parser().parse_args(argv)
     if argv is None:
-        _wait_passively()
+        env.restart_with_passive_threads()
     return arguments.run(arguments)
 
 
@@ -101,10 +100,8 @@ def _check_json(path: Path | None) -> None:
 def _backends(arguments: argparse.Namespace) -> int:
     import torch
 
-    from .env import triton_interpreter
-
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    print(f"device {device}, Triton interpreter {'on' if triton_interpreter() else 'off'}")
+    print(f"device {device}, Triton interpreter {'on' if env.triton_interpreter() else 'off'}")
     for name, backend in BACKENDS.items():
         can = backend.capabilities
         reason = backend.unavailable_reason()
@@ -119,17 +116,15 @@ def _backends(arguments: argparse.Namespace) -> int:
 def _env(arguments: argparse.Namespace) -> int:
     import torch
 
-    from .env import build_enabled, cache_dir, triton_interpreter
-
     lines = {
         "python": f"{platform.python_version()} on {platform.platform()}",
         **{name: _version(name) for name in ("gqa-kernels", "torch", "triton", "transformers")},
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "threads": str(torch.get_num_threads()),
-        WAIT: os.environ.get(WAIT, "not set"),
-        "kernel cache": str(cache_dir()),
-        "build at first use": "on" if build_enabled() else "off",
-        "Triton interpreter": "on" if triton_interpreter() else "off",
+        "OpenMP threads wait": env.omp_wait_policy() or "actively",
+        "kernel cache": str(env.cache_dir()),
+        "build at first use": "on" if env.build_enabled() else "off",
+        "Triton interpreter": "on" if env.triton_interpreter() else "off",
     }
     for name, value in lines.items():
         print(f"{name}: {value}")
@@ -147,15 +142,3 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text}")
     return int(text)
-
-
-def _wait_passively() -> None:
-    """Start again with OpenMP threads that sleep while they wait.
-
-    Their default is to spin: with one other busy process that is 25 times slower. OpenMP reads the
-    setting when torch is loaded, which importing this package does.
-    """
-    if WAIT not in os.environ:
-        os.environ[WAIT] = "PASSIVE"
-        sys.stdout.flush()
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

@@ -1,17 +1,19 @@
-"""Every environment variable of the package, read here and nowhere else.
+"""Every environment variable of the package, read here and nowhere else in Python.
 
-| variable | meaning | default |
-|---|---|---|
-| ``GQA_KERNELS_CACHE`` | folder of kernels compiled at first use | ``$XDG_CACHE_HOME/gqa_kernels`` |
-| ``GQA_KERNELS_BUILD`` | ``0``: never compile at first use | ``1`` |
-| ``CXX`` | C++ compiler for that | ``c++``, ``g++`` or ``clang++`` |
-| ``GQA_KERNELS_CPU_ISA`` | CPU kernels' instruction set (``portable``, ``avx2``) | the best there is |
-| ``TRITON_INTERPRET`` | Triton's own: ``1`` runs its kernels on the CPU (slow; for tests) | ``0`` |
+| variable | meaning (default) |
+|---|---|
+| ``GQA_KERNELS_CACHE`` | folder of compiled kernels (``$XDG_CACHE_HOME/gqa_kernels``) |
+| ``GQA_KERNELS_BUILD`` | ``0``: never compile at first use (``1``) |
+| ``CXX`` | C++ compiler for that (``c++``, ``g++`` or ``clang++``) |
+| ``GQA_KERNELS_CPU_ISA`` | instruction set of the CPU kernels: ``portable``, ``avx2`` (the best) |
+| ``TRITON_INTERPRET`` | Triton's: ``1`` runs its kernels on the CPU, slowly, for tests (``0``) |
+| ``OMP_WAIT_POLICY`` | OpenMP's; the command line sets ``PASSIVE`` where it is unset |
 """
 
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 
@@ -37,3 +39,20 @@ def cxx() -> str | None:
 def triton_interpreter() -> bool:
     """Whether Triton runs its kernels in its interpreter, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def omp_wait_policy() -> str | None:
+    """How OpenMP's threads wait, if that was asked for."""
+    return os.environ.get("OMP_WAIT_POLICY")
+
+
+def restart_with_passive_threads() -> None:
+    """Start the process again with OpenMP threads that sleep while they wait, unless told how.
+
+    Their default is to spin: with one other busy process that is 25 times slower. OpenMP reads the
+    setting when torch is loaded, which importing this package does.
+    """
+    if omp_wait_policy() is None:
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        sys.stdout.flush()
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
