@@ -1,0 +1,189 @@
+"""What is particular to the Triton kernels; the cases that all backends share are elsewhere."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from gqa_kernels import HeadMap, asym_gqa_attention, env
+from gqa_kernels.backends.triton import TritonBackend, configs
+from gqa_kernels.inputs import AttentionInputs
+from gqa_kernels.plan import plan_for
+from gqa_kernels.splits import choose_splits
+from gqa_kernels.testing import assert_attention_close, make_inputs
+from tests.cases import LARGE_GROUP, UNEVEN
+from tests.conftest import DEVICE
+
+usable = TritonBackend().unavailable_reason() is None
+pytestmark = pytest.mark.skipif(not usable, reason="no GPU, and the interpreter is off")
+
+
+def call_of(q, k, v, head_map, **options):
+    """The op's arguments, wrapped as the launch code takes them."""
+    import gqa_kernels.backends.triton.ops  # noqa: F401  (mends the interpreter)
+    from gqa_kernels.backends.base import empty_output
+    from gqa_kernels.backends.triton.launch import ForwardCall
+
+    x = AttentionInputs.create(q, k, v, head_map, **options)
+    lse = q.new_empty(x.q.shape[:3], dtype=torch.float32)
+    call = ForwardCall(
+        x.q, x.k, x.v, plan_for(x), x.alibi_slopes, x.sinks, x.attn_mask, x.kv_lengths, x.scale,
+        x.window_left, x.window_right, x.softcap, empty_output(x), lse,
+    )  # fmt: skip
+    return call
+
+
+@pytest.mark.parametrize("num_splits", [1, 2, 3, 7, 40])
+@pytest.mark.parametrize("q_len", [1, 5])
+def test_any_number_of_splits(num_splits, q_len):
+    """More splits than key blocks included: the surplus ones contribute nothing."""
+    from gqa_kernels.backends.triton.launch import decode_launches
+
+    q, k, v = make_inputs(2, UNEVEN, q_len, 300, 32, device=DEVICE)
+    options = {
+        "causal": True,
+        "window": (250, None),
+        "sinks": torch.linspace(-2, 3, 6, device=DEVICE),
+        "kv_lengths": torch.tensor([300, 3], device=DEVICE),
+    }
+    call = call_of(q, k, v, UNEVEN, **options)
+    config = configs.decode_config(call.shape, configs.device_facts(q.device), num_splits)
+    launches = decode_launches(call, config)
+    assert len(launches) == (1 if num_splits == 1 else 2)
+    for launch in launches:
+        launch.run()
+    assert_attention_close(call.out, q, k, v, UNEVEN, lse=call.lse, **options)
+
+
+@pytest.mark.parametrize("q_len", [1, 3])
+def test_group_larger_than_a_tile(q_len):
+    """34 heads of one group with 3 query tokens are more rows than any decode tile has."""
+    q, k, v = make_inputs(1, LARGE_GROUP, q_len, 90, 16, dtype=torch.bfloat16, device=DEVICE)
+    out, lse = asym_gqa_attention(q, k, v, LARGE_GROUP, return_lse=True, backend="triton")
+    assert_attention_close(out, q, k, v, LARGE_GROUP, lse=lse)
+
+
+@pytest.mark.parametrize("q_len", [1, 4, 200])
+def test_launches_do_not_depend_on_the_map(q_len):
+    """Grids and compile-time choices follow from shapes: what CUDA graphs and device maps need."""
+    from gqa_kernels.backends.triton.launch import forward_launches
+
+    seen = set()
+    for entries in ([0] * 12, [2] * 12, [0, 1, 2] * 4, [0, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2]):
+        head_map = HeadMap(entries, 3)
+        q, k, v = make_inputs(2, head_map, q_len, 500, 16, device=DEVICE)
+        launches = forward_launches(
+            call_of(q, k, v, head_map, causal=True), configs.device_facts(q.device)
+        )
+        seen.add(
+            tuple(
+                (
+                    launch.grid,
+                    *((n, x) for n, x in launch.arguments.items() if not torch.is_tensor(x)),
+                )
+                for launch in launches
+            )
+        )
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("family", ["sm80", "sm86", "sm90", "sm100", "gfx9"])
+def test_row_tiles_suffice_for_every_map(family):
+    """The grid bound against the worst maps there are, for many shapes."""
+    facts = configs.DeviceFacts(family, num_sms=100, l2_bytes=1 << 22)
+    for heads, groups, q_len in [(1, 1, 1), (9, 5, 1), (32, 8, 16), (33, 2, 3), (6, 6, 7)]:
+        shape = configs.Shape(1, heads, groups, q_len, 1000, 64, 64, 2)
+        config = configs.decode_config(shape, facts)
+        block = config.tile.block_m
+        for used in range(1, min(heads, groups + 1) + 1):  # groups of one head, and one of the rest
+            sizes = [1] * (used - 1) + [heads - used + 1]
+            assert sum(-(-size * q_len // block) for size in sizes) <= config.num_tiles
+
+
+def test_device_map_is_read_on_the_device():
+    """A map in a tensor, with entries out of range: NaN for those heads, the others as ever."""
+    from gqa_kernels.backends.triton.ops import triton_attention_forward
+    from gqa_kernels.plan import build_plan
+
+    for q_len in (1, 20):
+        q, k, v = make_inputs(1, UNEVEN, q_len, 40, 16, device=DEVICE)
+        head_map = torch.tensor([0, 3, 1, -1, 2, 2], device=DEVICE)
+        plan = build_plan(head_map, 3, None, 3)
+        out, lse = triton_attention_forward(
+            q, k, v, plan, None, None, None, None, 0.25, -1, 0, 0.0, False
+        )
+        assert out[:, [1, 3]].isnan().all() and lse[:, [1, 3]].isnan().all()
+        good = [0, 2, 4, 5]
+        assert_attention_close(
+            out[:, good], q[:, good], k, v, [0, 1, 2, 2], lse=lse[:, good], causal=True
+        )
+
+
+def op_arguments(q_len: int, everything: bool, bshd: bool):
+    options = {}
+    if everything:
+        options = {
+            "window": (20, 2),
+            "softcap": 2.0,
+            "alibi_slopes": torch.rand(6, device=DEVICE),
+            "sinks": torch.rand(6, device=DEVICE),
+            "attn_mask": torch.rand(q_len, 9, device=DEVICE) > 0.2,
+            "kv_lengths": torch.tensor([4, 9], device=DEVICE),
+            "value_head_map": HeadMap([0, 1, 2, 0, 1, 2]),
+        }
+    q, k, v = make_inputs(2, UNEVEN, q_len, 9, 16, device=DEVICE)
+    x = AttentionInputs.create(q, k, v, UNEVEN, **options)
+    return (
+        x.q, x.k, x.v, plan_for(x), x.alibi_slopes, x.sinks, x.attn_mask, x.kv_lengths, x.scale,
+        x.window_left, x.window_right, x.softcap, bshd,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("bshd", [False, True])
+@pytest.mark.parametrize("everything", [False, True])
+@pytest.mark.parametrize("q_len", [1, 33])
+def test_opcheck(q_len, everything, bshd):
+    from gqa_kernels.backends.triton.ops import triton_attention_forward
+
+    torch.library.opcheck(triton_attention_forward, op_arguments(q_len, everything, bshd))
+
+
+def test_splits_fill_the_device_and_no_more():
+    assert choose_splits(num_programs=1000, num_blocks=64, num_slots=264).num_splits == 1
+    assert choose_splits(num_programs=8, num_blocks=2, num_slots=264).num_splits == 1
+    few = choose_splits(num_programs=8, num_blocks=1024, num_slots=264)
+    assert few.num_splits > 8 and few.efficiency > 0.8
+    assert few.num_splits * few.blocks_per_split >= 1024
+    for programs in range(1, 300, 7):
+        for blocks in (0, 1, 2, 3, 50, 1000):
+            choice = choose_splits(programs, blocks, 264)
+            assert choice.num_splits >= 1
+            assert choice.num_splits * choice.blocks_per_split >= blocks
+    assert "num_splits=" in repr(few)
+
+
+@pytest.mark.skipif(not env.triton_interpreter(), reason="no interpreter in use")
+def test_interpreter_rounds_to_bf16_as_torch_does():
+    from gqa_kernels.backends.triton.interpreter import bf16_to_fp32, fp32_to_bf16
+
+    bits = torch.arange(-(2**31), 2**31, 65_521, dtype=torch.int64).to(torch.int32)
+    ties = (torch.arange(-(2**15), 2**15, dtype=torch.int64) * 65536 + 32768).to(torch.int32)
+    values = torch.cat([bits, ties, ties + 1, ties - 1]).view(torch.float32)
+    expected = values.to(torch.bfloat16)
+    rounded = torch.from_numpy(fp32_to_bf16(values.numpy()).copy()).view(torch.bfloat16)
+    assert torch.equal(rounded.isnan(), expected.isnan())
+    real = ~expected.isnan()
+    assert torch.equal(rounded[real].view(torch.int16), expected[real].view(torch.int16))
+    wide = torch.from_numpy(bf16_to_fp32(rounded.view(torch.uint16).numpy()).copy())
+    assert torch.equal(wide[real], expected[real].float())
+
+
+def test_reasons(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "set TRITON_INTERPRET=1" in TritonBackend().unavailable_reason()
+    q, k, v = make_inputs(1, UNEVEN, 1, 2, 8)
+    inputs = AttentionInputs.create(q, k, v, UNEVEN)
+    assert "device cpu (only with TRITON_INTERPRET=1)" in TritonBackend().unsupported_reasons(
+        inputs
+    )
