@@ -9,13 +9,15 @@ where the last term, which may vanish by luck on a few elements, is at least one
 place of the largest.
 
 The exact result is the reference in fp64. Eager torch is the reference with products in the
-input's precision, in two equivalent forms (scores scaled after or before the product; powers of e
-or of 2), of which the larger error counts: on a few numbers one form alone may err by luck.
+input's precision, in equivalent forms (scores scaled after or before the product, natural or base-2
+units, and orders of summation), of which the largest error counts: on a few numbers one form alone
+may err by luck.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -128,13 +130,27 @@ def assert_attention_close(
     assert out.dtype == inputs.dtype, f"out: dtype {out.dtype}, expected {inputs.dtype}"
     with torch.no_grad():
         exact_out, exact_lse = reference_attention(upcast(inputs))
-        eager = [reference_attention(inputs, inputs.dtype, base2)[0] for base2 in (False, True)]
+        forms = list(_equivalent_forms(inputs))
+        eager = [reference_attention(form, inputs.dtype, base2)[0] for form, base2 in forms]
         assert_close("out", out, exact_out, eager)
         if lse is not None:
             # Scores are fp32 whatever the input's type, so the LSE is held to fp32.
-            eager = [reference_attention(inputs, None, base2)[1] for base2 in (False, True)]
+            eager = [reference_attention(form, None, base2)[1] for form, base2 in forms]
             assert lse.dtype == eager[0].dtype, f"lse: dtype {lse.dtype}"
             assert_close("lse", lse, exact_lse, eager)
+
+
+def _equivalent_forms(inputs: AttentionInputs) -> Iterator[tuple[AttentionInputs, bool]]:
+    """The same call in forms that differ by rounding only, as (inputs, base2)."""
+    few = inputs.q.shape[:3].numel() < 4096
+    for shift in range(min(8 if few else 1, inputs.head_dim)):
+        # Another order of the head dim: other partial sums of q . k.
+        order = torch.arange(inputs.head_dim, device=inputs.device).roll(shift)
+        if shift % 2:
+            order = torch.cat([order[::2], order[1::2]])
+        form = replace(inputs, q=inputs.q[..., order], k=inputs.k[..., order])
+        yield form, False
+        yield form, True
 
 
 def upcast(inputs: AttentionInputs) -> AttentionInputs:

@@ -40,8 +40,8 @@ def reference_attention(
     Args:
         matmul_dtype: type in which both products are taken; default fp32 (fp64 for fp64 inputs).
             The input's own low precision gives the yardstick of the tolerance rule.
-        base2: scale the queries first and use powers of two, as fused kernels do: the same value
-            with other rounding, for the yardstick too.
+        base2: scale the queries first and work in units of log2(e), with powers of two, as fused
+            kernels do: the same value with other rounding, for the yardstick too.
     """
     dtype = torch.float64 if inputs.dtype == torch.float64 else torch.float32  # scores, softmax
     matmul_dtype = matmul_dtype or dtype
@@ -69,13 +69,17 @@ def reference_attention(
         sees_key = visible.any(-1, keepdim=True).expand_as(sink)
         sink = torch.where(sees_key, inputs.sinks[:, None, None].to(dtype), sink)
     s = torch.cat([s, sink], dim=-1)
+    exp, log, unit = (torch.exp2, torch.log2, math.log(2)) if base2 else (torch.exp, torch.log, 1.0)
+    s = s / unit
     s_max = s.detach().amax(-1, keepdim=True)
     s_max = s_max.masked_fill(s_max == -math.inf, 0)
-    p = torch.exp2((s - s_max) * math.log2(math.e)) if base2 else torch.exp(s - s_max)
+    p = exp(s - s_max)
     z = p.sum(-1, keepdim=True)
-    p = p[..., :-1] / z.masked_fill(z == 0, 1)
-    out = p.to(inputs.dtype).to(matmul_dtype) @ v.to(matmul_dtype)  # P has the input's precision
-    lse = (s_max + z.masked_fill(z == 0, 1).log()).masked_fill(z == 0, -math.inf).squeeze(-1)
+    sees_nothing = z == 0
+    z = z.masked_fill(sees_nothing, 1)
+    p = (p[..., :-1] / z).to(inputs.dtype)  # P has the input's precision
+    out = p.to(matmul_dtype) @ v.to(matmul_dtype)
+    lse = ((s_max + log(z)) * unit).masked_fill(sees_nothing, -math.inf).squeeze(-1)
 
     invalid = ~(k_valid & v_valid)[:, None, None]
     out = out.to(inputs.dtype).masked_fill(invalid, math.nan)
