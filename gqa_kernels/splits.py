@@ -44,18 +44,21 @@ def choose_splits(num_programs: int, num_blocks: int, num_slots: int) -> SplitCh
         num_blocks: key blocks that a program walks over without splitting.
         num_slots: programs that the device runs at once.
     """
-    choices = [_choice(1, num_programs, num_blocks, num_slots)]
+    choices = [split_choice(1, num_programs, num_blocks, num_slots)]
     if num_programs < FULL_ENOUGH * num_slots:
         most = min(MAX_SPLITS, num_blocks // MIN_BLOCKS_PER_SPLIT)
         for num_splits in range(2, most + 1):
-            choice = _choice(num_splits, num_programs, num_blocks, num_slots)
+            choice = split_choice(num_splits, num_programs, num_blocks, num_slots)
             if choice.blocks_per_split < choices[-1].blocks_per_split:
                 choices.append(choice)
     best = max(choice.efficiency for choice in choices)
     return next(choice for choice in choices if choice.efficiency >= NEARLY_BEST * best)
 
 
-def _choice(num_splits: int, num_programs: int, num_blocks: int, num_slots: int) -> SplitChoice:
+def split_choice(
+    num_splits: int, num_programs: int, num_blocks: int, num_slots: int
+) -> SplitChoice:
+    """What a given split count means for a launch; arguments as for :func:`choose_splits`."""
     waves = num_programs * num_splits / num_slots
     return SplitChoice(
         num_splits=num_splits,

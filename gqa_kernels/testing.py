@@ -130,7 +130,7 @@ def assert_attention_close(
     assert out.dtype == inputs.dtype, f"out: dtype {out.dtype}, expected {inputs.dtype}"
     with torch.no_grad():
         exact_out, exact_lse = reference_attention(upcast(inputs))
-        forms = list(_equivalent_forms(inputs))
+        forms = list(equivalent_forms(inputs))
         eager = [reference_attention(form, inputs.dtype, base2)[0] for form, base2 in forms]
         assert_close("out", out, exact_out, eager)
         if lse is not None:
@@ -140,7 +140,7 @@ def assert_attention_close(
             assert_close("lse", lse, exact_lse, eager)
 
 
-def _equivalent_forms(inputs: AttentionInputs) -> Iterator[tuple[AttentionInputs, bool]]:
+def equivalent_forms(inputs: AttentionInputs) -> Iterator[tuple[AttentionInputs, bool]]:
     """The same call in forms that differ by rounding only, as (inputs, base2)."""
     few = inputs.q.shape[:3].numel() < 4096
     for shift in range(min(8 if few else 1, inputs.head_dim)):

@@ -33,7 +33,7 @@ def as_distances(D: ArrayLike) -> NDArray[np.float64]:
     Raises:
         ValueError: D is not square, symmetric, non-negative and finite with a zero diagonal.
     """
-    D = np.array(getattr(D, "array", D), dtype=np.float64)
+    D = np.asarray(getattr(D, "array", D), dtype=np.float64)
     if D.ndim != 2 or D.shape[0] != D.shape[1] or D.size == 0:
         raise ValueError(f"D must be a square matrix [H, H] with H >= 1, got shape {D.shape}")
     if not np.isfinite(D).all():

@@ -33,7 +33,7 @@ def call_of(q, k, v, head_map, **options):
     return call
 
 
-@pytest.mark.parametrize("num_splits", [1, 2, 3, 7, 40])
+@pytest.mark.parametrize("num_splits", [1, 2, 3, 9])
 @pytest.mark.parametrize("q_len", [1, 5])
 def test_any_number_of_splits(num_splits, q_len):
     """More splits than key blocks included: the surplus ones contribute nothing."""

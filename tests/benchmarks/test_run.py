@@ -166,6 +166,7 @@ def test_budget_stops_and_says_so(tmp_path, capsys):
         (["--peer", "fa3-rows"], "fa3-rows is not usable here: needs a CUDA GPU"),
         (["--resume"], "--resume must come with"),
         (["--shapes", "x"], "shape must be MODEL"),
+        (["--shapes", "vit-b:1:9", "--maps", "4-3-2"], "map 4-3-2 must have 12 query heads, got 9"),
         (["--quick", "--maps", "nothing"], "must leave cases"),
     ],
 )

@@ -132,8 +132,9 @@ def resources(compiled) -> Resources:
         source.write_text(compiled.asm["ptx"])
         command = [str(ptxas), "-v", f"-arch={target}", str(source), "-o", f"{folder}/kernel.cubin"]
         report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    stores, loads = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report).groups()
-    return Resources(int(re.search(r"Used (\d+) registers", report)[1]), int(stores) + int(loads), shared)
+    registers = re.search(r"Used (\d+) registers", report)[1]
+    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report).groups()
+    return Resources(int(registers), sum(map(int, spills)), shared)
 
 
 def make_call(

@@ -1,4 +1,4 @@
-"""Runs the compiled PTX of Triton launches on the CPU: ``python -m tests.emulation.emulate ARCH ...``
+"""Runs the compiled PTX of Triton launches: ``python -m tests.emulation.emulate ARCH [CASE ...]``
 
 For each case named (default: all of them) the outputs are held to the package's tolerance rule, and
 one JSON object of the emulator's counters per launch is printed. The emulator's own checks (bounds,

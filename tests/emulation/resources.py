@@ -1,4 +1,4 @@
-"""Registers, spills and shared memory of the kernels: ``python -m tests.emulation.resources TARGET``
+"""Registers, spills and shared memory: ``python -m tests.emulation.resources TARGET [--all]``
 
 Compiles the launches that real calls would make on the target (a key of ``aot.TARGETS``) and prints
 one line per compiled kernel; ``--all`` takes every configuration instead of the main ones. Exits

@@ -14,7 +14,6 @@ Nothing here imports triton until the backend first runs.
 
 from __future__ import annotations
 
-import sys
 from importlib.util import find_spec
 
 import torch

@@ -70,7 +70,8 @@ def combine_kernel(
         b_acc = b_acc * factor
     b_out = b_acc * common.normaliser(row_sum)
     row_lse = common.log_sum_exp(row_sum, row_max)
-    tl.store(p_lse + (i_b * num_heads + i_head) * q_len + i_m, tl.where(valid, row_lse, float("nan")))
+    p_lse_row = p_lse + (i_b * num_heads + i_head) * q_len + i_m
+    tl.store(p_lse_row, tl.where(valid, row_lse, float("nan")))
     p_out_row = p_out + i_b * stride_ob + i_head * stride_oh + i_m * stride_om + o_dv
     b_out = tl.where(valid, b_out, float("nan")).to(p_out.dtype.element_ty)
     tl.store(p_out_row, b_out, mask=o_dv < VALUE_DIM)

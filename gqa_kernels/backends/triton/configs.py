@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 
 from ... import env
-from ...splits import SplitChoice, ceil_div, choose_splits
+from ...splits import SplitChoice, ceil_div, choose_splits, split_choice
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,8 @@ INTERPRETER = DeviceFacts("interpreter", num_sms=4, l2_bytes=1 << 20)
 _INTERPRETED = {dim: (Tile(64, 64, 4, 1),) * 2 for dim in (64, 128, 256)}
 
 # (family, bytes per element) -> dim class (the larger padded head dim, at least 64)
-# -> tile of plain calls, tile of calls with softcap, ALiBi or a mask tensor, whose scores take more
-# registers. Triton counts block_m * block_n * head dim against 255 registers a thread.
+# -> tile of plain calls, and of those that take more registers: with softcap, ALiBi or a mask
+# tensor, or with a head dim that is not a power of two, whose loads are masked.
 PREFILL_TILES: dict[tuple[str, int], dict[int, tuple[Tile, Tile]]] = {
     ("sm80", 2): {
         64: (Tile(128, 64, 4, 3), Tile(128, 64, 8, 2)),
@@ -109,8 +109,8 @@ PREFILL_TILES: dict[tuple[str, int], dict[int, tuple[Tile, Tile]]] = {
     },
     **{(family, 4): {
         64: (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
-        128: (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
-        256: (Tile(32, 16, 4, 2), Tile(32, 16, 4, 2)),
+        128: (Tile(32, 16, 4, 2), Tile(16, 16, 4, 2)),
+        256: (Tile(32, 16, 8, 2), Tile(16, 16, 4, 2)),
     } for family in ("sm80", "sm86", "sm90", "sm100")},
     ("gfx9", 4): {
         64: (Tile(64, 32, 4, 1), Tile(64, 32, 4, 1)),
@@ -223,16 +223,15 @@ def decode_config(shape: Shape, facts: DeviceFacts, num_splits: int | None = Non
     """Launch of the decode kernel; ``num_splits`` overrides the heuristic."""
     tile = _lookup(DECODE_TILES, shape, facts)
     tile = replace(tile, block_m=decode_block_m(shape, tile.block_m))
-    kv_len = shape.kv_len
-    if shape.window_left >= 0 and shape.window_right >= 0:
-        kv_len = min(kv_len, shape.window_left + shape.window_right + shape.q_len)
-    num_blocks = ceil_div(kv_len, tile.block_n)
+    seen_keys = shape.kv_len
+    if shape.window_left >= 0:  # the queries are the last tokens
+        seen_keys = min(seen_keys, shape.window_left + shape.q_len)
+    num_blocks = ceil_div(seen_keys, tile.block_n)
     rows = shape.q_len * shape.num_heads
     likely_tiles = max(ceil_div(rows, tile.block_m), min(shape.num_groups, shape.num_heads))
     slots = facts.num_sms * DECODE_PROGRAMS_PER_SM
-    splits = choose_splits(shape.batch * likely_tiles, num_blocks, slots)
-    if num_splits is not None:
-        splits = replace(splits, num_splits=num_splits)
+    work = (shape.batch * likely_tiles, num_blocks, slots)
+    splits = choose_splits(*work) if num_splits is None else split_choice(num_splits, *work)
     return DecodeConfig(tile, most_row_tiles(shape, tile.block_m), splits)
 
 
@@ -257,5 +256,7 @@ def most_row_tiles(shape: Shape, block_m: int) -> int:
 def _lookup(
     table: dict[tuple[str, int], dict[int, tuple[Tile, Tile]]], shape: Shape, facts: DeviceFacts
 ) -> Tile:
-    dim_class = max(64, padded_dim(shape.head_dim), padded_dim(shape.value_head_dim))
-    return table[facts.family, shape.itemsize][dim_class][shape.modifies_scores]
+    padded = padded_dim(shape.head_dim), padded_dim(shape.value_head_dim)
+    plain, small = table[facts.family, shape.itemsize][max(64, *padded)]
+    exact = padded == (shape.head_dim, shape.value_head_dim)
+    return plain if exact and not shape.modifies_scores else small

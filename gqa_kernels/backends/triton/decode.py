@@ -22,8 +22,9 @@ from . import common
 
 
 @triton.jit
-def find_row_tile(p_offsets, i_tile, num_groups, q_len, BLOCK_G: tl.constexpr,
-                  BLOCK_M: tl.constexpr):
+def find_row_tile(
+    p_offsets, i_tile, num_groups, q_len, BLOCK_G: tl.constexpr, BLOCK_M: tl.constexpr
+):
     """(group, first row in the group) of a row tile; group > num_groups for a surplus tile.
 
     Group `num_groups` holds the heads without a KV head.

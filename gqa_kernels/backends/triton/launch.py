@@ -1,4 +1,4 @@
-"""From the tensors of a call to kernel launches, as values that can be run, compiled or emulated."""
+"""From the tensors of a call to kernel launches: values that can be run, compiled or emulated."""
 
 from __future__ import annotations
 
@@ -171,14 +171,18 @@ def decode_launches(call: ForwardCall, config: DecodeConfig) -> list[Launch]:
         partial["p_partial_sum"] = torch.empty(rows, **scratch)
         partial["p_partial_max"] = torch.empty(rows, **scratch)
     forward = call.forward_arguments()
-    arguments = forward | partial | {
-        "num_tiles": config.num_tiles,
-        "num_splits": num_splits,
-        "BLOCK_G": power_of_two(shape.num_groups + 1),
-        "BLOCK_M": tile.block_m,
-        "BLOCK_N": tile.block_n,
-        "SPLIT": num_splits > 1,
-    }
+    arguments = (
+        forward
+        | partial
+        | {
+            "num_tiles": config.num_tiles,
+            "num_splits": num_splits,
+            "BLOCK_G": power_of_two(shape.num_groups + 1),
+            "BLOCK_M": tile.block_m,
+            "BLOCK_N": tile.block_n,
+            "SPLIT": num_splits > 1,
+        }
+    )
     grid = shape.batch * num_splits * config.num_tiles
     launches = [Launch(decode_kernel, grid, arguments, tile.num_warps, tile.num_stages)]
     if num_splits > 1:
@@ -192,11 +196,15 @@ def combine_launch(call: ForwardCall, partial: dict[str, Tensor], num_splits: in
     names = ("p_plan", "p_sinks", "p_out", "p_lse", "stride_ob", "stride_oh", "stride_om",
              "num_heads", "num_groups", "q_len", "VALUE_DIM", "BLOCK_DV", "HAS_SINKS")  # fmt: skip
     forward = call.forward_arguments()
-    arguments = partial | {name: forward[name] for name in names} | {
-        "num_splits": num_splits,
-        "BLOCK_S": power_of_two(num_splits),
-        "CHUNK_S": min(COMBINE_CHUNK, power_of_two(num_splits)),
-    }
+    arguments = (
+        partial
+        | {name: forward[name] for name in names}
+        | {
+            "num_splits": num_splits,
+            "BLOCK_S": power_of_two(num_splits),
+            "CHUNK_S": min(COMBINE_CHUNK, power_of_two(num_splits)),
+        }
+    )
     grid = shape.batch * shape.num_heads * shape.q_len
     return Launch(combine_kernel, grid, arguments, num_warps=4, num_stages=2)
 
@@ -204,4 +212,4 @@ def combine_launch(call: ForwardCall, partial: dict[str, Tensor], num_splits: in
 def _strides(prefix: str, tensor: Tensor | None, dims: str) -> dict[str, int]:
     """``stride_<prefix><dim>`` of the leading dims; zeros where there is no tensor."""
     strides = (0,) * len(dims) if tensor is None else tensor.stride()
-    return {f"stride_{prefix}{dim}": stride for dim, stride in zip(dims, strides)}
+    return {f"stride_{prefix}{dim}": stride for dim, stride in zip(dims, strides, strict=False)}
