@@ -125,7 +125,7 @@ PREFILL_TILES: dict[tuple[str, int], dict[int, tuple[Tile, Tile]]] = {
 DECODE_TILES: dict[tuple[str, int], dict[int, tuple[Tile, Tile]]] = {
     ("sm80", 2): {
         64: (Tile(64, 64, 4, 3), Tile(32, 64, 4, 3)),
-        128: (Tile(32, 64, 4, 3), Tile(32, 32, 4, 3)),
+        128: (Tile(32, 32, 4, 4), Tile(32, 32, 4, 3)),
         256: (Tile(16, 32, 4, 3), Tile(16, 32, 4, 2)),
     },
     ("sm86", 2): {
@@ -135,7 +135,7 @@ DECODE_TILES: dict[tuple[str, int], dict[int, tuple[Tile, Tile]]] = {
     },
     **{(family, 2): {
         64: (Tile(64, 64, 4, 3), Tile(32, 64, 4, 3)),
-        128: (Tile(64, 64, 4, 3), Tile(32, 32, 4, 3)),
+        128: (Tile(32, 64, 4, 3), Tile(32, 32, 4, 3)),
         256: (Tile(16, 32, 4, 3), Tile(16, 32, 4, 2)),
     } for family in ("sm90", "sm100")},
     ("gfx9", 2): {
