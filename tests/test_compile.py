@@ -89,8 +89,8 @@ def test_changing_shapes_and_map_tensors_compile_once(backend, device):
 @pytest.mark.parametrize("backend", USABLE)
 def test_bad_entry_of_a_map_tensor_gives_nan(backend, device):
     """In a compiled graph, as on an accelerator, the host can't look at the map."""
-    head_map = torch.tensor([0, 7, 1, -1], dtype=torch.int32, device=device)
-    for q_len in (1, 20):
+    for q_len, dtype, large in ((1, torch.int32, 7), (20, torch.int64, 2**32 + 1)):
+        head_map = torch.tensor([0, large, 1, -1], dtype=dtype, device=device)
         q, k, v = make_inputs(2, HeadMap([0, 1, 1, 0]), q_len, 9, 16, device=device)
         out, lse = compiled(Attention(head_map, backend))(q, k, v)
         assert out[:, [1, 3]].isnan().all() and lse[:, [1, 3]].isnan().all()

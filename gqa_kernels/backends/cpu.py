@@ -52,4 +52,5 @@ class CPUBackend(Backend):
 def _int32(head_map: Tensor | None) -> Tensor | None:
     if head_map is None or head_map.dtype == torch.int32:
         return head_map
-    return head_map.to(torch.int32)
+    # An entry beyond 32 bits must stay out of range, not wrap into it.
+    return head_map.long().clamp(-1, 2**31 - 1).to(torch.int32)
