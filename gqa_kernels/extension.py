@@ -19,6 +19,7 @@ import sys
 import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent
@@ -153,6 +154,7 @@ def _compiler() -> str | None:
     return next(filter(None, map(shutil.which, COMPILERS)), None)
 
 
+@lru_cache(maxsize=1)  # asked for at every call where the kernels can't be built
 def _source_key() -> str:
     """Hash of everything that decides what the library does, apart from the compiler."""
     root = source_root()
