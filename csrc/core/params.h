@@ -50,6 +50,11 @@ struct AttentionParams {
   int64_t window_left, window_right;  // keys a query sees on either side; < 0: unbounded
   DType dtype;                        // of q, k, v and out
   DType mask_dtype;                   // of attn_mask
+
+  uint32_t dropout_threshold;  // floor(dropout_p * 2^32), see dropout.h; 0: no dropout
+  float dropout_scale;         // 1 / (1 - dropout_p)
+  uint64_t dropout_seed;
+  uint32_t dropout_offset;
 };
 
 }  // namespace gqa

@@ -1,16 +1,13 @@
 #include "attention.h"
 
 #include <algorithm>
-#include <cstdlib>
-#include <cstring>
 #include <limits>
 #include <memory>
-#include <new>
-#include <stdexcept>
-#include <string>
 
+#include "aligned.h"
 #include "kernels.h"
 #include "schedule.h"
+#include "select.h"
 
 namespace gqa::cpu {
 namespace {
@@ -23,36 +20,7 @@ const Kernels* const kAllKernels[] = {
     &kPortableKernels,
 };
 
-// The best for this processor, or the one that GQA_KERNELS_CPU_ISA names. Read at every call: tests
-// change it.
-const Kernels& select_kernels() {
-  const char* forced = std::getenv("GQA_KERNELS_CPU_ISA");
-  std::string names;
-  for (const Kernels* kernels : kAllKernels) {
-    if (!kernels->supported()) continue;
-    if (forced == nullptr || *forced == '\0' || std::strcmp(forced, kernels->name) == 0)
-      return *kernels;
-    names += names.empty() ? kernels->name : std::string(", ") + kernels->name;
-  }
-  throw std::invalid_argument("GQA_KERNELS_CPU_ISA must be one of " + names + ", got " + forced);
-}
-
-// Floats on cache lines of their own.
-class AlignedFloats {
- public:
-  explicit AlignedFloats(int64_t n)
-      : data_(static_cast<float*>(::operator new(n * sizeof(float), kAlignment))) {}
-  ~AlignedFloats() { ::operator delete(data_, kAlignment); }
-  AlignedFloats(const AlignedFloats&) = delete;
-  AlignedFloats& operator=(const AlignedFloats&) = delete;
-  float* get() { return data_; }
-
- private:
-  static constexpr std::align_val_t kAlignment{64};
-  float* data_;
-};
-
-constexpr int64_t kFloatsPerLine = 16;
+const Kernels& select() { return select_kernels(kAllKernels); }
 
 template <class T>
 void fill_head(const AttentionParams& params, int32_t head, T value) {
@@ -95,10 +63,10 @@ struct Work {
 
 }  // namespace
 
-const char* instruction_set() { return select_kernels().name; }
+const char* instruction_set() { return select().name; }
 
 void attention_forward(const AttentionParams& params, const ThreadPool& pool) {
-  const Kernels& kernels = select_kernels();
+  const Kernels& kernels = select();
   const Schedule schedule = make_schedule(params, pool.num_threads);
   for (const int32_t head : schedule.invalid_heads) fill_head_with_nan(params, head);
   if (schedule.tasks.empty()) return;

@@ -12,6 +12,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "../core/dropout.h"
 #include "../core/visible.h"
 #include "isa.h"
 #include "kernels.h"
@@ -83,6 +84,7 @@ class AttentionTask {
       tile_.max[r] = -INFINITY;
       tile_.sum[r] = 0.0f;
     }
+    for (int64_t key = 0; key < layout.keys; ++key) tile_.keep[key] = 0.0f;
   }
 
   template <class Products, bool kBias>
@@ -155,8 +157,13 @@ class AttentionTask {
         bias.additive = tile_.bias;
       }
     }
-    const float rescale = softmax_row<V, T, kBias>(tile_.s + r * tile_.layout.keys, keys,
-                                                   params_.scale, bias, tile_.max[r], tile_.sum[r]);
+    if (params_.dropout_threshold != 0) {
+      dropout_row(params_, task_.batch, head(r), token(r), first, keys.visible_begin,
+                  keys.visible_end, tile_.keep);
+    }
+    const float rescale = softmax_row<V, T, kBias>(
+        tile_.s + r * tile_.layout.keys, keys, params_.scale, bias,
+        params_.dropout_threshold != 0 ? tile_.keep : nullptr, tile_.max[r], tile_.sum[r]);
     if (rescale != 1.0f) scale_row(tile_.o + r * tile_.layout.o_ld, rescale);
   }
 

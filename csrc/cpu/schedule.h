@@ -50,4 +50,19 @@ inline int64_t partial_row_floats(const AttentionParams& params) {
 
 Schedule make_schedule(const AttentionParams& params, int num_threads);
 
+// The query heads that read one (key head, value head) pair.
+struct Group {
+  int32_t k_head, v_head;
+  int32_t head_begin, head_end;  // slice of the sorted heads
+};
+
+// Sorts the query heads by the pair they read, stably, into `heads`; those whose map entry names no
+// KV head go to `invalid_heads`.
+std::vector<Group> make_groups(const AttentionParams& params, std::vector<int32_t>& heads,
+                               std::vector<int32_t>& invalid_heads);
+
+// Appends the rows of every (sequence, group), cut into blocks of at most max_rows.
+void add_row_blocks(const AttentionParams& params, const std::vector<Group>& groups, int max_rows,
+                    std::vector<Task>& tasks);
+
 }  // namespace gqa::cpu

@@ -32,7 +32,7 @@ struct TileLayout {
         packed_keys(tile.rows > kMaxDirectRows ? tile.keys : 0) {}
 
   int64_t scratch_floats() const {
-    return rows * (q_ld + keys + o_ld + 2) + packed_keys * (q_ld + o_ld) + keys;
+    return rows * (q_ld + keys + o_ld + 2) + packed_keys * (q_ld + o_ld) + 2 * keys;
   }
 };
 
@@ -47,6 +47,7 @@ struct Tile {
   float* max;       // [rows]  running maximum of the scores, log2 units
   float* sum;       // [rows]  running sum of exp(score - max)
   float* bias;      // [keys]  additive mask of one row
+  float* keep;      // [keys]  dropout's factors of one row
 
   Tile(const TileLayout<V>& tile_layout, float* scratch) : layout(tile_layout) {
     float* next = scratch;
@@ -63,6 +64,7 @@ struct Tile {
     max = take(layout.rows);
     sum = take(layout.rows);
     bias = take(layout.keys);
+    keep = take(layout.keys);
   }
 };
 

@@ -3,18 +3,18 @@
 
 #include <torch/csrc/stable/tensor.h>
 
-#include <optional>
 #include <tuple>
 
-namespace gqa::host {
+#include "call.h"
 
-using OptionalTensor = std::optional<torch::stable::Tensor>;
+namespace gqa::host {
 
 std::tuple<torch::stable::Tensor, torch::stable::Tensor> attention_forward_cpu(
     const torch::stable::Tensor& q, const torch::stable::Tensor& k, const torch::stable::Tensor& v,
     const torch::stable::Tensor& head_map, const OptionalTensor& value_head_map,
     const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
     const OptionalTensor& attn_mask, const OptionalTensor& kv_lengths, double scale,
-    int64_t window_left, int64_t window_right, double softcap, bool bshd);
+    int64_t window_left, int64_t window_right, double softcap, bool bshd, double dropout_p,
+    const OptionalTensor& dropout_seed);
 
 }  // namespace gqa::host

@@ -1,0 +1,45 @@
+// What the forward and the backward of a call have in common: its checks and its AttentionParams.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <vector>
+
+#include "../core/params.h"
+#include "../cpu/attention.h"
+
+namespace gqa::host {
+
+using OptionalTensor = std::optional<torch::stable::Tensor>;
+
+// The tensors and options of a call, as the ops' schemas have them.
+struct CallArguments {
+  const torch::stable::Tensor &q, &k, &v, &head_map;
+  const OptionalTensor &value_head_map, &alibi_slopes, &sinks, &attn_mask, &kv_lengths;
+  double scale;
+  int64_t window_left, window_right;
+  double softcap, dropout_p;
+  const OptionalTensor& dropout_seed;  // int64 [2]: seed, offset
+};
+
+// Checks the arguments; owns what its params point to beside the tensors.
+class Call {
+ public:
+  explicit Call(const CallArguments& arguments);
+  Call(const Call&) = delete;
+  Call& operator=(const Call&) = delete;
+
+  AttentionParams params{};  // without out and lse
+
+ private:
+  std::vector<int32_t> key_map_, value_map_;
+  std::vector<float> sink_logits_;
+};
+
+Strides strides_of(const torch::stable::Tensor& x);
+
+// The caller's threads: torch's own pool.
+cpu::ThreadPool torch_threads();
+
+}  // namespace gqa::host
