@@ -6,6 +6,9 @@ ordinary GQA.
 
 from __future__ import annotations
 
+import math
+
+import torch
 from torch import Tensor, nn
 
 from ..attention import asym_gqa_attention
@@ -85,18 +88,19 @@ def attention_call(
             padding in it; None where plain causality is enough.
         sliding_window: keys a query sees, its own included.
         s_aux: attention sinks ``[Hq]``.
+        position_bias: ``[1 or B, Hq, Sq, Sk]``, added to the scores (T5).
+        cache: transformers' continuous batching; not supported.
     """
     if dropout:
         raise NotImplementedError(
             f"attention dropout must be 0 with attn_implementation='asym_gqa', got {dropout}: set "
             "config.attention_dropout = 0"
         )
-    for option, given in (("position_bias", position_bias), ("cache", cache)):
-        if given is not None:
-            raise NotImplementedError(
-                f"{option} must be None with attn_implementation='asym_gqa', got a "
-                f"{type(given).__name__}"
-            )
+    if cache is not None:
+        raise NotImplementedError(
+            "cache (continuous batching) must be None with attn_implementation='asym_gqa', got a "
+            f"{type(cache).__name__}"
+        )
     q_len = query.shape[2]
     causal = False
     window = None
@@ -107,10 +111,13 @@ def attention_call(
         if causal:
             # Prefill into an empty static cache: its slots beyond the prompt hold nothing yet.
             key, value = key[:, :, :q_len], value[:, :, :q_len]
+            position_bias = None if position_bias is None else position_bias[..., :q_len]
         if sliding_window is not None:
             window = (sliding_window - 1, None)
     else:
         attention_mask = attention_mask[..., : key.shape[2]]
+    if position_bias is not None:
+        attention_mask = _with_bias(attention_mask, position_bias)
     head_map, value_head_map = layer_maps(
         getattr(module, "config", None),
         getattr(module, "layer_idx", None),
@@ -132,3 +139,12 @@ def attention_call(
         "attn_mask": attention_mask,
         "layout": "bshd",
     }
+
+
+def _with_bias(attention_mask: Tensor | None, bias: Tensor) -> Tensor:
+    """An additive mask of a bias and a mask."""
+    if attention_mask is None:
+        return bias
+    if attention_mask.dtype == torch.bool:
+        return torch.where(attention_mask, bias, -math.inf)
+    return bias + attention_mask
