@@ -55,6 +55,29 @@ def build_plan(
     return torch.cat([perm, k_head, v_head, offsets]).to(torch.int32)
 
 
+def regrouped(plan: Tensor, num_heads: int, num_kv_heads: int, by_value: bool) -> Tensor:
+    """The plan sorted by key head alone, or by value head alone: group ``g`` is that KV head.
+
+    Args:
+        plan: of ``num_heads`` query heads.
+        num_kv_heads: ``Hk``, or ``Hv`` where ``by_value``.
+    """
+    perm, k_head, v_head = plan[: 3 * num_heads].view(3, num_heads)
+    num_valid = plan[3 * num_heads + num_groups(plan, num_heads)]
+    valid = torch.arange(num_heads, device=plan.device) < num_valid
+    group = torch.where(valid, v_head if by_value else k_head, num_kv_heads)
+    order = torch.argsort(group, stable=True)
+    bounds = torch.arange(num_kv_heads + 2, device=plan.device)
+    offsets = torch.searchsorted(group[order], bounds).to(torch.int32)
+    return torch.cat([perm[order], k_head[order], v_head[order], offsets])
+
+
+def largest_first(plan: Tensor, num_heads: int) -> Tensor:
+    """Groups of a plan in descending order of size, int32 ``[G]``."""
+    sizes = plan[3 * num_heads : -1].diff()
+    return torch.argsort(sizes, descending=True, stable=True).to(torch.int32)
+
+
 def plan_for(inputs: AttentionInputs) -> Tensor:
     """The plan of a call, built once per device where its maps are HeadMaps."""
     k_map, v_map = inputs.head_map, inputs.value_head_map

@@ -168,7 +168,7 @@ def make_call(
     call = ForwardCall(
         inputs.q, inputs.k, inputs.v, plan_for(inputs), inputs.alibi_slopes, inputs.sinks,
         inputs.attn_mask, inputs.kv_lengths, inputs.scale, inputs.window_left, inputs.window_right,
-        inputs.softcap, out, lse,
+        inputs.softcap, inputs.dropout_p, inputs.dropout_seed, out, lse,
     )  # fmt: skip
     return inputs, call
 

@@ -1,11 +1,13 @@
-"""Triton backend: forward attention on NVIDIA and AMD GPUs, or anywhere in Triton's interpreter.
+"""Triton backend: attention and its gradients on NVIDIA and AMD GPUs, or anywhere in Triton's interpreter.
 
-    ops.py          the torch op
+    ops.py          the torch ops
     launch.py       tensors of a call -> kernel launches
     configs.py      tiles and launch choices: data and pure functions
     prefill.py      kernel for many query tokens, one head per tile
     decode.py       kernel for few query tokens, a group's heads packed into one tile, split keys
     combine.py      merge of the splits
+    backward_*.py   kernels of the gradients, and their launches
+    dropout.py      which probabilities dropout keeps
     common.py       the formula: scores, masking, online softmax
     interpreter.py  mends the interpreter's bf16
 
@@ -33,8 +35,8 @@ class TritonBackend(Backend):
         devices=frozenset({"cuda", "cpu"}),
         dtypes=frozenset({torch.float16, torch.bfloat16, torch.float32}),
         max_head_dim=256,
-        options=ALL_OPTIONS - {"dropout", "mask_gradient"},
-        autograd=False,
+        options=ALL_OPTIONS - {"mask_gradient"},
+        autograd=True,
     )
 
     def unavailable_reason(self) -> str | None:
@@ -63,6 +65,7 @@ class TritonBackend(Backend):
             inputs.k,
             inputs.v,
             plan_for(inputs),
+            inputs.value_head_map_tensor,
             inputs.alibi_slopes,
             inputs.sinks,
             inputs.attn_mask,
@@ -72,4 +75,6 @@ class TritonBackend(Backend):
             inputs.window_right,
             inputs.softcap,
             inputs.layout == "bshd",
+            inputs.dropout_p,
+            inputs.dropout_seed,
         )

@@ -17,6 +17,8 @@ Source: the online softmax is that of FlashAttention (Dao et al., arXiv 2205.141
 import triton
 import triton.language as tl
 
+from .dropout import keep_tile
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -127,47 +129,48 @@ def visible_keys(
 
 
 @triton.jit
-def score_tile(
-    b_qk,  # [BLOCK_M, BLOCK_N] fp32, q . k
-    o_n,  # [BLOCK_N] key positions
-    b_pos,  # [BLOCK_M] query positions among the keys
-    m_rows,  # [BLOCK_M]
-    b_slope,  # [BLOCK_M] ALiBi slopes
-    p_mask,  # [BLOCK_M] pointers to the row of the mask tensor
+def cap_scores(b_qk, scale, softcap, HAS_SOFTCAP: tl.constexpr):
+    """Scaled and capped scores of q . k."""
+    b_score = b_qk * scale
+    if HAS_SOFTCAP:
+        b_score = tanh(b_score / softcap) * softcap
+    return b_score
+
+
+@triton.jit
+def bias_and_mask(
+    b_score,  # a tile of scores, keys along either axis, as the other arguments broadcast to it
+    o_n,  # key positions
+    b_pos,  # query positions among the keys
+    m_rows,
+    b_slope,  # ALiBi slopes
+    p_mask,  # pointers to the rows of the mask tensor
     stride_mask_n,
     n,
-    scale,
-    softcap,
     window_left,
     window_right,
     EDGE: tl.constexpr,
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
     HAS_ALIBI: tl.constexpr,
     MASK_KIND: tl.constexpr,
 ):
-    """Scores of a tile, -inf where not visible. EDGE: the length and the window may cut it."""
-    b_score = b_qk * scale
-    if HAS_SOFTCAP:
-        b_score = tanh(b_score / softcap) * softcap
+    """Scores with biases, -inf where not visible. EDGE: the length and the window may cut them."""
     if HAS_ALIBI:
-        b_distance = tl.abs(b_pos[:, None] - o_n[None, :]).to(tl.float32)
-        b_score -= b_slope[:, None] * b_distance
+        b_score -= b_slope * tl.abs(b_pos - o_n).to(tl.float32)
     if MASK_KIND != NO_MASK:
-        # [BLOCK_M, BLOCK_N]
-        p_tile = p_mask[:, None] + o_n.to(tl.int64)[None, :] * stride_mask_n
-        b_mask = tl.load(p_tile, mask=m_rows[:, None] & (o_n < n)[None, :], other=0)
+        p_tile = p_mask + o_n.to(tl.int64) * stride_mask_n
+        b_mask = tl.load(p_tile, mask=m_rows & (o_n < n), other=0)
         if MASK_KIND == BOOL_MASK:
             b_score = tl.where(b_mask != 0, b_score, float("-inf"))
         else:
             b_score += b_mask.to(tl.float32)
     if EDGE:
-        m_visible = (o_n < n)[None, :]
+        m_visible = o_n < n
         if HAS_RIGHT:
-            m_visible = m_visible & (o_n[None, :] <= (b_pos + window_right)[:, None])
+            m_visible = m_visible & (o_n <= b_pos + window_right)
         if HAS_LEFT:
-            m_visible = m_visible & (o_n[None, :] >= (b_pos - window_left)[:, None])
+            m_visible = m_visible & (o_n >= b_pos - window_left)
         b_score = tl.where(m_visible, b_score, float("-inf"))
     return b_score
 
@@ -194,6 +197,10 @@ def attend(
     b_slope,  # [BLOCK_M] ALiBi slopes, or None
     p_mask,  # [BLOCK_M] pointers to the rows of the mask tensor, or None
     stride_mask_n,
+    p_seed,  # dropout: seed and offset, [BLOCK_M] query tokens and b * Hq + h, or None
+    o_token,
+    o_dropout_head,
+    dropout_threshold,
     n,
     scale,
     softcap,
@@ -209,9 +216,13 @@ def attend(
     HAS_RIGHT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_ALIBI: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
     MASK_KIND: tl.constexpr,
 ):
-    """State (b_acc, b_sum, b_max) of a tile after its keys [start, stop)."""
+    """State (b_acc, b_sum, b_max) of a tile after its keys [start, stop).
+
+    Dropout leaves probabilities out of b_acc; dividing the rest by 1 - p is the caller's.
+    """
     b_acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
     b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -231,23 +242,21 @@ def attend(
             b_k = load_rows(p_k + o_n64 * stride_kn, m_n, HEAD_DIM, BLOCK_D, part != INNER)
             # [BLOCK_M, BLOCK_N]
             b_qk = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
-            b_score = score_tile(
-                b_qk,
-                o_n,
-                b_pos,
-                m_rows,
-                b_slope,
-                p_mask,
+            b_score = cap_scores(b_qk, scale, softcap, HAS_SOFTCAP)
+            b_score = bias_and_mask(
+                b_score,
+                o_n[None, :],
+                b_pos[:, None],
+                m_rows[:, None],
+                b_slope[:, None] if HAS_ALIBI else None,
+                p_mask[:, None] if MASK_KIND != NO_MASK else None,
                 stride_mask_n,
                 n,
-                scale,
-                softcap,
                 window_left,
                 window_right,
                 part != INNER,
                 HAS_LEFT,
                 HAS_RIGHT,
-                HAS_SOFTCAP,
                 HAS_ALIBI,
                 MASK_KIND,
             )
@@ -259,6 +268,11 @@ def attend(
             b_rescale = tl.exp2(b_max - b_shift)  # [BLOCK_M]
             b_sum = b_sum * b_rescale + tl.sum(b_p, 1)
             b_max = b_new_max
+            if HAS_DROPOUT:
+                m_keep = keep_tile(
+                    p_seed, i_n, o_token, o_dropout_head, dropout_threshold, BLOCK_M, BLOCK_N
+                )
+                b_p = tl.where(m_keep, b_p, 0.0)
             # [BLOCK_N, BLOCK_DV]
             b_v = load_rows(p_v + o_n64 * stride_vn, m_n, VALUE_DIM, BLOCK_DV, part != INNER)
             b_acc = b_acc * b_rescale[:, None]

@@ -48,7 +48,7 @@ class Shape:
     Attributes:
         num_groups: G of the plan.
         itemsize: bytes per element of q, k and v.
-        modifies_scores: softcap, ALiBi slopes or a mask tensor are given.
+        modifies_scores: softcap, ALiBi slopes, a mask tensor or dropout are given.
         window_left, window_right: -1 where unbounded.
     """
 
@@ -157,6 +157,66 @@ DECODE_TILES: dict[tuple[str, int], dict[int, tuple[Tile, Tile]]] = {
     ("interpreter", 4): _INTERPRETED,
 }  # fmt: skip
 
+# The same for the two backward kernels: the gradients of K and V, and of Q.
+BACKWARD_KV_TILES: dict[tuple[str, int], dict[int, tuple[Tile, Tile]]] = {
+    ("sm80", 2): {
+        64: (Tile(64, 128, 8, 2), Tile(32, 64, 4, 2)),
+        128: (Tile(32, 64, 8, 2), Tile(32, 64, 8, 2)),
+        256: (Tile(16, 32, 8, 2), Tile(16, 32, 8, 2)),
+    },
+    **{(family, 2): {
+        64: (Tile(64, 128, 8, 2), Tile(32, 64, 4, 2)),
+        128: (Tile(64, 64, 8, 2), Tile(32, 64, 8, 2)),
+        256: (Tile(16, 32, 8, 2), Tile(16, 32, 8, 2)),
+    } for family in ("sm90", "sm100")},
+    ("sm86", 2): {
+        64: (Tile(32, 64, 4, 2), Tile(32, 64, 4, 2)),
+        128: (Tile(32, 64, 8, 1), Tile(32, 32, 8, 1)),
+        256: (Tile(16, 32, 8, 1), Tile(16, 32, 8, 1)),
+    },
+    ("gfx9", 2): {
+        64: (Tile(32, 64, 4, 1), Tile(32, 64, 4, 1)),
+        128: (Tile(32, 64, 4, 1), Tile(32, 32, 4, 1)),
+        256: (Tile(16, 32, 4, 1), Tile(16, 32, 4, 1)),
+    },
+    **{(family, 4): {
+        64: (Tile(16, 32, 4, 1), Tile(16, 32, 4, 1)),
+        128: (Tile(16, 16, 4, 1), Tile(16, 16, 4, 1)),
+        256: (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+    } for family in ("sm80", "sm86", "sm90", "sm100", "gfx9")},
+    ("interpreter", 2): _INTERPRETED,
+    ("interpreter", 4): _INTERPRETED,
+}  # fmt: skip
+BACKWARD_Q_TILES: dict[tuple[str, int], dict[int, tuple[Tile, Tile]]] = {
+    ("sm80", 2): {
+        64: (Tile(128, 32, 4, 2), Tile(64, 32, 4, 2)),
+        128: (Tile(64, 32, 4, 2), Tile(64, 32, 8, 2)),
+        256: (Tile(32, 16, 8, 2), Tile(32, 16, 8, 2)),
+    },
+    **{(family, 2): {
+        64: (Tile(128, 64, 8, 2), Tile(64, 32, 4, 2)),
+        128: (Tile(128, 64, 8, 2), Tile(64, 32, 8, 2)),
+        256: (Tile(64, 32, 8, 2), Tile(32, 16, 8, 2)),
+    } for family in ("sm90", "sm100")},
+    ("sm86", 2): {
+        64: (Tile(64, 32, 4, 2), Tile(64, 32, 4, 2)),
+        128: (Tile(64, 32, 8, 1), Tile(32, 32, 8, 1)),
+        256: (Tile(32, 16, 8, 1), Tile(32, 16, 8, 1)),
+    },
+    ("gfx9", 2): {
+        64: (Tile(64, 32, 4, 1), Tile(64, 32, 4, 1)),
+        128: (Tile(64, 32, 4, 1), Tile(32, 32, 4, 1)),
+        256: (Tile(32, 16, 4, 1), Tile(32, 16, 4, 1)),
+    },
+    **{(family, 4): {
+        64: (Tile(32, 16, 4, 1), Tile(32, 16, 4, 1)),
+        128: (Tile(16, 16, 4, 1), Tile(16, 16, 4, 1)),
+        256: (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+    } for family in ("sm80", "sm86", "sm90", "sm100", "gfx9")},
+    ("interpreter", 2): _INTERPRETED,
+    ("interpreter", 4): _INTERPRETED,
+}  # fmt: skip
+
 DECODE_PROGRAMS_PER_SM = 2  # decode programs that run on one multiprocessor at once
 ALWAYS_PACKED_Q_LEN = 16  # up to here rows are packed whatever the rest of the shape
 MAX_PACKED_Q_LEN = 128  # a whole prefill tile: packing can't fill it better
@@ -195,6 +255,16 @@ def device_facts(device: torch.device) -> DeviceFacts:
 def prefill_tile(shape: Shape, facts: DeviceFacts) -> Tile:
     """Tile of a prefill launch."""
     return _lookup(PREFILL_TILES, shape, facts)
+
+
+def backward_kv_tile(shape: Shape, facts: DeviceFacts) -> Tile:
+    """Tile of the launch that writes dK and dV: block_m queries x block_n keys."""
+    return _lookup(BACKWARD_KV_TILES, shape, facts)
+
+
+def backward_q_tile(shape: Shape, facts: DeviceFacts) -> Tile:
+    """Tile of the launch that writes dQ."""
+    return _lookup(BACKWARD_Q_TILES, shape, facts)
 
 
 def heads_per_section(shape: Shape, facts: DeviceFacts) -> int:

@@ -50,6 +50,7 @@ def find_row_tile(
         "num_splits",
         "window_left",
         "window_right",
+        "dropout_threshold",
     ]
 )
 def decode_kernel(
@@ -61,6 +62,7 @@ def decode_kernel(
     p_sinks,  # [Hq] fp32 or None
     p_mask,  # [B, Hq, Sq, Sk] uint8 or floating, or None
     p_lengths,  # [B, Hk] int32 or None
+    p_seed,  # int64 [2] dropout seed and offset, or None
     p_out,  # [B, Hq, Sq, Dv]
     p_lse,  # [B, Hq, Sq] fp32, contiguous
     p_partial_acc,  # [B, Hq (sorted), Sq, num_splits, Dv] fp32, or None with one split
@@ -96,6 +98,8 @@ def decode_kernel(
     softcap,
     window_left,
     window_right,
+    dropout_threshold,
+    dropout_scale,  # 1 / (1 - p)
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -110,6 +114,7 @@ def decode_kernel(
     HAS_ALIBI: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
     MASK_KIND: tl.constexpr,
 ):
     # Program id -> sequence, split, row tile -> group and rows.
@@ -153,6 +158,10 @@ def decode_kernel(
         # [BLOCK_M]
         p_mask_rows = p_mask + i_b * stride_mask_b + o_head * stride_mask_h + o_m64 * stride_mask_m
 
+    o_dropout_head = None
+    if HAS_DROPOUT:
+        o_dropout_head = (i_b * num_heads + o_head).to(tl.int32)  # [BLOCK_M]
+
     # [BLOCK_M, BLOCK_D]
     p_q_rows = p_q + i_b * stride_qb + o_head * stride_qh + o_m64 * stride_qm
     b_q = common.load_rows(p_q_rows, m_rows, HEAD_DIM, BLOCK_D, True)
@@ -188,6 +197,10 @@ def decode_kernel(
         b_slope,
         p_mask_rows,
         stride_mask_n,
+        p_seed,
+        o_m,
+        o_dropout_head,
+        dropout_threshold,
         n,
         scale,
         softcap,
@@ -203,9 +216,12 @@ def decode_kernel(
         HAS_RIGHT,
         HAS_SOFTCAP,
         HAS_ALIBI,
+        HAS_DROPOUT,
         MASK_KIND,
     )
 
+    if HAS_DROPOUT:
+        b_acc = b_acc * dropout_scale
     if SPLIT:
         # [BLOCK_M]
         o_partial = ((i_b * num_heads + o_sorted) * q_len + o_m64) * num_splits + i_split

@@ -62,6 +62,8 @@ class ForwardCall:
     window_left: int
     window_right: int
     softcap: float
+    dropout_p: float
+    dropout_seed: Tensor | None  # int64 [2]
     out: Tensor  # [B, Hq, Sq, Dv]
     lse: Tensor  # fp32 [B, Hq, Sq], contiguous
 
@@ -82,7 +84,10 @@ class ForwardCall:
             value_head_dim=self.v.shape[3],
             itemsize=self.q.element_size(),
             modifies_scores=(
-                self.softcap > 0 or self.alibi_slopes is not None or self.attn_mask is not None
+                self.softcap > 0
+                or self.alibi_slopes is not None
+                or self.attn_mask is not None
+                or self.dropout_seed is not None
             ),
             window_left=self.window_left if bounded_left else -1,
             window_right=self.window_right if bounded_right else -1,
@@ -104,15 +109,16 @@ class ForwardCall:
             "p_sinks": self.sinks,
             "p_mask": mask,
             "p_lengths": self.kv_lengths,
+            "p_seed": self.dropout_seed,
             "p_out": self.out,
             "p_lse": self.lse,
-            **_strides("q", self.q, "bhm"),
-            **_strides("k", self.k, "bhn"),
-            **_strides("v", self.v, "bhn"),
-            **_strides("o", self.out, "bhm"),
-            **_strides("slopes_", self.alibi_slopes, "bh"),
-            **_strides("mask_", mask, "bhmn"),
-            **_strides("lengths_", self.kv_lengths, "bh"),
+            **strides("q", self.q, "bhm"),
+            **strides("k", self.k, "bhn"),
+            **strides("v", self.v, "bhn"),
+            **strides("o", self.out, "bhm"),
+            **strides("slopes_", self.alibi_slopes, "bh"),
+            **strides("mask_", mask, "bhmn"),
+            **strides("lengths_", self.kv_lengths, "bh"),
             "num_heads": shape.num_heads,
             "num_groups": shape.num_groups,
             "q_len": shape.q_len,
@@ -121,6 +127,8 @@ class ForwardCall:
             "softcap": self.softcap,
             "window_left": shape.window_left,
             "window_right": shape.window_right,
+            "dropout_threshold": int(self.dropout_p * 2**32) - 2**31,
+            "dropout_scale": 1.0 / (1.0 - self.dropout_p),
             "HEAD_DIM": shape.head_dim,
             "VALUE_DIM": shape.value_head_dim,
             "BLOCK_D": padded_dim(shape.head_dim),
@@ -131,6 +139,7 @@ class ForwardCall:
             "HAS_ALIBI": self.alibi_slopes is not None,
             "HAS_SINKS": self.sinks is not None,
             "HAS_LENGTHS": self.kv_lengths is not None,
+            "HAS_DROPOUT": self.dropout_seed is not None,
             "MASK_KIND": mask_kind.value,
         }
 
@@ -209,7 +218,7 @@ def combine_launch(call: ForwardCall, partial: dict[str, Tensor], num_splits: in
     return Launch(combine_kernel, grid, arguments, num_warps=4, num_stages=2)
 
 
-def _strides(prefix: str, tensor: Tensor | None, dims: str) -> dict[str, int]:
+def strides(prefix: str, tensor: Tensor | None, dims: str) -> dict[str, int]:
     """``stride_<prefix><dim>`` of the leading dims; zeros where there is no tensor."""
     strides = (0,) * len(dims) if tensor is None else tensor.stride()
     return {f"stride_{prefix}{dim}": stride for dim, stride in zip(dims, strides, strict=False)}

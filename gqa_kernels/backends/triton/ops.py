@@ -1,4 +1,4 @@
-"""The op ``gqa_kernels::triton_attention_forward`` and its fake kernel."""
+"""The ops ``gqa_kernels::triton_attention_*``, their fake kernels and their autograd."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ... import env
-from ..base import empty_output_like
+from ... import autograd
+from ..base import empty_gradients, empty_output_like
 from .configs import device_facts
 
 if env.triton_interpreter():
@@ -14,6 +15,7 @@ if env.triton_interpreter():
 
     interpreter.install()
 
+from .backward_launch import BackwardCall, run_backward, sinks_gradient
 from .launch import ForwardCall, forward_launches
 
 
@@ -23,6 +25,7 @@ def triton_attention_forward(
     k: Tensor,
     v: Tensor,
     plan: Tensor,
+    value_head_map: Tensor | None,
     alibi_slopes: Tensor | None,
     sinks: Tensor | None,
     attn_mask: Tensor | None,
@@ -32,11 +35,14 @@ def triton_attention_forward(
     window_right: int,
     softcap: float,
     bshd: bool,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Forward attention on tensors as :class:`~gqa_kernels.inputs.AttentionInputs` has them.
 
     Args:
         plan: packed head-map plan, see :mod:`gqa_kernels.plan`.
+        value_head_map: integers ``[Hq]`` where V is grouped apart (the plan has it too), else None.
         bshd: memory order of the output ``[B, Sq, Hq, Dv]``, returned as the bhsd view.
 
     Returns:
@@ -46,7 +52,7 @@ def triton_attention_forward(
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     call = ForwardCall(
         q, k, v, plan, alibi_slopes, sinks, attn_mask, kv_lengths, scale, window_left, window_right,
-        softcap, out, lse,
+        softcap, dropout_p, dropout_seed, out, lse,
     )  # fmt: skip
     with torch.cuda.device_of(q):
         for launch in forward_launches(call, device_facts(q.device)):
@@ -56,8 +62,72 @@ def triton_attention_forward(
 
 @triton_attention_forward.register_fake
 def _(
-    q, k, v, plan, alibi_slopes, sinks, attn_mask, kv_lengths, scale, window_left, window_right,
-    softcap, bshd,
+    q, k, v, plan, value_head_map, alibi_slopes, sinks, attn_mask, kv_lengths, scale, window_left,
+    window_right, softcap, bshd, dropout_p=0.0, dropout_seed=None,
 ):  # fmt: skip
     out = empty_output_like(q, v.shape[3], bshd)
     return out, q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@torch.library.custom_op("gqa_kernels::triton_attention_backward", mutates_args=())
+def triton_attention_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    plan: Tensor,
+    value_head_map: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    attn_mask: Tensor | None,
+    kv_lengths: Tensor | None,
+    scale: float,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+    need_slopes: bool,
+    need_sinks: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of :func:`triton_attention_forward`; deterministic.
+
+    Args:
+        dout: ``[B, Hq, Sq, Dv]``.
+        dlse: fp32 ``[B, Hq, Sq]``, contiguous, or None for zeros.
+        out, lse: what the forward gave.
+        others: as the forward took them.
+
+    Returns:
+        dq, dk and dv in the types and shapes of q, k and v; dslopes fp32 ``[B, Hq]`` and dsinks
+        fp32 ``[Hq]``, empty where not needed.
+    """
+    dq, dk, dv, dslopes, dsinks = empty_gradients(q, k, v, need_slopes, need_sinks)
+    forward = ForwardCall(
+        q, k, v, plan, alibi_slopes, sinks, attn_mask, kv_lengths, scale, window_left, window_right,
+        softcap, dropout_p, dropout_seed, out, lse,
+    )  # fmt: skip
+    call = BackwardCall(
+        forward, value_head_map is None, dout, dlse, torch.empty_like(lse), dq, dk, dv, None
+    )
+    with torch.cuda.device_of(q):
+        slopes = run_backward(call, device_facts(q.device), need_slopes)
+    dslopes = slopes if need_slopes else dslopes
+    dsinks = sinks_gradient(sinks, lse, call.delta) if need_sinks else dsinks
+    return dq, dk, dv, dslopes, dsinks
+
+
+@triton_attention_backward.register_fake
+def _(
+    dout, dlse, q, k, v, out, lse, plan, value_head_map, alibi_slopes, sinks, attn_mask, kv_lengths,
+    scale, window_left, window_right, softcap, dropout_p, dropout_seed, need_slopes, need_sinks,
+):  # fmt: skip
+    return empty_gradients(q, k, v, need_slopes, need_sinks)
+
+
+autograd.register(
+    "gqa_kernels::triton_attention_forward", "gqa_kernels::triton_attention_backward", num_maps=2
+)

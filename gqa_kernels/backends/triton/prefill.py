@@ -19,6 +19,20 @@ import triton.language as tl
 from . import common
 
 
+@triton.jit
+def find_query_block(num_heads, num_blocks, heads_per_section):
+    """(sequence, place of the head in the plan, block of query tokens) of this program."""
+    i_program = tl.program_id(0)
+    programs_per_sequence = num_heads * num_blocks
+    i_b = (i_program // programs_per_sequence).to(tl.int64)
+    i_rest = i_program % programs_per_sequence
+    programs_per_section = heads_per_section * num_blocks
+    i_section_head = i_rest // programs_per_section * heads_per_section
+    i_rest = i_rest % programs_per_section
+    section_heads = tl.minimum(heads_per_section, num_heads - i_section_head)
+    return i_b, i_section_head + i_rest % section_heads, num_blocks - 1 - i_rest // section_heads
+
+
 @triton.jit(
     do_not_specialize=[
         "num_heads",
@@ -29,6 +43,7 @@ from . import common
         "heads_per_section",
         "window_left",
         "window_right",
+        "dropout_threshold",
     ]
 )
 def prefill_kernel(
@@ -40,6 +55,7 @@ def prefill_kernel(
     p_sinks,  # [Hq] fp32 or None
     p_mask,  # [B, Hq, Sq, Sk] uint8 or floating, or None
     p_lengths,  # [B, Hk] int32 or None
+    p_seed,  # int64 [2] dropout seed and offset, or None
     p_out,  # [B, Hq, Sq, Dv]
     p_lse,  # [B, Hq, Sq] fp32, contiguous
     stride_qb,
@@ -72,6 +88,8 @@ def prefill_kernel(
     softcap,
     window_left,
     window_right,
+    dropout_threshold,
+    dropout_scale,  # 1 / (1 - p)
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -84,19 +102,10 @@ def prefill_kernel(
     HAS_ALIBI: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
     MASK_KIND: tl.constexpr,
 ):
-    # Program id -> sequence, sorted head, query block.
-    i_program = tl.program_id(0)
-    programs_per_sequence = num_heads * num_blocks
-    i_b = (i_program // programs_per_sequence).to(tl.int64)
-    i_rest = i_program % programs_per_sequence
-    programs_per_section = heads_per_section * num_blocks
-    i_section_head = i_rest // programs_per_section * heads_per_section
-    i_rest = i_rest % programs_per_section
-    section_heads = tl.minimum(heads_per_section, num_heads - i_section_head)
-    i_sorted = i_section_head + i_rest % section_heads
-    i_block = num_blocks - 1 - i_rest // section_heads
+    i_b, i_sorted, i_block = find_query_block(num_heads, num_blocks, heads_per_section)
 
     # Heads of the tile, through the plan.
     i_head = tl.load(p_plan + i_sorted).to(tl.int64)
@@ -129,6 +138,10 @@ def prefill_kernel(
         # [BLOCK_M]
         p_mask_rows = p_mask + i_b * stride_mask_b + i_head * stride_mask_h + o_m64 * stride_mask_m
 
+    o_dropout_head = None
+    if HAS_DROPOUT:
+        o_dropout_head = tl.zeros([BLOCK_M], tl.int32) + (i_b * num_heads + i_head).to(tl.int32)
+
     # [BLOCK_M, BLOCK_D]
     p_q_rows = p_q + i_b * stride_qb + i_head * stride_qh + o_m64 * stride_qm
     b_q = common.load_rows(p_q_rows, m_rows, HEAD_DIM, BLOCK_D, True)
@@ -152,6 +165,10 @@ def prefill_kernel(
         b_slope,
         p_mask_rows,
         stride_mask_n,
+        p_seed,
+        o_m,
+        o_dropout_head,
+        dropout_threshold,
         n,
         scale,
         softcap,
@@ -167,6 +184,7 @@ def prefill_kernel(
         HAS_RIGHT,
         HAS_SOFTCAP,
         HAS_ALIBI,
+        HAS_DROPOUT,
         MASK_KIND,
     )
 
@@ -174,6 +192,8 @@ def prefill_kernel(
         b_sum, b_max, b_factor = common.add_sink(b_sum, b_max, tl.load(p_sinks + i_head))
         b_acc = b_acc * b_factor[:, None]
     b_out = b_acc * common.normaliser(b_sum)[:, None]
+    if HAS_DROPOUT:
+        b_out = b_out * dropout_scale
     b_lse = common.log_sum_exp(b_sum, b_max)
     p_out_rows = p_out + i_b * stride_ob + i_head * stride_oh + o_m64 * stride_om
     p_lse_rows = p_lse + (i_b * num_heads + i_head) * q_len + o_m64

@@ -1,0 +1,37 @@
+"""Device helpers of the backward kernels."""
+
+import triton
+import triton.language as tl
+
+from . import common
+
+
+@triton.jit
+def load_lse(p_rows, m_rows):
+    """LSE of rows in units of base 2; +inf, so that P is 0, for rows that saw no key or are none."""
+    b_lse = tl.load(p_rows, mask=m_rows, other=float("inf"))
+    return tl.where(b_lse == float("-inf"), float("inf"), b_lse) * common.LOG2E
+
+
+@triton.jit
+def score_gradient(
+    b_p,  # probabilities of a tile, before dropout
+    b_dp,  # gradient of what multiplied V
+    b_delta,  # `delta_kernel`'s, broadcast along the keys
+    m_keep,  # what dropout kept, or None
+    dropout_scale,
+    HAS_DROPOUT: tl.constexpr,
+):
+    """Gradient of the scores as softmax takes them: capped, biased, masked."""
+    if HAS_DROPOUT:
+        b_dp = tl.where(m_keep, b_dp * dropout_scale, 0.0)
+    return b_p * (b_dp - b_delta)
+
+
+@triton.jit
+def through_cap(b_ds, b_capped, softcap, HAS_SOFTCAP: tl.constexpr):
+    """Gradient before the cap of one after it: cap * tanh(s / cap) has slope 1 - tanh^2."""
+    if HAS_SOFTCAP:
+        b_tanh = b_capped / softcap
+        b_ds = b_ds * (1.0 - b_tanh * b_tanh)
+    return b_ds

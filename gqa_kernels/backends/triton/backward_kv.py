@@ -1,0 +1,267 @@
+"""Backward, gradients of K and V: the sum over a group's heads is taken inside the kernel.
+
+Grid    one program per (group, sequence, block of BLOCK_N keys), flattened, blocks fastest; groups
+        come in the order that the caller gives, largest first, so that the longest work starts
+        first (with causal masking the first blocks are seen by most queries).
+Program keeps its block of K and V, and walks over the query heads of its group, for each over the
+        blocks of query tokens that see its keys: recomputes P from the LSE, and adds up
+        dV += P^T dO and dK += dS^T Q in fp32 registers. Each element is written once: no atomics,
+        no expanded gradients, bitwise repeatable. A group without heads writes zeros.
+        Where V is grouped apart (not SHARED), one launch over the groups of K writes dK and
+        another over those of V writes dV; the tile that then varies is loaded for each head.
+
+Tiles are keys x queries: P^T and dS^T are then left operands as they come out of the products.
+
+Source: FlashAttention-2 (arXiv 2307.08691), algorithm 2, the loops swapped; own code.
+"""
+
+import triton
+import triton.language as tl
+
+from . import common
+from .backward_common import load_lse, score_gradient, through_cap
+from .dropout import keep_tile_keys_first
+
+
+@triton.jit
+def seeing_queries(
+    i_first,  # first and last key of the tile
+    i_last,
+    shift,  # position of query token 0 among the keys: n - Sq
+    n,  # keys of the sequence
+    q_len,
+    window_left,
+    window_right,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """Query ranges of a tile of keys: (start, inner_start, inner_stop, stop), each <= the next.
+
+    No query outside [start, stop) sees a key of the tile; each in [inner_start, inner_stop) sees
+    all of them, up to the mask tensor. All but `stop` are multiples of BLOCK_M.
+    """
+    start = 0
+    inner_start = 0
+    stop = tl.where(i_first < n, q_len, 0)
+    inner_stop = tl.where(i_last < n, q_len, 0)
+    if HAS_RIGHT:
+        start = tl.maximum(i_first - shift - window_right, 0) // BLOCK_M * BLOCK_M
+        inner_start = tl.cdiv(tl.maximum(i_last - shift - window_right, 0), BLOCK_M) * BLOCK_M
+    if HAS_LEFT:
+        stop = tl.maximum(tl.minimum(stop, i_last - shift + window_left + 1), 0)
+        inner_stop = tl.maximum(tl.minimum(inner_stop, i_first - shift + window_left + 1), 0)
+    inner_stop = inner_stop // BLOCK_M * BLOCK_M
+    inner_start = tl.minimum(inner_start, tl.cdiv(stop, BLOCK_M) * BLOCK_M)
+    inner_stop = tl.maximum(inner_stop, inner_start)
+    return start, inner_start, inner_stop, stop
+
+
+@triton.jit(
+    do_not_specialize=[
+        "num_heads",
+        "num_groups",
+        "q_len",
+        "kv_len",
+        "batch",
+        "num_blocks",
+        "window_left",
+        "window_right",
+        "dropout_threshold",
+    ]
+)
+def backward_kv_kernel(
+    p_q,  # [B, Hq, Sq, D]
+    p_k,  # [B, Hk, Sk, D]
+    p_v,  # [B, Hv, Sk, Dv]
+    p_dout,  # [B, Hq, Sq, Dv]
+    p_lse,  # [B, Hq, Sq] fp32, contiguous
+    p_delta,  # [B, Hq, Sq] fp32, contiguous
+    p_plan,  # perm [Hq], k_head [Hq], v_head [Hq], offsets [G + 2]; group g is KV head g
+    p_order,  # [G] int32, groups, largest first
+    p_slopes,  # [B, Hq] fp32 or None
+    p_mask,  # [B, Hq, Sq, Sk] uint8 or floating, or None
+    p_lengths,  # [B, Hk] int32 or None
+    p_seed,  # int64 [2] dropout seed and offset, or None
+    p_dk,  # [B, Hk, Sk, D], or None
+    p_dv,  # [B, Hv, Sk, Dv], or None
+    stride_qb,
+    stride_qh,
+    stride_qm,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_dob,
+    stride_doh,
+    stride_dom,
+    stride_dkb,
+    stride_dkh,
+    stride_dkn,
+    stride_dvb,
+    stride_dvh,
+    stride_dvn,
+    stride_slopes_b,
+    stride_slopes_h,
+    stride_mask_b,
+    stride_mask_h,
+    stride_mask_m,
+    stride_mask_n,
+    stride_lengths_b,
+    stride_lengths_h,
+    batch,  # B
+    num_heads,  # Hq
+    num_groups,  # G
+    q_len,  # Sq
+    kv_len,  # Sk
+    num_blocks,  # ceil(Sk / BLOCK_N)
+    scale,
+    softcap,
+    window_left,
+    window_right,
+    dropout_threshold,
+    dropout_scale,  # 1 / (1 - p)
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_ALIBI: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    MASK_KIND: tl.constexpr,
+    SHARED: tl.constexpr,  # K and V are grouped alike
+    HAS_DK: tl.constexpr,
+    HAS_DV: tl.constexpr,
+):
+    # Program id -> group, sequence, key block.
+    i_program = tl.program_id(0)
+    i_block = i_program % num_blocks
+    i_b = (i_program // num_blocks % batch).to(tl.int64)
+    i_group = tl.load(p_order + i_program // num_blocks // batch).to(tl.int64)
+    p_offsets = p_plan + 3 * num_heads
+    i_sorted_first = tl.load(p_offsets + i_group)
+    i_sorted_stop = tl.load(p_offsets + i_group + 1)
+
+    i_first = i_block * BLOCK_N
+    o_n = i_first + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    o_n64 = o_n.to(tl.int64)
+    m_slots = o_n < kv_len
+    o_block = tl.arange(0, BLOCK_M)
+
+    n = kv_len
+    if SHARED:
+        if HAS_LENGTHS:
+            p_length = p_lengths + i_b * stride_lengths_b + i_group * stride_lengths_h
+            n = tl.minimum(tl.maximum(tl.load(p_length), 0), kv_len)
+        # [BLOCK_N, BLOCK_D], [BLOCK_N, BLOCK_DV]
+        p_k_rows = p_k + i_b * stride_kb + i_group * stride_kh + o_n64 * stride_kn
+        p_v_rows = p_v + i_b * stride_vb + i_group * stride_vh + o_n64 * stride_vn
+        b_k = common.load_rows(p_k_rows, o_n < n, HEAD_DIM, BLOCK_D, True)
+        b_v = common.load_rows(p_v_rows, o_n < n, VALUE_DIM, BLOCK_DV, True)
+
+    b_dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    b_dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    for i_sorted in tl.range(i_sorted_first, i_sorted_stop):
+        i_head = tl.load(p_plan + i_sorted).to(tl.int64)
+        if not SHARED:
+            i_k_head = tl.load(p_plan + num_heads + i_sorted).to(tl.int64)
+            i_v_head = tl.load(p_plan + 2 * num_heads + i_sorted).to(tl.int64)
+            if HAS_LENGTHS:
+                p_length = p_lengths + i_b * stride_lengths_b + i_k_head * stride_lengths_h
+                n = tl.minimum(tl.maximum(tl.load(p_length), 0), kv_len)
+            p_k_rows = p_k + i_b * stride_kb + i_k_head * stride_kh + o_n64 * stride_kn
+            p_v_rows = p_v + i_b * stride_vb + i_v_head * stride_vh + o_n64 * stride_vn
+            b_k = common.load_rows(p_k_rows, o_n < n, HEAD_DIM, BLOCK_D, True)
+            b_v = common.load_rows(p_v_rows, o_n < n, VALUE_DIM, BLOCK_DV, True)
+        shift = n - q_len
+        i_row = (i_b * num_heads + i_head) * q_len  # of the LSE and of delta
+        p_q_head = p_q + i_b * stride_qb + i_head * stride_qh
+        p_dout_head = p_dout + i_b * stride_dob + i_head * stride_doh
+        slope = None
+        if HAS_ALIBI:
+            slope = tl.load(p_slopes + i_b * stride_slopes_b + i_head * stride_slopes_h)
+        p_mask_head = None
+        if MASK_KIND != common.NO_MASK:
+            p_mask_head = p_mask + i_b * stride_mask_b + i_head * stride_mask_h
+        start, inner_start, inner_stop, stop = seeing_queries(
+            i_first, i_first + BLOCK_N - 1, shift, n, q_len, window_left, window_right, HAS_LEFT,
+            HAS_RIGHT, BLOCK_M,
+        )  # fmt: skip
+        for part in tl.static_range(
+            common.LEFT_EDGE if HAS_RIGHT else common.INNER, common.RIGHT_EDGE + 1
+        ):
+            if part == common.LEFT_EDGE:
+                part_start, part_stop = start, inner_start
+            elif part == common.INNER:
+                part_start, part_stop = inner_start, inner_stop
+            else:
+                part_start, part_stop = inner_stop, stop
+            for i_m in tl.range(part_start, part_stop, BLOCK_M):
+                o_m = i_m + o_block  # [BLOCK_M]
+                o_m64 = o_m.to(tl.int64)
+                m_m = o_m < q_len
+                edge = part != common.INNER
+                # [BLOCK_M, BLOCK_D]
+                b_q = common.load_rows(
+                    p_q_head + o_m64 * stride_qm, m_m, HEAD_DIM, BLOCK_D, edge
+                )
+                b_qk = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")  # [BLOCK_N, BLOCK_M]
+                b_capped = common.cap_scores(b_qk, scale, softcap, HAS_SOFTCAP)
+                b_score = common.bias_and_mask(
+                    b_capped,
+                    o_n[:, None],
+                    (o_m + shift)[None, :],
+                    m_m[None, :],
+                    slope,
+                    (p_mask_head + o_m64 * stride_mask_m)[None, :]
+                    if MASK_KIND != common.NO_MASK
+                    else None,
+                    stride_mask_n,
+                    n,
+                    window_left,
+                    window_right,
+                    edge,
+                    HAS_LEFT,
+                    HAS_RIGHT,
+                    HAS_ALIBI,
+                    MASK_KIND,
+                )
+                b_lse = load_lse(p_lse + i_row + o_m64, m_m)  # [BLOCK_M]
+                b_p = tl.exp2(tl.fma(b_score, common.LOG2E, -b_lse[None, :]))
+                m_keep = None
+                if HAS_DROPOUT:
+                    m_keep = keep_tile_keys_first(
+                        p_seed, i_first, o_m, (i_b * num_heads + i_head).to(tl.int32),
+                        dropout_threshold, BLOCK_M, BLOCK_N,
+                    )  # fmt: skip
+                # [BLOCK_M, BLOCK_DV]
+                b_dout = common.load_rows(
+                    p_dout_head + o_m64 * stride_dom, m_m, VALUE_DIM, BLOCK_DV, edge
+                )
+                if HAS_DV:
+                    b_kept = b_p
+                    if HAS_DROPOUT:
+                        b_kept = tl.where(m_keep, b_p * dropout_scale, 0.0)
+                    b_dv = tl.dot(b_kept.to(b_dout.dtype), b_dout, b_dv, input_precision="ieee")
+                if HAS_DK:
+                    b_delta = tl.load(p_delta + i_row + o_m64, mask=m_m, other=0.0)
+                    b_dp = tl.dot(b_v, tl.trans(b_dout), input_precision="ieee")
+                    b_ds = score_gradient(
+                        b_p, b_dp, b_delta[None, :], m_keep, dropout_scale, HAS_DROPOUT
+                    )
+                    b_ds = through_cap(b_ds, b_capped, softcap, HAS_SOFTCAP)
+                    b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision="ieee")
+
+    if HAS_DK:
+        p_dk_rows = p_dk + i_b * stride_dkb + i_group * stride_dkh + o_n64 * stride_dkn
+        common.store_rows(p_dk_rows, b_dk * scale, m_slots, HEAD_DIM, BLOCK_D)
+    if HAS_DV:
+        p_dv_rows = p_dv + i_b * stride_dvb + i_group * stride_dvh + o_n64 * stride_dvn
+        common.store_rows(p_dv_rows, b_dv, m_slots, VALUE_DIM, BLOCK_DV)

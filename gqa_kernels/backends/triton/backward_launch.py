@@ -1,0 +1,179 @@
+"""From the tensors of a backward call to kernel launches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ...plan import largest_first, num_groups, regrouped
+from ...splits import ceil_div
+from .backward_kv import backward_kv_kernel
+from .backward_q import backward_q_kernel
+from .backward_rows import delta_kernel
+from .configs import (
+    DeviceFacts,
+    Tile,
+    backward_kv_tile,
+    backward_q_tile,
+    heads_per_section,
+    padded_dim,
+)
+from .launch import ForwardCall, Launch, strides
+
+DELTA_ELEMENTS = 4096  # of out that a program of the delta kernel reads
+
+
+@dataclass(frozen=True)
+class BackwardCall:
+    """Tensors of a backward call, as the custom op takes them, with its outputs.
+
+    Attributes:
+        forward: the call it is the backward of, with its results.
+        shared: V is grouped as K is.
+        dout: ``[B, Hq, Sq, Dv]``.
+        dlse: fp32 ``[B, Hq, Sq]``, contiguous, or None.
+        delta: fp32 ``[B, Hq, Sq]``, contiguous, scratch.
+        dq, dk, dv: in the shapes of q, k, v.
+        dslopes: fp32 ``[B, Hq, num_blocks]``, one sum per block of query tokens, or None.
+    """
+
+    forward: ForwardCall
+    shared: bool
+    dout: Tensor
+    dlse: Tensor | None
+    delta: Tensor
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+    dslopes: Tensor | None
+
+    def arguments(self) -> dict[str, Tensor | int | float | None]:
+        """What the kernels of dQ and of dK and dV take, and more."""
+        return self.forward.forward_arguments() | {
+            "p_dout": self.dout,
+            "p_delta": self.delta,
+            "p_dq": self.dq,
+            "p_dslopes": self.dslopes,
+            **strides("do", self.dout, "bhm"),
+            **strides("dq", self.dq, "bhm"),
+            **strides("dk", self.dk, "bhn"),
+            **strides("dv", self.dv, "bhn"),
+            "HAS_DSLOPES": self.dslopes is not None,
+        }
+
+
+def backward_launches(call: BackwardCall, facts: DeviceFacts) -> list[Launch]:
+    """The launches of a call, in order."""
+    shape = call.forward.shape
+    launches = []
+    if call.delta.numel():
+        launches.append(delta_launch(call))
+    if call.dk.numel() or call.dv.numel():
+        launches += kv_launches(call, backward_kv_tile(shape, facts))
+    if call.dq.numel():
+        section = heads_per_section(shape, facts)
+        launches.append(q_launch(call, backward_q_tile(shape, facts), section))
+    return launches
+
+
+def delta_launch(call: BackwardCall) -> Launch:
+    """Launch of the delta kernel."""
+    block_dv = padded_dim(call.dout.shape[3])
+    block_m = max(1, DELTA_ELEMENTS // block_dv)
+    arguments = {
+        "p_out": call.forward.out,
+        "p_dout": call.dout,
+        "p_dlse": call.dlse,
+        "p_delta": call.delta,
+        **strides("o", call.forward.out, "bhm"),
+        **strides("do", call.dout, "bhm"),
+        "num_rows": call.delta.numel(),
+        "num_heads": call.forward.shape.num_heads,
+        "q_len": call.forward.shape.q_len,
+        "VALUE_DIM": call.dout.shape[3],
+        "BLOCK_DV": block_dv,
+        "BLOCK_M": block_m,
+        "HAS_DLSE": call.dlse is not None,
+    }
+    return Launch(delta_kernel, ceil_div(call.delta.numel(), block_m), arguments, 4, 1)
+
+
+def kv_launches(call: BackwardCall, tile: Tile) -> list[Launch]:
+    """Launches that write dK and dV: one, or one each where V is grouped apart."""
+    if call.shared:
+        return [_kv_launch(call, tile, call.forward.plan, call.dk, call.dv)]
+    heads = call.forward.shape.num_heads
+    by_key = regrouped(call.forward.plan, heads, call.dk.shape[1], by_value=False)
+    by_value = regrouped(call.forward.plan, heads, call.dv.shape[1], by_value=True)
+    return [
+        _kv_launch(call, tile, by_key, call.dk, None),
+        _kv_launch(call, tile, by_value, None, call.dv),
+    ]
+
+
+def _kv_launch(
+    call: BackwardCall, tile: Tile, plan: Tensor, dk: Tensor | None, dv: Tensor | None
+) -> Launch:
+    shape = call.forward.shape
+    groups = num_groups(plan, shape.num_heads)
+    num_blocks = ceil_div(shape.kv_len, tile.block_n)
+    arguments = call.arguments() | {
+        "p_plan": plan,
+        "p_order": largest_first(plan, shape.num_heads),
+        "p_dk": dk,
+        "p_dv": dv,
+        "batch": shape.batch,
+        "num_groups": groups,
+        "num_blocks": num_blocks,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "SHARED": call.shared,
+        "HAS_DK": dk is not None,
+        "HAS_DV": dv is not None,
+    }
+    return _launch(backward_kv_kernel, groups * shape.batch * num_blocks, arguments, tile)
+
+
+def q_launch(call: BackwardCall, tile: Tile, section: int) -> Launch:
+    """Launch that writes dQ, ``section`` query heads side by side."""
+    shape = call.forward.shape
+    num_blocks = ceil_div(shape.q_len, tile.block_m)
+    arguments = call.arguments() | {
+        "num_blocks": num_blocks,
+        "heads_per_section": section,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+    }
+    grid = shape.batch * shape.num_heads * num_blocks
+    return _launch(backward_q_kernel, grid, arguments, tile)
+
+
+def _launch(kernel, grid: int, arguments: dict, tile: Tile) -> Launch:
+    taken = {name: arguments[name] for name in kernel.arg_names}
+    return Launch(kernel, grid, taken, tile.num_warps, tile.num_stages)
+
+
+def run_backward(call: BackwardCall, facts: DeviceFacts, need_slopes: bool) -> Tensor | None:
+    """Run a call; returns the slopes' gradient ``[B, Hq]`` where it is needed."""
+    if need_slopes:
+        shape = call.forward.shape
+        blocks = ceil_div(shape.q_len, backward_q_tile(shape, facts).block_m)
+        partial = call.delta.new_zeros(shape.batch, shape.num_heads, blocks)
+        call = replace(call, dslopes=partial)
+    for launch in backward_launches(call, facts):
+        launch.run()
+    return call.dslopes.sum(-1) if need_slopes else None
+
+
+def sinks_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+    """Gradient of the sinks ``[Hq]``: each row's is minus the sink's probability times delta.
+
+    Args:
+        sinks: fp32 ``[Hq]``.
+        lse, delta: fp32 ``[B, Hq, Sq]``.
+    """
+    sees_key = lse != -torch.inf
+    gradient = torch.exp(sinks[:, None] - lse) * delta
+    return -gradient.where(sees_key, 0.0).sum((0, 2))
