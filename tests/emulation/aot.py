@@ -20,10 +20,12 @@ from triton.compiler import ASTSource
 
 from gqa_kernels import HeadMap
 from gqa_kernels.backends.base import empty_output
+from gqa_kernels.backends.triton.backward_launch import BackwardCall
 from gqa_kernels.backends.triton.configs import DeviceFacts
 from gqa_kernels.backends.triton.launch import ForwardCall, Launch
 from gqa_kernels.inputs import AttentionInputs
 from gqa_kernels.plan import plan_for
+from gqa_kernels.splits import ceil_div
 
 assert os.environ.get("TRITON_INTERPRET", "0") != "1"
 
@@ -32,6 +34,7 @@ POINTER_TYPES = {
     torch.bfloat16: "*bf16",
     torch.float32: "*fp32",
     torch.int32: "*i32",
+    torch.int64: "*i64",
     torch.uint8: "*u8",
 }
 
@@ -162,7 +165,7 @@ def make_call(
         normal(head_map.num_kv_heads, kv_len, value_head_dim or head_dim),
         head_map,
         **options,
-    )
+    ).with_dropout_seed()
     out = empty_output(inputs).fill_(torch.nan)
     lse = torch.full(out.shape[:3], torch.nan)
     call = ForwardCall(
@@ -171,6 +174,21 @@ def make_call(
         inputs.softcap, inputs.dropout_p, inputs.dropout_seed, out, lse,
     )  # fmt: skip
     return inputs, call
+
+
+def make_backward(call: ForwardCall, *, slopes: bool = False, seed: int = 1) -> BackwardCall:
+    """The backward of a call whose outputs are there, on random gradients, with NaN to overwrite.
+
+    Args:
+        slopes: with the partial gradients of the ALiBi slopes, of tiles of 16 tokens or more.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    dout = torch.randn(call.out.shape, generator=generator).to(call.out.dtype)
+    dlse = torch.randn(call.lse.shape, generator=generator)
+    dq, dk, dv = (torch.full_like(x, torch.nan) for x in (call.q, call.k, call.v))
+    delta = torch.full_like(call.lse, torch.nan)
+    partial = torch.zeros(*call.lse.shape[:2], ceil_div(call.lse.shape[2], 16))
+    return BackwardCall(call, True, dout, dlse, delta, dq, dk, dv, partial if slopes else None)
 
 
 def every_option(q_len: int, kv_len: int, num_heads: int, batch: int) -> dict[str, object]:

@@ -16,14 +16,15 @@ from itertools import product
 import torch
 
 from gqa_kernels import HeadMap
+from gqa_kernels.backends.triton.backward_launch import backward_launches
 from gqa_kernels.backends.triton.configs import decode_config, heads_per_section, prefill_tile
 from gqa_kernels.backends.triton.launch import Launch, decode_launches, prefill_launch
 
-from .aot import TARGETS, Target, compile_launch, every_option, make_call, resources
+from .aot import TARGETS, Target, compile_launch, every_option, make_backward, make_call, resources
 
 HEAD_MAP = HeadMap([0, 0, 0, 0, 0, 1, 2, 2])
 KV_LEN = 512
-Q_LENS = {"prefill": 256, "decode": 1, "speculative": 8}
+Q_LENS = {"prefill": 256, "backward": 256, "decode": 1, "speculative": 8}
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Configuration:
             "none": {},
             "causal": {"causal": True},
             "every": every_option(q_len, KV_LEN, HEAD_MAP.num_heads, batch=1),
+            "dropout": {"causal": True, "dropout_p": 0.1},
         }[self.options]
         _, call = make_call(
             q_len, KV_LEN, self.head_dim, self.dtype, head_map=HEAD_MAP, batch=1, **options
@@ -52,6 +54,10 @@ class Configuration:
         if self.phase == "prefill":
             section = heads_per_section(call.shape, target.facts)
             return [prefill_launch(call, prefill_tile(call.shape, target.facts), section)]
+        if self.phase == "backward":
+            return backward_launches(
+                make_backward(call, slopes=self.options == "every"), target.facts
+            )
         return decode_launches(call, decode_config(call.shape, target.facts, num_splits=4))
 
 
@@ -61,6 +67,9 @@ MAIN = [
     Configuration("prefill", 80, torch.bfloat16, "every"),
     Configuration("decode", 128, torch.bfloat16, "none"),
     Configuration("speculative", 64, torch.float16, "causal"),
+    Configuration("backward", 128, torch.bfloat16, "causal"),
+    Configuration("backward", 64, torch.bfloat16, "causal"),
+    Configuration("backward", 64, torch.float16, "dropout"),
 ]
 ALL = [
     Configuration(*values)
@@ -68,7 +77,7 @@ ALL = [
         Q_LENS,
         (64, 80, 128, 256),
         (torch.bfloat16, torch.float16, torch.float32),
-        ("none", "causal", "every"),
+        ("none", "causal", "every", "dropout"),
     )
 ]
 
@@ -88,7 +97,7 @@ def lines(target: Target, configurations: list[Configuration]) -> Iterator[tuple
             tile = "x".join(str(launch.arguments.get(f"BLOCK_{x}", "-")) for x in "MN")
             dtype = str(configuration.dtype).removeprefix("torch.")
             line = (
-                f"{target.facts.family:6} {launch.kernel.__name__:15} D{configuration.head_dim:<4}"
+                f"{target.facts.family:6} {launch.kernel.__name__:18} D{configuration.head_dim:<4}"
                 f"{dtype:9} {configuration.options:7} {tile:>8} {launch.num_warps} warps "
                 f"{used.registers:4} registers {used.spills:5} spills {used.shared:7} B shared"
             )

@@ -1,4 +1,4 @@
-"""Triton backend: attention and its gradients on NVIDIA and AMD GPUs, or anywhere in Triton's interpreter.
+"""Triton backend: attention and its gradients on NVIDIA and AMD GPUs, or in Triton's interpreter.
 
     ops.py          the torch ops
     launch.py       tensors of a call -> kernel launches

@@ -8,7 +8,7 @@ from . import common
 
 @triton.jit
 def load_lse(p_rows, m_rows):
-    """LSE of rows in units of base 2; +inf, so that P is 0, for rows that saw no key or are none."""
+    """LSE of rows in units of base 2; +inf, so that P is 0, where no key was seen or no row is."""
     b_lse = tl.load(p_rows, mask=m_rows, other=float("inf"))
     return tl.where(b_lse == float("-inf"), float("inf"), b_lse) * common.LOG2E
 

@@ -36,25 +36,14 @@ def seeing_queries(
     HAS_RIGHT: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """Query ranges of a tile of keys: (start, inner_start, inner_stop, stop), each <= the next.
-
-    No query outside [start, stop) sees a key of the tile; each in [inner_start, inner_stop) sees
-    all of them, up to the mask tensor. All but `stop` are multiples of BLOCK_M.
-    """
+    """Queries [start, stop) of which some see a key of the tile; start is a multiple of BLOCK_M."""
     start = 0
-    inner_start = 0
     stop = tl.where(i_first < n, q_len, 0)
-    inner_stop = tl.where(i_last < n, q_len, 0)
     if HAS_RIGHT:
         start = tl.maximum(i_first - shift - window_right, 0) // BLOCK_M * BLOCK_M
-        inner_start = tl.cdiv(tl.maximum(i_last - shift - window_right, 0), BLOCK_M) * BLOCK_M
     if HAS_LEFT:
-        stop = tl.maximum(tl.minimum(stop, i_last - shift + window_left + 1), 0)
-        inner_stop = tl.maximum(tl.minimum(inner_stop, i_first - shift + window_left + 1), 0)
-    inner_stop = inner_stop // BLOCK_M * BLOCK_M
-    inner_start = tl.minimum(inner_start, tl.cdiv(stop, BLOCK_M) * BLOCK_M)
-    inner_stop = tl.maximum(inner_stop, inner_start)
-    return start, inner_start, inner_stop, stop
+        stop = tl.minimum(stop, i_last - shift + window_left + 1)
+    return start, stop
 
 
 @triton.jit(
@@ -190,74 +179,64 @@ def backward_kv_kernel(
         p_mask_head = None
         if MASK_KIND != common.NO_MASK:
             p_mask_head = p_mask + i_b * stride_mask_b + i_head * stride_mask_h
-        start, inner_start, inner_stop, stop = seeing_queries(
+        start, stop = seeing_queries(
             i_first, i_first + BLOCK_N - 1, shift, n, q_len, window_left, window_right, HAS_LEFT,
             HAS_RIGHT, BLOCK_M,
         )  # fmt: skip
-        for part in tl.static_range(
-            common.LEFT_EDGE if HAS_RIGHT else common.INNER, common.RIGHT_EDGE + 1
-        ):
-            if part == common.LEFT_EDGE:
-                part_start, part_stop = start, inner_start
-            elif part == common.INNER:
-                part_start, part_stop = inner_start, inner_stop
-            else:
-                part_start, part_stop = inner_stop, stop
-            for i_m in tl.range(part_start, part_stop, BLOCK_M):
-                o_m = i_m + o_block  # [BLOCK_M]
-                o_m64 = o_m.to(tl.int64)
-                m_m = o_m < q_len
-                edge = part != common.INNER
-                # [BLOCK_M, BLOCK_D]
-                b_q = common.load_rows(
-                    p_q_head + o_m64 * stride_qm, m_m, HEAD_DIM, BLOCK_D, edge
-                )
-                b_qk = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")  # [BLOCK_N, BLOCK_M]
-                b_capped = common.cap_scores(b_qk, scale, softcap, HAS_SOFTCAP)
-                b_score = common.bias_and_mask(
-                    b_capped,
-                    o_n[:, None],
-                    (o_m + shift)[None, :],
-                    m_m[None, :],
-                    slope,
-                    (p_mask_head + o_m64 * stride_mask_m)[None, :]
-                    if MASK_KIND != common.NO_MASK
-                    else None,
-                    stride_mask_n,
-                    n,
-                    window_left,
-                    window_right,
-                    edge,
-                    HAS_LEFT,
-                    HAS_RIGHT,
-                    HAS_ALIBI,
-                    MASK_KIND,
-                )
-                b_lse = load_lse(p_lse + i_row + o_m64, m_m)  # [BLOCK_M]
-                b_p = tl.exp2(tl.fma(b_score, common.LOG2E, -b_lse[None, :]))
-                m_keep = None
+        # One loop with masking code throughout: loops of their own for whole blocks, as in the
+        # forward, cost more registers here (spills at D 128) than the comparisons cost time.
+        for i_m in tl.range(start, stop, BLOCK_M):
+            o_m = i_m + o_block  # [BLOCK_M]
+            o_m64 = o_m.to(tl.int64)
+            m_m = o_m < q_len
+            # [BLOCK_M, BLOCK_D]
+            b_q = common.load_rows(p_q_head + o_m64 * stride_qm, m_m, HEAD_DIM, BLOCK_D, True)
+            b_qk = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")  # [BLOCK_N, BLOCK_M]
+            b_capped = common.cap_scores(b_qk, scale, softcap, HAS_SOFTCAP)
+            b_score = common.bias_and_mask(
+                b_capped,
+                o_n[:, None],
+                (o_m + shift)[None, :],
+                m_m[None, :],
+                slope,
+                (p_mask_head + o_m64 * stride_mask_m)[None, :]
+                if MASK_KIND != common.NO_MASK
+                else None,
+                stride_mask_n,
+                n,
+                window_left,
+                window_right,
+                True,
+                HAS_LEFT,
+                HAS_RIGHT,
+                HAS_ALIBI,
+                MASK_KIND,
+            )
+            b_lse = load_lse(p_lse + i_row + o_m64, m_m)  # [BLOCK_M]
+            b_p = tl.exp2(tl.fma(b_score, common.LOG2E, -b_lse[None, :]))
+            m_keep = None
+            if HAS_DROPOUT:
+                m_keep = keep_tile_keys_first(
+                    p_seed, i_first, o_m, (i_b * num_heads + i_head).to(tl.int32),
+                    dropout_threshold, BLOCK_M, BLOCK_N,
+                )  # fmt: skip
+            # [BLOCK_M, BLOCK_DV]
+            b_dout = common.load_rows(
+                p_dout_head + o_m64 * stride_dom, m_m, VALUE_DIM, BLOCK_DV, True
+            )
+            if HAS_DV:
+                b_kept = b_p
                 if HAS_DROPOUT:
-                    m_keep = keep_tile_keys_first(
-                        p_seed, i_first, o_m, (i_b * num_heads + i_head).to(tl.int32),
-                        dropout_threshold, BLOCK_M, BLOCK_N,
-                    )  # fmt: skip
-                # [BLOCK_M, BLOCK_DV]
-                b_dout = common.load_rows(
-                    p_dout_head + o_m64 * stride_dom, m_m, VALUE_DIM, BLOCK_DV, edge
+                    b_kept = tl.where(m_keep, b_p * dropout_scale, 0.0)
+                b_dv = tl.dot(b_kept.to(b_dout.dtype), b_dout, b_dv, input_precision="ieee")
+            if HAS_DK:
+                b_delta = tl.load(p_delta + i_row + o_m64, mask=m_m, other=0.0)
+                b_dp = tl.dot(b_v, tl.trans(b_dout), input_precision="ieee")
+                b_ds = score_gradient(
+                    b_p, b_dp, b_delta[None, :], m_keep, dropout_scale, HAS_DROPOUT
                 )
-                if HAS_DV:
-                    b_kept = b_p
-                    if HAS_DROPOUT:
-                        b_kept = tl.where(m_keep, b_p * dropout_scale, 0.0)
-                    b_dv = tl.dot(b_kept.to(b_dout.dtype), b_dout, b_dv, input_precision="ieee")
-                if HAS_DK:
-                    b_delta = tl.load(p_delta + i_row + o_m64, mask=m_m, other=0.0)
-                    b_dp = tl.dot(b_v, tl.trans(b_dout), input_precision="ieee")
-                    b_ds = score_gradient(
-                        b_p, b_dp, b_delta[None, :], m_keep, dropout_scale, HAS_DROPOUT
-                    )
-                    b_ds = through_cap(b_ds, b_capped, softcap, HAS_SOFTCAP)
-                    b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision="ieee")
+                b_ds = through_cap(b_ds, b_capped, softcap, HAS_SOFTCAP)
+                b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision="ieee")
 
     if HAS_DK:
         p_dk_rows = p_dk + i_b * stride_dkb + i_group * stride_dkh + o_n64 * stride_dkn

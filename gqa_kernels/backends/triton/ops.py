@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ... import env
-from ... import autograd
+from ... import autograd, env
 from ..base import empty_gradients, empty_output_like
 from .configs import device_facts
 
