@@ -57,6 +57,7 @@ inline void load_mask_row(const AttentionParams& params, int64_t b, int64_t h, i
       return load_additive_row<V, BFloat16>(params.attn_mask, offset, stride, begin, end, out);
     case DType::kFloat16:
       return load_additive_row<V, Float16>(params.attn_mask, offset, stride, begin, end, out);
+    default: return;  // no mask has another type
   }
 }
 
