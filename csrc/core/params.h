@@ -18,6 +18,7 @@ enum class DType : int32_t {
   kInt8,
   kInt4
 };
+constexpr int kNumDTypes = 8;
 
 // 16-bit floating-point numbers as they lie in memory; arithmetic is in fp32.
 struct BFloat16 {
@@ -26,6 +27,26 @@ struct BFloat16 {
 struct Float16 {
   uint16_t bits;
 };
+
+// Quantised numbers as they lie in a cache.
+struct Float8E4M3 {
+  uint8_t bits;
+};
+struct Float8E5M2 {
+  uint8_t bits;
+};
+struct Int8 {
+  int8_t value;
+};
+struct Int4Pair {
+  uint8_t bits;  // the first number in the low half
+};
+
+// Numbers in one element of storage.
+template <class S>
+inline constexpr int kNumbersPerElement = 1;
+template <>
+inline constexpr int kNumbersPerElement<Int4Pair> = 2;
 
 // Strides of a [B, H, S, D] tensor without its last one (1); likewise of a [P, H, slots] one.
 struct Strides {
@@ -54,7 +75,7 @@ struct AttentionParams {
   const float* sinks;     // [Hq], contiguous, or nullptr
   const void* attn_mask;  // [B, Hq, Sq, Sk] or nullptr; bool: visible; float: added to the score
   int64_t mask_stride_b, mask_stride_h, mask_stride_q, mask_stride_k;
-  const int32_t* kv_lengths;  // [B, Hk] or nullptr; clamped to [0, Sk]
+  const int32_t* kv_lengths;  // [B, Hk] or nullptr; clamped to [0, Sk - kv_begin]
   int64_t kv_lengths_stride_b, kv_lengths_stride_h;
 
   int64_t batch, num_heads, num_k_heads, num_v_heads;  // B, Hq, Hk, Hv

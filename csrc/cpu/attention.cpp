@@ -55,24 +55,24 @@ class AlignedFloats {
 constexpr int64_t kFloatsPerLine = 16;
 
 template <class T>
-void fill_head(const AttentionParams& params, int32_t head, T value) {
-  for (int64_t b = 0; b < params.batch; ++b) {
-    for (int64_t t = 0; t < params.q_len; ++t) {
+void fill_head(const AttentionParams& params, const Schedule& schedule, int32_t head, T value) {
+  for (int64_t b = 0; b < schedule.q_batch; ++b) {
+    for (int64_t t = 0; t < schedule.q_tokens; ++t) {
       T* out = static_cast<T*>(params.out) + b * params.out_stride.b + head * params.out_stride.h +
                t * params.out_stride.s;
       std::fill(out, out + params.value_head_dim, value);
     }
-    float* lse = params.lse + (b * params.num_heads + head) * params.q_len;
-    std::fill(lse, lse + params.q_len, std::numeric_limits<float>::quiet_NaN());
+    float* lse = params.lse + (b * params.num_heads + head) * schedule.q_tokens;
+    std::fill(lse, lse + schedule.q_tokens, std::numeric_limits<float>::quiet_NaN());
   }
 }
 
 // A head whose map entry names no KV head: NaN, so that it can't be overlooked.
-void fill_head_with_nan(const AttentionParams& params, int32_t head) {
+void fill_head_with_nan(const AttentionParams& params, const Schedule& schedule, int32_t head) {
   switch (params.dtype) {
-    case DType::kBFloat16: return fill_head(params, head, BFloat16{0x7fc0});
-    case DType::kFloat16: return fill_head(params, head, Float16{0x7e00});
-    default: return fill_head(params, head, std::numeric_limits<float>::quiet_NaN());
+    case DType::kBFloat16: return fill_head(params, schedule, head, BFloat16{0x7fc0});
+    case DType::kFloat16: return fill_head(params, schedule, head, Float16{0x7e00});
+    default: return fill_head(params, schedule, head, std::numeric_limits<float>::quiet_NaN());
   }
 }
 
@@ -100,7 +100,7 @@ const char* instruction_set() { return select_kernels().name; }
 void attention_forward(const AttentionParams& params, const ThreadPool& pool) {
   const Kernels& kernels = select_kernels();
   const Schedule schedule = make_schedule(params, pool.num_threads);
-  for (const int32_t head : schedule.invalid_heads) fill_head_with_nan(params, head);
+  for (const int32_t head : schedule.invalid_heads) fill_head_with_nan(params, schedule, head);
   if (schedule.tasks.empty()) return;
 
   AlignedFloats partials(schedule.partial_floats);
@@ -112,7 +112,7 @@ void attention_forward(const AttentionParams& params, const ThreadPool& pool) {
   AlignedFloats scratch(schedule.num_workers * lines * kFloatsPerLine);
 
   const CallState call{params, schedule, partials.get(), unfinished.get()};
-  Work work{call, kernels.run_task[static_cast<int>(params.dtype)], scratch.get(),
+  Work work{call, kernels.run_task[static_cast<int>(params.k_dtype)], scratch.get(),
             lines * kFloatsPerLine};
   pool.run(
       schedule.num_workers,

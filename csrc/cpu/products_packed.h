@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "isa.h"
+#include "kv_rows.h"
 #include "math.h"
 #include "tile.h"
 
@@ -40,7 +41,7 @@ GQA_INLINE void multiply_strip(const float* a, int64_t lda, const float* b, int6
   }
 }
 
-template <class V, class T>
+template <class V, class S>
 class PackedProducts {
  public:
   static constexpr int kStrip = kStripRows;  // rows that share one StripKeys
@@ -48,7 +49,10 @@ class PackedProducts {
   PackedProducts(const AttentionParams& params, Tile<V>& tile)
       : tile_(tile), head_dim_(params.head_dim), value_head_dim_(params.value_head_dim) {}
 
-  void begin_tile(const T* const* k_rows, const T* const* v_rows, int n, const T* const*, int) {
+  void begin(int) {}
+  void end(int) {}
+
+  void begin_tile(const S* const* k_rows, const S* const* v_rows, int n, const S* const*, int) {
     pack_k(k_rows, n);
     pack_v(v_rows, n);
     num_keys_ = n;
@@ -88,7 +92,7 @@ class PackedProducts {
   static constexpr int kPanel = TileLayout<V>::kPanel;
 
   // k_panels[key / kPanel][d][key % kPanel]; keys from n to the panel's end are zeros.
-  void pack_k(const T* const* rows, int n) {
+  void pack_k(const S* const* rows, int n) {
     for (int key = 0; key < n; key += kW) {
       float* panel = tile_.k_panels + key / kPanel * kPanel * head_dim_ + key % kPanel;
       for (int64_t d = 0; d < head_dim_; d += kW) {
@@ -98,8 +102,8 @@ class PackedProducts {
         for (int i = 0; i < kW; ++i) {
           x[i] = V::set1(0.0f);
           if (key + i < n) {
-            x[i] =
-                dims == kW ? V::load(rows[key + i] + d) : load_partial<V>(rows[key + i] + d, dims);
+            const S* from = at(rows[key + i], d);
+            x[i] = dims == kW ? V::load(from) : load_partial<V>(from, dims);
           }
         }
         V::transpose(x);
@@ -113,16 +117,16 @@ class PackedProducts {
   }
 
   // v_panels[d / kPanel][key][d % kPanel]; columns from Dv to the panel's end are zeros.
-  void pack_v(const T* const* rows, int n) {
+  void pack_v(const S* const* rows, int n) {
     const int64_t panel_floats = tile_.layout.keys * kPanel;
     for (int key = 0; key < n; ++key) {
       float* to = tile_.v_panels + key * kPanel;
       for (int64_t d = 0; d < tile_.layout.o_ld; d += kW) {
         typename V::F x = V::set1(0.0f);
         if (d + kW <= value_head_dim_) {
-          x = V::load(rows[key] + d);
+          x = V::load(at(rows[key], d));
         } else if (d < value_head_dim_) {
-          x = load_partial<V>(rows[key] + d, value_head_dim_ - d);
+          x = load_partial<V>(at(rows[key], d), value_head_dim_ - d);
         }
         V::store(to + d / kPanel * panel_floats + d % kPanel, x);
       }

@@ -82,12 +82,12 @@ GQA_INLINE typename V::F add_bias(typename V::F score, int key, const RowBias& b
   return score;
 }
 
-// scores[begin, end) become probabilities exp(s - max) rounded to T, 0 where the row does not see
-// the key. `max` and `sum` are the row's state; the returned factor rescales what was accumulated
-// with the old maximum. kBias: whether bias has anything in it.
-template <class V, class T, bool kBias>
-inline float softmax_row(float* scores, const RowKeys& keys, float scale, const RowBias& bias,
-                         float& max, float& sum) {
+// scores[begin, end) become probabilities exp(s - max) rounded to `type`, 0 where the row does not
+// see the key. `max` and `sum` are the row's state; the returned factor rescales what was
+// accumulated with the old maximum. kBias: whether bias has anything in it.
+template <class V, bool kBias, class T>
+inline float softmax_row(const T* type, float* scores, const RowKeys& keys, float scale,
+                         const RowBias& bias, float& max, float& sum) {
   using F = typename V::F;
   const int begin = keys.begin / V::kWidth * V::kWidth;
   const F factor = V::set1(kBias ? scale : scale * kLog2E);
@@ -118,7 +118,7 @@ inline float softmax_row(float* scores, const RowKeys& keys, float scale, const 
   for (int i = begin; i < keys.end; i += V::kWidth) {
     const F p = exp2<V>(V::add(V::load(scores + i), minus_base));
     total = V::add(total, p);
-    V::store(scores + i, V::round_to(p, static_cast<const T*>(nullptr)));
+    V::store(scores + i, V::round_to(p, type));
   }
 
   const float rescale = old_max == max ? 1.0f : exp2_scalar<V>(old_max - base);

@@ -169,6 +169,10 @@ std::tuple<Tensor, Tensor> attention_forward_cpu(
   params.scale = static_cast<float>(scale);
   params.softcap = static_cast<float>(softcap);
   params.dtype = dtype_of("q", q);
+  params.k_dtype = params.v_dtype = params.dtype;
+  params.num_pages = params.batch;
+  params.page_size = params.kv_len;
+  params.max_pages = 1;
 
   cpu::attention_forward(params, torch_threads());
   return {out, lse};
