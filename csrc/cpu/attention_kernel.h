@@ -28,6 +28,7 @@ namespace gqa::cpu::GQA_ISA {
 
 constexpr int kMaxTileKeys = 128;
 constexpr int kMaxStrips = 32;
+constexpr int kMaxRows = kMaxStrips * kStripRows;
 
 // visit(type of q and out), as a null pointer. Of a plain cache it is the type of K and V, S.
 template <class S, class Visit>
@@ -55,7 +56,13 @@ class AttentionTask {
         k_(KVRows<S>::k(params_, pages_, task.k_head)),
         v_(KVRows<S>::v(params_, pages_, task.v_head)),
         dequantizer_(params_, pages_, task.k_head, task.v_head, tile_),
-        rows_(task.num_rows()) {}
+        rows_(task.num_rows()) {
+    for (int r = 0; r < rows_; ++r) {
+      const int64_t t = task.token_begin + r / task.num_heads();
+      places_[r] = {t, call.schedule.heads[task.head_begin + r % task.num_heads()],
+                    visible_keys(params_, task.kv_length, t)};
+    }
+  }
 
   void run() {
     with_query_type<S>(params_, [&](auto* type) { load_queries(type); });
@@ -73,11 +80,14 @@ class AttentionTask {
   }
 
  private:
-  int64_t token(int r) const { return task_.token_begin + r / task_.num_heads(); }
-  int32_t head(int r) const {
-    return call_.schedule.heads[task_.head_begin + r % task_.num_heads()];
-  }
+  struct Place {
+    int64_t token;
+    int32_t head;
+    KeyRange visible;
+  };
 
+  int64_t token(int r) const { return places_[r].token; }
+  int32_t head(int r) const { return places_[r].head; }
   // The token's place in q, out and lse.
   int64_t stored_token(int r) const { return token(r) + task_.token_offset; }
   int64_t stored_batch() const { return call_.schedule.q_batch == 1 ? 0 : task_.batch; }
@@ -144,8 +154,8 @@ class AttentionTask {
   // Keys of the tile that rows [begin, end) see between them.
   StripKeys strip_keys(int begin, int end, int64_t first, int n) const {
     if (end > rows_) end = rows_;
-    const int64_t low = visible_keys(params_, task_.kv_length, token(begin)).begin - first;
-    const int64_t high = visible_keys(params_, task_.kv_length, token(end - 1)).end - first;
+    const int64_t low = places_[begin].visible.begin - first;
+    const int64_t high = places_[end - 1].visible.end - first;
     return {static_cast<int>(low < 0   ? 0
                              : low < n ? low
                                        : n),
@@ -156,7 +166,7 @@ class AttentionTask {
 
   template <bool kBias>
   void softmax(int r, int64_t first, const StripKeys& strip) {
-    const KeyRange visible = visible_keys(params_, task_.kv_length, token(r));
+    const KeyRange visible = places_[r].visible;
     const int64_t low = visible.begin - first, high = visible.end - first;
     const RowKeys keys{strip.begin, strip.end,
                        static_cast<int>(low < strip.begin ? strip.begin
@@ -267,6 +277,7 @@ class AttentionTask {
   KVRows<S> k_, v_;
   Dequantizer<V, S> dequantizer_;
   int rows_;
+  Place places_[kMaxRows];
 };
 
 // Of K and V in type S.

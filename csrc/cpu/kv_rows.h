@@ -76,6 +76,9 @@ struct alignas(64) FilledRow {
 };
 inline constexpr FilledRow kNaNRow{0xff}, kZeroRow{0};
 
+// Rows are worked on in steps of so many.
+constexpr int kRowStep = 4;
+
 // Rows of K or V of one (sequence, head). In place of a row of no page stands NaN for K, so that
 // its score is NaN in rows that see it, and 0 for V, so that other rows don't notice. (Integers
 // have no NaN; the scales below see to it.)
@@ -89,13 +92,14 @@ class KVRows {
     return {params.v, params.v_stride, pages, head, kZeroRow};
   }
 
-  // rows[i] = row first + i
+  // rows[i] = row first + i; the last one again up to a whole number of kRowStep.
   void fetch(int64_t first, int count, const S** rows) const {
     pages_.walk(first, count, [&](int64_t page, int64_t slot, int i, int n) {
       const S* row = page < 0 ? missing_ : base_ + page * page_stride_ + slot * slot_stride_;
       const int64_t step = page < 0 ? 0 : slot_stride_;
       for (int j = i; j < i + n; ++j, row += step) rows[j] = row;
     });
+    for (int i = count; i % kRowStep != 0; ++i) rows[i] = rows[count - 1];
   }
 
  private:

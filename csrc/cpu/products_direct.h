@@ -52,11 +52,14 @@ GQA_INLINE void multiply_block(const float* q, int64_t ldq, const S* const (&k)[
   }
 }
 
-// s[r, 0..kKeys) = q[r] . k[0..kKeys)
+// s[r, 0..kKeys) = q[r] . rows[0..kKeys)
 template <class V, class S, int kRows, int kKeys>
-GQA_INLINE void dot_keys(const float* q, int64_t ldq, const S* const (&k)[kKeys], int64_t head_dim,
+GQA_INLINE void dot_keys(const float* q, int64_t ldq, const S* const* rows, int64_t head_dim,
                          float* s, int64_t lds) {
   using F = typename V::F;
+  const S* k[kKeys];
+  GQA_UNROLL(4)
+  for (int c = 0; c < kKeys; ++c) k[c] = rows[c];
   constexpr int kBlock = 2 * V::kWidth;
   // One row has too few sums to hide the latency of FMA: the two vectors of a block get their own.
   constexpr int kChains = kRows == 1 ? 2 : 1;
@@ -159,12 +162,11 @@ class DirectProducts {
     }
   }
 
-  // next_k_rows: the rows of the tile after this one
-  void begin_tile(const S* const* k_rows, const S* const* v_rows, int n,
-                  const S* const* next_k_rows, int next_n) {
+  // k_rows: of a whole number of kRowStep keys; next_k_rows: the rows of the tile after this one
+  void begin_tile(const S* const* k_rows, const S* const* v_rows, int, const S* const* next_k_rows,
+                  int next_n) {
     k_rows_ = k_rows;
     v_rows_ = v_rows;
-    num_keys_ = n;
     next_k_rows_ = next_k_rows;
     next_n_ = next_n;
   }
@@ -172,22 +174,20 @@ class DirectProducts {
   // s = q . k for the keys that are needed; asks for the tile's V rows
   void scores(int rows, const StripKeys* strips) {
     const StripKeys need = strips[0];
-    const int first = need.begin / 4 * 4;
+    const int first = need.begin / kRowStep * kRowStep;
     Prefetcher<S> ahead(v_rows_ + need.begin, need.end - need.begin, value_head_dim_,
-                        (need.end - first + 3) / 4);
-    for (int key = first; key < need.end; key += 4) {
+                        (need.end - first + kRowStep - 1) / kRowStep);
+    for (int key = first; key < need.end; key += kRowStep) {
       ahead.step();
-      const S* k[4];
-      for (int c = 0; c < 4; ++c) k[c] = k_rows_[key + c < num_keys_ ? key + c : num_keys_ - 1];
       int r = 0;
       for (; rows - r > 4; r += rows - r == 5 ? 3 : 4) {
-        rows - r == 5 ? dot_rows<3>(r, k, key) : dot_rows<4>(r, k, key);
+        rows - r == 5 ? dot_rows<3>(r, key) : dot_rows<4>(r, key);
       }
       switch (rows - r) {
-        case 1: dot_rows<1>(r, k, key); break;
-        case 2: dot_rows<2>(r, k, key); break;
-        case 3: dot_rows<3>(r, k, key); break;
-        case 4: dot_rows<4>(r, k, key); break;
+        case 1: dot_rows<1>(r, key); break;
+        case 2: dot_rows<2>(r, key); break;
+        case 3: dot_rows<3>(r, key); break;
+        case 4: dot_rows<4>(r, key); break;
       }
     }
   }
@@ -213,17 +213,13 @@ class DirectProducts {
 
   // Two or four keys at a time: as many sums as hide the latency of FMA and fit in registers.
   template <int kRows>
-  void dot_rows(int r, const S* const (&k)[4], int key) {
+  void dot_rows(int r, int key) {
     const TileLayout<V>& layout = tile_.layout;
     const float* q = tile_.q + r * layout.q_ld;
-    float* s = tile_.s + r * layout.keys + key;
-    if (kRows <= 2) {
-      dot_keys<V, S, kRows, 4>(q, layout.q_ld, k, head_dim_, s, layout.keys);
-    } else {
-      const S* const low[2] = {k[0], k[1]};
-      const S* const high[2] = {k[2], k[3]};
-      dot_keys<V, S, kRows, 2>(q, layout.q_ld, low, head_dim_, s, layout.keys);
-      dot_keys<V, S, kRows, 2>(q, layout.q_ld, high, head_dim_, s + 2, layout.keys);
+    float* s = tile_.s + r * layout.keys;
+    constexpr int kKeys = kRows <= 2 ? 4 : 2;
+    for (int i = key; i < key + kRowStep; i += kKeys) {
+      dot_keys<V, S, kRows, kKeys>(q, layout.q_ld, k_rows_ + i, head_dim_, s + i, layout.keys);
     }
   }
 
@@ -250,7 +246,7 @@ class DirectProducts {
   const S* const* k_rows_ = nullptr;
   const S* const* v_rows_ = nullptr;
   const S* const* next_k_rows_ = nullptr;
-  int num_keys_ = 0, next_n_ = 0;
+  int next_n_ = 0;
 };
 
 }  // namespace gqa::cpu::GQA_ISA

@@ -141,18 +141,11 @@ struct Vec {
     most = _mm_max_ps(most, _mm_movehl_ps(most, most));
     return _mm_cvtss_f32(_mm_max_ss(most, _mm_movehdup_ps(most)));
   }
-  static GQA_INLINE void store_sums4(float* out, const F (&x)[4]) {
-    // Each step adds halves of two vectors: lanes end as x0 x1 x2 x3 in both 128-bit halves.
-    const F ab = add(_mm256_unpacklo_ps(x[0], x[1]), _mm256_unpackhi_ps(x[0], x[1]));
-    const F cd = add(_mm256_unpacklo_ps(x[2], x[3]), _mm256_unpackhi_ps(x[2], x[3]));
-    const F sums = add(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xee));
-    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1)));
-  }
+  static GQA_INLINE void store_sums4(float* out, const F (&x)[4]) { _mm_storeu_ps(out, sums4(x)); }
   static GQA_INLINE void store_sums2x2(float* a, float* b, const F (&x)[4]) {
-    float sums[4];
-    store_sums4(sums, x);
-    std::memcpy(a, sums, 2 * sizeof(float));
-    std::memcpy(b, sums + 2, 2 * sizeof(float));
+    const __m128 sums = sums4(x);
+    _mm_storel_pi(reinterpret_cast<__m64*>(a), sums);
+    _mm_storeh_pi(reinterpret_cast<__m64*>(b), sums);
   }
   static GQA_INLINE void transpose(F (&x)[kWidth]) {
     F a[8], b[8];
@@ -176,6 +169,13 @@ struct Vec {
   }
 
  private:
+  static GQA_INLINE __m128 sums4(const F (&x)[4]) {
+    // Each step adds halves of two vectors: lanes end as x0 x1 x2 x3 in both 128-bit halves.
+    const F ab = add(_mm256_unpacklo_ps(x[0], x[1]), _mm256_unpackhi_ps(x[0], x[1]));
+    const F cd = add(_mm256_unpacklo_ps(x[2], x[3]), _mm256_unpackhi_ps(x[2], x[3]));
+    const F sums = add(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xee));
+    return _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1));
+  }
   template <class S>
   static GQA_INLINE __m128i bytes8(const S* p) {
     return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
