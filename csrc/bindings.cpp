@@ -3,14 +3,25 @@
 #include <torch/csrc/stable/library.h>
 
 #include "host/attention.h"
+#include "host/backward.h"
 
 // Tensors as AttentionInputs (gqa_kernels/inputs.py) normalises them; head maps int32. bshd: out's
-// memory is [B, Sq, Hq, Dv]. Returns out [B, Hq, Sq, Dv] and the LSE, fp32 [B, Hq, Sq].
+// memory is [B, Sq, Hq, Dv]. dropout_seed: int64 [2], seed and offset, see core/dropout.h. Returns
+// out [B, Hq, Sq, Dv] and the LSE, fp32 [B, Hq, Sq].
 STABLE_TORCH_LIBRARY(gqa_kernels, library) {
   library.def(
       "attention_forward(Tensor q, Tensor k, Tensor v, Tensor head_map, Tensor? value_head_map, "
       "Tensor? alibi_slopes, Tensor? sinks, Tensor? attn_mask, Tensor? kv_lengths, float scale, "
-      "int window_left, int window_right, float softcap, bool bshd) -> (Tensor out, Tensor lse)");
+      "int window_left, int window_right, float softcap, bool bshd, float dropout_p=0.0, "
+      "Tensor? dropout_seed=None) -> (Tensor out, Tensor lse)");
+  // out and lse: the forward's. dq, dk and dv have the dtype and shape of q, k and v; dslopes is
+  // fp32 [B, Hq], dsinks fp32 [Hq], both empty where not needed.
+  library.def(
+      "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, "
+      "Tensor lse, Tensor head_map, Tensor? value_head_map, Tensor? alibi_slopes, Tensor? sinks, "
+      "Tensor? attn_mask, Tensor? kv_lengths, float scale, int window_left, int window_right, "
+      "float softcap, float dropout_p, Tensor? dropout_seed, bool need_slopes, bool need_sinks) "
+      "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dslopes, Tensor dsinks)");
 
   // K and V in pages of a cache: AttentionParams (core/params.h) says how. kv_lengths [B, Hk]; with
   // q_offsets, q is [1, Hq, tokens, D]. Returns out and the LSE in q's shape.
@@ -32,4 +43,6 @@ STABLE_TORCH_LIBRARY(gqa_kernels, library) {
 
 STABLE_TORCH_LIBRARY_IMPL(gqa_kernels, CPU, library) {
   library.impl("attention_forward", TORCH_BOX(&gqa::host::attention_forward_cpu));
+  library.impl("cache_attention_forward", TORCH_BOX(&gqa::host::cache_attention_forward_cpu));
+  library.impl("attention_backward", TORCH_BOX(&gqa::host::attention_backward_cpu));
 }

@@ -25,6 +25,7 @@ def asym_gqa_attention(
     sinks: Tensor | None = None,
     attn_mask: Tensor | None = None,
     kv_lengths: Tensor | Sequence[int] | None = None,
+    dropout_p: float = 0.0,
     layout: Layout = "bhsd",
     return_lse: bool = False,
     deterministic: bool = False,
@@ -63,6 +64,9 @@ def asym_gqa_attention(
             either layout. An additive -inf makes a key invisible.
         kv_lengths: ``[B]`` or ``[B, Hk]`` integers: valid keys per sequence, or per sequence and
             key head (K and V of a query head then have that length).
+        dropout_p: part of the probabilities to drop, as SDPA's: the others are divided by
+            ``1 - dropout_p``. The mask follows from torch's default generator
+            (``torch.manual_seed``), and is the same in every backend.
         layout: ``"bhsd"``, or ``"bshd"`` for q, k, v and out as ``[B, S, H, D]``.
         return_lse: also return the LSE.
         deterministic: demand bitwise repeatable results, backward included.
@@ -82,8 +86,9 @@ def asym_gqa_attention(
         q, k, v, head_map, value_head_map=value_head_map, causal=causal, scale=scale,
         window=window, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
         attn_mask=attn_mask, kv_lengths=kv_lengths, layout=layout, deterministic=deterministic,
+        dropout_p=dropout_p,
     )  # fmt: skip
-    out, lse = select(inputs, backend).run(inputs)
+    out, lse = select(inputs, backend).run(inputs.with_dropout_seed())
     if layout == "bshd":
         out = out.transpose(1, 2)
     return (out, lse) if return_lse else out

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from .dropout import draw_seed
 from .head_map import HeadMap
 
 HeadMapLike = HeadMap | Sequence[int] | Tensor
@@ -42,6 +43,9 @@ class AttentionInputs:
         kv_lengths: int32 ``[B, Hk]`` (strides may be 0) or None.
         layout: memory order of the output, ``"bhsd"`` or ``"bshd"``.
         deterministic: results must be bitwise repeatable.
+        dropout_p: part of the probabilities that is dropped.
+        dropout_seed: int64 ``[2]``, seed and offset (see :mod:`gqa_kernels.dropout`), or None
+            where nothing is dropped.
     """
 
     q: Tensor
@@ -59,6 +63,8 @@ class AttentionInputs:
     kv_lengths: Tensor | None
     layout: Layout
     deterministic: bool
+    dropout_p: float = 0.0
+    dropout_seed: Tensor | None = None
 
     @classmethod
     def create(
@@ -79,6 +85,7 @@ class AttentionInputs:
         kv_lengths: Tensor | Sequence[int] | None = None,
         layout: Layout = "bhsd",
         deterministic: bool = False,
+        dropout_p: float = 0.0,
     ) -> AttentionInputs:
         """Check and normalise the arguments of :func:`gqa_kernels.asym_gqa_attention`."""
         if layout not in LAYOUTS:
@@ -116,7 +123,14 @@ class AttentionInputs:
             kv_lengths=_resolve_lengths(kv_lengths, q, k),
             layout=layout,
             deterministic=bool(deterministic),
+            dropout_p=_resolve_dropout(dropout_p),
         )
+
+    def with_dropout_seed(self) -> AttentionInputs:
+        """The call with a seed from torch's default generator, if it drops anything."""
+        if self.dropout_p == 0.0:
+            return self
+        return replace(self, dropout_seed=draw_seed(self.q.device))
 
     @property
     def batch(self) -> int:
@@ -195,6 +209,10 @@ class AttentionInputs:
             used.append("kv_lengths")
         if isinstance(self.head_map, Tensor) or isinstance(self.value_head_map, Tensor):
             used.append("device_map")
+        if self.dropout_p:
+            used.append("dropout")
+        if self.attn_mask is not None and self.attn_mask.requires_grad and torch.is_grad_enabled():
+            used.append("mask_gradient")
         return used
 
 
@@ -347,6 +365,13 @@ def _resolve_softcap(softcap: float | None) -> float:
     if not (math.isfinite(softcap) and softcap > 0):
         raise ValueError(f"softcap must be positive and finite, or None, got {softcap}")
     return softcap
+
+
+def _resolve_dropout(dropout_p: float) -> float:
+    dropout_p = float(dropout_p)
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p must lie in [0, 1), got {dropout_p}")
+    return dropout_p
 
 
 def _check_float_tensor(name: str, x: object, q: Tensor) -> None:

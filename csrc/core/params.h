@@ -94,10 +94,16 @@ struct AttentionParams {
   // Ragged queries: [B + 1], tokens q_offsets[b] to q_offsets[b + 1] are sequence b's; q, out and
   // lse then have the shape of one sequence of all tokens, and Sq is the longest. nullptr: not so.
   const int32_t* q_offsets;
+  int64_t q_tokens;        // tokens of q, out and lse: Sq, or all of them where they are ragged
   DType k_dtype, v_dtype;  // dtype, or a quantised one: value = (stored - zero) * scale
   // [P, H, page_size] or nullptr: scale 1; zero 0, of kInt4 8
   const float *k_scale, *v_scale, *k_zero, *v_zero;
   Strides k_scale_stride, v_scale_stride, k_zero_stride, v_zero_stride;
+
+  uint32_t dropout_threshold;  // floor(dropout_p * 2^32), see dropout.h; 0: no dropout
+  float dropout_scale;         // 1 / (1 - dropout_p)
+  uint64_t dropout_seed;
+  uint32_t dropout_offset;
 };
 
 }  // namespace gqa

@@ -1,16 +1,14 @@
 #include "attention.h"
 
 #include <algorithm>
-#include <cstdlib>
-#include <cstring>
+#include <cmath>
 #include <limits>
 #include <memory>
-#include <new>
-#include <stdexcept>
-#include <string>
 
+#include "aligned.h"
 #include "kernels.h"
 #include "schedule.h"
+#include "select.h"
 
 namespace gqa::cpu {
 namespace {
@@ -23,56 +21,43 @@ const Kernels* const kAllKernels[] = {
     &kPortableKernels,
 };
 
-// The best for this processor, or the one that GQA_KERNELS_CPU_ISA names. Read at every call: tests
-// change it.
-const Kernels& select_kernels() {
-  const char* forced = std::getenv("GQA_KERNELS_CPU_ISA");
-  std::string names;
-  for (const Kernels* kernels : kAllKernels) {
-    if (!kernels->supported()) continue;
-    if (forced == nullptr || *forced == '\0' || std::strcmp(forced, kernels->name) == 0)
-      return *kernels;
-    names += names.empty() ? kernels->name : std::string(", ") + kernels->name;
-  }
-  throw std::invalid_argument("GQA_KERNELS_CPU_ISA must be one of " + names + ", got " + forced);
-}
+const Kernels& select() { return select_kernels(kAllKernels); }
 
-// Floats on cache lines of their own.
-class AlignedFloats {
- public:
-  explicit AlignedFloats(int64_t n)
-      : data_(static_cast<float*>(::operator new(n * sizeof(float), kAlignment))) {}
-  ~AlignedFloats() { ::operator delete(data_, kAlignment); }
-  AlignedFloats(const AlignedFloats&) = delete;
-  AlignedFloats& operator=(const AlignedFloats&) = delete;
-  float* get() { return data_; }
-
- private:
-  static constexpr std::align_val_t kAlignment{64};
-  float* data_;
-};
-
-constexpr int64_t kFloatsPerLine = 16;
-
+// Rows [first_token, end) of out and lse of a head, of all sequences.
 template <class T>
-void fill_head(const AttentionParams& params, const Schedule& schedule, int32_t head, T value) {
-  for (int64_t b = 0; b < schedule.q_batch; ++b) {
-    for (int64_t t = 0; t < schedule.q_tokens; ++t) {
+void fill_rows(const AttentionParams& params, int32_t head, int64_t first_token, T out_value,
+               float lse_value) {
+  const int64_t batch = params.q_offsets == nullptr ? params.batch : 1;
+  for (int64_t b = 0; b < batch; ++b) {
+    for (int64_t t = first_token; t < params.q_tokens; ++t) {
       T* out = static_cast<T*>(params.out) + b * params.out_stride.b + head * params.out_stride.h +
                t * params.out_stride.s;
-      std::fill(out, out + params.value_head_dim, value);
+      std::fill(out, out + params.value_head_dim, out_value);
     }
-    float* lse = params.lse + (b * params.num_heads + head) * schedule.q_tokens;
-    std::fill(lse, lse + schedule.q_tokens, std::numeric_limits<float>::quiet_NaN());
+    float* lse = params.lse + (b * params.num_heads + head) * params.q_tokens;
+    std::fill(lse + first_token, lse + params.q_tokens, lse_value);
   }
 }
 
 // A head whose map entry names no KV head: NaN, so that it can't be overlooked.
-void fill_head_with_nan(const AttentionParams& params, const Schedule& schedule, int32_t head) {
+void fill_head_with_nan(const AttentionParams& params, int32_t head) {
+  constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
   switch (params.dtype) {
-    case DType::kBFloat16: return fill_head(params, schedule, head, BFloat16{0x7fc0});
-    case DType::kFloat16: return fill_head(params, schedule, head, Float16{0x7e00});
-    default: return fill_head(params, schedule, head, std::numeric_limits<float>::quiet_NaN());
+    case DType::kBFloat16: return fill_rows(params, head, 0, BFloat16{0x7fc0}, kNaN);
+    case DType::kFloat16: return fill_rows(params, head, 0, Float16{0x7e00}, kNaN);
+    default: return fill_rows(params, head, 0, kNaN, kNaN);
+  }
+}
+
+// Ragged tokens beyond the last sequence see no key.
+void fill_tokens_of_no_sequence(const AttentionParams& params) {
+  const int64_t first = params.q_offsets[params.batch];
+  for (int32_t head = 0; head < params.num_heads; ++head) {
+    switch (params.dtype) {
+      case DType::kBFloat16: fill_rows(params, head, first, BFloat16{0}, -INFINITY); break;
+      case DType::kFloat16: fill_rows(params, head, first, Float16{0}, -INFINITY); break;
+      default: fill_rows(params, head, first, 0.0f, -INFINITY);
+    }
   }
 }
 
@@ -95,12 +80,13 @@ struct Work {
 
 }  // namespace
 
-const char* instruction_set() { return select_kernels().name; }
+const char* instruction_set() { return select().name; }
 
 void attention_forward(const AttentionParams& params, const ThreadPool& pool) {
-  const Kernels& kernels = select_kernels();
+  const Kernels& kernels = select();
   const Schedule schedule = make_schedule(params, pool.num_threads);
-  for (const int32_t head : schedule.invalid_heads) fill_head_with_nan(params, schedule, head);
+  if (params.q_offsets != nullptr) fill_tokens_of_no_sequence(params);
+  for (const int32_t head : schedule.invalid_heads) fill_head_with_nan(params, head);
   if (schedule.tasks.empty()) return;
 
   AlignedFloats partials(schedule.partial_floats);

@@ -12,6 +12,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "../core/dropout.h"
 #include "../core/visible.h"
 #include "dequantize.h"
 #include "isa.h"
@@ -90,7 +91,7 @@ class AttentionTask {
   int32_t head(int r) const { return places_[r].head; }
   // The token's place in q, out and lse.
   int64_t stored_token(int r) const { return token(r) + task_.token_offset; }
-  int64_t stored_batch() const { return call_.schedule.q_batch == 1 ? 0 : task_.batch; }
+  int64_t stored_batch() const { return params_.q_offsets != nullptr ? 0 : task_.batch; }
 
   template <class T>
   void load_queries(const T*) {
@@ -111,6 +112,7 @@ class AttentionTask {
       tile_.max[r] = -INFINITY;
       tile_.sum[r] = 0.0f;
     }
+    for (int64_t key = 0; key < layout.keys; ++key) tile_.keep[key] = 0.0f;
   }
 
   template <class Products>
@@ -190,9 +192,15 @@ class AttentionTask {
         bias.additive = tile_.bias;
       }
     }
+    const float* keep = nullptr;
+    if (params_.dropout_threshold != 0) {
+      dropout_row(params_, task_.batch, head(r), token(r), first, keys.visible_begin,
+                  keys.visible_end, tile_.keep);
+      keep = tile_.keep;
+    }
     const float rescale = with_query_type<S>(params_, [&](auto* type) {
       return softmax_row<V, kBias>(type, tile_.s + r * tile_.layout.keys, keys, params_.scale, bias,
-                                   tile_.max[r], tile_.sum[r]);
+                                   keep, tile_.max[r], tile_.sum[r]);
     });
     if (rescale != 1.0f) scale_row(tile_.o + r * tile_.layout.o_ld, rescale);
   }
@@ -257,7 +265,7 @@ class AttentionTask {
       sum = sum * factor + std::exp2(sink - new_max);
       max = new_max;
     }
-    params_.lse[(b * params_.num_heads + h) * call_.schedule.q_tokens + t] =
+    params_.lse[(b * params_.num_heads + h) * params_.q_tokens + t] =
         sees_nothing ? -INFINITY : max * kLn2 + std::log(sum);
     const typename V::F inverse = V::set1(sees_nothing ? 0.0f : factor / sum);
     T* out = static_cast<T*>(params_.out) + b * params_.out_stride.b + h * params_.out_stride.h +

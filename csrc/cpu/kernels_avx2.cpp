@@ -3,6 +3,7 @@
 // included before the switch.
 #define GQA_ISA avx2
 
+#include "../core/dropout.h"
 #include "../core/visible.h"
 #include "kernels.h"
 

@@ -41,6 +41,56 @@ GQA_INLINE void multiply_strip(const float* a, int64_t lda, const float* b, int6
   }
 }
 
+// panels[row / kPanel][d][row % kPanel] = rows[row][d], widened; rows from n to the panel's end are
+// zeros. For products whose sums run over d.
+template <class V, class T>
+inline void pack_transposed(const T* const* rows, int n, int64_t dims, float* panels) {
+  constexpr int kW = V::kWidth;
+  constexpr int kPanel = TileLayout<V>::kPanel;
+  for (int row = 0; row < n; row += kW) {
+    float* panel = panels + row / kPanel * kPanel * dims + row % kPanel;
+    for (int64_t d = 0; d < dims; d += kW) {
+      const int64_t width = dims - d < kW ? dims - d : kW;
+      typename V::F x[kW];
+      GQA_UNROLL(8)
+      for (int i = 0; i < kW; ++i) {
+        x[i] = V::set1(0.0f);
+        if (row + i < n) {
+          const T* from = at(rows[row + i], d);
+          x[i] = width == kW ? V::load(from) : load_partial<V>(from, width);
+        }
+      }
+      V::transpose(x);
+      for (int64_t i = 0; i < width; ++i) V::store(panel + (d + i) * kPanel, x[i]);
+    }
+  }
+  if (n % kPanel != 0 && n % kPanel <= kW) {  // the panel's second half
+    float* panel = panels + n / kPanel * kPanel * dims + kW;
+    for (int64_t d = 0; d < dims; ++d) V::store(panel + d * kPanel, V::set1(0.0f));
+  }
+}
+
+// panels[d / kPanel][row][d % kPanel] = rows[row][d], widened; columns from dims to the panel's end
+// are zeros. A panel has room for max_rows rows. For products whose sums run over the rows.
+template <class V, class T>
+inline void pack_rows(const T* const* rows, int n, int64_t dims, int64_t max_rows, float* panels) {
+  constexpr int kW = V::kWidth;
+  constexpr int kPanel = TileLayout<V>::kPanel;
+  const int64_t panel_floats = max_rows * kPanel;
+  for (int row = 0; row < n; ++row) {
+    float* to = panels + row * kPanel;
+    for (int64_t d = 0; d < round_up(dims, kPanel); d += kW) {
+      typename V::F x = V::set1(0.0f);
+      if (d + kW <= dims) {
+        x = V::load(at(rows[row], d));
+      } else if (d < dims) {
+        x = load_partial<V>(at(rows[row], d), dims - d);
+      }
+      V::store(to + d / kPanel * panel_floats + d % kPanel, x);
+    }
+  }
+}
+
 template <class V, class S>
 class PackedProducts {
  public:
@@ -53,8 +103,8 @@ class PackedProducts {
   void end(int) {}
 
   void begin_tile(const S* const* k_rows, const S* const* v_rows, int n, const S* const*, int) {
-    pack_k(k_rows, n);
-    pack_v(v_rows, n);
+    pack_transposed<V>(k_rows, n, head_dim_, tile_.k_panels);
+    pack_rows<V>(v_rows, n, value_head_dim_, tile_.layout.keys, tile_.v_panels);
     num_keys_ = n;
   }
 
@@ -90,48 +140,6 @@ class PackedProducts {
  private:
   static constexpr int kW = V::kWidth;
   static constexpr int kPanel = TileLayout<V>::kPanel;
-
-  // k_panels[key / kPanel][d][key % kPanel]; keys from n to the panel's end are zeros.
-  void pack_k(const S* const* rows, int n) {
-    for (int key = 0; key < n; key += kW) {
-      float* panel = tile_.k_panels + key / kPanel * kPanel * head_dim_ + key % kPanel;
-      for (int64_t d = 0; d < head_dim_; d += kW) {
-        const int64_t dims = head_dim_ - d < kW ? head_dim_ - d : kW;
-        typename V::F x[kW];
-        GQA_UNROLL(8)
-        for (int i = 0; i < kW; ++i) {
-          x[i] = V::set1(0.0f);
-          if (key + i < n) {
-            const S* from = at(rows[key + i], d);
-            x[i] = dims == kW ? V::load(from) : load_partial<V>(from, dims);
-          }
-        }
-        V::transpose(x);
-        for (int64_t i = 0; i < dims; ++i) V::store(panel + (d + i) * kPanel, x[i]);
-      }
-    }
-    if (n % kPanel != 0 && n % kPanel <= kW) {  // the panel's second half
-      float* panel = tile_.k_panels + n / kPanel * kPanel * head_dim_ + kW;
-      for (int64_t d = 0; d < head_dim_; ++d) V::store(panel + d * kPanel, V::set1(0.0f));
-    }
-  }
-
-  // v_panels[d / kPanel][key][d % kPanel]; columns from Dv to the panel's end are zeros.
-  void pack_v(const S* const* rows, int n) {
-    const int64_t panel_floats = tile_.layout.keys * kPanel;
-    for (int key = 0; key < n; ++key) {
-      float* to = tile_.v_panels + key * kPanel;
-      for (int64_t d = 0; d < tile_.layout.o_ld; d += kW) {
-        typename V::F x = V::set1(0.0f);
-        if (d + kW <= value_head_dim_) {
-          x = V::load(at(rows[key], d));
-        } else if (d < value_head_dim_) {
-          x = load_partial<V>(at(rows[key], d), value_head_dim_ - d);
-        }
-        V::store(to + d / kPanel * panel_floats + d % kPanel, x);
-      }
-    }
-  }
 
   Tile<V>& tile_;
   int64_t head_dim_, value_head_dim_;

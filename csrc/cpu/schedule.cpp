@@ -26,11 +26,6 @@ constexpr int64_t kDirectTileBytes = 16 * 1024;
 constexpr int kMaxDirectKeys = 128;
 constexpr int kMinDirectKeys = 32;
 
-struct Group {
-  int32_t k_head, v_head;
-  int32_t head_begin, head_end;  // slice of Schedule::heads
-};
-
 int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 TileShape tile_shape(const AttentionParams& params) {
@@ -67,21 +62,23 @@ int direct_tile_keys(const AttentionParams& params) {
   return keys;
 }
 
-// Sorts the query heads by the (key head, value head) pair they read, stably.
-std::vector<Group> make_groups(const AttentionParams& params, Schedule& schedule) {
+}  // namespace
+
+std::vector<Group> make_groups(const AttentionParams& params, std::vector<int32_t>& heads,
+                               std::vector<int32_t>& invalid_heads) {
   const int32_t* k_map = params.head_map;
   const int32_t* v_map = params.value_head_map ? params.value_head_map : params.head_map;
   for (int32_t h = 0; h < params.num_heads; ++h) {
     const bool valid = k_map[h] >= 0 && k_map[h] < params.num_k_heads && v_map[h] >= 0 &&
                        v_map[h] < params.num_v_heads;
-    (valid ? schedule.heads : schedule.invalid_heads).push_back(h);
+    (valid ? heads : invalid_heads).push_back(h);
   }
-  std::sort(schedule.heads.begin(), schedule.heads.end(), [&](int32_t x, int32_t y) {
+  std::sort(heads.begin(), heads.end(), [&](int32_t x, int32_t y) {
     return std::tie(k_map[x], v_map[x], x) < std::tie(k_map[y], v_map[y], y);
   });
   std::vector<Group> groups;
-  for (int32_t i = 0; i < static_cast<int32_t>(schedule.heads.size()); ++i) {
-    const int32_t h = schedule.heads[i];
+  for (int32_t i = 0; i < static_cast<int32_t>(heads.size()); ++i) {
+    const int32_t h = heads[i];
     if (groups.empty() || groups.back().k_head != k_map[h] || groups.back().v_head != v_map[h]) {
       groups.push_back({k_map[h], v_map[h], i, i});
     }
@@ -90,7 +87,6 @@ std::vector<Group> make_groups(const AttentionParams& params, Schedule& schedule
   return groups;
 }
 
-// Cuts the rows of every (sequence, group) into blocks of at most max_rows.
 void add_row_blocks(const AttentionParams& params, const std::vector<Group>& groups, int max_rows,
                     std::vector<Task>& tasks) {
   const int64_t dims = params.head_dim + params.value_head_dim;
@@ -130,6 +126,8 @@ void add_row_blocks(const AttentionParams& params, const std::vector<Group>& gro
     }
   }
 }
+
+namespace {
 
 // Splits the keys of tasks that are longer than `target`.
 void split_keys(const AttentionParams& params, int64_t target, Schedule& schedule) {
@@ -180,10 +178,7 @@ int most_rows(const std::vector<Task>& tasks) {
 Schedule make_schedule(const AttentionParams& params, int num_threads) {
   Schedule schedule{};
   schedule.tile = tile_shape(params);
-  const bool ragged = params.q_offsets != nullptr;
-  schedule.q_batch = ragged ? 1 : params.batch;
-  schedule.q_tokens = ragged ? params.q_offsets[params.batch] : params.q_len;
-  const std::vector<Group> groups = make_groups(params, schedule);
+  const std::vector<Group> groups = make_groups(params, schedule.heads, schedule.invalid_heads);
   if (params.q_len == 0) return schedule;
 
   add_row_blocks(params, groups, schedule.tile.rows, schedule.tasks);

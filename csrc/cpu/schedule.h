@@ -42,10 +42,9 @@ struct Schedule {
   std::vector<int32_t> invalid_heads;  // query heads whose map entry names no KV head
   std::vector<Task> tasks;             // longest first
   TileShape tile;
-  int64_t q_batch, q_tokens;  // sequences and tokens of q, out and lse: B and Sq, or 1 and all
-  int num_workers;            // tasks worth running at the same time
-  int num_merges;             // tasks whose keys are split
-  int64_t partial_floats;     // room for the partial results of all splits
+  int num_workers;         // tasks worth running at the same time
+  int num_merges;          // tasks whose keys are split
+  int64_t partial_floats;  // room for the partial results of all splits
 };
 
 // Floats of one row's partial result: its maximum, its sum, and value_head_dim output elements.
@@ -54,5 +53,20 @@ inline int64_t partial_row_floats(const AttentionParams& params) {
 }
 
 Schedule make_schedule(const AttentionParams& params, int num_threads);
+
+// The query heads that read one (key head, value head) pair.
+struct Group {
+  int32_t k_head, v_head;
+  int32_t head_begin, head_end;  // slice of the sorted heads
+};
+
+// Sorts the query heads by the pair they read, stably, into `heads`; those whose map entry names no
+// KV head go to `invalid_heads`.
+std::vector<Group> make_groups(const AttentionParams& params, std::vector<int32_t>& heads,
+                               std::vector<int32_t>& invalid_heads);
+
+// Appends the rows of every (sequence, group), cut into blocks of at most max_rows.
+void add_row_blocks(const AttentionParams& params, const std::vector<Group>& groups, int max_rows,
+                    std::vector<Task>& tasks);
 
 }  // namespace gqa::cpu

@@ -62,12 +62,15 @@ inline void load_mask_row(const AttentionParams& params, int64_t b, int64_t h, i
 }
 
 template <class V>
+GQA_INLINE typename V::F soft_cap(typename V::F score, float softcap) {
+  const typename V::F cap = V::set1(softcap);
+  return V::mul(cap, tanh<V>(V::div(score, cap)));
+}
+
+template <class V>
 GQA_INLINE typename V::F add_bias(typename V::F score, int key, const RowBias& bias) {
   using F = typename V::F;
-  if (bias.softcap != 0.0f) {
-    const F cap = V::set1(bias.softcap);
-    score = V::mul(cap, tanh<V>(V::div(score, cap)));
-  }
+  if (bias.softcap != 0.0f) score = soft_cap<V>(score, bias.softcap);
   score = V::mul(score, V::set1(kLog2E));
   if (bias.slope != 0.0f) {
     const F keys = V::add(V::iota(), V::set1(static_cast<float>(key)));
@@ -84,10 +87,11 @@ GQA_INLINE typename V::F add_bias(typename V::F score, int key, const RowBias& b
 
 // scores[begin, end) become probabilities exp(s - max) rounded to `type`, 0 where the row does not
 // see the key. `max` and `sum` are the row's state; the returned factor rescales what was
-// accumulated with the old maximum. kBias: whether bias has anything in it.
+// accumulated with the old maximum. keep: dropout's factors of the tile's keys, or nullptr; the sum
+// is that without dropout. kBias: whether bias has anything in it.
 template <class V, bool kBias, class T>
 inline float softmax_row(const T* type, float* scores, const RowKeys& keys, float scale,
-                         const RowBias& bias, float& max, float& sum) {
+                         const RowBias& bias, const float* keep, float& max, float& sum) {
   using F = typename V::F;
   const int begin = keys.begin / V::kWidth * V::kWidth;
   const F factor = V::set1(kBias ? scale : scale * kLog2E);
@@ -116,8 +120,9 @@ inline float softmax_row(const T* type, float* scores, const RowKeys& keys, floa
 
   F total = V::set1(0.0f);
   for (int i = begin; i < keys.end; i += V::kWidth) {
-    const F p = exp2<V>(V::add(V::load(scores + i), minus_base));
+    F p = exp2<V>(V::add(V::load(scores + i), minus_base));
     total = V::add(total, p);
+    if (keep != nullptr) p = V::mul(p, V::load(keep + i));
     V::store(scores + i, V::round_to(p, type));
   }
 

@@ -29,7 +29,7 @@ struct TileLayout {
         packed_keys(tile.rows > kMaxDirectRows ? tile.keys : 0) {}
 
   int64_t scratch_floats() const {
-    return rows * (q_ld + keys + o_ld + 2) + packed_keys * (q_ld + o_ld) + keys + rows + 4 * keys;
+    return rows * (q_ld + keys + o_ld + 3) + packed_keys * (q_ld + o_ld) + 6 * keys;
   }
 };
 
@@ -44,6 +44,7 @@ struct Tile {
   float* max;       // [rows]  running maximum of the scores, log2 units
   float* sum;       // [rows]  running sum of exp(score - max)
   float* bias;      // [keys]  additive mask of one row
+  float* keep;      // [keys]  dropout's factors of one row
   // Of a quantised cache:
   float* q_sum;             // [rows]  sums of the rows of q
   float *k_scale, *k_zero;  // [keys]
@@ -64,6 +65,7 @@ struct Tile {
     max = take(layout.rows);
     sum = take(layout.rows);
     bias = take(layout.keys);
+    keep = take(layout.keys);
     q_sum = take(layout.rows);
     k_scale = take(layout.keys);
     k_zero = take(layout.keys);

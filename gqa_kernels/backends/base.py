@@ -21,6 +21,8 @@ ALL_OPTIONS = frozenset(
         "additive_mask",
         "kv_lengths",
         "device_map",
+        "dropout",
+        "mask_gradient",
     }
 )
 
@@ -102,6 +104,16 @@ def empty_output_like(q: Tensor, value_head_dim: int, bshd: bool) -> Tensor:
     if bshd:
         return q.new_empty(batch, q_len, heads, value_head_dim).transpose(1, 2)
     return q.new_empty(batch, heads, q_len, value_head_dim)
+
+
+def empty_gradients(
+    q: Tensor, k: Tensor, v: Tensor, need_slopes: bool, need_sinks: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Uninitialised dq, dk, dv, dslopes ``[B, Hq]`` and dsinks ``[Hq]``, the latter two fp32."""
+    batch, heads = q.shape[:2]
+    dslopes = q.new_empty((batch, heads) if need_slopes else (0,), dtype=torch.float32)
+    dsinks = q.new_empty((heads,) if need_sinks else (0,), dtype=torch.float32)
+    return (*(x.new_empty(x.shape) for x in (q, k, v)), dslopes, dsinks)
 
 
 def _listed(names) -> str:

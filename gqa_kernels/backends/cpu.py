@@ -16,8 +16,8 @@ class CPUBackend(Backend):
         devices=frozenset({"cpu"}),
         dtypes=frozenset({torch.float16, torch.bfloat16, torch.float32}),
         max_head_dim=256,
-        options=ALL_OPTIONS,
-        autograd=False,
+        options=ALL_OPTIONS - {"mask_gradient"},
+        autograd=True,
     )
 
     def unavailable_reason(self) -> str | None:
@@ -46,6 +46,8 @@ class CPUBackend(Backend):
             inputs.window_right,
             inputs.softcap,
             inputs.layout == "bshd",
+            inputs.dropout_p,
+            inputs.dropout_seed,
         )
 
 

@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..dropout import keep_mask
 from ..inputs import DTYPES, UNBOUNDED, AttentionInputs
 from .base import ALL_OPTIONS, Backend, Capabilities
 
@@ -77,7 +78,11 @@ def reference_attention(
     z = p.sum(-1, keepdim=True)
     sees_nothing = z == 0
     z = z.masked_fill(sees_nothing, 1)
-    p = (p[..., :-1] / z).to(inputs.dtype)  # P has the input's precision
+    p = p[..., :-1] / z
+    if inputs.dropout_seed is not None:
+        keep = keep_mask(inputs.dropout_seed, inputs.dropout_p, *p.shape)
+        p = p.masked_fill(~keep, 0) / (1 - inputs.dropout_p)
+    p = p.to(inputs.dtype)  # P has the input's precision
     out = p.to(matmul_dtype) @ v.to(matmul_dtype)
     lse = ((s_max + log(z)) * unit).masked_fill(sees_nothing, -math.inf).squeeze(-1)
 

@@ -203,6 +203,7 @@ void point_to_tensors(Case& c) {
   p.num_pages = p.batch;
   p.page_size = p.kv_len;
   p.max_pages = 1;
+  p.q_tokens = p.q_len;
   p.q_stride = c.q.strides;
   p.k_stride = c.k.strides;
   p.v_stride = c.v.strides;

@@ -33,7 +33,7 @@ class TritonBackend(Backend):
         devices=frozenset({"cuda", "cpu"}),
         dtypes=frozenset({torch.float16, torch.bfloat16, torch.float32}),
         max_head_dim=256,
-        options=ALL_OPTIONS,
+        options=ALL_OPTIONS - {"dropout", "mask_gradient"},
         autograd=False,
     )
 

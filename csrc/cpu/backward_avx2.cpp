@@ -1,0 +1,59 @@
+// The backward kernels for x86-64 with AVX2, FMA and F16C. The instruction set is switched on here and not
+// by a compiler flag, so that all files are built alike; what other files share with this one is
+// included before the switch.
+#define GQA_ISA avx2
+
+#include "../core/dropout.h"
+#include "../core/visible.h"
+#include "backward_kernels.h"
+
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstring>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#endif
+
+#include "backward_kernel.h"
+#include "vec_avx2.h"
+
+namespace gqa::cpu::avx2 {
+namespace {
+
+// Explicit instantiations, inside the switch.
+constexpr BackwardFunction kRunTask[3] = {run_backward_task<Vec, float>,
+                                          run_backward_task<Vec, BFloat16>,
+                                          run_backward_task<Vec, Float16>};
+constexpr auto kScratchFloats = backward_scratch_floats<Vec>;
+constexpr auto kSumFloats = backward_sum_floats<Vec>;
+
+}  // namespace
+}  // namespace gqa::cpu::avx2
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+namespace gqa::cpu {
+
+const BackwardKernels kAvx2Backward = {
+    "avx2",
+    // Not every compiler can ask for F16C; all processors with AVX2 have it.
+    [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); },
+    avx2::kScratchFloats,
+    avx2::kSumFloats,
+    {avx2::kRunTask[0], avx2::kRunTask[1], avx2::kRunTask[2]},
+};
+
+}  // namespace gqa::cpu
+
+#endif

@@ -1,0 +1,375 @@
+// One backward task: all its blocks of rows, each against the keys that it sees, tile after tile.
+//
+//   for every block of rows, for every tile of keys:
+//     S = Q K^T;  dP = dO V^T;  P, dS = backward_row(S, dP)
+//     dV += P^T dO;  dK += dS^T Q;  dQ += dS K
+//   then: dK and dV of the task's keys, or a part that the last task of the KV head adds up
+//
+// All five products go through the packed micro-kernel of the forward (products_packed.h). dQ of a
+// block stays in the caches; dK and dV of all keys are summed in fp32 in memory that is the task's
+// own.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "../core/dropout.h"
+#include "../core/visible.h"
+#include "backward_kernels.h"
+#include "backward_softmax.h"
+#include "backward_tile.h"
+#include "isa.h"
+#include "kv_rows.h"
+#include "math.h"
+#include "products_packed.h"
+
+namespace gqa::cpu::GQA_ISA {
+
+template <class V>
+int64_t backward_sum_floats(const AttentionParams& params) {
+  const BackwardLayout<V> layout(params, TileShape{0, 0});
+  return layout.dk_ld + layout.dv_ld;
+}
+
+// out[c][r] = in[r][c] for whole vectors of both; rows of `ld_in` and `ld_out`.
+template <class V>
+inline void transpose_tile(const float* in, int64_t ld_in, int64_t rows, int64_t columns,
+                           float* out, int64_t ld_out) {
+  constexpr int kW = V::kWidth;
+  for (int64_t r = 0; r < rows; r += kW) {
+    for (int64_t c = 0; c < columns; c += kW) {
+      typename V::F x[kW];
+      GQA_UNROLL(16)
+      for (int i = 0; i < kW; ++i) x[i] = V::load(in + (r + i) * ld_in + c);
+      V::transpose(x);
+      GQA_UNROLL(16)
+      for (int i = 0; i < kW; ++i) V::store(out + (c + i) * ld_out + r, x[i]);
+    }
+  }
+}
+
+template <class V, class T>
+class BackwardRun {
+ public:
+  BackwardRun(const BackwardState& state, const BackwardTask& task, float* scratch,
+              float* worker_sums)
+      : state_(state),
+        params_(state.params),
+        call_(state.params.call),
+        task_(task),
+        tile_(BackwardLayout<V>(state.params.call, state.schedule.tile), scratch) {
+    const int64_t sum_floats = tile_.layout.dk_ld + tile_.layout.dv_ld;
+    dk_ = task.merge < 0 ? worker_sums : state.part_sums + task.sums * sum_floats;
+    dv_ = dk_ + sum_keys(task) * tile_.layout.dk_ld;
+  }
+
+  void run() {
+    const int64_t floats = sum_keys(task_) * (tile_.layout.dk_ld + tile_.layout.dv_ld);
+    for (int64_t i = 0; i < floats; ++i) dk_[i] = 0.0f;
+    const bool bias = call_.softcap != 0.0f || call_.alibi_slopes || call_.attn_mask;
+    for (int32_t i = task_.block_begin; i < task_.block_end; ++i) {
+      block_ = &state_.schedule.blocks[i];
+      rows_ = block_->num_rows();
+      load_rows();
+      bias ? run_tiles<true>() : run_tiles<false>();
+      if (wants_keys()) store_rows();
+    }
+    if (task_.merge < 0) {
+      store_sums(&task_, 1);
+    } else if (state_.unfinished[task_.merge].fetch_sub(1, std::memory_order_acq_rel) == 1) {
+      // The last part to finish sees all others' sums: acquire pairs with their release.
+      store_sums(&state_.schedule.parts[task_.first_task], task_.num_parts);
+    }
+  }
+
+ private:
+  static constexpr int kW = V::kWidth;
+  static constexpr int kPanel = TileLayout<V>::kPanel;
+
+  bool wants_keys() const { return task_.k_head >= 0; }
+  bool wants_values() const { return task_.v_head >= 0; }
+  int64_t token(int r) const { return block_->token_begin + r / block_->num_heads(); }
+  int32_t head(int r) const {
+    return state_.schedule.heads[block_->head_begin + r % block_->num_heads()];
+  }
+  int64_t row_index(int r) const {  // in [B, Hq, Sq]
+    return (block_->batch * call_.num_heads + head(r)) * call_.q_len + token(r);
+  }
+
+  // Q and dO of the block, both by rows and packed; LSE and delta.
+  void load_rows() {
+    const BackwardLayout<V>& l = tile_.layout;
+    const T* q_rows[kMaxBackwardRows];
+    const T* dout_rows[kMaxBackwardRows];
+    const T* q = static_cast<const T*>(call_.q) + block_->batch * call_.q_stride.b;
+    const T* dout = static_cast<const T*>(params_.dout) + block_->batch * params_.dout_stride.b;
+    const T* out = static_cast<const T*>(call_.out) + block_->batch * call_.out_stride.b;
+    for (int r = 0; r < rows_; ++r) {
+      q_rows[r] = q + head(r) * call_.q_stride.h + token(r) * call_.q_stride.s;
+      dout_rows[r] = dout + head(r) * params_.dout_stride.h + token(r) * params_.dout_stride.s;
+      widen_row<V>(q_rows[r], call_.head_dim, tile_.q + r * l.q_ld);
+      widen_row<V>(dout_rows[r], call_.value_head_dim, tile_.dout + r * l.o_ld);
+      const float lse = call_.lse[row_index(r)];
+      const bool sees_nothing = lse == -INFINITY;
+      tile_.lse[r] = sees_nothing ? INFINITY : lse * kLog2E;
+      const T* out_row = out + head(r) * call_.out_stride.h + token(r) * call_.out_stride.s;
+      float delta = dot(dout_rows[r], out_row);
+      if (params_.dlse) delta -= params_.dlse[row_index(r)];
+      tile_.delta[r] = sees_nothing ? 0.0f : delta;
+      tile_.slope[r] = 0.0f;
+      if (state_.sink_rows && wants_keys()) {
+        const float probability =
+            sees_nothing ? 0.0f : std::exp(call_.sinks[head(r)] - lse);
+        state_.sink_rows[row_index(r)] = -probability * tile_.delta[r];
+      }
+    }
+    for (int64_t r = rows_; r < round_up(rows_, kStripRows); ++r) {
+      for (int64_t d = 0; d < l.q_ld; ++d) tile_.q[r * l.q_ld + d] = 0.0f;
+      for (int64_t d = 0; d < l.o_ld; ++d) tile_.dout[r * l.o_ld + d] = 0.0f;
+    }
+    for (int64_t i = 0; i < round_up(rows_, kStripRows) * l.dk_ld; ++i) tile_.dq[i] = 0.0f;
+    for (int64_t key = 0; key < l.keys; ++key) tile_.keep[key] = 0.0f;
+    if (wants_keys()) pack_rows<V>(q_rows, rows_, call_.head_dim, l.rows, tile_.q_panels);
+    if (wants_values()) {
+      pack_rows<V>(dout_rows, rows_, call_.value_head_dim, l.rows, tile_.dout_panels);
+    }
+  }
+
+  float dot(const T* x, const T* y) const {
+    typename V::F sum = V::set1(0.0f);
+    int64_t d = 0;
+    for (; d + kW <= call_.value_head_dim; d += kW) sum = V::fma(V::load(x + d), V::load(y + d), sum);
+    if (d < call_.value_head_dim) {
+      const int64_t rest = call_.value_head_dim - d;
+      sum = V::fma(load_partial<V>(x + d, rest), load_partial<V>(y + d, rest), sum);
+    }
+    return V::reduce_add(sum);
+  }
+
+  template <bool kBias>
+  void run_tiles() {
+    const BackwardLayout<V>& l = tile_.layout;
+    const Pages pages(call_, block_->batch, block_->k_head);
+    const KVRows<T> k = KVRows<T>::k(call_, pages, block_->k_head);
+    const KVRows<T> v = KVRows<T>::v(call_, pages, block_->v_head);
+    const T* k_rows[kMaxBackwardKeys];
+    const T* v_rows[kMaxBackwardKeys];
+    StripKeys strips[kMaxBackwardRows / kStripRows];
+    const int step = state_.schedule.tile.keys;
+    // Tiles start at whole strips of the task's sums.
+    const int64_t offset = (block_->key_begin - task_.key_begin) / kStripRows * kStripRows;
+    for (int64_t first = task_.key_begin + offset; first < block_->key_end; first += step) {
+      const int n = static_cast<int>(block_->key_end - first < step ? block_->key_end - first : step);
+      k.fetch(first, n, k_rows);
+      pack_transposed<V>(k_rows, n, call_.head_dim, tile_.k_columns);
+      for (int r = 0; r < rows_; r += kStripRows) strips[r / kStripRows] = strip_keys(r, first, n);
+      scores(tile_.q, l.q_ld, tile_.k_columns, call_.head_dim, n, strips, tile_.p);
+      if (wants_keys()) {
+        v.fetch(first, n, v_rows);
+        pack_transposed<V>(v_rows, n, call_.value_head_dim, tile_.v_columns);
+        pack_rows<V>(k_rows, n, call_.head_dim, l.keys, tile_.k_panels);
+        scores(tile_.dout, l.o_ld, tile_.v_columns, call_.value_head_dim, n, strips, tile_.ds);
+      }
+      for (int r = 0; r < rows_; ++r) softmax<kBias>(r, first, n, strips[r / kStripRows]);
+      const int64_t key = first - task_.key_begin;
+      if (wants_values()) {
+        add_transposed(tile_.p, n, strips, tile_.dout_panels, l.dv_ld, dv_ + key * l.dv_ld);
+      }
+      if (wants_keys()) {
+        add_transposed(tile_.ds, n, strips, tile_.q_panels, l.dk_ld, dk_ + key * l.dk_ld);
+        add_dq(strips);
+      }
+    }
+  }
+
+  // Keys of the tile that the rows of a strip see between them.
+  StripKeys strip_keys(int begin, int64_t first, int n) const {
+    const int last = begin + kStripRows < rows_ ? begin + kStripRows - 1 : rows_ - 1;
+    const int64_t low = visible_keys(call_, block_->kv_length, token(begin)).begin - first;
+    const int64_t high = visible_keys(call_, block_->kv_length, token(last)).end - first;
+    return {clamp(low, 0, n), clamp(high, 0, n)};
+  }
+
+  static int clamp(int64_t x, int low, int high) {
+    return x < low ? low : x < high ? static_cast<int>(x) : high;
+  }
+
+  // s[rows, keys] = a * columns, for the keys each strip sees
+  void scores(const float* a, int64_t lda, const float* columns, int64_t depth, int n,
+              const StripKeys* strips, float* s) const {
+    const int64_t lds = tile_.layout.keys;
+    for (int key = 0; key < n; key += kPanel) {
+      for (int r = 0; r < rows_; r += kStripRows) {
+        const StripKeys& need = strips[r / kStripRows];
+        if (key + kPanel <= need.begin || key >= need.end) continue;
+        multiply_strip<V, false>(a + r * lda, lda, columns + key * depth, depth, s + r * lds + key,
+                                 lds);
+      }
+    }
+  }
+
+  template <bool kBias>
+  void softmax(int r, int64_t first, int n, const StripKeys& strip) {
+    float* p = tile_.p + r * tile_.layout.keys;
+    float* ds = tile_.ds + r * tile_.layout.keys;
+    const int end = static_cast<int>(round_up(n, kPanel));
+    if (strip.begin >= strip.end || tile_.lse[r] == INFINITY) {
+      zero(p, 0, end);
+      zero(ds, 0, end);
+      return;
+    }
+    const KeyRange visible = visible_keys(call_, block_->kv_length, token(r));
+    const RowKeys keys{strip.begin, strip.end,
+                       clamp(visible.begin - first, strip.begin, strip.end),
+                       clamp(visible.end - first, strip.begin, strip.end)};
+    RowBias bias{};
+    if (kBias) {
+      bias.softcap = call_.softcap;
+      bias.position =
+          static_cast<float>(query_position(call_, block_->kv_length, token(r)) - first);
+      if (call_.alibi_slopes) {
+        bias.slope = kLog2E * call_.alibi_slopes[block_->batch * call_.alibi_stride_b +
+                                                 head(r) * call_.alibi_stride_h];
+      }
+      if (call_.attn_mask) {
+        load_mask_row<V>(call_, block_->batch, head(r), token(r), first, strip.begin, strip.end,
+                         tile_.bias);
+        bias.additive = tile_.bias;
+      }
+    }
+    BackwardRow row{tile_.lse[r], tile_.delta[r], nullptr};
+    if (call_.dropout_threshold != 0) {
+      dropout_row(call_, block_->batch, head(r), token(r), first, keys.visible_begin,
+                  keys.visible_end, tile_.keep);
+      row.keep = tile_.keep;
+    }
+    backward_row<V, T, kBias>(p, ds, keys, call_.scale, bias, row, tile_.slope[r]);
+    for (float* x : {p, ds}) {
+      zero(x, 0, strip.begin / kW * kW);
+      zero(x, static_cast<int>(round_up(strip.end, kW)), end);
+    }
+  }
+
+  static void zero(float* x, int begin, int end) {
+    for (int i = begin; i < end; i += kW) V::store(x + i, V::set1(0.0f));
+  }
+
+  // sums[keys, ld] += s^T * panels. Strips of keys leave out the rows that see none of them.
+  void add_transposed(const float* s, int n, const StripKeys* strips, const float* panels,
+                      int64_t ld, float* sums) {
+    const BackwardLayout<V>& l = tile_.layout;
+    transpose_tile<V>(s, l.keys, round_up(rows_, kW), round_up(n, kW), tile_.transposed, l.row_ld);
+    // The last strip's further keys may be another block's: they get zeros.
+    for (int64_t key = round_up(n, kW); key < round_up(n, kStripRows); ++key) {
+      zero(tile_.transposed + key * l.row_ld, 0, static_cast<int>(l.row_ld));
+    }
+    const int num_strips = (rows_ + kStripRows - 1) / kStripRows;
+    for (int key = 0; key < n; key += kStripRows) {
+      int low = 0, high = num_strips;
+      const auto sees = [&](int i) {
+        return strips[i].begin < key + kStripRows && strips[i].end > key &&
+               strips[i].begin < strips[i].end;
+      };
+      while (low < high && !sees(low)) ++low;
+      while (low < high && !sees(high - 1)) --high;
+      if (low == high) continue;
+      const int begin = low * kStripRows;
+      const int end = high * kStripRows < rows_ ? high * kStripRows : rows_;
+      for (int64_t column = 0; column < ld; column += kPanel) {
+        multiply_strip<V, true>(tile_.transposed + key * l.row_ld + begin, l.row_ld,
+                                panels + column * l.rows + begin * kPanel, end - begin,
+                                sums + key * ld + column, ld);
+      }
+    }
+  }
+
+  // dq += ds * k
+  void add_dq(const StripKeys* strips) {
+    const BackwardLayout<V>& l = tile_.layout;
+    for (int64_t column = 0; column < l.dk_ld; column += kPanel) {
+      const float* panel = tile_.k_panels + column * l.keys;
+      for (int r = 0; r < rows_; r += kStripRows) {
+        const StripKeys& need = strips[r / kStripRows];
+        if (need.begin >= need.end) continue;
+        multiply_strip<V, true>(tile_.ds + r * l.keys + need.begin, l.keys,
+                                panel + need.begin * kPanel, need.end - need.begin,
+                                tile_.dq + r * l.dk_ld + column, l.dk_ld);
+      }
+    }
+  }
+
+  void store_rows() {
+    T* dq = static_cast<T*>(params_.dq) + block_->batch * params_.dq_stride.b;
+    for (int r = 0; r < rows_; ++r) {
+      store_row(tile_.dq + r * tile_.layout.dk_ld, call_.head_dim, call_.scale,
+                dq + head(r) * params_.dq_stride.h + token(r) * params_.dq_stride.s);
+      if (state_.slope_rows) state_.slope_rows[row_index(r)] = tile_.slope[r];
+    }
+  }
+
+  void store_row(const float* from, int64_t n, float factor, T* to) const {
+    const typename V::F scale = V::set1(factor);
+    int64_t d = 0;
+    for (; d + kW <= n; d += kW) V::store(to + d, V::mul(V::load(from + d), scale));
+    if (d < n) store_partial<V>(to + d, V::mul(V::load(from + d), scale), n - d);
+  }
+
+  // dK and dV of all keys of the KV head: the sums of its parts, added in their order; zeros for the
+  // keys that no part sees.
+  void store_sums(const BackwardTask* parts, int num_parts) {
+    if (wants_keys()) {
+      T* dk = static_cast<T*>(params_.dk) + task_.batch * params_.dk_stride.b +
+              task_.k_head * params_.dk_stride.h;
+      store_keys(parts, num_parts, false, call_.head_dim, call_.scale, dk, params_.dk_stride.s);
+    }
+    if (wants_values()) {
+      T* dv = static_cast<T*>(params_.dv) + task_.batch * params_.dv_stride.b +
+              task_.v_head * params_.dv_stride.h;
+      store_keys(parts, num_parts, true, call_.value_head_dim, 1.0f, dv, params_.dv_stride.s);
+    }
+  }
+
+  void store_keys(const BackwardTask* parts, int num_parts, bool values, int64_t dims, float factor,
+                  T* to, int64_t stride) {
+    float* row = values ? tile_.dout : tile_.q;  // no longer needed
+    const int64_t ld = values ? tile_.layout.dv_ld : tile_.layout.dk_ld;
+    for (int64_t key = 0; key < call_.kv_len; ++key) {
+      for (int64_t d = 0; d < dims; ++d) row[d] = 0.0f;
+      for (int i = 0; i < num_parts; ++i) {
+        if (key < parts[i].key_begin || key >= parts[i].key_end) continue;
+        const float* sums = part_sums(parts[i], values) + (key - parts[i].key_begin) * ld;
+        for (int64_t d = 0; d < dims; ++d) row[d] += sums[d];
+      }
+      store_row(row, dims, factor, to + key * stride);
+    }
+  }
+
+  const float* part_sums(const BackwardTask& part, bool values) const {
+    const int64_t sum_floats = tile_.layout.dk_ld + tile_.layout.dv_ld;
+    const float* sums = part.merge < 0 ? dk_ : state_.part_sums + part.sums * sum_floats;
+    return values ? sums + sum_keys(part) * tile_.layout.dk_ld : sums;
+  }
+
+  const BackwardState& state_;
+  const BackwardParams& params_;
+  const AttentionParams& call_;
+  const BackwardTask& task_;
+  BackwardTile<V> tile_;
+  const Task* block_ = nullptr;
+  int rows_ = 0;
+  float* dk_;  // [sum_keys, dk_ld]  this task's sums
+  float* dv_;  // [sum_keys, dv_ld]
+};
+
+template <class V, class T>
+void run_backward_task(const BackwardState& state, const BackwardTask& task, float* scratch,
+                       float* worker_sums) {
+  BackwardRun<V, T>(state, task, scratch, worker_sums).run();
+}
+
+template <class V>
+int64_t backward_scratch_floats(const AttentionParams& params, const TileShape& tile) {
+  return BackwardLayout<V>(params, tile).scratch_floats();
+}
+
+}  // namespace gqa::cpu::GQA_ISA

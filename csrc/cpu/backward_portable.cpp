@@ -1,0 +1,19 @@
+// The backward kernels for any processor.
+#define GQA_ISA portable
+
+#include "backward_kernel.h"
+#include "vec_portable.h"
+
+namespace gqa::cpu {
+
+const BackwardKernels kPortableBackward = {
+    "portable",
+    [] { return true; },
+    portable::backward_scratch_floats<portable::Vec>,
+    portable::backward_sum_floats<portable::Vec>,
+    {portable::run_backward_task<portable::Vec, float>,
+     portable::run_backward_task<portable::Vec, BFloat16>,
+     portable::run_backward_task<portable::Vec, Float16>},
+};
+
+}  // namespace gqa::cpu

@@ -1,0 +1,75 @@
+"""Autograd of the fused ops: a backward op for a forward op, with what is saved between them.
+
+Forward ops take ``(q, k, v, *maps, alibi_slopes, sinks, attn_mask, kv_lengths, scale, window_left,
+window_right, softcap, bshd, dropout_p, dropout_seed)`` and return out and LSE, both differentiable.
+Backward ops take ``(dout, dlse, q, k, v, out, lse, *maps, alibi_slopes, sinks, attn_mask,
+kv_lengths, scale, window_left, window_right, softcap, dropout_p, dropout_seed, need_slopes,
+need_sinks)`` and return dq, dk, dv, dslopes and dsinks. ``maps`` is a key and a value head map, or
+one packed plan of both. Nothing of the size ``Sq x Sk``, and no expanded K or V, is saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NUM_BIASES = 4  # alibi_slopes, sinks, attn_mask, kv_lengths
+
+
+def register(forward_op: str, backward_op: str, num_maps: int) -> None:
+    """Make ``forward_op`` differentiable once by ``backward_op``.
+
+    Args:
+        forward_op, backward_op: qualified names, ``"gqa_kernels::..."``, of registered ops.
+        num_maps: how many arguments their ``maps`` are.
+    """
+    backward_call = _op(backward_op)
+    biases = 3 + num_maps  # index of alibi_slopes
+    options = biases + NUM_BIASES  # index of scale
+
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+        *scalars, _bshd, dropout_p, dropout_seed = inputs[options:]
+        ctx.save_for_backward(*inputs[:3], *output, *inputs[3:options], dropout_seed)
+        ctx.scalars, ctx.dropout_p = scalars, dropout_p
+        ctx.num_inputs = len(inputs)
+        ctx.set_materialize_grads(False)
+
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        *tensors, dropout_seed = ctx.saved_tensors
+        out, lse = tensors[3:5]
+        if dout is None:
+            dout = out.new_zeros(()).expand(out.shape)
+        if dout.stride(-1) != 1:  # the gradient of a sum is one element, expanded
+            dout = dout.contiguous()
+        if dlse is not None:
+            dlse = dlse.to(lse.dtype).contiguous()
+        need_slopes, need_sinks = ctx.needs_input_grad[biases : biases + 2]
+        dq, dk, dv, dslopes, dsinks = backward_call(
+            dout, dlse, *tensors, *ctx.scalars, ctx.dropout_p, dropout_seed, need_slopes, need_sinks
+        )
+        gradients: list[Tensor | None] = [None] * ctx.num_inputs
+        gradients[:3] = dq, dk, dv
+        gradients[biases] = dslopes if need_slopes else None
+        gradients[biases + 1] = dsinks if need_sinks else None
+        return tuple(gradients)
+
+    torch.library.register_autograd(forward_op, backward, setup_context=setup_context)
+    torch.library.register_autograd(backward_op, _refuse, setup_context=_save_nothing)
+
+
+def _op(name: str) -> Callable[..., Any]:
+    namespace, op = name.split("::")
+    return getattr(getattr(torch.ops, namespace), op).default
+
+
+def _save_nothing(ctx: Any, inputs: tuple, output: tuple) -> None:
+    """The second derivative is refused, whatever it would need."""
+
+
+def _refuse(ctx: Any, *gradients: Tensor) -> None:
+    raise NotImplementedError(
+        "double backward through asym_gqa_attention is supported by backend='reference' only"
+    )
