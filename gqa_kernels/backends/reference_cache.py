@@ -6,7 +6,6 @@ This is the definition of attention over caches and of the append for every othe
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -90,10 +89,12 @@ def gather(view: KVView) -> tuple[Tensor, Tensor, Tensor]:
     page, slot = torch.where(usable, page, 0), torch.where(usable, slot, 0)
     k = _rows(view.k, view.k_scale, view.k_zero, page, head, slot)
     k = k.masked_fill(~usable[..., None], 0)
-    if view.num_v_heads != view.num_k_heads:
-        # V's lengths and pages are then those that all heads share.
+    if view.num_v_heads != view.num_k_heads or not view.pages_per_head:
+        # Value heads that other query heads read than the key head of that number: all heads share
+        # their pages, and lengths are of key heads.
+        usable = usable.any(1, keepdim=True)
         page, slot, usable = (
-            x[:, :1].expand(-1, view.num_v_heads, -1) for x in (page, slot, usable)
+            x.amax(1, keepdim=True).expand(-1, view.num_v_heads, -1) for x in (page, slot, usable)
         )
         head = torch.arange(view.num_v_heads, device=view.device)[:, None]
     v = _rows(view.v, view.v_scale, view.v_zero, page, head, slot)
@@ -137,12 +138,47 @@ def _rows(
 
 
 def _query_tokens(inputs: CacheInputs) -> tuple[Tensor, Tensor]:
-    """Packed token of each right-aligned query slot and whether there is one, ``[B, max_q_len]``."""
+    """Packed token of each right-aligned query slot, and whether it has one: ``[B, max_q_len]``."""
     offsets = inputs.q_offsets.long()
     stop = offsets[1:, None]
     slot = torch.arange(inputs.max_q_len, device=inputs.device)
     token = stop - inputs.max_q_len + slot
     return token, token >= offsets[:-1, None]
+
+
+@torch.library.custom_op(
+    "gqa_kernels::reference_cache_append",
+    mutates_args=("k", "v", "k_scale", "v_scale", "k_zero", "v_zero"),
+)
+def _append_op(
+    q: Tensor | None, k_new: Tensor, v_new: Tensor, k: Tensor, v: Tensor, kv_lengths: Tensor,
+    page_table: Tensor | None, kv_begin: Tensor | None, new_offsets: Tensor | None, max_new: int,
+    k_scale: Tensor | None, v_scale: Tensor | None, k_zero: Tensor | None, v_zero: Tensor | None,
+    rotary_cos: Tensor | None, rotary_sin: Tensor | None, rotary_interleaved: bool,
+) -> Tensor:  # fmt: skip
+    view = KVView(k, v, kv_lengths, page_table, kv_begin, k_scale, v_scale, k_zero, v_zero)
+    inputs = AppendInputs(
+        q, k_new, v_new, view, new_offsets, max_new, rotary_cos, rotary_sin, rotary_interleaved
+    )
+    rotated = reference_append(inputs)
+    return k_new.new_empty(0) if rotated is None else rotated
+
+
+@_append_op.register_fake
+def _(q, k_new, *_):
+    return k_new.new_empty(0) if q is None else torch.empty_like(q)
+
+
+def append_op(inputs: AppendInputs) -> Tensor | None:
+    """:func:`reference_append` as one op: compilers see what it writes, and not how."""
+    view, rotates_q = inputs.view, inputs.q is not None and inputs.rotary_cos is not None
+    rotated = _append_op(
+        inputs.q if rotates_q else None, inputs.k_new, inputs.v_new, view.k, view.v,
+        view.kv_lengths, view.page_table, view.kv_begin, inputs.new_offsets, inputs.max_new,
+        view.k_scale, view.v_scale, view.k_zero, view.v_zero, inputs.rotary_cos,
+        inputs.rotary_sin, inputs.rotary_interleaved,
+    )  # fmt: skip
+    return rotated if rotates_q else inputs.q
 
 
 def reference_append(inputs: AppendInputs) -> Tensor | None:

@@ -107,6 +107,11 @@ class CacheInputs:
                 f"the cache must have as many value heads as key heads ({view.num_k_heads}) where "
                 f"no value_head_map is given, got {view.num_v_heads}"
             )
+        if value_head_map is not None and view.pages_per_head:
+            raise NotImplementedError(
+                "value_head_map must be None where the page table is per head: a page of a key "
+                "head holds the values of its own head"
+            )
         if attn_mask is not None and q_offsets is not None:
             raise ValueError("attn_mask must be None where sequences are packed (cu_seqlens_q)")
         window_left, window_right = _resolve_window(window, causal)
@@ -199,6 +204,13 @@ class CacheInputs:
     def caches(self) -> list[str]:
         """Kinds of memory and packing, as ``Capabilities.caches`` has them."""
         return self.view.kinds + (["varlen"] if self.q_offsets is not None else [])
+
+    def describe(self) -> str:
+        """The call in words, for errors."""
+        used = self.options
+        return f"q {tuple(self.q.shape)} in {self.dtype} over {_described(self.view)}" + (
+            f" with {', '.join(used)}" if used else ""
+        )
 
 
 @dataclass(frozen=True)
@@ -328,6 +340,17 @@ class AppendInputs:
     def caches(self) -> list[str]:
         """Kinds of memory and packing, as ``Capabilities.caches`` has them."""
         return self.view.kinds + (["varlen"] if self.new_offsets is not None else [])
+
+    def describe(self) -> str:
+        """The call in words, for errors."""
+        return f"append of k_new {tuple(self.k_new.shape)} to {_described(self.view)}"
+
+
+def _described(view: KVView) -> str:
+    return (
+        f"{' '.join(view.kinds)} cache with k {tuple(view.k.shape)}, v {tuple(view.v.shape)} as "
+        f"[P, H, page_size, D] on {view.device}"
+    )
 
 
 def to_heads_first(name: str, x: Tensor, layout: Layout, packed: bool) -> tuple[Tensor, Layout]:

@@ -97,7 +97,7 @@ def quantize(x: Tensor, format: Format, scale: Tensor, zero: Tensor | None) -> T
 
 
 def dequantize(stored: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
-    """Values of memory ``[..., D]`` (int4: ``[..., D / 2]``) with a scale and zero per row, fp32."""
+    """fp32 values of memory ``[..., D]`` (int4: ``[..., D / 2]``), a scale and zero per row."""
     format = FORMATS[stored.dtype]
     if format.per_byte == 2:
         stored = torch.stack([stored & 15, stored >> 4], dim=-1).flatten(-2)

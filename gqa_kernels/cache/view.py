@@ -21,7 +21,7 @@ A view owns nothing and copies nothing.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -102,10 +102,14 @@ class KVView:
             if page_table.dim() == 2:
                 page_table = page_table[:, None]
             shape = tuple(page_table.shape)
-            if page_table.dim() != 3 or shape[0] != batch or shape[1] not in (1, heads):
+            if (
+                page_table.dim() != 3
+                or (shape[0], shape[2] >= 1) != (batch, True)
+                or shape[1] not in (1, heads)
+            ):
                 raise ValueError(
                     f"page_table must have shape ({batch}, max_pages) or ({batch}, {heads}, "
-                    f"max_pages), got {shape}"
+                    f"max_pages) with max_pages at least 1, got {shape}"
                 )
             page_table = page_table.expand(batch, heads, shape[2])
         elif k.shape[0] != batch:
@@ -140,6 +144,34 @@ class KVView:
         view = cls(k, v, lengths.expand(batch, heads), page_table, kv_begin, **scales)
         view._check_values()
         return view
+
+    def with_storage(
+        self,
+        k: Tensor,
+        v: Tensor,
+        *,
+        k_scale: Tensor | float | None = None,
+        v_scale: Tensor | float | None = None,
+        k_zero: Tensor | float | None = None,
+        v_zero: Tensor | float | None = None,
+    ) -> KVView:
+        """The same sequences in another layer's memory of the same shape and type."""
+        for name, x, planned in (("k", k, self.k), ("v", v, self.v)):
+            if (x.shape, x.dtype, x.device) != (planned.shape, planned.dtype, planned.device):
+                raise ValueError(
+                    f"{name} of the cache must be as planned, {tuple(planned.shape)} in "
+                    f"{planned.dtype} on {planned.device}, got {tuple(x.shape)} in {x.dtype} on "
+                    f"{x.device}"
+                )
+        return replace(
+            self,
+            k=k,
+            v=v,
+            k_scale=_rows("k_scale", k_scale, k),
+            v_scale=_rows("v_scale", v_scale, v),
+            k_zero=_rows("k_zero", k_zero, k),
+            v_zero=_rows("v_zero", v_zero, v),
+        )
 
     def _check_values(self) -> None:
         """Lengths, begins and page ids, where the host can see them."""
@@ -208,6 +240,11 @@ class KVView:
     def capacity(self) -> int:
         """Slots of a sequence."""
         return self.max_pages * self.page_size
+
+    @property
+    def pages_per_head(self) -> bool:
+        """Whether page-table rows may differ between heads."""
+        return self.page_table is not None and self.page_table.stride(1) != 0
 
     @cached_property
     def format(self) -> Format | None:
@@ -296,7 +333,7 @@ def _rows(name: str, x: Tensor | float | None, storage: Tensor) -> Tensor | None
         raise TypeError(f"{name}.dtype must be float32, got {x.dtype}")
     if x.device != storage.device:
         raise ValueError(f"{name}.device must equal k.device ({storage.device}), got {x.device}")
-    pages, heads, page_size = target = storage.shape[:3]
+    heads, target = storage.shape[1], storage.shape[:3]
     if x.shape == target:
         return x
     # Strides of 0 say that the scale is given, and not each token's own.
