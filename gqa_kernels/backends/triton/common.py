@@ -187,6 +187,8 @@ def attend(
     HAS_ALIBI: tl.constexpr,
     MASK_KIND: tl.constexpr,
     FORMAT: tl.constexpr,
+    HAS_K_ZERO: tl.constexpr,
+    HAS_V_ZERO: tl.constexpr,
     PAGED: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     HAS_BEGIN: tl.constexpr,
@@ -218,7 +220,7 @@ def attend(
                 b_k = kv.load_rows(p_k_rows, m_readable, HEAD_DIM, BLOCK_D, PAGED or part != INNER)
             else:
                 b_k = kv.load_stored(
-                    keys, o_page, o_slot, m_readable, HEAD_DIM, BLOCK_D, FORMAT, PAGED
+                    keys, o_page, o_slot, m_readable, HEAD_DIM, BLOCK_D, FORMAT, PAGED, HAS_K_ZERO
                 ).to(b_q.dtype)
             # [BLOCK_M, BLOCK_N]
             b_qk = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
@@ -264,7 +266,7 @@ def attend(
             else:
                 b_scale = kv.load_scales(values, o_page, o_slot, m_readable, PAGED)
                 b_v = kv.load_stored(
-                    values, o_page, o_slot, m_readable, VALUE_DIM, BLOCK_DV, FORMAT, PAGED
+                    values, o_page, o_slot, m_readable, VALUE_DIM, BLOCK_DV, FORMAT, PAGED, HAS_V_ZERO
                 )
                 b_v = (b_v * b_scale[:, None]).to(b_q.dtype)
             b_acc = b_acc * b_rescale[:, None]

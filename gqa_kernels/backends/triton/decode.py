@@ -182,40 +182,30 @@ def decode_kernel(
         i_storage, i_slot = 0, 0
         p_table_row = p_table + i_b * stride_table_b + i_k_head * stride_table_h
     table = (p_table_row, stride_table_p, num_pages, begin)
-    keys = (
-        kv.rows_of_head(p_k, i_storage, i_k_head, i_slot, stride_kb, stride_kh, stride_kn),
-        stride_kb,
-        stride_kn,
-        kv.rows_of_head(
-            p_k_scale, i_storage, i_k_head, i_slot, stride_k_scale_p, stride_k_scale_h,
-            stride_k_scale_n,
-        ),
-        stride_k_scale_p,
-        stride_k_scale_n,
-        kv.rows_of_head(
-            p_k_zero, i_storage, i_k_head, i_slot, stride_k_zero_p, stride_k_zero_h,
-            stride_k_zero_n,
-        ),
-        stride_k_zero_p,
-        stride_k_zero_n,
-    )  # fmt: skip
-    values = (
-        kv.rows_of_head(p_v, i_storage, i_v_head, i_slot, stride_vb, stride_vh, stride_vn),
-        stride_vb,
-        stride_vn,
-        kv.rows_of_head(
-            p_v_scale, i_storage, i_v_head, i_slot, stride_v_scale_p, stride_v_scale_h,
-            stride_v_scale_n,
-        ),
-        stride_v_scale_p,
-        stride_v_scale_n,
-        kv.rows_of_head(
-            p_v_zero, i_storage, i_v_head, i_slot, stride_v_zero_p, stride_v_zero_h,
-            stride_v_zero_n,
-        ),
-        stride_v_zero_p,
-        stride_v_zero_n,
-    )  # fmt: skip
+    keys = kv.rows_of_head(
+        p_k,
+        (stride_kb, stride_kh, stride_kn),
+        p_k_scale,
+        (stride_k_scale_p, stride_k_scale_h, stride_k_scale_n),
+        p_k_zero,
+        (stride_k_zero_p, stride_k_zero_h, stride_k_zero_n),
+        i_storage,
+        i_k_head,
+        i_slot,
+        FORMAT,
+    )
+    values = kv.rows_of_head(
+        p_v,
+        (stride_vb, stride_vh, stride_vn),
+        p_v_scale,
+        (stride_v_scale_p, stride_v_scale_h, stride_v_scale_n),
+        p_v_zero,
+        (stride_v_zero_p, stride_v_zero_h, stride_v_zero_n),
+        i_storage,
+        i_v_head,
+        i_slot,
+        FORMAT,
+    )
 
     # Rows of the tile, token by token, the group's heads inside: row = token * group_size + head.
     o_row = i_first_row + tl.arange(0, BLOCK_M)  # [BLOCK_M]
@@ -285,6 +275,8 @@ def decode_kernel(
         HAS_ALIBI,
         MASK_KIND,
         FORMAT,
+        p_k_zero is not None,
+        p_v_zero is not None,
         PAGED,
         PAGE_SIZE,
         p_begin is not None,

@@ -6,7 +6,7 @@ tuples, fixed for a tile's sequence and head, and the key loop asks here for row
     table   (p_table, stride_p, num_pages, begin): the page-table row of the sequence and key head,
             and the slot of its first key; only read where PAGED
     keys    (p_rows, stride_page, stride_slot, p_scale, stride, stride, p_zero, stride, stride)
-    values  the same; strides of scales and zeros are per page and per slot
+    values  the same; strides are per page and per slot. What there is not is left off the end.
 
 Without a page table, p_rows is key 0 itself and a key's row is one multiplication away, as ever.
 A page id out of range is never followed: its rows are zero and the scores of its keys NaN.
@@ -61,12 +61,43 @@ def packed_queries(p_q_offsets, i_b, q_len, num_tokens):
 
 
 @triton.jit
-def rows_of_head(p_tensor, i_storage, i_head, i_slot, stride_p, stride_h, stride_n):
-    """Pointer to a head's row, or None where there is no tensor."""
-    p_row = p_tensor
-    if p_tensor is not None:
-        p_row = p_tensor + i_storage * stride_p + i_head * stride_h + i_slot * stride_n
-    return p_row
+def rows_of_head(
+    p_rows,
+    strides,  # of a page, a head and a slot
+    p_scale,
+    scale_strides,
+    p_zero,
+    zero_strides,
+    i_storage,
+    i_head,
+    i_slot,
+    FORMAT: tl.constexpr,
+):
+    """The tuple of a head's keys or values: as long as what there is."""
+    rows = (
+        p_rows + i_storage * strides[0] + i_head * strides[1] + i_slot * strides[2],
+        strides[0],
+        strides[2],
+    )
+    if FORMAT != PLAIN:
+        rows += (
+            p_scale
+            + i_storage * scale_strides[0]
+            + i_head * scale_strides[1]
+            + i_slot * scale_strides[2],
+            scale_strides[0],
+            scale_strides[2],
+        )
+        if p_zero is not None:
+            rows += (
+                p_zero
+                + i_storage * zero_strides[0]
+                + i_head * zero_strides[1]
+                + i_slot * zero_strides[2],
+                zero_strides[0],
+                zero_strides[2],
+            )
+    return rows
 
 
 @triton.jit
@@ -137,6 +168,7 @@ def load_stored(
     BLOCK: tl.constexpr,
     FORMAT: tl.constexpr,
     PAGED: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
 ):
     """Stored numbers less their zeros: fp32 [BLOCK_N, BLOCK]."""
     p_rows = row_pointers(rows, o_page, o_slot, PAGED)
@@ -149,9 +181,8 @@ def load_stored(
         b_stored = load_rows(p_rows, m_rows, DIM, BLOCK, True).to(tl.float32)
     else:
         b_stored = fp8_to_fp32(load_rows(p_rows, m_rows, DIM, BLOCK, True), FORMAT)
-    p_zero = rows[6]
-    if p_zero is not None:
-        b_zero = load_per_row(p_zero, rows[7], rows[8], o_page, o_slot, m_rows, PAGED)
+    if HAS_ZERO:
+        b_zero = load_per_row(rows[6], rows[7], rows[8], o_page, o_slot, m_rows, PAGED)
         b_stored -= b_zero[:, None]
     elif default_zero != 0.0:
         b_stored -= default_zero
