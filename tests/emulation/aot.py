@@ -33,6 +33,7 @@ POINTER_TYPES = {
     torch.float32: "*fp32",
     torch.int32: "*i32",
     torch.uint8: "*u8",
+    torch.int8: "*i8",
 }
 
 

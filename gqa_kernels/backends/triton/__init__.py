@@ -1,12 +1,15 @@
 """Triton backend: forward attention on NVIDIA and AMD GPUs, or anywhere in Triton's interpreter.
 
-    ops.py          the torch op
+    ops.py          the torch ops
     launch.py       tensors of a call -> kernel launches
     configs.py      tiles and launch choices: data and pure functions
     prefill.py      kernel for many query tokens, one head per tile
     decode.py       kernel for few query tokens, a group's heads packed into one tile, split keys
     combine.py      merge of the splits
     common.py       the formula: scores, masking, online softmax
+    kv.py           where keys and values lie: dense or paged, and what stored numbers mean
+    append.py       kernel that writes new tokens into a cache, rotated and quantised
+    cache_launch.py tensors of an append -> its launch
     interpreter.py  mends the interpreter's bf16
 
 Nothing here imports triton until the backend first runs.
@@ -20,9 +23,10 @@ import torch
 from torch import Tensor
 
 from ... import env
+from ...cache.inputs import AppendInputs, CacheInputs
 from ...inputs import AttentionInputs
 from ...plan import plan_for
-from ..base import ALL_OPTIONS, Backend, Capabilities
+from ..base import ALL_CACHES, ALL_OPTIONS, Backend, Capabilities
 
 MIN_CUDA_CAPABILITY = (8, 0)
 
@@ -35,6 +39,7 @@ class TritonBackend(Backend):
         max_head_dim=256,
         options=ALL_OPTIONS - {"dropout", "mask_gradient"},
         autograd=False,
+        caches=ALL_CACHES,
     )
 
     def unavailable_reason(self) -> str | None:
@@ -50,10 +55,10 @@ class TritonBackend(Backend):
         return None
 
     def unsupported_reasons(self, inputs: AttentionInputs) -> list[str]:
-        reasons = super().unsupported_reasons(inputs)
-        if inputs.device.type == "cpu" and not env.triton_interpreter():
-            reasons.append("device cpu (only with TRITON_INTERPRET=1)")
-        return reasons
+        return super().unsupported_reasons(inputs) + _device_reasons(inputs.device)
+
+    def unsupported_cache_reasons(self, inputs: CacheInputs | AppendInputs) -> list[str]:
+        return super().unsupported_cache_reasons(inputs) + _device_reasons(inputs.device)
 
     def run(self, inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
         from .ops import triton_attention_forward
@@ -73,3 +78,63 @@ class TritonBackend(Backend):
             inputs.softcap,
             inputs.layout == "bshd",
         )
+
+    def run_cache(self, inputs: CacheInputs) -> tuple[Tensor, Tensor]:
+        from .ops import triton_cache_attention_forward
+
+        view = inputs.view
+        return triton_cache_attention_forward(
+            inputs.q,
+            view.k,
+            view.v,
+            plan_for(inputs),
+            inputs.alibi_slopes,
+            inputs.sinks,
+            inputs.attn_mask,
+            view.kv_lengths,
+            view.page_table,
+            view.kv_begin,
+            inputs.q_offsets,
+            inputs.max_q_len,
+            inputs.max_kv_len,
+            view.k_scale,
+            view.v_scale,
+            view.k_zero,
+            view.v_zero,
+            inputs.scale,
+            inputs.window_left,
+            inputs.window_right,
+            inputs.softcap,
+            inputs.layout == "bshd",
+        )
+
+    def append(self, inputs: AppendInputs) -> Tensor | None:
+        from .ops import triton_cache_append
+
+        view, rotates_q = inputs.view, inputs.q is not None and inputs.rotary_cos is not None
+        rotated = triton_cache_append(
+            inputs.q if rotates_q else None,
+            inputs.k_new,
+            inputs.v_new,
+            view.k,
+            view.v,
+            view.kv_lengths,
+            view.page_table,
+            view.kv_begin,
+            inputs.new_offsets,
+            inputs.max_new,
+            view.k_scale,
+            view.v_scale,
+            view.k_zero,
+            view.v_zero,
+            inputs.rotary_cos,
+            inputs.rotary_sin,
+            inputs.rotary_interleaved,
+        )
+        return rotated if rotates_q else inputs.q
+
+
+def _device_reasons(device: torch.device) -> list[str]:
+    if device.type == "cpu" and not env.triton_interpreter():
+        return ["device cpu (only with TRITON_INTERPRET=1)"]
+    return []
