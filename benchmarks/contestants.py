@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gqa_kernels import HeadMap, asym_gqa_attention
-from gqa_kernels.backends.dispatch import BACKENDS, explain_backend
+from gqa_kernels import HeadMap, asym_gqa_attention, explain_backend
+from gqa_kernels.backends.dispatch import BACKENDS
 
 from .problem import Problem
 

@@ -1,14 +1,30 @@
 """Attention kernels for asymmetric grouped-query attention."""
 
 from .attention import asym_gqa_attention
-from .backends.dispatch import available_backends, explain_backend
+from .backends.dispatch import available_backends
+from .cache.allocator import OutOfPages, PageAllocator
+from .cache.cascade import merge_attention_states, shared_prefix_attention
+from .cache.decode import asym_gqa_decode, plan_decode
+from .cache.dense import DenseKVCache
+from .cache.paged import PagedKVCache
+from .explain import explain_backend
 from .head_map import HeadMap
+from .varlen import asym_gqa_varlen_attention
 from .version import __version__
 
 __all__ = [
+    "DenseKVCache",
     "HeadMap",
+    "OutOfPages",
+    "PageAllocator",
+    "PagedKVCache",
     "__version__",
     "asym_gqa_attention",
+    "asym_gqa_decode",
+    "asym_gqa_varlen_attention",
     "available_backends",
     "explain_backend",
+    "merge_attention_states",
+    "plan_decode",
+    "shared_prefix_attention",
 ]

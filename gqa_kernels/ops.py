@@ -28,3 +28,22 @@ def _(
 
 
 autograd.register("gqa_kernels::attention_forward", "gqa_kernels::attention_backward", num_maps=2)
+
+
+@torch.library.register_fake("gqa_kernels::cache_attention_forward")
+def _(
+    q, k, v, head_map, value_head_map, alibi_slopes, sinks, attn_mask, kv_lengths, page_table,
+    kv_begin, q_offsets, max_q_len, k_scale, v_scale, k_zero, v_zero, scale, window_left,
+    window_right, softcap, bshd,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    value_head_dim = v.shape[3] * (2 if v.dtype == torch.uint8 else 1)  # int4: two in a byte
+    out = empty_output_like(q, value_head_dim, bshd)
+    return out, q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@torch.library.register_fake("gqa_kernels::cache_append")
+def _(
+    q, k_new, v_new, k, v, kv_lengths, page_table, kv_begin, new_offsets, k_scale, v_scale,
+    k_zero, v_zero, rotary_cos, rotary_sin, rotary_interleaved,
+) -> Tensor:  # fmt: skip
+    return k_new.new_empty(0) if q is None else torch.empty_like(q)

@@ -15,11 +15,14 @@ inline int64_t kv_length(const AttentionParams& params, int64_t b, int64_t k_hea
   if (params.kv_lengths == nullptr) return params.kv_len;
   const int64_t length =
       params.kv_lengths[b * params.kv_lengths_stride_b + k_head * params.kv_lengths_stride_h];
-  return length < 0 ? 0 : length > params.kv_len ? params.kv_len : length;
+  const int64_t room =
+      params.kv_begin == nullptr ? params.kv_len : params.kv_len - params.kv_begin[b];
+  return length < 0 ? 0 : length > room ? room : length;
 }
 
-// The place of query token `token` among `length` keys: the last query token is aligned to the last
-// key.
+// The place of query token `token` among `length` keys: the last query token, number Sq - 1, is
+// aligned to the last key. (Of ragged queries too: a shorter sequence's first token is not number
+// 0.)
 inline int64_t query_position(const AttentionParams& params, int64_t length, int64_t token) {
   return token + length - params.q_len;
 }

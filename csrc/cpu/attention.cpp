@@ -1,6 +1,7 @@
 #include "attention.h"
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <memory>
 
@@ -22,25 +23,41 @@ const Kernels* const kAllKernels[] = {
 
 const Kernels& select() { return select_kernels(kAllKernels); }
 
+// Rows [first_token, end) of out and lse of a head, of all sequences.
 template <class T>
-void fill_head(const AttentionParams& params, int32_t head, T value) {
-  for (int64_t b = 0; b < params.batch; ++b) {
-    for (int64_t t = 0; t < params.q_len; ++t) {
+void fill_rows(const AttentionParams& params, int32_t head, int64_t first_token, T out_value,
+               float lse_value) {
+  const int64_t batch = params.q_offsets == nullptr ? params.batch : 1;
+  for (int64_t b = 0; b < batch; ++b) {
+    for (int64_t t = first_token; t < params.q_tokens; ++t) {
       T* out = static_cast<T*>(params.out) + b * params.out_stride.b + head * params.out_stride.h +
                t * params.out_stride.s;
-      std::fill(out, out + params.value_head_dim, value);
+      std::fill(out, out + params.value_head_dim, out_value);
     }
-    float* lse = params.lse + (b * params.num_heads + head) * params.q_len;
-    std::fill(lse, lse + params.q_len, std::numeric_limits<float>::quiet_NaN());
+    float* lse = params.lse + (b * params.num_heads + head) * params.q_tokens;
+    std::fill(lse + first_token, lse + params.q_tokens, lse_value);
   }
 }
 
 // A head whose map entry names no KV head: NaN, so that it can't be overlooked.
 void fill_head_with_nan(const AttentionParams& params, int32_t head) {
+  constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
   switch (params.dtype) {
-    case DType::kBFloat16: return fill_head(params, head, BFloat16{0x7fc0});
-    case DType::kFloat16: return fill_head(params, head, Float16{0x7e00});
-    default: return fill_head(params, head, std::numeric_limits<float>::quiet_NaN());
+    case DType::kBFloat16: return fill_rows(params, head, 0, BFloat16{0x7fc0}, kNaN);
+    case DType::kFloat16: return fill_rows(params, head, 0, Float16{0x7e00}, kNaN);
+    default: return fill_rows(params, head, 0, kNaN, kNaN);
+  }
+}
+
+// Ragged tokens beyond the last sequence see no key.
+void fill_tokens_of_no_sequence(const AttentionParams& params) {
+  const int64_t first = params.q_offsets[params.batch];
+  for (int32_t head = 0; head < params.num_heads; ++head) {
+    switch (params.dtype) {
+      case DType::kBFloat16: fill_rows(params, head, first, BFloat16{0}, -INFINITY); break;
+      case DType::kFloat16: fill_rows(params, head, first, Float16{0}, -INFINITY); break;
+      default: fill_rows(params, head, first, 0.0f, -INFINITY);
+    }
   }
 }
 
@@ -68,6 +85,7 @@ const char* instruction_set() { return select().name; }
 void attention_forward(const AttentionParams& params, const ThreadPool& pool) {
   const Kernels& kernels = select();
   const Schedule schedule = make_schedule(params, pool.num_threads);
+  if (params.q_offsets != nullptr) fill_tokens_of_no_sequence(params);
   for (const int32_t head : schedule.invalid_heads) fill_head_with_nan(params, head);
   if (schedule.tasks.empty()) return;
 
@@ -80,7 +98,7 @@ void attention_forward(const AttentionParams& params, const ThreadPool& pool) {
   AlignedFloats scratch(schedule.num_workers * lines * kFloatsPerLine);
 
   const CallState call{params, schedule, partials.get(), unfinished.get()};
-  Work work{call, kernels.run_task[static_cast<int>(params.dtype)], scratch.get(),
+  Work work{call, kernels.run_task[static_cast<int>(params.k_dtype)], scratch.get(),
             lines * kFloatsPerLine};
   pool.run(
       schedule.num_workers,

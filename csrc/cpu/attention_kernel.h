@@ -14,6 +14,7 @@
 
 #include "../core/dropout.h"
 #include "../core/visible.h"
+#include "dequantize.h"
 #include "isa.h"
 #include "kernels.h"
 #include "kv_rows.h"
@@ -28,8 +29,23 @@ namespace gqa::cpu::GQA_ISA {
 
 constexpr int kMaxTileKeys = 128;
 constexpr int kMaxStrips = 32;
+constexpr int kMaxRows = kMaxStrips * kStripRows;
 
-template <class V, class T>
+// visit(type of q and out), as a null pointer. Of a plain cache it is the type of K and V, S.
+template <class S, class Visit>
+GQA_INLINE auto with_query_type(const AttentionParams& params, Visit visit) {
+  if constexpr (!kQuantized<S>) {
+    return visit(static_cast<S*>(nullptr));
+  } else {
+    switch (params.dtype) {
+      case DType::kBFloat16: return visit(static_cast<BFloat16*>(nullptr));
+      case DType::kFloat16: return visit(static_cast<Float16*>(nullptr));
+      default: return visit(static_cast<float*>(nullptr));
+    }
+  }
+}
+
+template <class V, class S>
 class AttentionTask {
  public:
   AttentionTask(const CallState& call, const Task& task, float* scratch)
@@ -37,18 +53,22 @@ class AttentionTask {
         params_(call.params),
         task_(task),
         tile_(TileLayout<V>(call.params, call.schedule.tile), scratch),
-        k_(params_.k, params_.k_stride, task.batch, task.k_head),
-        v_(params_.v, params_.v_stride, task.batch, task.v_head),
-        rows_(task.num_rows()) {}
+        pages_(params_, task.batch, task.k_head),
+        k_(KVRows<S>::k(params_, pages_, task.k_head)),
+        v_(KVRows<S>::v(params_, pages_, task.v_head)),
+        dequantizer_(params_, pages_, task.k_head, task.v_head, tile_),
+        rows_(task.num_rows()) {
+    for (int r = 0; r < rows_; ++r) {
+      const int64_t t = task.token_begin + r / task.num_heads();
+      places_[r] = {t, call.schedule.heads[task.head_begin + r % task.num_heads()],
+                    visible_keys(params_, task.kv_length, t)};
+    }
+  }
 
   void run() {
-    load_queries();
-    const bool bias = params_.softcap != 0.0f || params_.alibi_slopes || params_.attn_mask;
-    if (rows_ <= kMaxDirectRows) {
-      bias ? run_tiles<DirectProducts<V, T>, true>() : run_tiles<DirectProducts<V, T>, false>();
-    } else {
-      bias ? run_tiles<PackedProducts<V, T>, true>() : run_tiles<PackedProducts<V, T>, false>();
-    }
+    with_query_type<S>(params_, [&](auto* type) { load_queries(type); });
+    if (kQuantized<S>) dequantizer_.begin(rows_);
+    rows_ <= kMaxDirectRows ? run_tiles<DirectProducts<V, S>>() : run_tiles<PackedProducts<V, S>>();
     if (task_.merge < 0) {
       for (int r = 0; r < rows_; ++r)
         write_row(r, tile_.o + r * tile_.layout.o_ld, tile_.max[r], tile_.sum[r]);
@@ -61,20 +81,28 @@ class AttentionTask {
   }
 
  private:
-  int64_t token(int r) const { return task_.token_begin + r / task_.num_heads(); }
-  int32_t head(int r) const {
-    return call_.schedule.heads[task_.head_begin + r % task_.num_heads()];
-  }
+  struct Place {
+    int64_t token;
+    int32_t head;
+    KeyRange visible;
+  };
 
-  void load_queries() {
+  int64_t token(int r) const { return places_[r].token; }
+  int32_t head(int r) const { return places_[r].head; }
+  // The token's place in q, out and lse.
+  int64_t stored_token(int r) const { return token(r) + task_.token_offset; }
+  int64_t stored_batch() const { return params_.q_offsets != nullptr ? 0 : task_.batch; }
+
+  template <class T>
+  void load_queries(const T*) {
     const TileLayout<V>& layout = tile_.layout;
     const int64_t padded_rows = round_up(rows_, kStripRows);
-    const T* q = static_cast<const T*>(params_.q) + task_.batch * params_.q_stride.b;
+    const T* q = static_cast<const T*>(params_.q) + stored_batch() * params_.q_stride.b;
     for (int r = 0; r < padded_rows; ++r) {
       float* to = tile_.q + r * layout.q_ld;
       const int64_t filled = r < rows_ ? params_.head_dim : 0;
       if (r < rows_) {
-        const T* from = q + head(r) * params_.q_stride.h + token(r) * params_.q_stride.s;
+        const T* from = q + head(r) * params_.q_stride.h + stored_token(r) * params_.q_stride.s;
         widen_row<V>(from, params_.head_dim, to);
       }
       for (int64_t d = filled; d < layout.q_ld; ++d) to[d] = 0.0f;
@@ -87,17 +115,19 @@ class AttentionTask {
     for (int64_t key = 0; key < layout.keys; ++key) tile_.keep[key] = 0.0f;
   }
 
-  template <class Products, bool kBias>
+  template <class Products>
   void run_tiles() {
+    const bool bias = params_.softcap != 0.0f || params_.alibi_slopes || params_.attn_mask;
     Products products(params_, tile_);
-    const T* k_rows[2][kMaxTileKeys];  // of this tile and the next
-    const T* v_rows[kMaxTileKeys];
+    const S* k_rows[2][kMaxTileKeys];  // of this tile and the next
+    const S* v_rows[kMaxTileKeys];
     StripKeys strips[kMaxStrips];
     const int64_t end = task_.key_end;
     const auto keys_of_tile = [&](int64_t first) {
       const int64_t n = first < end ? end - first : 0;
       return static_cast<int>(n < tile_.layout.keys ? n : tile_.layout.keys);
     };
+    products.begin(rows_);
     k_.fetch(task_.key_begin, keys_of_tile(task_.key_begin), k_rows[0]);
     int which = 0;
     for (int64_t first = task_.key_begin; first < end; first += tile_.layout.keys, which ^= 1) {
@@ -109,20 +139,25 @@ class AttentionTask {
         strips[r / Products::kStrip] = strip_keys(r, r + Products::kStrip, first, n);
       }
       products.begin_tile(k_rows[which], v_rows, n, k_rows[which ^ 1], keys_of_tile(next));
+      if (kQuantized<S>) dequantizer_.begin_tile(first, n);
       products.scores(rows_, strips);
       for (int r = 0; r < rows_; ++r) {
         const StripKeys& strip = strips[r / Products::kStrip];
-        if (strip.begin < strip.end) softmax<kBias>(r, first, strip);
+        if (strip.begin >= strip.end) continue;
+        if (kQuantized<S>) dequantizer_.scores(r, strip);
+        bias ? softmax<true>(r, first, strip) : softmax<false>(r, first, strip);
+        if (kQuantized<S>) dequantizer_.probabilities(r, strip);
       }
       products.accumulate(rows_, strips);
     }
+    products.end(rows_);
   }
 
   // Keys of the tile that rows [begin, end) see between them.
   StripKeys strip_keys(int begin, int end, int64_t first, int n) const {
     if (end > rows_) end = rows_;
-    const int64_t low = visible_keys(params_, task_.kv_length, token(begin)).begin - first;
-    const int64_t high = visible_keys(params_, task_.kv_length, token(end - 1)).end - first;
+    const int64_t low = places_[begin].visible.begin - first;
+    const int64_t high = places_[end - 1].visible.end - first;
     return {static_cast<int>(low < 0   ? 0
                              : low < n ? low
                                        : n),
@@ -133,7 +168,7 @@ class AttentionTask {
 
   template <bool kBias>
   void softmax(int r, int64_t first, const StripKeys& strip) {
-    const KeyRange visible = visible_keys(params_, task_.kv_length, token(r));
+    const KeyRange visible = places_[r].visible;
     const int64_t low = visible.begin - first, high = visible.end - first;
     const RowKeys keys{strip.begin, strip.end,
                        static_cast<int>(low < strip.begin ? strip.begin
@@ -157,13 +192,16 @@ class AttentionTask {
         bias.additive = tile_.bias;
       }
     }
+    const float* keep = nullptr;
     if (params_.dropout_threshold != 0) {
       dropout_row(params_, task_.batch, head(r), token(r), first, keys.visible_begin,
                   keys.visible_end, tile_.keep);
+      keep = tile_.keep;
     }
-    const float rescale = softmax_row<V, T, kBias>(
-        tile_.s + r * tile_.layout.keys, keys, params_.scale, bias,
-        params_.dropout_threshold != 0 ? tile_.keep : nullptr, tile_.max[r], tile_.sum[r]);
+    const float rescale = with_query_type<S>(params_, [&](auto* type) {
+      return softmax_row<V, kBias>(type, tile_.s + r * tile_.layout.keys, keys, params_.scale, bias,
+                                   keep, tile_.max[r], tile_.sum[r]);
+    });
     if (rescale != 1.0f) scale_row(tile_.o + r * tile_.layout.o_ld, rescale);
   }
 
@@ -208,10 +246,15 @@ class AttentionTask {
     }
   }
 
-  // out = o / sum and LSE = ln(sum) + max, with the head's sink in the sum.
   void write_row(int r, const float* o, float max, float sum) {
+    with_query_type<S>(params_, [&](auto* type) { write_row(type, r, o, max, sum); });
+  }
+
+  // out = o / sum and LSE = ln(sum) + max, with the head's sink in the sum.
+  template <class T>
+  void write_row(const T*, int r, const float* o, float max, float sum) {
     const int32_t h = head(r);
-    const int64_t t = token(r);
+    const int64_t b = stored_batch(), t = stored_token(r);
     const bool sees_nothing =
         sum == 0.0f;  // a visible key adds about 1 at the maximum; NaN is not 0
     float factor = 1.0f;
@@ -222,11 +265,11 @@ class AttentionTask {
       sum = sum * factor + std::exp2(sink - new_max);
       max = new_max;
     }
-    params_.lse[(task_.batch * params_.num_heads + h) * params_.q_len + t] =
+    params_.lse[(b * params_.num_heads + h) * params_.q_tokens + t] =
         sees_nothing ? -INFINITY : max * kLn2 + std::log(sum);
     const typename V::F inverse = V::set1(sees_nothing ? 0.0f : factor / sum);
-    T* out = static_cast<T*>(params_.out) + task_.batch * params_.out_stride.b +
-             h * params_.out_stride.h + t * params_.out_stride.s;
+    T* out = static_cast<T*>(params_.out) + b * params_.out_stride.b + h * params_.out_stride.h +
+             t * params_.out_stride.s;
     const int64_t dims = params_.value_head_dim;
     int64_t d = 0;
     for (; d + V::kWidth <= dims; d += V::kWidth)
@@ -238,13 +281,17 @@ class AttentionTask {
   const AttentionParams& params_;
   const Task& task_;
   Tile<V> tile_;
-  DenseRows<T> k_, v_;
+  Pages pages_;
+  KVRows<S> k_, v_;
+  Dequantizer<V, S> dequantizer_;
   int rows_;
+  Place places_[kMaxRows];
 };
 
-template <class V, class T>
+// Of K and V in type S.
+template <class V, class S>
 void run_task(const CallState& call, const Task& task, float* scratch) {
-  AttentionTask<V, T>(call, task, scratch).run();
+  AttentionTask<V, S>(call, task, scratch).run();
 }
 
 template <class V>

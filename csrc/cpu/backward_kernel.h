@@ -149,8 +149,9 @@ class BackwardRun {
   template <bool kBias>
   void run_tiles() {
     const BackwardLayout<V>& l = tile_.layout;
-    const DenseRows<T> k(call_.k, call_.k_stride, block_->batch, block_->k_head);
-    const DenseRows<T> v(call_.v, call_.v_stride, block_->batch, block_->v_head);
+    const Pages pages(call_, block_->batch, block_->k_head);
+    const KVRows<T> k = KVRows<T>::k(call_, pages, block_->k_head);
+    const KVRows<T> v = KVRows<T>::v(call_, pages, block_->v_head);
     const T* k_rows[kMaxBackwardKeys];
     const T* v_rows[kMaxBackwardKeys];
     StripKeys strips[kMaxBackwardRows / kStripRows];

@@ -24,7 +24,7 @@ struct Kernels {
   const char* name;
   bool (*supported)();  // by this processor
   int64_t (*scratch_floats)(const AttentionParams& params, const TileShape& tile);
-  TaskFunction run_task[3];  // by DType of q: fp32, bf16, fp16
+  TaskFunction run_task[kNumDTypes];  // by DType of K and V
 };
 
 extern const Kernels kPortableKernels;

@@ -13,6 +13,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
@@ -28,8 +29,12 @@ namespace gqa::cpu::avx2 {
 namespace {
 
 // Explicit instantiations, inside the switch.
-constexpr TaskFunction kRunTask[3] = {run_task<Vec, float>, run_task<Vec, BFloat16>,
-                                      run_task<Vec, Float16>};
+constexpr TaskFunction kRunTask[kNumDTypes] = {
+    run_task<Vec, float>,      run_task<Vec, BFloat16>,
+    run_task<Vec, Float16>,    nullptr,
+    run_task<Vec, Float8E4M3>, run_task<Vec, Float8E5M2>,
+    run_task<Vec, Int8>,       run_task<Vec, Int4Pair>,
+};
 constexpr auto kScratchFloats = scratch_floats<Vec>;
 
 }  // namespace
@@ -48,7 +53,8 @@ const Kernels kAvx2Kernels = {
     // Not every compiler can ask for F16C; all processors with AVX2 have it.
     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); },
     avx2::kScratchFloats,
-    {avx2::kRunTask[0], avx2::kRunTask[1], avx2::kRunTask[2]},
+    {avx2::kRunTask[0], avx2::kRunTask[1], avx2::kRunTask[2], avx2::kRunTask[3], avx2::kRunTask[4],
+     avx2::kRunTask[5], avx2::kRunTask[6], avx2::kRunTask[7]},
 };
 
 }  // namespace gqa::cpu

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "../core/params.h"
 #include "isa.h"
 
 namespace gqa::cpu::GQA_ISA {
@@ -59,11 +60,11 @@ GQA_INLINE float exp2_scalar(float x) {
   return lanes[0];
 }
 
-// The first n (< kWidth) elements at p, then zeros. Reads nothing beyond them.
+// The first n (< kWidth) numbers at p, then zeros. Reads nothing beyond them.
 template <class V, class T>
 inline typename V::F load_partial(const T* p, int64_t n) {
-  T lanes[V::kWidth] = {};
-  std::memcpy(lanes, p, n * sizeof(T));
+  T lanes[V::kWidth / kNumbersPerElement<T>] = {};
+  std::memcpy(lanes, p, n * sizeof(T) / kNumbersPerElement<T>);
   return V::load(lanes);
 }
 

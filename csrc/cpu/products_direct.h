@@ -1,8 +1,13 @@
 // The two matrix products of a tile with few rows (decode): K and V are read where they lie, row
 // after row, and widened in registers. The next rows are prefetched during the arithmetic.
+//
+// Rows are read in blocks of two vectors. Some types are cheaper to widen into even and odd numbers
+// of a block than in order (V::kSplits); q is then brought into that order before, and o back
+// after.
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #include "isa.h"
 #include "kv_rows.h"
@@ -11,72 +16,117 @@
 
 namespace gqa::cpu::GQA_ISA {
 
-// s[r, 0..3] = q[r] . k[0..3]
-template <class V, class T, int kRows>
-GQA_INLINE void dot_4_keys(const float* q, int64_t ldq, const T* const (&k)[4], int64_t head_dim,
-                           float* s, int64_t lds) {
+// The `n` numbers of `row` from d on, at most two vectors, then zeros.
+template <class V, class S>
+GQA_INLINE void load_block(const S* row, int64_t d, int64_t n, typename V::F& x0,
+                           typename V::F& x1) {
+  if (n >= 2 * V::kWidth) return V::load_block(at(row, d), x0, x1);
+  S block[2 * V::kWidth / kNumbersPerElement<S>] = {};
+  std::memcpy(block, at(row, d), n * sizeof(S) / kNumbersPerElement<S>);
+  V::load_block(block, x0, x1);
+}
+
+// sum[., r, c] += q[r] . k[c] over the block of numbers at d, of which there are n.
+template <class V, class S, int kChains, int kRows, int kKeys>
+GQA_INLINE void multiply_block(const float* q, int64_t ldq, const S* const (&k)[kKeys], int64_t d,
+                               int64_t n, typename V::F (&sum)[kChains][kRows][kKeys]) {
   using F = typename V::F;
-  constexpr int kW = V::kWidth;
-  F sum[kRows][4];
-  GQA_UNROLL(3)
-  for (int r = 0; r < kRows; ++r) {
+  F x[2][kKeys];
+  GQA_UNROLL(4)
+  for (int c = 0; c < kKeys; ++c) load_block<V>(k[c], d, n, x[0][c], x[1][c]);
+  GQA_UNROLL(2)
+  for (int i = 0; i < 2; ++i) {
+    // Compilers would rather load and widen again for every use than keep a register.
     GQA_UNROLL(4)
-    for (int c = 0; c < 4; ++c) sum[r][c] = V::set1(0.0f);
+    for (int c = 0; c < kKeys; ++c) V::pin(x[i][c]);
+    GQA_UNROLL(4)
+    for (int r = 0; r < kRows; ++r) {
+      F y = V::load(q + r * ldq + d + i * V::kWidth);
+      if (kRows > 2) V::pin(y);
+      GQA_UNROLL(4)
+      for (int c = 0; c < kKeys; ++c) {
+        F& total = sum[i % kChains][r][c];
+        total = V::fma(y, x[i][c], total);
+      }
+    }
+  }
+}
+
+// s[r, 0..kKeys) = q[r] . rows[0..kKeys)
+template <class V, class S, int kRows, int kKeys>
+GQA_INLINE void dot_keys(const float* q, int64_t ldq, const S* const* rows, int64_t head_dim,
+                         float* s, int64_t lds) {
+  using F = typename V::F;
+  const S* k[kKeys];
+  GQA_UNROLL(4)
+  for (int c = 0; c < kKeys; ++c) k[c] = rows[c];
+  constexpr int kBlock = 2 * V::kWidth;
+  // One row has too few sums to hide the latency of FMA: the two vectors of a block get their own.
+  constexpr int kChains = kRows == 1 ? 2 : 1;
+  F sum[kChains][kRows][kKeys];
+  GQA_UNROLL(2)
+  for (int i = 0; i < kChains; ++i) {
+    GQA_UNROLL(4)
+    for (int r = 0; r < kRows; ++r) {
+      GQA_UNROLL(4)
+      for (int c = 0; c < kKeys; ++c) sum[i][r][c] = V::set1(0.0f);
+    }
   }
   int64_t d = 0;
-  for (; d + kW <= head_dim; d += kW) {
-    GQA_UNROLL(4)
-    for (int c = 0; c < 4; ++c) {
-      const F x = V::load(k[c] + d);
-      GQA_UNROLL(3)
-      for (int r = 0; r < kRows; ++r) sum[r][c] = V::fma(V::load(q + r * ldq + d), x, sum[r][c]);
+  for (; d + kBlock <= head_dim; d += kBlock) multiply_block<V>(q, ldq, k, d, kBlock, sum);
+  if (d < head_dim) multiply_block<V>(q, ldq, k, d, head_dim - d, sum);
+  GQA_UNROLL(4)
+  for (int r = 0; r < kRows; ++r) {
+    if (kKeys == 4) {
+      F total[4];
+      GQA_UNROLL(4)
+      for (int c = 0; c < 4; ++c) {
+        total[c] = sum[0][r][c % kKeys];
+        if (kChains == 2) total[c] = V::add(total[c], sum[kChains - 1][r][c % kKeys]);
+      }
+      V::store_sums4(s + r * lds, total);
+    } else if (r % 2 == 0) {
+      const int next = r + 1 < kRows ? r + 1 : r;
+      const F total[4] = {sum[0][r][0], sum[0][r][1], sum[0][next][0], sum[0][next][1]};
+      V::store_sums2x2(s + r * lds, s + next * lds, total);
     }
   }
-  if (d < head_dim) {
-    for (int c = 0; c < 4; ++c) {
-      const F x = load_partial<V>(k[c] + d, head_dim - d);
-      for (int r = 0; r < kRows; ++r) sum[r][c] = V::fma(V::load(q + r * ldq + d), x, sum[r][c]);
-    }
-  }
-  GQA_UNROLL(3)
-  for (int r = 0; r < kRows; ++r) V::store_sums4(s + r * lds, sum[r]);
 }
 
 // o[r, column block] += sum over keys of p[r, key] * v[key, column block]; the block is kCols
-// vectors wide, the last of them `last` elements (fewer than a vector only where kCols is 1).
-template <class V, class T, int kRows, int kCols>
-GQA_INLINE void add_keys(const float* p, int64_t ldp, const T* const* v, int64_t column,
-                         StripKeys keys, int64_t last, float* o, int64_t ldo) {
+// vectors wide, `width` numbers of it from V (fewer than all only where kCols is 2).
+template <class V, class S, int kRows, int kCols>
+GQA_INLINE void add_keys(const float* p, int64_t ldp, const S* const* v, int64_t column,
+                         StripKeys keys, int64_t width, float* o, int64_t ldo) {
   using F = typename V::F;
   constexpr int kW = V::kWidth;
   F sum[kRows][kCols];
   GQA_UNROLL(6)
   for (int r = 0; r < kRows; ++r) {
-    GQA_UNROLL(4)
+    GQA_UNROLL(8)
     for (int c = 0; c < kCols; ++c) sum[r][c] = V::load(o + r * ldo + c * kW);
   }
   for (int key = keys.begin; key < keys.end; ++key) {
-    const T* row = v[key] + column;
-    F x[kCols];
     GQA_UNROLL(4)
-    for (int c = 0; c < kCols; ++c) {
-      x[c] = kCols > 1 || last == kW ? V::load(row + c * kW) : load_partial<V>(row, last);
-    }
-    GQA_UNROLL(6)
-    for (int r = 0; r < kRows; ++r) {
-      const F weight = V::set1(p[r * ldp + key]);
-      GQA_UNROLL(4)
-      for (int c = 0; c < kCols; ++c) sum[r][c] = V::fma(weight, x[c], sum[r][c]);
+    for (int c = 0; c < kCols; c += 2) {
+      F x0, x1;
+      load_block<V>(v[key], column + c * kW, kCols > 2 ? 2 * kW : width, x0, x1);
+      GQA_UNROLL(6)
+      for (int r = 0; r < kRows; ++r) {
+        const F weight = V::set1(p[r * ldp + key]);
+        sum[r][c] = V::fma(weight, x0, sum[r][c]);
+        sum[r][c + 1] = V::fma(weight, x1, sum[r][c + 1]);
+      }
     }
   }
   GQA_UNROLL(6)
   for (int r = 0; r < kRows; ++r) {
-    GQA_UNROLL(4)
+    GQA_UNROLL(8)
     for (int c = 0; c < kCols; ++c) V::store(o + r * ldo + c * kW, sum[r][c]);
   }
 }
 
-template <class V, class T>
+template <class V, class S>
 class DirectProducts {
  public:
   static constexpr int kStrip = kMaxDirectRows;  // all rows share one StripKeys
@@ -84,12 +134,39 @@ class DirectProducts {
   DirectProducts(const AttentionParams& params, Tile<V>& tile)
       : tile_(tile), head_dim_(params.head_dim), value_head_dim_(params.value_head_dim) {}
 
-  // next_k_rows: the rows of the tile after this one
-  void begin_tile(const T* const* k_rows, const T* const* v_rows, int n,
-                  const T* const* next_k_rows, int next_n) {
+  // Before the first tile: q in the order of load_block.
+  void begin(int rows) {
+    if (!V::template kSplits<S>) return;
+    for (int r = 0; r < rows; ++r) {
+      float* q = tile_.q + r * tile_.layout.q_ld;
+      for (int64_t d = 0; d < tile_.layout.q_ld; d += 2 * kW) {
+        typename V::F x0 = V::load(q + d), x1 = V::load(q + d + kW);
+        V::split(x0, x1);
+        V::store(q + d, x0);
+        V::store(q + d + kW, x1);
+      }
+    }
+  }
+
+  // After the last tile: o in its own order again.
+  void end(int rows) {
+    if (!V::template kSplits<S>) return;
+    for (int r = 0; r < rows; ++r) {
+      float* o = tile_.o + r * tile_.layout.o_ld;
+      for (int64_t d = 0; d < tile_.layout.o_ld; d += 2 * kW) {
+        typename V::F x0 = V::load(o + d), x1 = V::load(o + d + kW);
+        V::join(x0, x1);
+        V::store(o + d, x0);
+        V::store(o + d + kW, x1);
+      }
+    }
+  }
+
+  // k_rows: of a whole number of kRowStep keys; next_k_rows: the rows of the tile after this one
+  void begin_tile(const S* const* k_rows, const S* const* v_rows, int, const S* const* next_k_rows,
+                  int next_n) {
     k_rows_ = k_rows;
     v_rows_ = v_rows;
-    num_keys_ = n;
     next_k_rows_ = next_k_rows;
     next_n_ = next_n;
   }
@@ -97,24 +174,28 @@ class DirectProducts {
   // s = q . k for the keys that are needed; asks for the tile's V rows
   void scores(int rows, const StripKeys* strips) {
     const StripKeys need = strips[0];
-    const int first = need.begin / 4 * 4;
-    Prefetcher<T> ahead(v_rows_ + need.begin, need.end - need.begin, value_head_dim_,
-                        (need.end - first + 3) / 4);
-    for (int key = first; key < need.end; key += 4) {
+    const int first = need.begin / kRowStep * kRowStep;
+    Prefetcher<S> ahead(v_rows_ + need.begin, need.end - need.begin, value_head_dim_,
+                        (need.end - first + kRowStep - 1) / kRowStep);
+    for (int key = first; key < need.end; key += kRowStep) {
       ahead.step();
-      const T* k[4];
-      for (int c = 0; c < 4; ++c) k[c] = k_rows_[key + c < num_keys_ ? key + c : num_keys_ - 1];
       int r = 0;
-      for (; rows - r > 4 || rows - r == 3; r += 3) dot_rows<3>(r, k, key);
-      for (; rows - r >= 2; r += 2) dot_rows<2>(r, k, key);
-      if (r < rows) dot_rows<1>(r, k, key);
+      for (; rows - r > 4; r += rows - r == 5 ? 3 : 4) {
+        rows - r == 5 ? dot_rows<3>(r, key) : dot_rows<4>(r, key);
+      }
+      switch (rows - r) {
+        case 1: dot_rows<1>(r, key); break;
+        case 2: dot_rows<2>(r, key); break;
+        case 3: dot_rows<3>(r, key); break;
+        case 4: dot_rows<4>(r, key); break;
+      }
     }
   }
 
   // o += p . v; asks for the next tile's K rows
   void accumulate(int rows, const StripKeys* strips) {
     const int64_t steps = (rows + kStripRows - 1) / kStripRows * (tile_.layout.o_ld / kW);
-    Prefetcher<T> ahead(next_k_rows_, next_n_, head_dim_, static_cast<int>(steps));
+    Prefetcher<S> ahead(next_k_rows_, next_n_, head_dim_, static_cast<int>(steps));
     int r = 0;
     for (; rows - r > kStripRows; r += kStripRows) add_rows<kStripRows>(r, strips[0], ahead);
     switch (rows - r) {
@@ -130,38 +211,42 @@ class DirectProducts {
  private:
   static constexpr int kW = V::kWidth;
 
+  // Two or four keys at a time: as many sums as hide the latency of FMA and fit in registers.
   template <int kRows>
-  void dot_rows(int r, const T* const (&k)[4], int key) {
+  void dot_rows(int r, int key) {
     const TileLayout<V>& layout = tile_.layout;
-    dot_4_keys<V, T, kRows>(tile_.q + r * layout.q_ld, layout.q_ld, k, head_dim_,
-                            tile_.s + r * layout.keys + key, layout.keys);
+    const float* q = tile_.q + r * layout.q_ld;
+    float* s = tile_.s + r * layout.keys;
+    constexpr int kKeys = kRows <= 2 ? 4 : 2;
+    for (int i = key; i < key + kRowStep; i += kKeys) {
+      dot_keys<V, S, kRows, kKeys>(q, layout.q_ld, k_rows_ + i, head_dim_, s + i, layout.keys);
+    }
   }
 
   template <int kRows>
-  void add_rows(int r, StripKeys keys, Prefetcher<T>& ahead) {
-    constexpr int kCols =
-        kRows <= 2 ? 4 : 2;  // 4 to 12 sums: as many as hide the latency of FMA and fit
+  void add_rows(int r, StripKeys keys, Prefetcher<S>& ahead) {
+    constexpr int kCols = kRows == 1 ? 8 : kRows == 2 ? 4 : 2;  // 6 to 12 sums, for the same reason
     const int64_t ldp = tile_.layout.keys, ldo = tile_.layout.o_ld;
     const float* p = tile_.s + r * ldp;
     float* o = tile_.o + r * ldo;
     int64_t d = 0;
     for (; d + kCols * kW <= value_head_dim_; d += kCols * kW) {
       for (int i = 0; i < kCols; ++i) ahead.step();
-      add_keys<V, T, kRows, kCols>(p, ldp, v_rows_, d, keys, kW, o + d, ldo);
+      add_keys<V, S, kRows, kCols>(p, ldp, v_rows_, d, keys, kCols * kW, o + d, ldo);
     }
-    for (; d < value_head_dim_; d += kW) {
+    for (; d < value_head_dim_; d += 2 * kW) {
       ahead.step();
-      const int64_t last = value_head_dim_ - d < kW ? value_head_dim_ - d : kW;
-      add_keys<V, T, kRows, 1>(p, ldp, v_rows_, d, keys, last, o + d, ldo);
+      ahead.step();
+      add_keys<V, S, kRows, 2>(p, ldp, v_rows_, d, keys, value_head_dim_ - d, o + d, ldo);
     }
   }
 
   Tile<V>& tile_;
   int64_t head_dim_, value_head_dim_;
-  const T* const* k_rows_ = nullptr;
-  const T* const* v_rows_ = nullptr;
-  const T* const* next_k_rows_ = nullptr;
-  int num_keys_ = 0, next_n_ = 0;
+  const S* const* k_rows_ = nullptr;
+  const S* const* v_rows_ = nullptr;
+  const S* const* next_k_rows_ = nullptr;
+  int next_n_ = 0;
 };
 
 }  // namespace gqa::cpu::GQA_ISA

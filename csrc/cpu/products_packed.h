@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "isa.h"
+#include "kv_rows.h"
 #include "math.h"
 #include "tile.h"
 
@@ -55,7 +56,8 @@ inline void pack_transposed(const T* const* rows, int n, int64_t dims, float* pa
       for (int i = 0; i < kW; ++i) {
         x[i] = V::set1(0.0f);
         if (row + i < n) {
-          x[i] = width == kW ? V::load(rows[row + i] + d) : load_partial<V>(rows[row + i] + d, width);
+          const T* from = at(rows[row + i], d);
+          x[i] = width == kW ? V::load(from) : load_partial<V>(from, width);
         }
       }
       V::transpose(x);
@@ -80,16 +82,16 @@ inline void pack_rows(const T* const* rows, int n, int64_t dims, int64_t max_row
     for (int64_t d = 0; d < round_up(dims, kPanel); d += kW) {
       typename V::F x = V::set1(0.0f);
       if (d + kW <= dims) {
-        x = V::load(rows[row] + d);
+        x = V::load(at(rows[row], d));
       } else if (d < dims) {
-        x = load_partial<V>(rows[row] + d, dims - d);
+        x = load_partial<V>(at(rows[row], d), dims - d);
       }
       V::store(to + d / kPanel * panel_floats + d % kPanel, x);
     }
   }
 }
 
-template <class V, class T>
+template <class V, class S>
 class PackedProducts {
  public:
   static constexpr int kStrip = kStripRows;  // rows that share one StripKeys
@@ -97,7 +99,10 @@ class PackedProducts {
   PackedProducts(const AttentionParams& params, Tile<V>& tile)
       : tile_(tile), head_dim_(params.head_dim), value_head_dim_(params.value_head_dim) {}
 
-  void begin_tile(const T* const* k_rows, const T* const* v_rows, int n, const T* const*, int) {
+  void begin(int) {}
+  void end(int) {}
+
+  void begin_tile(const S* const* k_rows, const S* const* v_rows, int n, const S* const*, int) {
     pack_transposed<V>(k_rows, n, head_dim_, tile_.k_panels);
     pack_rows<V>(v_rows, n, value_head_dim_, tile_.layout.keys, tile_.v_panels);
     num_keys_ = n;

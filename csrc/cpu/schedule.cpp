@@ -21,6 +21,11 @@ constexpr int64_t kTileFloats = 96 * 1024;
 constexpr int kMaxTileRows = 192;
 constexpr int kMinTileRows = 48;
 
+// K and V of a tile that is not packed, in a first-level cache of 32 KiB.
+constexpr int64_t kDirectTileBytes = 16 * 1024;
+constexpr int kMaxDirectKeys = 128;
+constexpr int kMinDirectKeys = 32;
+
 int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 TileShape tile_shape(const AttentionParams& params) {
@@ -35,6 +40,26 @@ TileShape tile_shape(const AttentionParams& params) {
     }
   }
   return tile;
+}
+
+int64_t row_bytes(DType dtype, int64_t dims) {
+  switch (dtype) {
+    case DType::kFloat32: return dims * 4;
+    case DType::kBFloat16:
+    case DType::kFloat16: return dims * 2;
+    case DType::kInt4: return dims / 2;
+    default: return dims;
+  }
+}
+
+// Keys of a tile that are read where they lie: K and V stay in the first-level cache from their
+// prefetch to their use.
+int direct_tile_keys(const AttentionParams& params) {
+  const int64_t bytes =
+      row_bytes(params.k_dtype, params.head_dim) + row_bytes(params.v_dtype, params.value_head_dim);
+  int keys = kMaxDirectKeys;
+  while (keys > kMinDirectKeys && keys * bytes > kDirectTileBytes) keys /= 2;
+  return keys;
 }
 
 }  // namespace
@@ -66,15 +91,18 @@ void add_row_blocks(const AttentionParams& params, const std::vector<Group>& gro
                     std::vector<Task>& tasks) {
   const int64_t dims = params.head_dim + params.value_head_dim;
   for (int32_t b = 0; b < params.batch; ++b) {
+    const int64_t q_len =
+        params.q_offsets == nullptr ? params.q_len : params.q_offsets[b + 1] - params.q_offsets[b];
+    if (q_len == 0) continue;
     for (const Group& group : groups) {
       const int64_t length = kv_length(params, b, group.k_head);
       const int64_t group_heads = group.head_end - group.head_begin;
       const int64_t head_blocks = div_up(group_heads, max_rows);
       const int64_t heads = div_up(group_heads, head_blocks);
-      const int64_t token_blocks = div_up(params.q_len, max_rows / heads);
-      const int64_t tokens = div_up(params.q_len, token_blocks);
+      const int64_t token_blocks = div_up(q_len, max_rows / heads);
+      const int64_t tokens = div_up(q_len, token_blocks);
       for (int64_t h = group.head_begin; h < group.head_end; h += heads) {
-        for (int64_t t = 0; t < params.q_len; t += tokens) {
+        for (int64_t t = params.q_len - q_len; t < params.q_len; t += tokens) {
           Task task{};
           task.batch = b;
           task.k_head = group.k_head;
@@ -83,6 +111,8 @@ void add_row_blocks(const AttentionParams& params, const std::vector<Group>& gro
           task.head_end = static_cast<int32_t>(std::min<int64_t>(h + heads, group.head_end));
           task.token_begin = t;
           task.token_end = std::min(t + tokens, params.q_len);
+          if (params.q_offsets != nullptr)
+            task.token_offset = params.q_offsets[b + 1] - params.q_len;
           task.kv_length = length;
           task.key_begin = visible_keys(params, length, t).begin;
           task.key_end = visible_keys(params, length, task.token_end - 1).end;
@@ -162,6 +192,7 @@ Schedule make_schedule(const AttentionParams& params, int num_threads) {
     add_row_blocks(params, groups, schedule.tile.rows, schedule.tasks);
   }
   schedule.tile.rows = most_rows(schedule.tasks);
+  if (schedule.tile.rows <= kMaxDirectRows) schedule.tile.keys = direct_tile_keys(params);
   if (workers > 1) split_keys(params, div_up(cost, workers * kTasksPerWorker), schedule);
 
   const auto longer = [](const Task& x, const Task& y) { return x.cost > y.cost; };

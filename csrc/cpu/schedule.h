@@ -12,6 +12,9 @@
 
 namespace gqa::cpu {
 
+// Tasks with so few rows read K and V where they lie (products_direct.h); others pack them.
+constexpr int kMaxDirectRows = 16;
+
 // Rows and keys of the tiles that the kernels work on.
 struct TileShape {
   int rows;  // most rows of a task
@@ -21,7 +24,8 @@ struct TileShape {
 struct Task {
   int32_t batch, k_head, v_head;
   int32_t head_begin, head_end;    // slice of Schedule::heads
-  int64_t token_begin, token_end;  // query tokens
+  int64_t token_begin, token_end;  // query tokens; a sequence's last one is number Sq - 1
+  int64_t token_offset;            // from there to the token's place in q, out and lse
   int64_t key_begin, key_end;      // keys of this split
   int64_t kv_length;               // valid keys of this (sequence, key head)
   int32_t split, num_splits;       // this split of the task's keys

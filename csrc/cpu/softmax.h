@@ -57,6 +57,7 @@ inline void load_mask_row(const AttentionParams& params, int64_t b, int64_t h, i
       return load_additive_row<V, BFloat16>(params.attn_mask, offset, stride, begin, end, out);
     case DType::kFloat16:
       return load_additive_row<V, Float16>(params.attn_mask, offset, stride, begin, end, out);
+    default: return;  // no mask has another type
   }
 }
 
@@ -84,13 +85,13 @@ GQA_INLINE typename V::F add_bias(typename V::F score, int key, const RowBias& b
   return score;
 }
 
-// scores[begin, end) become probabilities exp(s - max) rounded to T, 0 where the row does not see
-// the key. `max` and `sum` are the row's state; the returned factor rescales what was accumulated
-// with the old maximum. keep: dropout's factors of the tile's keys, or nullptr; the sum is that
-// without dropout. kBias: whether bias has anything in it.
-template <class V, class T, bool kBias>
-inline float softmax_row(float* scores, const RowKeys& keys, float scale, const RowBias& bias,
-                         const float* keep, float& max, float& sum) {
+// scores[begin, end) become probabilities exp(s - max) rounded to `type`, 0 where the row does not
+// see the key. `max` and `sum` are the row's state; the returned factor rescales what was
+// accumulated with the old maximum. keep: dropout's factors of the tile's keys, or nullptr; the sum
+// is that without dropout. kBias: whether bias has anything in it.
+template <class V, bool kBias, class T>
+inline float softmax_row(const T* type, float* scores, const RowKeys& keys, float scale,
+                         const RowBias& bias, const float* keep, float& max, float& sum) {
   using F = typename V::F;
   const int begin = keys.begin / V::kWidth * V::kWidth;
   const F factor = V::set1(kBias ? scale : scale * kLog2E);
@@ -122,7 +123,7 @@ inline float softmax_row(float* scores, const RowKeys& keys, float scale, const 
     F p = exp2<V>(V::add(V::load(scores + i), minus_base));
     total = V::add(total, p);
     if (keep != nullptr) p = V::mul(p, V::load(keep + i));
-    V::store(scores + i, V::round_to(p, static_cast<const T*>(nullptr)));
+    V::store(scores + i, V::round_to(p, type));
   }
 
   const float rescale = old_max == max ? 1.0f : exp2_scalar<V>(old_max - base);

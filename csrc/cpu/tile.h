@@ -10,9 +10,6 @@ namespace gqa::cpu::GQA_ISA {
 
 // Rows of the packed micro-kernel; its columns are two vectors.
 constexpr int kStripRows = 6;
-// Tasks with so few rows read K and V where they lie (products_direct.h); others pack them.
-constexpr int kMaxDirectRows = 16;
-
 inline int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
 
 template <class V>
@@ -27,12 +24,12 @@ struct TileLayout {
   TileLayout(const AttentionParams& params, const TileShape& tile)
       : rows(round_up(tile.rows, kStripRows)),
         keys(tile.keys),
-        q_ld(round_up(params.head_dim, V::kWidth)),
+        q_ld(round_up(params.head_dim, kPanel)),
         o_ld(round_up(params.value_head_dim, kPanel)),
         packed_keys(tile.rows > kMaxDirectRows ? tile.keys : 0) {}
 
   int64_t scratch_floats() const {
-    return rows * (q_ld + keys + o_ld + 2) + packed_keys * (q_ld + o_ld) + 2 * keys;
+    return rows * (q_ld + keys + o_ld + 3) + packed_keys * (q_ld + o_ld) + 6 * keys;
   }
 };
 
@@ -48,6 +45,10 @@ struct Tile {
   float* sum;       // [rows]  running sum of exp(score - max)
   float* bias;      // [keys]  additive mask of one row
   float* keep;      // [keys]  dropout's factors of one row
+  // Of a quantised cache:
+  float* q_sum;             // [rows]  sums of the rows of q
+  float *k_scale, *k_zero;  // [keys]
+  float *v_scale, *v_zero;  // [keys]
 
   Tile(const TileLayout<V>& tile_layout, float* scratch) : layout(tile_layout) {
     float* next = scratch;
@@ -65,6 +66,11 @@ struct Tile {
     sum = take(layout.rows);
     bias = take(layout.keys);
     keep = take(layout.keys);
+    q_sum = take(layout.rows);
+    k_scale = take(layout.keys);
+    k_zero = take(layout.keys);
+    v_scale = take(layout.keys);
+    v_zero = take(layout.keys);
   }
 };
 

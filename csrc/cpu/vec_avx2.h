@@ -4,6 +4,8 @@
 #include <immintrin.h>
 
 #include <cstdint>
+#include <cstring>
+#include <type_traits>
 
 #include "../core/params.h"
 #include "isa.h"
@@ -26,6 +28,65 @@ struct Vec {
   static GQA_INLINE F load(const Float16* p) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
+  static GQA_INLINE F load(const Float8E4M3* p) {
+    return _mm256_cvtph_ps(_mm256_castsi256_si128(halves(
+        _mm256_castsi128_si256(_mm_cvtepi8_epi16(bytes8(p))), static_cast<Float8E4M3*>(nullptr))));
+  }
+  static GQA_INLINE F load(const Float8E5M2* p) {
+    return _mm256_cvtph_ps(_mm_slli_epi16(_mm_cvtepu8_epi16(bytes8(p)), 8));
+  }
+  static GQA_INLINE F load(const Int8* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes8(p)));
+  }
+  static GQA_INLINE F load(const Int4Pair* p) {
+    int32_t bits;
+    std::memcpy(&bits, p, sizeof bits);
+    const __m256i shifts = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
+    const __m256i nibbles = _mm256_srlv_epi32(_mm256_set1_epi32(bits), shifts);
+    return _mm256_cvtepi32_ps(_mm256_and_si256(nibbles, _mm256_set1_epi32(15)));
+  }
+
+  template <class S>
+  static constexpr bool kSplits = std::is_same_v<S, BFloat16> || std::is_same_v<S, Int4Pair>;
+
+  template <class S>
+  static GQA_INLINE void load_block(const S* p, F& x0, F& x1) {
+    x0 = load(p);
+    x1 = load(p + kWidth);
+  }
+  static GQA_INLINE void load_block(const BFloat16* p, F& even, F& odd) {
+    const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    const __m256i high = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
+    even = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
+    odd = _mm256_castsi256_ps(_mm256_and_si256(pairs, high));
+  }
+  static GQA_INLINE void load_block(const Float8E4M3* p, F& x0, F& x1) {
+    const __m256i x = halves(_mm256_cvtepi8_epi16(bytes16(p)), p);
+    x0 = _mm256_cvtph_ps(_mm256_castsi256_si128(x));
+    x1 = _mm256_cvtph_ps(_mm256_extracti128_si256(x, 1));
+  }
+  static GQA_INLINE void load_block(const Float8E5M2* p, F& x0, F& x1) {
+    const __m128i bits = bytes16(p), zero = _mm_setzero_si128();
+    x0 = _mm256_cvtph_ps(_mm_unpacklo_epi8(zero, bits));
+    x1 = _mm256_cvtph_ps(_mm_unpackhi_epi8(zero, bits));
+  }
+  static GQA_INLINE void load_block(const Int4Pair* p, F& even, F& odd) {
+    const __m256i pairs = _mm256_cvtepu8_epi32(bytes8(p));
+    even = _mm256_cvtepi32_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(15)));
+    odd = _mm256_cvtepi32_ps(_mm256_srli_epi32(pairs, 4));
+  }
+  static GQA_INLINE void split(F& x0, F& x1) {
+    const F even = _mm256_shuffle_ps(x0, x1, 0x88), odd = _mm256_shuffle_ps(x0, x1, 0xdd);
+    x0 = _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(even), 0xd8));
+    x1 = _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(odd), 0xd8));
+  }
+  static GQA_INLINE void join(F& even, F& odd) {
+    const F low = _mm256_unpacklo_ps(even, odd), high = _mm256_unpackhi_ps(even, odd);
+    even = _mm256_permute2f128_ps(low, high, 0x20);
+    odd = _mm256_permute2f128_ps(low, high, 0x31);
+  }
+  static GQA_INLINE void pin(F& x) { __asm__("" : "+x"(x)); }
+
   static GQA_INLINE void store(float* p, F x) { _mm256_storeu_ps(p, x); }
   static GQA_INLINE void store(BFloat16* p, F x) {
     const __m256i high = _mm256_srli_epi32(_mm256_castps_si256(round_to(x, p)), 16);
@@ -80,12 +141,11 @@ struct Vec {
     most = _mm_max_ps(most, _mm_movehl_ps(most, most));
     return _mm_cvtss_f32(_mm_max_ss(most, _mm_movehdup_ps(most)));
   }
-  static GQA_INLINE void store_sums4(float* out, const F (&x)[4]) {
-    // Each step adds halves of two vectors: lanes end as x0 x1 x2 x3 in both 128-bit halves.
-    const F ab = add(_mm256_unpacklo_ps(x[0], x[1]), _mm256_unpackhi_ps(x[0], x[1]));
-    const F cd = add(_mm256_unpacklo_ps(x[2], x[3]), _mm256_unpackhi_ps(x[2], x[3]));
-    const F sums = add(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xee));
-    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1)));
+  static GQA_INLINE void store_sums4(float* out, const F (&x)[4]) { _mm_storeu_ps(out, sums4(x)); }
+  static GQA_INLINE void store_sums2x2(float* a, float* b, const F (&x)[4]) {
+    const __m128 sums = sums4(x);
+    _mm_storel_pi(reinterpret_cast<__m64*>(a), sums);
+    _mm_storeh_pi(reinterpret_cast<__m64*>(b), sums);
   }
   static GQA_INLINE void transpose(F (&x)[kWidth]) {
     F a[8], b[8];
@@ -106,6 +166,32 @@ struct Vec {
       x[i] = _mm256_permute2f128_ps(b[i], b[i + 4], 0x20);
       x[i + 4] = _mm256_permute2f128_ps(b[i], b[i + 4], 0x31);
     }
+  }
+
+ private:
+  static GQA_INLINE __m128 sums4(const F (&x)[4]) {
+    // Each step adds halves of two vectors: lanes end as x0 x1 x2 x3 in both 128-bit halves.
+    const F ab = add(_mm256_unpacklo_ps(x[0], x[1]), _mm256_unpackhi_ps(x[0], x[1]));
+    const F cd = add(_mm256_unpacklo_ps(x[2], x[3]), _mm256_unpackhi_ps(x[2], x[3]));
+    const F sums = add(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xee));
+    return _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1));
+  }
+  template <class S>
+  static GQA_INLINE __m128i bytes8(const S* p) {
+    return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  }
+  template <class S>
+  static GQA_INLINE __m128i bytes16(const S* p) {
+    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  }
+  // Sign-extended e4m3 to fp16 of 1/256 of the value: the exponents' biases differ by 8, and so
+  // subnormals stay exact.
+  static GQA_INLINE __m256i halves(__m256i x, const Float8E4M3*) {
+    const __m256i ones = _mm256_set1_epi16(0x7f), bits = _mm256_and_si256(x, ones);
+    const __m256i nan = _mm256_cmpeq_epi16(bits, ones);
+    const __m256i moved =
+        _mm256_and_si256(_mm256_slli_epi16(x, 7), _mm256_set1_epi16(static_cast<short>(0xbf80)));
+    return _mm256_or_si256(moved, nan);
   }
 };
 

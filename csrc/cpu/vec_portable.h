@@ -75,6 +75,17 @@ GQA_INLINE BFloat16 to_bfloat16(float x) {
   return {static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
 }
 
+GQA_INLINE float to_float(Float8E5M2 x) {
+  return to_float(Float16{static_cast<uint16_t>(x.bits << 8)});
+}
+// 1/256 of the value: fp16's exponent bias is 8 more, and so subnormals stay exact.
+GQA_INLINE float to_float(Float8E4M3 x) {
+  const int magnitude = x.bits & 0x7f;
+  const int bits = magnitude == 0x7f ? 0x7e00 : magnitude << 7;
+  return to_float(Float16{static_cast<uint16_t>((x.bits & 0x80) << 8 | bits)});
+}
+GQA_INLINE float to_float(Int8 x) { return x.value; }
+
 struct Vec {
   typedef float F __attribute__((vector_size(16)));
   typedef int32_t I __attribute__((vector_size(16)));
@@ -84,7 +95,8 @@ struct Vec {
   static GQA_INLINE F set1(float x) { return F{x, x, x, x}; }
   static GQA_INLINE F iota() { return F{0, 1, 2, 3}; }
 
-  // Loads widen to fp32 exactly; stores round to nearest even.
+  // Loads widen to fp32 exactly (Float8E4M3 to 1/256 of the value: kLoadedPart); stores round to
+  // nearest even.
   static GQA_INLINE F load(const float* p) {
     F x;
     std::memcpy(&x, p, sizeof x);
@@ -94,6 +106,34 @@ struct Vec {
   static GQA_INLINE F load(const T* p) {
     return F{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])};
   }
+  static GQA_INLINE F load(const Int4Pair* p) {
+    return F{static_cast<float>(p[0].bits & 15), static_cast<float>(p[0].bits >> 4),
+             static_cast<float>(p[1].bits & 15), static_cast<float>(p[1].bits >> 4)};
+  }
+
+  // Whether load_block gives even and odd numbers apart.
+  template <class S>
+  static constexpr bool kSplits = false;
+  // 2 * kWidth numbers.
+  template <class S>
+  static GQA_INLINE void load_block(const S* p, F& x0, F& x1) {
+    x0 = load(p);
+    x1 = load(p + kWidth / kNumbersPerElement<S>);
+  }
+  // 2 * kWidth numbers in order to even and odd ones, and back.
+  static GQA_INLINE void split(F& x0, F& x1) {
+    const F a = x0, b = x1;
+    x0 = F{a[0], a[2], b[0], b[2]};
+    x1 = F{a[1], a[3], b[1], b[3]};
+  }
+  static GQA_INLINE void join(F& even, F& odd) {
+    const F a = even, b = odd;
+    even = F{a[0], b[0], a[1], b[1]};
+    odd = F{a[2], b[2], a[3], b[3]};
+  }
+  // x stays in a register from here to its uses.
+  static GQA_INLINE void pin(F&) {}
+
   static GQA_INLINE void store(float* p, F x) { std::memcpy(p, &x, sizeof x); }
   static GQA_INLINE void store(BFloat16* p, F x) {
     for (int i = 0; i < kWidth; ++i) p[i] = to_bfloat16(x[i]);
@@ -140,6 +180,13 @@ struct Vec {
     F t[4] = {x[0], x[1], x[2], x[3]};
     transpose(t);
     store(out, (t[0] + t[1]) + (t[2] + t[3]));
+  }
+  // a[0..1], b[0..1] = sums of the lanes of x[0..1], x[2..3]
+  static GQA_INLINE void store_sums2x2(float* a, float* b, const F (&x)[4]) {
+    float sums[4];
+    store_sums4(sums, x);
+    std::memcpy(a, sums, 2 * sizeof(float));
+    std::memcpy(b, sums + 2, 2 * sizeof(float));
   }
   static GQA_INLINE void transpose(F (&x)[kWidth]) {
     const F a = x[0], b = x[1], c = x[2], d = x[3];

@@ -13,6 +13,11 @@ namespace gqa::host {
 
 using OptionalTensor = std::optional<torch::stable::Tensor>;
 
+// Where K and V of a call lie if they are a cache's, as the ops' schemas have it.
+struct CacheArguments {
+  const OptionalTensor &page_table, &kv_begin, &q_offsets, &k_scale, &v_scale, &k_zero, &v_zero;
+};
+
 // The tensors and options of a call, as the ops' schemas have them.
 struct CallArguments {
   const torch::stable::Tensor &q, &k, &v, &head_map;
@@ -21,6 +26,7 @@ struct CallArguments {
   int64_t window_left, window_right;
   double softcap, dropout_p;
   const OptionalTensor& dropout_seed;  // int64 [2]: seed, offset
+  const CacheArguments* cache = nullptr;
 };
 
 // Checks the arguments; owns what its params point to beside the tensors.
@@ -33,7 +39,9 @@ class Call {
   AttentionParams params{};  // without out and lse
 
  private:
-  std::vector<int32_t> key_map_, value_map_;
+  void set_cache(const CallArguments& arguments);
+
+  std::vector<int32_t> key_map_, value_map_, kv_begin_, q_offsets_;
   std::vector<float> sink_logits_;
 };
 

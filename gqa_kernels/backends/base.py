@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..cache.inputs import AppendInputs, CacheInputs
 from ..inputs import AttentionInputs
 
 ALL_OPTIONS = frozenset(
@@ -25,6 +26,11 @@ ALL_OPTIONS = frozenset(
         "mask_gradient",
     }
 )
+# Where keys and values may lie, and how they may be stored: the words of KVView.kinds, and
+# "varlen" for packed queries or new tokens.
+ALL_CACHES = frozenset(
+    {"dense", "paged", "kv_begin", "varlen", "fp8_e4m3", "fp8_e5m2", "int8", "int4"}
+)
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,8 @@ class Capabilities:
         max_head_dim: largest D and Dv.
         options: names out of ``ALL_OPTIONS``.
         autograd: whether it has a backward.
+        caches: names out of ``ALL_CACHES``, for attention over a cache and for the append.
+        cache_autograd: whether attention over a cache has a backward.
     """
 
     devices: frozenset[str]
@@ -44,10 +52,14 @@ class Capabilities:
     max_head_dim: int
     options: frozenset[str]
     autograd: bool
+    caches: frozenset[str] = frozenset()
+    cache_autograd: bool = False
 
     def __post_init__(self) -> None:
         if not self.options <= ALL_OPTIONS:
             raise ValueError(f"options must be among {sorted(ALL_OPTIONS)}, got {self.options}")
+        if not self.caches <= ALL_CACHES:
+            raise ValueError(f"caches must be among {sorted(ALL_CACHES)}, got {self.caches}")
 
 
 class Backend(ABC):
@@ -66,6 +78,26 @@ class Backend(ABC):
 
     def unsupported_reasons(self, inputs: AttentionInputs) -> list[str]:
         """Why the backend can't run these inputs; it can where the list is empty."""
+        reasons = self._data_reasons(inputs)
+        if inputs.requires_grad and not self.capabilities.autograd:
+            reasons.append("no backward, and an input requires grad")
+        return reasons
+
+    def unsupported_cache_reasons(self, inputs: CacheInputs | AppendInputs) -> list[str]:
+        """The same for attention over a cache and for an append to one."""
+        can = self.capabilities
+        if not can.caches:
+            return ["attention over caches is not supported"]
+        reasons = self._data_reasons(inputs)
+        for kind in inputs.caches:
+            if kind not in can.caches:
+                reasons.append(f"cache kind {kind} is not supported")
+        if inputs.requires_grad and not can.cache_autograd:
+            reasons.append("no backward over a cache, and an input requires grad")
+        return reasons
+
+    def _data_reasons(self, inputs: AttentionInputs | CacheInputs | AppendInputs) -> list[str]:
+        """What the capabilities say against the device, dtype, head dims and options."""
         can = self.capabilities
         reasons = []
         if inputs.device.type not in can.devices:
@@ -79,8 +111,6 @@ class Backend(ABC):
         for option in inputs.options:
             if option not in can.options:
                 reasons.append(f"option {option} is not supported")
-        if inputs.requires_grad and not can.autograd:
-            reasons.append("no backward, and an input requires grad")
         return reasons
 
     @abstractmethod
@@ -91,6 +121,19 @@ class Backend(ABC):
             out ``[B, Hq, Sq, Dv]`` in q's dtype (memory in the order of ``inputs.layout``), and the
             natural-log LSE, fp32 (fp64 for fp64 inputs), ``[B, Hq, Sq]``.
         """
+
+    def run_cache(self, inputs: CacheInputs) -> tuple[Tensor, Tensor]:
+        """Attention over a cache, with results as :meth:`run` has them; with ``q_offsets`` both
+        have the leading dims of q, ``[1, Hq, total_q]``."""
+        raise NotImplementedError(f"backend {self.name!r} has no attention over caches")
+
+    def append(self, inputs: AppendInputs) -> Tensor | None:
+        """Write new tokens into a cache.
+
+        Returns:
+            the queries after the rotary embedding, as ``inputs.q`` has them; None without any.
+        """
+        raise NotImplementedError(f"backend {self.name!r} has no append")
 
 
 def empty_output(inputs: AttentionInputs) -> Tensor:

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from .. import extension
+from ..cache.inputs import AppendInputs, CacheInputs
 from ..inputs import AttentionInputs
-from .base import ALL_OPTIONS, Backend, Capabilities
+from .base import ALL_CACHES, ALL_OPTIONS, Backend, Capabilities
 
 
 class CPUBackend(Backend):
@@ -18,6 +19,7 @@ class CPUBackend(Backend):
         max_head_dim=256,
         options=ALL_OPTIONS - {"mask_gradient"},
         autograd=True,
+        caches=ALL_CACHES,
     )
 
     def unavailable_reason(self) -> str | None:
@@ -49,6 +51,73 @@ class CPUBackend(Backend):
             inputs.dropout_p,
             inputs.dropout_seed,
         )
+
+    def unsupported_cache_reasons(self, inputs: CacheInputs | AppendInputs) -> list[str]:
+        reasons = super().unsupported_cache_reasons(inputs)
+        if not reasons and not _has_cache_kernels():
+            reasons.append("the compiled extension has no kernels for caches")
+        return reasons
+
+    def run_cache(self, inputs: CacheInputs) -> tuple[Tensor, Tensor]:
+        view = inputs.view
+        return torch.ops.gqa_kernels.cache_attention_forward.default(
+            inputs.q,
+            view.k,
+            view.v,
+            _int32(inputs.head_map_tensor),
+            _int32(inputs.value_head_map_tensor),
+            inputs.alibi_slopes,
+            inputs.sinks,
+            inputs.attn_mask,
+            view.kv_lengths,
+            view.page_table,
+            view.kv_begin,
+            inputs.q_offsets,
+            inputs.max_q_len,
+            view.k_scale,
+            view.v_scale,
+            view.k_zero,
+            view.v_zero,
+            inputs.scale,
+            inputs.window_left,
+            inputs.window_right,
+            inputs.softcap,
+            inputs.layout == "bshd",
+        )
+
+    def append(self, inputs: AppendInputs) -> Tensor | None:
+        view, rotates_q = inputs.view, inputs.q is not None and inputs.rotary_cos is not None
+        q = torch.ops.gqa_kernels.cache_append.default(
+            inputs.q if rotates_q else None,
+            inputs.k_new,
+            inputs.v_new,
+            view.k,
+            view.v,
+            view.kv_lengths,
+            view.page_table,
+            view.kv_begin,
+            inputs.new_offsets,
+            view.k_scale,
+            view.v_scale,
+            view.k_zero,
+            view.v_zero,
+            inputs.rotary_cos,
+            inputs.rotary_sin,
+            inputs.rotary_interleaved,
+        )
+        return q if rotates_q else inputs.q
+
+
+def _has_cache_kernels() -> bool:
+    if CPUBackend().prepare() is not None:
+        return False
+    op = "gqa_kernels::cache_attention_forward"
+    return torch._C._dispatch_has_kernel(op) and torch._C._dispatch_has_kernel_for_dispatch_key(
+        op, "CPU"
+    )
+
+
+_has_cache_kernels._dynamo_marked_constant = True
 
 
 def _int32(head_map: Tensor | None) -> Tensor | None:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import warnings
 
-import torch
-
-from ..inputs import AttentionInputs, HeadMapLike
+from ..cache.inputs import AppendInputs, CacheInputs
+from ..inputs import AttentionInputs
 from .base import Backend
 from .cpu import CPUBackend
 from .reference import ReferenceBackend
@@ -19,6 +18,8 @@ BACKENDS: dict[str, Backend] = {
 AUTO_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
 DEFAULT_ORDER = ("reference",)
 
+Inputs = AttentionInputs | CacheInputs | AppendInputs
+
 
 def available_backends() -> list[str]:
     """Names of the backends usable on this machine now.
@@ -29,29 +30,14 @@ def available_backends() -> list[str]:
     return [name for name, backend in BACKENDS.items() if backend.unavailable_reason() is None]
 
 
-def explain(inputs: AttentionInputs) -> dict[str, list[str]]:
+def explain(inputs: Inputs) -> dict[str, list[str]]:
     """For every backend, in the order of ``auto``, why it can't run these inputs."""
     order = AUTO_ORDER.get(inputs.device.type, DEFAULT_ORDER)
     order = (*order, *(name for name in BACKENDS if name not in order))
     return {name: _reasons(BACKENDS[name], inputs) for name in order}
 
 
-def explain_backend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head_map: HeadMapLike, **options
-) -> dict[str, list[str]]:
-    """Why each backend can't run a call of :func:`gqa_kernels.asym_gqa_attention`.
-
-    Args:
-        q, k, v, head_map, options: as the call takes them (without ``backend`` and ``return_lse``).
-
-    Returns:
-        For every backend the list of reasons against it, in the order in which ``"auto"`` tries
-        them: it takes the first whose list is empty.
-    """
-    return explain(AttentionInputs.create(q, k, v, head_map, **options))
-
-
-def select(inputs: AttentionInputs, backend: str = "auto") -> Backend:
+def select(inputs: Inputs, backend: str = "auto") -> Backend:
     """The backend that runs ``inputs``, ready to run.
 
     Raises:
@@ -99,12 +85,18 @@ def _prepare(name: str) -> str | None:
     return failure
 
 
-def _reasons(backend: Backend, inputs: AttentionInputs) -> list[str]:
+def _reasons(backend: Backend, inputs: Inputs) -> list[str]:
     missing = _unavailable(backend.name)
-    return ([missing] if missing else []) + backend.unsupported_reasons(inputs)
+    if isinstance(inputs, AttentionInputs):
+        why = backend.unsupported_reasons(inputs)
+    else:
+        why = backend.unsupported_cache_reasons(inputs)
+    return ([missing] if missing else []) + why
 
 
-def _described(inputs: AttentionInputs) -> str:
+def _described(inputs: Inputs) -> str:
+    if not isinstance(inputs, AttentionInputs):
+        return inputs.describe()
     shapes = ", ".join(f"{n} {tuple(getattr(inputs, n).shape)}" for n in "qkv")
     used = inputs.options
     return f"{shapes} as [B, H, S, D] in {inputs.dtype} on {inputs.device}" + (

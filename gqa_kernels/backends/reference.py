@@ -11,9 +11,10 @@ import math
 import torch
 from torch import Tensor
 
+from ..cache.inputs import AppendInputs, CacheInputs
 from ..dropout import keep_mask
 from ..inputs import DTYPES, UNBOUNDED, AttentionInputs
-from .base import ALL_OPTIONS, Backend, Capabilities
+from .base import ALL_CACHES, ALL_OPTIONS, Backend, Capabilities
 
 
 class ReferenceBackend(Backend):
@@ -24,6 +25,8 @@ class ReferenceBackend(Backend):
         max_head_dim=1 << 16,
         options=ALL_OPTIONS,
         autograd=True,
+        caches=ALL_CACHES,
+        cache_autograd=True,
     )
 
     def run(self, inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
@@ -31,6 +34,19 @@ class ReferenceBackend(Backend):
         if inputs.layout == "bshd":
             out = out.transpose(1, 2).contiguous().transpose(1, 2)
         return out, lse
+
+    def run_cache(self, inputs: CacheInputs) -> tuple[Tensor, Tensor]:
+        from .reference_cache import reference_cache_attention
+
+        out, lse = reference_cache_attention(inputs)
+        if inputs.layout == "bshd":
+            out = out.transpose(1, 2).contiguous().transpose(1, 2)
+        return out, lse
+
+    def append(self, inputs: AppendInputs) -> Tensor | None:
+        from .reference_cache import append_op
+
+        return append_op(inputs)
 
 
 def reference_attention(

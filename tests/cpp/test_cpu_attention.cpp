@@ -199,6 +199,11 @@ void point_to_tensors(Case& c) {
   p.v = c.v.storage.data();
   p.out = c.out.storage.data();
   p.lse = c.lse.data();
+  p.k_dtype = p.v_dtype = p.dtype;
+  p.num_pages = p.batch;
+  p.page_size = p.kv_len;
+  p.max_pages = 1;
+  p.q_tokens = p.q_len;
   p.q_stride = c.q.strides;
   p.k_stride = c.k.strides;
   p.v_stride = c.v.strides;

@@ -9,6 +9,9 @@
     backward_*.py   kernels of the gradients, and their launches
     dropout.py      which probabilities dropout keeps
     common.py       the formula: scores, masking, online softmax
+    kv.py           where keys and values lie: dense or paged, and what stored numbers mean
+    append.py       kernel that writes new tokens into a cache, rotated and quantised
+    cache_launch.py tensors of an append -> its launch
     interpreter.py  mends the interpreter's bf16
 
 Nothing here imports triton until the backend first runs.
@@ -22,9 +25,10 @@ import torch
 from torch import Tensor
 
 from ... import env
+from ...cache.inputs import AppendInputs, CacheInputs
 from ...inputs import AttentionInputs
 from ...plan import plan_for
-from ..base import ALL_OPTIONS, Backend, Capabilities
+from ..base import ALL_CACHES, ALL_OPTIONS, Backend, Capabilities
 
 MIN_CUDA_CAPABILITY = (8, 0)
 
@@ -37,6 +41,7 @@ class TritonBackend(Backend):
         max_head_dim=256,
         options=ALL_OPTIONS - {"mask_gradient"},
         autograd=True,
+        caches=ALL_CACHES,
     )
 
     def unavailable_reason(self) -> str | None:
@@ -52,12 +57,13 @@ class TritonBackend(Backend):
         return None
 
     def unsupported_reasons(self, inputs: AttentionInputs) -> list[str]:
-        reasons = super().unsupported_reasons(inputs)
-        if inputs.device.type == "cpu" and not env.triton_interpreter():
-            reasons.append("device cpu (only with TRITON_INTERPRET=1)")
-        return reasons
+        return super().unsupported_reasons(inputs) + _device_reasons(inputs.device)
+
+    def unsupported_cache_reasons(self, inputs: CacheInputs | AppendInputs) -> list[str]:
+        return super().unsupported_cache_reasons(inputs) + _device_reasons(inputs.device)
 
     def run(self, inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+        from . import backward_ops  # noqa: F401  (registers the autograd)
         from .ops import triton_attention_forward
 
         return triton_attention_forward(
@@ -78,3 +84,63 @@ class TritonBackend(Backend):
             inputs.dropout_p,
             inputs.dropout_seed,
         )
+
+    def run_cache(self, inputs: CacheInputs) -> tuple[Tensor, Tensor]:
+        from .ops import triton_cache_attention_forward
+
+        view = inputs.view
+        return triton_cache_attention_forward(
+            inputs.q,
+            view.k,
+            view.v,
+            plan_for(inputs),
+            inputs.alibi_slopes,
+            inputs.sinks,
+            inputs.attn_mask,
+            view.kv_lengths,
+            view.page_table,
+            view.kv_begin,
+            inputs.q_offsets,
+            inputs.max_q_len,
+            inputs.max_kv_len,
+            view.k_scale,
+            view.v_scale,
+            view.k_zero,
+            view.v_zero,
+            inputs.scale,
+            inputs.window_left,
+            inputs.window_right,
+            inputs.softcap,
+            inputs.layout == "bshd",
+        )
+
+    def append(self, inputs: AppendInputs) -> Tensor | None:
+        from .ops import triton_cache_append
+
+        view, rotates_q = inputs.view, inputs.q is not None and inputs.rotary_cos is not None
+        rotated = triton_cache_append(
+            inputs.q if rotates_q else None,
+            inputs.k_new,
+            inputs.v_new,
+            view.k,
+            view.v,
+            view.kv_lengths,
+            view.page_table,
+            view.kv_begin,
+            inputs.new_offsets,
+            inputs.max_new,
+            view.k_scale,
+            view.v_scale,
+            view.k_zero,
+            view.v_zero,
+            inputs.rotary_cos,
+            inputs.rotary_sin,
+            inputs.rotary_interleaved,
+        )
+        return rotated if rotates_q else inputs.q
+
+
+def _device_reasons(device: torch.device) -> list[str]:
+    if device.type == "cpu" and not env.triton_interpreter():
+        return ["device cpu (only with TRITON_INTERPRET=1)"]
+    return []

@@ -18,7 +18,7 @@ Source: FlashAttention-2 (arXiv 2307.08691), algorithm 2, the loops swapped; own
 import triton
 import triton.language as tl
 
-from . import common
+from . import common, kv
 from .backward_common import load_lse, score_gradient, through_cap
 from .dropout import keep_tile_keys_first
 
@@ -152,8 +152,8 @@ def backward_kv_kernel(
         # [BLOCK_N, BLOCK_D], [BLOCK_N, BLOCK_DV]
         p_k_rows = p_k + i_b * stride_kb + i_group * stride_kh + o_n64 * stride_kn
         p_v_rows = p_v + i_b * stride_vb + i_group * stride_vh + o_n64 * stride_vn
-        b_k = common.load_rows(p_k_rows, o_n < n, HEAD_DIM, BLOCK_D, True)
-        b_v = common.load_rows(p_v_rows, o_n < n, VALUE_DIM, BLOCK_DV, True)
+        b_k = kv.load_rows(p_k_rows, o_n < n, HEAD_DIM, BLOCK_D, True)
+        b_v = kv.load_rows(p_v_rows, o_n < n, VALUE_DIM, BLOCK_DV, True)
 
     b_dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     b_dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
@@ -167,8 +167,8 @@ def backward_kv_kernel(
                 n = tl.minimum(tl.maximum(tl.load(p_length), 0), kv_len)
             p_k_rows = p_k + i_b * stride_kb + i_k_head * stride_kh + o_n64 * stride_kn
             p_v_rows = p_v + i_b * stride_vb + i_v_head * stride_vh + o_n64 * stride_vn
-            b_k = common.load_rows(p_k_rows, o_n < n, HEAD_DIM, BLOCK_D, True)
-            b_v = common.load_rows(p_v_rows, o_n < n, VALUE_DIM, BLOCK_DV, True)
+            b_k = kv.load_rows(p_k_rows, o_n < n, HEAD_DIM, BLOCK_D, True)
+            b_v = kv.load_rows(p_v_rows, o_n < n, VALUE_DIM, BLOCK_DV, True)
         shift = n - q_len
         i_row = (i_b * num_heads + i_head) * q_len  # of the LSE and of delta
         p_q_head = p_q + i_b * stride_qb + i_head * stride_qh
@@ -190,7 +190,7 @@ def backward_kv_kernel(
             o_m64 = o_m.to(tl.int64)
             m_m = o_m < q_len
             # [BLOCK_M, BLOCK_D]
-            b_q = common.load_rows(p_q_head + o_m64 * stride_qm, m_m, HEAD_DIM, BLOCK_D, True)
+            b_q = kv.load_rows(p_q_head + o_m64 * stride_qm, m_m, HEAD_DIM, BLOCK_D, True)
             b_qk = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")  # [BLOCK_N, BLOCK_M]
             b_capped = common.cap_scores(b_qk, scale, softcap, HAS_SOFTCAP)
             b_score = common.bias_and_mask(
@@ -221,9 +221,7 @@ def backward_kv_kernel(
                     dropout_threshold, BLOCK_M, BLOCK_N,
                 )  # fmt: skip
             # [BLOCK_M, BLOCK_DV]
-            b_dout = common.load_rows(
-                p_dout_head + o_m64 * stride_dom, m_m, VALUE_DIM, BLOCK_DV, True
-            )
+            b_dout = kv.load_rows(p_dout_head + o_m64 * stride_dom, m_m, VALUE_DIM, BLOCK_DV, True)
             if HAS_DV:
                 b_kept = b_p
                 if HAS_DROPOUT:

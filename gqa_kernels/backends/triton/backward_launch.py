@@ -20,7 +20,7 @@ from .configs import (
     heads_per_section,
     padded_dim,
 )
-from .launch import ForwardCall, Launch, strides
+from .launch import ForwardCall, Launch, strides_of
 
 DELTA_ELEMENTS = 4096  # of out that a program of the delta kernel reads
 
@@ -56,10 +56,10 @@ class BackwardCall:
             "p_delta": self.delta,
             "p_dq": self.dq,
             "p_dslopes": self.dslopes,
-            **strides("do", self.dout, "bhm"),
-            **strides("dq", self.dq, "bhm"),
-            **strides("dk", self.dk, "bhn"),
-            **strides("dv", self.dv, "bhn"),
+            **strides_of("do", self.dout, "bhm"),
+            **strides_of("dq", self.dq, "bhm"),
+            **strides_of("dk", self.dk, "bhn"),
+            **strides_of("dv", self.dv, "bhn"),
             "HAS_DSLOPES": self.dslopes is not None,
         }
 
@@ -87,8 +87,8 @@ def delta_launch(call: BackwardCall) -> Launch:
         "p_dout": call.dout,
         "p_dlse": call.dlse,
         "p_delta": call.delta,
-        **strides("o", call.forward.out, "bhm"),
-        **strides("do", call.dout, "bhm"),
+        **strides_of("o", call.forward.out, "bhm"),
+        **strides_of("do", call.dout, "bhm"),
         "num_rows": call.delta.numel(),
         "num_heads": call.forward.shape.num_heads,
         "q_len": call.forward.shape.q_len,

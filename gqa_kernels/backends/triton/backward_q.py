@@ -14,7 +14,7 @@ through memory; own code.
 import triton
 import triton.language as tl
 
-from . import common
+from . import common, kv
 from .backward_common import load_lse, score_gradient, through_cap
 from .dropout import keep_tile
 from .prefill import find_query_block
@@ -137,8 +137,8 @@ def backward_q_kernel(
     # [BLOCK_M, BLOCK_D], [BLOCK_M, BLOCK_DV]
     p_q_rows = p_q + i_b * stride_qb + i_head * stride_qh + o_m64 * stride_qm
     p_dout_rows = p_dout + i_b * stride_dob + i_head * stride_doh + o_m64 * stride_dom
-    b_q = common.load_rows(p_q_rows, m_rows, HEAD_DIM, BLOCK_D, True)
-    b_dout = common.load_rows(p_dout_rows, m_rows, VALUE_DIM, BLOCK_DV, True)
+    b_q = kv.load_rows(p_q_rows, m_rows, HEAD_DIM, BLOCK_D, True)
+    b_dout = kv.load_rows(p_dout_rows, m_rows, VALUE_DIM, BLOCK_DV, True)
     p_k_head = p_k + i_b * stride_kb + i_k_head * stride_kh
     p_v_head = p_v + i_b * stride_vb + i_v_head * stride_vh
 
@@ -163,8 +163,8 @@ def backward_q_kernel(
             m_n = o_n < n
             edge = part != common.INNER
             # [BLOCK_N, BLOCK_D], [BLOCK_N, BLOCK_DV]
-            b_k = common.load_rows(p_k_head + o_n64 * stride_kn, m_n, HEAD_DIM, BLOCK_D, edge)
-            b_v = common.load_rows(p_v_head + o_n64 * stride_vn, m_n, VALUE_DIM, BLOCK_DV, edge)
+            b_k = kv.load_rows(p_k_head + o_n64 * stride_kn, m_n, HEAD_DIM, BLOCK_D, edge)
+            b_v = kv.load_rows(p_v_head + o_n64 * stride_vn, m_n, VALUE_DIM, BLOCK_DV, edge)
             b_qk = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
             b_capped = common.cap_scores(b_qk, scale, softcap, HAS_SOFTCAP)
             b_score = common.bias_and_mask(

@@ -10,7 +10,7 @@ Source: FlashAttention-2 (arXiv 2307.08691), section 3.1 (there D); own code.
 import triton
 import triton.language as tl
 
-from . import common
+from . import kv
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_heads", "q_len"])
@@ -41,8 +41,8 @@ def delta_kernel(
     p_out_rows = p_out + o_b * stride_ob + o_head * stride_oh + o_m * stride_om
     p_dout_rows = p_dout + o_b * stride_dob + o_head * stride_doh + o_m * stride_dom
     # [BLOCK_M, BLOCK_DV]
-    b_out = common.load_rows(p_out_rows, m_rows, VALUE_DIM, BLOCK_DV, True).to(tl.float32)
-    b_dout = common.load_rows(p_dout_rows, m_rows, VALUE_DIM, BLOCK_DV, True).to(tl.float32)
+    b_out = kv.load_rows(p_out_rows, m_rows, VALUE_DIM, BLOCK_DV, True).to(tl.float32)
+    b_dout = kv.load_rows(p_dout_rows, m_rows, VALUE_DIM, BLOCK_DV, True).to(tl.float32)
     b_delta = tl.sum(b_out * b_dout, 1)  # [BLOCK_M]
     if HAS_DLSE:
         b_delta -= tl.load(p_dlse + o_row, mask=m_rows, other=0.0)

@@ -12,24 +12,38 @@ Source: the merge of online-softmax states, FlashAttention (arXiv 2205.14135) se
 import triton
 import triton.language as tl
 
-from . import common
+from . import common, kv
 
 
-@triton.jit(do_not_specialize=["num_heads", "num_groups", "q_len", "num_splits"])
+@triton.jit(
+    do_not_specialize=[
+        "num_heads",
+        "num_groups",
+        "q_len",
+        "num_splits",
+        "stride_lse_b",
+        "stride_lse_h",
+        "num_tokens",
+    ]
+)
 def combine_kernel(
     p_partial_acc,  # [B, Hq (sorted), Sq, num_splits, Dv] fp32
     p_partial_sum,  # [B, Hq (sorted), Sq, num_splits] fp32
     p_partial_max,  # [B, Hq (sorted), Sq, num_splits] fp32
     p_plan,  # perm [Hq], k_head [Hq], v_head [Hq], offsets [G + 2]
     p_sinks,  # [Hq] fp32 or None
-    p_out,  # [B, Hq, Sq, Dv]
-    p_lse,  # [B, Hq, Sq] fp32, contiguous
+    p_out,  # [B, Hq, Sq, Dv]; packed [1, Hq, tokens, Dv]
+    p_lse,  # [B, Hq, Sq] fp32; packed [1, Hq, tokens]
+    p_q_offsets,  # [B + 1] int32, tokens of packed sequences, or None
     stride_ob,
     stride_oh,
     stride_om,
+    stride_lse_b,
+    stride_lse_h,
     num_heads,  # Hq
     num_groups,  # G
-    q_len,  # Sq
+    q_len,  # Sq; of packed sequences the longest
+    num_tokens,  # of all packed sequences
     num_splits,
     VALUE_DIM: tl.constexpr,
     BLOCK_DV: tl.constexpr,
@@ -41,6 +55,11 @@ def combine_kernel(
     i_m = i_row % q_len
     i_sorted = i_row // q_len % num_heads
     i_b = i_row // q_len // num_heads
+    i_token = 0
+    if p_q_offsets is not None:
+        i_token, n_q = kv.packed_queries(p_q_offsets, i_b, q_len, num_tokens)
+        if i_m >= n_q:
+            return
     i_head = tl.load(p_plan + i_sorted).to(tl.int64)
     valid = i_sorted < tl.load(p_plan + 3 * num_heads + num_groups)
 
@@ -70,8 +89,8 @@ def combine_kernel(
         b_acc = b_acc * factor
     b_out = b_acc * common.normaliser(row_sum)
     row_lse = common.log_sum_exp(row_sum, row_max)
-    p_lse_row = p_lse + (i_b * num_heads + i_head) * q_len + i_m
+    p_lse_row = p_lse + i_b * stride_lse_b + i_head * stride_lse_h + (i_token + i_m)
     tl.store(p_lse_row, tl.where(valid, row_lse, float("nan")))
-    p_out_row = p_out + i_b * stride_ob + i_head * stride_oh + i_m * stride_om + o_dv
+    p_out_row = p_out + i_b * stride_ob + i_head * stride_oh + (i_token + i_m) * stride_om + o_dv
     b_out = tl.where(valid, b_out, float("nan")).to(p_out.dtype.element_ty)
     tl.store(p_out_row, b_out, mask=o_dv < VALUE_DIM)

@@ -17,6 +17,7 @@ Source: the online softmax is that of FlashAttention (Dao et al., arXiv 2205.141
 import triton
 import triton.language as tl
 
+from . import kv
 from .dropout import keep_tile
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -54,31 +55,6 @@ def tanh(b_x):
     b_poly = b_poly * b_sq + TANH_C1
     b_poly = b_poly * b_sq + TANH_C0
     return tl.where(b_abs < TANH_BOUND, b_poly * b_sq * b_x + b_x, b_large)
-
-
-@triton.jit
-def load_rows(
-    p_rows,  # [ROWS] pointers to column 0
-    m_rows,  # [ROWS]
-    DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
-    CHECK_ROWS: tl.constexpr,
-):
-    """Rows of DIM elements as a [ROWS, BLOCK] tile, zero in masked rows and padding columns.
-
-    Zero and not undefined: a NaN in an unused slot times a probability of 0 would be NaN.
-    """
-    o_cols = tl.arange(0, BLOCK)
-    p_tile = p_rows[:, None] + o_cols[None, :]
-    if CHECK_ROWS and DIM != BLOCK:
-        b_tile = tl.load(p_tile, mask=m_rows[:, None] & (o_cols < DIM)[None, :], other=0.0)
-    elif CHECK_ROWS:
-        b_tile = tl.load(p_tile, mask=m_rows[:, None], other=0.0)
-    elif DIM != BLOCK:
-        b_tile = tl.load(p_tile, mask=(o_cols < DIM)[None, :], other=0.0)
-    else:
-        b_tile = tl.load(p_tile)
-    return b_tile
 
 
 @triton.jit
@@ -184,10 +160,9 @@ def finite_or_zero(b_max):
 @triton.jit
 def attend(
     b_q,  # [BLOCK_M, BLOCK_D]
-    p_k,  # key 0 and value 0 of the sequence and KV head
-    p_v,
-    stride_kn,
-    stride_vn,
+    table,  # where the keys and values of the sequence and head lie: tuples of kv.py
+    keys,
+    values,
     start,  # the ranges of `visible_keys`
     inner_start,
     inner_stop,
@@ -218,6 +193,12 @@ def attend(
     HAS_ALIBI: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     MASK_KIND: tl.constexpr,
+    FORMAT: tl.constexpr,
+    HAS_K_ZERO: tl.constexpr,
+    HAS_V_ZERO: tl.constexpr,
+    PAGED: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    HAS_BEGIN: tl.constexpr,
 ):
     """State (b_acc, b_sum, b_max) of a tile after its keys [start, stop).
 
@@ -236,12 +217,25 @@ def attend(
             part_start, part_stop = inner_stop, stop
         for i_n in tl.range(part_start, part_stop, BLOCK_N):
             o_n = i_n + o_block  # [BLOCK_N]
-            o_n64 = o_n.to(tl.int64)
             m_n = o_n < n
+            if PAGED:
+                o_page, o_slot, m_readable = kv.locate(
+                    table, i_n, o_n, m_n, PAGE_SIZE, BLOCK_N, HAS_BEGIN
+                )
+            else:
+                o_page, o_slot, m_readable = 0, o_n.to(tl.int64), m_n
             # [BLOCK_N, BLOCK_D]
-            b_k = load_rows(p_k + o_n64 * stride_kn, m_n, HEAD_DIM, BLOCK_D, part != INNER)
+            if FORMAT == kv.PLAIN:
+                p_k_rows = kv.row_pointers(keys, o_page, o_slot, PAGED)
+                b_k = kv.load_rows(p_k_rows, m_readable, HEAD_DIM, BLOCK_D, PAGED or part != INNER)
+            else:
+                b_k = kv.load_stored(
+                    keys, o_page, o_slot, m_readable, HEAD_DIM, BLOCK_D, FORMAT, PAGED, HAS_K_ZERO
+                ).to(b_q.dtype)
             # [BLOCK_M, BLOCK_N]
             b_qk = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
+            if FORMAT != kv.PLAIN:
+                b_qk *= kv.load_scales(keys, o_page, o_slot, m_readable, PAGED)[None, :]
             b_score = cap_scores(b_qk, scale, softcap, HAS_SOFTCAP)
             b_score = bias_and_mask(
                 b_score,
@@ -260,6 +254,9 @@ def attend(
                 HAS_ALIBI,
                 MASK_KIND,
             )
+            if PAGED:  # a visible key whose page is out of range
+                m_lost = (m_n & ~m_readable)[None, :] & (b_score > float("-inf"))
+                b_score = tl.where(m_lost, float("nan"), b_score)
             b_new_max = tl.maximum(b_max, tl.max(b_score, 1) * LOG2E)
             b_shift = b_new_max
             if part != INNER or MASK_KIND != NO_MASK:
@@ -274,7 +271,25 @@ def attend(
                 )
                 b_p = tl.where(m_keep, b_p, 0.0)
             # [BLOCK_N, BLOCK_DV]
-            b_v = load_rows(p_v + o_n64 * stride_vn, m_n, VALUE_DIM, BLOCK_DV, part != INNER)
+            if FORMAT == kv.PLAIN:
+                p_v_rows = kv.row_pointers(values, o_page, o_slot, PAGED)
+                b_v = kv.load_rows(
+                    p_v_rows, m_readable, VALUE_DIM, BLOCK_DV, PAGED or part != INNER
+                )
+            else:
+                b_scale = kv.load_scales(values, o_page, o_slot, m_readable, PAGED)
+                b_v = kv.load_stored(
+                    values,
+                    o_page,
+                    o_slot,
+                    m_readable,
+                    VALUE_DIM,
+                    BLOCK_DV,
+                    FORMAT,
+                    PAGED,
+                    HAS_V_ZERO,
+                )
+                b_v = (b_v * b_scale[:, None]).to(b_q.dtype)
             b_acc = b_acc * b_rescale[:, None]
             b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision="ieee")
     return b_acc, b_sum, b_max

@@ -47,9 +47,11 @@ class Shape:
 
     Attributes:
         num_groups: G of the plan.
-        itemsize: bytes per element of q, k and v.
+        q_len, kv_len: the longest of packed sequences.
+        itemsize: bytes per element of q.
         modifies_scores: softcap, ALiBi slopes, a mask tensor or dropout are given.
         window_left, window_right: -1 where unbounded.
+        quantised: K and V are stored in another type than q's.
     """
 
     batch: int
@@ -63,6 +65,7 @@ class Shape:
     modifies_scores: bool = False
     window_left: int = -1
     window_right: int = -1
+    quantised: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,8 +82,8 @@ INTERPRETER = DeviceFacts("interpreter", num_sms=4, l2_bytes=1 << 20)
 _INTERPRETED = {dim: (Tile(64, 64, 4, 1),) * 2 for dim in (64, 128, 256)}
 
 # (family, bytes per element) -> dim class (the larger padded head dim, at least 64)
-# -> tile of plain calls, and of those that take more registers: with softcap, ALiBi or a mask
-# tensor, or with a head dim that is not a power of two, whose loads are masked.
+# -> tile of plain calls, and of those that take more registers: with quantised K and V, softcap,
+# ALiBi or a mask tensor, or a head dim that is not a power of two, whose loads are masked.
 PREFILL_TILES: dict[tuple[str, int], dict[int, tuple[Tile, Tile]]] = {
     ("sm80", 2): {
         64: (Tile(128, 64, 4, 3), Tile(128, 64, 8, 2)),
@@ -329,4 +332,4 @@ def _lookup(
     padded = padded_dim(shape.head_dim), padded_dim(shape.value_head_dim)
     plain, small = table[facts.family, shape.itemsize][max(64, *padded)]
     exact = padded == (shape.head_dim, shape.value_head_dim)
-    return plain if exact and not shape.modifies_scores else small
+    return plain if exact and not (shape.modifies_scores or shape.quantised) else small

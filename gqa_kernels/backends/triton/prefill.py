@@ -16,7 +16,7 @@ Source: FlashAttention-2 (arXiv 2307.08691) for the loop order; own code.
 import triton
 import triton.language as tl
 
-from . import common
+from . import common, kv
 
 
 @triton.jit
@@ -44,20 +44,31 @@ def find_query_block(num_heads, num_blocks, heads_per_section):
         "window_left",
         "window_right",
         "dropout_threshold",
+        "stride_lse_b",
+        "stride_lse_h",
+        "num_pages",
+        "num_tokens",
     ]
 )
 def prefill_kernel(
-    p_q,  # [B, Hq, Sq, D]
-    p_k,  # [B, Hk, Sk, D]
-    p_v,  # [B, Hv, Sk, Dv]
+    p_q,  # [B, Hq, Sq, D]; packed [1, Hq, tokens, D], likewise the output
+    p_k,  # [B, Hk, Sk, D]; with a page table [P, Hk, PAGE_SIZE, D]
+    p_v,  # [B, Hv, Sk, Dv]; likewise
     p_plan,  # perm [Hq], k_head [Hq], v_head [Hq], offsets [G + 2]
     p_slopes,  # [B, Hq] fp32 or None
     p_sinks,  # [Hq] fp32 or None
     p_mask,  # [B, Hq, Sq, Sk] uint8 or floating, or None
     p_lengths,  # [B, Hk] int32 or None
     p_seed,  # int64 [2] dropout seed and offset, or None
+    p_table,  # [B, Hk, max_pages] int32 page ids or None
+    p_begin,  # [B] int32, slot of the first key, or None
+    p_q_offsets,  # [B + 1] int32, tokens of packed sequences, or None
+    p_k_scale,  # [P, Hk, PAGE_SIZE] fp32 or None, with a page table; else [B, Hk, Sk]
+    p_v_scale,
+    p_k_zero,
+    p_v_zero,
     p_out,  # [B, Hq, Sq, Dv]
-    p_lse,  # [B, Hq, Sq] fp32, contiguous
+    p_lse,  # [B, Hq, Sq] fp32; packed [1, Hq, tokens]
     stride_qb,
     stride_qh,
     stride_qm,
@@ -78,12 +89,31 @@ def prefill_kernel(
     stride_mask_n,
     stride_lengths_b,
     stride_lengths_h,
+    stride_table_b,
+    stride_table_h,
+    stride_table_p,
+    stride_k_scale_p,
+    stride_k_scale_h,
+    stride_k_scale_n,
+    stride_v_scale_p,
+    stride_v_scale_h,
+    stride_v_scale_n,
+    stride_k_zero_p,
+    stride_k_zero_h,
+    stride_k_zero_n,
+    stride_v_zero_p,
+    stride_v_zero_h,
+    stride_v_zero_n,
+    stride_lse_b,
+    stride_lse_h,
     num_heads,  # Hq
     num_groups,  # G
-    q_len,  # Sq
+    q_len,  # Sq; of packed sequences the longest
     kv_len,  # Sk
     num_blocks,  # ceil(Sq / BLOCK_M)
     heads_per_section,
+    num_pages,  # P
+    num_tokens,  # of all packed sequences
     scale,
     softcap,
     window_left,
@@ -104,8 +134,23 @@ def prefill_kernel(
     HAS_LENGTHS: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     MASK_KIND: tl.constexpr,
+    FORMAT: tl.constexpr,
+    PAGED: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
 ):
     i_b, i_sorted, i_block = find_query_block(num_heads, num_blocks, heads_per_section)
+
+    # Rows of the tile: the query tokens of one block.
+    i_token, n_q = 0, q_len
+    i_first = i_block * BLOCK_M
+    if p_q_offsets is not None:
+        i_token, n_q = kv.packed_queries(p_q_offsets, i_b, q_len, num_tokens)
+        if i_first >= n_q:
+            return
+    i_last = tl.minimum(i_first + BLOCK_M, n_q) - 1
+    o_m = i_first + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    m_rows = o_m < n_q  # [BLOCK_M]
+    o_m64 = o_m.to(tl.int64)
 
     # Heads of the tile, through the plan.
     i_head = tl.load(p_plan + i_sorted).to(tl.int64)
@@ -115,20 +160,49 @@ def prefill_kernel(
     valid = i_sorted < num_valid
 
     # Keys of the sequence; none for a head without a KV head.
-    n = kv_len
+    n, begin, i_slot = kv_len, 0, 0
+    if p_begin is not None:
+        begin = tl.minimum(tl.maximum(tl.load(p_begin + i_b), 0), kv_len)
+        i_slot = begin.to(tl.int64)
+        n = kv_len - begin
     if HAS_LENGTHS:
         p_length = p_lengths + i_b * stride_lengths_b + i_k_head * stride_lengths_h
-        n = tl.minimum(tl.maximum(tl.load(p_length, mask=valid, other=0), 0), kv_len)
+        n = tl.minimum(tl.maximum(tl.load(p_length, mask=valid, other=0), 0), n)
     n = tl.where(valid, n, 0)
-    shift = n - q_len
+    shift = n - n_q
 
-    # Rows of the tile: the query tokens of one block.
-    i_first = i_block * BLOCK_M
-    i_last = tl.minimum(i_first + BLOCK_M, q_len) - 1
-    o_m = i_first + tl.arange(0, BLOCK_M)  # [BLOCK_M]
-    m_rows = o_m < q_len  # [BLOCK_M]
-    o_m64 = o_m.to(tl.int64)
-    b_pos = o_m + shift  # [BLOCK_M]
+    # Where they lie: the tuples of kv.py.
+    i_storage, p_table_row = i_b, p_table
+    if PAGED:
+        i_storage, i_slot = 0, 0
+        p_table_row = p_table + i_b * stride_table_b + i_k_head * stride_table_h
+    table = (p_table_row, stride_table_p, num_pages, begin)
+    keys = kv.rows_of_head(
+        p_k,
+        (stride_kb, stride_kh, stride_kn),
+        p_k_scale,
+        (stride_k_scale_p, stride_k_scale_h, stride_k_scale_n),
+        p_k_zero,
+        (stride_k_zero_p, stride_k_zero_h, stride_k_zero_n),
+        i_storage,
+        i_k_head,
+        i_slot,
+        FORMAT,
+    )
+    values = kv.rows_of_head(
+        p_v,
+        (stride_vb, stride_vh, stride_vn),
+        p_v_scale,
+        (stride_v_scale_p, stride_v_scale_h, stride_v_scale_n),
+        p_v_zero,
+        (stride_v_zero_p, stride_v_zero_h, stride_v_zero_n),
+        i_storage,
+        i_v_head,
+        i_slot,
+        FORMAT,
+    )
+
+    b_pos = o_m + shift  # [BLOCK_M], query positions among the keys
     b_slope = None
     if HAS_ALIBI:
         slope = tl.load(p_slopes + i_b * stride_slopes_b + i_head * stride_slopes_h)
@@ -143,8 +217,8 @@ def prefill_kernel(
         o_dropout_head = tl.zeros([BLOCK_M], tl.int32) + (i_b * num_heads + i_head).to(tl.int32)
 
     # [BLOCK_M, BLOCK_D]
-    p_q_rows = p_q + i_b * stride_qb + i_head * stride_qh + o_m64 * stride_qm
-    b_q = common.load_rows(p_q_rows, m_rows, HEAD_DIM, BLOCK_D, True)
+    p_q_rows = p_q + i_b * stride_qb + i_head * stride_qh + (i_token + o_m64) * stride_qm
+    b_q = kv.load_rows(p_q_rows, m_rows, HEAD_DIM, BLOCK_D, True)
 
     start, inner_start, inner_stop, stop = common.visible_keys(
         i_first, i_last, shift, n, window_left, window_right, HAS_LEFT, HAS_RIGHT, BLOCK_N
@@ -152,10 +226,9 @@ def prefill_kernel(
     # [BLOCK_M, BLOCK_DV], [BLOCK_M], [BLOCK_M]
     b_acc, b_sum, b_max = common.attend(
         b_q,
-        p_k + i_b * stride_kb + i_k_head * stride_kh,
-        p_v + i_b * stride_vb + i_v_head * stride_vh,
-        stride_kn,
-        stride_vn,
+        table,
+        keys,
+        values,
         start,
         inner_start,
         inner_stop,
@@ -186,6 +259,12 @@ def prefill_kernel(
         HAS_ALIBI,
         HAS_DROPOUT,
         MASK_KIND,
+        FORMAT,
+        p_k_zero is not None,
+        p_v_zero is not None,
+        PAGED,
+        PAGE_SIZE,
+        p_begin is not None,
     )
 
     if HAS_SINKS:
@@ -195,8 +274,9 @@ def prefill_kernel(
     if HAS_DROPOUT:
         b_out = b_out * dropout_scale
     b_lse = common.log_sum_exp(b_sum, b_max)
+    o_m64 += i_token
     p_out_rows = p_out + i_b * stride_ob + i_head * stride_oh + o_m64 * stride_om
-    p_lse_rows = p_lse + (i_b * num_heads + i_head) * q_len + o_m64
+    p_lse_rows = p_lse + i_b * stride_lse_b + i_head * stride_lse_h + o_m64
     b_out = tl.where(valid, b_out, float("nan"))
     tl.store(p_lse_rows, tl.where(valid, b_lse, float("nan")), mask=m_rows)
     common.store_rows(p_out_rows, b_out, m_rows, VALUE_DIM, BLOCK_DV)

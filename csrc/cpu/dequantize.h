@@ -1,0 +1,108 @@
+// Quantised K and V: the products run over stored numbers, and what makes them products of values
+// is applied to scores and probabilities, once a key instead of once an element:
+//
+//   q . (scale * (k - zero)) = scale * (q . k - zero * sum(q))
+//   p * scale * (v - zero)   = (p * scale) * v - (p * scale) * zero
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "../core/params.h"
+#include "isa.h"
+#include "kv_rows.h"
+#include "tile.h"
+
+namespace gqa::cpu::GQA_ISA {
+
+// Loads give 1 / kLoadedPart of a value.
+template <class S>
+inline constexpr float kLoadedPart = 1.0f;
+template <>
+inline constexpr float kLoadedPart<Float8E4M3> = 256.0f;
+
+template <class S>
+inline constexpr float kDefaultZero = 0.0f;
+template <>
+inline constexpr float kDefaultZero<Int4Pair> = 8.0f;
+
+// The scales and zeros of a tile's keys, for one (key head, value head) pair.
+template <class V, class S>
+class Dequantizer {
+ public:
+  Dequantizer(const AttentionParams& params, const Pages& pages, int64_t k_head, int64_t v_head,
+              Tile<V>& tile)
+      : params_(params), pages_(pages), k_head_(k_head), v_head_(v_head), tile_(tile) {}
+
+  void begin(int rows) {
+    for (int r = 0; r < rows; ++r) {
+      const float* q = tile_.q + r * tile_.layout.q_ld;
+      typename V::F sum = V::set1(0.0f);
+      for (int64_t d = 0; d < tile_.layout.q_ld; d += kW) sum = V::add(sum, V::load(q + d));
+      tile_.q_sum[r] = V::reduce_add(sum);
+    }
+  }
+
+  void begin_tile(int64_t first, int n) {
+    constexpr float kZero = kDefaultZero<S> / kLoadedPart<S>;
+    // A key of no page must make its score NaN, whatever its row was read as.
+    fetch(params_.k_scale, params_.k_scale_stride, k_head_, first, n, kLoadedPart<S>,
+          kLoadedPart<S>, NAN, tile_.k_scale);
+    fetch(params_.v_scale, params_.v_scale_stride, v_head_, first, n, kLoadedPart<S>,
+          kLoadedPart<S>, 1.0f, tile_.v_scale);
+    if (has_k_zero()) {
+      fetch(params_.k_zero, params_.k_zero_stride, k_head_, first, n, 1.0f / kLoadedPart<S>, kZero,
+            0.0f, tile_.k_zero);
+    }
+    if (has_v_zero()) {
+      fetch(params_.v_zero, params_.v_zero_stride, v_head_, first, n, 1.0f / kLoadedPart<S>, kZero,
+            0.0f, tile_.v_zero);
+    }
+  }
+
+  void scores(int r, StripKeys keys) {
+    float* s = tile_.s + r * tile_.layout.keys;
+    const typename V::F q_sum = V::set1(-tile_.q_sum[r]);
+    for (int i = keys.begin / kW * kW; i < keys.end; i += kW) {
+      typename V::F x = V::load(s + i);
+      if (has_k_zero()) x = V::fma(q_sum, V::load(tile_.k_zero + i), x);
+      V::store(s + i, V::mul(x, V::load(tile_.k_scale + i)));
+    }
+  }
+
+  void probabilities(int r, StripKeys keys) {
+    float* p = tile_.s + r * tile_.layout.keys;
+    typename V::F offset = V::set1(0.0f);
+    for (int i = keys.begin / kW * kW; i < keys.end; i += kW) {
+      const typename V::F x = V::mul(V::load(p + i), V::load(tile_.v_scale + i));
+      if (has_v_zero()) offset = V::fma(x, V::load(tile_.v_zero + i), offset);
+      V::store(p + i, x);
+    }
+    if (!has_v_zero()) return;
+    float* o = tile_.o + r * tile_.layout.o_ld;
+    const typename V::F minus_offset = V::set1(-V::reduce_add(offset));
+    for (int64_t d = 0; d < tile_.layout.o_ld; d += kW) {
+      V::store(o + d, V::add(V::load(o + d), minus_offset));
+    }
+  }
+
+ private:
+  static constexpr int kW = V::kWidth;
+
+  bool has_k_zero() const { return params_.k_zero != nullptr || kDefaultZero<S> != 0.0f; }
+  bool has_v_zero() const { return params_.v_zero != nullptr || kDefaultZero<S> != 0.0f; }
+
+  // Up to the end of the last vector: what is beyond the keys is 0.
+  void fetch(const float* data, const Strides& strides, int64_t head, int64_t first, int n,
+             float factor, float constant, float missing, float* out) {
+    fetch_row_values(pages_, data, strides, head, first, n, factor, constant, missing, out);
+    for (int i = n; i % kW != 0; ++i) out[i] = 0.0f;
+  }
+
+  const AttentionParams& params_;
+  const Pages& pages_;
+  int64_t k_head_, v_head_;
+  Tile<V>& tile_;
+};
+
+}  // namespace gqa::cpu::GQA_ISA

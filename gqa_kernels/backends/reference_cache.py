@@ -1,0 +1,281 @@
+"""The reference over a KV view: gather the keys and values, dequantise them, then attend eagerly.
+
+This is the definition of attention over caches and of the append for every other backend.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..cache.inputs import AppendInputs, CacheInputs
+from ..cache.quantized import dequantize, quantize, row_scales
+from ..cache.view import KVView, is_dynamic
+from ..inputs import AttentionInputs
+from .reference import _visibility, reference_attention
+
+
+def reference_cache_attention(
+    inputs: CacheInputs, matmul_dtype: torch.dtype | None = None, base2: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Attention over a view; arguments as for :func:`reference_attention`.
+
+    Returns:
+        out ``[B, Hq, Sq, Dv]`` in q's dtype and LSE ``[B, Hq, Sq]``; with ``q_offsets`` both have
+        ``[1, Hq, total_q]`` in front, 0 and -inf at tokens of no sequence.
+    """
+    dense, unreadable = dense_inputs(inputs)
+    out, lse = reference_attention(dense, matmul_dtype, base2)
+    index = dense.head_map_tensor.long().clamp(0, inputs.num_k_heads - 1)
+    _, visible = _visibility(dense, index)
+    lost = (visible & unreadable[:, index, None]).any(-1)
+    out, lse = out.masked_fill(lost[..., None], math.nan), lse.masked_fill(lost, math.nan)
+    if inputs.q_offsets is None:
+        return out, lse
+    token, valid = _query_tokens(inputs)
+    packed_out = out.new_zeros(*inputs.q.shape[:3], out.shape[3])
+    packed_lse = lse.new_full(inputs.q.shape[:3], -math.inf)
+    # Slots of no token write to one more row, which is cut off.
+    token = torch.where(valid, token, inputs.q.shape[2]).flatten()
+    packed_out = torch.cat([packed_out, packed_out[:, :, :1]], 2) if packed_out.shape[2] else (
+        packed_out.new_zeros(1, inputs.num_heads, 1, out.shape[3]))  # fmt: skip
+    packed_lse = torch.cat([packed_lse, packed_lse.new_zeros(1, inputs.num_heads, 1)], 2)
+    packed_out = packed_out.index_copy(2, token, out.transpose(0, 1).flatten(1, 2)[None])
+    packed_lse = packed_lse.index_copy(2, token, lse.transpose(0, 1).flatten(1, 2)[None])
+    return packed_out[:, :, :-1], packed_lse[:, :, :-1]
+
+
+def dense_inputs(inputs: CacheInputs) -> tuple[AttentionInputs, Tensor]:
+    """The same call on gathered, dequantised K and V, and which keys have a page out of range,
+    ``[B, Hk, capacity]``.
+
+    K and V of a quantised cache are fp32 there, exact. Packed queries become ``[B, Hq, max_q_len,
+    D]`` aligned to the right, so that the last token of each sequence stays the last.
+    """
+    view = inputs.view
+    k, v, unreadable = gather(view)
+    q, slopes = inputs.q, inputs.alibi_slopes
+    if inputs.q_offsets is not None:
+        token, valid = _query_tokens(inputs)
+        q = q[0][:, torch.where(valid, token, 0)] if q.shape[2] else q.new_zeros(
+            inputs.num_heads, *token.shape, q.shape[3])  # fmt: skip
+        q = q.transpose(0, 1).masked_fill(~valid[:, None, :, None], 0)
+    lengths = _lengths(view)
+    dense = AttentionInputs(
+        q=q, k=k, v=v, head_map=inputs.head_map, value_head_map=inputs.value_head_map,
+        scale=inputs.scale, window_left=inputs.window_left, window_right=inputs.window_right,
+        softcap=inputs.softcap, alibi_slopes=slopes, sinks=inputs.sinks,
+        attn_mask=inputs.attn_mask, kv_lengths=lengths.to(torch.int32), layout="bhsd",
+        deterministic=inputs.deterministic,
+    )  # fmt: skip
+    return dense, unreadable
+
+
+def gather(view: KVView) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and values of a view as dense tensors, 0 beyond a sequence's length.
+
+    Returns:
+        k ``[B, Hk, capacity, D]`` and v ``[B, Hv, capacity, Dv]``, in fp32 where the cache is
+        quantised, and which keys have a page out of range, bool ``[B, Hk, capacity]``.
+    """
+    j = torch.arange(view.capacity, device=view.device)
+    page, slot, unreadable = _places(view, j.expand(view.batch, view.capacity))
+    in_use = j < _lengths(view)[..., None]
+    unreadable = unreadable & in_use
+    usable = in_use & ~unreadable
+    head = torch.arange(view.num_k_heads, device=view.device)[:, None]
+    page, slot = torch.where(usable, page, 0), torch.where(usable, slot, 0)
+    k = _rows(view.k, view.k_scale, view.k_zero, page, head, slot)
+    k = k.masked_fill(~usable[..., None], 0)
+    if view.num_v_heads != view.num_k_heads or not view.pages_per_head:
+        # Value heads that other query heads read than the key head of that number: all heads share
+        # their pages, and lengths are of key heads.
+        usable = usable.any(1, keepdim=True)
+        page, slot, usable = (
+            x.amax(1, keepdim=True).expand(-1, view.num_v_heads, -1) for x in (page, slot, usable)
+        )
+        head = torch.arange(view.num_v_heads, device=view.device)[:, None]
+    v = _rows(view.v, view.v_scale, view.v_zero, page, head, slot)
+    return k, v.masked_fill(~usable[..., None], 0), unreadable
+
+
+def _lengths(view: KVView) -> Tensor:
+    """Valid keys ``[B, Hk]``, clamped to what the view can hold."""
+    begin = 0 if view.kv_begin is None else view.kv_begin.long()[:, None]
+    return torch.minimum(view.kv_lengths.long(), view.capacity - torch.as_tensor(begin)).clamp(
+        min=0
+    )
+
+
+def _places(view: KVView, j: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(page, slot in it, page is out of range) of keys ``j [B, n]``, each ``[B, Hk, n]``."""
+    if view.kv_begin is not None:
+        j = j + view.kv_begin.long()[:, None]
+    entry = (j // view.page_size).clamp(0, view.max_pages - 1)
+    j = j[:, None].expand(-1, view.num_k_heads, -1)
+    if view.page_table is None:
+        page = torch.arange(view.batch, device=view.device)[:, None, None].expand_as(j)
+    else:
+        entry = entry[:, None].expand_as(j)
+        page = view.page_table.long().gather(2, entry)
+    outside = (page < 0) | (page >= view.num_pages)
+    return torch.where(outside, 0, page), j % view.page_size, outside
+
+
+def _rows(
+    storage: Tensor, scale: Tensor | None, zero: Tensor | None, page: Tensor, head: Tensor,
+    slot: Tensor,
+) -> Tensor:  # fmt: skip
+    """Rows of the storage ``[B, H, n, D]``, dequantised where it is quantised."""
+    if scale is None:
+        return storage[page, head, slot]
+    # Not every device indexes fp8, so its bytes are taken.
+    stored = storage.view(torch.uint8)[page, head, slot].view(storage.dtype)
+    zero = None if zero is None else zero[page, head, slot]
+    return dequantize(stored, scale[page, head, slot], zero)
+
+
+def _query_tokens(inputs: CacheInputs) -> tuple[Tensor, Tensor]:
+    """Packed token of each right-aligned query slot, and whether it has one: ``[B, max_q_len]``."""
+    offsets = inputs.q_offsets.long()
+    stop = offsets[1:, None]
+    slot = torch.arange(inputs.max_q_len, device=inputs.device)
+    token = stop - inputs.max_q_len + slot
+    return token, token >= offsets[:-1, None]
+
+
+@torch.library.custom_op(
+    "gqa_kernels::reference_cache_append",
+    mutates_args=("k", "v", "k_scale", "v_scale", "k_zero", "v_zero"),
+)
+def _append_op(
+    q: Tensor | None, k_new: Tensor, v_new: Tensor, k: Tensor, v: Tensor, kv_lengths: Tensor,
+    page_table: Tensor | None, kv_begin: Tensor | None, new_offsets: Tensor | None, max_new: int,
+    k_scale: Tensor | None, v_scale: Tensor | None, k_zero: Tensor | None, v_zero: Tensor | None,
+    rotary_cos: Tensor | None, rotary_sin: Tensor | None, rotary_interleaved: bool,
+) -> Tensor:  # fmt: skip
+    view = KVView(k, v, kv_lengths, page_table, kv_begin, k_scale, v_scale, k_zero, v_zero)
+    inputs = AppendInputs(
+        q, k_new, v_new, view, new_offsets, max_new, rotary_cos, rotary_sin, rotary_interleaved
+    )
+    rotated = reference_append(inputs)
+    return k_new.new_empty(0) if rotated is None else rotated
+
+
+@_append_op.register_fake
+def _(q, k_new, *_):
+    return k_new.new_empty(0) if q is None else torch.empty_like(q)
+
+
+def append_op(inputs: AppendInputs) -> Tensor | None:
+    """:func:`reference_append` as one op: compilers see what it writes, and not how."""
+    view, rotates_q = inputs.view, inputs.q is not None and inputs.rotary_cos is not None
+    rotated = _append_op(
+        inputs.q if rotates_q else None, inputs.k_new, inputs.v_new, view.k, view.v,
+        view.kv_lengths, view.page_table, view.kv_begin, inputs.new_offsets, inputs.max_new,
+        view.k_scale, view.v_scale, view.k_zero, view.v_zero, inputs.rotary_cos,
+        inputs.rotary_sin, inputs.rotary_interleaved,
+    )  # fmt: skip
+    return rotated if rotates_q else inputs.q
+
+
+def reference_append(inputs: AppendInputs) -> Tensor | None:
+    """Write the new tokens into the view's memory and return the rotated queries, if any."""
+    view = inputs.view
+    k_new, v_new, q = inputs.k_new, inputs.v_new, inputs.q
+    if inputs.new_offsets is None:
+        i = torch.arange(k_new.shape[2], device=view.device).expand(view.batch, -1)
+        sequence = torch.arange(view.batch, device=view.device)[:, None].expand_as(i)
+        row = (sequence, i)
+    else:
+        token = torch.arange(k_new.shape[2], device=view.device)
+        offsets = inputs.new_offsets.long()
+        sequence = torch.searchsorted(offsets, token, right=True) - 1
+        inside = sequence < view.batch
+        token, sequence = token[inside], sequence[inside]
+        row = (torch.zeros_like(sequence), token)
+        i = token - offsets[sequence]
+    # One row per new token of a sequence: [..., H, D].
+    k_rows, v_rows = k_new.transpose(1, 2)[row], v_new.transpose(1, 2)[row]
+    position = view.kv_lengths.long()[sequence] + i[..., None]  # [..., Hk]
+    if inputs.rotary_cos is not None:
+        table = (inputs.rotary_cos, inputs.rotary_sin, inputs.rotary_interleaved)
+        k_rows = rotate(k_rows, position, *table)
+        if q is not None:
+            q = q.clone()
+            q.transpose(1, 2)[row] = rotate(q.transpose(1, 2)[row], position[..., :1], *table)
+    _store(view, "k", k_rows, sequence, position)
+    shared = position if view.num_v_heads == view.num_k_heads else position[..., :1].expand(
+        *i.shape, view.num_v_heads)  # fmt: skip
+    _store(view, "v", v_rows, sequence, shared)
+    return q
+
+
+def rotate(x: Tensor, position: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """Rotary embedding (RoFormer, arXiv 2104.09864) of the first ``R`` columns, in fp32, rounded to
+    x's dtype.
+
+    Args:
+        x: ``[..., H, D]``.
+        position: ``[..., H]`` or ``[..., 1]``; beyond the table its last row is taken.
+        cos, sin: ``[max_position, R / 2]``.
+    """
+    position = position.clamp(0, cos.shape[0] - 1)
+    cos, sin = cos[position].float(), sin[position].float()
+    half = cos.shape[-1]
+    turned, rest = x[..., : 2 * half].float(), x[..., 2 * half :]
+    if interleaved:
+        a, b = turned[..., 0::2], turned[..., 1::2]
+        turned = torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
+    else:
+        a, b = turned[..., :half], turned[..., half:]
+        turned = torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+    return torch.cat([turned.to(x.dtype), rest], -1)
+
+
+def _store(view: KVView, side: str, rows: Tensor, sequence: Tensor, position: Tensor) -> None:
+    """Write rows ``[..., H, D]`` at ``position [..., H]`` of their sequence ``[...]``."""
+    storage, scale, zero = (getattr(view, side + part) for part in ("", "_scale", "_zero"))
+    heads, dim = rows.shape[-2:]
+    rows, position = rows.reshape(-1, heads, dim), position.reshape(-1, heads)
+    sequence = sequence.reshape(-1)
+    slot = position
+    if view.kv_begin is not None:
+        slot = slot + view.kv_begin.long()[sequence][:, None]
+    entry = slot // view.page_size
+    head = torch.arange(heads, device=rows.device).expand_as(slot)
+    page = sequence[:, None].expand_as(slot)
+    if view.page_table is not None:
+        row = head.clamp(max=view.num_k_heads - 1)
+        page = view.page_table[page, row, entry.clamp(0, view.max_pages - 1)].long()
+    inside = (entry >= 0) & (entry < view.max_pages) & (page >= 0) & (page < view.num_pages)
+    page, head, slot, rows = (
+        page[inside],
+        head[inside],
+        (slot % view.page_size)[inside],
+        rows[inside],
+    )
+    if scale is not None:
+        new_scale, new_zero = scale[page, head, slot], None
+        if zero is not None:
+            new_zero = zero[page, head, slot]
+        if is_dynamic(scale):
+            new_scale, new_zero = row_scales(rows, view.format, zero is not None)
+            _put(scale[..., None], page, head, slot, new_scale[:, None])
+            if zero is not None:
+                _put(zero[..., None], page, head, slot, new_zero[:, None])
+        rows = quantize(rows, view.format, new_scale, new_zero)
+    _put(storage, page, head, slot, rows)
+
+
+def _put(storage: Tensor, page: Tensor, head: Tensor, slot: Tensor, rows: Tensor) -> None:
+    """``storage[page, head, slot] = rows`` through strides, which may be 0 in the head dim."""
+    if storage.element_size() == 1:
+        storage, rows = storage.view(torch.uint8), rows.view(torch.uint8)
+    strides = storage.stride()
+    extent = 1 + sum((n - 1) * s for n, s in zip(storage.shape, strides, strict=True))
+    flat = storage.as_strided((extent,), (1,))
+    first = page * strides[0] + head * strides[1] + slot * strides[2]
+    flat[first[:, None] + torch.arange(rows.shape[1], device=rows.device)] = rows.to(storage.dtype)

@@ -1,0 +1,207 @@
+"""PageAllocator: which sequence holds which pages of a paged cache. Bookkeeping on the host only.
+
+Pages are counted by how many sequences hold them. A fork shares its parent's pages; the first
+append of either into a partly filled page that both hold takes a new page and asks for a copy
+(copy-on-write), so that full pages of a common prefix are kept once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+class OutOfPages(RuntimeError):
+    """There are too few free pages. Nothing was changed."""
+
+
+@dataclass(frozen=True)
+class PageBatch:
+    """Sequences of one step, for :meth:`gqa_kernels.PagedKVCache.at`.
+
+    Attributes:
+        page_table: int32 ``[B, max_pages]``; 0 beyond a sequence's pages.
+        lengths: int32 ``[B]``, tokens there are, those about to be appended not counted.
+        copies: pages to copy before they are written, as ``(from, to)``.
+    """
+
+    page_table: Tensor
+    lengths: Tensor
+    copies: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass
+class _Sequence:
+    pages: list[int]
+    length: int
+
+
+class PageAllocator:
+    """Hands out the pages of a cache to sequences, which are named by integers.
+
+    Args:
+        num_pages: pages of the cache.
+        page_size: tokens of a page.
+
+    With budgets per head, a sequence of the allocator is one head of one sequence: see the batch's
+    page table as ``[B, Hk, max_pages]``.
+    """
+
+    def __init__(self, num_pages: int, page_size: int):
+        if num_pages < 0 or page_size < 1:
+            raise ValueError(
+                f"num_pages must be at least 0 and page_size at least 1, got {num_pages} and "
+                f"{page_size}"
+            )
+        self.num_pages, self.page_size = num_pages, page_size
+        self._free = list(range(num_pages - 1, -1, -1))
+        self._holders = [0] * num_pages  # sequences that hold each page
+        self._sequences: dict[int, _Sequence] = {}
+        self._next_name = 0
+
+    @property
+    def num_free_pages(self) -> int:
+        return len(self._free)
+
+    @property
+    def sequences(self) -> tuple[int, ...]:
+        """Names of the sequences there are, oldest first."""
+        return tuple(self._sequences)
+
+    def length(self, sequence: int) -> int:
+        """Tokens of a sequence."""
+        return self._find(sequence).length
+
+    def pages(self, sequence: int) -> tuple[int, ...]:
+        """Pages of a sequence, in the order of its tokens."""
+        return tuple(self._find(sequence).pages)
+
+    def allocate(self) -> int:
+        """A new sequence without tokens; pages come with :meth:`append`."""
+        return self._add(_Sequence([], 0))
+
+    def fork(self, sequence: int, length: int | None = None) -> int:
+        """A new sequence that starts with the first ``length`` tokens (default: all) of another."""
+        parent = self._find(sequence)
+        length = parent.length if length is None else length
+        if not 0 <= length <= parent.length:
+            raise ValueError(
+                f"length must lie in [0, {parent.length}], the tokens of sequence {sequence}, "
+                f"got {length}"
+            )
+        pages = parent.pages[: -(-length // self.page_size)]
+        for page in pages:
+            self._holders[page] += 1
+        return self._add(_Sequence(list(pages), length))
+
+    def append(self, sequences: Sequence[int], tokens: int | Sequence[int]) -> PageBatch:
+        """Make room for new tokens and count them.
+
+        Args:
+            sequences: names, each at most once.
+            tokens: new tokens of each, or of all.
+
+        Returns:
+            the batch as the cache's append needs it: lengths before, page table with the new pages.
+
+        Raises:
+            OutOfPages: nothing was changed.
+        """
+        found = self._distinct(sequences)
+        counts = [tokens] * len(found) if isinstance(tokens, int) else list(tokens)
+        if len(counts) != len(found) or min(counts, default=0) < 0:
+            raise ValueError(
+                f"tokens must be non-negative, one number per sequence ({len(found)}), got {tokens}"
+            )
+        self._check_free(found, counts)
+        copies = []
+        for sequence, count in zip(found, counts, strict=True):
+            partly_filled = count and sequence.length % self.page_size
+            if partly_filled and self._holders[sequence.pages[-1]] > 1:
+                shared = sequence.pages.pop()
+                self._holders[shared] -= 1
+                sequence.pages.append(self._take())
+                copies.append((shared, sequence.pages[-1]))
+            while len(sequence.pages) * self.page_size < sequence.length + count:
+                sequence.pages.append(self._take())
+        before = self.batch(sequences)
+        for sequence, count in zip(found, counts, strict=True):
+            sequence.length += count
+        return PageBatch(before.page_table, before.lengths, tuple(copies))
+
+    def truncate(self, sequence: int, length: int) -> None:
+        """Keep the first ``length`` tokens only (rejected drafts, say)."""
+        found = self._find(sequence)
+        if not 0 <= length <= found.length:
+            raise ValueError(f"length must lie in [0, {found.length}], got {length}")
+        found.length = length
+        while len(found.pages) > -(-length // self.page_size):
+            self._drop(found.pages.pop())
+
+    def free(self, sequence: int) -> None:
+        """Forget a sequence; pages that no other holds are free again."""
+        found = self._find(sequence)
+        del self._sequences[sequence]
+        for page in reversed(found.pages):
+            self._drop(page)
+
+    def batch(self, sequences: Sequence[int], max_pages: int | None = None) -> PageBatch:
+        """Page table and lengths of sequences as they are.
+
+        Args:
+            max_pages: width of the table, at least the most pages of one of them.
+        """
+        found = [self._find(name) for name in sequences]
+        most = max([1, *(len(sequence.pages) for sequence in found)])
+        width = most if max_pages is None else max_pages
+        if width < most:
+            raise ValueError(f"max_pages must be at least {most}, got {max_pages}")
+        rows = [sequence.pages + [0] * (width - len(sequence.pages)) for sequence in found]
+        return PageBatch(
+            torch.tensor(rows, dtype=torch.int32).reshape(len(found), width),
+            torch.tensor([sequence.length for sequence in found], dtype=torch.int32),
+        )
+
+    def _check_free(self, found: list[_Sequence], counts: list[int]) -> None:
+        needed = 0
+        holders = {}  # of the shared pages about to be left
+        for sequence, count in zip(found, counts, strict=True):
+            if not count:
+                continue
+            needed += -(-(sequence.length + count) // self.page_size) - len(sequence.pages)
+            if sequence.length % self.page_size:
+                page = sequence.pages[-1]
+                left = holders.setdefault(page, self._holders[page])
+                if left > 1:
+                    holders[page] = left - 1
+                    needed += 1
+        if needed > len(self._free):
+            raise OutOfPages(f"{needed} pages are needed, {len(self._free)} are free")
+
+    def _find(self, name: int) -> _Sequence:
+        if name not in self._sequences:
+            raise ValueError(f"sequence must be one of those allocated and not freed, got {name}")
+        return self._sequences[name]
+
+    def _distinct(self, names: Sequence[int]) -> list[_Sequence]:
+        if len(set(names)) != len(names):
+            raise ValueError(f"sequences must be distinct, got {list(names)}")
+        return [self._find(name) for name in names]
+
+    def _add(self, sequence: _Sequence) -> int:
+        name, self._next_name = self._next_name, self._next_name + 1
+        self._sequences[name] = sequence
+        return name
+
+    def _take(self) -> int:
+        page = self._free.pop()
+        self._holders[page] = 1
+        return page
+
+    def _drop(self, page: int) -> None:
+        self._holders[page] -= 1
+        if not self._holders[page]:
+            self._free.append(page)

@@ -1,0 +1,143 @@
+"""KVCache: what dense and paged caches share: lengths, the view, and the append."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from ..backends.dispatch import select
+from ..inputs import Layout
+from .inputs import AppendInputs
+from .quantized import FORMAT_OF_NAME
+from .view import KVView
+
+SCALES = ("k_scale", "v_scale", "k_zero", "v_zero")
+
+
+class KVCache(ABC):
+    """Memory that holds the keys and values of a batch; it may belong to an engine.
+
+    Attributes:
+        k: ``[P, Hk, page_size, D]``, see :mod:`gqa_kernels.cache.view`; ``v`` likewise.
+        lengths: ``[B]`` or ``[B, Hk]`` integers, keys there are. An append advances it in place.
+        k_scale, v_scale, k_zero, v_zero: of a quantised cache, as :meth:`KVView.create` takes them.
+    """
+
+    k: Tensor
+    v: Tensor
+    lengths: Tensor
+    k_scale: Tensor | float | None
+    v_scale: Tensor | float | None
+    k_zero: Tensor | float | None
+    v_zero: Tensor | float | None
+
+    @abstractmethod
+    def view(self) -> KVView:
+        """The normalised form; checks every value that the host can see.
+
+        Raises:
+            ValueError, TypeError: as :meth:`KVView.create`.
+        """
+
+    @property
+    def scales(self) -> dict[str, Tensor | float | None]:
+        """The scales and zeros by name."""
+        return {name: getattr(self, name) for name in SCALES}
+
+    def append(
+        self,
+        k_new: Tensor,
+        v_new: Tensor,
+        *,
+        q: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        rotary_cos: Tensor | None = None,
+        rotary_sin: Tensor | None = None,
+        rotary_interleaved: bool = False,
+        layout: Layout = "bhsd",
+        advance: bool = True,
+        backend: str = "auto",
+    ) -> Tensor | None:
+        """Write new tokens behind the ones there are: rotated, and quantised where the cache is.
+
+        Args:
+            k_new: ``[B, Hk, S, D]`` (``[B, S, Hk, D]`` for layout ``"bshd"``), or packed
+                ``[total, Hk, D]`` with ``cu_seqlens``.
+            v_new: ``[B, Hv, S, Dv]`` likewise.
+            q: queries of the same tokens, to rotate too; not modified.
+            cu_seqlens: ``[B + 1]`` integers: the new tokens of sequence ``b`` are
+                ``cu_seqlens[b]`` up to ``cu_seqlens[b + 1]``.
+            max_seqlen: most new tokens of a sequence; needed where ``cu_seqlens`` is on a device.
+            rotary_cos, rotary_sin: ``[max_position, R / 2]``, cosines and sines of the angles: the
+                first ``R`` columns of k_new and q are rotated by the angle of their position, which
+                is the length before the append plus the token's index.
+            rotary_interleaved: pairs are columns ``(2i, 2i + 1)`` and not ``(i, i + R / 2)``.
+            advance: add the new tokens to ``lengths``. Caches of several layers may share one
+                ``lengths``: then only the last one advances it.
+            backend: as in :func:`gqa_kernels.asym_gqa_attention`.
+
+        Returns:
+            the rotated queries (q itself without a rotary table), or None without queries.
+        """
+        inputs = AppendInputs.create(
+            k_new, v_new, self.view(), q=q, new_offsets=cu_seqlens, max_new=max_seqlen,
+            rotary_cos=rotary_cos, rotary_sin=rotary_sin, rotary_interleaved=rotary_interleaved,
+            layout=layout,
+        )  # fmt: skip
+        rotated = select(inputs, backend).append(inputs)
+        if advance:
+            self.advance(inputs.max_new if cu_seqlens is None else cu_seqlens.diff())
+        return None if q is None else from_heads_first(rotated, layout, cu_seqlens is not None)
+
+    def advance(self, tokens: int | Tensor) -> None:
+        """Count ``tokens`` (an integer, or ``[B]``) more keys per sequence, in place."""
+        if isinstance(tokens, Tensor) and self.lengths.dim() == 2:
+            tokens = tokens[:, None]
+        self.lengths.add_(tokens)
+
+
+def from_heads_first(x: Tensor, layout: Layout, packed: bool) -> Tensor:
+    """A ``[B, H, S, D]`` tensor in ``layout``, or packed as ``[total, H, D]``."""
+    if packed:
+        return x[0].transpose(0, 1)
+    return x.transpose(1, 2) if layout == "bshd" else x
+
+
+def empty_storage(
+    pages: int, heads: int, slots: int, dim: int, dtype: torch.dtype, device: object,
+    format: str | None, tokens_first: bool,
+) -> Tensor:  # fmt: skip
+    """Uninitialised ``[pages, heads, slots, dim]`` memory, in a format where one is named.
+
+    Args:
+        tokens_first: a page is ``[slots, heads, dim]`` in memory.
+    """
+    if format is not None:
+        if format not in FORMAT_OF_NAME:
+            raise ValueError(
+                f"format must be None or one of {tuple(FORMAT_OF_NAME)}, got {format!r}"
+            )
+        found = FORMAT_OF_NAME[format]
+        if dim % found.per_byte:
+            raise ValueError(f"the head dim must be even for format {format!r}, got {dim}")
+        dtype, dim = found.storage, dim // found.per_byte
+    if tokens_first:
+        return torch.empty(pages, slots, heads, dim, dtype=dtype, device=device).transpose(1, 2)
+    return torch.empty(pages, heads, slots, dim, dtype=dtype, device=device)
+
+
+def empty_scales(k: Tensor, v: Tensor, format: str | None, zeros: bool) -> dict[str, Tensor]:
+    """Scales of each token and head, and zeros where asked for, of a quantised cache."""
+    if format is None:
+        return {}
+    if zeros and not FORMAT_OF_NAME[format].integer:
+        raise ValueError(f"zeros must be False for format {format!r}: only integers have zeros")
+    names = ("scale", "zero") if zeros else ("scale",)
+    return {
+        f"{side}_{name}": x.new_empty(x.shape[:3], dtype=torch.float32)
+        for side, x in (("k", k), ("v", v))
+        for name in names
+    }

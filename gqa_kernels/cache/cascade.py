@@ -1,0 +1,114 @@
+"""Merging attention over parts of the keys, and attention with a prefix that sequences share."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..inputs import HeadMapLike, Layout
+from .base import KVCache
+from .decode import asym_gqa_decode
+
+
+def merge_attention_states(
+    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, *, layout: Layout = "bhsd"
+) -> tuple[Tensor, Tensor]:
+    """Attention over the union of two disjoint sets of keys, from attention over each.
+
+    With weights ``exp(lse)`` the outputs are averaged and the LSEs added, in fp32 (FlashInfer,
+    arXiv 2501.01005, section 2.2). A part without a visible key (LSE -inf) has no weight.
+    Differentiable in all four.
+
+    Args:
+        out_a, out_b: ``[B, Hq, Sq, Dv]`` (``[B, Sq, Hq, Dv]`` for layout ``"bshd"``), or packed
+            ``[total_q, Hq, Dv]``.
+        lse_a, lse_b: natural-log LSEs ``[B, Hq, Sq]``, or packed ``[Hq, total_q]``.
+
+    Returns:
+        out in the type of ``out_a``, and the LSE, fp32.
+    """
+    if out_a.shape != out_b.shape:
+        raise ValueError(f"out_b must have out_a's shape {tuple(out_a.shape)}, got "
+                         f"{tuple(out_b.shape)}")  # fmt: skip
+    if lse_a.shape != lse_b.shape:
+        raise ValueError(f"lse_b must have lse_a's shape {tuple(lse_a.shape)}, got "
+                         f"{tuple(lse_b.shape)}")  # fmt: skip
+    highest = torch.maximum(lse_a, lse_b)
+    shift = highest.masked_fill(highest == -math.inf, 0).detach()
+    weight_a, weight_b = torch.exp(lse_a - shift), torch.exp(lse_b - shift)
+    total = weight_a + weight_b
+    divisor = total.masked_fill(total == 0, 1)
+    share_a, share_b = (
+        _over_heads_and_tokens(weight / divisor, out_a, layout) for weight in (weight_a, weight_b)
+    )
+    out = share_a * out_a.to(share_a.dtype) + share_b * out_b.to(share_b.dtype)
+    lse = (shift + torch.log(divisor)).masked_fill(total == 0, -math.inf)
+    return out.to(out_a.dtype), lse
+
+
+def shared_prefix_attention(
+    q: Tensor,
+    prefix: KVCache,
+    suffix: KVCache,
+    head_map: HeadMapLike,
+    *,
+    value_head_map: HeadMapLike | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    layout: Layout = "bhsd",
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Causal attention of sequences that begin with one common prefix (cascade attention).
+
+    The prefix is read once for all of them: its keys meet the queries of every sequence as the
+    rows of one tile. The states over prefix and suffix are then merged.
+
+    Args:
+        q: ``[B, Hq, Sq, D]`` (``[B, Sq, Hq, D]`` for layout ``"bshd"``), the last tokens of each
+            sequence, all of them in its suffix.
+        prefix: a cache of batch 1.
+        suffix: a cache of batch B: what follows the prefix.
+        head_map, value_head_map, scale, softcap, sinks, layout, return_lse, backend: as for
+            :func:`gqa_kernels.asym_gqa_decode`. Windows and ALiBi depend on distances across both
+            parts and are not offered.
+
+    Returns:
+        as :func:`gqa_kernels.asym_gqa_decode`.
+    """
+    if prefix.lengths.shape[0] != 1:
+        raise ValueError(f"prefix must hold 1 sequence, got {prefix.lengths.shape[0]}")
+    options = {"value_head_map": value_head_map, "scale": scale, "softcap": softcap}
+    options |= {"return_lse": True, "backend": backend}
+    tokens = q if layout == "bshd" else q.transpose(1, 2)  # [B, Sq, Hq, D]
+    batch, q_len, heads, _ = tokens.shape
+    out_a, lse_a = asym_gqa_decode(
+        tokens.flatten(0, 1)[None], prefix, head_map, causal=False, layout="bshd", **options
+    )
+    out_a = out_a.view(batch, q_len, heads, -1)
+    out_a = out_a if layout == "bshd" else out_a.transpose(1, 2)
+    lse_a = lse_a.view(heads, batch, q_len).transpose(0, 1)
+    out_b, lse_b = asym_gqa_decode(q, suffix, head_map, layout=layout, **options)
+    out, lse = merge_attention_states(out_a, lse_a, out_b, lse_b, layout=layout)
+    if sinks is not None:
+        # The sink is a key with a value of zero: merged last, it counts once.
+        sink = sinks.to(lse.dtype)[:, None].expand_as(lse).masked_fill(lse == -math.inf, -math.inf)
+        out, lse = merge_attention_states(out, lse, torch.zeros_like(out), sink, layout=layout)
+    return (out, lse) if return_lse else out
+
+
+def _over_heads_and_tokens(weight: Tensor, out: Tensor, layout: Layout) -> Tensor:
+    """Weights ``[B, Hq, Sq]`` or ``[Hq, total]`` in the dims of the output, the last one 1."""
+    if weight.dim() == 2:
+        weight = weight.transpose(0, 1)
+    elif layout == "bshd":
+        weight = weight.transpose(1, 2)
+    if weight.shape != out.shape[:-1]:
+        raise ValueError(
+            f"lse must fit an output of shape {tuple(out.shape)} in layout {layout!r}, "
+            f"got {tuple(weight.shape)} for its leading dims"
+        )
+    return weight[..., None]

@@ -1,0 +1,88 @@
+"""DenseKVCache: one run of slots per sequence."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..inputs import LAYOUTS, Layout
+from .base import KVCache, empty_scales, empty_storage
+from .view import KVView
+
+
+class DenseKVCache(KVCache):
+    """Keys and values in ``[B_cache, H, capacity, D]`` memory, which may belong to an engine.
+
+    Args:
+        k: ``[B_cache, Hk, capacity, D]``, or ``[B_cache, capacity, Hk, D]`` for layout ``"bshd"``;
+            any strides with a contiguous last dim. The dtype says the format: the query's own, fp8
+            (e4m3fn, e5m2), int8, or uint8 for int4 with ``D / 2`` bytes
+            (:mod:`gqa_kernels.cache.quantized`).
+        v: ``[B_cache, Hv, capacity, Dv]`` likewise; K and V may be views of one tensor.
+        lengths: ``[B]`` integers, or ``[B, Hk]`` with a budget per head: keys there are.
+        batch_index: ``[B]`` integers, the row of each sequence in k and v; default its own number.
+        begin: ``[B]`` integers, slot of a sequence's first key (left padding); default 0.
+        k_scale, v_scale, k_zero, v_zero: of a quantised cache: one number, ``[H]`` per head, or
+            fp32 ``[B_cache, H, capacity]`` per token, which an append then computes and writes.
+    """
+
+    def __init__(
+        self,
+        k: Tensor,
+        v: Tensor,
+        lengths: Tensor,
+        *,
+        batch_index: Tensor | None = None,
+        begin: Tensor | None = None,
+        k_scale: Tensor | float | None = None,
+        v_scale: Tensor | float | None = None,
+        k_zero: Tensor | float | None = None,
+        v_zero: Tensor | float | None = None,
+        layout: Layout = "bhsd",
+    ):
+        if layout not in LAYOUTS:
+            raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}")
+        if layout == "bshd":
+            k, v = k.transpose(1, 2), v.transpose(1, 2)
+        self.k, self.v, self.lengths = k, v, lengths
+        self.batch_index, self.begin = batch_index, begin
+        self.k_scale, self.v_scale, self.k_zero, self.v_zero = k_scale, v_scale, k_zero, v_zero
+        self.view()
+
+    @classmethod
+    def empty(
+        cls,
+        batch: int,
+        num_kv_heads: int,
+        capacity: int,
+        head_dim: int,
+        *,
+        num_value_heads: int | None = None,
+        value_head_dim: int | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str = "cpu",
+        format: str | None = None,
+        zeros: bool = False,
+        layout: Layout = "bhsd",
+    ) -> DenseKVCache:
+        """An empty cache in memory of its own.
+
+        Args:
+            format: None stores ``dtype``; ``"fp8_e4m3"``, ``"fp8_e5m2"``, ``"int8"`` or ``"int4"``
+                quantises with a scale per token and head.
+            zeros: keep a zero per token and head too (int8, int4).
+            layout: memory order.
+        """
+        where = (dtype, device, format, layout == "bshd")
+        k = empty_storage(batch, num_kv_heads, capacity, head_dim, *where)
+        v = empty_storage(
+            batch, num_value_heads or num_kv_heads, capacity, value_head_dim or head_dim, *where
+        )
+        lengths = torch.zeros(batch, dtype=torch.int32, device=device)
+        return cls(k, v, lengths, **empty_scales(k, v, format, zeros))
+
+    def view(self) -> KVView:
+        table = None if self.batch_index is None else self.batch_index[:, None]
+        return KVView.create(
+            self.k, self.v, self.lengths, page_table=table, kv_begin=self.begin, **self.scales
+        )

@@ -1,0 +1,192 @@
+"""PagedKVCache: pages of tokens in any order, found through a page table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..inputs import _readable
+from .allocator import PageBatch
+from .base import KVCache, empty_scales, empty_storage
+from .view import KVView
+
+Order = Literal["HND", "NHD"]
+ORDERS = ("HND", "NHD")
+
+
+class PagedKVCache(KVCache):
+    """Keys and values in pages, which may belong to an engine.
+
+    Args:
+        k: ``[P, Hk, page_size, D]`` for order ``"HND"``, ``[P, page_size, Hk, D]`` for ``"NHD"``;
+            any strides with a contiguous last dim, any page size from 1. The dtype says the format,
+            as for :class:`~gqa_kernels.DenseKVCache`. Where each page belongs to one head
+            (budgets per head), ``[P, page_size, D]``.
+        v: the same with ``Hv`` and ``Dv``; K and V may be views of one packed tensor.
+        page_table: ``[B, max_pages]`` integers, or ``[B, Hk, max_pages]`` with pages per head.
+            What lies beyond a sequence's length is never used.
+        lengths: ``[B]`` integers, or ``[B, Hk]``: keys there are.
+        order: memory order of k and v as given.
+        begin: ``[B]`` integers, slot of a sequence's first key; default 0.
+        k_scale, v_scale, k_zero, v_zero: of a quantised cache: one number, ``[H]`` per head, or
+            fp32 ``[P, H, page_size]`` per token, which an append then computes and writes.
+    """
+
+    def __init__(
+        self,
+        k: Tensor,
+        v: Tensor,
+        page_table: Tensor,
+        lengths: Tensor,
+        *,
+        order: Order = "HND",
+        begin: Tensor | None = None,
+        k_scale: Tensor | float | None = None,
+        v_scale: Tensor | float | None = None,
+        k_zero: Tensor | float | None = None,
+        v_zero: Tensor | float | None = None,
+    ):
+        _check_order(order)
+        if k.dim() == 3 and v.dim() == 3:
+            if page_table.dim() != 3:
+                raise ValueError(
+                    "page_table must have shape [B, Hk, max_pages] where pages belong to one head, "
+                    f"got {tuple(page_table.shape)}"
+                )
+            heads = page_table.shape[1]
+            k, v = (x[:, None].expand(-1, heads, -1, -1) for x in (k, v))
+        elif order == "NHD":
+            k, v = k.transpose(1, 2), v.transpose(1, 2)
+        self.k, self.v, self.page_table, self.lengths, self.begin = k, v, page_table, lengths, begin
+        self.k_scale, self.v_scale, self.k_zero, self.v_zero = k_scale, v_scale, k_zero, v_zero
+        self.view()
+
+    @classmethod
+    def from_packed(
+        cls, kv: Tensor, page_table: Tensor, lengths: Tensor, *, axis: int = 1, **options
+    ) -> PagedKVCache:
+        """K and V packed in one tensor.
+
+        Args:
+            kv: ``[P, 2, ...]`` with ``axis`` 1 (FlashInfer, vLLM), or 2 in another place, such as
+                ``[2, P, ...]``; what is left without that dim is k and v in ``order``.
+            options: as the constructor has them.
+        """
+        if kv.shape[axis] != 2:
+            raise ValueError(f"kv.shape[{axis}] must be 2 (K and V), got {kv.shape[axis]}")
+        k, v = kv.unbind(axis)
+        return cls(k, v, page_table, lengths, **options)
+
+    @classmethod
+    def from_csr(
+        cls,
+        k: Tensor,
+        v: Tensor,
+        indptr: Tensor,
+        indices: Tensor,
+        last_page_len: Tensor,
+        *,
+        max_pages: int | None = None,
+        order: Order = "HND",
+        **options,
+    ) -> PagedKVCache:
+        """Page tables in CSR form (FlashInfer).
+
+        Args:
+            indptr: ``[B + 1]`` integers: sequence ``b`` has the pages ``indices[indptr[b]]`` up to
+                ``indices[indptr[b + 1] - 1]``.
+            indices: page ids.
+            last_page_len: ``[B]`` integers, keys in the last page; not used where there is none.
+            max_pages: most pages of a sequence; needed where the tensors are on a device, which is
+                never waited for.
+        """
+        _check_order(order)
+        if max_pages is None:
+            if not _readable(indptr):
+                raise ValueError("max_pages must be given where indptr is on a device")
+            max_pages = int(indptr.diff().max()) if indptr.numel() > 1 else 1
+            max_pages = max(max_pages, 1)
+        count = indptr.diff()
+        page = torch.arange(max_pages, device=indptr.device)
+        entry = (indptr[:-1, None] + page).clamp(max=max(indices.numel() - 1, 0))
+        table = indices[entry] if indices.numel() else entry.new_zeros(entry.shape)
+        table = torch.where(page < count[:, None], table, 0).to(torch.int32)
+        page_size = k.shape[1 if order == "NHD" else 2]
+        lengths = torch.where(count > 0, (count - 1) * page_size + last_page_len, 0)
+        return cls(k, v, table, lengths.to(torch.int32), order=order, **options)
+
+    @classmethod
+    def empty(
+        cls,
+        num_pages: int,
+        page_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        num_value_heads: int | None = None,
+        value_head_dim: int | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str = "cpu",
+        format: str | None = None,
+        zeros: bool = False,
+        order: Order = "HND",
+    ) -> PagedKVCache:
+        """Pages in memory of their own, with no sequence; :meth:`at` gives it some.
+
+        Args:
+            format, zeros: as for :meth:`gqa_kernels.DenseKVCache.empty`.
+            order: memory order.
+        """
+        _check_order(order)
+        where = (dtype, device, format, order == "NHD")
+        k = empty_storage(num_pages, num_kv_heads, page_size, head_dim, *where)
+        v = empty_storage(
+            num_pages, num_value_heads or num_kv_heads, page_size, value_head_dim or head_dim,
+            *where,
+        )  # fmt: skip
+        table = torch.zeros(0, 1, dtype=torch.int32, device=device)
+        lengths = torch.zeros(0, dtype=torch.int32, device=device)
+        return cls(k, v, table, lengths, **empty_scales(k, v, format, zeros))
+
+    def at(
+        self, page_table: Tensor | PageBatch, lengths: Tensor | None = None,
+        *, begin: Tensor | None = None,
+    ) -> PagedKVCache:  # fmt: skip
+        """The same memory with other sequences in it.
+
+        Args:
+            page_table, lengths: as the constructor has them; or a batch of a
+                :class:`~gqa_kernels.PageAllocator`, whose pages to copy are copied.
+        """
+        if isinstance(page_table, PageBatch):
+            self.copy_pages(page_table.copies)
+            page_table, lengths = (
+                x.to(self.k.device) for x in (page_table.page_table, page_table.lengths)
+            )
+        return PagedKVCache(self.k, self.v, page_table, lengths, begin=begin, **self.scales)
+
+    def copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Copy pages ``(from, to)``, with their scales, as copy-on-write asks for."""
+        if not copies:
+            return
+        source, target = torch.tensor(copies, device=self.k.device).unbind(1)
+        for x in (self.k, self.v):
+            x = x.view(torch.uint8) if x.element_size() == 1 else x
+            x[target] = x[source]
+        for x in self.scales.values():
+            if isinstance(x, Tensor) and x.dim() == 3:
+                x[target] = x[source]
+
+    def view(self) -> KVView:
+        return KVView.create(
+            self.k, self.v, self.lengths, page_table=self.page_table, kv_begin=self.begin,
+            **self.scales,
+        )  # fmt: skip
+
+
+def _check_order(order: object) -> None:
+    if order not in ORDERS:
+        raise ValueError(f"order must be one of {ORDERS}, got {order!r}")

@@ -1,0 +1,346 @@
+"""KVView: where the keys and values of a batch lie, in the one form that every kernel reads.
+
+Storage is ``k [P, Hk, page_size, D]`` and ``v [P, Hv, page_size, Dv]`` with any strides (0 too) and
+a contiguous last dim. Key ``j`` of sequence ``b`` and key head ``h`` lies in slot
+``s = kv_begin[b] + j``, that is in::
+
+    k[page_table[b, h, s // page_size], h, s % page_size]
+
+and its value in the same place of ``v``. So one form holds
+
+- a dense cache ``[B, H, capacity, D]``: storage of one page per sequence, no page table;
+- a dense cache with a batch index: the index is a page table of one page per sequence;
+- a paged cache in any memory order; K and V may be views of one packed tensor;
+- head-wise pages: page-table rows that differ between heads;
+- left padding: ``kv_begin``;
+- packed sequences (varlen): storage ``[total, H, D]`` seen by every sequence through stride 0, and
+  ``kv_begin`` their offsets in it.
+
+A view owns nothing and copies nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ..inputs import DTYPES, _readable
+from .quantized import FORMATS, Format
+
+
+@dataclass(frozen=True)
+class KVView:
+    """Keys and values of ``B`` sequences; made by :meth:`create`.
+
+    Attributes:
+        k: ``[P, Hk, page_size, D]`` (int4: ``D / 2`` bytes).
+        v: ``[P, Hv, page_size, Dv]`` (int4: ``Dv / 2`` bytes).
+        kv_lengths: int32 ``[B, Hk]`` (strides may be 0), valid keys. Kernels clamp it to
+            ``[0, capacity - kv_begin]``.
+        page_table: int32 ``[B, Hk, max_pages]`` (strides may be 0), or None: storage ``b`` is
+            sequence ``b``'s. Entries beyond the length are never used.
+        kv_begin: int32 ``[B]``, slot of a sequence's first key, or None: 0.
+        k_scale, v_scale: fp32 ``[P, H, page_size]`` (strides may be 0) of a quantised cache.
+        k_zero, v_zero: the same, or None: the format's default.
+    """
+
+    k: Tensor
+    v: Tensor
+    kv_lengths: Tensor
+    page_table: Tensor | None
+    kv_begin: Tensor | None
+    k_scale: Tensor | None
+    v_scale: Tensor | None
+    k_zero: Tensor | None
+    v_zero: Tensor | None
+
+    @classmethod
+    def create(
+        cls,
+        k: Tensor,
+        v: Tensor,
+        kv_lengths: Tensor,
+        *,
+        page_table: Tensor | None = None,
+        kv_begin: Tensor | None = None,
+        k_scale: Tensor | float | None = None,
+        v_scale: Tensor | float | None = None,
+        k_zero: Tensor | float | None = None,
+        v_zero: Tensor | float | None = None,
+    ) -> KVView:
+        """Check and normalise.
+
+        Args:
+            k, v: storage as above.
+            kv_lengths: ``[B]`` or ``[B, Hk]`` integers.
+            page_table: ``[B, max_pages]`` or ``[B, Hk, max_pages]`` integers.
+            kv_begin: ``[B]`` integers.
+            k_scale, v_scale, k_zero, v_zero: a number or tensor of one element for the whole
+                tensor, ``[H]`` per head, or fp32 ``[P, H, page_size]`` per token and head; only the
+                last is written by an append.
+
+        Raises:
+            ValueError, TypeError: the message names the argument, the rule and the value. Values
+                of tensors on an accelerator are not looked at.
+            NotImplementedError: K and V have different formats.
+        """
+        _check_storage(k, v)
+        heads = k.shape[1]
+        lengths = _as_int32("kv_lengths", kv_lengths, k)
+        if lengths.dim() not in (1, 2) or (lengths.dim() == 2 and lengths.shape[1] != heads):
+            raise ValueError(
+                f"kv_lengths must have shape (B,) or (B, {heads}), got {tuple(lengths.shape)}"
+            )
+        batch = lengths.shape[0]
+        if lengths.dim() == 1:
+            lengths = lengths[:, None]
+        if page_table is not None:
+            page_table = _as_int32("page_table", page_table, k)
+            if page_table.dim() == 2:
+                page_table = page_table[:, None]
+            shape = tuple(page_table.shape)
+            if (
+                page_table.dim() != 3
+                or (shape[0], shape[2] >= 1) != (batch, True)
+                or shape[1] not in (1, heads)
+            ):
+                raise ValueError(
+                    f"page_table must have shape ({batch}, max_pages) or ({batch}, {heads}, "
+                    f"max_pages) with max_pages at least 1, got {shape}"
+                )
+            page_table = page_table.expand(batch, heads, shape[2])
+        elif k.shape[0] != batch:
+            raise ValueError(
+                f"k.shape[0] must equal the batch of kv_lengths ({batch}) where no page_table or "
+                f"batch index is given, got {k.shape[0]}"
+            )
+        if kv_begin is not None:
+            kv_begin = _as_int32("kv_begin", kv_begin, k)
+            if kv_begin.shape != (batch,):
+                raise ValueError(
+                    f"kv_begin must have shape ({batch},), got {tuple(kv_begin.shape)}"
+                )
+        quantised = k.dtype in FORMATS
+        if quantised and (k_scale is None or v_scale is None):
+            raise ValueError(
+                f"k_scale and v_scale must be given for storage of type {k.dtype}, got None"
+            )
+        scales = {
+            "k_scale": _rows("k_scale", k_scale, k),
+            "v_scale": _rows("v_scale", v_scale, v),
+            "k_zero": _rows("k_zero", k_zero, k),
+            "v_zero": _rows("v_zero", v_zero, v),
+        }
+        for side in "kv":
+            scale, zero = scales[f"{side}_scale"], scales[f"{side}_zero"]
+            if scale is not None and zero is not None and is_dynamic(scale) != is_dynamic(zero):
+                raise ValueError(
+                    f"{side}_scale and {side}_zero must both be given per token and head, or "
+                    "neither"
+                )
+        view = cls(k, v, lengths.expand(batch, heads), page_table, kv_begin, **scales)
+        view._check_values()
+        return view
+
+    def with_storage(
+        self,
+        k: Tensor,
+        v: Tensor,
+        *,
+        k_scale: Tensor | float | None = None,
+        v_scale: Tensor | float | None = None,
+        k_zero: Tensor | float | None = None,
+        v_zero: Tensor | float | None = None,
+    ) -> KVView:
+        """The same sequences in another layer's memory of the same shape and type."""
+        for name, x, planned in (("k", k, self.k), ("v", v, self.v)):
+            if (x.shape, x.dtype, x.device) != (planned.shape, planned.dtype, planned.device):
+                raise ValueError(
+                    f"{name} of the cache must be as planned, {tuple(planned.shape)} in "
+                    f"{planned.dtype} on {planned.device}, got {tuple(x.shape)} in {x.dtype} on "
+                    f"{x.device}"
+                )
+        return replace(
+            self,
+            k=k,
+            v=v,
+            k_scale=_rows("k_scale", k_scale, k),
+            v_scale=_rows("v_scale", v_scale, v),
+            k_zero=_rows("k_zero", k_zero, k),
+            v_zero=_rows("v_zero", v_zero, v),
+        )
+
+    def _check_values(self) -> None:
+        """Lengths, begins and page ids, where the host can see them."""
+        if not self.kv_lengths.numel() or not _readable(self.kv_lengths):
+            return
+        low, high = (int(x) for x in self.kv_lengths.aminmax())
+        if low < 0:
+            raise ValueError(f"kv_lengths must be non-negative, got {low}")
+        if high > self.capacity:
+            raise ValueError(
+                f"kv_lengths must be at most the capacity of a sequence ({self.capacity} = "
+                f"{self.max_pages} pages of {self.page_size}), got {high}"
+            )
+        end = self.kv_lengths
+        if self.kv_begin is not None:
+            if not _readable(self.kv_begin):
+                return
+            if int(self.kv_begin.min()) < 0:
+                raise ValueError(f"kv_begin must be non-negative, got {int(self.kv_begin.min())}")
+            end = end + self.kv_begin[:, None]
+            if int(end.max()) > self.capacity:
+                raise ValueError(
+                    "kv_begin + kv_lengths must be at most the capacity of a sequence "
+                    f"({self.capacity}), got {int(end.max())}"
+                )
+        if self.page_table is None or not _readable(self.page_table) or not high:
+            return
+        first = 0 if self.kv_begin is None else self.kv_begin[:, None, None] // self.page_size
+        page = torch.arange(self.max_pages)
+        used = (page * self.page_size < end[..., None]) & (page >= first)
+        wrong = used & ((self.page_table < 0) | (self.page_table >= self.num_pages))
+        if bool(wrong.any()):
+            b, h, p = wrong.nonzero()[0].tolist()
+            raise ValueError(
+                f"page_table entries must lie in [0, {self.num_pages}), got "
+                f"{int(self.page_table[b, h, p])} at sequence {b}, head {h}, page {p}"
+            )
+
+    @property
+    def batch(self) -> int:
+        return self.kv_lengths.shape[0]
+
+    @property
+    def num_k_heads(self) -> int:
+        return self.k.shape[1]
+
+    @property
+    def num_v_heads(self) -> int:
+        return self.v.shape[1]
+
+    @property
+    def num_pages(self) -> int:
+        """``P``, pages of the storage."""
+        return self.k.shape[0]
+
+    @property
+    def page_size(self) -> int:
+        return self.k.shape[2]
+
+    @property
+    def max_pages(self) -> int:
+        """Pages of a page-table row; 1 without one."""
+        return 1 if self.page_table is None else self.page_table.shape[2]
+
+    @property
+    def capacity(self) -> int:
+        """Slots of a sequence."""
+        return self.max_pages * self.page_size
+
+    @property
+    def pages_per_head(self) -> bool:
+        """Whether page-table rows may differ between heads."""
+        return self.page_table is not None and self.page_table.stride(1) != 0
+
+    @cached_property
+    def format(self) -> Format | None:
+        """The storage format, None where values are stored as they are."""
+        return FORMATS.get(self.k.dtype)
+
+    @property
+    def head_dim(self) -> int:
+        return self.k.shape[3] * (self.format.per_byte if self.format else 1)
+
+    @property
+    def value_head_dim(self) -> int:
+        return self.v.shape[3] * (self.format.per_byte if self.format else 1)
+
+    @property
+    def device(self) -> torch.device:
+        return self.k.device
+
+    @property
+    def kinds(self) -> list[str]:
+        """What a backend must be able to read, named as in ``Capabilities.caches``."""
+        kinds = ["dense" if self.page_table is None else "paged"]
+        if self.kv_begin is not None:
+            kinds.append("kv_begin")
+        if self.format is not None:
+            kinds.append(self.format.name)
+        return kinds
+
+
+def is_dynamic(rows: Tensor) -> bool:
+    """Whether scales (or zeros) ``[P, H, page_size]`` are each row's own, which appends write."""
+    return rows.stride(2) != 0
+
+
+def _check_storage(k: Tensor, v: Tensor) -> None:
+    for name, x in (("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        if x.dim() != 4:
+            raise ValueError(
+                f"{name} must have 4 dimensions, got {x.dim()} (shape {tuple(x.shape)})"
+            )
+        if x.dtype not in DTYPES and x.dtype not in FORMATS:
+            raise TypeError(
+                f"{name}.dtype must be a floating type or one of {list(FORMATS)}, got {x.dtype}"
+            )
+        if x.device != k.device:
+            raise ValueError(f"{name}.device must equal k.device ({k.device}), got {x.device}")
+        if min(x.shape[1:]) < 1:
+            raise ValueError(
+                f"{name} must have at least one head, slot and column, got shape {tuple(x.shape)}"
+            )
+        if x.stride(3) != 1 and x.shape[3] > 1 and x.numel() > 0:
+            raise ValueError(f"{name}.stride(-1) must be 1, got {x.stride(3)}")
+    if v.dtype != k.dtype:
+        raise NotImplementedError(
+            f"v.dtype must equal k.dtype ({k.dtype}): K and V are stored alike, got {v.dtype}"
+        )
+    for dim, name in ((0, "pages or sequences"), (2, "slots")):
+        if v.shape[dim] != k.shape[dim]:
+            raise ValueError(
+                f"v must have as many {name} as k ({k.shape[dim]}), got {v.shape[dim]}"
+            )
+
+
+def _as_int32(name: str, x: Tensor, k: Tensor) -> Tensor:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name}.dtype must be int32 or int64, got {x.dtype}")
+    if x.device != k.device:
+        raise ValueError(f"{name}.device must equal k.device ({k.device}), got {x.device}")
+    # An entry beyond 32 bits must stay out of range, not wrap into it.
+    return x if x.dtype == torch.int32 else x.clamp(-(2**31), 2**31 - 1).to(torch.int32)
+
+
+def _rows(name: str, x: Tensor | float | None, storage: Tensor) -> Tensor | None:
+    """Scales or zeros as fp32 ``[P, H, page_size]``; stride 0 in the last dim unless per token."""
+    if x is None:
+        return None
+    if storage.dtype not in FORMATS:
+        raise ValueError(f"{name} must be None for storage of type {storage.dtype}")
+    if not isinstance(x, Tensor):
+        x = torch.tensor(float(x), device=storage.device)
+    if x.dtype != torch.float32:
+        raise TypeError(f"{name}.dtype must be float32, got {x.dtype}")
+    if x.device != storage.device:
+        raise ValueError(f"{name}.device must equal k.device ({storage.device}), got {x.device}")
+    heads, target = storage.shape[1], storage.shape[:3]
+    if x.shape == target:
+        return x
+    # Strides of 0 say that the scale is given, and not each token's own.
+    if x.numel() == 1:
+        return x.reshape(()).expand(target)
+    if x.shape == (heads,):
+        return x.as_strided(target, (0, x.stride(0), 0))
+    raise ValueError(
+        f"{name} must have 1 element, shape ({heads},) or {tuple(target)}, got {tuple(x.shape)}"
+    )
