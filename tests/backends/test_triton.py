@@ -110,7 +110,7 @@ def test_device_map_is_read_on_the_device():
         head_map = torch.tensor([0, 3, 1, -1, 2, 2], device=DEVICE)
         plan = build_plan(head_map, 3, None, 3)
         out, lse = triton_attention_forward(
-            q, k, v, plan, None, None, None, None, 0.25, -1, 0, 0.0, False
+            q, k, v, plan, None, None, None, None, None, 0.25, -1, 0, 0.0, False
         )
         assert out[:, [1, 3]].isnan().all() and lse[:, [1, 3]].isnan().all()
         good = [0, 2, 4, 5]
