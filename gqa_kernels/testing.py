@@ -17,13 +17,13 @@ may err by luck.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from .backends.reference import reference_attention
+from .backends.reference import drop, reference_attention, scores_and_values
 from .head_map import HeadMap
 from .inputs import AttentionInputs, HeadMapLike, Layout
 
@@ -140,17 +140,118 @@ def assert_attention_close(
             assert_close("lse", lse, exact_lse, eager)
 
 
+GRADIENT_FACTOR = 3.0
+GRADIENT_ORDERS = 4  # of summation that are tried: each is four backward passes
+DIFFERENTIABLE = ("q", "k", "v", "alibi_slopes", "sinks")
+
+
+def assert_gradients_close(
+    gradients: Mapping[str, Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    head_map: HeadMapLike,
+    *,
+    dout: Tensor | None,
+    dlse: Tensor | None = None,
+    dropout_seed: Tensor | None = None,
+    **options,
+) -> None:
+    """Hold gradients of :func:`gqa_kernels.asym_gqa_attention` to the tolerance rule, 3 x eager's.
+
+    Args:
+        gradients: by name out of ``DIFFERENTIABLE``, each in the shape of its input.
+        q, k, v, head_map, options: as given to the call (without ``backend`` and ``return_lse``).
+        dout: gradient of the output, in its layout; None where it has none. Rows that see no key
+            have an LSE without gradient: their ``dlse`` must be 0.
+        dlse: gradient of the LSE, ``[B, Hq, Sq]``, or None.
+        dropout_seed: the seed that the call drew, where it had ``dropout_p``.
+    """
+    given = {"q": q, "k": k, "v": v, **options}
+    if dout is not None and options.get("layout") == "bshd":
+        dout = dout.transpose(1, 2)
+
+    def leaves_and_inputs(up: Callable[[Tensor], Tensor]) -> tuple[list[Tensor], AttentionInputs]:
+        call = {**given, **{name: up(given[name].detach()) for name in {*"qkv", *gradients}}}
+        leaves = [call[name].requires_grad_() for name in gradients]
+        inputs = AttentionInputs.create(*(call.pop(name) for name in "qkv"), head_map, **call)
+        return leaves, replace(inputs, dropout_seed=dropout_seed)
+
+    leaves, inputs = leaves_and_inputs(Tensor.double)
+    exact = _autograd_gradients(leaves, inputs, dout, dlse)
+    leaves, inputs = leaves_and_inputs(Tensor.clone)
+    eager = [
+        differentiate(leaves, reorder(inputs), dout, dlse, inputs.dtype, base2)
+        for reorder in _reorderings(inputs)[:GRADIENT_ORDERS]
+        for base2 in (False, True)
+        for differentiate in (_autograd_gradients, _fused_gradients)
+    ]
+    for i, (name, actual) in enumerate(gradients.items()):
+        assert actual.dtype == given[name].dtype, f"d{name}: dtype {actual.dtype}"
+        assert_close(f"d{name}", actual, exact[i], [e[i] for e in eager], GRADIENT_FACTOR)
+
+
+def _autograd_gradients(
+    leaves: list[Tensor],
+    inputs: AttentionInputs,
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    matmul_dtype: torch.dtype | None = None,
+    base2: bool = False,
+) -> tuple[Tensor, ...]:
+    """What autograd makes of the reference."""
+    results = reference_attention(inputs, matmul_dtype, base2)
+    pairs = [(x, g) for x, g in zip(results, (dout, dlse), strict=True) if g is not None]
+    outputs, grads = zip(*((x, g.to(x.dtype)) for x, g in pairs), strict=True)
+    return torch.autograd.grad(outputs, leaves, grads)
+
+
+def _fused_gradients(
+    leaves: list[Tensor],
+    inputs: AttentionInputs,
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    matmul_dtype: torch.dtype,
+    base2: bool,
+) -> tuple[Tensor, ...]:
+    """The same with the softmax's gradient from the output as it was returned, which is rounded.
+
+    ``dS = P * (dP - rowsum(dout * out) + dlse)``: what kernels do that keep no P
+    (FlashAttention-2, arXiv 2307.08691, section 2.3).
+    """
+    s, v, _ = scores_and_values(inputs, matmul_dtype, base2)
+    with torch.no_grad():
+        out, lse = reference_attention(inputs, matmul_dtype, base2)
+        dout = torch.zeros_like(out) if dout is None else dout
+        delta = (dout.to(s.dtype) * out).sum(-1)
+        delta = delta if dlse is None else delta - dlse
+        p = (s - lse.masked_fill(lse == -math.inf, math.inf)[..., None]).exp()
+        dp = drop(inputs, (dout.to(matmul_dtype) @ v.transpose(-1, -2)).to(s.dtype))
+        dp = torch.cat([dp, torch.zeros_like(dp[..., :1])] if dp.shape[-1] else [p * 0], -1)
+        ds = p * (dp - delta[..., None])
+        p = drop(inputs, p[..., :-1]).to(matmul_dtype)
+    return torch.autograd.grad((s, p @ v), leaves, (ds, dout.to(v.dtype)))
+
+
 def equivalent_forms(inputs: AttentionInputs) -> Iterator[tuple[AttentionInputs, bool]]:
     """The same call in forms that differ by rounding only, as (inputs, base2)."""
-    few = inputs.q.shape[:3].numel() < 4096
-    for shift in range(min(8 if few else 1, inputs.head_dim)):
-        # Another order of the head dim: other partial sums of q . k.
+    for reorder in _reorderings(inputs):
+        form = reorder(inputs)
+        yield form, False
+        yield form, True
+
+
+def _reorderings(inputs: AttentionInputs) -> list[Callable[[AttentionInputs], AttentionInputs]]:
+    """Other orders of the head dim: other partial sums of q . k. Fewer where a call is large."""
+
+    def reordering(shift: int) -> Callable[[AttentionInputs], AttentionInputs]:
         order = torch.arange(inputs.head_dim, device=inputs.device).roll(shift)
         if shift % 2:
             order = torch.cat([order[::2], order[1::2]])
-        form = replace(inputs, q=inputs.q[..., order], k=inputs.k[..., order])
-        yield form, False
-        yield form, True
+        return lambda x: replace(x, q=x.q[..., order], k=x.k[..., order])
+
+    few = inputs.q.shape[:3].numel() < 4096
+    return [reordering(shift) for shift in range(min(8 if few else 1, inputs.head_dim))]
 
 
 def upcast(inputs: AttentionInputs) -> AttentionInputs:

@@ -96,11 +96,12 @@ class BackwardRun {
     return (block_->batch * call_.num_heads + head(r)) * call_.q_len + token(r);
   }
 
-  // Q and dO of the block, both by rows and packed; LSE and delta.
+  // Q and dO of the block, both by rows and packed; LSE.
   void load_rows() {
     const BackwardLayout<V>& l = tile_.layout;
     const T* q_rows[kMaxBackwardRows];
     const T* dout_rows[kMaxBackwardRows];
+    const T* out_rows[kMaxBackwardRows];
     const T* q = static_cast<const T*>(call_.q) + block_->batch * call_.q_stride.b;
     const T* dout = static_cast<const T*>(params_.dout) + block_->batch * params_.dout_stride.b;
     const T* out = static_cast<const T*>(call_.out) + block_->batch * call_.out_stride.b;
@@ -110,19 +111,11 @@ class BackwardRun {
       widen_row<V>(q_rows[r], call_.head_dim, tile_.q + r * l.q_ld);
       widen_row<V>(dout_rows[r], call_.value_head_dim, tile_.dout + r * l.o_ld);
       const float lse = call_.lse[row_index(r)];
-      const bool sees_nothing = lse == -INFINITY;
-      tile_.lse[r] = sees_nothing ? INFINITY : lse * kLog2E;
-      const T* out_row = out + head(r) * call_.out_stride.h + token(r) * call_.out_stride.s;
-      float delta = dot(dout_rows[r], out_row);
-      if (params_.dlse) delta -= params_.dlse[row_index(r)];
-      tile_.delta[r] = sees_nothing ? 0.0f : delta;
-      tile_.slope[r] = 0.0f;
-      if (state_.sink_rows && wants_keys()) {
-        const float probability =
-            sees_nothing ? 0.0f : std::exp(call_.sinks[head(r)] - lse);
-        state_.sink_rows[row_index(r)] = -probability * tile_.delta[r];
-      }
+      tile_.lse[r] = lse == -INFINITY ? INFINITY : lse * kLog2E;
+      out_rows[r] = out + head(r) * call_.out_stride.h + token(r) * call_.out_stride.s;
+      slopes_[r] = SlopeSums{};
     }
+    load_delta(dout_rows, out_rows);
     for (int64_t r = rows_; r < round_up(rows_, kStripRows); ++r) {
       for (int64_t d = 0; d < l.q_ld; ++d) tile_.q[r * l.q_ld + d] = 0.0f;
       for (int64_t d = 0; d < l.o_ld; ++d) tile_.dout[r * l.o_ld + d] = 0.0f;
@@ -135,15 +128,36 @@ class BackwardRun {
     }
   }
 
-  float dot(const T* x, const T* y) const {
-    typename V::F sum = V::set1(0.0f);
-    int64_t d = 0;
-    for (; d + kW <= call_.value_head_dim; d += kW) sum = V::fma(V::load(x + d), V::load(y + d), sum);
-    if (d < call_.value_head_dim) {
-      const int64_t rest = call_.value_head_dim - d;
-      sum = V::fma(load_partial<V>(x + d, rest), load_partial<V>(y + d, rest), sum);
+  // delta = rowsum(dout * out) - dlse, and the sinks' gradient. The sum runs over the value head dim
+  // as dP's does, so that a row which sees one key has exactly no gradient of its scores.
+  void load_delta(const T* const* dout_rows, const T* const* out_rows) {
+    const int64_t dims = call_.value_head_dim;
+    for (int first = 0; first < rows_; first += kW) {
+      const int n = rows_ - first < kW ? rows_ - first : kW;
+      typename V::F sum = V::set1(0.0f);
+      for (int64_t d = 0; d < dims; d += kW) {
+        const int64_t width = dims - d < kW ? dims - d : kW;
+        typename V::F x[kW], y[kW];
+        for (int i = 0; i < kW; ++i) {
+          const int r = first + (i < n ? i : 0);
+          const bool whole = width == kW;
+          x[i] = whole ? V::load(dout_rows[r] + d) : load_partial<V>(dout_rows[r] + d, width);
+          y[i] = whole ? V::load(out_rows[r] + d) : load_partial<V>(out_rows[r] + d, width);
+        }
+        V::transpose(x);
+        V::transpose(y);
+        for (int64_t i = 0; i < width; ++i) sum = V::fma(x[i], y[i], sum);
+      }
+      store_partial<V>(tile_.delta + first, sum, n);
     }
-    return V::reduce_add(sum);
+    for (int r = 0; r < rows_; ++r) {
+      if (tile_.lse[r] == INFINITY) tile_.delta[r] = 0.0f;  // it sees no key
+      if (params_.dlse && tile_.lse[r] != INFINITY) tile_.delta[r] -= params_.dlse[row_index(r)];
+      if (state_.sink_rows && wants_keys()) {
+        const float sink = call_.sinks[head(r)] * kLog2E;
+        state_.sink_rows[row_index(r)] = -std::exp2(sink - tile_.lse[r]) * tile_.delta[r];
+      }
+    }
   }
 
   template <bool kBias>
@@ -243,7 +257,8 @@ class BackwardRun {
                   keys.visible_end, tile_.keep);
       row.keep = tile_.keep;
     }
-    backward_row<V, T, kBias>(p, ds, keys, call_.scale, bias, row, tile_.slope[r]);
+    backward_row<V, T, kBias>(p, ds, keys, call_.scale, bias, row,
+                              state_.slope_rows ? &slopes_[r] : nullptr);
     for (float* x : {p, ds}) {
       zero(x, 0, strip.begin / kW * kW);
       zero(x, static_cast<int>(round_up(strip.end, kW)), end);
@@ -303,7 +318,10 @@ class BackwardRun {
     for (int r = 0; r < rows_; ++r) {
       store_row(tile_.dq + r * tile_.layout.dk_ld, call_.head_dim, call_.scale,
                 dq + head(r) * params_.dq_stride.h + token(r) * params_.dq_stride.s);
-      if (state_.slope_rows) state_.slope_rows[row_index(r)] = tile_.slope[r];
+      if (state_.slope_rows) {
+        const float dlse = params_.dlse ? params_.dlse[row_index(r)] : 0.0f;
+        state_.slope_rows[row_index(r)] = slopes_[r].gradient(dlse);
+      }
     }
   }
 
@@ -357,6 +375,7 @@ class BackwardRun {
   BackwardTile<V> tile_;
   const Task* block_ = nullptr;
   int rows_ = 0;
+  SlopeSums slopes_[kMaxBackwardRows];
   float* dk_;  // [sum_keys, dk_ld]  this task's sums
   float* dv_;  // [sum_keys, dv_ld]
 };

@@ -22,28 +22,38 @@ struct BackwardRow {
   const float* keep;  // dropout's factors of the tile's keys, or nullptr
 };
 
-// Adds the row's part of the slope's gradient, sum of dS * -|distance|, to `slope` where kBias.
+// Sums over a row's keys for the gradient of its ALiBi slope, sum of dS * -distance. That delta is
+// taken from the output, which is rounded, would show there: distances are large and dS sums to
+// about 0. So delta is summed anew.
+struct SlopeSums {
+  float dp_distance;  // P * dP * distance
+  float distance;     // P * distance
+  float dp;           // P * dP
+
+  float gradient(float dlse) const { return (dp - dlse) * distance - dp_distance; }
+};
+
+// slope: sums to add to, or nullptr; only where kBias.
 template <class V, class T, bool kBias>
 inline void backward_row(float* p, float* ds, const RowKeys& keys, float scale, const RowBias& bias,
-                         const BackwardRow& row, float& slope) {
+                         const BackwardRow& row, SlopeSums* slope) {
   using F = typename V::F;
   const T* type = nullptr;
   const int begin = keys.begin / V::kWidth * V::kWidth;
-  const F zero = V::set1(0.0f), one = V::set1(1.0f);
+  const F zero = V::set1(0.0f);
   const F factor = V::set1(kBias ? scale : scale * kLog2E);
   const F minus_lse = V::set1(-row.lse), minus_delta = V::set1(-row.delta);
   RowBias uncapped = bias;
   uncapped.softcap = 0.0f;
-  F slope_sum = zero;
+  F dp_distance_sum = zero, distance_sum = zero, dp_sum = zero;
 
   for (int i = begin; i < keys.end; i += V::kWidth) {
     F x = V::mul(V::load(p + i), factor);
-    F derivative = one;
+    F derivative = V::set1(1.0f);
     if (kBias) {
       if (bias.softcap != 0.0f) {
+        derivative = tanh_derivative<V>(V::div(x, V::set1(bias.softcap)));
         x = soft_cap<V>(x, bias.softcap);
-        const F t = V::div(x, V::set1(bias.softcap));
-        derivative = V::sub(one, V::mul(t, t));
       }
       x = add_bias<V>(x, i, uncapped);
     }
@@ -62,16 +72,24 @@ inline void backward_row(float* p, float* ds, const RowKeys& keys, float scale, 
     }
     F gradient = V::mul(probability, V::add(dp, minus_delta));
     if (kBias) {
-      const F distance =
-          V::abs(V::sub(V::set1(bias.position),
-                        V::add(V::iota(), V::set1(static_cast<float>(i)))));
-      slope_sum = V::sub(slope_sum, V::mul(gradient, distance));
+      if (slope != nullptr) {
+        const F lane = V::add(V::iota(), V::set1(static_cast<float>(i)));
+        const F distance = V::abs(V::sub(V::set1(bias.position), lane));
+        const F weight = V::mul(probability, distance);
+        dp_distance_sum = V::fma(weight, dp, dp_distance_sum);
+        distance_sum = V::add(distance_sum, weight);
+        dp_sum = V::fma(probability, dp, dp_sum);
+      }
       gradient = V::mul(gradient, derivative);
     }
     V::store(p + i, V::round_to(kept, type));
     V::store(ds + i, V::round_to(gradient, type));
   }
-  if (kBias) slope += V::reduce_add(slope_sum);
+  if (kBias && slope != nullptr) {
+    slope->dp_distance += V::reduce_add(dp_distance_sum);
+    slope->distance += V::reduce_add(distance_sum);
+    slope->dp += V::reduce_add(dp_sum);
+  }
 }
 
 }  // namespace gqa::cpu::GQA_ISA

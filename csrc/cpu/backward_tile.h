@@ -32,7 +32,7 @@ struct BackwardLayout {
 
   int64_t scratch_floats() const {
     return rows * (q_ld + o_ld + 2 * dk_ld + dv_ld) + keys * (q_ld + o_ld + dk_ld) +
-           2 * row_ld * keys + (keys + kStripRows) * row_ld + 3 * rows + 2 * keys;
+           2 * row_ld * keys + (keys + kStripRows) * row_ld + 2 * rows + 2 * keys;
   }
 };
 
@@ -52,7 +52,6 @@ struct BackwardTile {
   float* transposed;   // [keys, row_ld]  P, then dS
   float* lse;          // [rows]  log2 units; +infinity for rows that see no key
   float* delta;        // [rows]  rowsum(dout * out) - dlse
-  float* slope;        // [rows]  gradient of the row's ALiBi slope
   float* bias;         // [keys]  additive mask of one row
   float* keep;         // [keys]  dropout's factors of one row
 
@@ -77,7 +76,6 @@ struct BackwardTile {
     transposed = take((l.keys + kStripRows) * l.row_ld);
     lse = take(l.rows);
     delta = take(l.rows);
-    slope = take(l.rows);
     bias = take(l.keys);
     keep = take(l.keys);
   }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import extension
+from .. import autograd, extension
 from ..cache.inputs import AppendInputs, CacheInputs
 from ..inputs import AttentionInputs
 from .base import ALL_CACHES, ALL_OPTIONS, Backend, Capabilities
@@ -33,7 +33,9 @@ class CPUBackend(Backend):
         return None
 
     def run(self, inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
-        return torch.ops.gqa_kernels.attention_forward.default(
+        return autograd.call(
+            torch.ops.gqa_kernels.attention_forward.default,
+            inputs.requires_grad,
             inputs.q,
             inputs.k,
             inputs.v,

@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..autograd import autocast_dtype
 from ..cache.inputs import AppendInputs, CacheInputs
 from ..dropout import keep_mask
 from ..inputs import DTYPES, UNBOUNDED, AttentionInputs
@@ -30,7 +31,11 @@ class ReferenceBackend(Backend):
     )
 
     def run(self, inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
-        out, lse = reference_attention(inputs)
+        if autocast_dtype(inputs.q) is None:
+            out, lse = reference_attention(inputs)
+        else:  # which would round the reference's fp32 products
+            with torch.autocast(inputs.device.type, enabled=False):
+                out, lse = reference_attention(inputs)
         if inputs.layout == "bshd":
             out = out.transpose(1, 2).contiguous().transpose(1, 2)
         return out, lse
@@ -60,6 +65,40 @@ def reference_attention(
         base2: scale the queries first and work in units of log2(e), with powers of two, as fused
             kernels do: the same value with other rounding, for the yardstick too.
     """
+    s, v, invalid = scores_and_values(inputs, matmul_dtype, base2)
+    exp, log, unit = (torch.exp2, torch.log2, math.log(2)) if base2 else (torch.exp, torch.log, 1.0)
+    s = s / unit
+    s_max = s.detach().amax(-1, keepdim=True)
+    s_max = s_max.masked_fill(s_max == -math.inf, 0)
+    p = exp(s - s_max)
+    z = p.sum(-1, keepdim=True)
+    sees_nothing = z == 0
+    z = z.masked_fill(sees_nothing, 1)
+    p = drop(inputs, p[..., :-1] / z).to(inputs.dtype)  # P has the input's precision
+    out = p.to(v.dtype) @ v
+    lse = ((s_max + log(z)) * unit).masked_fill(sees_nothing, -math.inf).squeeze(-1)
+    out = out.to(inputs.dtype).masked_fill(invalid, math.nan)
+    return out, lse.masked_fill(invalid.squeeze(-1), math.nan)
+
+
+def drop(inputs: AttentionInputs, p: Tensor) -> Tensor:
+    """What dropout makes of ``[B, Hq, Sq, Sk]``: zeros, and the rest over ``1 - dropout_p``."""
+    if inputs.dropout_seed is None:
+        return p
+    keep = keep_mask(inputs.dropout_seed, inputs.dropout_p, *p.shape)
+    return p.masked_fill(~keep, 0) / (1 - inputs.dropout_p)
+
+
+def scores_and_values(
+    inputs: AttentionInputs, matmul_dtype: torch.dtype | None = None, base2: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The parts of attention before its softmax; arguments as :func:`reference_attention` has them.
+
+    Returns:
+        s ``[B, Hq, Sq, Sk + 1]``: biased and masked scores, the last column the sinks, -inf where
+        there is none. v ``[B, Hq, Sk, Dv]``: V expanded, in ``matmul_dtype``. invalid
+        ``[Hq, 1, 1]``: whose map entry is out of range.
+    """
     dtype = torch.float64 if inputs.dtype == torch.float64 else torch.float32  # scores, softmax
     matmul_dtype = matmul_dtype or dtype
     k, k_valid, k_index = _expand(inputs.k, inputs.head_map_tensor)
@@ -85,26 +124,8 @@ def reference_attention(
     if inputs.sinks is not None:
         sees_key = visible.any(-1, keepdim=True).expand_as(sink)
         sink = torch.where(sees_key, inputs.sinks[:, None, None].to(dtype), sink)
-    s = torch.cat([s, sink], dim=-1)
-    exp, log, unit = (torch.exp2, torch.log2, math.log(2)) if base2 else (torch.exp, torch.log, 1.0)
-    s = s / unit
-    s_max = s.detach().amax(-1, keepdim=True)
-    s_max = s_max.masked_fill(s_max == -math.inf, 0)
-    p = exp(s - s_max)
-    z = p.sum(-1, keepdim=True)
-    sees_nothing = z == 0
-    z = z.masked_fill(sees_nothing, 1)
-    p = p[..., :-1] / z
-    if inputs.dropout_seed is not None:
-        keep = keep_mask(inputs.dropout_seed, inputs.dropout_p, *p.shape)
-        p = p.masked_fill(~keep, 0) / (1 - inputs.dropout_p)
-    p = p.to(inputs.dtype)  # P has the input's precision
-    out = p.to(matmul_dtype) @ v.to(matmul_dtype)
-    lse = ((s_max + log(z)) * unit).masked_fill(sees_nothing, -math.inf).squeeze(-1)
-
     invalid = ~(k_valid & v_valid)[:, None, None]
-    out = out.to(inputs.dtype).masked_fill(invalid, math.nan)
-    return out, lse.masked_fill(invalid.squeeze(-1), math.nan)
+    return torch.cat([s, sink], dim=-1), v.to(matmul_dtype), invalid
 
 
 def _expand(

@@ -1,0 +1,240 @@
+"""Gradients of every backend that has them, against fp64 autograd of the reference."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from gqa_kernels import HeadMap, asym_gqa_attention, explain_backend
+from gqa_kernels.backends.dispatch import BACKENDS
+from gqa_kernels.testing import DIFFERENTIABLE, assert_gradients_close, make_inputs
+from tests.cases import CASES, PREFILL_CASES, UNEVEN, WITH_EMPTY
+from tests.test_attention import USABLE
+from tests.test_properties import calls, to_device
+
+WITH_BACKWARD = [name for name in USABLE if BACKENDS[name].capabilities.autograd]
+FUSED = [name for name in WITH_BACKWARD if name != "reference"]
+MATRIX = [
+    pytest.param(case, name, dtype, id=f"{name}-{str(dtype).removeprefix('torch.')}-{case.id}")
+    for name in FUSED
+    for dtype in sorted(BACKENDS[name].capabilities.dtypes, key=str)
+    for case in CASES
+    if case.needs() <= BACKENDS[name].capabilities.options
+]
+EXAMPLES = {"triton": 20}
+
+
+def differentiate(args, options, backend, use_lse=True):
+    """Gradients by name of all that can have one, and what they were taken for."""
+    q, k, v, head_map = args
+    tensors = {"q": q, "k": k, "v": v, **options}
+    leaves = {
+        name: tensors[name].detach().requires_grad_()
+        for name in DIFFERENTIABLE
+        if tensors.get(name) is not None
+    }
+    call = {**tensors, **leaves}
+    out, lse = asym_gqa_attention(
+        *(call.pop(name) for name in "qkv"), head_map, **call, return_lse=True, backend=backend
+    )
+    generator = torch.Generator().manual_seed(3)
+    dout, dlse = (
+        torch.randn(x.shape, generator=generator).to(x.device, x.dtype) for x in (out, lse)
+    )
+    dlse = dlse.masked_fill(lse == -torch.inf, 0) if use_lse else None
+    outputs, grads = ((out, lse), (dout, dlse)) if use_lse else ((out,), (dout,))
+    found = torch.autograd.grad(outputs, list(leaves.values()), grads)
+    return dict(zip(leaves, found, strict=True)), dout, dlse
+
+
+def check(args, options, backend, use_lse=True):
+    gradients, dout, dlse = differentiate(args, options, backend, use_lse)
+    assert_gradients_close(gradients, *args, dout=dout, dlse=dlse, **options)
+    return gradients
+
+
+@pytest.mark.parametrize("case, backend, dtype", MATRIX)
+def test_matches_reference(case, backend, dtype, device):
+    args, options = case.build(dtype, device)
+    check(args, options, backend, use_lse=len(case.id) % 2 == 0)
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_random_calls(backend):
+    dtypes = sorted(BACKENDS[backend].capabilities.dtypes, key=str)
+
+    @settings(
+        max_examples=EXAMPLES.get(backend, 150),
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        derandomize=True,
+    )
+    @given(calls(dtypes), st.booleans())
+    def one(call, use_lse):
+        check(*to_device(*call), backend, use_lse)
+
+    one()
+
+
+@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+def test_long_sequences(backend, layout, device):
+    """Many tiles in both directions, several parts of a KV head, an interleaved map."""
+    head_map = HeadMap([0, 1, 0, 0, 0, 0, 0])
+    length = 400 if backend == "cpu" else 150
+    args = (*make_inputs(1, head_map, length, length + 51, 40, device=device, layout=layout),)
+    check((*args, head_map), {"causal": True, "layout": layout}, backend)
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_bitwise_repeatable(backend, device):
+    head_map = HeadMap([0, 1, 0, 0, 0, 2, 0])
+    args = (*make_inputs(1, head_map, 130, 160, 24, device=device), head_map)
+    options = {
+        "causal": True,
+        "deterministic": True,
+        "alibi_slopes": torch.rand(7, device=device),
+        "sinks": torch.rand(7, device=device),
+    }
+    first, *others = (differentiate(args, options, backend)[0] for _ in range(4))
+    for other in others:
+        assert all(torch.equal(first[name], other[name]) for name in first)
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_empty_groups_and_rows_have_zero_gradients(backend, device):
+    args = (*make_inputs(2, WITH_EMPTY, 9, 5, 16, device=device), WITH_EMPTY)
+    lengths = torch.tensor([0, 4], device=device)
+    gradients, *_ = differentiate(args, {"causal": True, "kv_lengths": lengths}, backend)
+    for name in "kv":
+        assert not gradients[name][:, [0, 2, 4]].any()
+        assert not gradients[name][0].any() and not gradients[name][1, :, 4:].any()
+    assert not gradients["q"][0].any() and not gradients["q"][1, :, :5].any()
+    assert gradients["q"][1, :, 5:].any()
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_garbage_beyond_lengths_is_never_used(backend, device):
+    q, k, v = make_inputs(2, UNEVEN, 20, 30, 16, device=device)
+    lengths = torch.tensor([[3, 30, 7], [1, 0, 29]], dtype=torch.int32, device=device)
+    options = {"kv_lengths": lengths, "causal": True}
+    clean, *_ = differentiate((q, k, v, UNEVEN), options, backend)
+    for b in range(2):
+        for h in range(3):
+            k[b, h, lengths[b, h] :] = torch.nan
+            v[b, h, lengths[b, h] :] = torch.inf
+    dirty, *_ = differentiate((q, k, v, UNEVEN), options, backend)
+    assert all(torch.equal(clean[name], dirty[name]) for name in clean)
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_expanded_and_absent_gradients(backend, device):
+    """The gradient of a sum is one element with strides 0; the LSE alone may have one."""
+    args = (*make_inputs(1, UNEVEN, 20, 30, 16, device=device), UNEVEN)
+    q = args[0].clone().requires_grad_()
+    out, lse = asym_gqa_attention(q, *args[1:], return_lse=True, backend=backend)
+    (dq,) = torch.autograd.grad(out.sum(), q, retain_graph=True)
+    assert_gradients_close({"q": dq}, q, *args[1:], dout=torch.ones_like(out))
+    (dq,) = torch.autograd.grad(lse.sum(), q)
+    assert_gradients_close({"q": dq}, q, *args[1:], dout=None, dlse=torch.ones_like(lse))
+
+
+def test_reference_against_finite_differences():
+    """In fp64, with every option; the mask has a gradient too."""
+    case = next(c for c in PREFILL_CASES if c.id == "everything")
+    case = replace(case, q_len=4, kv_len=6, head_dim=3, value_head_dim=2)
+    (q, k, v, head_map), options = case.build(torch.float64, "cpu")
+    names = ("alibi_slopes", "sinks", "attn_mask")
+    extra = [options.pop(name).double() for name in names]
+    hidden = extra[2] == -torch.inf
+
+    def call(q, k, v, slopes, sinks, mask):
+        given = dict(zip(names, (slopes, sinks, mask.masked_fill(hidden, -torch.inf)), strict=True))
+        out, lse = asym_gqa_attention(
+            q, k, v, head_map, **options, **given, return_lse=True, backend="reference"
+        )
+        return out, lse.masked_fill(lse.isinf(), 0)
+
+    extra[2] = extra[2].masked_fill(hidden, 0)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v, *extra)]
+    assert torch.autograd.gradcheck(call, leaves)
+    assert torch.autograd.gradgradcheck(call, leaves)
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_double_backward_is_refused(backend, device):
+    q, k, v = make_inputs(1, UNEVEN, 5, 7, 16, device=device, requires_grad=True)
+    out = asym_gqa_attention(q, k, v, UNEVEN, backend=backend)
+    (dq,) = torch.autograd.grad(out.sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="double backward .* backend='reference' only"):
+        dq.sum().backward()
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_gradient_of_a_mask_needs_the_reference(backend, device):
+    q, k, v = make_inputs(1, UNEVEN, 5, 7, 16, device=device)
+    mask = torch.zeros(5, 7, device=device, requires_grad=True)
+    reasons = explain_backend(q, k, v, UNEVEN, attn_mask=mask)
+    assert any("mask_gradient" in reason for reason in reasons[backend])
+    assert not reasons["reference"]
+    with torch.no_grad():
+        assert not explain_backend(q, k, v, UNEVEN, attn_mask=mask)[backend]
+    asym_gqa_attention(q, k, v, UNEVEN, attn_mask=mask).sum().backward()
+    assert mask.grad is not None
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_activation_checkpointing(backend, device):
+    q, k, v = make_inputs(1, UNEVEN, 12, 12, 16, device=device, requires_grad=True)
+
+    def call(q, k, v):
+        return asym_gqa_attention(q, k, v, UNEVEN, causal=True, dropout_p=0.3, backend=backend)
+
+    if "dropout" not in BACKENDS[backend].capabilities.options:
+        pytest.skip("no dropout")
+    torch.manual_seed(0)
+    expected = torch.autograd.grad(call(q, k, v).square().sum(), (q, k, v))
+    torch.manual_seed(0)
+    out = torch.utils.checkpoint.checkpoint(call, q, k, v, use_reentrant=False)
+    found = torch.autograd.grad(out.square().sum(), (q, k, v))
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("backend", WITH_BACKWARD)
+def test_autocast_is_sdpas(backend, device):
+    """q, k and v go to the autocast type, whatever they are; fp64 stays; gradients come back."""
+    q, k, v = make_inputs(1, UNEVEN, 5, 7, 16, device=device, requires_grad=True)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        out = asym_gqa_attention(q, k.bfloat16(), v, UNEVEN, backend=backend)
+        double = asym_gqa_attention(q.double(), k.double(), v.double(), UNEVEN)
+    assert out.dtype == torch.bfloat16 and double.dtype == torch.float64
+    expected = asym_gqa_attention(*(x.bfloat16() for x in (q, k, v)), UNEVEN, backend=backend)
+    assert torch.equal(out, expected)
+    out.float().sum().backward()
+    assert q.grad.dtype == torch.float32 and q.grad.any()
+
+
+@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compiled_forward_and_backward(backend, compiler, device):
+    torch._dynamo.reset()
+    options = {"causal": True, "sinks": torch.rand(6, device=device)}
+
+    def call(q, k, v, sinks):
+        out, lse = asym_gqa_attention(
+            q * 1.0, k, v, UNEVEN, causal=True, sinks=sinks, return_lse=True, backend=backend
+        )
+        return out, lse
+
+    args = make_inputs(2, UNEVEN, 21, 21, 16, device=device)
+    leaves = [x.clone().requires_grad_() for x in (*args, options["sinks"])]
+    out, lse = torch.compile(call, fullgraph=True, backend=compiler)(*leaves)
+    dout, dlse = torch.randn_like(out), torch.randn_like(lse)
+    found = torch.autograd.grad((out, lse), leaves, (dout, dlse))
+    gradients = dict(zip(("q", "k", "v", "sinks"), found, strict=True))
+    assert_gradients_close(gradients, *args, UNEVEN, dout=dout, dlse=dlse, **options)
+    torch._dynamo.reset()
+
+
