@@ -30,20 +30,25 @@ struct CopyRows {
   int64_t table_stride, page_stride;
   uint32_t page_size, num_pages, first;  // first: slot of key 0
 
-  // Row of key `j`, which must be one of the sequence's; nullptr where its page is not in storage.
-  __device__ __forceinline__ const T* row(uint32_t j) const {
-    if (table == nullptr) return base + j * stride;
-    const uint32_t slot = first + j, page_index = slot / page_size;
-    const uint32_t page = static_cast<uint32_t>(table[page_index * table_stride]);
-    if (page >= num_pages) return nullptr;
-    return base + page * page_stride + (slot - page_index * page_size) * stride;
+  // The page that holds key `j`, to be asked for ahead of the row.
+  __device__ __forceinline__ uint32_t page(uint32_t j) const {
+    return table == nullptr ? 0 : table[(first + j) / page_size * table_stride];
   }
 
+  // Row of key `j`, which must be one of the sequence's; nullptr where its page is not in storage.
+  __device__ __forceinline__ const T* row(uint32_t j, uint32_t page) const {
+    if (table == nullptr) return base + j * stride;
+    if (page >= num_pages) return nullptr;
+    return base + page * page_stride + (first + j) % page_size * stride;
+  }
+  __device__ __forceinline__ const T* row(uint32_t j) const { return row(j, page(j)); }
+
   // The same for keys: the poison row in place of nullptr.
-  __device__ __forceinline__ const T* key_row(uint32_t j) const {
-    const T* at = row(j);
+  __device__ __forceinline__ const T* key_row(uint32_t j, uint32_t page) const {
+    const T* at = row(j, page);
     return at != nullptr ? at : reinterpret_cast<const T*>(&poison_row);
   }
+  __device__ __forceinline__ const T* key_row(uint32_t j) const { return key_row(j, page(j)); }
 };
 
 // `head` is the head of K or V that `data` holds; the table is that of `k_head` for both.
