@@ -117,6 +117,10 @@ cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribu
   if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) shared_limits[function] = value;
   return cudaSuccess;
 }
+cudaError_t cudaMemsetAsync(void* address, int value, size_t size, cudaStream_t) {
+  std::memset(address, value, size);
+  return cudaSuccess;
+}
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 cudaError_t cudaPeekAtLastError() { return cudaSuccess; }
 const char* cudaGetErrorString(cudaError_t error) {
