@@ -49,8 +49,9 @@ struct Ring {
       mbarrier_init(empty(s), readers);
     }
   }
-  __device__ __forceinline__ void wait_full(int n) const {
-    mbarrier_wait(full(n), (n / kStages) & 1);
+  // `dependency` is 0; it makes the wait depend on whatever it was computed from.
+  __device__ __forceinline__ void wait_full(int n, int dependency = 0) const {
+    mbarrier_wait(full(n), ((n / kStages) & 1) ^ dependency);
   }
   // The first round of buffers is empty from the start.
   __device__ __forceinline__ void wait_empty(int n) const {

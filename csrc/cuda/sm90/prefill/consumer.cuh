@@ -134,8 +134,8 @@ __device__ __forceinline__ void consume(const PrefillArguments& arguments, uint3
       release(k_ring.empty(n));
       soften(last_block);
       pack_p();
+      v_ring.wait_full(n);
       if (tile.dirty_tail) {
-        v_ring.wait_full(n);
         clear_tail<C>(base + C::kV + v_ring.stage(n) * C::kKVBytes,
                       max(0, tile.length - last_block * kBlockN));
       }
@@ -146,13 +146,16 @@ __device__ __forceinline__ void consume(const PrefillArguments& arguments, uint3
         k_ring.wait_full(n);
         take_turn();
         issue_qk(n);
-        v_ring.wait_full(n - 1);
         issue_pv(n - 1);
         pass_turn();
         wgmma_wait<1>();
         pin(s);
         release(k_ring.empty(n));
         soften(block);
+        // Nothing makes ptxas leave the wait for P V below the softmax, which is to overlap with P
+        // V: it hoists the wait. So V of the next product is waited for here, in a loop whose
+        // condition depends on the sums (never negative) and which the wait is not moved across.
+        v_ring.wait_full(n, fminf(softmax.sum[0], softmax.sum[1]) < 0.0f);
         wgmma_wait<0>();
         pin(o);
         release(v_ring.empty(n - 1));
@@ -164,7 +167,6 @@ __device__ __forceinline__ void consume(const PrefillArguments& arguments, uint3
       }
 
       if constexpr (C::kOwnO) release(q_ring.empty(round));  // the last Q K^T is done
-      v_ring.wait_full(n);
       issue_pv(n);
       wgmma_wait<0>();
       pin(o);
