@@ -7,23 +7,18 @@
 
 namespace gqa {
 
-// On functions that CUDA kernels call too.
-#ifdef __CUDACC__
-#define GQA_HOST_DEVICE __host__ __device__
-#else
-#define GQA_HOST_DEVICE
-#endif
-
+// kInt4: two numbers a byte, element 2i in the low half of byte i.
 enum class DType : int32_t {
   kFloat32,
   kBFloat16,
   kFloat16,
   kBool,
-  kFloat8E4M3,
+  kFloat8E4M3,  // the "fn" format: no infinities, NaN where all other bits are ones
   kFloat8E5M2,
   kInt8,
-  kInt4,  // two in a byte: element 2i in the low half
+  kInt4
 };
+constexpr int kNumDTypes = 8;
 
 // 16-bit floating-point numbers as they lie in memory; arithmetic is in fp32.
 struct BFloat16 {
@@ -33,16 +28,41 @@ struct Float16 {
   uint16_t bits;
 };
 
-// Strides of a [B, H, S, D] tensor without its last one (1).
+// Quantised numbers as they lie in a cache.
+struct Float8E4M3 {
+  uint8_t bits;
+};
+struct Float8E5M2 {
+  uint8_t bits;
+};
+struct Int8 {
+  int8_t value;
+};
+struct Int4Pair {
+  uint8_t bits;  // the first number in the low half
+};
+
+// Numbers in one element of storage.
+template <class S>
+inline constexpr int kNumbersPerElement = 1;
+template <>
+inline constexpr int kNumbersPerElement<Int4Pair> = 2;
+
+// Strides of a [B, H, S, D] tensor without its last one (1); likewise of a [P, H, slots] one.
 struct Strides {
   int64_t b, h, s;
 };
 
 // B sequences, Hq query heads, Hk key heads, Hv value heads, Sq query tokens, Sk key tokens.
+//
+// K and V lie in P pages of page_size slots. Key j of sequence b and key head h is in slot
+// s = kv_begin[b] + j, that is in slot s % page_size of page page_table[b, h, s / page_size]; its
+// value is there in V's pages. A dense cache is one page per sequence, of Sk slots, without a
+// table. Page ids are checked where they are used: a row that sees a key of no page is NaN.
 struct AttentionParams {
   const void* q;  // [B, Hq, Sq, D]
-  const void* k;  // [B, Hk, Sk, D]
-  const void* v;  // [B, Hv, Sk, Dv]
+  const void* k;  // [P, Hk, page_size, D], in k_dtype
+  const void* v;  // [P, Hv, page_size, Dv], in v_dtype
   void* out;      // [B, Hq, Sq, Dv]
   float* lse;     // [B, Hq, Sq], contiguous; natural log
   Strides q_stride, k_stride, v_stride, out_stride;
@@ -55,7 +75,7 @@ struct AttentionParams {
   const float* sinks;     // [Hq], contiguous, or nullptr
   const void* attn_mask;  // [B, Hq, Sq, Sk] or nullptr; bool: visible; float: added to the score
   int64_t mask_stride_b, mask_stride_h, mask_stride_q, mask_stride_k;
-  const int32_t* kv_lengths;  // [B, Hk] or nullptr; clamped to [0, Sk]
+  const int32_t* kv_lengths;  // [B, Hk] or nullptr; clamped to [0, Sk - kv_begin]
   int64_t kv_lengths_stride_b, kv_lengths_stride_h;
 
   int64_t batch, num_heads, num_k_heads, num_v_heads;  // B, Hq, Hk, Hv
@@ -64,23 +84,19 @@ struct AttentionParams {
   float scale;
   float softcap;                      // 0: off
   int64_t window_left, window_right;  // keys a query sees on either side; < 0: unbounded
-  DType dtype;                        // of q, k, v and out
+  DType dtype;                        // of q and out
   DType mask_dtype;                   // of attn_mask
 
-  // Where a cache keeps K and V. With a page table k and v are storage, [P, H, page_size, dim], and
-  // kv_len is the slots a sequence has, max_pages * page_size. Key j of (b, h) is slot kv_begin[b]
-  // + j of sequence b; that is slot % page_size of page page_table[b, h, slot / page_size]. V uses
-  // the table of its key head. A page outside [0, P) is not read: rows that see its keys are NaN.
-  const int32_t* page_table;  // [B, Hk, max_pages] or nullptr: sequence b is k[b], v[b]
+  const int32_t* page_table;  // [B, Hk, max_pages]; nullptr: page b of sequence b
   int64_t page_table_stride_b, page_table_stride_h, page_table_stride_p;
-  int64_t num_pages, page_size, max_pages;  // P, and slots of a page, pages of a sequence
-  const int32_t* kv_begin;                  // [B] or nullptr: 0
-  // Queries of sequence b are tokens q_offsets[b] to q_offsets[b + 1] of a q (and out and lse) of
-  // batch 1; q_len is the most that a sequence has.
-  const int32_t* q_offsets;  // [B + 1] or nullptr
-  // Quantised K and V: value = (stored - zero) * scale, zero being 0 (8 for int4) where not given.
-  DType k_dtype, v_dtype;                            // of the storage
-  const float *k_scale, *v_scale, *k_zero, *v_zero;  // [P, H, page_size] or nullptr
+  int64_t num_pages, page_size, max_pages;  // P; max_pages is 1 where there is no table
+  const int32_t* kv_begin;                  // [B], slot of the first key; nullptr: 0
+  // Ragged queries: [B + 1], tokens q_offsets[b] to q_offsets[b + 1] are sequence b's; q, out and
+  // lse then have the shape of one sequence of all tokens, and Sq is the longest. nullptr: not so.
+  const int32_t* q_offsets;
+  DType k_dtype, v_dtype;  // dtype, or a quantised one: value = (stored - zero) * scale
+  // [P, H, page_size] or nullptr: scale 1; zero 0, of kInt4 8
+  const float *k_scale, *v_scale, *k_zero, *v_zero;
   Strides k_scale_stride, v_scale_stride, k_zero_stride, v_zero_stride;
 };
 

@@ -1,6 +1,7 @@
 // Which keys a query token sees: the one definition of lengths, causal order and windows.
 #pragma once
 
+#include "host_device.h"
 #include "params.h"
 
 namespace gqa {

@@ -1,9 +1,9 @@
 """Runs the CUDA kernels without a GPU: the product's own host code, its launches emulated.
 
-A phase (``csrc/cuda/<arch>/<phase>``) is compiled to PTX and to host code; the latter is linked with
-a runtime that records (``recorder.cpp``). So split counts, grids, shared memory and tensor maps are
-those of the product, and every launch is executed by the emulator on CPU tensors, with its checks
-on (bounds, races, uninitialised shared memory, copies not waited for).
+A phase (``csrc/cuda/<arch>/<phase>``) is compiled to PTX and to host code; the latter is linked
+with a runtime that records (``recorder.cpp``). So split counts, grids, shared memory and tensor
+maps are those of the product, and every launch is executed by the emulator on CPU tensors, with
+its checks on (bounds, races, uninitialised shared memory, copies not waited for).
 
     phase = Phase("sm80", "decode", units=("launch", "bf16_d64"))
     result = emulate(phase, AttentionInputs.create(q, k, v, head_map, causal=True))
