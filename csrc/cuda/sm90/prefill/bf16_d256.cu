@@ -1,7 +1,4 @@
-#include "launch_kernel.cuh"
+#include "unit.cuh"
 
-namespace gqa::cuda::sm90 {
-
-template void launch_prefill<BFloat16, 256>(const AttentionParams&, void*, int, cudaStream_t);
-
-}  // namespace gqa::cuda::sm90
+template void gqa::cuda::sm90::launch_prefill<gqa::BFloat16, 256>(const AttentionParams&, void*,
+                                                                  int, cudaStream_t);

@@ -17,14 +17,15 @@ struct PrefillArguments {
 
 // A tile as the producer hands it to the consumers.
 struct alignas(16) Tile {
-  int head;                     // query head, or kNoMoreTiles
-  int batch, row0;              // sequence; first query token
-  int k_head;                   // or kInvalidHead: the map has no valid entry for the head
-  int length;                   // keys of (batch, k_head)
+  int head;         // query head, or kNoMoreTiles
+  int batch, row0;  // sequence; first query token
+  int k_head;       // or kInvalidHead: the map has no valid entry for the head; or kNoPage: the
+                    // sequence's keys are nowhere
+  int length;       // keys of (batch, k_head)
   int first_block, num_blocks;  // blocks of kBlockN keys that some row of the tile sees
   int dirty_tail;               // the last block holds slots beyond the keys: V may be NaN there
 };
-constexpr int kNoMoreTiles = -1, kInvalidHead = -1;
+constexpr int kNoMoreTiles = -1, kInvalidHead = -1, kNoPage = -2;
 
 constexpr int kStages = 2;               // K and V tiles in flight, each
 constexpr int kPanelBytes = 64 * 2;      // a row of 64 columns: the span of the 128-byte swizzle

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../../common/mma.cuh"
+#include "../../common/state.cuh"
 #include "../barrier.cuh"
 #include "../tma.cuh"
 #include "scores.cuh"
@@ -20,9 +21,10 @@ __device__ __forceinline__ void stmatrix_x4(uint32_t address, uint32_t a, uint32
 __device__ __forceinline__ void finish_rows(const AttentionParams& params, const Tile& tile,
                                             const Rows& rows, const OnlineSoftmax& softmax,
                                             float factor, float (&inverse)[2]) {
-  const bool valid = tile.k_head != kInvalidHead;
 #pragma unroll
   for (int h = 0; h < 2; h++) {
+    const KeyRange seen = keys_around(params, rows.length, rows.position + 8 * h);
+    const bool valid = tile.k_head >= 0 || (tile.k_head == kNoPage && seen.begin >= seen.end);
     float sum = quad_sum(softmax.sum[h]);
     float shift = softmax_shift(softmax.maximum[h]) * factor;
     float weight = 1.0f;
@@ -32,9 +34,7 @@ __device__ __forceinline__ void finish_rows(const AttentionParams& params, const
     const int token = rows.token + 8 * h;
     if (threadIdx.x % 4 == 0 && token < params.q_len) {
       const int64_t row = rows.batch * params.num_heads + rows.head;
-      params.lse[row * params.q_len + token] = !valid        ? not_a_number()
-                                               : sum == 0.0f ? minus_infinity()
-                                                             : (shift + __log2f(sum)) * kLn2;
+      params.lse[row * params.q_len + token] = valid ? natural_lse(shift, sum) : not_a_number();
     }
   }
 }

@@ -9,8 +9,9 @@
 
 namespace gqa::cuda::sm90 {
 
-// Beyond what sm80's prefill declines: pages, packed queries (q_offsets), and tensors that TMA
-// can't address, whose base and strides must be multiples of 16 bytes.
+// Declines, beside what sm80's prefill declines: several pages per sequence, packed queries, more
+// than 512 query heads, and tensors that TMA can't address (base and strides must be multiples of
+// 16 bytes, and strides positive).
 std::string prefill_unsupported(const AttentionParams& params);
 bool prefill_supported(const AttentionParams& params);
 size_t prefill_workspace_bytes(const AttentionParams& params, int num_sms);

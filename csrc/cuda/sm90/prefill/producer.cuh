@@ -11,7 +11,7 @@ namespace gqa::cuda::sm90 {
 
 // K and V blocks to load for a tile.
 struct KeyBlocks {
-  int batch, k_head, v_head;
+  int page, k_head, v_head;
   int last_slot, count;  // where the last block begins in the sequence's storage; blocks
 };
 
@@ -23,10 +23,10 @@ __device__ __forceinline__ KeyBlocks describe_tile(const PrefillArguments& argum
   const TilePlace place = place_tile(arguments.schedule, tile);
   const int num_heads = static_cast<int>(params.num_heads);
   const int head = order[place.unit % num_heads], row0 = place.q_block * C::kBlockM;
+  const int batch = place.unit / num_heads;
   KeyBlocks keys;
-  keys.batch = place.unit / num_heads;
   t.head = head;
-  t.batch = keys.batch;
+  t.batch = batch;
   t.row0 = row0;
   keys.k_head = params.head_map[head];
   keys.v_head = params.value_head_map == nullptr ? keys.k_head : params.value_head_map[head];
@@ -35,21 +35,28 @@ __device__ __forceinline__ KeyBlocks describe_tile(const PrefillArguments& argum
   const bool valid =
       static_cast<unsigned>(keys.k_head) < static_cast<unsigned>(params.num_k_heads) &&
       static_cast<unsigned>(keys.v_head) < static_cast<unsigned>(params.num_v_heads);
+  keys.page = batch;
+  bool stored = true;
   if (valid) {
-    length = static_cast<int>(kv_length(params, keys.batch, keys.k_head));
+    if (params.page_table != nullptr) {
+      keys.page = params.page_table[batch * params.page_table_stride_b +
+                                    keys.k_head * params.page_table_stride_h];
+      stored = static_cast<unsigned>(keys.page) < static_cast<unsigned>(params.num_pages);
+    }
+    length = static_cast<int>(kv_length(params, batch, keys.k_head));
     const int last_row = min(row0 + C::kBlockM, static_cast<int>(params.q_len)) - 1;
     const int begin = static_cast<int>(visible_keys(params, length, row0).begin);
     const int end = static_cast<int>(visible_keys(params, length, last_row).end);
-    if (begin < end) {
+    if (begin < end && stored) {
       const int last_block = (end - 1) / C::kBlockN;
-      const int first_slot = static_cast<int>(gqa::first_slot(params, keys.batch));
+      const int first_slot = static_cast<int>(gqa::first_slot(params, batch));
       first_block = begin / C::kBlockN;
       keys.count = last_block - first_block + 1;
       keys.last_slot = first_slot + last_block * C::kBlockN;
       dirty_tail = (last_block + 1) * C::kBlockN > length && first_slot + length < params.kv_len;
     }
   }
-  t.k_head = valid ? keys.k_head : kInvalidHead;
+  t.k_head = !valid ? kInvalidHead : stored ? keys.k_head : kNoPage;
   t.length = length;
   t.first_block = first_block;
   t.num_blocks = keys.count;
@@ -67,14 +74,14 @@ __device__ __forceinline__ void produce(const PrefillArguments& arguments, uint3
   prefetch_tensor_map(&arguments.v);
 
   auto load_block = [&](const Ring<kStages>& ring, const CUtensorMap* map, uint32_t buffers, int n,
-                        int slot, int head, int batch) {
+                        int slot, int head, int page) {
     ring.wait_empty(n);
     mbarrier_arrive_expect(ring.full(n), C::kKVBytes);
     const uint64_t shared_by_group = evict_last_policy();
 #pragma unroll
     for (int c = 0; c < C::kPanels; c++) {
       tma_load(buffers + ring.stage(n) * C::kKVBytes + c * C::kKVPanel, map, ring.full(n),
-               shared_by_group, c * 64, slot, head, batch);
+               shared_by_group, c * 64, slot, head, page);
     }
   };
 
@@ -90,11 +97,11 @@ __device__ __forceinline__ void produce(const PrefillArguments& arguments, uint3
     for (int i = 0; i <= keys.count; i++) {
       const int n = blocks_before + i, slot = keys.last_slot - i * C::kBlockN;
       if (i < keys.count) {
-        load_block(k_ring, &arguments.k, base + C::kK, n, slot, keys.k_head, keys.batch);
+        load_block(k_ring, &arguments.k, base + C::kK, n, slot, keys.k_head, keys.page);
       }
       if (i > 0) {
         load_block(v_ring, &arguments.v, base + C::kV, n - 1, slot + C::kBlockN, keys.v_head,
-                   keys.batch);
+                   keys.page);
       }
       if (i == 1) {
         q_ring.wait_empty(round);

@@ -1,12 +1,18 @@
+// Host side of the Hopper prefill kernel: what it can run, which instance, in which order of tiles.
 #include <algorithm>
 #include <stdexcept>
 
 #include "config.h"
 #include "launch.h"
-#include "launch_kernel.h"
 #include "plan.h"
 
 namespace gqa::cuda::sm90 {
+
+// kHeadDim: 64, 128 or 256. The parameters are supported and have tiles.
+template <class T, int kHeadDim>
+void launch_prefill(const AttentionParams& params, void* workspace, int num_sms,
+                    cudaStream_t stream);
+
 namespace {
 
 // Of K and V that CTAs running together read; H100's L2 has 50 MB, part of which Q and O pass
@@ -27,9 +33,10 @@ int64_t count_tiles(const AttentionParams& params) {
 }  // namespace
 
 PrefillViews prefill_views(const AttentionParams& p) {
+  const int64_t pages = p.page_table == nullptr ? p.batch : p.num_pages;
   return {{"q", p.q, p.q_stride, p.batch, p.num_heads, p.q_len, p.head_dim},
-          {"k", p.k, p.k_stride, p.batch, p.num_k_heads, p.kv_len, p.head_dim},
-          {"v", p.v, p.v_stride, p.batch, p.num_v_heads, p.kv_len, p.value_head_dim},
+          {"k", p.k, p.k_stride, pages, p.num_k_heads, p.kv_len, p.head_dim},
+          {"v", p.v, p.v_stride, pages, p.num_v_heads, p.kv_len, p.value_head_dim},
           {"out", p.out, p.out_stride, p.batch, p.num_heads, p.q_len, p.value_head_dim}};
 }
 
@@ -75,17 +82,24 @@ std::string prefill_unsupported(const AttentionParams& params) {
   if (params.k_dtype != params.dtype || params.v_dtype != params.dtype) {
     return "k and v must have q's dtype";
   }
-  if (params.page_table != nullptr) return "k and v must not be paged";
+  if (params.page_table != nullptr && params.max_pages != 1) {
+    return with_value("k and v must have one page per sequence", params.max_pages);
+  }
   if (params.q_offsets != nullptr) return "q must not be packed (q_offsets)";
-  if (params.head_dim > 256) return with_value("head_dim must be at most 256", params.head_dim);
-  if (params.value_head_dim > 256) {
-    return with_value("value_head_dim must be at most 256", params.value_head_dim);
+  if (params.head_dim < 1 || params.head_dim > 256) {
+    return with_value("D must be 1 to 256", params.head_dim);
+  }
+  if (params.value_head_dim < 1 || params.value_head_dim > 256) {
+    return with_value("Dv must be 1 to 256", params.value_head_dim);
   }
   if (params.num_heads > kMaxHeads) {
-    return with_value("num_heads must be at most " + std::to_string(kMaxHeads), params.num_heads);
+    return with_value("Hq must be at most " + std::to_string(kMaxHeads), params.num_heads);
   }
-  if (params.q_len > kMaxLength) return with_value("q_len must be at most 2^29", params.q_len);
-  if (params.kv_len > kMaxLength) return with_value("kv_len must be at most 2^29", params.kv_len);
+  if (params.num_k_heads * params.num_v_heads > INT32_MAX) {
+    return with_value("Hk * Hv must be below 2^31", params.num_k_heads * params.num_v_heads);
+  }
+  if (params.q_len > kMaxLength) return with_value("Sq must be at most 2^29", params.q_len);
+  if (params.kv_len > kMaxLength) return with_value("Sk must be at most 2^29", params.kv_len);
   if (count_tiles(params) > INT32_MAX / 2) {
     return with_value("tiles of query tokens must number at most 2^30", count_tiles(params));
   }

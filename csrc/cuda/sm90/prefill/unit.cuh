@@ -1,11 +1,11 @@
-// From parameters to a launch: which kernel, its descriptors, its schedule.
+// Instantiates the kernels of one (T, kHeadDim): from parameters to a launch, with its descriptors
+// and schedule.
 #pragma once
 
 #include <algorithm>
 
 #include "../../launch.h"
 #include "kernel.cuh"
-#include "launch_kernel.h"
 #include "plan.h"
 
 namespace gqa::cuda::sm90 {
@@ -16,11 +16,11 @@ void launch_with(const AttentionParams& params, void* workspace, int num_sms, cu
   PrefillArguments arguments{};
   arguments.attention = params;
   arguments.q = make_tensor_map(views.q, params.dtype, C::kBlockM);
-  arguments.out = arguments.k = arguments.v = arguments.q;
+  arguments.out = make_tensor_map(views.out, params.dtype, 64);
   // Of an empty tensor nothing is loaded: any descriptor will do.
+  arguments.k = arguments.v = arguments.q;
   if (!is_empty(views.k)) arguments.k = make_tensor_map(views.k, params.dtype, C::kBlockN);
   if (!is_empty(views.v)) arguments.v = make_tensor_map(views.v, params.dtype, C::kBlockN);
-  if (!is_empty(views.out)) arguments.out = make_tensor_map(views.out, params.dtype, 64);
   arguments.schedule = make_schedule(params);
   if (draws_tiles(params, num_sms)) {
     arguments.schedule.counter = static_cast<int*>(workspace);
