@@ -10,7 +10,8 @@ STABLE_TORCH_LIBRARY_IMPL(gqa_kernels, CUDA, library) {
   library.impl("cache_attention_forward", TORCH_BOX(&gqa::host::cache_attention_forward_cuda));
 }
 
-// What gqa_kernels/cuda_build.py finds in the file: that there are CUDA kernels, and of which build.
+// What gqa_kernels/cuda_build.py finds in the file: that there are CUDA kernels, and of which
+// build.
 #define GQA_TEXT(x) #x
 #define GQA_VALUE(x) GQA_TEXT(x)
 extern "C" __attribute__((visibility("default"))) const char gqa_kernels_cuda_build[] =

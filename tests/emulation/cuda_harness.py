@@ -237,7 +237,7 @@ class Phase:
     def _build(self) -> Path:
         """Folder with library.so and one .ptx per unit."""
         digest = hashlib.sha256(repr((self.arch, self.name, self.units, self._replace)).encode())
-        for path in sorted([*CSRC.rglob("*.h"), *CSRC.rglob("*.cuh"), *CSRC.rglob("*.cu")]):
+        for path in self._sources():
             digest.update(path.read_bytes())
         digest.update((Path(__file__).parent / "recorder.cpp").read_bytes())
         folder = env.cache_dir() / "emulation" / digest.hexdigest()[:16]
@@ -252,6 +252,13 @@ class Phase:
                 assert folder.exists()
             Path(scratch).mkdir(exist_ok=True)
         return folder
+
+    def _sources(self) -> list[Path]:
+        """What the phase may include: all but the folders of other phases and the CPU's."""
+        cuda, phase = CSRC / "cuda", CSRC / "cuda" / self.arch / self.name
+        shared = [CSRC / "core", cuda, cuda / "common", cuda / self.arch]
+        paths = [path for folder in shared for path in folder.glob("*.*h")]
+        return sorted([*paths, *phase.glob("*.*h"), *phase.glob("*.cu")])
 
     def _compile(self, folder: Path) -> None:
         csrc = CSRC
