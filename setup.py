@@ -72,8 +72,10 @@ def compiled_part() -> dict:
                 command = cuda.compile_command(
                     toolkit, CSRC, source, folder / name, archs, ptx=True
                 )
-                print(" ".join(command), flush=True)
-                subprocess.run(command, check=True)
+                done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+                # At once: files that compile at the same time must not mix their lines.
+                print(" ".join(command) + "\n" + done.stdout.decode(), flush=True)
+                done.check_returncode()
                 return str(folder / name)
 
             with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:

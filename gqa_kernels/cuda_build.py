@@ -18,7 +18,8 @@ from typing import NamedTuple
 # Of a wheel. Kernels under csrc/cuda/sm90 use instructions of 90a; the others run from 80 on, and
 # their PTX lets later devices compile them.
 DEFAULT_ARCHS = ("80", "90a")
-NVCC_FLAGS = ("-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden")
+# ptxas tells of registers and spills; tests/emulation/cuda_resources.py reads them from the log.
+NVCC_FLAGS = ("-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xptxas", "-v")
 LINK_FLAGS = ("-lcudart_static", "-ldl", "-lrt", "-lpthread")
 
 
