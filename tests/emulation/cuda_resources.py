@@ -1,9 +1,10 @@
 """What the CUDA kernels take, by ptxas: ``python -m tests.emulation.cuda_resources``
 
-Registers, spills and shared memory. Reads what ptxas says (``-Xptxas -v``) from ``--log FILE``, the output of a verbose build of the
-wheel, or compiles every .cu file itself for sm_80 and sm_90a, which takes minutes. Prints the
-table; ``--write`` puts it into csrc/README.md, ``--check`` exits with 1 where that has another one.
-Exits with 1 where a kernel of the main configurations spills, or ptxas serialises wgmma.
+Registers, spills and shared memory. Reads what ptxas says (``-Xptxas -v``) from ``--log FILE``, the
+output of a verbose build of the wheel, or compiles every .cu file itself for sm_80 and sm_90a,
+which takes minutes. Prints the table; ``--write`` puts it into csrc/README.md, ``--check`` exits
+with 1 where that has another one. Exits with 1 where a kernel of the main configurations spills, or
+ptxas serialises wgmma.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import torch
 from gqa_kernels import HeadMap
 from gqa_kernels.inputs import AttentionInputs
 from gqa_kernels.testing import make_inputs
+from tests.cases import DECODE_CASES
 from tests.emulation.cuda_harness import (
     Call,
     Phase,
@@ -128,6 +129,15 @@ def test_results_and_hazards(name):
 @pytest.mark.parametrize("name", SLOW_CASES)
 def test_more_results_and_hazards(name):
     run_case(*SLOW_CASES[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", DECODE_CASES, ids=lambda case: case.id)
+def test_the_cases_of_all_backends(case):
+    for dtype in (BF16, FP16):
+        args, options = case.build(dtype, "cpu")
+        inputs = AttentionInputs.create(*args, **options)
+        check(inputs, emulate(decode_phase(dtype, 64), inputs, MANY_SMS))
 
 
 @pytest.mark.slow
