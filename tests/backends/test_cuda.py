@@ -1,11 +1,16 @@
 """What is particular to the CUDA kernels; the cases that all backends share are elsewhere."""
 
+import shutil
+import subprocess
+from itertools import product
+
 import pytest
 import torch
 
-from gqa_kernels import HeadMap, asym_gqa_attention
+from gqa_kernels import HeadMap, asym_gqa_attention, extension
 from gqa_kernels.backends.cuda import CUDABackend
 from gqa_kernels.inputs import AttentionInputs
+from gqa_kernels.splits import choose_splits
 from gqa_kernels.testing import assert_attention_close, make_inputs
 from tests.cases import LARGE_GROUP, UNEVEN
 
@@ -18,6 +23,24 @@ def test_what_the_backend_declares():
     q, k, v = make_inputs(1, UNEVEN, 1, 3, 16)
     reasons = CUDABackend().unsupported_reasons(AttentionInputs.create(q, k, v, UNEVEN))
     assert reasons == ["device cpu (supported: cuda)", "dtype float32 (bfloat16, float16 only)"]
+
+
+def test_both_halves_choose_the_same_splits(tmp_path):
+    """csrc/core/splits.h against gqa_kernels/splits.py."""
+    compiler = shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    header = extension.source_root() / "core" / "splits.h"
+    cases = list(
+        product([0, 1, 3, 8, 64, 200, 316, 317, 1000], [0, 1, 2, 5, 63, 64, 2048], [24, 396])
+    )
+    calls = "\n".join(f'std::printf("%d\\n", int(gqa::choose_splits({a}, {b}, {c})));'
+                      for a, b, c in cases)  # fmt: skip
+    source = tmp_path / "splits.cpp"
+    source.write_text(f'#include "{header}"\n#include <cstdio>\nint main() {{\n{calls}\n}}\n')
+    subprocess.run([compiler, "-std=c++17", source, "-o", tmp_path / "splits"], check=True)
+    told = subprocess.run([tmp_path / "splits"], capture_output=True, text=True, check=True)
+    assert [int(x) for x in told.stdout.split()] == [choose_splits(*c).num_splits for c in cases]
 
 
 def check(q, k, v, head_map, **options):

@@ -17,14 +17,23 @@ int head_dim_class(const AttentionParams& a) {
   return dim <= 64 ? 64 : dim <= 128 ? 128 : 256;
 }
 
-bool aligned(const void* data, const Strides& strides, int64_t elements) {
-  return reinterpret_cast<uintptr_t>(data) % (elements * 2) == 0 && strides.b % elements == 0 &&
-         strides.h % elements == 0 && strides.s % elements == 0;
+// Whether every row starts at a multiple of `elements`; a dim of one index needs no stride.
+bool aligned(const void* data, const Strides& strides, int64_t batch, int64_t heads, int64_t tokens,
+             int64_t elements) {
+  return reinterpret_cast<uintptr_t>(data) % (elements * 2) == 0 &&
+         (batch == 1 || strides.b % elements == 0) && (heads == 1 || strides.h % elements == 0) &&
+         (tokens == 1 || strides.s % elements == 0);
 }
 
 DecodeVariant variant_of(const AttentionParams& a) {
-  const bool vectors = aligned(a.q, a.q_stride, 8) && aligned(a.k, a.k_stride, 8) &&
-                       aligned(a.v, a.v_stride, 8) && aligned(a.out, a.out_stride, 4) &&
+  const int64_t pages = a.page_table ? a.num_pages : a.batch;
+  const int64_t slots = a.page_table ? a.page_size : a.kv_len;
+  // With q_offsets, q_len is the longest sequence; the rows of q may be more.
+  const int64_t tokens = a.q_offsets ? 2 : a.q_len;
+  const bool vectors = aligned(a.q, a.q_stride, a.batch, a.num_heads, tokens, 8) &&
+                       aligned(a.out, a.out_stride, a.batch, a.num_heads, tokens, 4) &&
+                       aligned(a.k, a.k_stride, pages, a.num_k_heads, slots, 8) &&
+                       aligned(a.v, a.v_stride, pages, a.num_v_heads, slots, 8) &&
                        a.value_head_dim % 4 == 0;
   if (!vectors) return DecodeVariant::kElements;
   const bool plain =
