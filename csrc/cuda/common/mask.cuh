@@ -1,5 +1,5 @@
-// What a row of scores needs besides Q K^T: which keys it sees, ALiBi, a mask. Lengths, causal order
-// and windows are core/visible.h's; here they meet single scores.
+// What a row of scores needs besides Q K^T: which keys it sees, ALiBi, a mask. Lengths, causal
+// order and windows are core/visible.h's; here they meet single scores.
 #pragma once
 
 #include <cstdint>

@@ -26,7 +26,7 @@ struct PrefillConfig {
   static constexpr int kBlockM = kWarps * kWarpRows;   // query rows of a CTA
   static constexpr int kBlockN = kD == 256 ? 32 : 64;  // keys of a step
   static constexpr bool kQInRegisters = kD == 256;
-  static constexpr int kMinCtas = kD == 256 ? 1 : 2;  // per SM, for the registers
+  static constexpr int kMinCtas = kD == 256 ? 1 : kD == 64 ? 3 : 2;  // per SM, for the registers
 
   // Shared memory: rows of kD elements whose 16-byte chunks are permuted by chunk ^ (row % 8), so
   // that the eight rows an ldmatrix reads at one chunk lie in eight different banks of 16 bytes.
@@ -39,12 +39,11 @@ struct PrefillConfig {
   static constexpr int kRingOffset = kQInRegisters ? 0 : kQBytes;
   static constexpr int kQOffset = kQInRegisters ? kSlotBytes : 0;
   static constexpr int kRingEnd = kRingOffset + kSlots * kSlotBytes;
-  static constexpr int kSharedBytes =
-      kQOffset + kQBytes > kRingEnd ? kQOffset + kQBytes : kRingEnd;
+  static constexpr int kSharedBytes = kQOffset + kQBytes > kRingEnd ? kQOffset + kQBytes : kRingEnd;
   static_assert(kSharedBytes >= kQBytes, "the output is staged in the same memory");
 
-  static constexpr int kChunks = kD / 8;                     // 16-byte chunks of a row
-  static constexpr int kCopyRows = kThreads / kChunks;       // rows that all threads copy at once
+  static constexpr int kChunks = kD / 8;                // 16-byte chunks of a row
+  static constexpr int kCopyRows = kThreads / kChunks;  // rows that all threads copy at once
   static_assert(kCopyRows % 8 == 0 && kBlockN % kCopyRows == 0);
 };
 

@@ -8,7 +8,8 @@
 //           first operand of the second product as it comes out of the first.
 // Shared    Q, and a ring of three slots for K and V; see config.h. A tile is requested two
 //           products before it is used, behind the barrier that says its slot was read.
-// Masks     causal order and windows cost something in the blocks at the edge only. kGeneral has the
+// Masks     causal order and windows cost something in the blocks at the edge only. kGeneral has
+// the
 //           code for softcap, ALiBi, masks, scales <= 0 and unaligned rows; the other kernel has
 //           neither their branches nor their registers.
 // Softmax   base 2, fp32. O is rescaled only where a row's maximum has grown by more than 2^8 since
@@ -51,40 +52,45 @@ __device__ __forceinline__ TokenRange token_range(const PrefillArgs& args, const
 template <class T, class C, bool kGeneral>
 __global__ void __launch_bounds__(C::kThreads, C::kMinCtas)
     prefill_sm80_kernel(const __grid_constant__ PrefillArgs args) {
+  const AttentionParams& params = args.params;
   extern __shared__ __align__(128) uint8_t shared[];
   // Needed a few times per block of keys, and so not worth registers.
   __shared__ PrefillTile tile;
   __shared__ TokenRange warp_keys[C::kWarps];
+  __shared__ CopyRows<T> k_rows, v_rows;
+  __shared__ int end_key;
 
   const int warp = static_cast<int>(threadIdx.x / 32);
   const uint32_t base = smem_u32(shared);
   const uint32_t q_base = base + C::kQOffset, ring = base + C::kRingOffset;
-  const T *k_at, *v_at;  // what this thread copies next
-  int first_key, end_key;
+  int first_key;
   {
     const PrefillTile t = find_tile<C>(args, reinterpret_cast<int*>(shared));
     if (t.token >= t.q_len) return;
     const TokenRange keys = token_range(args, t, t.token, C::kBlockM);
     first_key = max(0, keys.begin) / C::kBlockN * C::kBlockN;
-    end_key = keys.end;
-    if (!t.valid || first_key >= end_key) {
+    if (!t.valid || first_key >= keys.end) {
       const float value = t.valid ? 0.0f : not_a_number();
       fill_tile<T, C>(args, t, value, t.valid ? minus_infinity() : value);
       return;
     }
-    if (threadIdx.x == 0) tile = t;
+    if (threadIdx.x == 0) {
+      tile = t;
+      end_key = keys.end;
+      k_rows = key_rows<T>(params, t.b, t.k_head);
+      v_rows = value_rows<T>(params, t.b, t.k_head, t.v_head);
+    }
     if (threadIdx.x % 32 == 0) {
       warp_keys[warp] = token_range(args, t, t.token + warp * C::kWarpRows, C::kWarpRows);
     }
     load_q<kGeneral, T, C>(args, t, q_base);
-    k_at = first_chunk<T, C>(key_rows<T>(args.params, t.b, t.k_head), first_key);
-    v_at = first_chunk<T, C>(value_rows<T>(args.params, t.b, t.k_head, t.v_head), first_key);
-    load_tile<T, C, true, kGeneral>(k_at, args, t, first_key, ring);
+    __syncthreads();  // tile, rows, keys
+  }
+  load_k<C, kGeneral>(params, k_rows, first_key, tile.length, ring);
+  cp_async_commit();
+  if constexpr (!C::kQInRegisters) {
+    load_v<C, kGeneral>(params, v_rows, first_key, tile.length, ring + C::kSlotBytes);
     cp_async_commit();
-    if constexpr (!C::kQInRegisters) {
-      load_tile<T, C, false, kGeneral>(v_at, args, t, first_key, ring + C::kSlotBytes);
-      cp_async_commit();
-    }
   }
 
   const LaneOffsets<C> offsets;
@@ -92,14 +98,15 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinCtas)
   if constexpr (C::kQInRegisters) {
     cp_async_wait<0>();
     __syncthreads();  // Q
-    const TileFragments<C> q_tile(q_base + warp * C::kWarpRows * C::kRowBytes, offsets);
+    const TileFragments q_tile(q_base + warp * C::kWarpRows * C::kRowBytes, offsets.qv);
 #pragma unroll
     for (int step = 0; step < C::kD / 16; ++step) {
 #pragma unroll
-      for (int m = 0; m < C::kRowTiles; ++m) load_q_fragment<C>(q[step][m], q_tile, m, step);
+      for (int m = 0; m < C::kRowTiles; ++m)
+        ldmatrix_x4(q[step][m], q_tile.address<C>(m * 16, step));
     }
     __syncthreads();  // Q is read: V may take its place
-    load_tile<T, C, false, kGeneral>(v_at, args, tile, first_key, ring + C::kSlotBytes);
+    load_v<C, kGeneral>(params, v_rows, first_key, tile.length, ring + C::kSlotBytes);
     cp_async_commit();
   }
 
@@ -107,36 +114,39 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinCtas)
   Output<C> output = {};
   uint32_t slot = ring;
   while (true) {
-    const bool more = first_key + C::kBlockN < end_key;
     cp_async_wait<1>();
     __syncthreads();  // K; and every warp is done with the V before it
-    if (more) {
-      load_tile<T, C, true, kGeneral>(k_at, args, tile, first_key + C::kBlockN, slot_before<C>(slot, ring));
+    if (first_key + C::kBlockN < end_key) {
+      load_k<C, kGeneral>(params, k_rows, first_key + C::kBlockN, tile.length,
+                          slot_before<C>(slot, ring));
     }
     cp_async_commit();  // a group even when empty: the waits count groups
     const TokenRange keys = warp_keys[warp];
     const bool seen = first_key < keys.end && first_key + C::kBlockN > keys.begin;
-    Scores<C> scores;
+    Probabilities<C> p;
     if (seen) {
+      Scores<C> scores;
       uint32_t q_warp = q_base + warp * C::kWarpRows * C::kRowBytes;
-      multiply_qk<T, C>(scores, q, TileFragments<C>(q_warp, offsets),
-                        TileFragments<C>(slot, offsets));
+      multiply_qk<T, C>(scores, q, TileFragments(q_warp, offsets.qv),
+                        TileFragments(slot, offsets.k));
       const int warp_token = tile.token + warp * C::kWarpRows;
       if constexpr (kGeneral) modify_scores<T, C>(scores, args, tile, warp_token, first_key);
       if (first_key < keys.all_begin || first_key + C::kBlockN > keys.all_end) {
         hide_keys<C>(scores, args, tile, warp_token, first_key);
       }
-      state.update(scores, output, args.softmax_scale);
+      state.template update<T>(p, scores, output, args.softmax_scale);
     }
     cp_async_wait<1>();
     __syncthreads();  // V; and every warp is done with K
-    if (more) {
-      load_tile<T, C, false, kGeneral>(v_at, args, tile, first_key + C::kBlockN, slot);
+    if (first_key + C::kBlockN < end_key) {
+      load_v<C, kGeneral>(params, v_rows, first_key + C::kBlockN, tile.length, slot);
     }
     cp_async_commit();
-    if (seen) multiply_pv<T, C>(output, scores, TileFragments<C>(slot_after<C>(slot, ring), offsets));
-    if (!more) break;
+    if (seen) {
+      multiply_pv<T, C>(output, p, TileFragments(slot_after<C>(slot, ring), offsets.qv));
+    }
     first_key += C::kBlockN;
+    if (first_key >= end_key) break;
     slot = slot_before<C>(slot, ring);
   }
   store_output<T, C>(args, tile, base, warp * C::kWarpRows, state, output);

@@ -1,11 +1,10 @@
 // Host side of the prefill kernels: what they can run, which instance, how many CTAs.
-#include "launch.h"
-
 #include <algorithm>
 
 #include "../../common/softmax.cuh"
 #include "../../launch.h"
 #include "config.h"
+#include "launch.h"
 #include "tile.cuh"
 
 namespace gqa::cuda::sm80 {
@@ -93,7 +92,8 @@ std::string prefill_unsupported(const AttentionParams& params) {
   if (params.kv_len + params.q_len > INT32_MAX - 1024) {
     return is("Sk + Sq", params.kv_len + params.q_len, "below 2^31 - 1024");
   }
-  if (num_ctas(params) > INT32_MAX) return is("the number of tiles", num_ctas(params), "below 2^31");
+  if (num_ctas(params) > INT32_MAX)
+    return is("the number of tiles", num_ctas(params), "below 2^31");
   if (params.attn_mask != nullptr && params.q_offsets != nullptr) {
     return "attn_mask must not be given with packed sequences";
   }

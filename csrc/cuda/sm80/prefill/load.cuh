@@ -45,42 +45,30 @@ __device__ __forceinline__ void copy_chunk(uint32_t to, const T* row, int column
   }
 }
 
-// What this thread copies first of dense rows from `first_key` on.
-template <class T, class C>
-__device__ __forceinline__ const T* first_chunk(const CopyRows<T>& rows, int first_key) {
-  const CopyPlace<C> place;
-  return rows.base + (first_key + place.row) * rows.stride + place.chunk * 8;
-}
-
-// Starts the copy of keys first_key and on of K (kKeys) or V to a slot. Rows beyond the sequence's
-// keys become zeros: their scores are masked, but a NaN times a probability of 0 would not be.
-// `at`: of a dense tensor, moved on to the next tile; the only thing kept between tiles, because
-// registers are short.
-template <class T, class C, bool kKeys, bool kElements>
-__device__ __forceinline__ void load_tile(const T*& at, const PrefillArgs& args,
-                                          const PrefillTile& tile, int first_key, uint32_t slot) {
+// Starts the copy of keys first_key and on of K or V to a slot. Rows beyond the sequence's keys
+// become zeros: their scores are masked, but a NaN times a probability of 0 would not be.
+// kKeys: rows of K, whose pages outside the storage poison the scores.
+template <class C, bool kKeys, bool kElements, class T>
+__device__ __forceinline__ void load_tile(const CopyRows<T>& rows, int64_t stride, int dim,
+                                          int first_key, int length, uint32_t slot) {
   constexpr int kRows = C::kCopyRows, kCopies = C::kBlockN / kRows;
-  const AttentionParams& params = args.params;
   const CopyPlace<C> place;
-  const int dim = static_cast<int>(kKeys ? params.head_dim : params.value_head_dim);
-  const int left = tile.length - first_key - place.row;  // keys from this thread's first on
+  const int key = first_key + place.row;
   const uint32_t to = slot + place.offset;
-  if (kElements || params.page_table != nullptr) {
-    const CopyRows<T> rows = kKeys
-                                 ? key_rows<T>(params, tile.b, tile.k_head)
-                                 : value_rows<T>(params, tile.b, tile.k_head, tile.v_head);
+  if (kElements || rows.table != nullptr) {
 #pragma unroll 1
     for (int i = 0; i < kCopies; ++i) {
-      const int key = first_key + place.row + i * kRows;
       const T* row = nullptr;
-      if (i * kRows < left) row = kKeys ? rows.key_row(key) : rows.row(key);
+      if (key + i * kRows < length) {
+        row = kKeys ? rows.key_row(key + i * kRows) : rows.row(key + i * kRows);
+      }
       copy_chunk<kElements>(to + i * kRows * C::kRowBytes, row, place.chunk * 8, dim);
     }
     return;
   }
-  const int64_t stride = kKeys ? params.k_stride.s : params.v_stride.s;
+  const T* at = rows.base + place.chunk * 8 + static_cast<uint32_t>(key) * stride;
   const bool in_dim = place.chunk * 8 < dim;
-  if (first_key + C::kBlockN <= tile.length) {
+  if (first_key + C::kBlockN <= length) {
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
       cp_async16(to + i * kRows * C::kRowBytes, at + i * kRows * stride, in_dim);
@@ -89,10 +77,22 @@ __device__ __forceinline__ void load_tile(const T*& at, const PrefillArgs& args,
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
       cp_async16(to + i * kRows * C::kRowBytes, at + i * kRows * stride,
-                 in_dim && i * kRows < left);
+                 in_dim && key + i * kRows < length);
     }
   }
-  at += C::kBlockN * stride;
+}
+
+template <class C, bool kElements, class T>
+__device__ __forceinline__ void load_k(const AttentionParams& params, const CopyRows<T>& rows,
+                                       int first_key, int length, uint32_t slot) {
+  load_tile<C, true, kElements>(rows, params.k_stride.s, static_cast<int>(params.head_dim),
+                                first_key, length, slot);
+}
+template <class C, bool kElements, class T>
+__device__ __forceinline__ void load_v(const AttentionParams& params, const CopyRows<T>& rows,
+                                       int first_key, int length, uint32_t slot) {
+  load_tile<C, false, kElements>(rows, params.v_stride.s, static_cast<int>(params.value_head_dim),
+                                 first_key, length, slot);
 }
 
 // The ring's slot after and before one.

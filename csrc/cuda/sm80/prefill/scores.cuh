@@ -7,6 +7,7 @@
 #include "../../../core/params.h"
 #include "../../../core/visible.h"
 #include "../../common/mask.cuh"
+#include "../../common/mma.cuh"
 #include "../../common/ptx.cuh"
 #include "../../common/softmax.cuh"
 #include "config.h"
@@ -83,8 +84,9 @@ __device__ __forceinline__ void modify_scores(Scores<C>& scores, const PrefillAr
     }
   }
   if (params.alibi_slopes != nullptr) {
-    const float slope = kLog2e * params.alibi_slopes[tile.b * params.alibi_stride_b +
-                                                     tile.head * params.alibi_stride_h];
+    const float slope =
+        kLog2e *
+        params.alibi_slopes[tile.b * params.alibi_stride_b + tile.head * params.alibi_stride_h];
 #pragma unroll
     for (int m = 0; m < C::kRowTiles; ++m) {
 #pragma unroll
@@ -103,15 +105,15 @@ __device__ __forceinline__ void modify_scores(Scores<C>& scores, const PrefillAr
   switch (params.mask_dtype) {
     case DType::kBool:
       add_mask<uint8_t, C>(scores, args, tile, warp_token, first_key,
-                        [](uint8_t visible) { return visible ? 0.0f : minus_infinity(); });
+                           [](uint8_t visible) { return visible ? 0.0f : minus_infinity(); });
       break;
     case DType::kFloat32:
       add_mask<float, C>(scores, args, tile, warp_token, first_key,
-                      [](float x) { return x * kLog2e; });
+                         [](float x) { return x * kLog2e; });
       break;
     default:
       add_mask<T, C>(scores, args, tile, warp_token, first_key,
-                  [](T x) { return to_float(x) * kLog2e; });
+                     [](T x) { return to_float(x) * kLog2e; });
   }
 }
 
@@ -142,7 +144,9 @@ __device__ __forceinline__ void hide_keys(Scores<C>& scores, const PrefillArgs& 
 // The online softmax of a warp's rows; rows are as in Scores.
 template <class C>
 struct RowState {
-  float max[C::kRowTiles][2];  // of the scores, as of the last rescaling
+  // What exponents are relative to, in base-2 units: the maximum as of the last rescaling; -inf: no
+  // key was seen yet.
+  float shift[C::kRowTiles][2];
   float sum[C::kRowTiles][2];  // of P, over this lane's columns
 
   __device__ __forceinline__ RowState() {
@@ -150,18 +154,20 @@ struct RowState {
     for (int m = 0; m < C::kRowTiles; ++m) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        max[m][h] = minus_infinity();
+        shift[m][h] = minus_infinity();
         sum[m][h] = 0.0f;
       }
     }
   }
 
-  // Scores become P = 2^(scale * score - shift); what was summed before is brought to the same
+  // P = 2^(scale * score - shift), rounded to T; what was summed before is brought to the same
   // shift. `scale` > 0.
-  __device__ __forceinline__ void update(Scores<C>& scores, Output<C>& output, float scale) {
+  template <class T>
+  __device__ __forceinline__ void update(Probabilities<C>& p, const Scores<C>& scores,
+                                         Output<C>& output, float scale) {
     // P may exceed 1 by this many binary orders of magnitude before O is rescaled.
     constexpr float kSlack = 8.0f;
-    float block_max[C::kRowTiles][2];
+    float maximum[C::kRowTiles][2];
     bool grown = false;
 #pragma unroll
     for (int m = 0; m < C::kRowTiles; ++m) {
@@ -172,39 +178,38 @@ struct RowState {
         for (int n = 1; n < C::kBlockN / 8; ++n) {
           x = fmaxf(x, fmaxf(scores[m][n][h * 2], scores[m][n][h * 2 + 1]));
         }
-        block_max[m][h] = quad_max(x);
+        maximum[m][h] = quad_max(x);
         // False for -inf - -inf: a row that has seen nothing stays as it is.
-        grown |= (block_max[m][h] - max[m][h]) * scale > kSlack;
+        grown |= fmaf(maximum[m][h], scale, -shift[m][h]) > kSlack;
       }
     }
-    if (__any_sync(~0u, grown)) rescale(block_max, output, scale);
+    if (__any_sync(~0u, grown)) rescale(maximum, output, scale);
 #pragma unroll
     for (int m = 0; m < C::kRowTiles; ++m) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const float shift = softmax_shift(max[m][h]) * scale;
+        const float minus_shift = -softmax_shift(shift[m][h]);
 #pragma unroll
         for (int n = 0; n < C::kBlockN / 8; ++n) {
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            float& x = scores[m][n][h * 2 + e];
-            x = exp2_approx(fmaf(x, scale, -shift));
-            sum[m][h] += x;
-          }
+          const float left = exp2_approx(fmaf(scores[m][n][h * 2], scale, minus_shift));
+          const float right = exp2_approx(fmaf(scores[m][n][h * 2 + 1], scale, minus_shift));
+          sum[m][h] += left;
+          sum[m][h] += right;
+          p[m][n / 2][n % 2 * 2 + h] = pack<T>(left, right);
         }
       }
     }
   }
 
-  __device__ __forceinline__ void rescale(const float (&block_max)[C::kRowTiles][2],
+  __device__ __forceinline__ void rescale(const float (&maximum)[C::kRowTiles][2],
                                           Output<C>& output, float scale) {
 #pragma unroll
     for (int m = 0; m < C::kRowTiles; ++m) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const float larger = fmaxf(max[m][h], block_max[m][h]);
-        const float factor = exp2_approx((max[m][h] - softmax_shift(larger)) * scale);
-        max[m][h] = larger;
+        const float larger = fmaxf(shift[m][h], maximum[m][h] * scale);
+        const float factor = exp2_approx(shift[m][h] - softmax_shift(larger));
+        shift[m][h] = larger;
         sum[m][h] *= factor;
 #pragma unroll
         for (int d = 0; d < C::kD / 8; ++d) {

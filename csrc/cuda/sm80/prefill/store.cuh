@@ -20,8 +20,7 @@ template <class T>
 __device__ __forceinline__ T* output_rows(const PrefillArgs& args, const PrefillTile& tile) {
   const AttentionParams& params = args.params;
   return static_cast<T*>(params.out) + tile.q_batch * params.out_stride.b +
-         tile.head * params.out_stride.h +
-         (tile.first_token + tile.token) * params.out_stride.s;
+         tile.head * params.out_stride.h + (tile.first_token + tile.token) * params.out_stride.s;
 }
 
 // The tile's first element of the LSE; rows follow.
@@ -66,11 +65,11 @@ __device__ __forceinline__ void store_output(const PrefillArgs& args, const Pref
     for (int h = 0; h < 2; ++h) {
       const int row = m * 16 + h * 8 + lane / 4;
       float sum = quad_sum(state.sum[m][h]);
-      float shift = softmax_shift(state.max[m][h]) * args.softmax_scale;
+      float shift = softmax_shift(state.shift[m][h]);
       float factor = 1.0f;
       if (params.sinks != nullptr) factor = add_sink(params.sinks[tile.head], shift, sum);
       const bool seen = sum != 0.0f;
-      factor = seen ? factor / sum : 0.0f;
+      factor = seen ? __fdividef(factor, sum) : 0.0f;
       if (lane % 4 == 0 && row < rows) {
         lse_rows(args, tile)[warp_row + row] =
             seen ? (shift + __log2f(sum)) * kLn2 : minus_infinity();

@@ -48,8 +48,8 @@ __device__ __forceinline__ int head_at(const AttentionParams& params, int place,
 
 // CTAs start in the order of blockIdx.x: sections of (sequence, head) pairs whose K and V fit in L2
 // together; within one the blocks of tokens from the last, whose causal rows are longest, to the
-// first; sequences; heads. So heads of a group run at the same time and find each other's K and V in
-// L2, and so do the blocks of tokens of a section.
+// first; sequences; heads. So heads of a group run at the same time and find each other's K and V
+// in L2, and so do the blocks of tokens of a section.
 template <class C>
 __device__ __forceinline__ PrefillTile find_tile(const PrefillArgs& args, int* scratch) {
   const AttentionParams& params = args.params;
@@ -66,8 +66,7 @@ __device__ __forceinline__ PrefillTile find_tile(const PrefillArgs& args, int* s
   tile.token = (q_tiles - 1 - rest / width) * C::kBlockM;
   tile.head = head_at<C::kThreads>(params, pair % heads, scratch);
   tile.k_head = params.head_map[tile.head];
-  tile.v_head =
-      params.value_head_map == nullptr ? tile.k_head : params.value_head_map[tile.head];
+  tile.v_head = params.value_head_map == nullptr ? tile.k_head : params.value_head_map[tile.head];
   tile.valid = static_cast<uint32_t>(tile.k_head) < static_cast<uint32_t>(params.num_k_heads) &&
                static_cast<uint32_t>(tile.v_head) < static_cast<uint32_t>(params.num_v_heads);
   const Queries queries = queries_of(params, tile.b);
