@@ -22,7 +22,16 @@ pytestmark = pytest.mark.skipif(
 SMALL = HeadMap([1, 0, 1], num_kv_heads=3)  # interleaved, with an empty group
 UNITS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 QUICK = {"causal-more-queries-than-keys", "everything", "lengths-per-head", "strided", "no-keys"}
+# Of K from block to block, so that maxima grow, as rescaling on demand must notice, and fall again.
+GROWTH = torch.tensor([1, 4, 2, 16, 1, 64]).repeat_interleave(64)[:330, None]
 NEVER = 1 << 20  # a page id that is not in storage
+
+
+def ptx_error() -> type[Exception]:
+    """What the emulator raises; importable once a phase was loaded."""
+    import ptxsim
+
+    return ptxsim.PtxError
 
 
 def phase_for(inputs: AttentionInputs) -> Phase:
@@ -65,22 +74,23 @@ def test_options_in_fp16(name: str):
     check(inputs, emulate(phase_for(inputs), inputs))
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_order_of_warps_does_not_matter(seed: int):
+def test_order_of_warps_does_not_matter():
     """More blocks of keys than the ring has slots, more than one tile of rows."""
-    first, again = (
-        attend(SMALL, 150, 290, 128, causal=True, seed=s).out for s in (seed, seed + 100)
+    first, *others = (
+        attend(SMALL, 150, 290, 128, torch.float16, seed=seed, causal=True).out
+        for seed in (0, 1, 2)
     )
-    assert torch.equal(first, again)
+    assert all(torch.equal(first, other) for other in others)
 
 
 @pytest.mark.parametrize(
     "head_map, head_dim, dtype, options",
     [
-        (UNEVEN, 64, torch.float16, {"causal": True}),
-        (WITH_EMPTY, 128, torch.float16, {"window": (40, 10)}),
+        (UNEVEN, 40, torch.bfloat16, {"causal": True}),
+        (SMALL, 96, torch.float16, {"window": (40, 10)}),
         (SMALL, 256, torch.bfloat16, {"causal": True}),
-        pytest.param(INTERLEAVED, 96, torch.bfloat16, {}, marks=pytest.mark.slow),
+        pytest.param(WITH_EMPTY, 128, torch.bfloat16, {"causal": True}, marks=pytest.mark.slow),
+        pytest.param(INTERLEAVED, 64, torch.float16, {}, marks=pytest.mark.slow),
         pytest.param(INTERLEAVED, 192, torch.float16, {"causal": True}, marks=pytest.mark.slow),
     ],
 )
@@ -89,9 +99,8 @@ def test_head_dims(head_map: HeadMap, head_dim: int, dtype: torch.dtype, options
 
 
 def test_large_scores_rescale_the_output():
-    """Maxima that grow from block to block, as rescaling on demand must notice, and fall again."""
     q, k, v = make_inputs(1, SMALL, 130, 330, 64, dtype=torch.bfloat16)
-    k *= torch.tensor([1, 4, 2, 16, 1, 64]).repeat_interleave(64)[:330, None]
+    k *= GROWTH
     inputs = AttentionInputs.create(q, k, v, SMALL, causal=True)
     check(inputs, emulate(phase_for(inputs), inputs))
 
@@ -146,7 +155,8 @@ def test_paged(page_size: int):
 
 
 def test_packed_sequences():
-    """Queries by offsets, keys from their first slots on; one sequence is empty, one sees nothing."""
+    """Queries by offsets, keys from their first slots on; a sequence without queries, one without
+    keys."""
     q_offsets = torch.tensor([0, 150, 150, 161, 200], dtype=torch.int32)
     k_offsets = torch.tensor([0, 77, 90, 90, 200], dtype=torch.int32)
     q, k, v = make_inputs(1, SMALL, 200, 200, 64, dtype=torch.bfloat16)
@@ -165,12 +175,14 @@ def test_packed_sequences():
             check(part, Result(result.out[:, :, tokens], result.lse[:, :, tokens]))
 
 
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
-def test_main_loop_counters(head_dim: int):
+@pytest.mark.parametrize(
+    "head_dim, dtype", [(64, torch.bfloat16), (128, torch.float16), (256, torch.bfloat16)]
+)
+def test_main_loop_counters(head_dim: int, dtype: torch.dtype):
     """No bank conflicts, whole sectors, K and V read once per tile of rows, products as few as can
     be."""
     q_len, kv_len = 256, 256
-    report = attend(HeadMap([0]), q_len, kv_len, head_dim).reports[0]
+    report = attend(HeadMap([0]), q_len, kv_len, head_dim, dtype).reports[0]
     assert report.bank_conflicts == 0
     copies = [s for s in report.memory_sites if s["kind"] == "global" and "cp.async" in s["where"]]
     row_tiles = q_len // 128
@@ -188,18 +200,18 @@ def test_main_loop_counters(head_dim: int):
         ("no barrier before V", "kernel.cuh", "__syncthreads();  // V;", "//"),
         ("no barrier before K", "kernel.cuh", "__syncthreads();  // K;", "//"),
         ("no barrier before the output", "store.cuh", "__syncthreads();  // every warp", "//"),
-        ("one key too many", "load.cuh", "i * kRows < left);", "i * kRows <= left);"),
-        ("never rescaled", "scores.cuh", "if (__any_sync(~0u, grown))", "if (false)"),
+        ("one key too many", "load.cuh", "in_dim && key + i * kRows < length", "in_dim"),
+        ("sums not rescaled", "scores.cuh", "sum[m][h] *= factor;", ""),
         ("edge blocks not masked", "kernel.cuh", "hide_keys<C>(", "if (false) hide_keys<C>("),
     ],
 )
 def test_broken_kernels_are_noticed(name: str, file: str, old: str, new: str):
-    broken = Phase("sm80", "prefill", ("launch", "bf16_d64"), ((f"prefill/{file}", old, new),))
+    broken = Phase("sm80", "prefill", ("launch", "bf16_d64"), ((f"sm80/prefill/{file}", old, new),))
     q, k, v = make_inputs(1, SMALL, 150, 330, 64, dtype=torch.bfloat16)
     lengths = torch.tensor([[329, 330, 330]])
+    k *= GROWTH
     k[:, 0, 329:] = v[:, 0, 329:] = torch.nan
     inputs = AttentionInputs.create(q, k, v, SMALL, causal=True, kv_lengths=lengths)
     check(inputs, emulate(phase_for(inputs), inputs))
-    with pytest.raises(Exception, match=".") as failure:
+    with pytest.raises((AssertionError, ptx_error())):
         check(inputs, emulate(broken, inputs))
-    assert "no 'prefill" not in str(failure.value)

@@ -11,10 +11,10 @@ namespace gqa::cuda::sm80 {
 // halves the shared-memory reads per tensor-core product: with one, reads would take as long as the
 // products. At 256 the accumulators leave room for one only, and Q moves to registers instead.
 //
-// |  class | registers: O, S, Q | shared bytes | CTAs per SM (A100, H100) |
-// |     64 |        64, 64,  32 |       24,576 |                        3 |
-// |    128 |       128, 64,   - |       81,920 |                        2 |
-// |    256 |       128, 16,  64 |       81,920 |                        1 |
+// class | registers: O, S; Q | shared bytes | CTAs per SM (A100, H100)
+//    64 |        64, 64;   - |       40,960 | 3
+//   128 |       128, 64;   - |       81,920 | 2
+//   256 |       128, 16;  64 |       81,920 | 1
 template <int kHeadDim>
 struct PrefillConfig {
   static_assert(kHeadDim == 64 || kHeadDim == 128 || kHeadDim == 256);
