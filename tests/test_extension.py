@@ -196,6 +196,42 @@ def test_every_source_is_listed():
     assert for_ampere and not any("sm90" in path.parts for path in for_ampere)
 
 
+def test_first_use_builds_the_cuda_kernels_for_the_devices_asked_for(machine, tmp_path):
+    """With stand-ins for both compilers; nothing they make can be loaded."""
+    cxx, home = machine.compiler(), tmp_path / "cuda"
+    for folder in ("bin", "include", "lib64"):
+        (home / folder).mkdir(parents=True)
+    (home / "include" / "cuda_runtime_api.h").touch()
+    (home / "bin" / "nvcc").symlink_to(cxx)
+    code = """
+extension._load_library = lambda path: print("loaded", path.name.split("-")[0])
+extension.load("cuda")
+"""
+    env = {"CXX": cxx, "CUDA_HOME": str(home), "TORCH_CUDA_ARCH_LIST": "8.6 9.0"}
+    out, err = machine.run(code, **env)
+    assert out.split() == ["loaded", "cpu", "loaded", "cuda"]
+    assert "building the CUDA kernels (first use only)" in err
+    commands = machine.log.read_text().splitlines()
+    kernels = {line.split(" -c ")[1].split()[0]: line for line in commands if ".cu -o" in line}
+    root = extension.source_root()
+    assert sorted(kernels) == [str(path) for path in sorted((root / "cuda").rglob("*.cu"))]
+    for path, line in kernels.items():
+        assert ("code=sm_86" in line) == ("/sm90/" not in path) and "code=sm_90a" in line
+        assert "compute_80" not in line  # no PTX: the devices are known
+    (host,) = (line for line in commands if "attention_cuda.cpp" in line)
+    assert "-DGQA_CUDA_ARCHS=86_90a" in host and "-DGQA_CUDA_SM90" in host
+    assert "-lcudart_static" in commands[-1] and "-ltorch_cpu" in commands[-1]
+
+    count = machine.compilations()
+    machine.run(code, **env)
+    assert machine.compilations() == count
+    machine.run(code, **{**env, "TORCH_CUDA_ARCH_LIST": "8.0"})
+    assert machine.compilations() > count  # another library: it is for other devices
+    refused = "try: extension.load('cuda')\nexcept RuntimeError as error: print(error)"
+    out, _ = machine.run(refused, **{**env, "TORCH_CUDA_ARCH_LIST": "7.5"})
+    assert "TORCH_CUDA_ARCH_LIST must list compute capabilities of 8.0 or more, got '7.5'" in out
+
+
 def test_cuda_toolkit_and_architectures(tmp_path):
     assert cuda_build.find_toolkit(str(tmp_path)) is None
     (tmp_path / "bin").mkdir()
