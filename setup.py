@@ -1,24 +1,41 @@
-"""The wheel: Python, the C++ sources, and the compiled CPU kernels where torch can be imported.
+"""The wheel: Python, the C++ sources, and the compiled kernels where torch can be imported.
 
 ``pip install .`` builds in isolation, without torch: its wheel compiles the kernels at first use.
 ``pip install --no-build-isolation .`` compiles them now, with the sources and flags of
-``gqa_kernels/extension.py``. Everything else about the project is in pyproject.toml.
+``gqa_kernels/extension.py``: those for CUDA as well where there is an nvcc
+(``GQA_KERNELS_CUDA=0``: not; ``1``: it must be there), with the CPU build of torch, too. Everything
+else about the project is in pyproject.toml.
 """
 
 import importlib.util
+import os
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
+CSRC = ROOT / "csrc"
 
 
-def extension_module():
-    """``gqa_kernels/extension.py`` without the package, which needs torch."""
-    spec = importlib.util.spec_from_file_location("extension", ROOT / "gqa_kernels/extension.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def module(name: str):
+    """``gqa_kernels/<name>.py`` without the package, which needs torch."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"gqa_kernels/{name}.py")
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+def cuda_toolkit():
+    """The toolkit to build CUDA kernels with, or None for a wheel without them."""
+    env = module("env")
+    if env.cuda_kernels() == "0":
+        return None
+    toolkit = cuda.find_toolkit(env.cuda_home())
+    if toolkit is None and env.cuda_kernels() == "1":
+        raise SystemExit("GQA_KERNELS_CUDA=1, but nvcc is missing (looked at $CUDA_HOME and PATH)")
+    return toolkit
 
 
 def compiled_part() -> dict:
@@ -26,25 +43,66 @@ def compiled_part() -> dict:
         from torch.utils.cpp_extension import BuildExtension, CppExtension
     except ImportError:
         return {}
-    extension = extension_module()
-    sources = extension.cpu_sources(ROOT / "csrc")
+    extension, toolkit = module("extension"), cuda_toolkit()
+    archs = module("env").cuda_arch_list()
+    archs = cuda.parse_archs(archs) if archs else cuda.DEFAULT_ARCHS
+    sources, flags, link = extension.cpu_sources(CSRC), list(extension.COMPILE_FLAGS), {}
+    if toolkit:
+        sources += cuda.host_sources(CSRC)
+        flags += cuda.host_flags(toolkit, archs)
+        link = {
+            "library_dirs": [str(toolkit.libraries)],
+            "extra_link_args": list(cuda.LINK_FLAGS),
+        }
+
+    class Build(BuildExtension):
+        """Compiles the .cu files first; torch's own way to do so needs torch's CUDA build."""
+
+        def build_extensions(self) -> None:
+            if toolkit:
+                self.extensions[0].extra_objects = self.cuda_objects()
+            super().build_extensions()
+
+        def cuda_objects(self) -> list[str]:
+            folder = Path(self.build_temp).absolute() / "cuda"
+            folder.mkdir(parents=True, exist_ok=True)
+
+            def compiled(source: Path) -> str:
+                name = "-".join(source.relative_to(CSRC).with_suffix(".o").parts)
+                command = cuda.compile_command(
+                    toolkit, CSRC, source, folder / name, archs, ptx=True
+                )
+                done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+                # At once: files that compile at the same time must not mix their lines.
+                print(" ".join(command) + "\n" + done.stdout.decode(), flush=True)
+                done.check_returncode()
+                return str(folder / name)
+
+            with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+                return list(pool.map(compiled, cuda.kernel_sources(CSRC, archs)))
+
     return {
         "ext_modules": [
             CppExtension(
                 "gqa_kernels._C",
                 [str(path.relative_to(ROOT)) for path in sources],
-                extra_compile_args=list(extension.COMPILE_FLAGS),
+                extra_compile_args=flags,
                 py_limited_api=True,
+                **link,
             )
         ],
-        "cmdclass": {"build_ext": BuildExtension},
+        "cmdclass": {"build_ext": Build},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }
 
 
+cuda = module("cuda_build")
 setup(
     packages=[*find_packages(include=["gqa_kernels", "gqa_kernels.*"]), "gqa_kernels._csrc"],
     package_dir={"gqa_kernels._csrc": "csrc"},
-    package_data={"": ["*.json"], "gqa_kernels._csrc": ["**/*.h", "**/*.cpp"]},
+    package_data={
+        "": ["*.json"],
+        "gqa_kernels._csrc": ["**/*.h", "**/*.cpp", "**/*.cuh", "**/*.cu"],
+    },
     **compiled_part(),
 )

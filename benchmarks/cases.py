@@ -33,6 +33,7 @@ MODELS = {
     "llama-3.2-1b": Model(32, 8, 64),
     "llama-3-70b": Model(64, 8, 128),
     "qwen2.5-7b": Model(28, 4, 128),
+    "gemma-2-9b": Model(16, 8, 256),
     "smollm2-135m": Model(9, 3, 64),
     "vit-b": Model(12, 12, 64, causal=False),
 }
@@ -250,8 +251,11 @@ GPU = [
     # The headline first: a session that runs out of time has measured what matters.
     *decode("llama-3-8b", BOTH, 1, 8192),
     *decode("llama-3-8b", BOTH, 32, 8192),
+    *prefill("llama-3-8b", BOTH, 1, 16384),
     *prefill("llama-3-8b", BOTH, 1, 8192),
     *prefill("llama-3-8b", BOTH, 4, 2048),
+    *prefill("llama-3.2-1b", BOTH, 1, 16384),
+    *prefill("gemma-2-9b", ("even", "uneven-2"), 1, 16384),
     *(c for n in (512, 2048, 4096, 32768, 131072) for c in decode("llama-3-8b", BOTH, 1, n)),
     *(c for b in (4, 64) for c in decode("llama-3-8b", BOTH, b, 2048)),
     *decode("llama-3-70b", ("even", "uneven-6", "giant"), 16, 8192),
@@ -263,7 +267,6 @@ GPU = [
     *decode("smollm2-135m", ("even", "4-3-2"), 16, 2048),
     *prefill("llama-3-8b", BOTH, 1, 512),
     *prefill("llama-3-8b", ("giant", "interleaved", "pruned"), 4, 2048),
-    *prefill("llama-3-8b", BOTH, 1, 16384),
     *prefill("llama-3-8b", BOTH, 4, 2048, FP16),
     *prefill("llama-2-7b", GROUP_SIZES, 4, 2048),
     *prefill("opt-1.3b", ("even", "uneven-4"), 4, 2048),

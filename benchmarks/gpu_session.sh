@@ -48,8 +48,19 @@ done
 stage device 20 bash -c 'nvidia-smi -L && python3 -c "
 import torch, triton
 print(torch.__version__, triton.__version__, torch.cuda.get_device_name())"' || exit 1
-stage build 150 python3 -c "from gqa_kernels import extension; extension.load()"
+# CPU kernels, and with nvcc the CUDA kernels for the device at hand.
+stage build 240 python3 -c "
+from gqa_kernels import extension
+extension.load()
+extension.load('cuda')
+print(extension.cuda_build_info())"
 stage tests 240 python3 -m pytest --maxfail=20 -q -p no:cacheprovider --durations=10 tests
+# A reduced set of the CUDA kernels' tests, whose launches the sanitizer slows down a hundredfold.
+for tool in memcheck racecheck; do
+  stage "$tool" 90 compute-sanitizer --tool "$tool" --error-exitcode 9 python3 -m pytest -x -q \
+    -p no:cacheprovider tests/backends/test_cuda.py \
+    -k "(device_map or larger_than_a_tile or pages_agree) and not 200"
+done
 
 # The suite stops by itself, in time for its last case, the copy and the report.
 time_left=$(left)

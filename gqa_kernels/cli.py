@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
-from . import env
+from . import env, extension
 from .backends.dispatch import BACKENDS
 
 
@@ -123,6 +123,7 @@ def _env(arguments: argparse.Namespace) -> int:
         "threads": str(torch.get_num_threads()),
         "OpenMP threads wait": env.omp_wait_policy() or "actively",
         "kernel cache": str(env.cache_dir()),
+        "CUDA kernels": extension.cuda_build_info(),
         "build at first use": "on" if env.build_enabled() else "off",
         "Triton interpreter": "on" if env.triton_interpreter() else "off",
     }

@@ -5,6 +5,9 @@
 | ``GQA_KERNELS_CACHE`` | folder of compiled kernels (``$XDG_CACHE_HOME/gqa_kernels``) |
 | ``GQA_KERNELS_BUILD`` | ``0``: never compile at first use (``1``) |
 | ``CXX`` | C++ compiler for that (``c++``, ``g++`` or ``clang++``) |
+| ``CUDA_HOME`` | CUDA toolkit for that and for ``setup.py`` (the one of the nvcc on PATH) |
+| ``GQA_KERNELS_CUDA`` | ``0``: no CUDA kernels; ``1``: ``setup.py`` fails without nvcc (``auto``) |
+| ``TORCH_CUDA_ARCH_LIST`` | devices to compile for, ``8.0;9.0`` (at first use: those at hand) |
 | ``GQA_KERNELS_CPU_ISA`` | instruction set of the CPU kernels: ``portable``, ``avx2`` (the best) |
 | ``TRITON_INTERPRET`` | Triton's: ``1`` runs its kernels on the CPU, slowly, for tests (``0``) |
 | ``OMP_WAIT_POLICY`` | OpenMP's; the command line sets ``PASSIVE`` where it is unset |
@@ -34,6 +37,24 @@ def build_enabled() -> bool:
 def cxx() -> str | None:
     """The C++ compiler asked for, if any."""
     return os.environ.get("CXX") or None
+
+
+def cuda_home() -> str | None:
+    """The CUDA toolkit asked for, if any."""
+    return os.environ.get("CUDA_HOME") or None
+
+
+def cuda_kernels() -> str:
+    """Whether to have CUDA kernels: "auto", "0" or "1"."""
+    setting = os.environ.get("GQA_KERNELS_CUDA", "auto")
+    if setting not in ("auto", "0", "1"):
+        raise ValueError(f"GQA_KERNELS_CUDA must be auto, 0 or 1, got {setting!r}")
+    return setting
+
+
+def cuda_arch_list() -> str | None:
+    """The compute capabilities to compile for, if that was asked for."""
+    return os.environ.get("TORCH_CUDA_ARCH_LIST") or None
 
 
 def triton_interpreter() -> bool:

@@ -1,11 +1,13 @@
 """The compiled part: its sources and flags, finding it, building it at first use, loading it.
 
-A wheel built where torch could be imported carries ``_C.abi3.so``. Any other installation compiles
-the same sources once, into the user's cache, when a backend first needs them. One binary serves
-every torch from 2.10 on (torch's stable ABI), so neither depends on the torch it was built with.
+A wheel built where torch could be imported carries ``_C.abi3.so``, with CUDA kernels inside where
+there was an nvcc. Any other installation compiles the same sources once, into the user's cache,
+when a backend first needs them: the CPU kernels with the ops' schemas, and, where there are a GPU
+and an nvcc, a second library with the CUDA kernels. One binary serves every torch from 2.10 on
+(torch's stable ABI), so neither depends on the torch it was built with.
 
 ``setup.py`` loads this file by its path, without the package and without torch: both are imported
-where they are needed.
+where they are needed. What is particular to CUDA is in ``cuda_build.py``.
 """
 
 from __future__ import annotations
@@ -25,8 +27,8 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent
 LIBRARY = "_C.abi3.so"  # ahead of time, in the package
 
-# CPU sources. A CUDA source set (csrc/cuda) gets its own list and its own library beside this one.
 CPU_SOURCE_DIRS = (".", "host", "cpu")
+PARTS = ("cpu", "cuda")
 COMPILE_FLAGS = (
     "-std=c++17",
     "-O3",
@@ -37,11 +39,12 @@ COMPILE_FLAGS = (
     "-DPy_LIMITED_API=0x030a0000",
 )
 COMPILERS = ("c++", "g++", "clang++")
+SOURCE_KINDS = (".h", ".cpp", ".cuh", ".cu")
 ERROR_LINES = 15
 
-_lock = threading.Lock()
-_loaded: Path | None = None
-_failure: str | None = None
+_lock = threading.RLock()
+_loaded: dict[str, Path] = {}
+_failures: dict[str, str] = {}
 
 
 def source_root() -> Path:
@@ -52,50 +55,67 @@ def source_root() -> Path:
 
 def cpu_sources(root: Path) -> list[Path]:
     """The translation units of the CPU library."""
-    return [path for name in CPU_SOURCE_DIRS for path in sorted((root / name).glob("*.cpp"))]
+    paths = [path for name in CPU_SOURCE_DIRS for path in sorted((root / name).glob("*.cpp"))]
+    return [path for path in paths if not path.stem.endswith("_cuda")]
 
 
-def load() -> None:
+def load(part: str = "cpu") -> None:
     """Load the compiled ops, building them first where no build is found. Cheap once loaded.
+
+    Args:
+        part: "cpu", or "cuda" for the CUDA kernels of the ops as well.
 
     Raises:
         RuntimeError: they can't be built or loaded; the message says why. A second call says it
             again without another try.
     """
-    global _loaded, _failure
-    if _loaded is not None:
+    if part in _loaded:
         return
+    if part == "cuda":
+        load("cpu")  # the ops' schemas
     with _lock:
-        if _loaded is not None:
+        if part in _loaded:
             return
-        if _failure is None:
+        if part not in _failures:
             try:
-                library = _find_or_build()
-                _load_library(library)
-                _loaded = library
+                library = _find_or_build(part)
+                if library not in _loaded.values():
+                    _load_library(library)
+                _loaded[part] = library
                 return
-            except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-                _failure = str(error)
-        raise RuntimeError(_failure)
+            except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
+                _failures[part] = str(error)
+        raise RuntimeError(_failures[part])
 
 
-def library_path() -> Path | None:
-    """The library that :func:`load` loaded, if it did."""
-    return _loaded
+def library_path(part: str = "cpu") -> Path | None:
+    """The library that :func:`load` loaded for the part, if it did."""
+    return _loaded.get(part)
 
 
-def unavailable_reason() -> str | None:
+def unavailable_reason(part: str = "cpu") -> str | None:
     """Why :func:`load` can't work, as far as can be told without compiling; or None."""
-    if _loaded is not None:
+    if part in _loaded:
         return None
-    if _failure is not None:
-        return _failure
-    if _ahead_of_time() or _cached_builds():
+    if part in _failures:
+        return _failures[part]
+    if _ahead_of_time(part) or _cached_builds(part):
         return None
-    return _cannot_build()
+    return _cannot_build(part)
 
 
-def _ahead_of_time() -> Path | None:
+def cuda_build_info() -> str:
+    """What the CUDA kernels at hand were built with, or why there are none."""
+    from . import cuda_build
+
+    library = _ahead_of_time("cuda") or next(iter(_cached_builds("cuda")), None)
+    if library is not None:
+        return f"{cuda_build.build_info(library)} ({library})"
+    reason = _cannot_build("cuda")
+    return f"none: {reason}" if reason else "none yet: compiled at first use"
+
+
+def _ahead_of_time(part: str) -> Path | None:
     """The library in the package; not one that an edited checkout has left behind."""
     library = PACKAGE / LIBRARY
     if not library.exists():
@@ -105,20 +125,32 @@ def _ahead_of_time() -> Path | None:
         newest = max(path.stat().st_mtime for path in _source_files(root))
         if newest > library.stat().st_mtime:
             return None
+    if part == "cuda" and _build_info(library, library.stat().st_mtime) is None:
+        return None
     return library
 
 
+@lru_cache(maxsize=4)  # searches the whole file
+def _build_info(library: Path, modified: float) -> str | None:
+    from . import cuda_build
+
+    return cuda_build.build_info(library)
+
+
 def _source_files(root: Path) -> list[Path]:
-    return sorted([*root.rglob("*.h"), *root.rglob("*.cpp")])
+    return sorted(path for kind in SOURCE_KINDS for path in root.rglob(f"*{kind}"))
 
 
-def _cannot_build() -> str | None:
+def _cannot_build(part: str) -> str | None:
     from . import env
 
     if sys.platform != "linux":
         return f"the kernels compile on Linux only, this is {sys.platform}"
     if not cpu_sources(source_root()):
         return f"the kernels' sources are missing from {source_root()}"
+    missing = _missing_cuda() if part == "cuda" else None
+    if missing:
+        return missing
     if not env.build_enabled():
         return "no compiled kernels were found, and GQA_KERNELS_BUILD=0 forbids building them"
     if _compiler() is None:
@@ -126,15 +158,33 @@ def _cannot_build() -> str | None:
     return None
 
 
-def _find_or_build() -> Path:
-    library = _ahead_of_time()
+def _missing_cuda() -> str | None:
+    """Why there can be no CUDA kernels but those that were built ahead of time."""
+    if _toolkit() is None:
+        without = "the installed extension was built without CUDA, and " if _without_cuda() else ""
+        return f"{without}nvcc is missing (looked at $CUDA_HOME and PATH)"
+    return None
+
+
+def _without_cuda() -> bool:
+    return _ahead_of_time("cpu") is not None and _ahead_of_time("cuda") is None
+
+
+def _toolkit():
+    from . import cuda_build, env
+
+    return cuda_build.find_toolkit(env.cuda_home())
+
+
+def _find_or_build(part: str) -> Path:
+    library = _ahead_of_time(part)
     if library is not None:
         return library
-    reason = _cannot_build()
+    reason = _cannot_build(part)
     if reason is None:
-        return _build_once()
-    if _cached_builds():
-        return _cached_builds()[0]
+        return _build_once(part)
+    if _cached_builds(part):
+        return _cached_builds(part)[0]
     raise RuntimeError(reason)
 
 
@@ -154,25 +204,27 @@ def _compiler() -> str | None:
     return next(filter(None, map(shutil.which, COMPILERS)), None)
 
 
-@lru_cache(maxsize=1)  # asked for at every call where the kernels can't be built
-def _source_key() -> str:
+@lru_cache(maxsize=2)  # asked for at every call where the kernels can't be built
+def _source_key(part: str) -> str:
     """Hash of everything that decides what the library does, apart from the compiler."""
     root = source_root()
     digest = hashlib.sha256(repr((COMPILE_FLAGS, platform.machine())).encode())
     for path in _source_files(root):
-        digest.update(f"{path.relative_to(root)}\0".encode())
-        digest.update(path.read_bytes() + b"\0")
+        name = path.relative_to(root).as_posix()
+        if part == "cuda" or not (name.startswith("cuda/") or path.stem.endswith("_cuda")):
+            digest.update(f"{name}\0".encode())
+            digest.update(path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 
 
-def _cached_builds() -> list[Path]:
+def _cached_builds(part: str) -> list[Path]:
     """Builds of these very sources, by whatever compiler."""
     from . import env
 
-    return sorted(env.cache_dir().glob(f"cpu-{_source_key()}-*.so"))
+    return sorted(env.cache_dir().glob(f"{part}-{_source_key(part)}-*.so"))
 
 
-def _build_once() -> Path:
+def _build_once(part: str) -> Path:
     """The cached library for this compiler, built now if need be, by one process at a time."""
     import fcntl
 
@@ -183,8 +235,11 @@ def _build_once() -> Path:
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60)
     if version.returncode != 0:
         raise RuntimeError(f"{compiler} --version failed: {version.stderr.strip()}")
-    compiler_key = hashlib.sha256(version.stdout.encode()).hexdigest()[:8]
-    library = cache / f"cpu-{_source_key()}-{compiler_key}.so"
+    made_by = version.stdout
+    if part == "cuda":
+        made_by += f"{_toolkit().version} {cuda_archs()}"
+    compiler_key = hashlib.sha256(made_by.encode()).hexdigest()[:8]
+    library = cache / f"{part}-{_source_key(part)}-{compiler_key}.so"
     if library.exists():
         return library
 
@@ -197,44 +252,86 @@ def _build_once() -> Path:
         for stale in cache.glob("build-*"):  # left by killed builds: we hold the lock
             shutil.rmtree(stale, ignore_errors=True)
         with tempfile.TemporaryDirectory(prefix="build-", dir=cache) as folder:
-            built = _compile(compiler, Path(folder))
+            built = _compile(part, compiler, Path(folder))
             os.replace(built, library)  # atomic: nobody sees half a file
     return library
 
 
-def _compile(compiler: str, folder: Path) -> Path:
-    """Compile and link the library in ``folder``."""
+def cuda_archs() -> tuple[str, ...]:
+    """What to compile CUDA kernels for at first use: $TORCH_CUDA_ARCH_LIST, or the devices here.
+
+    Raises:
+        ValueError: the variable lists what can't be compiled for.
+    """
+    import torch
+
+    from . import cuda_build, env
+
+    if env.cuda_arch_list():
+        return cuda_build.parse_archs(env.cuda_arch_list())
+    if not torch.cuda.is_available():
+        return cuda_build.DEFAULT_ARCHS
+    devices = range(torch.cuda.device_count())
+    return tuple(sorted({cuda_build.arch_of(torch.cuda.get_device_capability(i)) for i in devices}))
+
+
+def _compile(part: str, compiler: str, folder: Path) -> Path:
+    """Compile and link the library of a part in ``folder``."""
     import torch
 
     torch_root = Path(torch.__file__).parent
-    sources = cpu_sources(source_root())
+    commands = (_cuda_commands if part == "cuda" else _cpu_commands)(compiler, folder)
     print(
-        f"gqa_kernels: building the CPU kernels (first use only), {len(sources)} files ...",
+        f"gqa_kernels: building the {part.upper()} kernels (first use only), "
+        f"{len(commands)} files ...",
         file=sys.stderr,
         flush=True,
     )
-
-    def compile_one(indexed: tuple[int, Path]) -> str:
-        index, source = indexed
-        target = str(folder / f"{index}.o")
-        include = ["-isystem", str(torch_root / "include")]
-        _run([compiler, *COMPILE_FLAGS, *include, "-c", str(source), "-o", target])
-        return target
-
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        objects = list(pool.map(compile_one, enumerate(sources)))
+        list(pool.map(lambda command: _run(part, command), commands))
     built = folder / "library.so"
+    objects = [command[-1] for command in commands]
     libraries = [f"-L{torch_root / 'lib'}", "-ltorch_cpu"]
-    _run([compiler, "-shared", *objects, "-o", str(built), *libraries])
+    if part == "cuda":
+        from . import cuda_build
+
+        libraries += [f"-L{_toolkit().libraries}", *cuda_build.LINK_FLAGS]
+    _run(part, [compiler, "-shared", *objects, "-o", str(built), *libraries])
     return built
 
 
-def _run(command: list[str]) -> None:
+def _cpu_commands(compiler: str, folder: Path, sources=None, flags=()) -> list[list[str]]:
+    """One command per C++ file; the object comes last."""
+    import torch
+
+    include = ["-isystem", str(Path(torch.__file__).parent / "include")]
+    sources = cpu_sources(source_root()) if sources is None else sources
+    return [
+        [compiler, *COMPILE_FLAGS, *flags, *include, "-c", str(source), "-o", f"{folder}/{i}.o"]
+        for i, source in enumerate(sources)
+    ]
+
+
+def _cuda_commands(compiler: str, folder: Path) -> list[list[str]]:
+    from . import cuda_build
+
+    root, toolkit, archs = source_root(), _toolkit(), cuda_archs()
+    kernels = [
+        cuda_build.compile_command(toolkit, root, source, folder / f"k{i}.o", archs, ptx=False)
+        for i, source in enumerate(cuda_build.kernel_sources(root, archs))
+    ]
+    # The checks of the host code are in both libraries, hidden from each other.
+    host = [*cuda_build.host_sources(root), root / "host" / "inputs.cpp"]
+    flags = cuda_build.host_flags(toolkit, archs)
+    return [*kernels, *_cpu_commands(compiler, folder, host, flags)]
+
+
+def _run(part: str, command: list[str]) -> None:
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode != 0:
         lines = (result.stderr or result.stdout).strip().splitlines()
         said = "\n".join(lines[-ERROR_LINES:]) or "it printed nothing"
         raise RuntimeError(
-            f"building the CPU kernels failed: {command[0]} exited with "
+            f"building the {part.upper()} kernels failed: {command[0]} exited with "
             f"{result.returncode}:\n{said}"
         )

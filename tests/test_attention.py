@@ -20,6 +20,12 @@ MATRIX = [
 ]
 
 
+def widest(backend: str) -> torch.dtype:
+    """float32, or what the backend has in its place."""
+    dtypes = BACKENDS[backend].capabilities.dtypes
+    return torch.float32 if torch.float32 in dtypes else torch.float16
+
+
 @pytest.mark.parametrize("case, backend, dtype", MATRIX)
 def test_matches_reference(case, backend, dtype, device):
     args, options = case.build(dtype, device)
@@ -44,7 +50,7 @@ def test_reference_matches_loops(case):
 @pytest.mark.parametrize("case", [PREFILL_CASES[1], DECODE_CASES[1]], ids=lambda case: case.id)
 def test_layouts_agree(case, backend, device):
     """bshd gives the transpose of bhsd, bit for bit, and memory in its own order."""
-    (q, k, v, head_map), options = case.build(torch.float32, device)
+    (q, k, v, head_map), options = case.build(widest(backend), device)
     expected = asym_gqa_attention(q, k, v, head_map, **options, backend=backend)
     q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
     out = asym_gqa_attention(q, k, v, head_map, **options, layout="bshd", backend=backend)
@@ -56,7 +62,7 @@ def test_layouts_agree(case, backend, device):
 @pytest.mark.parametrize("q_len", [1, 40])
 def test_garbage_beyond_lengths_is_never_used(backend, q_len, device):
     case = next(c for c in PREFILL_CASES if c.id == "lengths")
-    (q, k, v, head_map), options = case.build(torch.float32, device)
+    (q, k, v, head_map), options = case.build(widest(backend), device)
     q = q[:, :, :q_len]
     clean = asym_gqa_attention(q, k, v, head_map, **options, backend=backend)
     for b, n in enumerate(options["kv_lengths"].tolist()):
@@ -70,8 +76,8 @@ def test_garbage_beyond_lengths_is_never_used(backend, q_len, device):
 @pytest.mark.parametrize("q_len", [1, 40])
 def test_large_scores_neither_overflow_nor_vanish(backend, q_len, device):
     case = PREFILL_CASES[0]
-    (q, k, v, head_map), _ = case.build(torch.float32, device)
-    q = (q * 300)[:, :, :q_len]
+    (q, k, v, head_map), _ = case.build(widest(backend), device)
+    q = (q * 300)[:, :, :q_len]  # within float16
     for shift in (-1e4, 0.0, 1e4):
         mask = torch.full((q.shape[2], k.shape[2]), shift, device=device)
         args = (q, k, v, head_map)
@@ -82,7 +88,7 @@ def test_large_scores_neither_overflow_nor_vanish(backend, q_len, device):
 @pytest.mark.parametrize("backend", USABLE)
 @pytest.mark.parametrize("q_len", [1, 40])
 def test_windows_beyond_any_length(backend, q_len, device):
-    (q, k, v, head_map), _ = PREFILL_CASES[0].build(torch.float32, device)
+    (q, k, v, head_map), _ = PREFILL_CASES[0].build(widest(backend), device)
     q = q[:, :, :q_len]
     expected = asym_gqa_attention(q, k, v, head_map, causal=True, backend=backend)
     for left in (2**31 - 1, 2**31, 2**62):
@@ -95,7 +101,7 @@ def test_windows_beyond_any_length(backend, q_len, device):
 @pytest.mark.parametrize("backend", USABLE)
 @pytest.mark.parametrize("q_len, kv_len", [(1, 700), (60, 60)])
 def test_deterministic(backend, q_len, kv_len, device):
-    q, k, v = make_inputs(2, UNEVEN, q_len, kv_len, 16, device=device)
+    q, k, v = make_inputs(2, UNEVEN, q_len, kv_len, 16, dtype=widest(backend), device=device)
     first = asym_gqa_attention(q, k, v, UNEVEN, deterministic=True, backend=backend)
     for _ in range(3):
         again = asym_gqa_attention(q, k, v, UNEVEN, deterministic=True, backend=backend)
@@ -106,7 +112,7 @@ def test_deterministic(backend, q_len, kv_len, device):
 @pytest.mark.parametrize("shape", ["batch", "queries"])
 def test_nothing_to_do(backend, shape, device):
     case = PREFILL_CASES[0]
-    (q, k, v, head_map), _ = case.build(torch.float32, device)
+    (q, k, v, head_map), _ = case.build(widest(backend), device)
     if shape == "batch":
         q, k, v = q[:0], k[:0], v[:0]
     else:

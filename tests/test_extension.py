@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from gqa_kernels import extension
+from gqa_kernels import cuda_build, extension
 
 ROOT = Path(__file__).parent.parent
 STAND_IN = """#!{python}
@@ -186,6 +186,101 @@ def test_killed_build_leaves_nothing_in_the_way(machine):
 
 def test_every_source_is_listed():
     root = extension.source_root()
-    built = {path.relative_to(root).as_posix() for path in extension.cpu_sources(root)}
-    there = {path.relative_to(root).as_posix() for path in root.rglob("*.cpp")}
-    assert built == {name for name in there if not name.startswith("cuda/")}
+    listed = [
+        *extension.cpu_sources(root),
+        *cuda_build.host_sources(root),
+        *cuda_build.kernel_sources(root, cuda_build.DEFAULT_ARCHS),
+    ]
+    assert sorted(listed) == sorted([*root.rglob("*.cpp"), *root.rglob("*.cu")])
+    for_ampere = cuda_build.kernel_sources(root, ("80",))
+    assert for_ampere and not any("sm90" in path.parts for path in for_ampere)
+
+
+def test_first_use_builds_the_cuda_kernels_for_the_devices_asked_for(machine, tmp_path):
+    """With stand-ins for both compilers; nothing they make can be loaded."""
+    cxx, home = machine.compiler(), tmp_path / "cuda"
+    for folder in ("bin", "include", "lib64"):
+        (home / folder).mkdir(parents=True)
+    (home / "include" / "cuda_runtime_api.h").touch()
+    (home / "bin" / "nvcc").symlink_to(cxx)
+    code = """
+extension._load_library = lambda path: print("loaded", path.name.split("-")[0])
+extension.load("cuda")
+"""
+    env = {"CXX": cxx, "CUDA_HOME": str(home), "TORCH_CUDA_ARCH_LIST": "8.6 9.0"}
+    out, err = machine.run(code, **env)
+    assert out.split() == ["loaded", "cpu", "loaded", "cuda"]
+    assert "building the CUDA kernels (first use only)" in err
+    commands = machine.log.read_text().splitlines()
+    kernels = {line.split(" -c ")[1].split()[0]: line for line in commands if ".cu -o" in line}
+    root = extension.source_root()
+    assert sorted(kernels) == [str(path) for path in sorted((root / "cuda").rglob("*.cu"))]
+    for path, line in kernels.items():
+        assert ("code=sm_86" in line) == ("/sm90/" not in path) and "code=sm_90a" in line
+        assert "compute_80" not in line  # no PTX: the devices are known
+    (host,) = (line for line in commands if "attention_cuda.cpp" in line)
+    assert "-DGQA_CUDA_ARCHS=86_90a" in host and "-DGQA_CUDA_SM90" in host
+    assert "-lcudart_static" in commands[-1] and "-ltorch_cpu" in commands[-1]
+
+    count = machine.compilations()
+    machine.run(code, **env)
+    assert machine.compilations() == count
+    machine.run(code, **{**env, "TORCH_CUDA_ARCH_LIST": "8.0"})
+    assert machine.compilations() > count  # another library: it is for other devices
+    refused = "try: extension.load('cuda')\nexcept RuntimeError as error: print(error)"
+    out, _ = machine.run(refused, **{**env, "TORCH_CUDA_ARCH_LIST": "7.5"})
+    assert "TORCH_CUDA_ARCH_LIST must list compute capabilities of 8.0 or more, got '7.5'" in out
+
+
+def test_cuda_toolkit_and_architectures(tmp_path):
+    assert cuda_build.find_toolkit(str(tmp_path)) is None
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "include").mkdir()
+    (tmp_path / "include" / "cuda_runtime_api.h").touch()
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho stand-in 1.0\n")
+    nvcc.chmod(0o755)
+    cuda_build.find_toolkit.cache_clear()
+    assert cuda_build.find_toolkit(str(tmp_path)).version == "stand-in 1.0"
+
+    assert cuda_build.parse_archs("8.0;8.6 9.0+PTX 9.0a") == ("80", "86", "90a")
+    for bad in ("7.5", "8", "Hopper"):
+        with pytest.raises(ValueError, match=f"TORCH_CUDA_ARCH_LIST must list .*got '{bad}'"):
+            cuda_build.parse_archs(bad)
+
+
+def test_cuda_build_is_read_from_the_file(tmp_path):
+    library = tmp_path / "library.so"
+    library.write_bytes(b"\x7fELF" + bytes(100))
+    assert cuda_build.build_info(library) is None
+    library.write_bytes(bytes(100) + b"gqa_kernels CUDA build 13000 80_90a\0" + bytes(9))
+    assert cuda_build.build_info(library) == "CUDA 13.0: sm_80, sm_90a"
+
+
+@pytest.mark.parametrize(
+    "setup, env, reason",
+    [
+        ("", {"GQA_KERNELS_CUDA": "0"}, "GQA_KERNELS_CUDA=0 forbids"),
+        ("torch.cuda.is_available = lambda: False\n", {}, "no CUDA device"),
+        ("", {"CUDA_HOME": "/none/such"}, "nvcc is missing (looked at $CUDA_HOME and PATH)"),
+        (
+            "extension._ahead_of_time = lambda part: part == 'cpu' or None\n",
+            {"CUDA_HOME": "/none/such"},
+            "the installed extension was built without CUDA, and nvcc is missing",
+        ),
+        ("extension._toolkit = lambda: 1\n", {"GQA_KERNELS_BUILD": "0"}, "GQA_KERNELS_BUILD=0"),
+        ("torch.cuda.get_device_capability = lambda: (7, 5)\n", {}, "at least (8, 0), got (7, 5)"),
+    ],
+)
+def test_reasons_against_cuda(machine, setup, env, reason):
+    """As on a machine with a GPU, unless `setup` says otherwise."""
+    code = f"""
+import torch
+torch.cuda.is_available = lambda: True
+torch.cuda.get_device_capability = lambda: (9, 0)
+{setup}
+from gqa_kernels.backends.dispatch import BACKENDS
+print(BACKENDS["cuda"].unavailable_reason())
+"""
+    out, _ = machine.run(code, **env)
+    assert reason in out

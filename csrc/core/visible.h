@@ -1,6 +1,7 @@
 // Which keys a query token sees: the one definition of lengths, causal order and windows.
 #pragma once
 
+#include "host_device.h"
 #include "params.h"
 
 namespace gqa {
@@ -10,26 +11,44 @@ struct KeyRange {
   int64_t begin, end;
 };
 
+// The slot of sequence b's first key.
+GQA_HOST_DEVICE inline int64_t first_slot(const AttentionParams& params, int64_t b) {
+  if (params.kv_begin == nullptr) return 0;
+  const int64_t begin = params.kv_begin[b];
+  return begin < 0 ? 0 : begin > params.kv_len ? params.kv_len : begin;
+}
+
 // Keys of sequence b that are valid for key head k_head.
-inline int64_t kv_length(const AttentionParams& params, int64_t b, int64_t k_head) {
-  if (params.kv_lengths == nullptr) return params.kv_len;
+GQA_HOST_DEVICE inline int64_t kv_length(const AttentionParams& params, int64_t b, int64_t k_head) {
+  const int64_t capacity = params.kv_len - first_slot(params, b);
+  if (params.kv_lengths == nullptr) return capacity;
   const int64_t length =
       params.kv_lengths[b * params.kv_lengths_stride_b + k_head * params.kv_lengths_stride_h];
-  const int64_t room =
-      params.kv_begin == nullptr ? params.kv_len : params.kv_len - params.kv_begin[b];
-  return length < 0 ? 0 : length > room ? room : length;
+  return length < 0 ? 0 : length > capacity ? capacity : length;
+}
+
+// The query tokens of a sequence: tokens [first, first + count) of q, out, LSE of batch `b`.
+struct Queries {
+  int64_t b, first, count;
+};
+
+GQA_HOST_DEVICE inline Queries queries_of(const AttentionParams& params, int64_t b) {
+  if (params.q_offsets == nullptr) return {b, 0, params.q_len};
+  const int64_t first = params.q_offsets[b], count = params.q_offsets[b + 1] - first;
+  return {0, first, count < 0 ? 0 : count > params.q_len ? params.q_len : count};
 }
 
 // The place of query token `token` among `length` keys: the last query token, number Sq - 1, is
 // aligned to the last key. (Of ragged queries too: a shorter sequence's first token is not number
 // 0.)
-inline int64_t query_position(const AttentionParams& params, int64_t length, int64_t token) {
+GQA_HOST_DEVICE inline int64_t query_position(const AttentionParams& params, int64_t length,
+                                              int64_t token) {
   return token + length - params.q_len;
 }
 
-// Both ends grow with the token, so the union over a run of tokens is first.begin to last.end.
-inline KeyRange visible_keys(const AttentionParams& params, int64_t length, int64_t token) {
-  const int64_t position = query_position(params, length, token);
+// The keys that a query at `position` among `length` keys sees.
+GQA_HOST_DEVICE inline KeyRange keys_around(const AttentionParams& params, int64_t length,
+                                            int64_t position) {
   KeyRange range{0, length};
   if (params.window_left >= 0 && position - params.window_left > 0) {
     range.begin = position - params.window_left;
@@ -38,6 +57,12 @@ inline KeyRange visible_keys(const AttentionParams& params, int64_t length, int6
     range.end = position + params.window_right + 1;
   }
   return range;
+}
+
+// Both ends grow with the token, so the union over a run of tokens is first.begin to last.end.
+GQA_HOST_DEVICE inline KeyRange visible_keys(const AttentionParams& params, int64_t length,
+                                             int64_t token) {
+  return keys_around(params, length, query_position(params, length, token));
 }
 
 }  // namespace gqa

@@ -3,7 +3,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "../cpu/backward.h"
-#include "checks.h"
+#include "call.h"
 
 namespace gqa::host {
 namespace {
@@ -14,10 +14,10 @@ void check_forward_results(const Tensor& dout, const OptionalTensor& dlse, const
   check_dtype("out", out, q.scalar_type());
   check_dtype("lse", lse, ScalarType::Float);
   if (dlse) check_dtype("dlse", *dlse, ScalarType::Float);
-  check_cpu("dout", dout);
-  check_cpu("out", out);
-  check_cpu("lse", lse);
-  if (dlse) check_cpu("dlse", *dlse);
+  check_cpu("dout", dout, q);
+  check_cpu("out", out, q);
+  check_cpu("lse", lse, q);
+  if (dlse) check_cpu("dlse", *dlse, q);
   check_last_dim_contiguous("dout", dout);
   check_last_dim_contiguous("out", out);
   for (const auto& [name, x] : {std::pair{"dout", &dout}, {"out", &out}}) {

@@ -25,10 +25,6 @@ inline void check_dtype(const char* name, const Tensor& x, ScalarType dtype) {
                   torch::headeronly::toString(x.scalar_type()));
 }
 
-inline void check_cpu(const char* name, const Tensor& x) {
-  STD_TORCH_CHECK(x.is_cpu(), name, " must be on the CPU, got another device");
-}
-
 // One element needs no stride.
 inline void check_last_dim_contiguous(const char* name, const Tensor& x) {
   const int64_t last = x.dim() - 1;

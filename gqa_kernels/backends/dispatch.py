@@ -8,14 +8,16 @@ from ..cache.inputs import AppendInputs, CacheInputs
 from ..inputs import AttentionInputs
 from .base import Backend
 from .cpu import CPUBackend
+from .cuda import CUDABackend
 from .reference import ReferenceBackend
 from .triton import TritonBackend
 
 BACKENDS: dict[str, Backend] = {
-    backend.name: backend for backend in (CPUBackend(), TritonBackend(), ReferenceBackend())
+    backend.name: backend
+    for backend in (CPUBackend(), CUDABackend(), TritonBackend(), ReferenceBackend())
 }
 # Triton's interpreter on CPU tensors is for tests: only an explicit backend="triton" takes it.
-AUTO_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
+AUTO_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 DEFAULT_ORDER = ("reference",)
 
 Inputs = AttentionInputs | CacheInputs | AppendInputs
@@ -24,8 +26,9 @@ Inputs = AttentionInputs | CacheInputs | AppendInputs
 def available_backends() -> list[str]:
     """Names of the backends usable on this machine now.
 
-    ``cpu`` counts where its kernels are built or a C++ compiler is found; ``triton`` where there is
-    a GPU or its interpreter is on.
+    ``cpu`` counts where its kernels are built or a C++ compiler is found; ``cuda`` where there is a
+    GPU and its kernels are built or nvcc is found; ``triton`` where there is a GPU or its
+    interpreter is on.
     """
     return [name for name, backend in BACKENDS.items() if backend.unavailable_reason() is None]
 

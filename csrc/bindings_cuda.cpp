@@ -1,0 +1,18 @@
+// Which function implements which op on CUDA devices; schemas are in bindings.cpp. In the library
+// only where nvcc compiled the kernels.
+#include <cuda_runtime_api.h>
+#include <torch/csrc/stable/library.h>
+
+#include "host/attention.h"
+
+STABLE_TORCH_LIBRARY_IMPL(gqa_kernels, CUDA, library) {
+  library.impl("attention_forward", TORCH_BOX(&gqa::host::attention_forward_cuda));
+  library.impl("cache_attention_forward", TORCH_BOX(&gqa::host::cache_attention_forward_cuda));
+}
+
+// What gqa_kernels/cuda_build.py finds in the file: that there are CUDA kernels, and of which
+// build.
+#define GQA_TEXT(x) #x
+#define GQA_VALUE(x) GQA_TEXT(x)
+extern "C" __attribute__((visibility("default"))) const char gqa_kernels_cuda_build[] =
+    "gqa_kernels CUDA build " GQA_VALUE(CUDART_VERSION) " " GQA_VALUE(GQA_CUDA_ARCHS);

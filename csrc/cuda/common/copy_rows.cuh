@@ -1,0 +1,88 @@
+// Where the rows of K and V lie: dense tensors, sequences that begin at some slot (left padding,
+// packed sequences) and pages, behind one function. Offsets are 64-bit before they meet a stride.
+#pragma once
+
+#include <cstdint>
+
+#include "../../core/params.h"
+#include "../../core/visible.h"
+
+namespace gqa::cuda {
+
+// What keys of a page outside the storage are read from: NaN in bf16 and fp16. A row that sees such
+// a key gets a NaN score and so a NaN output; a row that does not see it masks the NaN away.
+constexpr int kMaxRowDim = 256;
+struct PoisonRow {
+  uint4 chunks[kMaxRowDim * 2 / 16];
+};
+__device__ const PoisonRow poison_row = [] {
+  PoisonRow row{};
+  for (auto& chunk : row.chunks) chunk = {~0u, ~0u, ~0u, ~0u};
+  return row;
+}();
+
+// The rows of K or V that one (sequence, head) has.
+template <class T>
+struct CopyRows {
+  const T* base;         // of the head; dense: row of key 0 of the sequence
+  int64_t stride;        // from slot to slot
+  const int32_t* table;  // of (sequence, key head), or nullptr: dense
+  int64_t table_stride, page_stride;
+  uint32_t page_size, num_pages, first;  // first: slot of key 0
+
+  // The page that holds key `j`, to be asked for ahead of the row.
+  __device__ __forceinline__ uint32_t page(uint32_t j) const {
+    return table == nullptr ? 0 : table[(first + j) / page_size * table_stride];
+  }
+
+  // Row of key `j`, which must be one of the sequence's; nullptr where its page is not in storage.
+  __device__ __forceinline__ const T* row(uint32_t j, uint32_t page) const {
+    if (table == nullptr) return base + j * stride;
+    if (page >= num_pages) return nullptr;
+    return base + page * page_stride + (first + j) % page_size * stride;
+  }
+  __device__ __forceinline__ const T* row(uint32_t j) const { return row(j, page(j)); }
+
+  // The same for keys: the poison row in place of nullptr.
+  __device__ __forceinline__ const T* key_row(uint32_t j, uint32_t page) const {
+    const T* at = row(j, page);
+    return at != nullptr ? at : reinterpret_cast<const T*>(&poison_row);
+  }
+  __device__ __forceinline__ const T* key_row(uint32_t j) const { return key_row(j, page(j)); }
+};
+
+// `head` is the head of K or V that `data` holds; the table is that of `k_head` for both.
+template <class T>
+__device__ __forceinline__ CopyRows<T> copy_rows(const AttentionParams& params, const void* data,
+                                                 const Strides& strides, int b, int k_head,
+                                                 int head) {
+  CopyRows<T> rows;
+  const int64_t first = first_slot(params, b);
+  rows.base = static_cast<const T*>(data) + head * strides.h;
+  rows.stride = strides.s;
+  rows.first = static_cast<uint32_t>(first);
+  rows.table = params.page_table;
+  if (params.page_table == nullptr) {
+    rows.base += b * strides.b + first * strides.s;
+  } else {
+    rows.table += b * params.page_table_stride_b + k_head * params.page_table_stride_h;
+    rows.table_stride = params.page_table_stride_p;
+    rows.page_stride = strides.b;
+    rows.page_size = static_cast<uint32_t>(params.page_size);
+    rows.num_pages = static_cast<uint32_t>(params.num_pages);
+  }
+  return rows;
+}
+
+template <class T>
+__device__ __forceinline__ CopyRows<T> key_rows(const AttentionParams& params, int b, int k_head) {
+  return copy_rows<T>(params, params.k, params.k_stride, b, k_head, k_head);
+}
+
+template <class T>
+__device__ __forceinline__ CopyRows<T> value_rows(const AttentionParams& params, int b, int k_head,
+                                                  int v_head) {
+  return copy_rows<T>(params, params.v, params.v_stride, b, k_head, v_head);
+}
+
+}  // namespace gqa::cuda

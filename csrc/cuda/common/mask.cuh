@@ -1,0 +1,71 @@
+// What a row of scores needs besides Q K^T: which keys it sees, ALiBi, a mask. Lengths, causal
+// order and windows are core/visible.h's; here they meet single scores.
+#pragma once
+
+#include <cstdint>
+
+#include "../../core/params.h"
+#include "../../core/visible.h"
+#include "mma.cuh"
+#include "softmax.cuh"
+
+namespace gqa::cuda {
+
+// One query row of one head.
+struct ScoreRow {
+  int begin, end;    // keys it sees by length, causal order and window
+  int position;      // its place among the keys
+  float slope;       // of ALiBi, times log2(e)
+  int64_t mask_row;  // offset of its row of attn_mask
+};
+
+// `token` is one of the sequence's `count` query tokens; `length` is the keys of (b, key head).
+__device__ __forceinline__ ScoreRow score_row(const AttentionParams& params, int b, int head,
+                                              int token, int count, int length) {
+  ScoreRow row;
+  row.position = token + length - count;
+  const KeyRange keys = keys_around(params, length, row.position);
+  row.begin = static_cast<int>(keys.begin);
+  row.end = static_cast<int>(keys.end);
+  row.slope = 0.0f;
+  if (params.alibi_slopes != nullptr) {
+    row.slope =
+        kLog2e * params.alibi_slopes[b * params.alibi_stride_b + head * params.alibi_stride_h];
+  }
+  row.mask_row =
+      b * params.mask_stride_b + head * params.mask_stride_h + token * params.mask_stride_q;
+  return row;
+}
+
+// The element of attn_mask as what it adds to a base-2 score: 0 or -inf where it is boolean.
+template <class T>
+__device__ __forceinline__ float mask_score(const AttentionParams& params, int64_t offset) {
+  switch (params.mask_dtype) {
+    case DType::kBool:
+      return static_cast<const uint8_t*>(params.attn_mask)[offset] ? 0.0f : minus_infinity();
+    case DType::kFloat32: return kLog2e * static_cast<const float*>(params.attn_mask)[offset];
+    default: return kLog2e * to_float(static_cast<const T*>(params.attn_mask)[offset]);
+  }
+}
+
+// softcap * tanh(scale * dot / softcap), or scale * dot without softcap, in base-2 units.
+__device__ __forceinline__ float scaled_score(const AttentionParams& params, float dot) {
+  if (params.softcap == 0.0f) return dot * (params.scale * kLog2e);
+  return params.softcap * kLog2e * tanh_fast(dot * (params.scale / params.softcap));
+}
+
+// The score of `row` for `key`, a key below its sequence's length: softcap, ALiBi and mask; -inf
+// where the row does not see the key.
+template <class T>
+__device__ __forceinline__ float modified_score(const AttentionParams& params, const ScoreRow& row,
+                                                int key, float dot) {
+  if (key < row.begin || key >= row.end) return minus_infinity();
+  float score = scaled_score(params, dot);
+  score -= row.slope * static_cast<float>(abs(row.position - key));
+  if (params.attn_mask == nullptr) return score;
+  const float added = mask_score<T>(params, row.mask_row + key * params.mask_stride_k);
+  // Not by adding: the score of a hidden key may be NaN.
+  return added == minus_infinity() ? added : score + added;
+}
+
+}  // namespace gqa::cuda

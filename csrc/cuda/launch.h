@@ -1,0 +1,48 @@
+// What every phase's launch.h has, and what its launch code shares. Torch-free.
+//
+// A phase is a folder, cuda/<arch>/<phase>, whose launch.h declares, in gqa::cuda::<arch>:
+//
+//   // Why the phase can't run these parameters, with names and values; empty: it can. Looks at
+//   // shapes, strides, types and whether pointers are null or aligned; never at what they point
+//   to. std::string <phase>_unsupported(const AttentionParams&); bool <phase>_supported(const
+//   AttentionParams&); size_t <phase>_workspace_bytes(const AttentionParams&, int num_sms); void
+//   <phase>(const AttentionParams&, void* workspace, int num_sms, cudaStream_t);
+//
+// Pointers in AttentionParams are device pointers: the host never reads maps, lengths or tables, so
+// launches depend on shapes only and may be captured in a CUDA graph. The workspace is 256-byte
+// aligned and need not be initialised. One .cu per (dtype, head-dim class) instantiates the
+// kernels.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "../core/params.h"
+
+namespace gqa::cuda {
+
+// Throws std::runtime_error naming the call and what the CUDA runtime says.
+inline void check(cudaError_t status, const char* call) {
+  if (status != cudaSuccess) {
+    throw std::runtime_error(std::string(call) + " failed: " + cudaGetErrorString(status));
+  }
+}
+
+// Launches kernel<<<grid, block, shared_bytes, stream>>>(params), with that much dynamic shared
+// memory allowed. `name` is for the message.
+template <class Params>
+void launch_kernel(const char* name, void (*kernel)(Params), dim3 grid, int block, int shared_bytes,
+                   cudaStream_t stream, const Params& params) {
+  constexpr int kAlwaysAllowed = 48 * 1024;
+  const void* function = reinterpret_cast<const void*>(kernel);
+  if (shared_bytes > kAlwaysAllowed) {
+    check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
+          name);
+  }
+  void* arguments[] = {const_cast<Params*>(&params)};
+  check(cudaLaunchKernel(function, grid, dim3(block), arguments, shared_bytes, stream), name);
+}
+
+}  // namespace gqa::cuda

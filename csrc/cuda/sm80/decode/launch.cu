@@ -1,0 +1,131 @@
+// Host side of the decode kernels: what they can run, how many splits, which instance.
+#include <algorithm>
+
+#include "../../../core/splits.h"
+#include "../../common/group_rows.cuh"
+#include "../../launch.h"
+#include "config.h"
+#include "launch.h"
+
+namespace gqa::cuda::sm80 {
+namespace {
+
+constexpr int64_t kMaxHeads = 8192;  // their numbers fit into the shared memory of every class
+
+int head_dim_class(const AttentionParams& a) {
+  const int64_t dim = std::max(a.head_dim, a.value_head_dim);
+  return dim <= 64 ? 64 : dim <= 128 ? 128 : 256;
+}
+
+// Whether every row starts at a multiple of `elements`; a dim of one index needs no stride.
+bool aligned(const void* data, const Strides& strides, int64_t batch, int64_t heads, int64_t tokens,
+             int64_t elements) {
+  return reinterpret_cast<uintptr_t>(data) % (elements * 2) == 0 &&
+         (batch == 1 || strides.b % elements == 0) && (heads == 1 || strides.h % elements == 0) &&
+         (tokens == 1 || strides.s % elements == 0);
+}
+
+DecodeVariant variant_of(const AttentionParams& a) {
+  const int64_t pages = a.page_table ? a.num_pages : a.batch;
+  const int64_t slots = a.page_table ? a.page_size : a.kv_len;
+  // With q_offsets, q_len is the longest sequence; the rows of q may be more.
+  const int64_t tokens = a.q_offsets ? 2 : a.q_len;
+  const bool vectors = aligned(a.q, a.q_stride, a.batch, a.num_heads, tokens, 8) &&
+                       aligned(a.out, a.out_stride, a.batch, a.num_heads, tokens, 4) &&
+                       aligned(a.k, a.k_stride, pages, a.num_k_heads, slots, 8) &&
+                       aligned(a.v, a.v_stride, pages, a.num_v_heads, slots, 8) &&
+                       a.value_head_dim % 4 == 0;
+  if (!vectors) return DecodeVariant::kElements;
+  const bool plain =
+      a.softcap == 0.f && a.alibi_slopes == nullptr && a.attn_mask == nullptr && a.scale > 0.f;
+  return plain ? DecodeVariant::kPlain : DecodeVariant::kGeneral;
+}
+
+// Keys that a tile may see.
+int64_t most_visible_keys(const AttentionParams& a) {
+  if (a.window_left < 0 || a.window_right < 0) return a.kv_len;
+  return std::min(a.kv_len, a.window_left + a.window_right + a.q_len);
+}
+
+int ctas_per_sm(int dim_class) { return dim_class == 256 ? 2 : 3; }
+
+DecodeParams decode_params(const AttentionParams& a, void* workspace, int num_sms) {
+  DecodeParams params{};
+  params.attention = a;
+  params.tiles = static_cast<int>(most_group_tiles(a, kDecodeRows));
+  params.splits = decode_splits(a, num_sms);
+  params.partial_stride = static_cast<int>((a.value_head_dim + 3) / 4 * 4);
+  if (params.splits > 1) {
+    const int64_t rows = params.splits * a.batch * a.num_heads * a.q_len;
+    params.partial_out = static_cast<float*>(workspace);
+    params.partial_lse = params.partial_out + rows * params.partial_stride;
+  }
+  return params;
+}
+
+template <class T>
+void launch_class(const DecodeParams& params, DecodeVariant variant, cudaStream_t stream) {
+  switch (head_dim_class(params.attention)) {
+    case 64: return launch_decode<T, 64>(params, variant, stream);
+    case 128: return launch_decode<T, 128>(params, variant, stream);
+    default: return launch_decode<T, 256>(params, variant, stream);
+  }
+}
+
+}  // namespace
+
+std::string decode_unsupported(const AttentionParams& a) {
+  const auto is = [](const char* name, int64_t value, const char* rule) {
+    return std::string(name) + " must be " + rule + ", got " + std::to_string(value);
+  };
+  if (a.dtype != DType::kBFloat16 && a.dtype != DType::kFloat16) {
+    return "dtype must be bfloat16 or float16";
+  }
+  if (a.k_dtype != a.dtype || a.v_dtype != a.dtype) return "k and v must have q's dtype";
+  if (a.head_dim < 1 || a.head_dim > 256) return is("D", a.head_dim, "1 to 256");
+  if (a.value_head_dim < 1 || a.value_head_dim > 256) return is("Dv", a.value_head_dim, "1 to 256");
+  if (a.num_heads > kMaxHeads) return is("Hq", a.num_heads, "at most 8192");
+  if (a.num_k_heads * a.num_v_heads > INT32_MAX) {
+    return is("Hk * Hv", a.num_k_heads * a.num_v_heads, "below 2^31");
+  }
+  if (a.kv_len + a.q_len > INT32_MAX - kDecodeBlock) {
+    return is("Sk + Sq", a.kv_len + a.q_len, "below 2^31 - 64");
+  }
+  const int64_t ctas = most_group_tiles(a, kDecodeRows) * a.batch;
+  if (ctas > INT32_MAX) return is("the number of row tiles", ctas, "below 2^31");
+  if (a.batch * a.num_heads * a.q_len > INT32_MAX) {
+    return is("B * Hq * Sq", a.batch * a.num_heads * a.q_len, "below 2^31");
+  }
+  return "";
+}
+
+bool decode_supported(const AttentionParams& params) { return decode_unsupported(params).empty(); }
+
+int decode_splits(const AttentionParams& a, int num_sms) {
+  // How many tiles a map fills is not known on the host; this many they are where no group is
+  // empty and none has a partial tile more than it must.
+  const int64_t groups = std::min(a.num_heads, std::max(a.num_k_heads, a.num_v_heads));
+  const int64_t tiles = std::max(groups, (a.num_heads * a.q_len + kDecodeRows - 1) / kDecodeRows);
+  const int64_t blocks = (most_visible_keys(a) + kDecodeBlock - 1) / kDecodeBlock;
+  const int64_t slots = static_cast<int64_t>(num_sms) * ctas_per_sm(head_dim_class(a));
+  return static_cast<int>(choose_splits(tiles * a.batch, blocks, slots));
+}
+
+size_t decode_workspace_bytes(const AttentionParams& a, int num_sms) {
+  const DecodeParams params = decode_params(a, nullptr, num_sms);
+  if (params.splits == 1) return 0;
+  return sizeof(float) * params.splits * a.batch * a.num_heads * a.q_len *
+         (params.partial_stride + 1);
+}
+
+void decode(const AttentionParams& a, void* workspace, int num_sms, cudaStream_t stream) {
+  const std::string reason = decode_unsupported(a);
+  if (!reason.empty()) throw std::runtime_error("sm80 decode: " + reason);
+  if (a.batch * a.num_heads * a.q_len == 0) return;
+  const DecodeParams params = decode_params(a, workspace, num_sms);
+  const DecodeVariant variant = variant_of(a);
+  if (a.dtype == DType::kBFloat16) return launch_class<BFloat16>(params, variant, stream);
+  launch_class<Float16>(params, variant, stream);
+}
+
+}  // namespace gqa::cuda::sm80

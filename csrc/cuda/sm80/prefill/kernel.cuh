@@ -1,0 +1,155 @@
+// Prefill for sm_80 and later, after FlashAttention-2 (Dao 2023, algorithm 1): mma.sync, cp.async,
+// online softmax.
+//
+// Grid      one CTA for each (block of kBlockM query tokens, query head, sequence); see tile.cuh.
+// CTA       walks over the keys that its rows see, kBlockN at a time. The head map enters as the
+//           head of K (and V) alone, so uneven groups cost what even ones do.
+// Warp      kWarpRows rows of the tile, all keys: S, P and O stay in its registers, and P is the
+//           first operand of the second product as it comes out of the first.
+// Shared    Q, and a ring of three slots for K and V; see config.h. A tile is requested two
+//           products before it is used, behind the barrier that says its slot was read.
+// Masks     causal order and windows cost something in the blocks at the edge only. kGeneral has
+// the
+//           code for softcap, ALiBi, masks, scales <= 0 and unaligned rows; the other kernel has
+//           neither their branches nor their registers.
+// Softmax   base 2, fp32. O is rescaled only where a row's maximum has grown by more than 2^8 since
+//           it last was: P <= 2^8 is as exact as P <= 1, and later maxima grow little
+//           (FlashAttention-4's rule).
+#pragma once
+
+#include <cstdint>
+
+#include "../../../core/params.h"
+#include "../../../core/visible.h"
+#include "../../common/copy_rows.cuh"
+#include "../../common/mma.cuh"
+#include "../../common/ptx.cuh"
+#include "../../common/softmax.cuh"
+#include "config.h"
+#include "load.cuh"
+#include "products.cuh"
+#include "scores.cuh"
+#include "store.cuh"
+#include "tile.cuh"
+
+namespace gqa::cuda::sm80 {
+
+// Keys that a run of tokens sees: any of them, and all of them.
+struct TokenRange {
+  int begin, end, all_begin, all_end;
+};
+
+__device__ __forceinline__ TokenRange token_range(const PrefillArgs& args, const PrefillTile& tile,
+                                                  int first, int count) {
+  const int last = min(first + count, tile.q_len) - 1, shift = tile.length - tile.q_len;
+  if (last < first) return {0, 0, 0, 0};
+  const KeyRange a = keys_around(args.params, tile.length, first + shift);
+  const KeyRange b = keys_around(args.params, tile.length, last + shift);
+  return {static_cast<int>(a.begin), static_cast<int>(b.end), static_cast<int>(b.begin),
+          static_cast<int>(a.end)};
+}
+
+template <class T, class C, bool kGeneral>
+__global__ void __launch_bounds__(C::kThreads, C::kMinCtas)
+    prefill_sm80_kernel(const __grid_constant__ PrefillArgs args) {
+  const AttentionParams& params = args.params;
+  extern __shared__ __align__(128) uint8_t shared[];
+  // Needed a few times per block of keys, and so not worth registers.
+  __shared__ PrefillTile tile;
+  __shared__ TokenRange warp_keys[C::kWarps];
+  __shared__ CopyRows<T> k_rows, v_rows;
+  __shared__ int end_key;
+
+  const int warp = static_cast<int>(threadIdx.x / 32);
+  const uint32_t base = smem_u32(shared);
+  const uint32_t q_base = base + C::kQOffset, ring = base + C::kRingOffset;
+  int first_key;
+  {
+    const PrefillTile t = find_tile<C>(args, reinterpret_cast<int*>(shared));
+    if (t.token >= t.q_len) return;
+    const TokenRange keys = token_range(args, t, t.token, C::kBlockM);
+    first_key = max(0, keys.begin) / C::kBlockN * C::kBlockN;
+    if (!t.valid || first_key >= keys.end) {
+      const float value = t.valid ? 0.0f : not_a_number();
+      fill_tile<T, C>(args, t, value, t.valid ? minus_infinity() : value);
+      return;
+    }
+    if (threadIdx.x == 0) {
+      tile = t;
+      end_key = keys.end;
+      k_rows = key_rows<T>(params, t.b, t.k_head);
+      v_rows = value_rows<T>(params, t.b, t.k_head, t.v_head);
+    }
+    if (threadIdx.x % 32 == 0) {
+      warp_keys[warp] = token_range(args, t, t.token + warp * C::kWarpRows, C::kWarpRows);
+    }
+    load_q<kGeneral, T, C>(args, t, q_base);
+    __syncthreads();  // tile, rows, keys
+  }
+  load_k<C, kGeneral>(params, k_rows, first_key, tile.length, ring);
+  cp_async_commit();
+  if constexpr (!C::kQInRegisters) {
+    load_v<C, kGeneral>(params, v_rows, first_key, tile.length, ring + C::kSlotBytes);
+    cp_async_commit();
+  }
+
+  const LaneOffsets<C> offsets;
+  QFragments<C> q;
+  if constexpr (C::kQInRegisters) {
+    cp_async_wait<0>();
+    __syncthreads();  // Q
+    const TileFragments q_tile(q_base + warp * C::kWarpRows * C::kRowBytes, offsets.qv);
+#pragma unroll
+    for (int step = 0; step < C::kD / 16; ++step) {
+#pragma unroll
+      for (int m = 0; m < C::kRowTiles; ++m)
+        ldmatrix_x4(q[step][m], q_tile.address<C>(m * 16, step));
+    }
+    __syncthreads();  // Q is read: V may take its place
+    load_v<C, kGeneral>(params, v_rows, first_key, tile.length, ring + C::kSlotBytes);
+    cp_async_commit();
+  }
+
+  RowState<C> state;
+  Output<C> output = {};
+  uint32_t slot = ring;
+  while (true) {
+    cp_async_wait<1>();
+    __syncthreads();  // K; and every warp is done with the V before it
+    if (first_key + C::kBlockN < end_key) {
+      load_k<C, kGeneral>(params, k_rows, first_key + C::kBlockN, tile.length,
+                          slot_before<C>(slot, ring));
+    }
+    cp_async_commit();  // a group even when empty: the waits count groups
+    const TokenRange keys = warp_keys[warp];
+    const bool seen = first_key < keys.end && first_key + C::kBlockN > keys.begin;
+    Probabilities<C> p;
+    if (seen) {
+      Scores<C> scores;
+      uint32_t q_warp = q_base + warp * C::kWarpRows * C::kRowBytes;
+      multiply_qk<T, C>(scores, q, TileFragments(q_warp, offsets.qv),
+                        TileFragments(slot, offsets.k));
+      const int warp_token = tile.token + warp * C::kWarpRows;
+      if constexpr (kGeneral) modify_scores<T, C>(scores, args, tile, warp_token, first_key);
+      if (first_key < keys.all_begin || first_key + C::kBlockN > keys.all_end) {
+        hide_keys<C>(scores, args, tile, warp_token, first_key);
+      }
+      state.template update<T>(p, scores, output, args.softmax_scale);
+    }
+    cp_async_wait<1>();
+    __syncthreads();  // V; and every warp is done with K
+    if (first_key + C::kBlockN < end_key) {
+      load_v<C, kGeneral>(params, v_rows, first_key + C::kBlockN, tile.length, slot);
+    }
+    cp_async_commit();
+    if (seen) {
+      multiply_pv<T, C>(output, p, TileFragments(slot_after<C>(slot, ring), offsets.qv));
+    }
+    first_key += C::kBlockN;
+    if (first_key >= end_key) break;
+    slot = slot_before<C>(slot, ring);
+  }
+  store_output<T, C>(args, tile, base, warp * C::kWarpRows, state, output);
+}
+
+}  // namespace gqa::cuda::sm80

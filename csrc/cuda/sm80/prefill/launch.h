@@ -1,0 +1,19 @@
+// Attention of many query tokens over tensors, caches and packed sequences, on sm_80 and later.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <string>
+
+#include "../../../core/params.h"
+
+namespace gqa::cuda::sm80 {
+
+// As described in cuda/launch.h.
+std::string prefill_unsupported(const AttentionParams& params);
+bool prefill_supported(const AttentionParams& params);
+size_t prefill_workspace_bytes(const AttentionParams& params, int num_sms);
+void prefill(const AttentionParams& params, void* workspace, int num_sms, cudaStream_t stream);
+
+}  // namespace gqa::cuda::sm80

@@ -1,0 +1,17 @@
+// Instantiates the kernels of one (T, kD).
+#pragma once
+
+#include "../../launch.h"
+#include "config.h"
+#include "kernel.cuh"
+
+namespace gqa::cuda::sm80 {
+
+template <class T, int kD>
+void launch_prefill(const PrefillArgs& args, bool general, unsigned ctas, cudaStream_t stream) {
+  using C = PrefillConfig<kD>;
+  const auto kernel = general ? prefill_sm80_kernel<T, C, true> : prefill_sm80_kernel<T, C, false>;
+  launch_kernel("sm80 prefill", kernel, dim3(ctas), C::kThreads, C::kSharedBytes, stream, args);
+}
+
+}  // namespace gqa::cuda::sm80

@@ -1,0 +1,68 @@
+// Tile shapes, registers and shared memory of the Hopper prefill kernel, and what it is launched
+// with. Tile shapes are FlashAttention-3's: the largest that registers and shared memory hold.
+#pragma once
+
+#include <cuda.h>
+
+#include "../../../core/params.h"
+#include "../scheduler.cuh"
+
+namespace gqa::cuda::sm90 {
+
+struct PrefillArguments {
+  CUtensorMap q, k, v, out;  // [B, H, S, D] each; boxes of 64 columns, see Config
+  AttentionParams attention;
+  Schedule schedule;
+};
+
+// A tile as the producer hands it to the consumers.
+struct alignas(16) Tile {
+  int head;         // query head, or kNoMoreTiles
+  int batch, row0;  // sequence; first query token
+  int k_head;       // or kInvalidHead: the map has no valid entry for the head; or kNoPage: the
+                    // sequence's keys are nowhere
+  int length;       // keys of (batch, k_head)
+  int first_block, num_blocks;  // blocks of kBlockN keys that some row of the tile sees
+  int dirty_tail;               // the last block holds slots beyond the keys: V may be NaN there
+};
+constexpr int kNoMoreTiles = -1, kInvalidHead = -1, kNoPage = -2;
+
+constexpr int kStages = 2;               // K and V tiles in flight, each
+constexpr int kPanelBytes = 64 * 2;      // a row of 64 columns: the span of the 128-byte swizzle
+constexpr int kMaxSharedBytes = 232448;  // that a CTA may have, 227 KiB
+
+// kHeadDim: 64, 128 or 256, no less than D and Dv; columns beyond those are zeros.
+template <int kHeadDim_, int kBlockN_>
+struct Config {
+  static constexpr int kHeadDim = kHeadDim_, kBlockN = kBlockN_;
+  static constexpr int kPanels = kHeadDim / 64;
+
+  // Warpgroup 0 produces (one thread issues TMA), each other does 64 query tokens.
+  static constexpr int kConsumers = kHeadDim == 64 ? 3 : 2;
+  static constexpr int kBlockM = 64 * kConsumers;
+  static constexpr int kThreads = 128 * (1 + kConsumers);
+  static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 40;
+  static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 232;
+  // Consumers take turns to issue products, so that the softmax of one meets products of another.
+  // With head dim 256 the softmax is a small part, and turns cost more than they give.
+  static constexpr bool kTurns = kHeadDim <= 128;
+
+  // Shared memory, from a base that is a multiple of 1024: Q [panel][kBlockM][64], K and V
+  // [stage][panel][kBlockN][64], O like Q: in its own place where there is room, so that the next Q
+  // arrives during the epilogue, otherwise in Q's. Then barriers, two tiles, head order.
+  static constexpr int kQPanel = kBlockM * kPanelBytes, kKVPanel = kBlockN * kPanelBytes;
+  static constexpr int kQBytes = kPanels * kQPanel, kKVBytes = kPanels * kKVPanel;
+  static constexpr int kK = kQBytes, kV = kK + kStages * kKVBytes;
+  static constexpr int kTilesEnd = kV + kStages * kKVBytes;
+  static constexpr int kSmallBytes = 16 * (1 + 2 * kStages) + 2 * sizeof(Tile) + 2 * kMaxHeads;
+  static constexpr bool kOwnO = 1024 + kTilesEnd + kQBytes + kSmallBytes <= kMaxSharedBytes;
+  static constexpr int kO = kOwnO ? kTilesEnd : 0;
+  static constexpr int kQRing = kTilesEnd + (kOwnO ? kQBytes : 0);
+  static constexpr int kKRing = kQRing + 16, kVRing = kKRing + 16 * kStages;
+  static constexpr int kTiles = kVRing + 16 * kStages, kOrder = kTiles + 2 * sizeof(Tile);
+  static constexpr int kSharedBytes = 1024 + kOrder + 2 * kMaxHeads;
+  static_assert(kSharedBytes <= kMaxSharedBytes);
+  static_assert(kQPanel % 1024 == 0 && kKVPanel % 1024 == 0, "swizzled tiles repeat every 1024");
+};
+
+}  // namespace gqa::cuda::sm90

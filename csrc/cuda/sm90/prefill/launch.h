@@ -1,0 +1,20 @@
+// Attention of many query tokens on Hopper. The common interface: cuda/launch.h.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <string>
+
+#include "../../../core/params.h"
+
+namespace gqa::cuda::sm90 {
+
+// Declines, beside what sm80's prefill declines: several pages per sequence, packed queries, more
+// than 512 query heads, and tensors that TMA can't address (base and strides must be multiples of
+// 16 bytes, and strides positive).
+std::string prefill_unsupported(const AttentionParams& params);
+bool prefill_supported(const AttentionParams& params);
+size_t prefill_workspace_bytes(const AttentionParams& params, int num_sms);
+void prefill(const AttentionParams& params, void* workspace, int num_sms, cudaStream_t stream);
+
+}  // namespace gqa::cuda::sm90

@@ -1,0 +1,28 @@
+// What the host decides about a prefill call on Hopper, from shapes only.
+#pragma once
+
+#include "../../../core/params.h"
+#include "../scheduler.cuh"
+#include "tensor_map.h"
+
+namespace gqa::cuda::sm90 {
+
+// The tensors as TMA sees them.
+struct PrefillViews {
+  TensorView q, k, v, out;
+};
+PrefillViews prefill_views(const AttentionParams& params);
+
+// Options that change scores and not only which of them are seen.
+bool has_score_mods(const AttentionParams& params);
+
+// 64, 128 or 256: the kernel's columns for D and Dv; and the rows of its tiles.
+int head_dim_class(const AttentionParams& params);
+int tile_rows(const AttentionParams& params);
+
+// Without its counter.
+Schedule make_schedule(const AttentionParams& params);
+// Whether CTAs draw tiles from a counter: where tiles differ in length and a CTA does several.
+bool draws_tiles(const AttentionParams& params, int num_sms);
+
+}  // namespace gqa::cuda::sm90

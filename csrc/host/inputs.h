@@ -1,0 +1,54 @@
+// The arguments of the attention ops: checks, outputs, and AttentionParams. The same for every
+// device.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+
+#include "../core/params.h"
+#include "checks.h"
+
+namespace gqa::host {
+
+using OptionalTensor = std::optional<Tensor>;
+
+// Tensors and options of a call, as the ops' schemas have them; they live as long as the op runs.
+struct Inputs {
+  const Tensor &q, &k, &v, &head_map;
+  const OptionalTensor &value_head_map, &alibi_slopes, &sinks, &attn_mask, &kv_lengths;
+  double scale;
+  int64_t window_left, window_right;
+  double softcap, dropout_p;
+  const OptionalTensor& dropout_seed;  // int64 [2]: seed, offset
+};
+
+// Where K and V lie if they are a cache's: what cache_attention_forward has beyond them.
+struct CacheInputs {
+  const OptionalTensor &page_table, &kv_begin, &q_offsets;
+  int64_t max_q_len;
+  const OptionalTensor &k_scale, &v_scale, &k_zero, &v_zero;
+};
+
+struct Outputs {
+  Tensor out;  // [B, Hq, Sq, Dv]; where bshd, a view of [B, Sq, Hq, Dv]
+  Tensor lse;  // fp32 [B, Hq, Sq]
+};
+
+Strides strides_of(const Tensor& x);
+
+// Throw with name, rule and value where the arguments break a rule that memory safety needs: dtype,
+// device (for each tensor `check_device` is called), layout, sizes, shapes, in this order. Values
+// are not looked at. With `cache`, K and V lie as AttentionParams describes; without, they are
+// [B, H, Sk, D].
+void check_inputs(const Inputs& in, const CacheInputs* cache,
+                  void (*check_device)(const char* name, const Tensor& x, const Tensor& q));
+
+// Every pointer is that of the tensor, on whatever device it lies; head maps, sinks, kv_begin and
+// q_offsets are taken to be contiguous. Without outputs, and without the dropout's seed.
+AttentionParams params_of(const Inputs& in, const CacheInputs* cache);
+
+// Outputs in memory of their own, entered into the params of the call.
+Outputs add_outputs(AttentionParams& params, const Tensor& q, bool bshd);
+
+}  // namespace gqa::host

@@ -1,0 +1,46 @@
+"""CUDA backend: the native kernels under ``csrc/cuda`` for NVIDIA GPUs, through one compiled op."""
+
+from __future__ import annotations
+
+import torch
+
+from .. import env, extension
+from .base import ALL_OPTIONS, Backend, Capabilities
+from .cpu import CPUBackend
+
+MIN_CAPABILITY = (8, 0)
+
+
+class CUDABackend(Backend):
+    name = "cuda"
+    capabilities = Capabilities(
+        devices=frozenset({"cuda"}),
+        dtypes=frozenset({torch.float16, torch.bfloat16}),
+        max_head_dim=256,
+        options=ALL_OPTIONS - {"dropout", "mask_gradient"},
+        autograd=False,
+        caches=frozenset({"dense", "paged", "kv_begin", "varlen"}),
+    )
+
+    def unavailable_reason(self) -> str | None:
+        if env.cuda_kernels() == "0":
+            return "GQA_KERNELS_CUDA=0 forbids CUDA kernels"
+        if torch.version.hip:
+            return "this torch is built for ROCm"
+        if not torch.cuda.is_available():
+            return "no CUDA device"
+        capability = torch.cuda.get_device_capability()
+        if capability < MIN_CAPABILITY:
+            return f"compute capability must be at least {MIN_CAPABILITY}, got {capability}"
+        return extension.unavailable_reason("cuda")
+
+    def prepare(self) -> str | None:
+        try:
+            extension.load("cuda")
+        except RuntimeError as error:
+            return str(error)
+        return None
+
+    # The same ops: torch's dispatcher takes the kernels of q's device.
+    run = CPUBackend.run
+    run_cache = CPUBackend.run_cache

@@ -1,0 +1,453 @@
+"""Runs the CUDA kernels without a GPU: the product's own host code, its launches emulated.
+
+A phase (``csrc/cuda/<arch>/<phase>``) is compiled to PTX and to host code; the latter is linked
+with a runtime that records (``recorder.cpp``). So split counts, grids, shared memory and tensor
+maps are those of the product, and every launch is executed by the emulator on CPU tensors, with
+its checks on (bounds, races, uninitialised shared memory, copies not waited for).
+
+    phase = Phase("sm80", "decode", units=("launch", "bf16_d64"))
+    result = emulate(phase, AttentionInputs.create(q, k, v, head_map, causal=True))
+    check(inputs, result)                      # the package's tolerance rule
+    result.reports[0].bank_conflicts           # counters of each launch
+
+Environment: ``PTXSIM`` is the folder of the emulator (``shared/ptxsim`` beside the checkout).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gqa_kernels import env
+from gqa_kernels.backends.base import empty_output
+from gqa_kernels.backends.reference import reference_attention
+from gqa_kernels.inputs import AttentionInputs
+from gqa_kernels.testing import assert_close, equivalent_forms, upcast
+
+ROOT = Path(__file__).resolve().parents[2]
+CSRC = ROOT / "csrc"
+PTXSIM = Path(os.environ.get("PTXSIM", ROOT.parent / "shared" / "ptxsim"))
+POINTER = ctypes.c_void_p
+MAP_MAGIC = b"GQA-TMAP"
+SWIZZLES = ("none", "32B", "64B", "128B")  # in the order of CUtensorMapSwizzle
+
+
+def cuda_home() -> Path | None:
+    """The toolkit's root; the nvcc on PATH may be a wrapper, so it is asked."""
+    if os.environ.get("CUDA_HOME"):
+        return Path(os.environ["CUDA_HOME"])
+    if shutil.which("nvcc") is None:
+        return None
+    told = subprocess.run(["nvcc", "--dryrun", "-x", "cu", "-"], capture_output=True, text=True)
+    found = re.search(r"^#\$ TOP=(.+)$", told.stderr, re.M)
+    return Path(found[1].strip()).resolve() if found else None
+
+
+def unavailable_reason() -> str | None:
+    """Why nothing can be emulated here, or None."""
+    if not PTXSIM.is_dir():
+        return f"no PTX emulator at {PTXSIM} (set PTXSIM)"
+    if cuda_home() is None:
+        return "nvcc is missing"
+    return None
+
+
+class Strides(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in ("b", "h", "s")]
+
+
+def _fields(kind, names: str) -> list[tuple[str, object]]:
+    return [(name, kind) for name in names.split()]
+
+
+class AttentionParams(ctypes.Structure):
+    """``gqa::AttentionParams`` (csrc/core/params.h), with addresses of CPU tensors."""
+
+    _fields_ = [
+        *_fields(POINTER, "q k v out lse"),
+        *_fields(Strides, "q_stride k_stride v_stride out_stride"),
+        *_fields(POINTER, "head_map value_head_map alibi_slopes"),
+        *_fields(ctypes.c_int64, "alibi_stride_b alibi_stride_h"),
+        *_fields(POINTER, "sinks attn_mask"),
+        *_fields(ctypes.c_int64, "mask_stride_b mask_stride_h mask_stride_q mask_stride_k"),
+        *_fields(POINTER, "kv_lengths"),
+        *_fields(ctypes.c_int64, "kv_lengths_stride_b kv_lengths_stride_h"),
+        *_fields(ctypes.c_int64, "batch num_heads num_k_heads num_v_heads"),
+        *_fields(ctypes.c_int64, "q_len kv_len head_dim value_head_dim"),
+        *_fields(ctypes.c_float, "scale softcap"),
+        *_fields(ctypes.c_int64, "window_left window_right"),
+        *_fields(ctypes.c_int32, "dtype mask_dtype"),
+        *_fields(POINTER, "page_table"),
+        *_fields(ctypes.c_int64, "page_table_stride_b page_table_stride_h page_table_stride_p"),
+        *_fields(ctypes.c_int64, "num_pages page_size max_pages"),
+        *_fields(POINTER, "kv_begin q_offsets"),
+        *_fields(ctypes.c_int32, "k_dtype v_dtype"),
+        *_fields(POINTER, "k_scale v_scale k_zero v_zero"),
+        *_fields(Strides, "k_scale_stride v_scale_stride k_zero_stride v_zero_stride"),
+    ]
+
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.bool)  # in the order of gqa::DType
+
+
+@dataclass
+class Call:
+    """Parameters and the tensors that they point into."""
+
+    params: AttentionParams
+    tensors: dict[str, Tensor]
+
+    @property
+    def out(self) -> Tensor:
+        return self.tensors["out"]
+
+    @property
+    def lse(self) -> Tensor:
+        return self.tensors["lse"]
+
+
+def make_call(
+    inputs: AttentionInputs,
+    *,
+    head_map: Tensor | None = None,
+    page_table: Tensor | None = None,
+    kv_begin: Tensor | None = None,
+    q_offsets: Tensor | None = None,
+    batch: int | None = None,
+    max_q_len: int | None = None,
+) -> Call:
+    """What the host code passes to a phase for these inputs; outputs are full of NaN.
+
+    Args:
+        inputs: as the API makes them. With ``page_table`` its k and v are ``[P, H, page_size, D]``.
+        head_map: int32 in place of the inputs' map, which can't hold invalid entries.
+        page_table, kv_begin, q_offsets: int32, as in csrc/core/params.h.
+        batch, max_q_len: of the sequences, where q is packed (``q_offsets``) or storage is paged.
+    """
+    out = empty_output(inputs).fill_(torch.nan)
+    lse = torch.full(inputs.q.shape[:3], torch.nan)
+    if head_map is None:
+        head_map = inputs.head_map_tensor.to(torch.int32)
+    value_map = inputs.value_head_map_tensor
+    tensors = {
+        "q": inputs.q, "k": inputs.k, "v": inputs.v, "out": out, "lse": lse, "head_map": head_map,
+        "value_head_map": None if value_map is None else value_map.to(torch.int32),
+        "alibi_slopes": inputs.alibi_slopes, "sinks": inputs.sinks,
+        "attn_mask": inputs.attn_mask, "kv_lengths": inputs.kv_lengths,
+        "page_table": page_table, "kv_begin": kv_begin, "q_offsets": q_offsets,
+    }  # fmt: skip
+    tensors = {name: x for name, x in tensors.items() if x is not None}
+    params = AttentionParams(
+        batch=inputs.q.shape[0] if batch is None else batch,
+        num_heads=inputs.q.shape[1],
+        num_k_heads=inputs.k.shape[1],
+        num_v_heads=inputs.v.shape[1],
+        q_len=inputs.q.shape[2] if max_q_len is None else max_q_len,
+        kv_len=inputs.k.shape[2],
+        head_dim=inputs.q.shape[3],
+        value_head_dim=inputs.v.shape[3],
+        scale=inputs.scale,
+        softcap=inputs.softcap,
+        window_left=inputs.window_left,
+        window_right=inputs.window_right,
+        dtype=DTYPES.index(inputs.dtype),
+        k_dtype=DTYPES.index(inputs.dtype),
+        v_dtype=DTYPES.index(inputs.dtype),
+    )
+    for name, x in tensors.items():
+        setattr(params, name, x.data_ptr())
+    for name in ("q", "k", "v", "out"):
+        setattr(params, f"{name}_stride", Strides(*tensors[name].stride()[:3]))
+    for name, prefix, dims in (
+        ("alibi_slopes", "alibi", "bh"),
+        ("attn_mask", "mask", "bhqk"),
+        ("kv_lengths", "kv_lengths", "bh"),
+        ("page_table", "page_table", "bhp"),
+    ):
+        if name in tensors:
+            for dim, stride in zip(dims, tensors[name].stride(), strict=True):
+                setattr(params, f"{prefix}_stride_{dim}", stride)
+    if inputs.attn_mask is not None:
+        params.mask_dtype = DTYPES.index(inputs.attn_mask.dtype)
+    if page_table is not None:
+        params.num_pages, _, params.page_size, _ = inputs.k.shape
+        params.max_pages = page_table.shape[2]
+        params.kv_len = params.max_pages * params.page_size
+    return Call(params, tensors)
+
+
+@dataclass
+class Result:
+    """Outputs, the emulator's report of each launch, and the launches themselves.
+
+    ``launches`` lists (kernel, grid, shared bytes).
+    """
+
+    out: Tensor
+    lse: Tensor
+    reports: list = field(default_factory=list)
+    launches: list[tuple[str, tuple[int, ...], int]] = field(default_factory=list)
+
+
+class Phase:
+    """A compiled phase.
+
+    Args:
+        arch, name: ``csrc/cuda/<arch>/<name>``.
+        units: stems of its .cu files to compile; the host code must not need the others. Default:
+            all of them.
+        replace: (file name, old text, new text) to break the kernels with; every old text must
+            occur. The files are copied first.
+    """
+
+    def __init__(
+        self,
+        arch: str,
+        name: str,
+        units: tuple[str, ...] | None = None,
+        replace: tuple[tuple[str, str, str], ...] = (),
+    ) -> None:
+        self.arch, self.name = arch, name
+        self.virtual = "compute_90a" if arch == "sm90" else "compute_80"
+        self.capability = 90 if arch == "sm90" else 80
+        folder = CSRC / "cuda" / arch / name
+        sources = sorted(folder.glob("*.cu"))
+        self.units = [s.stem for s in sources if units is None or s.stem in units]
+        assert units is None or set(units) == set(self.units), (units, sources)
+        self._replace = replace
+        self._modules: dict[str, object] = {}
+        self._library = self._load(self._build())
+
+    def _build(self) -> Path:
+        """Folder with library.so and one .ptx per unit."""
+        digest = hashlib.sha256(repr((self.arch, self.name, self.units, self._replace)).encode())
+        for path in self._sources():
+            digest.update(path.read_bytes())
+        digest.update((Path(__file__).parent / "recorder.cpp").read_bytes())
+        folder = env.cache_dir() / "emulation" / digest.hexdigest()[:16]
+        if folder.exists():
+            return folder
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            self._compile(Path(scratch))
+            try:
+                Path(scratch).rename(folder)
+            except OSError:  # another process was first
+                assert folder.exists()
+            Path(scratch).mkdir(exist_ok=True)
+        return folder
+
+    def _sources(self) -> list[Path]:
+        """What the phase may include: all but the folders of other phases and the CPU's."""
+        cuda, phase = CSRC / "cuda", CSRC / "cuda" / self.arch / self.name
+        shared = [CSRC / "core", cuda, cuda / "common", cuda / self.arch]
+        paths = [path for folder in shared for path in folder.glob("*.*h")]
+        return sorted([*paths, *phase.glob("*.*h"), *phase.glob("*.cu")])
+
+    def _compile(self, folder: Path) -> None:
+        csrc = CSRC
+        if self._replace:
+            csrc = folder / "csrc"
+            shutil.copytree(CSRC, csrc)
+            for name, old, new in self._replace:
+                (path,) = (csrc / "cuda").rglob(name)
+                text = path.read_text()
+                assert old in text, f"{name} has no {old!r}"
+                path.write_text(text.replace(old, new))
+        source = csrc / "cuda" / self.arch / self.name
+        nvcc = cuda_home() / "bin" / "nvcc"
+
+        def unit(stem: str) -> None:
+            kept = folder / stem
+            kept.mkdir()
+            _run(
+                nvcc, "-std=c++17", "-lineinfo", "-Xcompiler", "-fPIC", "-gencode",
+                f"arch={self.virtual},code={self.virtual}", "--keep", "--keep-dir", kept,
+                "-c", source / f"{stem}.cu", "-o", folder / f"{stem}.o",
+            )  # fmt: skip
+            shutil.move(kept / f"{stem}.ptx", folder / f"{stem}.ptx")
+            shutil.rmtree(kept)
+
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(unit, self.units))
+        _run(
+            "c++", "-std=c++17", "-O1", "-fPIC", "-shared", f"-I{cuda_home() / 'include'}",
+            f'-DGQA_LAUNCH_HEADER="{source / "launch.h"}"', f"-DGQA_ARCH={self.arch}",
+            f"-DGQA_PHASE={self.name}", Path(__file__).parent / "recorder.cpp",
+            *(folder / f"{stem}.o" for stem in self.units), "-o", folder / "library.so",
+        )  # fmt: skip
+
+    def _load(self, folder: Path) -> ctypes.CDLL:
+        library = ctypes.CDLL(str(folder / "library.so"), mode=os.RTLD_LAZY)
+        library.gqa_sizeof_params.restype = ctypes.c_size_t
+        library.gqa_workspace_bytes.restype = ctypes.c_size_t
+        assert library.gqa_sizeof_params() == ctypes.sizeof(AttentionParams)
+        sys.path.insert(0, str(PTXSIM))
+        import ptxsim
+
+        for stem in self.units:
+            module = ptxsim.Module((folder / f"{stem}.ptx").read_text(), stem)
+            self._modules |= dict.fromkeys(module.kernels(), module)
+        return library
+
+    def unsupported(self, call: Call) -> str:
+        """The phase's reason why it can't run the call, or an empty string."""
+        reason = ctypes.create_string_buffer(2000)
+        self._library.gqa_unsupported(ctypes.byref(call.params), reason, len(reason))
+        return reason.value.decode()
+
+    def run(self, call: Call, num_sms: int = 4, procs: int = 1, **options) -> Result:
+        """Run the call; its outputs are updated.
+
+        Args:
+            num_sms: of the device that the host code is told of.
+            procs, options: of the emulator's ``launch`` (``seed``, ``check``, ...).
+
+        Raises:
+            RuntimeError: the host code threw. An error of the emulator is raised as it is.
+        """
+        assert not self.unsupported(call), self.unsupported(call)
+        result = Result(call.out, call.lse)
+        size = self._library.gqa_workspace_bytes(ctypes.byref(call.params), num_sms)
+        workspace = torch.full((max(size, 1) + 256,), 255, dtype=torch.uint8)
+        workspace = workspace[-workspace.data_ptr() % 256 :][:size]
+        memory = _Memory([*call.tensors.values(), workspace])
+        errors: list[BaseException] = []
+
+        def launch(kernel, shape, shared_bytes, cluster, arguments) -> int:
+            name = kernel.decode()
+            try:
+                module = self._modules[name]
+                report = module.launch(
+                    name, tuple(shape[:3]), tuple(shape[3:6]),
+                    memory.arguments(module.code(name).entry.params, arguments),
+                    smem_bytes=shared_bytes, cluster=tuple(cluster[:3]), procs=procs,
+                    timeout=400, **options,
+                )  # fmt: skip
+                assert not report.warnings, report.warnings
+                result.reports.append(report)
+                result.launches.append((report.kernel, tuple(shape[:3]), shared_bytes))
+            except BaseException as error:
+                errors.append(error)
+                return 1
+            return 0
+
+        hook = _HOOK(launch)
+        error = ctypes.create_string_buffer(2000)
+        self._library.gqa_set_hook(hook, self.capability)
+        failed = self._library.gqa_run(
+            ctypes.byref(call.params), POINTER(workspace.data_ptr()), num_sms, error, len(error)
+        )
+        if errors:
+            raise errors[0]
+        if failed:
+            raise RuntimeError(error.value.decode())
+        return result
+
+
+_HOOK: Callable = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint), ctypes.c_size_t,
+    ctypes.POINTER(ctypes.c_uint), ctypes.POINTER(ctypes.c_void_p),
+)  # fmt: skip
+
+
+class _Memory:
+    """CPU tensors as the emulator's device memory: addresses found in arguments become arrays."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self._spans = {}
+        for x in tensors:
+            storage = x.untyped_storage()
+            if storage.nbytes():
+                raw = (ctypes.c_uint8 * storage.nbytes()).from_address(storage.data_ptr())
+                self._spans[storage.data_ptr()] = np.ctypeslib.as_array(raw)
+
+    def at(self, address: int) -> np.ndarray | None:
+        """The bytes from ``address`` to the end of its tensor's memory."""
+        for start, raw in self._spans.items():
+            if start <= address < start + raw.size:
+                return raw[address - start :]
+        return None
+
+    def arguments(self, params, arguments) -> list:
+        """A launch's arguments as ``Struct``, with arrays in place of addresses."""
+        import ptxsim
+
+        return [
+            ptxsim.Struct(raw, self._pointers(raw))
+            for param, address in zip(params, arguments[: len(params)], strict=True)
+            for raw in [ctypes.string_at(address, param.size)]
+        ]
+
+    def _pointers(self, raw: bytes) -> dict[int, object]:
+        found, offset = {}, 0
+        while offset + 8 <= len(raw):
+            if raw[offset : offset + 8] == MAP_MAGIC:
+                found[offset] = self._tensor_map(raw[offset : offset + 128])
+                offset += 128
+                continue
+            array = self.at(struct.unpack_from("<Q", raw, offset)[0])
+            if array is not None:
+                found[offset] = array
+            offset += 8
+        return found
+
+    def _tensor_map(self, raw: bytes):
+        """The emulator's tensor map for a ``RecordedMap``."""
+        import ptxsim
+
+        _, rank, swizzle, nan_fill = struct.unpack_from("<4i", raw, 8)
+        address, *sizes = struct.unpack_from("<10Q", raw, 24)
+        dims, strides = sizes[:rank], sizes[5 : 5 + rank - 1]
+        box = [extent + 1 for extent in raw[104 : 104 + rank]]
+        elements = self.at(address)
+        return ptxsim.TensorMap(
+            elements[: elements.size // 2 * 2].view(np.uint16),
+            tuple(reversed(box)),
+            swizzle=SWIZZLES[swizzle],
+            oob_fill="nan" if nan_fill else "zero",
+            shape=tuple(reversed(dims)),
+            strides=(*reversed(strides), 2),
+        )
+
+
+def emulate(phase: Phase, inputs: AttentionInputs, num_sms: int = 4, **options) -> Result:
+    """Run a call as the API would; ``options`` are of :meth:`Phase.run`."""
+    return phase.run(make_call(inputs), num_sms, **options)
+
+
+def check(inputs: AttentionInputs, result: Result) -> None:
+    """Hold the outputs of a call to the package's tolerance rule."""
+    exact_out, exact_lse = reference_attention(upcast(inputs))
+    forms = list(equivalent_forms(inputs))
+    eager = [reference_attention(form, inputs.dtype, base2)[0] for form, base2 in forms]
+    assert_close("out", result.out, exact_out, eager)
+    eager = [reference_attention(form, None, base2)[1] for form, base2 in forms]
+    assert_close("lse", result.lse, exact_lse, eager)
+
+
+@lru_cache
+def compiled(arch: str, name: str, *units: str) -> Phase:
+    """A phase that tests share."""
+    return Phase(arch, name, units or None)
+
+
+def _run(*command) -> None:
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    assert done.returncode == 0, f"{command[0]} failed:\n{done.stderr[-4000:]}"

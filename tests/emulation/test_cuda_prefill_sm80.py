@@ -1,0 +1,217 @@
+"""The sm_80 prefill kernels' compiled PTX, executed by the emulator with its checks on: bounds,
+races, uninitialised shared memory, copies not waited for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from gqa_kernels import HeadMap
+from gqa_kernels.inputs import AttentionInputs
+from gqa_kernels.testing import make_inputs
+
+from ..cases import INTERLEAVED, PREFILL_CASES, UNEVEN, WITH_EMPTY, Case
+from .cuda_harness import Phase, Result, check, compiled, emulate, make_call, unavailable_reason
+
+pytestmark = pytest.mark.skipif(
+    unavailable_reason() is not None, reason=unavailable_reason() or "emulator present"
+)
+
+SMALL = HeadMap([1, 0, 1], num_kv_heads=3)  # interleaved, with an empty group
+UNITS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+QUICK = {"causal-more-queries-than-keys", "everything", "lengths-per-head", "strided", "no-keys"}
+# Of K from block to block, so that maxima grow, as rescaling on demand must notice, and fall again.
+GROWTH = torch.tensor([1, 4, 2, 16, 1, 64]).repeat_interleave(64)[:330, None]
+NEVER = 1 << 20  # a page id that is not in storage
+
+
+def ptx_error() -> type[Exception]:
+    """What the emulator raises; importable once a phase was loaded."""
+    import ptxsim
+
+    return ptxsim.PtxError
+
+
+def phase_for(inputs: AttentionInputs) -> Phase:
+    dim = max(inputs.head_dim, inputs.value_head_dim)
+    head_dim_class = next(d for d in (64, 128, 256) if dim <= d)
+    return compiled("sm80", "prefill", "launch", f"{UNITS[inputs.dtype]}_d{head_dim_class}")
+
+
+def attend(
+    head_map: HeadMap, q_len: int, kv_len: int, head_dim: int = 64, dtype=torch.bfloat16,
+    batch: int = 1, seed: int = 0, **options,
+) -> Result:  # fmt: skip
+    """Run and check one call."""
+    q, k, v = make_inputs(batch, head_map, q_len, kv_len, head_dim, dtype=dtype)
+    inputs = AttentionInputs.create(q, k, v, head_map, **options)
+    result = emulate(phase_for(inputs), inputs, seed=seed)
+    check(inputs, result)
+    return result
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(c, id=c.id, marks=[] if c.id in QUICK else pytest.mark.slow)
+        for c in PREFILL_CASES
+    ],
+)
+def test_options(case: Case):
+    (q, k, v, head_map), options = case.build(torch.bfloat16, "cpu")
+    inputs = AttentionInputs.create(q, k, v, head_map, **options)
+    check(inputs, emulate(phase_for(inputs), inputs))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["everything", "window-both", "additive-mask", "dims-7-250"])
+def test_options_in_fp16(name: str):
+    (case,) = (c for c in PREFILL_CASES if c.id == name)
+    (q, k, v, head_map), options = case.build(torch.float16, "cpu", layout="bshd")
+    inputs = AttentionInputs.create(q, k, v, head_map, **options)
+    check(inputs, emulate(phase_for(inputs), inputs))
+
+
+def test_order_of_warps_does_not_matter():
+    """More blocks of keys than the ring has slots, more than one tile of rows."""
+    first, *others = (
+        attend(SMALL, 150, 290, 128, torch.float16, seed=seed, causal=True).out
+        for seed in (0, 1, 2)
+    )
+    assert all(torch.equal(first, other) for other in others)
+
+
+@pytest.mark.parametrize(
+    "head_map, head_dim, dtype, options",
+    [
+        (UNEVEN, 40, torch.bfloat16, {"causal": True}),
+        (SMALL, 96, torch.float16, {"window": (40, 10)}),
+        (SMALL, 256, torch.bfloat16, {"causal": True}),
+        pytest.param(WITH_EMPTY, 128, torch.bfloat16, {"causal": True}, marks=pytest.mark.slow),
+        pytest.param(INTERLEAVED, 64, torch.float16, {}, marks=pytest.mark.slow),
+        pytest.param(INTERLEAVED, 192, torch.float16, {"causal": True}, marks=pytest.mark.slow),
+    ],
+)
+def test_head_dims(head_map: HeadMap, head_dim: int, dtype: torch.dtype, options: dict):
+    attend(head_map, 131, 203, head_dim, dtype, **options)
+
+
+def test_large_scores_rescale_the_output():
+    q, k, v = make_inputs(1, SMALL, 130, 330, 64, dtype=torch.bfloat16)
+    k *= GROWTH
+    inputs = AttentionInputs.create(q, k, v, SMALL, causal=True)
+    check(inputs, emulate(phase_for(inputs), inputs))
+
+
+def test_unused_slots_are_not_read():
+    q, k, v = make_inputs(2, SMALL, 40, 150, 64, dtype=torch.bfloat16)
+    lengths = torch.tensor([[7, 150, 64], [0, 65, 3]])
+    for b in range(2):
+        for h in range(3):
+            k[b, h, lengths[b, h] :] = v[b, h, lengths[b, h] :] = torch.nan
+    inputs = AttentionInputs.create(q, k, v, SMALL, causal=True, kv_lengths=lengths)
+    check(inputs, emulate(phase_for(inputs), inputs))
+
+
+def test_invalid_map_entries():
+    """As a device tensor may hold them: NaN for these heads, nothing read, others as ever."""
+    q, k, v = make_inputs(1, SMALL, 20, 70, 64, dtype=torch.bfloat16)
+    inputs = AttentionInputs.create(q, k, v, SMALL, causal=True)
+    call = make_call(inputs, head_map=torch.tensor([1, -1, 3], dtype=torch.int32))
+    result = phase_for(inputs).run(call)
+    assert result.out[:, 1:].isnan().all() and result.lse[:, 1:].isnan().all()
+    result.out[:, 1:], result.lse[:, 1:] = 0.0, 0.0  # then as if there were one head
+    one = AttentionInputs.create(q[:, :1], k, v, HeadMap([1], num_kv_heads=3), causal=True)
+    check(one, Result(result.out[:, :1], result.lse[:, :1]))
+
+
+@pytest.mark.parametrize("page_size", [16, pytest.param(5, marks=pytest.mark.slow)])
+def test_paged(page_size: int):
+    """Pages of one packed pool; garbage page ids beyond the length, NaN in unused slots."""
+    batch, kv_len, lengths = 2, 90, torch.tensor([[90] * 3, [41] * 3])
+    q, k, v = make_inputs(batch, SMALL, 33, kv_len, 64, dtype=torch.bfloat16)
+    inputs = AttentionInputs.create(q, k, v, SMALL, causal=True, kv_lengths=lengths)
+    pages = -(-kv_len // page_size)
+    ids = torch.randperm(batch * pages + 2, generator=torch.Generator().manual_seed(3))
+    table = ids[: batch * pages].view(batch, pages).to(torch.int32)
+    pool = torch.full((len(ids), page_size, 3, 128), torch.nan, dtype=torch.bfloat16)
+    for b in range(batch):
+        for s in range(int(lengths[b, 0])):
+            pool[table[b, s // page_size], s % page_size] = torch.cat([k[b, :, s], v[b, :, s]], -1)
+        table[b, -(-int(lengths[b, 0]) // page_size) :] = NEVER
+    pool = pool.transpose(1, 2)
+    paged = replace(inputs, k=pool[..., :64], v=pool[..., 64:])
+    table = table[:, None].expand(batch, 3, pages)
+    check(inputs, phase_for(inputs).run(make_call(paged, page_table=table, batch=batch)))
+    # A page that is not in storage: NaN for the rows that see its keys, and for them only.
+    table = table.contiguous()
+    table[0, :, 2] = NEVER
+    result = phase_for(inputs).run(make_call(paged, page_table=table, batch=batch))
+    hidden = 2 * page_size - (kv_len - 33)  # tokens whose keys all lie before that page
+    assert result.out[0, :, max(0, hidden) :].isnan().all()
+    assert result.out[1].isfinite().all()
+
+
+def test_packed_sequences():
+    """Queries by offsets, keys from their first slots on; a sequence without queries, one without
+    keys."""
+    q_offsets = torch.tensor([0, 150, 150, 161, 200], dtype=torch.int32)
+    k_offsets = torch.tensor([0, 77, 90, 90, 200], dtype=torch.int32)
+    q, k, v = make_inputs(1, SMALL, 200, 200, 64, dtype=torch.bfloat16)
+    lengths = k_offsets.diff()[:, None].expand(4, 3)
+    inputs = AttentionInputs.create(q, k, v, SMALL, causal=True)
+    call = make_call(
+        replace(inputs, kv_lengths=lengths), batch=4, max_q_len=150, q_offsets=q_offsets,
+        page_table=torch.zeros(4, 3, 1, dtype=torch.int32), kv_begin=k_offsets[:-1].contiguous(),
+    )  # fmt: skip
+    result = phase_for(inputs).run(call)
+    for b in range(4):
+        tokens = slice(int(q_offsets[b]), int(q_offsets[b + 1]))
+        keys = slice(int(k_offsets[b]), int(k_offsets[b + 1]))
+        part = replace(inputs, q=q[:, :, tokens], k=k[:, :, keys], v=v[:, :, keys])
+        if part.q_len:
+            check(part, Result(result.out[:, :, tokens], result.lse[:, :, tokens]))
+
+
+@pytest.mark.parametrize(
+    "head_dim, dtype", [(64, torch.bfloat16), (128, torch.float16), (256, torch.bfloat16)]
+)
+def test_main_loop_counters(head_dim: int, dtype: torch.dtype):
+    """No bank conflicts, whole sectors, K and V read once per tile of rows, products as few as can
+    be."""
+    q_len, kv_len = 256, 256
+    report = attend(HeadMap([0]), q_len, kv_len, head_dim, dtype).reports[0]
+    assert report.bank_conflicts == 0
+    copies = [s for s in report.memory_sites if s["kind"] == "global" and "cp.async" in s["where"]]
+    row_tiles = q_len // 128
+    minimum = (row_tiles * 2 * kv_len + q_len) * head_dim * 2
+    assert sum(s["bytes"] for s in copies) == minimum
+    assert 32 * sum(s["sectors"] for s in copies) == minimum
+    assert report.classes["mma"] == 2 * q_len * kv_len * head_dim // (16 * 8 * 16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name, file, old, new",
+    [
+        ("wait one tile short", "kernel.cuh", "cp_async_wait<1>();", "cp_async_wait<2>();"),
+        ("no barrier before V", "kernel.cuh", "__syncthreads();  // V;", "//"),
+        ("no barrier before K", "kernel.cuh", "__syncthreads();  // K;", "//"),
+        ("no barrier before the output", "store.cuh", "__syncthreads();  // every warp", "//"),
+        ("one key too many", "load.cuh", "in_dim && key + i * kRows < length", "in_dim"),
+        ("sums not rescaled", "scores.cuh", "sum[m][h] *= factor;", ""),
+        ("edge blocks not masked", "kernel.cuh", "hide_keys<C>(", "if (false) hide_keys<C>("),
+    ],
+)
+def test_broken_kernels_are_noticed(name: str, file: str, old: str, new: str):
+    broken = Phase("sm80", "prefill", ("launch", "bf16_d64"), ((f"sm80/prefill/{file}", old, new),))
+    q, k, v = make_inputs(1, SMALL, 150, 330, 64, dtype=torch.bfloat16)
+    lengths = torch.tensor([[329, 330, 330]])
+    k *= GROWTH
+    k[:, 0, 329:] = v[:, 0, 329:] = torch.nan
+    inputs = AttentionInputs.create(q, k, v, SMALL, causal=True, kv_lengths=lengths)
+    check(inputs, emulate(phase_for(inputs), inputs))
+    with pytest.raises((AssertionError, ptx_error())):
+        check(inputs, emulate(broken, inputs))
