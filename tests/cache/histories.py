@@ -146,8 +146,9 @@ def fill(
     """Append random tokens in two packed goes until the sequences have ``lengths``."""
     view = cache.view()
     first = [n // 2 for n in lengths]
-    truth = Truth([torch.zeros(view.num_k_heads, 0, view.head_dim)] * len(lengths),
-                  [torch.zeros(view.num_v_heads, 0, view.value_head_dim)] * len(lengths))  # fmt: skip
+    no_k = torch.zeros(view.num_k_heads, 0, view.head_dim)
+    no_v = torch.zeros(view.num_v_heads, 0, view.value_head_dim)
+    truth = Truth([no_k] * len(lengths), [no_v] * len(lengths))
     for counts in (first, [n - m for n, m in zip(lengths, first, strict=True)]):
         offsets = torch.tensor([0, *counts]).cumsum(0)
         total = int(offsets[-1])
@@ -186,7 +187,7 @@ def format_error(x: Tensor, format: str | None, zeros: bool) -> Tensor:
 def random_history(
     seed: int, page_size: int, steps: int = 12
 ) -> tuple[PageAllocator, PagedKVCache, dict[int, tuple[Tensor, Tensor]]]:
-    """A pool after random allocations, appends, forks and frees, and the tokens of each sequence."""
+    """A pool after random allocations, appends, forks and frees; and each sequence's tokens."""
     generator = torch.Generator().manual_seed(seed)
 
     def pick(n: int) -> int:

@@ -1,5 +1,7 @@
 """Attention over every kind of cache, on every backend that says it can."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -13,6 +15,7 @@ from gqa_kernels import (
     explain_backend,
 )
 from gqa_kernels.backends.dispatch import BACKENDS
+from gqa_kernels.cache.inputs import CacheInputs
 from gqa_kernels.testing import assert_attention_close, assert_decode_close
 from tests.cache.histories import KINDS, Kind, empty_cache, fill, hide_unused_pages, random_history
 from tests.cases import INTERLEAVED, UNEVEN, WITH_EMPTY
@@ -158,10 +161,6 @@ def test_random_histories(backend, page_size, seed, device):
 @pytest.mark.parametrize("q_len", [1, 20])
 def test_page_out_of_range_that_the_host_cant_see(backend, q_len, device):
     """No read out of bounds, NaN for every row that sees the page, and for no other."""
-    from dataclasses import replace
-
-    from gqa_kernels.cache.inputs import CacheInputs
-
     cache, _ = filled(Kind(3), torch.float32, device, lengths=(37, 9, 20))
     q = queries(3, UNEVEN, q_len, 16, torch.float32, device)
     inputs = CacheInputs.create(q, cache.view(), UNEVEN, window=(11, None))
@@ -203,7 +202,7 @@ def test_layouts_agree(backend, device):
 
 def test_matches_dense_attention_bit_for_bit(device):
     """A dense cache that is full is the plain call: the reference must not differ at all."""
-    cache, truth = filled(Kind(), torch.float32, device, lengths=(40, 40, 40))
+    cache, _ = filled(Kind(), torch.float32, device, lengths=(40, 40, 40))
     q = queries(3, UNEVEN, 3, 16, torch.float32, device)
     out = asym_gqa_decode(q, cache, UNEVEN, backend="reference")
     args = (q, cache.k, cache.v, UNEVEN)
