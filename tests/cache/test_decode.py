@@ -43,15 +43,19 @@ MATRIX = [
 LENGTHS = [37, 0, 5]
 
 
-def filled(kind, dtype, device, lengths=tuple(LENGTHS), head_map=UNEVEN, dim=16, value_dim=24,
-           **sizes):  # fmt: skip
+def filled(
+    kind, dtype, device, lengths=tuple(LENGTHS), head_map=UNEVEN, dim=16, value_dim=24, room=False,
+    **sizes,
+):  # fmt: skip
+    """A cache with tokens, and the tokens; without ``room`` unused page ids are garbage."""
     generator = torch.Generator().manual_seed(3)
     value_dim = dim if kind.order == "packed" else value_dim
     cache = empty_cache(
         kind, len(lengths), 40, head_map, dim, value_dim, dtype, device, generator, **sizes
     )
     truth = fill(cache, list(lengths), generator, dtype=dtype)
-    hide_unused_pages(cache)
+    if not room:
+        hide_unused_pages(cache)
     return cache, truth
 
 
