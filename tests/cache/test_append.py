@@ -35,47 +35,62 @@ def rotary_table(rotary_dim, positions=50, dtype=torch.float32):
 
 
 def stored(cache):
-    """Everything in the cache's memory, as bytes."""
+    """Everything in the cache's memory; fp8 as bytes, NaN as a number."""
     tensors = [cache.k, cache.v, *(x for x in cache.scales.values() if x is not None)]
-    return [x.contiguous().view(torch.uint8) for x in tensors]
+    return [
+        x.view(torch.uint8) if x.element_size() == 1 else x.nan_to_num(nan=12345.0) for x in tensors
+    ]
+
+
+def appended(kind, backend, device, **rotary):
+    """A cache after a ragged append behind tokens that are there, and the queries rotated."""
+    generator = torch.Generator().manual_seed(5)
+    dtype = torch.float32 if kind.format else torch.bfloat16
+    dim = 16 if kind.order == "packed" else 24
+    cache = empty_cache(kind, 3, 20, UNEVEN, 16, dim, dtype, device, generator)
+    cache.lengths.copy_(torch.tensor([3, 0, 7]))
+    q, new, values = (
+        torch.randn(9, heads, columns, generator=generator).to(device, dtype)
+        for heads, columns in ((6, 16), (3, 16), (3, dim))
+    )
+    new[4] = 0  # a row of zeros has scale 0
+    offsets = torch.tensor([0, 3, 3, 9], device=device)
+    q = cache.append(new, values, q=q, cu_seqlens=offsets, max_seqlen=6, backend=backend, **rotary)
+    assert cache.lengths.tolist() == [6, 0, 13]
+    return cache, q
+
+
+@pytest.mark.parametrize("backend", [name for name in USABLE if name != "reference"])
+@pytest.mark.parametrize("kind", FORMATS, ids=str)
+def test_stores_what_the_definition_says(backend, kind, device):
+    """Bit for bit, in used and unused slots."""
+    expected, got = (appended(kind, name, device)[0] for name in ("reference", backend))
+    for x, y in zip(stored(expected), stored(got), strict=True):
+        assert torch.equal(x, y)
 
 
 @pytest.mark.parametrize("backend", [name for name in USABLE if name != "reference"])
 @pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize("kind", FORMATS, ids=str)
-def test_stores_what_the_definition_says(backend, interleaved, kind, device):
-    """Bit for bit, in used and unused slots: ragged tokens, rotary of 8 of 16 columns."""
-    memory, rotated = [], []
-    for name in ("reference", backend):
-        generator = torch.Generator().manual_seed(5)
-        dtype = torch.float32 if kind.format else torch.bfloat16
-        dim = 16 if kind.order == "packed" else 24
-        cache = empty_cache(kind, 3, 20, UNEVEN, 16, dim, dtype, device, generator)
-        cache.lengths.copy_(torch.tensor([3, 0, 7]))
-        cos, sin = (x.to(device) for x in rotary_table(8))
-        q = torch.randn(9, 6, 16, generator=generator).to(device, dtype)
-        new = torch.randn(9, 3, 16, generator=generator).to(device, dtype)
-        values = torch.randn(9, 3, dim, generator=generator).to(device, dtype)
-        new[4] = 0  # a row of zeros has scale 0
-        offsets = torch.tensor([0, 3, 3, 9], device=device)
-        rotated.append(
-            cache.append(
-                new,
-                values,
-                q=q,
-                cu_seqlens=offsets,
-                max_seqlen=6,
-                rotary_cos=cos,
-                rotary_sin=sin,
-                rotary_interleaved=interleaved,
-                backend=name,
-            )
-        )
-        assert cache.lengths.tolist() == [6, 0, 13]
-        memory.append(stored(cache))
-    for expected, got in zip(*memory, strict=True):
-        assert torch.equal(expected, got)
-    torch.testing.assert_close(rotated[1], rotated[0])
+@pytest.mark.parametrize("kind", [Kind(3, "NHD"), Kind(4, format="int4", zeros=True)], ids=str)
+def test_rotates_as_the_definition_says(backend, interleaved, kind, device):
+    """Columns 0 to 7 of 16; a fused multiply-add may round otherwise, and so a quantised column."""
+    cos, sin = (x.to(device) for x in rotary_table(8))
+    rotary = {"rotary_cos": cos, "rotary_sin": sin, "rotary_interleaved": interleaved}
+    (expected, q), (got, rotated) = (
+        appended(kind, name, device, **rotary) for name in ("reference", backend)
+    )
+    torch.testing.assert_close(rotated, q)
+    expected.lengths.copy_(torch.tensor([3, 0, 6]))  # of the new tokens only
+    got.lengths.copy_(expected.lengths)
+    begin = torch.tensor([3, 0, 7], dtype=torch.int32, device=device)
+    (k, v, _), (got_k, got_v, _) = (
+        gather(cache.at(cache.page_table, cache.lengths, begin=begin).view())
+        for cache in (expected, got)
+    )
+    assert torch.equal(got_v, v)
+    step = 0.5 if kind.format else 0.0  # of int4, for rows of normal numbers
+    torch.testing.assert_close(got_k, k, rtol=1.6e-2, atol=step + 1e-5)
+    assert (got_k == k).float().mean() > 0.99
 
 
 @pytest.mark.parametrize("backend", USABLE)
