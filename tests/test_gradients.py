@@ -236,5 +236,3 @@ def test_compiled_forward_and_backward(backend, compiler, device):
     gradients = dict(zip(("q", "k", "v", "sinks"), found, strict=True))
     assert_gradients_close(gradients, *args, UNEVEN, dout=dout, dlse=dlse, **options)
     torch._dynamo.reset()
-
-

@@ -305,7 +305,7 @@ class AppendInputs:
                     "append: with lengths per head a query has no one position; rotate q and k_new "
                     "before the call"
                 )
-        _check_room(view, k_new, new_offsets)
+        view.check_slots(k_new.shape[2] if new_offsets is None else new_offsets.diff()[:, None])
         return cls(
             q, k_new, v_new, view, new_offsets, max_new, rotary_cos, rotary_sin,
             bool(rotary_interleaved),
@@ -433,20 +433,4 @@ def _check_rotary(cos: Tensor, sin: Tensor, x: Tensor) -> None:
         raise ValueError(
             f"rotary_sin must have the shape and dtype of rotary_cos ({tuple(cos.shape)}, "
             f"{cos.dtype}), got {tuple(sin.shape)}, {sin.dtype}"
-        )
-
-
-def _check_room(view: KVView, k_new: Tensor, new_offsets: Tensor | None) -> None:
-    """New tokens must fit, where the host can see the lengths."""
-    seen = [view.kv_lengths, view.kv_begin, new_offsets]
-    if not view.batch or not all(_readable(x) for x in seen if x is not None):
-        return
-    end = view.kv_lengths.long()
-    if view.kv_begin is not None:
-        end = end + view.kv_begin[:, None]
-    end = end + (k_new.shape[2] if new_offsets is None else new_offsets.diff()[:, None])
-    if int(end.max()) > view.capacity:
-        raise ValueError(
-            f"append: a sequence must have at most {view.capacity} slots in use after it "
-            f"({view.max_pages} pages of {view.page_size}), got {int(end.max())}"
         )

@@ -22,7 +22,6 @@ A view owns nothing and copies nothing.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -175,39 +174,50 @@ class KVView:
 
     def _check_values(self) -> None:
         """Lengths, begins and page ids, where the host can see them."""
-        if not self.kv_lengths.numel() or not _readable(self.kv_lengths):
-            return
-        low, high = (int(x) for x in self.kv_lengths.aminmax())
-        if low < 0:
-            raise ValueError(f"kv_lengths must be non-negative, got {low}")
-        if high > self.capacity:
-            raise ValueError(
-                f"kv_lengths must be at most the capacity of a sequence ({self.capacity} = "
-                f"{self.max_pages} pages of {self.page_size}), got {high}"
-            )
-        end = self.kv_lengths
-        if self.kv_begin is not None:
-            if not _readable(self.kv_begin):
-                return
-            if int(self.kv_begin.min()) < 0:
+        if self.kv_lengths.numel() and _readable(self.kv_lengths):
+            low, high = (int(x) for x in self.kv_lengths.aminmax())
+            if low < 0:
+                raise ValueError(f"kv_lengths must be non-negative, got {low}")
+            if self.kv_begin is not None and _readable(self.kv_begin) and self.kv_begin.min() < 0:
                 raise ValueError(f"kv_begin must be non-negative, got {int(self.kv_begin.min())}")
-            end = end + self.kv_begin[:, None]
-            if int(end.max()) > self.capacity:
+            if high > self.capacity:
                 raise ValueError(
-                    "kv_begin + kv_lengths must be at most the capacity of a sequence "
-                    f"({self.capacity}), got {int(end.max())}"
+                    f"kv_lengths must be at most the capacity of a sequence ({self.capacity} = "
+                    f"{self.max_pages} pages of {self.page_size}), got {high}"
                 )
-        if self.page_table is None or not _readable(self.page_table) or not high:
+            self.check_slots(0)
+
+    def check_slots(self, new: int | Tensor) -> None:
+        """There must be a slot for every key, and for ``new`` more per sequence (or ``[B, 1]``):
+        inside the capacity, in pages that exist. Where the host can see it."""
+        seen = (self.kv_lengths, self.kv_begin, new if isinstance(new, Tensor) else None)
+        if not self.kv_lengths.numel() or not all(_readable(x) for x in seen if x is not None):
             return
-        first = 0 if self.kv_begin is None else self.kv_begin[:, None, None] // self.page_size
+        end = self.kv_lengths + new
+        if self.kv_begin is not None:
+            end = end + self.kv_begin[:, None]
+        most = int(end.max())
+        if most > self.capacity:
+            raise ValueError(
+                f"{'' if self.kv_begin is None else 'kv_begin + '}kv_lengths must be at most the "
+                f"capacity of a sequence ({self.capacity} = {self.max_pages} pages of "
+                f"{self.page_size}), new tokens included, got {most}"
+            )
+        if self.page_table is None or not most or not _readable(self.page_table):
+            return
+        table = self.page_table if self.pages_per_head else self.page_table[:, :1]
+        if not self.pages_per_head:
+            end = end.amax(1, keepdim=True)
         page = torch.arange(self.max_pages)
-        used = (page * self.page_size < end[..., None]) & (page >= first)
-        wrong = used & ((self.page_table < 0) | (self.page_table >= self.num_pages))
+        used = page * self.page_size < end[..., None]
+        if self.kv_begin is not None:
+            used &= page >= self.kv_begin[:, None, None] // self.page_size
+        wrong = used & ((table < 0) | (table >= self.num_pages))
         if bool(wrong.any()):
             b, h, p = wrong.nonzero()[0].tolist()
             raise ValueError(
-                f"page_table entries must lie in [0, {self.num_pages}), got "
-                f"{int(self.page_table[b, h, p])} at sequence {b}, head {h}, page {p}"
+                f"page_table entries must lie in [0, {self.num_pages}), got {int(table[b, h, p])} "
+                f"at sequence {b}, head {h}, page {p}"
             )
 
     @property
@@ -246,7 +256,7 @@ class KVView:
         """Whether page-table rows may differ between heads."""
         return self.page_table is not None and self.page_table.stride(1) != 0
 
-    @cached_property
+    @property
     def format(self) -> Format | None:
         """The storage format, None where values are stored as they are."""
         return FORMATS.get(self.k.dtype)

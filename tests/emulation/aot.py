@@ -22,7 +22,10 @@ from gqa_kernels import HeadMap
 from gqa_kernels.backends.base import empty_output
 from gqa_kernels.backends.triton.backward_launch import BackwardCall
 from gqa_kernels.backends.triton.configs import DeviceFacts
-from gqa_kernels.backends.triton.launch import ForwardCall, Launch
+from gqa_kernels.backends.triton.launch import CacheCall, ForwardCall, Launch
+from gqa_kernels.cache.base import KVCache
+from gqa_kernels.cache.inputs import CacheInputs
+from gqa_kernels.cache.paged import PagedKVCache
 from gqa_kernels.inputs import AttentionInputs
 from gqa_kernels.plan import plan_for
 from gqa_kernels.splits import ceil_div
@@ -190,6 +193,58 @@ def make_backward(call: ForwardCall, *, slopes: bool = False, seed: int = 1) -> 
     delta = torch.full_like(call.lse, torch.nan)
     partial = torch.zeros(*call.lse.shape[:2], ceil_div(call.lse.shape[2], 16))
     return BackwardCall(call, True, dout, dlse, delta, dq, dk, dv, partial if slopes else None)
+
+
+def make_cache(
+    head_map: HeadMap, lengths: list[int], head_dim: int, dtype: torch.dtype, page_size: int,
+    format: str | None = None, zeros: bool = False, seed: int = 0,
+) -> KVCache:  # fmt: skip
+    """A paged cache with random tokens in pages of random order, NaN in all other slots."""
+    generator = torch.Generator().manual_seed(seed)
+    max_pages = -(-max(lengths) // page_size)
+    table = torch.randperm(len(lengths) * max_pages + 1, generator=generator)[:-1]
+    heads = head_map.num_kv_heads
+    cache = PagedKVCache.empty(
+        len(table) + 1, page_size, heads, head_dim, dtype=dtype, format=format, zeros=zeros,
+        order="NHD",
+    )  # fmt: skip
+    for x in (cache.k, cache.v, *cache.scales.values()):
+        if x is not None and x.is_floating_point() and x.element_size() > 1:
+            x.fill_(torch.nan)
+    table = table.view(len(lengths), max_pages).to(torch.int32)
+    cache = cache.at(table, torch.zeros(len(lengths), dtype=torch.int32))
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    k, v = torch.randn(2, sum(lengths), heads, head_dim, generator=generator).to(dtype)
+    cache.append(k, v, cu_seqlens=offsets, backend="reference")
+    return cache
+
+
+def make_cache_call(
+    q_lens: list[int], cache: KVCache, head_map: HeadMap, dtype: torch.dtype, *, seed: int = 1,
+    **options,
+) -> tuple[CacheInputs, ForwardCall]:  # fmt: skip
+    """A call of random queries over a cache, packed where their counts differ; and outputs to
+    write into."""
+    generator = torch.Generator().manual_seed(seed)
+    view, heads = cache.view(), head_map.num_heads
+    if len(set(q_lens)) == 1:
+        shape = (len(q_lens), heads, q_lens[0], view.head_dim)
+    else:
+        shape = (sum(q_lens), heads, view.head_dim)
+        options["q_offsets"] = torch.tensor([0, *q_lens]).cumsum(0)
+    q = torch.randn(shape, generator=generator).to(dtype)
+    inputs = CacheInputs.create(q, view, head_map, **options)
+    view = inputs.view
+    out = inputs.q.new_full((*inputs.q.shape[:3], inputs.value_head_dim), torch.nan)
+    lse = torch.full(out.shape[:3], torch.nan)
+    packing = (view.page_table, view.kv_begin, inputs.q_offsets, inputs.max_q_len, view.capacity)
+    scales = (view.k_scale, view.v_scale, view.k_zero, view.v_zero)
+    call = ForwardCall(
+        inputs.q, view.k, view.v, plan_for(inputs), inputs.alibi_slopes, inputs.sinks,
+        inputs.attn_mask, view.kv_lengths, inputs.scale, inputs.window_left, inputs.window_right,
+        inputs.softcap, 0.0, None, out, lse, CacheCall(*packing, *scales),
+    )  # fmt: skip
+    return inputs, call
 
 
 def every_option(q_len: int, kv_len: int, num_heads: int, batch: int) -> dict[str, object]:

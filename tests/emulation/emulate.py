@@ -25,16 +25,17 @@ from gqa_kernels import HeadMap
 from gqa_kernels.backends.reference import reference_attention
 from gqa_kernels.backends.triton.configs import Tile, decode_config
 from gqa_kernels.backends.triton.launch import ForwardCall, Launch, decode_launches, prefill_launch
+from gqa_kernels.cache.inputs import CacheInputs
 from gqa_kernels.inputs import AttentionInputs
 from gqa_kernels.plan import build_plan
-from gqa_kernels.testing import assert_close, upcast
+from gqa_kernels.testing import assert_cache_close, assert_close, upcast
 
-from .aot import TARGETS, Signature, every_option, make_call
+from .aot import TARGETS, Signature, every_option, make_cache, make_cache_call, make_call
 
 UNEVEN = HeadMap([1, 0, 1, 1], num_kv_heads=3)  # interleaved, with an empty group
 LARGE_GROUP = HeadMap([0] * 19 + [1], num_kv_heads=4)  # more heads than a tile has rows
 
-Case = tuple[AttentionInputs, ForwardCall, list[Launch]]
+Case = tuple[AttentionInputs | CacheInputs, ForwardCall, list[Launch]]
 
 
 def prefill_case(arch: str, tile: Tile, q_len: int, kv_len: int, head_dim: int, dtype, **options):
@@ -91,11 +92,42 @@ def decode_invalid_heads(arch: str) -> Case:
     return inputs, call, decode_launches(call, config)
 
 
+def decode_paged(arch: str) -> Case:
+    """Pages of 16 in any order; uneven splits. The counters must show each byte once."""
+    cache = make_cache(UNEVEN, [620, 300], 64, torch.bfloat16, page_size=16)
+    inputs, call = make_cache_call([1, 1], cache, UNEVEN, torch.bfloat16)
+    config = decode_config(call.shape, TARGETS[arch].facts, 3)
+    return inputs, call, decode_launches(call, config)
+
+
+def decode_fp8(arch: str) -> Case:
+    """The same in fp8, with ragged query counts and one page per block of keys."""
+    cache = make_cache(UNEVEN, [200, 77], 64, torch.float16, page_size=64, format="fp8_e4m3")
+    inputs, call = make_cache_call([1, 3], cache, UNEVEN, torch.float16)
+    config = decode_config(call.shape, TARGETS[arch].facts, 2)
+    return inputs, call, decode_launches(call, config)
+
+
+def decode_int4(arch: str) -> Case:
+    cache = make_cache(UNEVEN, [90, 33], 64, torch.bfloat16, 3, format="int4", zeros=True)
+    inputs, call = make_cache_call([2, 2], cache, UNEVEN, torch.bfloat16, window=(40, None))
+    config = decode_config(call.shape, TARGETS[arch].facts, 1)
+    return inputs, call, decode_launches(call, config)
+
+
+def prefill_paged(arch: str) -> Case:
+    """A chunk of prefill against pages: packed queries of different lengths."""
+    cache = make_cache(UNEVEN, [90, 150], 64, torch.bfloat16, page_size=16)
+    inputs, call = make_cache_call([70, 20], cache, UNEVEN, torch.bfloat16)
+    return inputs, call, [prefill_launch(call, Tile(64, 32, 4, 2), 3)]
+
+
 CASES: dict[str, Callable[[str], Case]] = {
     make.__name__: make
     for make in (
         prefill_causal, prefill_everything, prefill_fp32, decode_splits, decode_everything,
-        decode_large_group, decode_invalid_heads,
+        decode_large_group, decode_invalid_heads, decode_paged, decode_fp8, decode_int4,
+        prefill_paged,
     )
 }  # fmt: skip
 
@@ -149,8 +181,11 @@ def emulate(launch: Launch, arch: str) -> dict[str, object]:
     }
 
 
-def check(inputs: AttentionInputs, call: ForwardCall) -> None:
+def check(inputs: AttentionInputs | CacheInputs, call: ForwardCall) -> None:
     """Hold the outputs of a call to the tolerance rule."""
+    if isinstance(inputs, CacheInputs):
+        assert_cache_close(call.out, inputs, call.lse)
+        return
     exact_out, exact_lse = reference_attention(upcast(inputs))
     eager = [reference_attention(inputs, inputs.dtype, base2)[0] for base2 in (False, True)]
     assert_close("out", call.out, exact_out, eager)

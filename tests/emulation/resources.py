@@ -17,10 +17,22 @@ import torch
 
 from gqa_kernels import HeadMap
 from gqa_kernels.backends.triton.backward_launch import backward_launches
+from gqa_kernels.backends.triton.cache_launch import append_launch
 from gqa_kernels.backends.triton.configs import decode_config, heads_per_section, prefill_tile
 from gqa_kernels.backends.triton.launch import Launch, decode_launches, prefill_launch
+from gqa_kernels.cache.inputs import AppendInputs
 
-from .aot import TARGETS, Target, compile_launch, every_option, make_backward, make_call, resources
+from .aot import (
+    TARGETS,
+    Target,
+    compile_launch,
+    every_option,
+    make_backward,
+    make_cache,
+    make_cache_call,
+    make_call,
+    resources,
+)
 
 HEAD_MAP = HeadMap([0, 0, 0, 0, 0, 1, 2, 2])
 KV_LEN = 512
@@ -61,6 +73,40 @@ class Configuration:
         return decode_launches(call, decode_config(call.shape, target.facts, num_splits=4))
 
 
+@dataclass(frozen=True)
+class CacheConfiguration:
+    """Attention over pages, and the append to them, which rotates and, with a format, quantises."""
+
+    phase: str
+    head_dim: int
+    dtype: torch.dtype
+    options: str  # page size, format, "zeros"
+
+    @property
+    def must_not_spill(self) -> bool:
+        return self.head_dim in (64, 128) and self.phase != "prefill"
+
+    def launches(self, target: Target) -> list[Launch]:
+        page_size, _, format = self.options.partition("-")
+        format, zeros = format.removesuffix("-zeros") or None, format.endswith("-zeros")
+        cache = make_cache(
+            HEAD_MAP, [KV_LEN - 40, 33], self.head_dim, self.dtype, int(page_size), format, zeros
+        )
+        if self.phase == "append":
+            table = torch.ones(64, self.head_dim // 2)
+            new, q = (torch.ones(2, h, 4, self.head_dim, dtype=self.dtype) for h in (3, 8))
+            append = AppendInputs.create(
+                new, new, cache.view(), q=q, rotary_cos=table, rotary_sin=table
+            )
+            return [append_launch(append, q)]
+        q_lens = [Q_LENS[self.phase], Q_LENS[self.phase] - (self.phase == "prefill")]
+        _, call = make_cache_call(q_lens, cache, HEAD_MAP, self.dtype)
+        if self.phase == "prefill":
+            section = heads_per_section(call.shape, target.facts)
+            return [prefill_launch(call, prefill_tile(call.shape, target.facts), section)]
+        return decode_launches(call, decode_config(call.shape, target.facts, num_splits=4))
+
+
 MAIN = [
     Configuration("prefill", 128, torch.bfloat16, "causal"),
     Configuration("prefill", 64, torch.float16, "none"),
@@ -70,6 +116,11 @@ MAIN = [
     Configuration("backward", 128, torch.bfloat16, "causal"),
     Configuration("backward", 64, torch.bfloat16, "causal"),
     Configuration("backward", 64, torch.float16, "dropout"),
+    CacheConfiguration("decode", 128, torch.bfloat16, "16"),
+    CacheConfiguration("decode", 128, torch.bfloat16, "64-fp8_e4m3"),
+    CacheConfiguration("decode", 128, torch.float16, "16-int4-zeros"),
+    CacheConfiguration("prefill", 128, torch.bfloat16, "16"),
+    CacheConfiguration("append", 128, torch.bfloat16, "16-fp8_e4m3"),
 ]
 ALL = [
     Configuration(*values)
@@ -79,10 +130,20 @@ ALL = [
         (torch.bfloat16, torch.float16, torch.float32),
         ("none", "causal", "every", "dropout"),
     )
+] + [
+    CacheConfiguration(*values)
+    for values in product(
+        ("prefill", "decode", "speculative", "append"),
+        (64, 128, 256),
+        (torch.bfloat16, torch.float32),
+        ("1", "16", "128", "16-fp8_e5m2", "128-int8", "16-int8-zeros", "16-int4"),
+    )
 ]
 
 
-def lines(target: Target, configurations: list[Configuration]) -> Iterator[tuple[str, bool]]:
+def lines(
+    target: Target, configurations: list[Configuration | CacheConfiguration]
+) -> Iterator[tuple[str, bool]]:
     """A printable line for each compiled kernel, and whether it keeps the limits."""
     seen = set()
     for configuration in configurations:
@@ -98,7 +159,7 @@ def lines(target: Target, configurations: list[Configuration]) -> Iterator[tuple
             dtype = str(configuration.dtype).removeprefix("torch.")
             line = (
                 f"{target.facts.family:6} {launch.kernel.__name__:18} D{configuration.head_dim:<4}"
-                f"{dtype:9} {configuration.options:7} {tile:>8} {launch.num_warps} warps "
+                f"{dtype:9} {configuration.options:13} {tile:>8} {launch.num_warps} warps "
                 f"{used.registers:4} registers {used.spills:5} spills {used.shared:7} B shared"
             )
             yield line + ("" if kept else "  <- over the limit"), kept

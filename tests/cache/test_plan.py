@@ -1,0 +1,205 @@
+"""Plans (once per step, many layers), compilation, and the ops behind both."""
+
+import pytest
+import torch
+
+from gqa_kernels import (
+    DenseKVCache,
+    PagedKVCache,
+    asym_gqa_attention,
+    asym_gqa_decode,
+    asym_gqa_varlen_attention,
+    plan_decode,
+)
+from gqa_kernels.backends.dispatch import BACKENDS
+from gqa_kernels.cache.inputs import AppendInputs, CacheInputs
+from gqa_kernels.testing import assert_decode_close
+from tests.cache.histories import Kind
+from tests.cache.test_append import rotary_table, stored
+from tests.cache.test_decode import USABLE, filled, queries
+from tests.cases import UNEVEN
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def layers_of(cache, count):
+    """Layers with memory of their own and one page table and lengths between them."""
+    return [
+        PagedKVCache(
+            torch.randn_like(cache.k), torch.randn_like(cache.v), cache.page_table, cache.lengths
+        )
+        for _ in range(count)
+    ]
+
+
+@pytest.mark.parametrize("backend", USABLE)
+def test_one_plan_serves_the_layers_of_a_step(backend, device):
+    cache, _ = filled(Kind(4), torch.float32, device, lengths=(9, 3), room=True)
+    layers = layers_of(cache, 2)
+    plan = None
+    for step in range(2):
+        new = torch.randn(2, 2, 3, 1, 24, device=device)
+        for layer in layers:
+            q = queries(2, UNEVEN, 1, 16, torch.float32, device, seed=step)
+            if plan is None:
+                plan = plan_decode(q, layer, UNEVEN, window=(5, None), backend=backend)
+            out = plan(q, layer, new[0, ..., :16].contiguous(), new[1])
+            grown = layer.at(layer.page_table, layer.lengths + 1)
+            assert_decode_close(out, q, grown, UNEVEN, window=(5, None))
+        layer.advance(plan.new_tokens)  # in place: the plan sees it
+        assert cache.lengths.tolist() == [10 + step, 4 + step]
+
+
+@pytest.mark.parametrize("backend", USABLE)
+def test_a_plan_reads_lengths_tables_and_maps_when_it_runs(backend, device, monkeypatch):
+    """As the replays of a CUDA graph do. The host may not look at a tensor in a replay."""
+    cache, _ = filled(Kind(4), torch.float32, device, lengths=(9, 14))
+    q = queries(2, UNEVEN, 1, 16, torch.float32, device)
+    plan = plan_decode(q, cache, UNEVEN, backend=backend)
+    before = plan(q, cache)
+    cache.lengths.copy_(cache.lengths.flip(0))
+    cache.page_table.copy_(cache.page_table.flip(0))
+    assert torch.equal(plan(q.flip(0), cache), before.flip(0))
+
+
+@pytest.mark.parametrize("backend", USABLE)
+def test_decode_appends_and_attends(backend, device):
+    """Rotary, a packed step, the cache advanced once; against the two calls by themselves."""
+    cos, sin = (x.to(device) for x in rotary_table(12))
+    results = []
+    for fused in (True, False):
+        cache, _ = filled(
+            Kind(4, format="int8"), torch.float32, device, lengths=(9, 0, 3), room=True
+        )
+        generator = torch.Generator().manual_seed(8)
+        q, k, v = (
+            torch.randn(7, heads, dim, generator=generator).to(device)
+            for heads, dim in ((6, 16), (3, 16), (3, 24))
+        )
+        offsets = torch.tensor([0, 4, 7, 7], device=device)
+        packing = {"cu_seqlens_q": offsets, "max_seqlen_q": 4}
+        rotary = {"rotary_cos": cos, "rotary_sin": sin}
+        if fused:
+            out = asym_gqa_decode(q, cache, UNEVEN, k_new=k, v_new=v, **packing, **rotary,
+                                  backend=backend)  # fmt: skip
+        else:
+            q = cache.append(k, v, q=q, cu_seqlens=offsets, max_seqlen=4, **rotary,
+                             backend=backend)  # fmt: skip
+            out = asym_gqa_decode(q, cache, UNEVEN, **packing, backend=backend)
+            assert_decode_close(out, q, cache, UNEVEN, **packing)
+        assert cache.lengths.tolist() == [13, 3, 3]
+        results.append((out, *stored(cache)))
+    for x, y in zip(*results, strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("backend", USABLE)
+@pytest.mark.parametrize("kind", [Kind(), Kind(4), Kind(4, format="int4", zeros=True)], ids=str)
+def test_compiled_decode(backend, kind, device):
+    """One graph, which appends, advances and attends, and sees lengths change."""
+    eager, _ = filled(kind, torch.float32, device, lengths=(9, 3), room=True)
+    cache, _ = filled(kind, torch.float32, device, lengths=(9, 3), room=True)
+
+    def step(cache, q, k, v):
+        return asym_gqa_decode(q, cache, UNEVEN, k_new=k, v_new=v, backend=backend) + 0.0
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for seed in range(2):
+        q = queries(2, UNEVEN, 1, 16, torch.float32, device, seed)
+        k, v = torch.randn(2, 3, 1, 16, device=device), torch.randn(2, 3, 1, 24, device=device)
+        torch.testing.assert_close(compiled(cache, q, k, v), step(eager, q, k, v))
+        assert torch.equal(cache.lengths, eager.lengths)
+        for x, y in zip(stored(cache), stored(eager), strict=True):
+            assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("backend", USABLE)
+def test_compiled_varlen(backend, device):
+    q, k = torch.randn(9, 6, 16, device=device), torch.randn(12, 3, 16, device=device)
+    cu_q = torch.tensor([0, 4, 9], dtype=torch.int32, device=device)
+    cu_k = torch.tensor([0, 5, 12], dtype=torch.int32, device=device)
+
+    def call(q, k, cu_q, cu_k):
+        return asym_gqa_varlen_attention(q, k, k, UNEVEN, cu_q, cu_k, 5, 7, backend=backend)
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(q, k, cu_q, cu_k), call(q, k, cu_q, cu_k))
+
+
+def op_of(backend):
+    """A backend's attention op and append op, caught on their way."""
+    if backend == "cpu":
+        ops = torch.ops.gqa_kernels
+        return ops.cache_attention_forward.default, ops.cache_append.default
+    from gqa_kernels.backends.triton.ops import triton_cache_append, triton_cache_attention_forward
+
+    return triton_cache_attention_forward._opoverload, triton_cache_append._opoverload
+
+
+class Recorded(torch.utils._python_dispatch.TorchDispatchMode):
+    """Keeps the arguments of the calls of some ops."""
+
+    def __init__(self, ops):
+        super().__init__()
+        self.ops, self.calls = ops, []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op in self.ops:
+            self.calls.append((op, args, kwargs or {}))
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("backend", [name for name in USABLE if name != "reference"])
+@pytest.mark.parametrize("kind", [Kind(), Kind(4, format="int4", zeros=True)], ids=str)
+def test_opcheck(backend, kind, device):
+    cache, _ = filled(kind, torch.float32, device, lengths=(9, 3), room=True)
+    q = queries(1, UNEVEN, 5, 16, torch.float32, device)[0].transpose(0, 1).contiguous()
+    offsets = torch.tensor([0, 2, 5], device=device)
+    cos, sin = (x.to(device) for x in rotary_table(12))
+    new = torch.randn(5, 3, 24, device=device)
+    view = cache.view()
+    append = AppendInputs.create(
+        new[..., :16].contiguous(), new, view, q=q, new_offsets=offsets, max_new=3, rotary_cos=cos,
+        rotary_sin=sin,
+    )  # fmt: skip
+    attend = CacheInputs.create(q, view, UNEVEN, q_offsets=offsets, max_q_len=3)
+    with Recorded(op_of(backend)) as recorded:
+        BACKENDS[backend].append(append)
+        BACKENDS[backend].run_cache(attend)
+    assert len(recorded.calls) == 2
+    for op, args, kwargs in recorded.calls:
+        torch.library.opcheck(op, args, kwargs)
+
+
+def test_a_cache_of_ones_own_layout(device):
+    """The memory of vLLM's flash layout and FlashInfer's CSR tables give the same."""
+    cache, _ = filled(Kind(16, "packed"), torch.float32, device)
+    q = queries(3, UNEVEN, 1, 16, torch.float32, device)
+    expected = asym_gqa_decode(q, cache, UNEVEN)
+    both = torch.stack([cache.k, cache.v]).transpose(2, 3)  # [2, P, page, H, D]
+    table = cache.page_table.clamp(0, both.shape[1] - 1)
+    other = PagedKVCache.from_packed(both, table, cache.lengths, axis=0, order="NHD")
+    assert torch.equal(asym_gqa_decode(q, other, UNEVEN), expected)
+    count = (cache.lengths + 15) // 16
+    indptr = torch.nn.functional.pad(count.cumsum(0), (1, 0))
+    used = torch.arange(table.shape[1], device=device) < count[:, None]
+    last = cache.lengths - (count - 1) * 16
+    other = PagedKVCache.from_csr(
+        both[0], both[1], indptr, table[used], last.clamp(max=16), order="NHD"
+    )
+    assert other.lengths.tolist() == cache.lengths.tolist()
+    assert torch.equal(asym_gqa_decode(q, other, UNEVEN), expected)
+    plain = DenseKVCache(
+        *(x.transpose(1, 2).contiguous() for x in (cache.k[:3], cache.v[:3])),
+        torch.tensor([16, 2, 5], device=device), layout="bshd",
+    )  # fmt: skip
+    plain.k.nan_to_num_(0), plain.v.nan_to_num_(0)
+    dense = asym_gqa_attention(
+        q, plain.k, plain.v, UNEVEN, kv_lengths=plain.lengths, backend="reference"
+    )
+    torch.testing.assert_close(asym_gqa_decode(q, plain, UNEVEN, backend="reference"), dense)
