@@ -24,6 +24,10 @@ import torch
 from torch import Tensor
 
 from .backends.reference import reference_attention
+from .backends.reference_cache import dense_inputs, query_tokens
+from .cache.base import KVCache
+from .cache.decode import decode_inputs
+from .cache.inputs import CacheInputs
 from .head_map import HeadMap
 from .inputs import AttentionInputs, HeadMapLike, Layout
 
@@ -137,6 +141,61 @@ def assert_attention_close(
             # Scores are fp32 whatever the input's type, so the LSE is held to fp32.
             eager = [reference_attention(form, None, base2)[1] for form, base2 in forms]
             assert lse.dtype == eager[0].dtype, f"lse: dtype {lse.dtype}"
+            assert_close("lse", lse, exact_lse, eager)
+
+
+def assert_decode_close(
+    out: Tensor,
+    q: Tensor,
+    cache: KVCache,
+    head_map: HeadMapLike,
+    *,
+    lse: Tensor | None = None,
+    **options,
+) -> None:
+    """Hold an output (and LSE) of :func:`gqa_kernels.asym_gqa_decode` to the tolerance rule.
+
+    The exact result is attention over the values that the cache stands for, so that this measures a
+    kernel and not the cache's format.
+
+    Args:
+        out, lse: as returned for ``layout``.
+        q, cache, head_map, options: as given to the call, without new keys: the cache has them.
+    """
+    inputs = decode_inputs(q, cache, head_map, **options)
+    if inputs.q_offsets is not None:
+        out, lse = out.transpose(0, 1)[None], None if lse is None else lse[None]
+    elif options.get("layout") == "bshd":
+        out = out.transpose(1, 2)
+    assert_cache_close(out, inputs, lse)
+
+
+def assert_cache_close(out: Tensor, inputs: CacheInputs, lse: Tensor | None = None) -> None:
+    """The same for results as a backend's ``run_cache`` gives them."""
+    assert out.dtype == inputs.dtype, f"out: dtype {out.dtype}, expected {inputs.dtype}"
+    dense, unreadable = dense_inputs(inputs)
+    assert not unreadable.any(), "a page id is out of range"
+    if inputs.q_offsets is not None:  # compare where there are tokens
+        token, valid = query_tokens(inputs)
+        token = torch.where(valid, token, 0)
+        out = out[0][:, token].transpose(0, 1).masked_fill(~valid[:, None, :, None], 0)
+        lse = None if lse is None else lse[0][:, token].transpose(0, 1)
+        lse = None if lse is None else lse.masked_fill(~valid[:, None], 0)
+
+    def valid_only(x: Tensor) -> Tensor:
+        if inputs.q_offsets is None:
+            return x
+        return x.masked_fill(~(valid[:, None, :, None] if x.dim() == 4 else valid[:, None]), 0)
+
+    low = replace(dense, k=dense.k.to(inputs.dtype), v=dense.v.to(inputs.dtype))
+    with torch.no_grad():
+        exact_out, exact_lse = map(valid_only, reference_attention(upcast(dense)))
+        forms = list(equivalent_forms(low))
+        eager = [valid_only(reference_attention(x, inputs.dtype, base2)[0]) for x, base2 in forms]
+        assert_close("out", out, exact_out, eager)
+        if lse is not None:
+            forms = list(equivalent_forms(low if inputs.view.format is None else dense))
+            eager = [valid_only(reference_attention(x, None, base2)[1]) for x, base2 in forms]
             assert_close("lse", lse, exact_lse, eager)
 
 

@@ -34,14 +34,12 @@ def reference_cache_attention(
     out, lse = out.masked_fill(lost[..., None], math.nan), lse.masked_fill(lost, math.nan)
     if inputs.q_offsets is None:
         return out, lse
-    token, valid = _query_tokens(inputs)
-    packed_out = out.new_zeros(*inputs.q.shape[:3], out.shape[3])
-    packed_lse = lse.new_full(inputs.q.shape[:3], -math.inf)
-    # Slots of no token write to one more row, which is cut off.
-    token = torch.where(valid, token, inputs.q.shape[2]).flatten()
-    packed_out = torch.cat([packed_out, packed_out[:, :, :1]], 2) if packed_out.shape[2] else (
-        packed_out.new_zeros(1, inputs.num_heads, 1, out.shape[3]))  # fmt: skip
-    packed_lse = torch.cat([packed_lse, packed_lse.new_zeros(1, inputs.num_heads, 1)], 2)
+    # Right-aligned slots without a token write to one token more, which is cut off.
+    token, valid = query_tokens(inputs)
+    total = inputs.q.shape[2]
+    token = torch.where(valid, token, total).flatten()
+    packed_out = out.new_zeros(1, inputs.num_heads, total + 1, out.shape[3])
+    packed_lse = lse.new_full((1, inputs.num_heads, total + 1), -math.inf)
     packed_out = packed_out.index_copy(2, token, out.transpose(0, 1).flatten(1, 2)[None])
     packed_lse = packed_lse.index_copy(2, token, lse.transpose(0, 1).flatten(1, 2)[None])
     return packed_out[:, :, :-1], packed_lse[:, :, :-1]
@@ -56,18 +54,16 @@ def dense_inputs(inputs: CacheInputs) -> tuple[AttentionInputs, Tensor]:
     """
     view = inputs.view
     k, v, unreadable = gather(view)
-    q, slopes = inputs.q, inputs.alibi_slopes
+    q = inputs.q
     if inputs.q_offsets is not None:
-        token, valid = _query_tokens(inputs)
-        q = q[0][:, torch.where(valid, token, 0)] if q.shape[2] else q.new_zeros(
-            inputs.num_heads, *token.shape, q.shape[3])  # fmt: skip
-        q = q.transpose(0, 1).masked_fill(~valid[:, None, :, None], 0)
-    lengths = _lengths(view)
+        token, valid = query_tokens(inputs)
+        q = torch.cat([q, q.new_zeros(1, q.shape[1], 1, q.shape[3])], dim=2)  # of no token
+        q = q[0][:, torch.where(valid, token, q.shape[2] - 1)].transpose(0, 1)
     dense = AttentionInputs(
         q=q, k=k, v=v, head_map=inputs.head_map, value_head_map=inputs.value_head_map,
         scale=inputs.scale, window_left=inputs.window_left, window_right=inputs.window_right,
-        softcap=inputs.softcap, alibi_slopes=slopes, sinks=inputs.sinks,
-        attn_mask=inputs.attn_mask, kv_lengths=lengths.to(torch.int32), layout="bhsd",
+        softcap=inputs.softcap, alibi_slopes=inputs.alibi_slopes, sinks=inputs.sinks,
+        attn_mask=inputs.attn_mask, kv_lengths=_lengths(view).to(torch.int32), layout="bhsd",
         deterministic=inputs.deterministic,
     )  # fmt: skip
     return dense, unreadable
@@ -137,7 +133,7 @@ def _rows(
     return dequantize(stored, scale[page, head, slot], zero)
 
 
-def _query_tokens(inputs: CacheInputs) -> tuple[Tensor, Tensor]:
+def query_tokens(inputs: CacheInputs) -> tuple[Tensor, Tensor]:
     """Packed token of each right-aligned query slot, and whether it has one: ``[B, max_q_len]``."""
     offsets = inputs.q_offsets.long()
     stop = offsets[1:, None]

@@ -266,7 +266,15 @@ def attend(
             else:
                 b_scale = kv.load_scales(values, o_page, o_slot, m_readable, PAGED)
                 b_v = kv.load_stored(
-                    values, o_page, o_slot, m_readable, VALUE_DIM, BLOCK_DV, FORMAT, PAGED, HAS_V_ZERO
+                    values,
+                    o_page,
+                    o_slot,
+                    m_readable,
+                    VALUE_DIM,
+                    BLOCK_DV,
+                    FORMAT,
+                    PAGED,
+                    HAS_V_ZERO,
                 )
                 b_v = (b_v * b_scale[:, None]).to(b_q.dtype)
             b_acc = b_acc * b_rescale[:, None]

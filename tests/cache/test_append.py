@@ -1,0 +1,185 @@
+"""Appends: what is stored and how queries are rotated, on every backend against the definition."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from gqa_kernels import DenseKVCache, PagedKVCache
+from gqa_kernels.backends.dispatch import BACKENDS
+from gqa_kernels.backends.reference_cache import gather
+from gqa_kernels.cache.inputs import AppendInputs
+from tests.cache.histories import Kind, empty_cache, fill, format_error
+from tests.cache.test_decode import USABLE
+from tests.cases import UNEVEN
+
+FORMATS = [
+    Kind(),
+    Kind(16, "packed"),
+    Kind(3, "NHD"),
+    Kind(5, begin=True),
+    Kind(4, format="fp8_e4m3"),
+    Kind(4, format="fp8_e5m2"),
+    Kind(4, format="int8"),
+    Kind(4, format="int8", zeros=True),
+    Kind(4, format="int4"),
+    Kind(batch_index=True, format="int4", zeros=True),
+]
+
+
+def rotary_table(rotary_dim, positions=50, dtype=torch.float32):
+    angle = torch.outer(
+        torch.arange(positions), 10000.0 ** -(torch.arange(0, rotary_dim, 2) / rotary_dim)
+    )
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def stored(cache):
+    """Everything in the cache's memory, as bytes."""
+    tensors = [cache.k, cache.v, *(x for x in cache.scales.values() if x is not None)]
+    return [x.contiguous().view(torch.uint8) for x in tensors]
+
+
+@pytest.mark.parametrize("backend", [name for name in USABLE if name != "reference"])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("kind", FORMATS, ids=str)
+def test_stores_what_the_definition_says(backend, interleaved, kind, device):
+    """Bit for bit, in used and unused slots: ragged tokens, rotary of 8 of 16 columns."""
+    memory, rotated = [], []
+    for name in ("reference", backend):
+        generator = torch.Generator().manual_seed(5)
+        dtype = torch.float32 if kind.format else torch.bfloat16
+        dim = 16 if kind.order == "packed" else 24
+        cache = empty_cache(kind, 3, 20, UNEVEN, 16, dim, dtype, device, generator)
+        cache.lengths.copy_(torch.tensor([3, 0, 7]))
+        cos, sin = (x.to(device) for x in rotary_table(8))
+        q = torch.randn(9, 6, 16, generator=generator).to(device, dtype)
+        new = torch.randn(9, 3, 16, generator=generator).to(device, dtype)
+        values = torch.randn(9, 3, dim, generator=generator).to(device, dtype)
+        new[4] = 0  # a row of zeros has scale 0
+        offsets = torch.tensor([0, 3, 3, 9], device=device)
+        rotated.append(
+            cache.append(
+                new,
+                values,
+                q=q,
+                cu_seqlens=offsets,
+                max_seqlen=6,
+                rotary_cos=cos,
+                rotary_sin=sin,
+                rotary_interleaved=interleaved,
+                backend=name,
+            )
+        )
+        assert cache.lengths.tolist() == [6, 0, 13]
+        memory.append(stored(cache))
+    for expected, got in zip(*memory, strict=True):
+        assert torch.equal(expected, got)
+    torch.testing.assert_close(rotated[1], rotated[0])
+
+
+@pytest.mark.parametrize("backend", USABLE)
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+def test_rotation_is_a_rotation_by_the_position(backend, interleaved, layout, device):
+    """Against complex numbers: pair p of a token at position t turns by t * theta_p."""
+    cache = DenseKVCache.empty(2, 3, 12, 16, dtype=torch.float32, device=device)
+    cache.lengths.copy_(torch.tensor([4, 0]))
+    q, k, v = (torch.randn(2, heads, 5, 16) for heads in (6, 3, 3))
+    cos, sin = (x.to(device) for x in rotary_table(12))
+    args = [x.to(device) if layout == "bhsd" else x.to(device).transpose(1, 2) for x in (k, v, q)]
+    rotated = cache.append(
+        *args[:2], q=args[2], rotary_cos=cos, rotary_sin=sin, rotary_interleaved=interleaved,
+        layout=layout, backend=backend,
+    )  # fmt: skip
+    rotated = rotated if layout == "bhsd" else rotated.transpose(1, 2)
+    pairs = torch.arange(12).view(6, 2) if interleaved else torch.arange(12).view(2, 6).T
+    position = torch.tensor([4, 0])[:, None] + torch.arange(5)
+    theta = 10000.0 ** -(torch.arange(0, 12, 2) / 12)
+    turn = torch.polar(torch.ones(()), position[..., None] * theta)[:, None]
+    for x, result in ((q, rotated), (k, torch.stack([cache.k[0, :, 4:9], cache.k[1, :, :5]]))):
+        number = torch.complex(x[..., pairs[:, 0]], x[..., pairs[:, 1]]) * turn
+        expected = x.clone()
+        expected[..., pairs[:, 0]], expected[..., pairs[:, 1]] = number.real, number.imag
+        torch.testing.assert_close(result.cpu(), expected, rtol=1e-5, atol=1e-5)
+    stored_v = torch.stack([cache.v[0, :, 4:9], cache.v[1, :, :5]])
+    assert torch.equal(stored_v.cpu(), v)
+
+
+@pytest.mark.parametrize("backend", USABLE)
+@pytest.mark.parametrize("kind", [kind for kind in FORMATS if kind.format], ids=str)
+def test_error_of_the_format(backend, kind, device):
+    """Stored values are as near to the tokens as the format's definition allows."""
+    generator = torch.Generator().manual_seed(2)
+    cache = empty_cache(kind, 2, 30, UNEVEN, 16, 16, torch.float32, device, generator)
+    truth = fill(cache, [11, 30], generator, backend=backend)
+    k, v, _ = gather(cache.view())
+    for b, n in enumerate([11, 30]):
+        for got, expected in ((k[b, :, :n], truth.k[b]), (v[b, :, :n], truth.v[b])):
+            error = (got.cpu() - expected).abs()
+            assert (error <= format_error(expected, kind.format, kind.zeros)).all()
+            assert error.max() > 0  # it is quantised
+
+
+@pytest.mark.parametrize("backend", USABLE)
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.uint8], ids=str)
+def test_given_scales_saturate_and_stay(backend, dtype, device):
+    """One scale per tensor for K and one per head for V: stored by them, and not touched."""
+    width = 8 if dtype == torch.uint8 else 16
+    k, v = (torch.zeros(4, 3, 2, width, device=device).to(dtype) for _ in range(2))
+    v_scale = torch.tensor([0.5, 0.25, 2.0], device=device)
+    table = torch.arange(4, device=device).view(2, 2)
+    lengths = torch.zeros(2, dtype=torch.int32, device=device)
+    cache = PagedKVCache(k, v, table, lengths, k_scale=0.25, v_scale=v_scale)
+    new = torch.linspace(-2000, 2000, 2 * 3 * 3 * 16, device=device).view(2, 3, 3, 16)
+    cache.append(new, new, backend=backend)
+    low, high = {torch.float8_e4m3fn: (-448, 448), torch.int8: (-128, 127),
+                 torch.uint8: (-8, 7)}[dtype]  # fmt: skip
+    got_k, got_v, _ = gather(cache.view())
+    for got, scale in ((got_k, torch.tensor(0.25)), (got_v, v_scale.cpu()[:, None, None])):
+        expected = (new.cpu() / scale).clamp(low, high)
+        if dtype == torch.float8_e4m3fn:
+            expected = expected.to(dtype).float()
+        else:
+            expected = expected.round()
+        assert torch.equal(got[:, :, :3].cpu(), expected * scale)
+    assert v_scale.tolist() == [0.5, 0.25, 2.0]
+
+
+@pytest.mark.parametrize("backend", USABLE)
+def test_tokens_without_a_place_are_dropped(backend, device):
+    """Where the host can't see it: beyond the table, and in pages out of range."""
+    pages = torch.full((4, 3, 2, 16), torch.nan, device=device)
+    table = torch.tensor([[0, 1], [2, 3]], dtype=torch.int32, device=device)
+    lengths = torch.zeros(2, dtype=torch.int32, device=device)
+    cache = PagedKVCache(pages, pages.clone(), table, lengths)
+    new = torch.ones(2, 3, 3, 16, device=device)
+    inputs = AppendInputs.create(new, new, cache.view())
+    lengths = torch.tensor([2, 1], dtype=torch.int32, device=device)
+    table = torch.tensor([[0, 1], [4, -1]], dtype=torch.int32, device=device)
+    view = replace(
+        inputs.view,
+        kv_lengths=lengths[:, None].expand(2, 3),
+        page_table=table[:, None].expand(2, 3, 2),
+    )
+    BACKENDS[backend].append(replace(inputs, view=view))
+    written = pages.isfinite().all(-1).all(1)
+    assert written.tolist() == [[False, False], [True, True], [False, False], [False, False]]
+
+
+@pytest.mark.parametrize("backend", USABLE)
+def test_heads_with_lengths_of_their_own(backend, device):
+    """A page of one head each; the tokens of a head go behind its own length."""
+    table = torch.arange(8, device=device).view(2, 2, 2)
+    k, v = (torch.full((8, 3, 16), torch.nan, device=device) for _ in range(2))
+    lengths = torch.tensor([[0, 4], [2, 1]], dtype=torch.int32, device=device)
+    cache = PagedKVCache(k, v, table, lengths)
+    new = torch.randn(2, 2, 2, 16, device=device)
+    cache.append(new, 2 * new, backend=backend)
+    assert lengths.tolist() == [[2, 6], [4, 3]]
+    for b in range(2):
+        for h in range(2):
+            n = int(lengths[b, h])
+            row = k[table[b, h]].flatten(0, 1)
+            assert torch.equal(row[n - 2 : n], new[b, h]) and row[: n - 2].isnan().all()
+            assert torch.equal(v[table[b, h]].flatten(0, 1)[n - 2 : n], 2 * new[b, h])

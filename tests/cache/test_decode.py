@@ -1,0 +1,209 @@
+"""Attention over every kind of cache, on every backend that says it can."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from gqa_kernels import (
+    DenseKVCache,
+    HeadMap,
+    PagedKVCache,
+    asym_gqa_attention,
+    asym_gqa_decode,
+    available_backends,
+    explain_backend,
+)
+from gqa_kernels.backends.dispatch import BACKENDS
+from gqa_kernels.cache.inputs import CacheInputs
+from gqa_kernels.testing import assert_attention_close, assert_decode_close
+from tests.cache.histories import KINDS, Kind, empty_cache, fill, hide_unused_pages, random_history
+from tests.cases import INTERLEAVED, UNEVEN, WITH_EMPTY
+from tests.conftest import DEVICE
+
+
+def usable(name: str) -> bool:
+    """Whether a backend has cache kernels here."""
+    if DEVICE not in BACKENDS[name].capabilities.devices:
+        return False
+    cache = DenseKVCache.empty(1, 1, 2, 8, dtype=torch.float32, device=DEVICE)
+    q = torch.zeros(1, 1, 1, 8, device=DEVICE)
+    return not explain_backend(q, cache, [0])[name]
+
+
+USABLE = [name for name in available_backends() if usable(name)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+MATRIX = [
+    pytest.param(kind, name, dtype, id=f"{name}-{str(dtype).removeprefix('torch.')}-{kind}")
+    for name in USABLE
+    for i, kind in enumerate(KINDS)
+    for dtype in ([DTYPES[i % 3]] if name == "triton" else DTYPES)  # interpreted: one of each
+    if kind.caches <= BACKENDS[name].capabilities.caches
+]
+LENGTHS = [37, 0, 5]
+
+
+def filled(kind, dtype, device, lengths=tuple(LENGTHS), head_map=UNEVEN, dim=16, value_dim=24,
+           **sizes):  # fmt: skip
+    generator = torch.Generator().manual_seed(3)
+    value_dim = dim if kind.order == "packed" else value_dim
+    cache = empty_cache(
+        kind, len(lengths), 40, head_map, dim, value_dim, dtype, device, generator, **sizes
+    )
+    truth = fill(cache, list(lengths), generator, dtype=dtype)
+    hide_unused_pages(cache)
+    return cache, truth
+
+
+def queries(batch, head_map, q_len, dim, dtype, device, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    shape = (batch, head_map.num_heads, q_len, dim)
+    return torch.randn(shape, generator=generator).to(device, dtype)
+
+
+@pytest.mark.parametrize("kind, backend, dtype", MATRIX)
+def test_matches_the_stored_tokens(kind, backend, dtype, device):
+    """One query (decode), and more queries than some sequence has keys (a chunk of prefill)."""
+    cache, truth = filled(kind, dtype, device)
+    for q_len in (1, 20):
+        q = queries(3, UNEVEN, q_len, 16, dtype, device)
+        out, lse = asym_gqa_decode(q, cache, UNEVEN, return_lse=True, backend=backend)
+        assert_decode_close(out, q, cache, UNEVEN, lse=lse)
+        if kind.format is None:  # and against tokens that no cache has seen
+            k, v, lengths = truth.dense()
+            k, v = (x.to(device, dtype) for x in (k, v))
+            lengths = torch.tensor(lengths, device=device)
+            assert_attention_close(out, q, k, v, UNEVEN, lse=lse, kv_lengths=lengths, causal=True)
+
+
+OPTIONS = {
+    "window": {"window": (9, None)},
+    "not-causal": {"causal": False},
+    "scores": {"softcap": 2.0, "scale": 0.4, "alibi_slopes": torch.linspace(0.1, 0.9, 6)},
+    "sinks": {"sinks": torch.linspace(-2, 3, 6)},
+    "mask": {"attn_mask": lambda n: torch.arange(n) % 3 > 0},
+    "value-map": {"value_head_map": HeadMap([0, 1, 1, 0, 0, 1])},
+}
+
+
+@pytest.mark.parametrize("backend", USABLE)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_over_pages(backend, name, device):
+    kind = Kind(16, "NHD", format="int8") if name == "value-map" else Kind(3, begin=True)
+    heads = 2 if name == "value-map" else None
+    cache, _ = filled(kind, torch.float32, device, value_heads=heads)
+    options = {
+        key: value(cache.view().capacity) if callable(value) else value
+        for key, value in OPTIONS[name].items()
+    }
+    options = {k: x.to(device) if isinstance(x, torch.Tensor) else x for k, x in options.items()}
+    q = queries(3, UNEVEN, 4, 16, torch.float32, device)
+    out, lse = asym_gqa_decode(q, cache, UNEVEN, return_lse=True, backend=backend, **options)
+    assert_decode_close(out, q, cache, UNEVEN, lse=lse, **options)
+
+
+@pytest.mark.parametrize("backend", USABLE)
+@pytest.mark.parametrize("head_map", [INTERLEAVED, WITH_EMPTY], ids=["interleaved", "with-empty"])
+def test_lengths_and_pages_per_head(backend, head_map, device):
+    """Budgets per head, as KV compression keeps them: each page belongs to one head."""
+    heads, page_size, max_pages = head_map.num_kv_heads, 4, 6
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(0, 22, (2, heads), generator=generator)
+    lengths[0, 0] = 0
+    table = torch.randperm(2 * heads * max_pages + 4, generator=generator)[: 2 * heads * max_pages]
+    table = table.view(2, heads, max_pages)
+    k = torch.randn(table.numel() + 4, page_size, 16, generator=generator)
+    v = torch.randn(table.numel() + 4, page_size, 16, generator=generator)
+    dense = [x[table].flatten(2, 3).to(device) for x in (k, v)]
+    table[torch.arange(max_pages) * page_size >= lengths[..., None]] = -7
+    cache = PagedKVCache(
+        k.to(device), v.to(device), table.to(device), lengths.to(device, torch.int32)
+    )
+    for q_len in (1, 3):
+        q = queries(2, head_map, q_len, 16, torch.float32, device)
+        out, lse = asym_gqa_decode(q, cache, head_map, return_lse=True, backend=backend)
+        options = {"kv_lengths": lengths.to(device), "causal": True}
+        assert_attention_close(out, q, *dense, head_map, lse=lse, **options)
+
+
+@pytest.mark.parametrize("backend", USABLE)
+@pytest.mark.parametrize("kind", [Kind(), Kind(3), Kind(16, format="fp8_e4m3")], ids=str)
+def test_packed_queries(backend, kind, device):
+    cache, _ = filled(kind, torch.float32, device)
+    q = queries(1, UNEVEN, 30, 16, torch.float32, device)[0].transpose(0, 1).contiguous()
+    offsets = torch.tensor([0, 21, 22, 30], device=device)  # the second sequence has no keys
+    options = {"cu_seqlens_q": offsets, "max_seqlen_q": 25, "window": (8, None)}
+    out, lse = asym_gqa_decode(q, cache, UNEVEN, return_lse=True, backend=backend, **options)
+    assert out.is_contiguous() and out.shape == (30, 6, 24) and lse.shape == (6, 30)
+    assert_decode_close(out, q, cache, UNEVEN, lse=lse, **options)
+
+
+@pytest.mark.parametrize("backend", USABLE)
+@pytest.mark.parametrize("page_size", [1, 3, 16])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_random_histories(backend, page_size, seed, device):
+    """After allocations, appends, forks and frees every sequence still has its own tokens."""
+    allocator, pool, tokens = random_history(seed, page_size)
+    pool.k, pool.v = pool.k.to(device), pool.v.to(device)
+    names = list(tokens)
+    cache = pool.at(allocator.batch(names))
+    head_map = HeadMap([1, 0, 1])
+    q = queries(len(names), head_map, 2, 16, torch.float32, device)
+    out, lse = asym_gqa_decode(q, cache, head_map, return_lse=True, backend=backend)
+    for b, name in enumerate(names):
+        k, v = (x[None].to(device) for x in tokens[name])
+        assert_attention_close(
+            out[b : b + 1], q[b : b + 1], k, v, head_map, lse=lse[b : b + 1], causal=True
+        )
+
+
+@pytest.mark.parametrize("backend", USABLE)
+@pytest.mark.parametrize("q_len", [1, 20])
+def test_page_out_of_range_that_the_host_cant_see(backend, q_len, device):
+    """No read out of bounds, NaN for every row that sees the page, and for no other."""
+    cache, _ = filled(Kind(3), torch.float32, device, lengths=(37, 9, 20))
+    q = queries(3, UNEVEN, q_len, 16, torch.float32, device)
+    inputs = CacheInputs.create(q, cache.view(), UNEVEN, window=(11, None))
+    good, _ = BACKENDS[backend].run_cache(inputs)
+    for bad in (-1, 2**31 - 1, cache.k.shape[0]):
+        table = cache.page_table.clone()
+        table[0, 8] = bad  # keys 24 to 26
+        table[1, 0] = bad  # keys 0 to 2
+        view = replace(inputs.view, page_table=table[:, None].expand(-1, 3, -1))
+        out, lse = BACKENDS[backend].run_cache(replace(inputs, view=view))
+        position = torch.arange(q_len) - q_len + torch.tensor([37, 9, 20])[:, None]
+        lost = (position >= 24) & (position - 11 <= 26)
+        lost[1] = (position[1] >= 0) & (position[1] - 11 <= 2)
+        lost[2] = False
+        assert torch.equal(out.isnan().all(-1).all(1).cpu(), lost)
+        assert torch.equal(lse.isnan().all(1).cpu(), lost)
+        kept = ~lost.to(device)[:, None].expand(-1, 6, -1)
+        torch.testing.assert_close(out[kept], good[kept])
+
+
+@pytest.mark.parametrize("backend", USABLE)
+def test_nothing_to_do(backend, device):
+    cache, _ = filled(Kind(3), torch.float32, device)
+    q = queries(3, UNEVEN, 0, 16, torch.float32, device)
+    assert asym_gqa_decode(q, cache, UNEVEN, backend=backend).shape == (3, 6, 0, 24)
+    none = cache.at(cache.page_table[:0], cache.lengths[:0])
+    assert asym_gqa_decode(q[:0], none, UNEVEN, backend=backend).shape == (0, 6, 0, 24)
+
+
+@pytest.mark.parametrize("backend", USABLE)
+def test_layouts_agree(backend, device):
+    cache, _ = filled(Kind(16), torch.float32, device)
+    q = queries(3, UNEVEN, 3, 16, torch.float32, device)
+    expected = asym_gqa_decode(q, cache, UNEVEN, backend=backend)
+    q = q.transpose(1, 2).contiguous()
+    out = asym_gqa_decode(q, cache, UNEVEN, layout="bshd", backend=backend)
+    assert out.is_contiguous() and torch.equal(out.transpose(1, 2), expected)
+
+
+def test_matches_dense_attention_bit_for_bit(device):
+    """A dense cache that is full is the plain call: the reference must not differ at all."""
+    cache, _ = filled(Kind(), torch.float32, device, lengths=(40, 40, 40))
+    q = queries(3, UNEVEN, 3, 16, torch.float32, device)
+    out = asym_gqa_decode(q, cache, UNEVEN, backend="reference")
+    args = (q, cache.k, cache.v, UNEVEN)
+    assert torch.equal(out, asym_gqa_attention(*args, causal=True, backend="reference"))
