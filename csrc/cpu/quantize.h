@@ -72,7 +72,7 @@ inline void find_scale(const float* x, int64_t n, float* scale, float* zero) {
     nan |= x[i] != x[i];
   }
   constexpr Format kF = kFormat<S>;
-  const float range = zero == nullptr ? (high > -low ? high : -low) : high - low;
+  const float range = zero == nullptr ? (high >= -low ? high : -low) : high - low;
   *scale = nan ? NAN : range / (zero == nullptr ? kF.symmetric_high : kF.high - kF.low);
   if (zero != nullptr) *zero = kF.low - (*scale > 0.0f ? std::nearbyint(low / *scale) : 0.0f);
 }
