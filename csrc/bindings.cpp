@@ -2,6 +2,7 @@
 // stable ABI: one binary serves every Torch from 2.10 on.
 #include <torch/csrc/stable/library.h>
 
+#include "host/append.h"
 #include "host/attention.h"
 #include "host/backward.h"
 
@@ -44,5 +45,6 @@ STABLE_TORCH_LIBRARY(gqa_kernels, library) {
 STABLE_TORCH_LIBRARY_IMPL(gqa_kernels, CPU, library) {
   library.impl("attention_forward", TORCH_BOX(&gqa::host::attention_forward_cpu));
   library.impl("cache_attention_forward", TORCH_BOX(&gqa::host::cache_attention_forward_cpu));
+  library.impl("cache_append", TORCH_BOX(&gqa::host::cache_append_cpu));
   library.impl("attention_backward", TORCH_BOX(&gqa::host::attention_backward_cpu));
 }
