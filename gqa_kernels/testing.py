@@ -214,7 +214,7 @@ def _autograd_gradients(
     results = reference_attention(inputs, matmul_dtype, base2)
     pairs = [(x, g) for x, g in zip(results, (dout, dlse), strict=True) if g is not None]
     outputs, grads = zip(*((x, g.to(x.dtype)) for x, g in pairs), strict=True)
-    return torch.autograd.grad(outputs, leaves, grads)
+    return torch.autograd.grad(outputs, leaves, grads, retain_graph=True)  # forms share parts
 
 
 def _fused_gradients(
@@ -241,7 +241,7 @@ def _fused_gradients(
         dp = torch.cat([dp, torch.zeros_like(dp[..., :1])] if dp.shape[-1] else [p * 0], -1)
         ds = p * (dp - delta[..., None])
         p = drop(inputs, p[..., :-1]).to(matmul_dtype)
-    return torch.autograd.grad((s, p @ v), leaves, (ds, dout.to(v.dtype)))
+    return torch.autograd.grad((s, p @ v), leaves, (ds, dout.to(v.dtype)), retain_graph=True)
 
 
 def equivalent_forms(inputs: AttentionInputs) -> Iterator[tuple[AttentionInputs, bool]]:

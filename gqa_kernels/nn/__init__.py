@@ -1,8 +1,8 @@
 """Modules for training: attention whose head map is fixed, or follows the keys while it trains.
 
-    attention.py    AsymGroupedQueryAttention
-    allocation.py   how many query heads each KV head gets, from key norms
-    rotary.py       rotary position embedding
+attention.py    AsymGroupedQueryAttention
+allocation.py   how many query heads each KV head gets, from key norms
+rotary.py       rotary position embedding
 """
 
 from .allocation import ALLOCATIONS, step_allocations

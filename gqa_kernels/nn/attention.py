@@ -144,4 +144,6 @@ def _noise_like(out: Tensor) -> Tensor:
     noise = (noise - noise.mean(-1, keepdim=True)) / noise.std(-1, keepdim=True)
     noise = noise * rows.std(-1, keepdim=True) + rows.mean(-1, keepdim=True)
     token = torch.arange(out.shape[1], device=out.device)[:, None, None]
-    return noise.masked_fill(token == torch.arange(out.shape[3], device=out.device), 0).to(out.dtype)
+    return noise.masked_fill(token == torch.arange(out.shape[3], device=out.device), 0).to(
+        out.dtype
+    )

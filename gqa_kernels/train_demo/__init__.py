@@ -1,4 +1,4 @@
-"""``gqa-kernels train-demo``: small models trained with uneven groups, on real data that is at hand.
+"""``gqa-kernels train-demo``: small models trained with uneven groups on real data.
 
     settings.py   sizes and options
     tasks.py      a decoder on text, a ViT on digits: data, model, measure
@@ -9,6 +9,6 @@
     run.py        all of it in order
 
 As in up-training (GQA, arXiv 2305.13245), each seed first trains a model with one KV head per query
-head. Every method then starts from that model: its KV heads are mean-pooled by the method's map, and
-training goes on for the same steps on the same batches.
+head. Every method then starts from that model: its KV heads are mean-pooled by the method's map,
+and training goes on for the same steps on the same batches.
 """

@@ -31,9 +31,7 @@ def start(method: str, task: Task, trained: Transformer, seed: int) -> Transform
         maps = [HeadMap.uniform(settings.num_heads, settings.num_kv_heads)] * settings.num_layers
     model = task.model(maps[0].num_kv_heads, method if method in ALLOCATED else None)
     state = {
-        name: value
-        for name, value in trained.state_dict().items()
-        if not name.endswith("head_map")
+        name: value for name, value in trained.state_dict().items() if not name.endswith("head_map")
     }
     for i, head_map in enumerate(maps):
         for side in ("k_proj", "v_proj"):
@@ -79,5 +77,5 @@ def searched_maps(task: Task, model: Transformer, seed: int) -> list[HeadMap]:
             x = x.unflatten(-1, (settings.num_heads, -1)).transpose(0, 1).flatten(1)
             distances += torch.cdist(x, x).square() / x.square().sum(1).mean()
         found = search(distances.numpy(), settings.num_kv_heads)
-        maps.append(HeadMap(found.labels.tolist(), settings.num_kv_heads))
+        maps.append(HeadMap(found.labels, settings.num_kv_heads))
     return maps

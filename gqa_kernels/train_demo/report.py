@@ -85,7 +85,9 @@ class Report:
                 points = list(zip(*(run.history.losses for run in runs), strict=True))
                 steps = runs[0].history.steps
                 axis.plot(steps, [statistics.mean(p) for p in points], label=method)
-                axis.fill_between(steps, [min(p) for p in points], [max(p) for p in points], alpha=0.15)
+                axis.fill_between(
+                    steps, [min(p) for p in points], [max(p) for p in points], alpha=0.15
+                )
             axis.set(title=TASK_CLASSES[task].summary, xlabel="step", ylabel="test loss (nats)")
             axis.legend()
         figure.tight_layout()

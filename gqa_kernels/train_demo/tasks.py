@@ -1,4 +1,4 @@
-"""Two tasks on data that packages ship: next characters of a text, classes of handwritten digits."""
+"""Two tasks on data that packages ship: characters of a text, classes of handwritten digits."""
 
 from __future__ import annotations
 

@@ -83,9 +83,9 @@ def test_dgqa_ema():
     maps = run("dgqa-ema", [[9.0, 9.0], [1.0, 3.0], [9.0, 9.0], [3.0, 1.0]])
     # Nothing within a window; at the first its norms, then 0.9 n + 0.1 of the average.
     assert maps == [[0, 8], [2, 6], [2, 6], [6, 2]]
-    assert allocate(0.9 * torch.tensor([3.0, 1.0]) + 0.1 * torch.tensor([1.0, 3.0]), 8).tolist() == (
-        [0] * 6 + [1] * 2
-    )
+    assert allocate(
+        0.9 * torch.tensor([3.0, 1.0]) + 0.1 * torch.tensor([1.0, 3.0]), 8
+    ).tolist() == ([0] * 6 + [1] * 2)
 
 
 def test_dgqa_difference():
