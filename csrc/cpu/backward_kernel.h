@@ -168,7 +168,8 @@ class BackwardRun {
     // Tiles start at whole strips of the task's sums.
     const int64_t offset = (block_->key_begin - task_.key_begin) / kStripRows * kStripRows;
     for (int64_t first = task_.key_begin + offset; first < block_->key_end; first += step) {
-      const int n = static_cast<int>(block_->key_end - first < step ? block_->key_end - first : step);
+      const int n =
+          static_cast<int>(block_->key_end - first < step ? block_->key_end - first : step);
       k.fetch(first, n, k_rows);
       pack_transposed<V>(k_rows, n, call_.head_dim, tile_.k_columns);
       for (int r = 0; r < rows_; r += kStripRows) strips[r / kStripRows] = strip_keys(r, first, n);
@@ -228,8 +229,7 @@ class BackwardRun {
       return;
     }
     const KeyRange visible = visible_keys(call_, block_->kv_length, token(r));
-    const RowKeys keys{strip.begin, strip.end,
-                       clamp(visible.begin - first, strip.begin, strip.end),
+    const RowKeys keys{strip.begin, strip.end, clamp(visible.begin - first, strip.begin, strip.end),
                        clamp(visible.end - first, strip.begin, strip.end)};
     RowBias bias{};
     if (kBias) {
@@ -329,8 +329,8 @@ class BackwardRun {
     if (d < n) store_partial<V>(to + d, V::mul(V::load(from + d), scale), n - d);
   }
 
-  // dK and dV of all keys of the KV head: the sums of its parts, added in their order; zeros for the
-  // keys that no part sees.
+  // dK and dV of all keys of the KV head: the sums of its parts, added in their order; zeros for
+  // the keys that no part sees.
   void store_sums(const BackwardTask* parts, int num_parts) {
     if (wants_keys()) {
       T* dk = static_cast<T*>(params_.dk) + task_.batch * params_.dk_stride.b +

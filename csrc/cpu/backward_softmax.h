@@ -63,7 +63,8 @@ inline void backward_row(float* p, float* ds, const RowKeys& keys, float scale, 
       const F lane = V::add(V::iota(), V::set1(static_cast<float>(i)));
       const F first = V::set1(static_cast<float>(keys.visible_begin - 1));
       const F last = V::set1(static_cast<float>(keys.visible_end));
-      probability = V::select(V::both(V::less(first, lane), V::less(lane, last)), probability, zero);
+      probability =
+          V::select(V::both(V::less(first, lane), V::less(lane, last)), probability, zero);
     }
     F dp = V::load(ds + i), kept = probability;
     if (row.keep != nullptr) {

@@ -55,7 +55,8 @@ inline void pack_transposed(const T* const* rows, int n, int64_t dims, float* pa
       for (int i = 0; i < kW; ++i) {
         x[i] = V::set1(0.0f);
         if (row + i < n) {
-          x[i] = width == kW ? V::load(rows[row + i] + d) : load_partial<V>(rows[row + i] + d, width);
+          x[i] =
+              width == kW ? V::load(rows[row + i] + d) : load_partial<V>(rows[row + i] + d, width);
         }
       }
       V::transpose(x);

@@ -36,7 +36,11 @@ struct Tensor {
   bool half;
 
   Tensor(bool bf16, int64_t b, int64_t heads, int64_t rows, int64_t dims)
-      : h(heads), s(rows), d(dims), values(b * h * s * d), bytes(values.size() * (bf16 ? 2 : 4)),
+      : h(heads),
+        s(rows),
+        d(dims),
+        values(b * h * s * d),
+        bytes(values.size() * (bf16 ? 2 : 4)),
         half(bf16) {}
 
   Strides strides() const { return {h * s * d, s * d, d}; }
@@ -250,8 +254,9 @@ int compare(const char* name, const std::vector<float>& got, const std::vector<d
   for (double x : expected)
     if (!std::isnan(x)) largest = std::max(largest, std::fabs(x));
   for (size_t i = 0; i < got.size(); ++i) {
-    const bool same = std::isnan(expected[i]) ? std::isnan(got[i])
-                                              : std::fabs(got[i] - expected[i]) <= tolerance * largest;
+    const bool same = std::isnan(expected[i])
+                          ? std::isnan(got[i])
+                          : std::fabs(got[i] - expected[i]) <= tolerance * largest;
     if (same) continue;
     std::printf("seed %u: %s[%zu] = %g, expected %g\n", seed, name, i, got[i], expected[i]);
     return 1;
