@@ -190,6 +190,16 @@ def prefill(
     ]
 
 
+def backward(
+    model: str, maps: Iterable[str], batch: int, length: int, *dtypes: str, **more
+) -> list[Case]:
+    """Gradients of a whole sequence, for every map and type (default bf16)."""
+    return [
+        replace(case, op="backward")
+        for case in prefill(model, maps, batch, length, *dtypes, **more)
+    ]
+
+
 def end_to_end(
     model: str, maps: Iterable[str], batch: int, prompt: int, new_tokens: int, dtype: str
 ) -> list[Case]:
@@ -213,6 +223,7 @@ QUICK = [
     *prefill("llama-3-8b", BOTH, 1, 256, BF16, FP32),
     *prefill("smollm2-135m", ("even", "4-3-2"), 1, 512, FP32),
     *prefill("vit-b", ("uneven-3",), 2, 197, FP32),
+    *backward("smollm2-135m", ("even", "4-3-2"), 1, 256, FP32),
 ]
 
 CPU = [
@@ -237,6 +248,9 @@ CPU = [
     *prefill("llama-2-7b", GROUP_SIZES, 1, 1024),
     *prefill("smollm2-135m", ("even", "4-3-2"), 1, 1024, FP32),
     *prefill("vit-b", ("even", "uneven-3"), 8, 197, FP32),
+    *backward("llama-3-8b", BOTH, 1, 1024, BF16, FP32),
+    *backward("llama-3.2-1b", BOTH, 1, 1024, BF16, FP32),
+    *backward("vit-b", ("even", "uneven-3"), 8, 197, FP32),
     *end_to_end("smollm2-135m", ("even", "4-3-2"), 1, 1024, 8, FP32),
 ]
 
@@ -272,6 +286,8 @@ GPU = [
     *prefill("opt-1.3b", ("even", "uneven-4"), 4, 2048),
     *prefill("vit-b", ("even", "uneven-3"), 64, 197),
     *prefill("llama-3-8b", BOTH, 1, 8192, window=1024),
+    *backward("llama-3-8b", BOTH, 4, 2048),
+    *backward("llama-3-8b", BOTH, 1, 8192),
     *end_to_end("llama-3-8b", BOTH, 4, 4096, 8, BF16),
 ]
 

@@ -10,6 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from .backward import (
+    BackwardGate,
+    BackwardProblem,
+    backward_backends,
+    backward_peers,
+    backward_work,
+)
 from .contestants import Contestant, backends
 from .e2e import Decoder, DecoderGate, decoder_backends, decoder_peers
 from .peers import peers
@@ -48,6 +55,14 @@ def _end_to_end(summary: str) -> Op:
 OPS: dict[str, Op] = {
     "decode": _attention("attention of one new token per sequence"),
     "prefill": _attention("attention of all tokens of a prompt at once"),
+    "backward": Op(
+        "gradients of q, k and v in training",
+        BackwardProblem.build,
+        BackwardGate,
+        backward_work,
+        backward_backends,
+        backward_peers,
+    ),
     "first-token": _end_to_end("a whole decoder's time to the first token after a prompt"),
     "generate": _end_to_end("a whole decoder's further tokens, with the prompt in the cache"),
 }

@@ -22,6 +22,7 @@ SUITE_ORDER = ("gpu", "cpu", "quick")  # of which a device's README block shows 
 TITLES = {
     "decode": "Decode",
     "prefill": "Prefill",
+    "backward": "Backward",
     "first-token": "First token, whole model",
     "generate": "Generation, whole model",
 }

@@ -61,7 +61,7 @@ def register(forward_op: str, backward_op: str, num_maps: int) -> None:
 
 
 def call(op: Callable[..., Any], requires_grad: bool, *arguments: Any) -> Any:
-    """``op(*arguments)``; past autograd, which costs some 20 microseconds, where nothing needs it."""
+    """``op(*arguments)``; past autograd (some 20 microseconds) where nothing needs it."""
     if requires_grad or torch.compiler.is_compiling():
         return op(*arguments)
     with torch._C._AutoDispatchBelowAutograd():

@@ -1,4 +1,4 @@
-"""The command line, ``gqa-kernels``: demo, backends, env."""
+"""The command line, ``gqa-kernels``: demo, train-demo, backends, env."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import platform
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
@@ -50,6 +51,22 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--json", type=Path, metavar="PATH", help="write the results there")
     demo.set_defaults(run=_demo)
 
+    train = commands.add_parser(
+        "train-demo",
+        help="small models trained with uneven groups, compared over seeds",
+        description="Train a decoder on text and a ViT on digits, then go on from each with even, "
+        "key-norm driven and searched groups of the same KV size. Cut off, it goes on from its "
+        "checkpoints. Downloads nothing.",
+    )
+    train.add_argument(
+        "--folder", type=Path, default=Path("train-demo"), metavar="PATH",
+        help="checkpoints, report.json and losses.svg go there (train-demo)",
+    )  # fmt: skip
+    train.add_argument("--task", action="append", choices=("text", "digits"), help="only this one")
+    train.add_argument("--seeds", type=_count, metavar="N", help="(3)")
+    train.add_argument("--quick", action="store_true", help="tiny models, few steps")
+    train.set_defaults(run=_train_demo)
+
     backends = commands.add_parser("backends", help="what can run here, and why not the others")
     backends.set_defaults(run=_backends)
 
@@ -85,6 +102,33 @@ def _demo(arguments: argparse.Namespace) -> int:
     if arguments.json:
         report.save(arguments.json)
     return 0 if report.ok else 1
+
+
+def _train_demo(arguments: argparse.Namespace) -> int:
+    from .demo.errors import DemoError
+    from .demo.model import require
+    from .train_demo.settings import Settings
+
+    settings = Settings().quick() if arguments.quick else Settings()
+    if arguments.task:
+        settings = replace(settings, tasks=tuple(dict.fromkeys(arguments.task)))
+    if arguments.seeds:
+        settings = replace(settings, seeds=arguments.seeds)
+    try:
+        require("rich", "matplotlib", "scipy", *(["sklearn"] if "digits" in settings.tasks else []))
+        from rich.console import Console
+
+        from .train_demo.run import run
+
+        console = Console()
+        report = run(settings, arguments.folder, console)
+    except DemoError as error:
+        print(f"gqa-kernels: {error}", file=sys.stderr)
+        return 2
+    report.show(console)
+    report.save(arguments.folder / "report.json")
+    report.plot(arguments.folder / "losses.svg")
+    return 0
 
 
 def _check_json(path: Path | None) -> None:

@@ -168,7 +168,7 @@ def test_double_backward_is_refused(backend, device):
     q, k, v = make_inputs(1, UNEVEN, 5, 7, 16, device=device, requires_grad=True)
     out = asym_gqa_attention(q, k, v, UNEVEN, backend=backend)
     (dq,) = torch.autograd.grad(out.sum(), q, create_graph=True)
-    with pytest.raises(NotImplementedError, match="double backward .* backend='reference' only"):
+    with pytest.raises(NotImplementedError, match=r"double backward .* backend='reference' only"):
         dq.sum().backward()
 
 

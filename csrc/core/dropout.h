@@ -1,6 +1,6 @@
 // Which probabilities dropout keeps: Philox4x32-10 (Salmon et al., "Parallel random numbers: as
-// easy as 1, 2, 3", SC 2011), a function of the seed and the element's place alone, so that forward,
-// backward and every backend agree without a stored mask.
+// easy as 1, 2, 3", SC 2011), a function of the seed and the element's place alone, so that
+// forward, backward and every backend agree without a stored mask.
 //
 //   key = seed; counter = (key token / 4, query token, b * Hq + h, offset), lane = key token % 4
 //   kept where lane >= floor(dropout_p * 2^32); what is kept is divided by 1 - dropout_p

@@ -96,7 +96,7 @@ struct Work {
   const BackwardState& state;
   BackwardFunction run_task;
   float* memory;
-  int64_t memory_stride;   // floats per worker: scratch, then its sums
+  int64_t memory_stride;  // floats per worker: scratch, then its sums
   int64_t scratch_floats;
   std::atomic<size_t> next{0};
 

@@ -1,6 +1,4 @@
-// The backward kernels for x86-64 with AVX2, FMA and F16C. The instruction set is switched on here and not
-// by a compiler flag, so that all files are built alike; what other files share with this one is
-// included before the switch.
+// The backward kernels for x86-64 with AVX2, FMA and F16C; see kernels_avx2.cpp.
 #define GQA_ISA avx2
 
 #include "../core/dropout.h"

@@ -113,7 +113,7 @@ class BackwardRun {
       const float lse = call_.lse[row_index(r)];
       tile_.lse[r] = lse == -INFINITY ? INFINITY : lse * kLog2E;
       out_rows[r] = out + head(r) * call_.out_stride.h + token(r) * call_.out_stride.s;
-      slopes_[r] = SlopeSums{};
+      sums_[r] = RowSums{};
     }
     load_delta(dout_rows, out_rows);
     for (int64_t r = rows_; r < round_up(rows_, kStripRows); ++r) {
@@ -128,8 +128,8 @@ class BackwardRun {
     }
   }
 
-  // delta = rowsum(dout * out) - dlse, and the sinks' gradient. The sum runs over the value head dim
-  // as dP's does, so that a row which sees one key has exactly no gradient of its scores.
+  // delta = rowsum(dout * out) - dlse. The sum runs over the value head dim as dP's does, so that a
+  // row which sees one key has exactly no gradient of its scores.
   void load_delta(const T* const* dout_rows, const T* const* out_rows) {
     const int64_t dims = call_.value_head_dim;
     for (int first = 0; first < rows_; first += kW) {
@@ -153,10 +153,6 @@ class BackwardRun {
     for (int r = 0; r < rows_; ++r) {
       if (tile_.lse[r] == INFINITY) tile_.delta[r] = 0.0f;  // it sees no key
       if (params_.dlse && tile_.lse[r] != INFINITY) tile_.delta[r] -= params_.dlse[row_index(r)];
-      if (state_.sink_rows && wants_keys()) {
-        const float sink = call_.sinks[head(r)] * kLog2E;
-        state_.sink_rows[row_index(r)] = -std::exp2(sink - tile_.lse[r]) * tile_.delta[r];
-      }
     }
   }
 
@@ -173,7 +169,8 @@ class BackwardRun {
     // Tiles start at whole strips of the task's sums.
     const int64_t offset = (block_->key_begin - task_.key_begin) / kStripRows * kStripRows;
     for (int64_t first = task_.key_begin + offset; first < block_->key_end; first += step) {
-      const int n = static_cast<int>(block_->key_end - first < step ? block_->key_end - first : step);
+      const int n =
+          static_cast<int>(block_->key_end - first < step ? block_->key_end - first : step);
       k.fetch(first, n, k_rows);
       pack_transposed<V>(k_rows, n, call_.head_dim, tile_.k_columns);
       for (int r = 0; r < rows_; r += kStripRows) strips[r / kStripRows] = strip_keys(r, first, n);
@@ -233,8 +230,7 @@ class BackwardRun {
       return;
     }
     const KeyRange visible = visible_keys(call_, block_->kv_length, token(r));
-    const RowKeys keys{strip.begin, strip.end,
-                       clamp(visible.begin - first, strip.begin, strip.end),
+    const RowKeys keys{strip.begin, strip.end, clamp(visible.begin - first, strip.begin, strip.end),
                        clamp(visible.end - first, strip.begin, strip.end)};
     RowBias bias{};
     if (kBias) {
@@ -258,7 +254,7 @@ class BackwardRun {
       row.keep = tile_.keep;
     }
     backward_row<V, T, kBias>(p, ds, keys, call_.scale, bias, row,
-                              state_.slope_rows ? &slopes_[r] : nullptr);
+                              state_.slope_rows || state_.sink_rows ? &sums_[r] : nullptr);
     for (float* x : {p, ds}) {
       zero(x, 0, strip.begin / kW * kW);
       zero(x, static_cast<int>(round_up(strip.end, kW)), end);
@@ -318,9 +314,11 @@ class BackwardRun {
     for (int r = 0; r < rows_; ++r) {
       store_row(tile_.dq + r * tile_.layout.dk_ld, call_.head_dim, call_.scale,
                 dq + head(r) * params_.dq_stride.h + token(r) * params_.dq_stride.s);
-      if (state_.slope_rows) {
-        const float dlse = params_.dlse ? params_.dlse[row_index(r)] : 0.0f;
-        state_.slope_rows[row_index(r)] = slopes_[r].gradient(dlse);
+      const float dlse = params_.dlse ? params_.dlse[row_index(r)] : 0.0f;
+      if (state_.slope_rows) state_.slope_rows[row_index(r)] = sums_[r].slope(dlse);
+      if (state_.sink_rows) {
+        const float probability = std::exp2(call_.sinks[head(r)] * kLog2E - tile_.lse[r]);
+        state_.sink_rows[row_index(r)] = sums_[r].sink(probability, dlse);
       }
     }
   }
@@ -332,8 +330,8 @@ class BackwardRun {
     if (d < n) store_partial<V>(to + d, V::mul(V::load(from + d), scale), n - d);
   }
 
-  // dK and dV of all keys of the KV head: the sums of its parts, added in their order; zeros for the
-  // keys that no part sees.
+  // dK and dV of all keys of the KV head: the sums of its parts, added in their order; zeros for
+  // the keys that no part sees.
   void store_sums(const BackwardTask* parts, int num_parts) {
     if (wants_keys()) {
       T* dk = static_cast<T*>(params_.dk) + task_.batch * params_.dk_stride.b +
@@ -375,7 +373,7 @@ class BackwardRun {
   BackwardTile<V> tile_;
   const Task* block_ = nullptr;
   int rows_ = 0;
-  SlopeSums slopes_[kMaxBackwardRows];
+  RowSums sums_[kMaxBackwardRows];
   float* dk_;  // [sum_keys, dk_ld]  this task's sums
   float* dv_;  // [sum_keys, dv_ld]
 };

@@ -52,8 +52,8 @@ void add_parts(const AttentionParams& params, int32_t begin, int32_t end, int64_
     task.block_begin = next;
     task.key_begin = blocks[next].key_begin;
     task.key_end = blocks[next].key_end;
-    while (next < end && (task.cost == 0 || i + 1 == wanted ||
-                          before + task.cost < total * (i + 1) / wanted)) {
+    while (next < end &&
+           (task.cost == 0 || i + 1 == wanted || before + task.cost < total * (i + 1) / wanted)) {
       task.key_begin = std::min(task.key_begin, blocks[next].key_begin);
       task.key_end = std::max(task.key_end, blocks[next].key_end);
       task.cost += block_cost(params, blocks[next++]);
@@ -106,8 +106,7 @@ void add_tasks(const AttentionParams& params, int32_t begin, bool keys, bool val
 BackwardSchedule make_backward_schedule(const AttentionParams& params, int num_threads) {
   BackwardSchedule schedule{};
   schedule.tile = tile_shape(params);
-  const std::vector<Group> groups =
-      make_groups(params, schedule.heads, schedule.invalid_heads);
+  const std::vector<Group> groups = make_groups(params, schedule.heads, schedule.invalid_heads);
   if (params.q_len == 0) return schedule;
   add_row_blocks(params, groups, schedule.tile.rows, schedule.blocks);
 

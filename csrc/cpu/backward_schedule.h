@@ -19,14 +19,14 @@ namespace gqa::cpu {
 
 struct BackwardTask {
   int32_t batch;
-  int32_t k_head, v_head;         // -1: its gradient (of K and Q, or of V) is another task's
+  int32_t k_head, v_head;          // -1: its gradient (of K and Q, or of V) is another task's
   int32_t block_begin, block_end;  // slice of BackwardSchedule::blocks
-  int64_t key_begin, key_end;     // all keys that its blocks see
-  int32_t part, num_parts;        // this task among those of its KV head
-  int32_t merge;                  // which merge it takes part in; -1 where num_parts is 1
-  int32_t first_task;             // index in tasks_of_merge of part 0
-  int64_t sums;                   // keys before its sums, in the memory of all parts' sums
-  int64_t cost;                   // multiply-adds, roughly
+  int64_t key_begin, key_end;      // all keys that its blocks see
+  int32_t part, num_parts;         // this task among those of its KV head
+  int32_t merge;                   // which merge it takes part in; -1 where num_parts is 1
+  int32_t first_task;              // index in tasks_of_merge of part 0
+  int64_t sums;                    // keys before its sums, in the memory of all parts' sums
+  int64_t cost;                    // multiply-adds, roughly
 };
 
 struct BackwardSchedule {

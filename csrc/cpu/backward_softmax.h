@@ -22,21 +22,22 @@ struct BackwardRow {
   const float* keep;  // dropout's factors of the tile's keys, or nullptr
 };
 
-// Sums over a row's keys for the gradient of its ALiBi slope, sum of dS * -distance. That delta is
-// taken from the output, which is rounded, would show there: distances are large and dS sums to
-// about 0. So delta is summed anew.
-struct SlopeSums {
-  float dp_distance;  // P * dP * distance
-  float distance;     // P * distance
+// Sums over a row's keys for the gradients of its ALiBi slope (sum of dS * -distance) and its sink.
+// That delta is taken from the output, which is rounded, would show there: they add up whole rows,
+// in which dS sums to about 0. So delta is summed anew.
+struct RowSums {
   float dp;           // P * dP
+  float distance;     // P * distance
+  float dp_distance;  // P * dP * distance
 
-  float gradient(float dlse) const { return (dp - dlse) * distance - dp_distance; }
+  float slope(float dlse) const { return (dp - dlse) * distance - dp_distance; }
+  float sink(float probability, float dlse) const { return -probability * (dp - dlse); }
 };
 
-// slope: sums to add to, or nullptr; only where kBias.
+// sums: to add to, or nullptr.
 template <class V, class T, bool kBias>
 inline void backward_row(float* p, float* ds, const RowKeys& keys, float scale, const RowBias& bias,
-                         const BackwardRow& row, SlopeSums* slope) {
+                         const BackwardRow& row, RowSums* sums) {
   using F = typename V::F;
   const T* type = nullptr;
   const int begin = keys.begin / V::kWidth * V::kWidth;
@@ -62,7 +63,8 @@ inline void backward_row(float* p, float* ds, const RowKeys& keys, float scale, 
       const F lane = V::add(V::iota(), V::set1(static_cast<float>(i)));
       const F first = V::set1(static_cast<float>(keys.visible_begin - 1));
       const F last = V::set1(static_cast<float>(keys.visible_end));
-      probability = V::select(V::both(V::less(first, lane), V::less(lane, last)), probability, zero);
+      probability =
+          V::select(V::both(V::less(first, lane), V::less(lane, last)), probability, zero);
     }
     F dp = V::load(ds + i), kept = probability;
     if (row.keep != nullptr) {
@@ -71,24 +73,22 @@ inline void backward_row(float* p, float* ds, const RowKeys& keys, float scale, 
       kept = V::mul(kept, keep);
     }
     F gradient = V::mul(probability, V::add(dp, minus_delta));
-    if (kBias) {
-      if (slope != nullptr) {
-        const F lane = V::add(V::iota(), V::set1(static_cast<float>(i)));
-        const F distance = V::abs(V::sub(V::set1(bias.position), lane));
-        const F weight = V::mul(probability, distance);
-        dp_distance_sum = V::fma(weight, dp, dp_distance_sum);
-        distance_sum = V::add(distance_sum, weight);
-        dp_sum = V::fma(probability, dp, dp_sum);
-      }
-      gradient = V::mul(gradient, derivative);
+    if (sums != nullptr) {
+      const F lane = V::add(V::iota(), V::set1(static_cast<float>(i)));
+      const F distance = V::abs(V::sub(V::set1(bias.position), lane));
+      const F p_dp = V::mul(probability, dp);
+      dp_sum = V::add(dp_sum, p_dp);
+      distance_sum = V::fma(probability, distance, distance_sum);
+      dp_distance_sum = V::fma(p_dp, distance, dp_distance_sum);
     }
+    if (kBias) gradient = V::mul(gradient, derivative);
     V::store(p + i, V::round_to(kept, type));
     V::store(ds + i, V::round_to(gradient, type));
   }
-  if (kBias && slope != nullptr) {
-    slope->dp_distance += V::reduce_add(dp_distance_sum);
-    slope->distance += V::reduce_add(distance_sum);
-    slope->dp += V::reduce_add(dp_sum);
+  if (sums != nullptr) {
+    sums->dp += V::reduce_add(dp_sum);
+    sums->distance += V::reduce_add(distance_sum);
+    sums->dp_distance += V::reduce_add(dp_distance_sum);
   }
 }
 

@@ -16,10 +16,10 @@ template <class V>
 struct BackwardLayout {
   static constexpr int kPanel = TileLayout<V>::kPanel;
 
-  int64_t rows, keys;      // whole numbers of strips and panels
-  int64_t q_ld, o_ld;      // row lengths of q and dout, padded with zeros
-  int64_t dk_ld, dv_ld;    // row lengths of dq, dk and their panels; of dv and its panels
-  int64_t row_ld;          // row length of the transposed scores
+  int64_t rows, keys;    // whole numbers of strips and panels
+  int64_t q_ld, o_ld;    // row lengths of q and dout, padded with zeros
+  int64_t dk_ld, dv_ld;  // row lengths of dq, dk and their panels; of dv and its panels
+  int64_t row_ld;        // row length of the transposed scores
 
   BackwardLayout(const AttentionParams& params, const TileShape& tile)
       : rows(tile.rows),

@@ -52,8 +52,8 @@ GQA_INLINE typename V::F tanh(typename V::F x) {
   return V::select(V::less(magnitude, V::set1(0.625f)), small, V::copy_sign(large, x));
 }
 
-// The derivative of tanh, 1 - tanh(x)^2, without the cancellation of that form: 4 e / (e + 1)^2 with
-// e = exp(2 |x|).
+// The derivative of tanh, 1 - tanh(x)^2, without the cancellation of that form: 4 e / (e + 1)^2
+// with e = exp(2 |x|).
 template <class V>
 GQA_INLINE typename V::F tanh_derivative(typename V::F x) {
   // Beyond 20 it is below 2e-17; the bound keeps (e + 1)^2 in range.

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def rotary(x: Tensor, positions: Tensor, base: float) -> Tensor:
-    """``x`` with its channel pairs ``(i, i + D / 2)`` rotated by ``positions * base ** (-2 i / D)``.
+    """``x`` with channel pairs ``(i, i + D / 2)`` rotated by ``positions * base ** (-2 i / D)``.
 
     Args:
         x: ``[B, S, H, D]``, D even.

@@ -1,0 +1,52 @@
+"""What train-demo runs: its options and sizes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+METHODS = ("mha", "even", "kdgqa", "dgqa-ema", "searched")
+TASKS = ("text", "digits")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Options of one run.
+
+    Attributes:
+        tasks: names out of ``TASKS``.
+        methods: names out of ``METHODS``.
+        seeds: how many; each has its own initial model and batches.
+        num_heads, num_kv_heads: query heads, and KV heads of all methods but ``mha``.
+        head_dim, num_layers: of the models; they are ``num_heads * head_dim`` wide.
+        batch, length: sequences in a batch; characters of one (text only).
+        pretrain_steps, steps: of the first model with one KV head per query head, and of each
+            method after it.
+        window: steps between two DGQA allocations.
+        learning_rate: of AdamW; a tenth of it for ``steps``.
+        evaluate_every, save_every: steps between points of the curve, and between checkpoints.
+        backend: of ``asym_gqa_attention``.
+    """
+
+    tasks: tuple[str, ...] = TASKS
+    methods: tuple[str, ...] = METHODS
+    seeds: int = 3
+    num_heads: int = 8
+    num_kv_heads: int = 4
+    head_dim: int = 16
+    num_layers: int = 3
+    batch: int = 16
+    length: int = 128
+    pretrain_steps: int = 600
+    steps: int = 300
+    window: int = 50
+    learning_rate: float = 2e-3
+    evaluate_every: int = 25
+    save_every: int = 100
+    backend: str = "auto"
+
+    def quick(self) -> Settings:
+        """The same in well under a minute; the models learn little."""
+        return replace(
+            self, seeds=min(self.seeds, 2), head_dim=8, num_layers=2, batch=8, length=48,
+            pretrain_steps=30, steps=15, window=5, evaluate_every=5, save_every=10,
+        )  # fmt: skip

@@ -1,0 +1,14 @@
+"""Training memory: below expand + SDPA by at least the expanded K, V and their gradients."""
+
+import pytest
+
+from benchmarks import memory
+from gqa_kernels import extension
+
+
+@pytest.mark.skipif(extension.unavailable_reason() is not None, reason="no compiled kernels")
+def test_backward_keeps_nothing_expanded():
+    case = memory._case("llama-3.2-1b", memory.SKEWED, 1024, "float32")
+    assert memory.expanded_bytes(case) == 4 * 32 * 1024 * 64 * 4
+    ours, expanded = (memory.rise(case, name) for name in ("cpu", "expand+sdpa"))
+    assert ours + memory.expanded_bytes(case) <= expanded
