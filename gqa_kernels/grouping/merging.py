@@ -59,3 +59,16 @@ def merge(blocks: Tensor, members: Members, merging: str) -> Tensor:
     if empty:
         raise ValueError(f"maps must give every KV head a query head, got none for {empty}")
     return MERGING[merging](blocks, members)
+
+
+def merge_layer(layer, key_map, value_map, *, method, moments=None, restore_norms=False):
+    for side, new, old in (("k", key_map, layer.key_map), ("v", value_map, layer.value_map)):
+        members = [[old[h] for h in group] for group in new.groups]
+        rows = merge(layer.rows(side), members, method)
+        w = rows if getattr(layer, side + "_bias") is None else rows[..., :-1]
+        from dataclasses import replace
+        ch = {side: w, ("key_map" if side == "k" else "value_map"): new}
+        if w is not rows:
+            ch[side + "_bias"] = rows[..., -1]
+        layer = replace(layer, **ch)
+    return layer

@@ -6,10 +6,11 @@ ordinary GQA.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from ..attention import asym_gqa_attention
-from ..model_maps import layer_maps
+from ..model_maps import layer_index, layer_maps
 
 OLDEST = "4.57"  # first release tested
 
@@ -85,18 +86,18 @@ def attention_call(
             padding in it; None where plain causality is enough.
         sliding_window: keys a query sees, its own included.
         s_aux: attention sinks ``[Hq]``.
+        position_bias: ``[1 or B, Hq, Sq, Sk]`` added to the scores (T5).
     """
     if dropout:
         raise NotImplementedError(
             f"attention dropout must be 0 with attn_implementation='asym_gqa', got {dropout}: set "
             "config.attention_dropout = 0"
         )
-    for option, given in (("position_bias", position_bias), ("cache", cache)):
-        if given is not None:
-            raise NotImplementedError(
-                f"{option} must be None with attn_implementation='asym_gqa', got a "
-                f"{type(given).__name__}"
-            )
+    if cache is not None:
+        raise NotImplementedError(
+            "cache must be None with attn_implementation='asym_gqa', got a "
+            f"{type(cache).__name__}"
+        )
     q_len = query.shape[2]
     causal = False
     window = None
@@ -111,9 +112,11 @@ def attention_call(
             window = (sliding_window - 1, None)
     else:
         attention_mask = attention_mask[..., : key.shape[2]]
+    if position_bias is not None:
+        attention_mask = _biased(position_bias[..., : key.shape[2]], attention_mask)
     head_map, value_head_map = layer_maps(
         getattr(module, "config", None),
-        getattr(module, "layer_idx", None),
+        layer_index(module),
         query.shape[1],
         key.shape[1],
         value.shape[1],
@@ -132,3 +135,12 @@ def attention_call(
         "attn_mask": attention_mask,
         "layout": "bshd",
     }
+
+
+def _biased(bias: Tensor, mask: Tensor | None) -> Tensor:
+    """An additive mask: the bias, and the mask (boolean or additive) where there is one."""
+    if mask is None:
+        return bias
+    if mask.dtype == torch.bool:
+        return torch.where(mask, bias, -torch.inf)
+    return bias + mask
