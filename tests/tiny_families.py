@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from gqa_kernels import HeadMap
-from gqa_kernels.convert.families import attention_layers
+from gqa_kernels.convert.families import attention_layers, layer_weights
 from tests.tiny_models import VOCABULARY, batch
 
 HEADS, DIM = 6, 8
@@ -105,7 +104,7 @@ def stock(child: nn.Module, parent: nn.Module) -> nn.Module:
     places = zip(attention_layers(child), attention_layers(model), strict=True)
     with torch.no_grad():
         for ours, theirs in places:
-            weights = ours.weights()
+            weights = layer_weights(ours)
             expanded = {
                 "q": (weights.q, weights.q_bias),
                 "k": _read(weights.k, weights.k_bias, weights.key_map, theirs.key_map),

@@ -26,11 +26,15 @@ class Stack:
         blocks: path to the list, from the model without its head.
         attention: path to the attention module, from a block.
         output: path to the output projection, from a block.
+        mask: the model input that is 0 on padding of the layer's own tokens.
+        kv_mask: the same for K and V, where they are made from other tokens (cross-attention).
     """
 
     blocks: str
     attention: str
     output: str
+    mask: str = "attention_mask"
+    kv_mask: str | None = None
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,6 @@ class Family:
         num_heads, head_dim: config fields; ``head_dim`` None or absent is hidden size / heads.
         num_kv_heads: config field of ``Hkv``, None where the family has none (plain MHA).
         rotary: layout of the rotation's planes, None without rotation.
-        scale: factor of the scores, None for ``D ** -0.5``.
         adapter: name of the attention class of ``attention.py`` that a converted model needs,
             None where transformers' own handles fewer KV heads.
     """
@@ -57,7 +60,6 @@ class Family:
     head_dim: str = "head_dim"
     num_kv_heads: str | None = None
     rotary: str | None = None
-    scale: float | None = None
     adapter: str | None = None
 
 
@@ -95,15 +97,20 @@ FAMILIES = (
         ("t5",),
         (
             Stack("encoder.block", "layer.0.SelfAttention", "layer.0.SelfAttention.o"),
-            Stack("decoder.block", "layer.0.SelfAttention", "layer.0.SelfAttention.o"),
-            Stack("decoder.block", "layer.1.EncDecAttention", "layer.1.EncDecAttention.o"),
+            Stack(
+                "decoder.block", "layer.0.SelfAttention", "layer.0.SelfAttention.o",
+                mask="decoder_attention_mask",
+            ),
+            Stack(
+                "decoder.block", "layer.1.EncDecAttention", "layer.1.EncDecAttention.o",
+                mask="decoder_attention_mask", kv_mask="attention_mask",
+            ),
         ),
         Names("q", "k", "v"),
         num_heads="num_heads",
         head_dim="d_kv",
-        scale=1.0,
     ),
-)
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -112,10 +119,10 @@ class AttentionLayer:
 
     Attributes:
         index: position among the attention layers, as in the config's maps.
-        module: the attention module; its first input is ``hidden_states [B, S, d]``, and K and V
-            are made from ``key_value_states`` where it is given (cross-attention).
+        module: the attention module; its first input is ``hidden_states [B, S, d]``, in
+            cross-attention with another, ``key_value_states``.
         output: the output projection.
-        family: what it belongs to.
+        family, stack: what it belongs to.
         num_heads: ``Hq``.
         head_dim: ``D`` of K and V.
         key_map, value_map: the KV head that each query head reads.
@@ -126,6 +133,7 @@ class AttentionLayer:
     module: nn.Module
     output: nn.Module
     family: Family
+    stack: Stack
     num_heads: int
     head_dim: int
     key_map: HeadMap
@@ -147,26 +155,6 @@ class AttentionLayer:
         """The projection of V: the fused one where q, k and v are one."""
         return getattr(self.module, self.family.names.fused or self.family.names.value)
 
-    def weights(self) -> LayerWeights:
-        """The layer by head; the tensors may be views of the model's parameters."""
-        from ..grouping.weights import LayerWeights
-
-        q, k, v = projections.read(self.module, self.family.names, self.heads)
-        o = projections.read_output(self.output, self.num_heads)
-        q_norm, k_norm = (getattr(self.module, name, None) for name in ("q_norm", "k_norm"))
-        norms = {}
-        if q_norm is not None:
-            norms = {
-                "q_norm": q_norm.weight.detach(),
-                "k_norm": k_norm.weight.detach(),
-                "norm_eps": q_norm.variance_epsilon,
-            }
-        return LayerWeights(
-            q.weight, k.weight, v.weight, o.weight, self.key_map, self.value_map,
-            q_bias=q.bias, k_bias=k.bias, v_bias=v.bias, o_bias=o.bias,
-            rotary=self.rotary, scale=self.family.scale, **norms,
-        )  # fmt: skip
-
 
 def attention_layers(model: nn.Module) -> list[AttentionLayer]:
     """The attention layers of a Hugging Face model, with the maps they have now.
@@ -185,6 +173,27 @@ def attention_layers(model: nn.Module) -> list[AttentionLayer]:
             f"transformers 5 does, got a {type(model).__name__} without"
         )
     return layers
+
+
+def layer_weights(layer: AttentionLayer) -> LayerWeights:
+    """A layer by head; the tensors may be views of the model's parameters."""
+    from ..grouping.weights import LayerWeights
+
+    module = layer.module
+    q, k, v = projections.read(module, layer.family.names, layer.heads)
+    o = projections.read_output(layer.output, layer.num_heads)
+    norms = {}
+    if hasattr(module, "q_norm"):
+        norms = {
+            "q_norm": module.q_norm.weight.detach(),
+            "k_norm": module.k_norm.weight.detach(),
+            "norm_eps": module.q_norm.variance_epsilon,
+        }
+    return LayerWeights(
+        q.weight, k.weight, v.weight, o.weight, layer.key_map, layer.value_map,
+        q_bias=q.bias, k_bias=k.bias, v_bias=v.bias, o_bias=o.bias,
+        rotary=layer.rotary, scale=module.scaling, **norms,
+    )  # fmt: skip
 
 
 def family_of(model: nn.Module) -> Family:
@@ -209,13 +218,12 @@ def head_dim(config: Any, family: Family) -> int:
 
 def attention_modules(
     model: nn.Module, family: Family
-) -> Iterator[tuple[int, nn.Module, nn.Module]]:
-    """``(index, attention module, output projection)`` of each attention layer.
+) -> Iterator[tuple[Stack, nn.Module, nn.Module]]:
+    """``(stack, attention module, output projection)`` of each attention layer.
 
-    T5's layers are numbered encoder first, then the decoder's, then its cross-attentions: the
-    index is not the ``layer_idx`` that caches go by.
+    Their order is that of the maps: in T5 encoder first, then the decoder's, then its
+    cross-attentions, which is not the ``layer_idx`` that caches go by.
     """
-    index = 0
     for stack in family.stacks:
         for block in _reach(model.base_model, stack.blocks) or ():
             module, output = (_reach(block, path) for path in (stack.attention, stack.output))
@@ -224,20 +232,20 @@ def attention_modules(
                     f"blocks of a {family.model_types[0]} model must have {stack.attention} and "
                     f"{stack.output}, as in transformers 5, got a {type(block).__name__} without"
                 )
-            yield index, module, output
-            index += 1
+            yield stack, module, output
 
 
 def _attention_layers(model: nn.Module, family: Family) -> Iterator[AttentionLayer]:
     config = model.config
     num_heads, dim = getattr(config, family.num_heads), head_dim(config, family)
     rotary = _rotary(model, family)
-    for index, module, output in attention_modules(model, family):
+    for index, (stack, module, output) in enumerate(attention_modules(model, family)):
         heads = projections.head_counts(module, family.names, num_heads, dim)
         key_map, value_map = layer_maps(config, index, num_heads, heads.key, heads.value)
         yield AttentionLayer(
-            index, module, output, family, num_heads, dim, key_map, value_map or key_map, rotary
-        )
+            index, module, output, family, stack, num_heads, dim,
+            key_map, value_map or key_map, rotary,
+        )  # fmt: skip
 
 
 def _rotary(model: nn.Module, family: Family) -> Rotary | None:
@@ -252,12 +260,3 @@ def _rotary(model: nn.Module, family: Family) -> Rotary | None:
 def _reach(module: nn.Module, path: str) -> nn.Module | None:
     """The submodule at a dotted path, None where there is none."""
     return reduce(lambda at, name: getattr(at, name, None), path.split("."), module)
-
-
-def head_blocks(projection: nn.Linear, head_dim: int):
-    import torch
-
-    weight = projection.weight.detach()
-    if projection.bias is not None:
-        weight = torch.cat([weight, projection.bias.detach()[:, None]], 1)
-    return weight.unflatten(0, (-1, head_dim))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -19,10 +19,12 @@ from .families import (
     attention_modules,
     family_of,
     head_dim,
+    layer_weights,
 )
 from .projections import Heads, Projection
 
 if TYPE_CHECKING:
+    from ..grouping.calibration import LayerStats
     from ..grouping.weights import LayerWeights
 
 LayerMap = HeadMap | Sequence[int] | tuple[HeadMap, HeadMap]
@@ -33,7 +35,7 @@ def convert(
     maps: Sequence[LayerMap],
     merging: str = "mean",
     *,
-    moments: Sequence[Any] | None = None,
+    moments: Sequence[LayerStats] | None = None,
     restore_norms: bool | Sequence[bool] = False,
 ) -> nn.Module:
     """A copy of ``model`` whose query heads read the KV heads that ``maps`` say.
@@ -71,14 +73,16 @@ def convert(
     family = family_of(model)
     places = list(attention_modules(child, family))
     for layer, pair, (_, module, output) in zip(layers, pairs, places, strict=True):
+        stats = None if moments is None else moments[layer.index]
         merged = merge_layer(
-            layer.weights(),
+            layer_weights(layer),
             *pair,
             method=merging,
-            moments=None if moments is None else moments[layer.index],
+            moments=stats,
+            query_moments=None if stats is None else stats.query,
             restore_norms=norms[layer.index],
         )
-        _write(module, output, family, merged)
+        write_layer(module, output, family, merged)
     set_maps(child, family, pairs)
     return child
 
@@ -93,7 +97,7 @@ def set_maps(model: nn.Module, family: Family, pairs: Sequence[tuple[HeadMap, He
         store_maps(config, *zip(*pairs, strict=True))
         if family.num_kv_heads:
             setattr(config, family.num_kv_heads, max(counts))
-    for index, module, _ in places:
+    for index, (_, module, _) in enumerate(places):
         setattr(module, INDEX, index)
         install(module, family.adapter)
         key_map, value_map = pairs[index]
@@ -109,7 +113,7 @@ def resize(model: nn.Module, family: Family, pairs: Sequence[tuple[HeadMap, Head
     num_heads, dim = getattr(config, family.num_heads), head_dim(config, family)
     places = list(attention_modules(model, family))
     check_count(pairs, len(places))
-    for index, module, _ in places:
+    for index, (_, module, _) in enumerate(places):
         key_map, value_map = pairs[index]
         heads = Heads(num_heads, key_map.num_kv_heads, value_map.num_kv_heads)
         projections.resize(module, family.names, heads, dim)
@@ -143,7 +147,10 @@ def _pair(entry: LayerMap) -> tuple[HeadMap, HeadMap]:
     return head_map, head_map
 
 
-def _write(module: nn.Module, output: nn.Module, family: Family, weights: LayerWeights) -> None:
+def write_layer(
+    module: nn.Module, output: nn.Module, family: Family, weights: LayerWeights
+) -> None:
+    """Give an attention module and its output projection the weights of a merged layer."""
     projections.write(
         module,
         family.names,

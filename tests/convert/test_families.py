@@ -5,7 +5,7 @@ import torch
 
 from gqa_kernels import HeadMap
 from gqa_kernels.convert import convert
-from gqa_kernels.convert.families import attention_layers
+from gqa_kernels.convert.families import attention_layers, layer_weights
 from gqa_kernels.integrations.transformers import register
 from tests.tiny_families import (
     DECODERS,
@@ -90,13 +90,13 @@ def test_generation_of_an_encoder_decoder():
 
 
 def test_weights_by_head_give_the_attention_inputs_projections(family):
-    """Recorded outputs of the model's own projections against ``weights()`` applied by hand."""
+    """Recorded outputs of the model's own projections against ``layer_weights`` applied by hand."""
     model = tiny(family)
     layer = attention_layers(model)[0]
     seen = {}
     layer.key.register_forward_hook(lambda _, args, out: seen.update(x=args[0], out=out))
     output(model, inputs(family))
-    weights = layer.weights()
+    weights = layer_weights(layer)
     sides = {"q": HEADS, "k": weights.k.shape[0], "v": weights.v.shape[0]}
     by_hand = {}
     for side in sides:
