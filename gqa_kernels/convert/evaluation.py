@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, cross_entropy, kl_div
 
 from ..attention import asym_gqa_attention
-from ..grouping.calibration import Batch, attention_inputs, model_inputs, token_mask
-from ..grouping.evaluation import output_error
+from ..grouping.calibration import Batch, model_inputs, token_mask
+from ..grouping.evaluation import layer_errors
 from ..integrations.transformers import attention_call
 from ..progress import track
-from .families import AttentionLayer, attention_layers, layer_weights
+from .families import AttentionLayer, attention_layers
 
 _PROBE = "asym_gqa_probe"
 
@@ -33,8 +33,8 @@ class Evaluation:
         kl: mean over tokens of KL(parent || child) of the next-token distributions, nats.
         top1_agreement: share of tokens for which both predict the same next token.
         state_cosine: mean cosine of the last hidden states, of models without next-token logits.
-        output_error: per layer the relative error of the attention output on the parent's inputs
-            (``grouping.evaluation.output_error``).
+        output_error: per layer the error of the attention output on the parent's inputs
+            (``grouping.evaluation.layer_errors``).
         entropy, parent_entropy: per layer the mean entropy of attention, nats, over heads and
             queries; a collapse to uniform attention shows here.
         kv_heads: per layer ``(Hk, Hv)`` of the child.
@@ -46,7 +46,7 @@ class Evaluation:
     kl: float | None
     top1_agreement: float | None
     state_cosine: float | None
-    output_error: tuple[float, ...] | None
+    output_error: tuple[float, ...]
     entropy: tuple[float, ...]
     parent_entropy: tuple[float, ...]
     kv_heads: tuple[tuple[int, int], ...]
@@ -64,7 +64,7 @@ def evaluate(
     Args:
         parent, child: of one family, on one device, each with the attention implementation it is
             to be measured with.
-        batches: as in ``calibrate``; the parent's attention inputs of all of them are kept.
+        batches: as in ``calibrate``.
         progress: show a bar, where standard error is a terminal.
 
     Raises:
@@ -77,11 +77,10 @@ def evaluate(
         )
     sums = {"loss": 0.0, "parent_loss": 0.0, "kl": 0.0, "same": 0, "cosine": 0.0}
     tokens, causal = 0, predicts_next_token(parent)
-    recorded: list[list[dict[str, Tensor]]] = [[] for _ in layers]
     entropies = [_Entropy(parent), _Entropy(child)]
     batches = [model_inputs(parent, batch) for batch in batches]
     for batch in track(batches, "Evaluating", shown=progress):
-        with _recording(layers, batch, recorded), entropies[0].measured(batch):
+        with entropies[0].measured(batch):
             theirs = run(parent, batch)
         with entropies[1].measured(batch):
             ours = run(child, batch)
@@ -91,12 +90,6 @@ def evaluate(
             tokens += _compare_states(sums, _states(theirs), _states(ours), batch)
     if not tokens:
         raise ValueError("batches must hold at least one token to compare, got none")
-    errors = None
-    if all(layer.stack.kv_mask is None and not _has_position_bias(layer) for layer in layers):
-        errors = tuple(
-            output_error(layer_weights(a), layer_weights(b), inputs, causal=_is_causal(a))
-            for a, b, inputs in zip(layers, own, recorded, strict=True)
-        )
     return Evaluation(
         tokens=tokens,
         perplexity=math.exp(sums["loss"] / tokens) if causal else None,
@@ -104,7 +97,7 @@ def evaluate(
         kl=sums["kl"] / tokens if causal else None,
         top1_agreement=sums["same"] / tokens if causal else None,
         state_cosine=None if causal else sums["cosine"] / tokens,
-        output_error=errors,
+        output_error=tuple(layer_errors(parent, child, batches)),
         entropy=entropies[1].means(),
         parent_entropy=entropies[0].means(),
         kv_heads=tuple((layer.heads.key, layer.heads.value) for layer in own),
@@ -184,36 +177,6 @@ def _states(output: Any) -> Tensor:
 
 def _is_causal(layer: AttentionLayer) -> bool:
     return bool(getattr(layer.module, "is_causal", True))
-
-
-def _has_position_bias(layer: AttentionLayer) -> bool:
-    """T5: biases of the scores come from other layers."""
-    return hasattr(layer.module, "has_relative_attention_bias")
-
-
-@contextmanager
-def _recording(
-    layers: Sequence[AttentionLayer], batch: dict[str, Tensor], into: list[list[dict]]
-) -> Iterator[None]:
-    """Keep what the layers' attention is called with, as ``output_error`` takes it."""
-
-    def hook(layer: AttentionLayer) -> Callable:
-        def record(_: nn.Module, args: tuple, kwargs: dict) -> None:
-            states = attention_inputs(layer, args, kwargs)[f"{layer.index}"]
-            mask = token_mask(batch, layer.stack.mask, states)
-            padded = {} if mask.all() else {"padding_mask": mask}
-            into[layer.index].append({"hidden_states": states, **padded})
-
-        return record
-
-    hooks = [
-        layer.module.register_forward_pre_hook(hook(layer), with_kwargs=True) for layer in layers
-    ]
-    try:
-        yield
-    finally:
-        for each in hooks:
-            each.remove()
 
 
 class _Entropy:
