@@ -1,122 +1,104 @@
-"""Held-out attention-output error: what a change of KV heads does to one layer, on inputs that the
-search has not seen."""
+"""Held-out attention-output error: what other KV heads do to each attention layer, apart from the
+others, on inputs that the search has not seen."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import torch
-from torch import Tensor
-from torch.nn.functional import rms_norm, scaled_dot_product_attention
+from torch import Tensor, nn
 
-from .weights import LayerWeights, Rotary
-
-Inputs = Tensor | Mapping[str, Tensor]
-
-
-def attention_output(
-    weights: LayerWeights,
-    hidden_states: Tensor,
-    *,
-    causal: bool,
-    padding_mask: Tensor | None = None,
-    bias: Tensor | None = None,
-    kv_states: Tensor | None = None,
-) -> Tensor:
-    """What the attention module of a layer computes.
-
-    Args:
-        hidden_states: ``[B, S, d]`` its input; token ``j`` of a row stands at position ``j``.
-        causal: whether token ``i`` sees the tokens ``<= i`` only.
-        padding_mask: ``[B, Sk]``, False or 0 on tokens that nobody sees.
-        bias: added to the scores, broadcastable to ``[B, Hq, S, Sk]`` (T5's relative positions).
-        kv_states: ``[B, Sk, d_kv]`` input of K and V, in cross-attention.
-
-    Returns:
-        ``[B, S, d_out]``.
-
-    Raises:
-        ValueError: the layer rotates q and k at frequencies that it doesn't give.
-    """
-    source = hidden_states if kv_states is None else kv_states
-    q = _project(hidden_states, weights.q, weights.q_bias)  # [B, Hq, S, D]
-    k = _project(source, weights.k, weights.k_bias)
-    v = _project(source, weights.v, weights.v_bias)
-    D = q.shape[-1]
-    if weights.q_norm is not None:
-        q = rms_norm(q, (D,), weights.q_norm, weights.norm_eps)
-    if weights.k_norm is not None:
-        k = rms_norm(k, (D,), weights.k_norm, weights.norm_eps)
-    if weights.rotary is not None:
-        q, k = _rotate(q, weights.rotary), _rotate(k, weights.rotary)
-    k, v = k[:, list(weights.key_map.entries)], v[:, list(weights.value_map.entries)]
-    mask = bias
-    if causal or padding_mask is not None:
-        seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
-        seen = seen.tril(k.shape[2] - q.shape[2]) if causal else seen
-        if padding_mask is not None:
-            seen = seen & padding_mask.bool()[:, None, None, :]
-        shift = torch.zeros_like(seen, dtype=q.dtype).masked_fill(~seen, -math.inf)
-        mask = shift if bias is None else shift + bias
-    heads = scaled_dot_product_attention(q, k, v, mask, scale=weights.scale)
-    out = torch.einsum("bhsv,ohv->bso", heads, weights.o)
-    return out if weights.o_bias is None else out + weights.o_bias
+from ..convert.families import AttentionLayer, attention_layers
+from .calibration import Batch, model_inputs, token_mask
 
 
 @torch.no_grad()
-def output_error(
-    parent: LayerWeights,
-    child: LayerWeights,
-    batches: Iterable[Inputs],
-    *,
-    causal: bool,
-) -> float:
-    """Relative error ``|child - parent| / |parent|`` of a layer's attention output.
+def layer_errors(parent: nn.Module, child: nn.Module, batches: Iterable[Batch]) -> list[float]:
+    """Error of each attention layer of ``child`` on the inputs that layer has in ``parent``.
 
-    Norms are over all tokens that are not padding; the output's own bias is left out of both.
+    The mean squared difference of the two layers' outputs over the variance of the parent's: 0 is
+    the same function, 1 what the best constant output would give.
 
     Args:
-        batches: held-out inputs of the layer: ``hidden_states [B, S, d]``, or dicts of the tensors
-            that ``attention_output`` takes.
-        causal: whether tokens see earlier ones only.
+        parent: a Hugging Face model of a known family.
+        child: ``convert(parent, ...)``, set to an attention that runs its maps.
+        batches: as ``calibrate`` takes them; padding is left out.
 
     Raises:
         ValueError: no tokens, or outputs that are not finite.
     """
-    difference = reference = 0.0
-    for batch in batches:
-        inputs = {"hidden_states": batch} if isinstance(batch, Tensor) else dict(batch)
-        given = attention_output(parent, **inputs, causal=causal)
-        now = attention_output(child, **inputs, causal=causal)
-        mask = inputs.get("padding_mask")
-        if mask is not None and inputs.get("kv_states") is None:
-            given, now = given[mask.bool()], now[mask.bool()]
-        difference += float((now - given).double().square().sum())
-        base = given if parent.o_bias is None else given - parent.o_bias
-        reference += float(base.double().square().sum())
-    if not (math.isfinite(difference) and math.isfinite(reference)):
-        raise ValueError("activations must be finite, got NaN or inf in an attention output")
-    if reference == 0:
-        raise ValueError("batches must hold tokens with an attention output, got none")
-    return math.sqrt(difference / reference)
+    layers = list(zip(attention_layers(parent), attention_layers(child), strict=True))
+    sums = [_Sums() for _ in layers]
+    inputs: dict[str, Tensor] = {}
+    calls: dict[int, tuple[tuple, dict]] = {}
+
+    def compare(old: AttentionLayer, new: AttentionLayer, output: Tensor) -> None:
+        args, kwargs = calls.pop(old.index)
+        mask = token_mask(inputs, old.stack.mask, output)
+        sums[old.index].add(output[mask], _output(new, args, kwargs)[mask])
+
+    hooks = []
+    for old, new in layers:
+        hooks += [
+            old.module.register_forward_pre_hook(
+                lambda _, args, kwargs, i=old.index: calls.update({i: (args, kwargs)}),
+                with_kwargs=True,
+            ),
+            old.output.register_forward_hook(
+                lambda _, __, output, old=old, new=new: compare(old, new, output)
+            ),
+        ]
+    training = parent.training, child.training
+    try:
+        parent.eval()
+        child.eval()
+        for batch in batches:
+            inputs.clear()
+            inputs.update(model_inputs(parent, batch))
+            options = {} if "pixel_values" in inputs else {"use_cache": False}
+            parent.base_model(**inputs, **options)
+    finally:
+        parent.train(training[0])
+        child.train(training[1])
+        for hook in hooks:
+            hook.remove()
+    return [each.error(index) for index, each in enumerate(sums)]
 
 
-def _project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``[B, S, d]`` -> ``[B, H, S, D]``."""
-    out = torch.einsum("bsd,hed->bhse", x, weight)
-    return out if bias is None else out + bias[:, None]
+class _Sums:
+    """Sums over tokens of a layer's outputs ``y [d]`` and of what another layer makes of them."""
+
+    def __init__(self):
+        self.count, self.total, self.square, self.difference = 0, 0.0, 0.0, 0.0
+
+    def add(self, given: Tensor, now: Tensor) -> None:
+        """Both ``[n, d]``."""
+        given, now = given.double(), now.double()
+        self.count += len(given)
+        self.total = self.total + given.sum(0)
+        self.square += float(given.square().sum())
+        self.difference += float((now - given).square().sum())
+
+    def error(self, layer: int) -> float:
+        if not self.count:
+            raise ValueError("batches must hold at least one token that is not padding, got none")
+        if not (math.isfinite(self.square) and math.isfinite(self.difference)):
+            raise ValueError(f"attention outputs must be finite, got NaN or inf in layer {layer}")
+        variance = self.square - float(self.total.square().sum()) / self.count
+        if variance <= 0:
+            raise ValueError(f"attention outputs must vary, got the same for all in layer {layer}")
+        return self.difference / variance
 
 
-def _rotate(x: Tensor, rotary: Rotary) -> Tensor:
-    """Rotate ``[B, H, S, D]`` by its positions ``0 .. S - 1``."""
-    if rotary.frequencies is None:
-        raise ValueError("rotary.frequencies must be given to evaluate a layer, got None")
-    frequencies = torch.tensor(rotary.frequencies, dtype=torch.float64, device=x.device)
-    angles = torch.arange(x.shape[2], device=x.device)[:, None] * frequencies  # [S, P]
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-    a, b = rotary.planes.to(x.device).T
-    out = x.clone()
-    out[..., a] = x[..., a] * cos - x[..., b] * sin
-    out[..., b] = x[..., b] * cos + x[..., a] * sin
-    return out
+def _output(layer: AttentionLayer, args: tuple, kwargs: dict) -> Tensor:
+    """``[B, S, d]`` of a layer's output projection, whether or not its module applies it."""
+    found: list[Tensor] = []
+    hook = layer.output.register_forward_hook(lambda _, __, output: found.append(output))
+    try:
+        heads = layer.module(*args, **kwargs)[0]
+        if not found:
+            layer.output(heads)
+    finally:
+        hook.remove()
+    return found[0]

@@ -274,25 +274,3 @@ def _norm_ratio(group: Group, merged: Merged) -> float:
         rows = merged.decoders @ rows
     before, after = group.space.energy_of(group.rows), group.space.energy_of(rows)
     return math.sqrt(float(before @ shares) / max(float(after @ shares), _TINY))
-
-
-def merge(blocks: Tensor, members, merging: str) -> Tensor:
-    """Merge ``[Hkv, D, d]`` blocks for groups that each list one old head per query head."""
-    if merging not in ("none", "mean"):
-        raise ValueError(f"merging must be one of none, mean, got {merging!r}")
-    empty = [group for group, heads in enumerate(members) if not heads]
-    if empty:
-        raise ValueError(f"maps must give every KV head a query head, got none for {empty}")
-    out = []
-    for group, read in enumerate(members):
-        counts = Counter(read)
-        rows = blocks[list(counts)]
-        if merging == "none" and any(not torch.equal(r, rows[0]) for r in rows):
-            raise ValueError(
-                f"maps must keep heads that differ apart with merging='none', got KV head {group} "
-                f"with query heads of old KV heads {sorted(counts)}"
-            )
-        shares = torch.tensor(list(counts.values()), dtype=torch.float64)
-        single = len(counts) == 1 or merging == "none"
-        out.append(rows[0] if single else _average(rows.double(), shares).to(blocks.dtype))
-    return torch.stack(out)

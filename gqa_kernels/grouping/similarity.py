@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .calibration import LayerStats
 from .low_rank import discarded_energy
+from .moments import LayerStats
 from .space import HeadSpace, Moments
 from .weights import LayerWeights
 
@@ -177,16 +177,25 @@ def similarity(
         raise ValueError(f"layer must lie in [0, {len(layers)}), got {layer}")
     moments = None if stats is None else stats[layer]
     try:
-        array = layer_similarity(layer_weights(layers[layer]), moments, side, kind)
+        weights = layer_weights(layers[layer])
+        query_moments = None if moments is None else moments.query
+        array = layer_similarity(weights, moments, side, kind, query_moments)
     except ValueError as error:
         raise ValueError(f"{error} (layer {layer})") from error
     return Dissimilarity(array, layer, side, kind)
 
 
 def layer_similarity(
-    weights: LayerWeights, moments: Moments | None, side: str = "shared", kind: str = "activation"
+    weights: LayerWeights,
+    moments: Moments | None,
+    side: str = "shared",
+    kind: str = "activation",
+    query_moments: Moments | None = None,
 ) -> np.ndarray:
-    """``similarity`` of one layer's weights: ``[Hq, Hq]`` fp64."""
+    """``similarity`` of one layer's weights: ``[Hq, Hq]`` fp64.
+
+    ``query_moments`` are those of the input of q, where it is another one (cross-attention).
+    """
     if side not in SIDES:
         raise ValueError(f"side must be one of {SIDES}, got {side!r}")
     if kind not in KINDS:
@@ -197,8 +206,11 @@ def layer_similarity(
     total = 0
     sides = ("k", "v") if side == "shared" else (side,)
     for each in sides:
-        space = HeadSpace.of(weights, each, moments if chosen.uses_moments else None)
+        given = (moments, query_moments) if chosen.uses_moments else (None, None)
+        space = HeadSpace.of(weights, each, *given)
         distances = chosen.distances(space, moments).clamp(min=0)
+        if not distances.isfinite().all():
+            raise ValueError(f"heads must not be zero on the calibration inputs, got a {each} head")
         distances = (distances + distances.T) / 2
         same = torch.tensor(space.head_map.entries)
         distances[same[:, None] == same] = 0
