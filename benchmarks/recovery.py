@@ -3,10 +3,10 @@
     python -m benchmarks.recovery --out benchmarks/results/recovery
 
 SmolLM2's 9 query heads read 3 KV heads. Every query head counts as having its own copy, as in the
-MHA model that a lossless split gives; those 9 heads are grouped into 5, 4, 3, 2 and 1. Text to train
-on and held-out text are chapters of the Python reference, so the parent gains by training, too:
-``stock`` is the parent, trained alike. What is done is in the JSON file and is not run again: the
-script can be stopped at any time. The picture is drawn from the file.
+MHA model that a lossless split gives; those 9 heads are grouped into 5, 4, 3, 2 and 1. Text to
+train on and held-out text are chapters of the Python reference, so the parent gains by training,
+too: ``stock`` is the parent, trained alike. What is done is in the JSON file and is not run again:
+the script can be stopped at any time. The picture is drawn from the file.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ def run_tasks(
     tasks: Sequence[str],
     *,
     include_path: str | Path | None = None,
+    include_defaults: bool = True,
     limit: int | None = None,
     num_fewshot: int | None = None,
     batch_size: int = 1,
@@ -30,7 +31,9 @@ def run_tasks(
             implementation it is to be measured with.
         tokenizer: its tokenizer, of transformers.
         tasks: names.
-        include_path: folder of task files, beside the harness's own.
+        include_path: folder of task files.
+        include_defaults: whether the harness's own tasks are known, too (indexing them takes
+            seconds).
         limit: examples of each task, None for all.
         num_fewshot, batch_size: of the harness.
 
@@ -44,7 +47,10 @@ def run_tasks(
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise ImportError(f"run_tasks needs lm-eval (pip install lm-eval): {error}") from error
-    manager = TaskManager(include_path=None if include_path is None else str(include_path))
+    manager = TaskManager(
+        include_path=None if include_path is None else str(include_path),
+        include_defaults=include_defaults,
+    )
     unknown = [task for task in tasks if task not in manager.all_tasks]
     if unknown:
         raise ValueError(f"tasks must be known to lm-eval, got {', '.join(unknown)}")

@@ -11,6 +11,7 @@ from tests.tiny_models import split, tiny
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed (extra lm-eval)")
 
+LOCAL = {"include_defaults": False}
 WORDS = [f"w{number}" for number in range(61)]
 QUESTIONS = [("w1 w2 w3", ["w4", "w5"], 0), ("w9 w8", ["w7", "w6"], 1), ("w4 w4", ["w1", "w2"], 0)]
 
@@ -56,10 +57,10 @@ def test_local_task(folder, tokenizer, monkeypatch):
             logits = model(ids).logits[0, -1]
         answers = [tokenizer.encode(choice, add_special_tokens=False)[0] for choice in choices]
         expected.append(int(logits[answers].argmax()) == gold)
-    results = run_tasks(model, tokenizer, ["words"], include_path=folder)
+    results = run_tasks(model, tokenizer, ["words"], **LOCAL, include_path=folder)
     assert results["words"]["acc,none"] == pytest.approx(sum(expected) / len(expected))
 
 
 def test_unknown_task(folder, tokenizer):
     with pytest.raises(ValueError, match="must be known to lm-eval, got juggling"):
-        run_tasks(tiny(), tokenizer, ["juggling"], include_path=folder)
+        run_tasks(tiny(), tokenizer, ["juggling"], **LOCAL, include_path=folder)
