@@ -1,4 +1,4 @@
-"""The command line, ``gqa-kernels``: demo, backends, env."""
+"""The command line, ``gqa-kernels``: demo, search, convert, eval, inspect, backends, env."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 
 from . import env
 from .backends.dispatch import BACKENDS
+from .commands import convert, evaluate, inspect, search
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,6 +50,9 @@ def parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--json", type=Path, metavar="PATH", help="write the results there")
     demo.set_defaults(run=_demo)
+
+    for command in (search, convert, evaluate, inspect):
+        command.add(commands)
 
     backends = commands.add_parser("backends", help="what can run here, and why not the others")
     backends.set_defaults(run=_backends)

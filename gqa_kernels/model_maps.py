@@ -44,9 +44,21 @@ def layer_index(module: Any) -> int | None:
     """Which of the config's maps an attention module goes by.
 
     Converted modules know it; in a model that transformers loaded it is the ``layer_idx``.
+
+    Raises:
+        ValueError: an encoder-decoder that transformers loaded, where ``layer_idx`` is not enough.
     """
     index = getattr(module, INDEX, None)
-    return getattr(module, "layer_idx", None) if index is None else index
+    if index is not None:
+        return index
+    config = getattr(module, "config", None)
+    maps, layers = getattr(config, KEY_FIELD, None), getattr(config, "num_hidden_layers", None)
+    if maps is not None and layers is not None and len(maps) > layers:
+        raise ValueError(
+            f"a model with {len(maps)} maps for {layers} layers must be loaded by "
+            "gqa_kernels.convert.load, got an attention module that transformers loaded"
+        )
+    return getattr(module, "layer_idx", None)
 
 
 def store_maps(config: Any, key_maps: Sequence[HeadMap], value_maps: Sequence[HeadMap]) -> None:

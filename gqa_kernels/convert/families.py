@@ -165,6 +165,11 @@ def attention_layers(model: nn.Module) -> list[AttentionLayer]:
         ValueError: a projection's shape doesn't fit the config.
     """
     family = family_of(model)
+    if getattr(model.config, "add_cross_attention", False):
+        raise NotImplementedError(
+            f"a {model.config.model_type} model must have no cross-attention, got "
+            "config.add_cross_attention"
+        )
     layers = list(_attention_layers(model, family))
     if not layers:
         blocks = ", ".join(stack.blocks for stack in family.stacks)

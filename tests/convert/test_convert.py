@@ -156,7 +156,7 @@ class TestErrors:
             convert(tiny(), [HeadMap([0, 0, 1, 1, 1, 0])] * 2, merging="none")
 
     def test_unknown_merging(self):
-        with pytest.raises(ValueError, match="merging must be one of none, mean, .*got 'sum'"):
+        with pytest.raises(ValueError, match=r"merging must be one of none, mean, .*got 'sum'"):
             convert(tiny(), [UNEVEN] * 2, merging="sum")
 
     def test_map_with_a_negative_entry(self):

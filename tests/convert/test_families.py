@@ -141,3 +141,35 @@ def test_parent_is_untouched(family):
         assert torch.equal(tensor, before[name])
     assert [type(layer.module) for layer in attention_layers(parent)] == classes
     assert getattr(parent.config, "kv_head_map", None) is None
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_stock_attention_fails_on_uneven_groups_that_divide(family, implementation):
+    """It would compute the even groups instead."""
+    parent = tiny(family)
+    if implementation == "sdpa" and not parent._supports_sdpa:
+        pytest.skip(f"transformers runs {family} in eager only")
+    maps = [HeadMap([0, 0, 0, 1, 2, 1])] * len(attention_layers(parent))
+    child = convert(parent, maps)
+    child.set_attn_implementation(implementation)
+    with pytest.raises(RuntimeError):
+        output(child, inputs(family))
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_models_with_cross_attention_are_refused(family):
+    config = tiny(family).config
+    config.add_cross_attention = config.is_decoder = True
+    model = type(tiny(family))(config)
+    with pytest.raises(NotImplementedError, match="must have no cross-attention"):
+        convert(model, maps_for(tiny(family)))
+
+
+def test_maps_of_an_encoder_decoder_that_transformers_loaded(tmp_path):
+    """Equal shapes load, but the modules don't know which map is theirs."""
+    parent = tiny("t5")
+    child = convert(parent, [HeadMap([5, 2, 0, 1, 3, 4])] * 6, merging="none")
+    child.save_pretrained(tmp_path)
+    loaded = type(parent).from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"must be loaded by gqa_kernels\.convert\.load"):
+        output(loaded, inputs("t5"))
