@@ -45,7 +45,7 @@ def shared_head(space: HeadSpace, query_heads: Sequence[int]) -> SharedHead:
     decoders = torch.zeros(len(old), D, D, dtype=rows.dtype)
     for dims in space.symmetry.sets:
         roots, inverses = _roots(metric, dims)
-        _, vectors = _components(space, old, roots, dims)
+        vectors = _components(space, old, roots, dims)
         decoder, encoder = inverses @ vectors, vectors.transpose(1, 2) @ roots  # [n, r, r] each
         # m and its decoders are free up to a change of basis: give the decoders unit scale
         scale = _symmetric_power((decoder.transpose(1, 2) @ decoder).mean(0), 0.5)
@@ -54,7 +54,8 @@ def shared_head(space: HeadSpace, query_heads: Sequence[int]) -> SharedHead:
     planes = space.symmetry.planes
     if len(planes):
         roots = _plane_roots(metric, planes)
-        _, vectors = _plane_components(space, old, roots, planes)
+        gram = _plane_gram(space.cross[old][:, old], roots, planes)
+        vectors = torch.linalg.eigh(gram)[1][..., -1].T  # [n, P]
         decoder, encoder = vectors / roots, vectors.conj() * roots  # [n, P] each
         scale = decoder.abs().square().mean(0).sqrt()
         a, b = planes.T
@@ -66,18 +67,49 @@ def shared_head(space: HeadSpace, query_heads: Sequence[int]) -> SharedHead:
     return SharedHead(merged, dict(zip(old, decoders, strict=True)))
 
 
-def discarded_energy(space: HeadSpace, query_heads: Sequence[int]) -> float:
-    """``sum_h E[e_h^T M_h e_h]`` that the best shared head of some query heads leaves."""
-    old, metric = _readers(space, query_heads)
-    if len(old) == 1:
-        return 0.0
-    total = 0.0
-    for dims in space.symmetry.sets:
-        total += _components(space, old, _roots(metric, dims)[0], dims)[0]
-    planes = space.symmetry.planes
-    if len(planes):
-        total += _plane_components(space, old, _plane_roots(metric, planes), planes)[0]
-    return total
+class GroupLosses:
+    """``losses(query_heads)``: what the best shared head of a group leaves of its scores or
+    outputs, ``sum_h E[e_h^T M_h e_h]``; a cost for ``search_groups``.
+
+    Two query heads that read one old head count as two, each with its own metric; that gives the
+    same components as the sum of their metrics.
+    """
+
+    def __init__(self, space: HeadSpace):
+        if not space.symmetry.scalable:
+            raise ValueError("space must allow scaling, got K heads that an RMS norm follows")
+        heads = list(space.head_map.entries)
+        cross = space.cross[heads][:, heads]  # [Hq, Hq, D, D]
+        self._sets = []  # of each set of dims [Hq, r, Hq, r]
+        for dims in space.symmetry.sets:
+            roots, _ = _roots(space.metric, dims)
+            gram = roots[:, None] @ cross[..., dims[:, None], dims] @ roots
+            self._sets.append(gram.transpose(1, 2))
+        self._planes = None  # [P, Hq, Hq]
+        planes = space.symmetry.planes
+        if len(planes):
+            roots = _plane_roots(space.metric, planes)
+            self._planes = _plane_gram(cross, roots, planes)
+        self._known: dict[tuple[int, ...], float] = {}
+
+    def __call__(self, query_heads: Sequence[int]) -> float:
+        heads = tuple(query_heads)
+        if heads not in self._known:
+            self._known[heads] = self._loss(list(heads))
+        return self._known[heads]
+
+    def _loss(self, heads: list[int]) -> float:
+        if len(heads) == 1:
+            return 0.0
+        total = 0.0
+        for gram in self._sets:
+            r = gram.shape[1]
+            part = gram[heads][:, :, heads].reshape(len(heads) * r, -1)
+            total += float(torch.linalg.eigvalsh(part)[:-r].clamp(min=0).sum())
+        if self._planes is not None:
+            values = torch.linalg.eigvalsh(self._planes[:, heads][:, :, heads])
+            total += float(values[:, :-1].clamp(min=0).sum())
+        return total
 
 
 def _readers(space: HeadSpace, query_heads: Sequence[int]) -> tuple[list[int], Tensor]:
@@ -99,16 +131,13 @@ def _roots(metric: Tensor, dims: Tensor) -> tuple[Tensor, Tensor]:
     return _symmetric_power(block, 0.5), _symmetric_power(block, -0.5)
 
 
-def _components(
-    space: HeadSpace, old: list[int], roots: Tensor, dims: Tensor
-) -> tuple[float, Tensor]:
-    """Energy outside the ``r`` leading components of the stacked ``B_h k_h``, and their vectors
-    ``[n, r, r]``."""
+def _components(space: HeadSpace, old: list[int], roots: Tensor, dims: Tensor) -> Tensor:
+    """``[n, r, r]``: vectors of the ``r`` leading components of the stacked ``B_h k_h``."""
     n, r = len(old), len(dims)
     cross = space.cross[old][:, old][..., dims[:, None], dims]
     gram = roots[:, None] @ cross @ roots  # [n, n, r, r]; roots are symmetric
-    values, vectors = torch.linalg.eigh(gram.transpose(1, 2).reshape(n * r, n * r))
-    return float(values[: (n - 1) * r].clamp(min=0).sum()), vectors[:, (n - 1) * r :].view(n, r, r)
+    _, vectors = torch.linalg.eigh(gram.transpose(1, 2).reshape(n * r, n * r))
+    return vectors[:, (n - 1) * r :].view(n, r, r)
 
 
 def _plane_roots(metric: Tensor, planes: Tensor) -> Tensor:
@@ -118,14 +147,10 @@ def _plane_roots(metric: Tensor, planes: Tensor) -> Tensor:
     return (square + _RIDGE * square.mean(1, keepdim=True)).sqrt()
 
 
-def _plane_components(
-    space: HeadSpace, old: list[int], roots: Tensor, planes: Tensor
-) -> tuple[float, Tensor]:
-    """Energy outside the leading complex component of each plane, and its vectors ``[n, P]``."""
-    alpha, beta = plane_parts(space.cross[old][:, old], planes)  # [n, n, P]
-    gram = torch.complex(alpha, beta) * roots[:, None] * roots
-    values, vectors = torch.linalg.eigh(gram.permute(2, 0, 1))
-    return float(values[:, :-1].clamp(min=0).sum()), vectors[..., -1].T
+def _plane_gram(cross: Tensor, roots: Tensor, planes: Tensor) -> Tensor:
+    """``[P, n, n]`` complex: products of the weighted heads of each plane."""
+    alpha, beta = plane_parts(cross, planes)  # [n, n, P]
+    return (torch.complex(alpha, beta) * roots[:, None] * roots).permute(2, 0, 1)
 
 
 def _symmetric_power(matrix: Tensor, power: float) -> Tensor:

@@ -205,13 +205,14 @@ def align_layer(
     parent = weights
     for side, head_map in (("k", key_map), ("v", value_map)):
         space = HeadSpace.of(parent, side, moments, query_moments)
+        old = parent.rows(side).detach().double()
         rows, decoders, place = [], {}, {}
         for group in _groups(parent, side, head_map, space):
             R = rotations(space, group.heads, group.counts)
             decoders |= _by_query_head(group, R.transpose(1, 2))
             for h in group.query_heads:
                 place[h] = len(rows) + group.heads.index(space.head_map[h])
-            rows += list(R @ group.rows)
+            rows += list(R @ old[group.heads])
         aligned_map = HeadMap([place[h] for h in range(weights.num_heads)])
         weights = _fold(weights, side, decoders).with_rows(side, torch.stack(rows), aligned_map)
     return weights

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .low_rank import discarded_energy
+from .low_rank import GroupLosses
 from .moments import LayerStats
 from .space import HeadSpace, Moments
 from .weights import LayerWeights
@@ -125,13 +125,9 @@ def low_rank(space: HeadSpace, moments: Moments | None) -> Tensor:
     relative to their mean square; ``functional`` for K that an RMS norm follows."""
     if not space.symmetry.scalable:
         return functional(space, moments)
-    heads = list(space.head_map.entries)
-    out = torch.zeros(len(heads), len(heads), dtype=torch.float64)
-    for i in range(len(heads)):
-        for j in range(i):
-            if heads[i] != heads[j]:
-                out[i, j] = out[j, i] = discarded_energy(space, [i, j])
-    return out / _mean_square(space)
+    loss, heads = GroupLosses(space), range(len(space.head_map.entries))
+    pairs = [[loss([min(i, j), max(i, j)]) if i != j else 0.0 for j in heads] for i in heads]
+    return torch.tensor(pairs, dtype=torch.float64) / _mean_square(space)
 
 
 KINDS: dict[str, Kind] = {
@@ -172,6 +168,7 @@ def similarity(
     """
     from ..convert.families import attention_layers, layer_weights
 
+    _check(side, kind, stats)
     layers = attention_layers(model)
     if not 0 <= layer < len(layers):
         raise ValueError(f"layer must lie in [0, {len(layers)}), got {layer}")
@@ -196,13 +193,8 @@ def layer_similarity(
 
     ``query_moments`` are those of the input of q, where it is another one (cross-attention).
     """
-    if side not in SIDES:
-        raise ValueError(f"side must be one of {SIDES}, got {side!r}")
-    if kind not in KINDS:
-        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    _check(side, kind, moments)
     chosen = KINDS[kind]
-    if chosen.needs_moments and moments is None:
-        raise ValueError(f"stats must be given for kind={kind!r}, got None")
     total = 0
     sides = ("k", "v") if side == "shared" else (side,)
     for each in sides:
@@ -216,6 +208,15 @@ def layer_similarity(
         distances[same[:, None] == same] = 0
         total = total + distances
     return (total / len(sides)).numpy().copy()
+
+
+def _check(side: str, kind: str, moments: object) -> None:
+    if side not in SIDES:
+        raise ValueError(f"side must be one of {SIDES}, got {side!r}")
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    if KINDS[kind].needs_moments and moments is None:
+        raise ValueError(f"stats must be given for kind={kind!r}, got None")
 
 
 def _by_query(space: HeadSpace, distances: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ class HeadSpace:
     Attributes:
         side: ``"k"`` or ``"v"``.
         projections: ``[H, D, d (+ 1)]`` of the ``H`` KV heads; a bias is the last column. Where an
-            RMS norm follows they are scaled to an RMS of 1, which it doesn't notice.
+            RMS norm follows they are scaled to the same RMS, which it doesn't notice.
         rows: ``[H, D, d (+ 1)]`` what heads are compared by: the projections, times the weights of
             the norm where one follows.
         sigma: ``[d (+ 1), d (+ 1)]`` second moment of the input the rows are applied to, or None
@@ -78,8 +78,9 @@ class HeadSpace:
         sigma = None if moments is None else _input_moment(weights, side, moments)
         rows = projections
         if side == "k" and weights.k_norm is not None:
-            projections = _normalised(projections, sigma)
-            rows = projections * weights.k_norm.double().cpu()[:, None]
+            alike = _normalised(projections, sigma)
+            rows = alike * weights.k_norm.double().cpu()[:, None]
+            projections = alike * (projections.norm() / alike.norm())
         query_moments = moments if query_moments is None else query_moments
         metric = _score_metric(weights, query_moments) if side == "k" else _output_metric(weights)
         symmetry = Symmetry.of(weights, side)

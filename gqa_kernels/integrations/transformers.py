@@ -95,8 +95,7 @@ def attention_call(
         )
     if cache is not None:
         raise NotImplementedError(
-            "cache must be None with attn_implementation='asym_gqa', got a "
-            f"{type(cache).__name__}"
+            f"cache must be None with attn_implementation='asym_gqa', got a {type(cache).__name__}"
         )
     q_len = query.shape[2]
     causal = False
