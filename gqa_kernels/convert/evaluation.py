@@ -87,7 +87,7 @@ def evaluate(
         if causal:
             tokens += _compare_logits(sums, theirs.logits, ours.logits, batch)
         else:
-            tokens += _compare_states(sums, _states(theirs), _states(ours), batch)
+            tokens += _compare_states(sums, hidden_states(theirs), hidden_states(ours), batch)
     if not tokens:
         raise ValueError("batches must hold at least one token to compare, got none")
     return Evaluation(
@@ -138,6 +138,23 @@ def run(model: nn.Module, inputs: dict[str, Tensor]) -> Any:
     return model(**inputs, **({} if "pixel_values" in inputs else {"use_cache": False}))
 
 
+def hidden_states(output: Any) -> Tensor:
+    """Last hidden states ``[B, S, d]``, or the logits of a model with another head."""
+    for name in ("last_hidden_state", "logits"):
+        found = getattr(output, name, None)
+        if found is not None and found.dim() == 3:
+            return found
+    raise NotImplementedError(
+        "a model without last_hidden_state can't be compared: give the model below its head "
+        f"(model.base_model), got an output with {', '.join(output.keys())}"
+    )
+
+
+def padding_mask(inputs: dict[str, Tensor]) -> str:
+    """Name of the mask of what the model puts out, which ``token_mask`` takes."""
+    return "decoder_attention_mask" if "decoder_input_ids" in inputs else "attention_mask"
+
+
 def _predicted(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Which positions predict a token, ``[B, S - 1]``, and the tokens they predict."""
     ids = inputs["input_ids"]
@@ -156,23 +173,10 @@ def _compare_logits(sums: dict, parent: Tensor, child: Tensor, inputs: dict) -> 
 
 
 def _compare_states(sums: dict, parent: Tensor, child: Tensor, inputs: dict) -> int:
-    name = "decoder_attention_mask" if "decoder_input_ids" in inputs else "attention_mask"
-    mask = token_mask(inputs, name, parent)
+    mask = token_mask(inputs, padding_mask(inputs), parent)
     cosine = cosine_similarity(parent[mask].float(), child[mask].float(), dim=-1)
     sums["cosine"] += float(cosine.sum())
     return len(cosine)
-
-
-def _states(output: Any) -> Tensor:
-    """Last hidden states ``[B, S, d]``, or the logits of a model with another head."""
-    for name in ("last_hidden_state", "logits"):
-        found = getattr(output, name, None)
-        if found is not None and found.dim() == 3:
-            return found
-    raise NotImplementedError(
-        "a model without last_hidden_state can't be compared: give the model below its head "
-        f"(model.base_model), got an output with {', '.join(output.keys())}"
-    )
 
 
 def _is_causal(layer: AttentionLayer) -> bool:

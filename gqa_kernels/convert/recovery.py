@@ -3,7 +3,8 @@
 Up-training as in GQA (arXiv 2305.13245, section 2.2): the ordinary next-token loss on text, with
 AdamW, a warm-up and a cosine to a tenth of the learning rate; of all weights, the attention's, or
 of low-rank adapters (LoRA, arXiv 2106.09685). With the parent at hand, its next-token distributions
-are a second target (distillation, arXiv 1503.02531). Dropout stays off.
+are a second target (distillation, arXiv 1503.02531); models without next-token loss or labels, as
+encoders, learn the parent's last hidden states alone. Dropout stays off.
 """
 
 from __future__ import annotations
@@ -23,7 +24,13 @@ from torch.nn.functional import kl_div
 
 from ..grouping.calibration import Batch, model_inputs, token_mask
 from ..progress import track, write_atomically
-from .evaluation import next_token_loss, predicts_next_token, run
+from .evaluation import (
+    hidden_states,
+    next_token_loss,
+    padding_mask,
+    predicts_next_token,
+    run,
+)
 from .families import attention_layers
 
 TRAINED = ("all", "attention", "lora")
@@ -113,7 +120,8 @@ def recover(
     """Train a converted model in place, through the attention implementation it has.
 
     Args:
-        model: a causal language model with its head; or any model whose batches hold ``labels``.
+        model: a causal language model with its head; or any model whose batches hold ``labels``;
+            or, with distillation, one with hidden states.
         batches: as in ``calibrate``; each epoch goes through them in another order.
         recipe: how to train.
         parent: needed where ``recipe.distillation`` is not 0.
@@ -127,7 +135,7 @@ def recover(
         ValueError: no batches, a loss that is not finite, a parent that is missing, or a state of
             another recipe.
         ImportError: LoRA without peft.
-        NotImplementedError: a model without next-token loss whose batches have no labels.
+        NotImplementedError: no next-token loss, no labels and no distillation.
     """
     if not len(batches):
         raise ValueError("batches must hold at least one batch, got none")
@@ -197,12 +205,19 @@ def _loss(
     causal: bool,
 ) -> Tensor:
     weight = recipe.distillation
-    if not causal and "labels" not in inputs:
+    supervised = causal or "labels" in inputs
+    if not supervised and not weight:
         raise NotImplementedError(
             f"batches must hold labels for a {model.config.model_type} model without next-token "
-            f"loss, got {', '.join(inputs)}"
+            f"loss, or recipe.distillation must not be 0, got {', '.join(inputs)}"
         )
     output = run(model, inputs)
+    target = None
+    if weight:
+        with torch.no_grad():
+            target = run(parent, inputs)
+    if not supervised:
+        return _state_error(output, target, inputs)
     if "labels" in inputs:
         loss = output.loss
     else:
@@ -210,16 +225,21 @@ def _loss(
         loss = total / count
     if not weight:
         return loss
-    with torch.no_grad():
-        theirs = run(parent, inputs).logits
-    return (1 - weight) * loss + weight * _divergence(output.logits, theirs, inputs, recipe)
+    return (1 - weight) * loss + weight * _divergence(output.logits, target.logits, inputs, recipe)
+
+
+def _state_error(ours: Any, theirs: Any, inputs: dict) -> Tensor:
+    """Squared difference of the last hidden states over the parent's mean square, without
+    padding."""
+    ours, theirs = hidden_states(ours), hidden_states(theirs)
+    mask = token_mask(inputs, padding_mask(inputs), ours)
+    return (ours[mask] - theirs[mask]).square().mean() / theirs[mask].square().mean()
 
 
 def _divergence(ours: Tensor, theirs: Tensor, inputs: dict, recipe: Recipe) -> Tensor:
     """Mean KL(parent || child) over tokens (or images) that are not padding."""
     if ours.dim() == 3:
-        name = "decoder_attention_mask" if "decoder_input_ids" in inputs else "attention_mask"
-        mask = token_mask(inputs, name, ours)
+        mask = token_mask(inputs, padding_mask(inputs), ours)
         ours, theirs = ours[mask], theirs[mask]
     ours, theirs = ((x.float() / recipe.temperature).log_softmax(-1) for x in (ours, theirs))
     return kl_div(ours, theirs, reduction="batchmean", log_target=True) * recipe.temperature**2
