@@ -18,7 +18,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -180,13 +180,15 @@ class Runs:
         print(f"{key[0]}, {key[1]} KV heads, seed {key[2]}: perplexity {text}", flush=True)
 
 
-def run(settings: Settings, seeds: Iterable[int], path: Path, draw: Path) -> None:
+def run(
+    settings: Settings, seeds: Iterable[int], kv_heads: Sequence[int], path: Path, draw: Path
+) -> None:
     """Run what the file lacks; perplexities before recovery first."""
     register()
     runs = Runs(settings, path)
     for seed in seeds:
         keys = [(STOCK, 3, seed)]
-        keys += [(method, groups, seed) for groups in KV_HEADS for method in METHODS]
+        keys += [(method, groups, seed) for groups in kv_heads for method in METHODS]
         for step in (runs.before, runs.after):
             for key in keys:
                 step(key)
@@ -272,10 +274,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/recovery"))
     parser.add_argument("--steps", type=int, default=Settings.steps)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--kv-heads", type=int, nargs="+", default=KV_HEADS)
     arguments = parser.parse_args()
     settings = Settings(steps=arguments.steps)
     out = arguments.out
-    run(settings, arguments.seeds, out / "smollm2.json", out / "smollm2.svg")
+    paths = out / "smollm2.json", out / "smollm2.svg"
+    run(settings, arguments.seeds, arguments.kv_heads, *paths)
 
 
 if __name__ == "__main__":

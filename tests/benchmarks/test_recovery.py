@@ -15,13 +15,12 @@ SMALL = recovery.Settings(
 @pytest.fixture(autouse=True)
 def tiny_model(monkeypatch):
     monkeypatch.setattr(recovery, "load_smollm2", load_tiny)
-    monkeypatch.setattr(recovery, "KV_HEADS", (3, 2))
 
 
 def test_rows_and_resuming(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     path, picture = tmp_path / "rows.json", tmp_path / "rows.svg"
-    recovery.run(SMALL, [0], path, picture)
+    recovery.run(SMALL, [0], (3, 2), path, picture)
     content = json.loads(path.read_text())
     rows = {(row["method"], row["kv_heads"]): row for row in content["rows"]}
     assert len(rows) == 2 * len(recovery.METHODS) + 1
@@ -36,14 +35,18 @@ def test_rows_and_resuming(tmp_path, capsys):
         assert row["after"] != row["before"]
     assert "uneven, aligned" in picture.read_text()
     capsys.readouterr()
-    recovery.run(SMALL, [0, 1], path, picture)
-    printed = capsys.readouterr().out.splitlines()
-    assert len(printed) == 2 * len(rows)  # before and after
-    assert all("seed 1" in line for line in printed)
+    after = content["rows"][3]["after"]
+    content["rows"][3].update(after=None, seconds=None)  # a run that was stopped here
+    path.write_text(json.dumps(content))
+    recovery.run(SMALL, [0], (3, 2), path, picture)
+    (line,) = capsys.readouterr().out.splitlines()
+    row = content["rows"][3]
+    assert line.startswith(f"{row['method']}, {row['kv_heads']} KV heads, seed 0: perplexity ")
+    assert json.loads(path.read_text())["rows"][3]["after"] == pytest.approx(after)
 
 
 def test_file_of_other_settings(tmp_path):
     path = tmp_path / "rows.json"
     path.write_text(json.dumps({"settings": {}, "rows": []}))
     with pytest.raises(ValueError, match="must be of these settings"):
-        recovery.run(SMALL, [0], path, tmp_path / "rows.svg")
+        recovery.run(SMALL, [0], (3, 2), path, tmp_path / "rows.svg")
