@@ -77,6 +77,21 @@ def layers(
     return _save(figure, path)
 
 
+def lines(
+    named: Mapping[str, Mapping[float, float]], xlabel: str, ylabel: str, path: str | Path
+) -> Path:
+    """A line through the points ``{x: y}`` of each name, from zero up."""
+    figure, axes = _figure(1, 1, (7, 4))
+    axis = axes[0][0]
+    for name, points in named.items():
+        axis.plot(*zip(*sorted(points.items()), strict=True), marker="o", label=name)
+    axis.set_xlabel(xlabel)
+    axis.set_ylabel(ylabel)
+    axis.set_ylim(bottom=0)
+    axis.legend()
+    return _save(figure, path)
+
+
 def training(
     loss: Sequence[float], validation: Sequence[tuple[int, float]], path: str | Path
 ) -> Path:

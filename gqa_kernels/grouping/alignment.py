@@ -13,7 +13,7 @@ from torch import Tensor
 from .space import HeadSpace
 
 _MAX_ROUNDS = 100
-_TOLERANCE = 1e-7  # relative gain of a round at which to stop
+_TOLERANCE = 1e-5  # relative gain of a round at which to stop
 
 
 def rotations(space: HeadSpace, heads: list[int], shares: Tensor) -> Tensor:

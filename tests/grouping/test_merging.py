@@ -134,7 +134,7 @@ def test_heads_before_a_norm():
 
 class TestErrors:
     def test_unknown_method(self):
-        with pytest.raises(ValueError, match="merging must be one of none, mean, .*got 'max'"):
+        with pytest.raises(ValueError, match=r"merging must be one of none, mean, .*got 'max'"):
             merged(layer(), "max")
 
     def test_empty_group(self):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gqa_kernels.grouping.symmetry import Symmetry
-from tests.grouping.layers import D, DV, ROTARY, layer, rotation
+from tests.grouping.layers import DV, ROTARY, D, layer, rotation
 
 TURNING = [name for name in ROTARY if name != "none"]
 
