@@ -1,6 +1,7 @@
 """Every search method on the same matrices: objective, share of the attainable gain left, time.
 
     python -m benchmarks.grouping_search                          # five families, four sizes
+    python -m benchmarks.grouping_search --real --json out.json --markdown out.md
     python -m benchmarks.grouping_search --heads 64 --groups 16 --sizes equal --families random
     python -m benchmarks.grouping_search --matrix layer0_k.npy --groups 4 --json layer0.json
 
@@ -25,6 +26,7 @@ import torch
 
 from gqa_kernels.grouping import search
 from gqa_kernels.grouping.result import Sizes
+from gqa_kernels.progress import write_atomically
 
 from .grouping_instances import FAMILIES, instance
 from .results import commit, device_name
@@ -51,6 +53,17 @@ CASES: tuple[tuple[int, int, Sizes], ...] = (
     (32, 8, (1, 6)),
     (64, 16, "equal"),
 )
+# Keys of real models, heads of several layers pooled: model, similarity, H, G, sizes
+REAL_CASES: tuple[tuple[str, str, int, int, Sizes], ...] = (
+    ("minilm", "activation_moment", 32, 8, "equal"),
+    ("minilm", "aligned_cosine", 32, 8, "equal"),
+    ("minilm", "aligned", 32, 8, (1, 6)),
+    ("minilm", "aligned_cosine", 64, 16, "equal"),
+    ("smollm2", "aligned_cosine", 32, 8, "equal"),
+    ("smollm2", "aligned", 32, 8, (1, 6)),
+    ("smollm2", "aligned_cosine", 64, 16, "equal"),
+)
+REAL_TEXTS = 16
 RANDOM_RUNS = 100
 
 
@@ -132,7 +145,24 @@ def parse_sizes(text: str) -> Sizes:
     return tuple(int(part) for part in text.split(",")) if "," in text else text
 
 
+def real_matrices() -> Iterator[tuple[str, np.ndarray, int, Sizes]]:
+    """Needs the packages of :mod:`.grouping_models`."""
+    from . import grouping_models
+
+    loaded = {}
+    for model, kind, heads, groups, sizes in REAL_CASES:
+        if model not in loaded:
+            each = getattr(grouping_models, model)()
+            loaded[model] = each, grouping_models.texts(each, REAL_TEXTS, 0, 0)[0]
+        D = grouping_models.pooled_distances(*loaded[model], heads, kind)
+        name = f"{loaded[model][0].name} keys, {kind}"
+        yield f"{name} {_case(heads, groups, sizes)}", D, groups, sizes
+
+
 def matrices(args: argparse.Namespace) -> Iterator[tuple[str, np.ndarray, int, Sizes]]:
+    if args.real:
+        yield from real_matrices()
+        return
     if args.matrix:
         for path in args.matrix:
             D = np.load(path)
@@ -162,26 +192,35 @@ def main() -> None:
     parser.add_argument("--groups", type=int, default=8)
     parser.add_argument("--sizes", type=parse_sizes, default="free", help="free, equal or lo,hi")
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
+    parser.add_argument("--real", action="store_true", help="heads of MiniLM and SmolLM2")
     parser.add_argument("--matrix", nargs="+", type=Path, help=".npy dissimilarities [H, H]")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--time-limit", type=float, help="seconds for each method")
     parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--markdown", type=Path, help="write the tables here")
     args = parser.parse_args()
     rows: list[Row] = []
+    tables: list[str] = []
     for name, D, groups, sizes in matrices(args):
         found = compare(name, D, groups, sizes, args.seed, args.time_limit)
-        print(table(found), flush=True)
+        tables.append(table(found))
+        print(tables[-1], flush=True)
         rows += found
     print(summary(rows))
+    about = {
+        "device": device_name(torch.device("cpu")),
+        "threads": torch.get_num_threads(),
+        "commit": commit(),
+        "versions": {name: _version(name) for name in ("numpy", "scipy", "pymoo")},
+        "seed": args.seed,
+    }
     if args.json:
-        about = {
-            "device": device_name(torch.device("cpu")),
-            "commit": commit(),
-            "versions": {name: _version(name) for name in ("numpy", "scipy", "pymoo")},
-            "seed": args.seed,
-        }
         report = {**about, "rows": [asdict(row) for row in rows]}
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_atomically(args.json, json.dumps(report, indent=1) + "\n")
+    if args.markdown:
+        note = f"{about['device']}, {about['threads']} threads, commit {about['commit']}."
+        parts = ["# Search methods on the same matrices", note, summary(rows), *tables]
+        write_atomically(args.markdown, "\n\n".join(parts))
 
 
 def _version(package: str) -> str | None:

@@ -1,4 +1,4 @@
-"""The command line, ``gqa-kernels``: demo, train-demo, backends, env."""
+"""The command line, ``gqa-kernels``: demo, train-demo, search, convert, eval, inspect and more."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 
 from . import env, extension
 from .backends.dispatch import BACKENDS
+from .commands import convert, evaluate, inspect, search
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,6 +67,9 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--seeds", type=_count, metavar="N", help="(3)")
     train.add_argument("--quick", action="store_true", help="tiny models, few steps")
     train.set_defaults(run=_train_demo)
+
+    for command in (search, convert, evaluate, inspect):
+        command.add(commands)
 
     backends = commands.add_parser("backends", help="what can run here, and why not the others")
     backends.set_defaults(run=_backends)

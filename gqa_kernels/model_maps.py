@@ -3,6 +3,10 @@
 ``config.kv_head_map[layer][h]`` is the KV head that query head ``h`` reads in that layer;
 ``config.value_head_map`` is the same for V where K and V are grouped apart. A config without them
 is ordinary GQA.
+
+A config with maps that ordinary GQA doesn't compute also has ``attn_implementation: asym_gqa``:
+where the name is not registered, transformers then refuses to load the model, which otherwise it
+would run with equal, contiguous groups wherever the head counts divide.
 """
 
 from __future__ import annotations
@@ -17,6 +21,9 @@ from .head_map import HeadMap
 
 KEY_FIELD = "kv_head_map"
 VALUE_FIELD = "value_head_map"
+IMPLEMENTATION_FIELD = "attn_implementation"
+IMPLEMENTATION = "asym_gqa"
+INDEX = "attention_index"  # of an attention module: which map is its own
 
 
 def layer_maps(
@@ -33,6 +40,27 @@ def layer_maps(
     return key_map or HeadMap.uniform(num_heads, num_k_heads), value_map
 
 
+def layer_index(module: Any) -> int | None:
+    """Which of the config's maps an attention module goes by.
+
+    Converted modules know it; in a model that transformers loaded it is the ``layer_idx``.
+
+    Raises:
+        ValueError: an encoder-decoder that transformers loaded, where ``layer_idx`` is not enough.
+    """
+    index = getattr(module, INDEX, None)
+    if index is not None:
+        return index
+    config = getattr(module, "config", None)
+    maps, layers = getattr(config, KEY_FIELD, None), getattr(config, "num_hidden_layers", None)
+    if maps is not None and layers is not None and len(maps) > layers:
+        raise ValueError(
+            f"a model with {len(maps)} maps for {layers} layers must be loaded by "
+            "gqa_kernels.convert.load, got an attention module that transformers loaded"
+        )
+    return getattr(module, "layer_idx", None)
+
+
 def store_maps(config: Any, key_maps: Sequence[HeadMap], value_maps: Sequence[HeadMap]) -> None:
     """Write the maps of all layers into a config, V's only where they differ from K's."""
     setattr(config, KEY_FIELD, [list(m.entries) for m in key_maps])
@@ -40,6 +68,35 @@ def store_maps(config: Any, key_maps: Sequence[HeadMap], value_maps: Sequence[He
         setattr(config, VALUE_FIELD, [list(m.entries) for m in value_maps])
     elif getattr(config, VALUE_FIELD, None) is not None:
         setattr(config, VALUE_FIELD, None)
+    guard(config)
+
+
+def stored_maps(config: Any) -> list[tuple[HeadMap, HeadMap]] | None:
+    """(K's map, V's map) of every layer, as ``store_maps`` wrote them; None where there are none.
+
+    Raises:
+        ValueError, TypeError: the fields hold something else.
+    """
+    keys, values = getattr(config, KEY_FIELD, None), getattr(config, VALUE_FIELD, None)
+    if keys is None:
+        if values is not None:
+            raise ValueError(f"config.{VALUE_FIELD} must come with {KEY_FIELD}, got it alone")
+        return None
+    if values is not None and len(values) != len(keys):
+        raise ValueError(
+            f"config.{VALUE_FIELD} must have a map for each of {len(keys)} layers, got "
+            f"{len(values)}"
+        )
+    return [(HeadMap(k), HeadMap(v)) for k, v in zip(keys, values or keys, strict=True)]
+
+
+def guard(config: Any) -> None:
+    """Ask for ``asym_gqa`` when the config is loaded again, if its maps need it."""
+    if all(k == v and k.is_uniform for k, v in stored_maps(config) or ()):
+        if hasattr(config, IMPLEMENTATION_FIELD):
+            delattr(config, IMPLEMENTATION_FIELD)
+    else:
+        setattr(config, IMPLEMENTATION_FIELD, IMPLEMENTATION)
 
 
 def _read(

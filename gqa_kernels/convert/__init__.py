@@ -1,6 +1,26 @@
-"""Conversion of Hugging Face models: other KV heads, the same queries."""
+"""Conversion of Hugging Face models: other KV heads, the same queries.
 
+::
+
+    child = convert(model, maps, merging="aligned", moments=stats)
+    child.set_attn_implementation(register())      # integrations.transformers
+    save(child, "child", processor=tokenizer)
+    child = load("child")
+
+``families.py`` lists the families as data; ``attention.py`` holds the two that need a forward of
+their own. ``plan`` searches maps for all layers, ``sequential`` calibrates and converts layer by
+layer, ``evaluation`` compares with the parent, ``recovery`` trains the child, ``lm_harness`` runs
+lm-eval on it.
+
+A child's checkpoint is an ordinary one with ``kv_head_map`` (and ``value_head_map``) in its config.
+Where the groups are not those of ordinary GQA its config says ``attn_implementation: asym_gqa``, so
+that transformers refuses it unless ``register()`` was called, rather than compute equal groups. Two
+things are up to you: an explicit ``from_pretrained(..., attn_implementation="sdpa")`` overrides it,
+and ``save_pretrained`` of a model that transformers loaded forgets it; ``save`` doesn't.
+"""
+
+from .checkpoint import load, save
 from .model import convert
 from .split import random_split
 
-__all__ = ["convert", "random_split"]
+__all__ = ["convert", "load", "random_split", "save"]

@@ -4,64 +4,131 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..grouping.merging import merge
 from ..head_map import HeadMap
-from ..model_maps import store_maps
-from .families import AttentionLayer, attention_layers, head_blocks
+from ..model_maps import INDEX, store_maps
+from . import projections
+from .attention import install
+from .families import (
+    AttentionLayer,
+    Family,
+    attention_layers,
+    attention_modules,
+    family_of,
+    head_dim,
+    layer_weights,
+)
+from .projections import Heads, Projection
+
+if TYPE_CHECKING:
+    from ..grouping.calibration import LayerStats
+    from ..grouping.weights import LayerWeights
 
 LayerMap = HeadMap | Sequence[int] | tuple[HeadMap, HeadMap]
 
 
-def convert(model: nn.Module, maps: Sequence[LayerMap], merging: str = "mean") -> nn.Module:
+def convert(
+    model: nn.Module,
+    maps: Sequence[LayerMap],
+    merging: str = "mean",
+    *,
+    moments: Sequence[LayerStats] | None = None,
+    restore_norms: bool | Sequence[bool] = False,
+) -> nn.Module:
     """A copy of ``model`` whose query heads read the KV heads that ``maps`` say.
 
-    Only the K and V projections change; queries and outputs stay where they are. The child runs
-    with ``attn_implementation="asym_gqa"`` (:mod:`gqa_kernels.integrations.transformers`), and its
-    maps are in its config: ``save_pretrained`` and ``from_pretrained`` keep them.
+    Query heads stay where they are. The child runs with ``attn_implementation="asym_gqa"``
+    (:mod:`gqa_kernels.integrations.transformers`), and its maps are in its config;
+    ``save`` and ``load`` of :mod:`gqa_kernels.convert` keep them.
 
     Args:
-        model: a causal LM of a known family (``families.py``), itself with any map.
-        maps: for every layer a map of ``Hq`` entries, or a pair of them (K's, V's). All must have
-            the same number of KV heads, each read by some query head.
-        merging: how the old KV heads that fall into one group are merged: a name of
-            ``grouping.merging.MERGING``. ``"none"`` refuses to mix heads that differ: lossless.
+        model: of a known family (``families.py``), itself with any map.
+        maps: for every attention layer a map of ``Hq`` entries, or a pair of them (K's, V's); as
+            many KV heads in each layer, for K and for V, as you like. Each must be read by some
+            query head.
+        merging: how the old KV heads that fall into one group are merged: a method of
+            ``grouping.merging``. ``"none"`` refuses to mix heads that differ: lossless.
+        moments: what ``calibrate(model, ...)`` returned, for methods that need it.
+        restore_norms: give merged heads the mean norm of what they replace; of all layers or of
+            each.
 
     Raises:
         ValueError: the maps don't fit the model.
-        NotImplementedError: the family is not known, or the KV head counts differ.
+        NotImplementedError: the family is not known.
     """
+    from ..grouping.merging import merge_layer  # grouping itself reads models through convert
+
     layers = attention_layers(model)
     pairs = _checked(maps, layers)
-    projections = [
-        (
-            _merged(layer.key, layer.key_map, key_map, layer.head_dim, merging),
-            _merged(layer.value, layer.value_map, value_map, layer.head_dim, merging),
-        )
-        for layer, (key_map, value_map) in zip(layers, pairs, strict=True)
-    ]
+    for name, given in (("moments", moments), ("restore_norms", restore_norms)):
+        if isinstance(given, Sequence) and len(given) != len(layers):
+            raise ValueError(
+                f"{name} must have one entry per layer ({len(layers)}), got {len(given)}"
+            )
+    norms = restore_norms if isinstance(restore_norms, Sequence) else [restore_norms] * len(layers)
     child = copy.deepcopy(model)
-    num_kv_heads = pairs[0][0].num_kv_heads
-    for layer, new in zip(attention_layers(child), projections, strict=True):
-        _replace(layer.key, *new[0])
-        _replace(layer.value, *new[1])
+    family = family_of(model)
+    places = list(attention_modules(child, family))
+    for layer, pair, (_, module, output) in zip(layers, pairs, places, strict=True):
+        stats = None if moments is None else moments[layer.index]
+        merged = merge_layer(
+            layer_weights(layer),
+            *pair,
+            method=merging,
+            moments=stats,
+            query_moments=None if stats is None else stats.query,
+            restore_norms=norms[layer.index],
+        )
+        write_layer(module, output, family, merged)
+    set_maps(child, family, pairs)
+    return child
+
+
+def set_maps(model: nn.Module, family: Family, pairs: Sequence[tuple[HeadMap, HeadMap]]) -> None:
+    """Tell a model whose projections fit the maps about them: its config and its modules."""
+    places = list(attention_modules(model, family))
+    # An encoder and a decoder have configs of their own, copies of the model's.
+    configs = {id(c): c for c in (model.config, *(module.config for _, module, _ in places))}
+    counts = {head_map.num_kv_heads for pair in pairs for head_map in pair}
+    for config in configs.values():
+        store_maps(config, *zip(*pairs, strict=True))
+        if family.num_kv_heads:
+            setattr(config, family.num_kv_heads, max(counts))
+    for index, (_, module, _) in enumerate(places):
+        setattr(module, INDEX, index)
+        install(module, family.adapter)
+        key_map, value_map = pairs[index]
         # What transformers' own attention repeats K and V by: 0 makes it fail on uneven groups,
         # which it would compute as even ones where the head counts divide.
-        uniform = all(head_map.is_uniform for head_map in pairs[layer.index])
-        layer.module.num_key_value_groups = layer.num_heads // num_kv_heads if uniform else 0
-    child.config.num_key_value_heads = num_kv_heads
-    store_maps(child.config, *zip(*pairs, strict=True))
-    return child
+        even = key_map == value_map and key_map.is_uniform
+        module.num_key_value_groups = key_map.num_heads // key_map.num_kv_heads if even else 0
+
+
+def resize(model: nn.Module, family: Family, pairs: Sequence[tuple[HeadMap, HeadMap]]) -> None:
+    """Give an unconverted model the projection shapes of these maps, values undefined."""
+    config = model.config
+    num_heads, dim = getattr(config, family.num_heads), head_dim(config, family)
+    places = list(attention_modules(model, family))
+    check_count(pairs, len(places))
+    for index, (_, module, _) in enumerate(places):
+        key_map, value_map = pairs[index]
+        heads = Heads(num_heads, key_map.num_kv_heads, value_map.num_kv_heads)
+        projections.resize(module, family.names, heads, dim)
+
+
+def check_count(maps: Sequence[object], layers: int) -> None:
+    """Raise ValueError unless there is a map for every layer."""
+    if len(maps) != layers:
+        raise ValueError(f"maps must have one entry per layer ({layers}), got {len(maps)}")
 
 
 def _checked(
     maps: Sequence[LayerMap], layers: list[AttentionLayer]
 ) -> list[tuple[HeadMap, HeadMap]]:
-    if len(maps) != len(layers):
-        raise ValueError(f"maps must have one entry per layer ({len(layers)}), got {len(maps)}")
+    check_count(maps, len(layers))
     pairs = [_pair(entry) for entry in maps]
     for layer, pair in zip(layers, pairs, strict=True):
         for head_map in pair:
@@ -70,35 +137,23 @@ def _checked(
                     f"maps[{layer.index}] must have {layer.num_heads} entries, one per query head, "
                     f"got {head_map.num_heads}"
                 )
-    counts = sorted({head_map.num_kv_heads for pair in pairs for head_map in pair})
-    if len(counts) > 1:
-        raise NotImplementedError(
-            f"maps must have the same number of KV heads in every layer, for K and V, got {counts}"
-        )
     return pairs
 
 
 def _pair(entry: LayerMap) -> tuple[HeadMap, HeadMap]:
-    if isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], HeadMap):
-        return entry
+    if isinstance(entry, (tuple, list)) and len(entry) == 2 and isinstance(entry[0], HeadMap):
+        return tuple(entry)
     head_map = entry if isinstance(entry, HeadMap) else HeadMap(entry)
     return head_map, head_map
 
 
-def _merged(
-    projection: nn.Linear, old: HeadMap, new: HeadMap, head_dim: int, merging: str
-) -> tuple[Tensor, Tensor | None]:
-    """Weight ``[G * D, d]`` and bias ``[G * D]`` of the merged projection."""
-    members = [[old[h] for h in group] for group in new.groups]
-    rows = merge(head_blocks(projection, head_dim), members, merging).flatten(0, 1)
-    if projection.bias is None:
-        return rows, None
-    return rows[:, :-1].contiguous(), rows[:, -1].contiguous()
-
-
-def _replace(projection: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:
-    with torch.no_grad():
-        projection.weight = nn.Parameter(weight, requires_grad=projection.weight.requires_grad)
-        if bias is not None:
-            projection.bias = nn.Parameter(bias, requires_grad=projection.bias.requires_grad)
-    projection.out_features = weight.shape[0]
+def write_layer(
+    module: nn.Module, output: nn.Module, family: Family, weights: LayerWeights
+) -> None:
+    """Give an attention module and its output projection the weights of a merged layer."""
+    projections.write(
+        module,
+        family.names,
+        [Projection(getattr(weights, s), getattr(weights, f"{s}_bias")) for s in "qkv"],
+    )
+    projections.write_output(output, weights.o, weights.o_bias)

@@ -1,129 +1,157 @@
-"""calibrate(): moments of the inputs of a model's attention layers, over some text."""
+"""calibrate(): moments of the inputs of a model's attention layers, over text or images."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ..convert.families import attention_layers
+from ..convert.families import AttentionLayer, attention_layers
+from ..progress import track
+from .moments import LayerStats, Sums, combine, load_sums, save_sums
 
 Batch = Tensor | Mapping[str, Tensor]
 
 
-@dataclass
-class LayerStats:
-    """Moments of one attention layer's input ``x [d]`` over the tokens that are not padding.
-
-    Everything is fp64 on the CPU.
-
-    Attributes:
-        count: tokens.
-        mean: ``[d]``, E[x].
-        second_moment: ``[d, d]``, E[x x^T].
-        position_count: ``[P]``, tokens at each position of a sequence.
-        position_mean: ``[P, d]``, E[x] at each position, 0 where there was no token.
-    """
-
-    count: int
-    mean: Tensor
-    second_moment: Tensor
-    position_count: Tensor
-    position_mean: Tensor
-
-
-class _Sums:
-    """Running sums of one layer; ``finish`` turns them into moments."""
-
-    def __init__(self):
-        self.outer: Tensor | None = None
-        self.position_sum = torch.zeros(0, 0, dtype=torch.float64)
-        self.position_count = torch.zeros(0, dtype=torch.float64)
-
-    def add(self, x: Tensor, mask: Tensor) -> None:
-        """x: ``[B, S, d]``; mask: ``[B, S]``, True where a token is not padding."""
-        tokens = x[mask].float()  # [n, d]
-        outer = (tokens.T @ tokens).double().cpu()
-        self.outer = outer if self.outer is None else self.outer + outer
-        kept = torch.where(mask[..., None], x, 0).double().sum(0).cpu()
-        self.position_sum = _padded(self.position_sum, kept.shape) + _padded(
-            kept, self.position_sum.shape
-        )
-        count = mask.sum(0).double().cpu()
-        self.position_count = _padded(self.position_count, count.shape) + _padded(
-            count, self.position_count.shape
-        )
-
-    def finish(self) -> LayerStats:
-        count = int(self.position_count.sum())
-        return LayerStats(
-            count,
-            self.position_sum.sum(0) / count,
-            self.outer / count,
-            self.position_count,
-            self.position_sum / self.position_count.clamp(min=1)[:, None],
-        )
-
-
 @torch.no_grad()
-def calibrate(model: nn.Module, batches: Iterable[Batch]) -> list[LayerStats]:
-    """Run text through a Hugging Face model and collect moments of every attention input.
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    halves: bool = False,
+    resume: str | Path | None = None,
+    save_every: int = 16,
+    progress: bool = False,
+) -> list[LayerStats]:
+    """Run data through a Hugging Face model and collect moments of every attention input.
+
+    All layers at once, with the inputs that the unconverted model gives them.
+    ``convert.sequential`` calibrates layer by layer on what converted layers give.
 
     Args:
-        model: a causal LM of a known family, on any device.
-        batches: ``input_ids [B, S]``, or dicts with ``input_ids`` and an ``attention_mask [B, S]``
-            (0 on padding, which is left out of every moment). Wrap it to show progress.
+        model: of a known family, on any device.
+        batches: ``input_ids [B, S]``, ``pixel_values [B, C, H, W]`` (a floating-point tensor), or
+            dicts of the model's inputs; masks (``attention_mask [B, S]``, for encoder-decoders also
+            ``decoder_attention_mask``) are 0 on padding, which is left out of every moment.
+        halves: keep the moments of every second batch apart, for ``split_half``: twice the memory.
+        resume: file to keep the running sums in. Where it exists, that many batches are skipped:
+            give the same ones. It is replaced as a whole, never half-written.
+        save_every: batches between two writes of that file.
+        progress: show a bar, where standard error is a terminal.
 
     Returns:
         One entry per attention layer.
 
     Raises:
-        ValueError: no batch, only padding, or activations that are not finite.
+        ValueError: no batch, only padding, activations that are not finite, or a file to resume
+            from that is of another model.
         NotImplementedError: the model's family is not known.
     """
     layers = attention_layers(model)
-    sums = [_Sums() for _ in layers]
-    mask = torch.ones(0, 0, dtype=torch.bool)
+    names = [name for layer in layers for name in _names(layer)]
+    sums, done = [{name: Sums() for name in names} for _ in range(1 + halves)], 0
+    if resume is not None and Path(resume).exists():
+        sums, done = load_sums(resume, names, 1 + halves)
+    total = len(batches) if hasattr(batches, "__len__") else None
+    seen = done
+    with _collecting(model, layers) as collect:
+        remaining = islice(iter(batches), done, None)
+        for batch in track(remaining, "Calibrating", total, progress, done):
+            collect(model_inputs(model, batch), sums[seen % len(sums)])
+            seen += 1
+            if resume is not None and seen % save_every == 0:
+                save_sums(resume, sums, seen)
+    if resume is not None and seen > done:
+        save_sums(resume, sums, seen)
+    return [_stats(layer, sums) for layer in layers]
 
-    def collect(layer: int, args: tuple, kwargs: dict) -> None:
-        sums[layer].add(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0], mask)
+
+def model_inputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    """A batch as keyword arguments of a model, on its device."""
+    if isinstance(batch, Tensor):
+        batch = {"pixel_values" if batch.is_floating_point() else "input_ids": batch}
+    return {name: tensor.to(model.device) for name, tensor in batch.items()}
+
+
+def token_mask(inputs: Mapping[str, Tensor], name: str, states: Tensor) -> Tensor:
+    """``[B, S]``, True where ``states [B, S, d]`` are no padding by the mask of that name."""
+    mask = inputs.get(name)
+    if mask is None:
+        return torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
+    return mask.bool()
+
+
+def attention_inputs(layer: AttentionLayer, args: tuple, kwargs: dict) -> dict[str, Tensor]:
+    """What an attention module is called with: its ``hidden_states``, and in cross-attention what
+    K and V are made of, by the names of ``_names``."""
+    states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    if layer.stack.kv_mask is None:
+        return {f"{layer.index}": states}
+    return {f"{layer.index}": kwargs["key_value_states"], f"{layer.index}.query": states}
+
+
+def _names(layer: AttentionLayer) -> list[str]:
+    """Names of the inputs of a layer: of K and V, and of q where that is another one."""
+    return [f"{layer.index}", *([f"{layer.index}.query"] if layer.stack.kv_mask else [])]
+
+
+def _masks(layer: AttentionLayer) -> list[str]:
+    stack = layer.stack
+    return [stack.mask] if stack.kv_mask is None else [stack.kv_mask, stack.mask]
+
+
+@contextmanager
+def _collecting(
+    model: nn.Module, layers: list[AttentionLayer]
+) -> Iterator[Callable[[dict[str, Tensor], dict[str, Sums]], None]]:
+    """A function that runs the model and adds its attention inputs to sums."""
+    inputs: dict[str, Tensor] = {}
+    sums: dict[str, Sums] = {}
+
+    def hook(layer: AttentionLayer) -> Callable:
+        def collect(_: nn.Module, args: tuple, kwargs: dict) -> None:
+            given = attention_inputs(layer, args, kwargs)
+            for (name, states), mask in zip(given.items(), _masks(layer), strict=True):
+                sums[name].add(states, token_mask(inputs, mask, states), layer.index)
+
+        return collect
+
+    def run(batch: dict[str, Tensor], into: dict[str, Sums]) -> None:
+        inputs.clear()
+        inputs.update(batch)
+        sums.clear()
+        sums.update(into)
+        model.base_model(**batch, **({} if "pixel_values" in batch else {"use_cache": False}))
 
     hooks = [
-        layer.module.register_forward_pre_hook(
-            lambda _, args, kwargs, index=layer.index: collect(index, args, kwargs),
-            with_kwargs=True,
-        )
-        for layer in layers
+        layer.module.register_forward_pre_hook(hook(layer), with_kwargs=True) for layer in layers
     ]
     training = model.training
     try:
         model.eval()
-        for batch in batches:
-            inputs = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
-            inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-            given = inputs.get("attention_mask")
-            mask = torch.ones_like(inputs["input_ids"]) if given is None else given
-            mask = mask.bool()
-            model.base_model(**inputs, use_cache=False)
+        yield run
     finally:
         model.train(training)
-        for hook in hooks:
-            hook.remove()
-    if sums[0].outer is None or not sums[0].position_count.sum():
-        raise ValueError("batches must hold at least one token that is not padding, got none")
-    stats = [each.finish() for each in sums]
-    for index, layer in enumerate(stats):
-        if not layer.second_moment.isfinite().all():
-            raise ValueError(f"activations must be finite, got NaN or inf in layer {index}")
+        for each in hooks:
+            each.remove()
+
+
+def _stats(layer: AttentionLayer, sums: list[dict[str, Sums]]) -> LayerStats:
+    """The moments of one layer, of all batches and of each half."""
+    parts = [[part[name] for part in sums] for name in _names(layer)]
+    halves = [_finish([kept[half] for kept in parts]) for half in range(len(sums))]
+    whole = _finish([combine(kept) for kept in parts])
+    if len(halves) == 2:
+        whole.halves = tuple(halves)
+    return whole
+
+
+def _finish(sums: list[Sums]) -> LayerStats:
+    stats = sums[0].finish()
+    if len(sums) == 2:
+        stats.query = sums[1].finish()
     return stats
-
-
-def _padded(tensor: Tensor, shape: torch.Size) -> Tensor:
-    """``tensor`` with zeros appended up to ``shape`` (dims that are larger stay)."""
-    if all(have >= want for have, want in zip(tensor.shape, shape, strict=True)):
-        return tensor
-    out = tensor.new_zeros([max(a, b) for a, b in zip(tensor.shape, shape, strict=True)])
-    out[tuple(slice(n) for n in tensor.shape)] = tensor
-    return out

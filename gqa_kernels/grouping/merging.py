@@ -1,61 +1,277 @@
 """Merging: the K (or V) projection of a group, from the projections its query heads read before.
 
-A method takes ``blocks`` ``[Hkv, D, d]`` (rows of the old KV heads; a bias is a last column) and
-``members``, for each new KV head the old KV heads that its query heads read, one entry per query
-head: an old head that more query heads read weighs more. It returns ``[G, D, d]``.
+A method works on one group: the old KV heads its query heads read and how many read each. Some
+methods also change the basis in which a query head reads; that is folded into its q or o.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-Members = Sequence[Sequence[int]]
+from ..head_map import HeadMap
+from .alignment import rotations
+from .low_rank import shared_head
+from .space import HeadSpace, Moments
+from .weights import LayerWeights
+
+_SEED = 0  # of merging="random"
+_TINY = 1e-300  # keeps a mean of zero from dividing by zero
+_NEED_SPACE = ("medoid", "weighted", "aligned", "low_rank")
 
 
-def keep(blocks: Tensor, members: Members) -> Tensor:
-    """Copy the old KV head of each group; an error where a group reads several that differ."""
-    for group, heads in enumerate(members):
-        if any(not torch.equal(blocks[h], blocks[heads[0]]) for h in set(heads)):
-            raise ValueError(
-                f"maps must keep heads that differ apart with merging='none', got KV head {group} "
-                f"with query heads of old KV heads {sorted(set(heads))}"
-            )
-    return blocks[[heads[0] for heads in members]]
+@dataclass(frozen=True)
+class Group:
+    """One new KV head to be made.
 
-
-def mean(blocks: Tensor, members: Members) -> Tensor:
-    """Mean over the group's query heads (GQA, arXiv 2305.13245, section 2.1).
-
-    Summed in fp64; a group that reads one old head gets its exact copy.
+    Attributes:
+        rows: ``[n, D, d (+ 1)]`` fp64, the old heads.
+        counts: ``[n]`` query heads of the group that read each.
+        heads: ``[n]`` their numbers, in the order in which the group's query heads read them.
+        query_heads: the group.
+        space: moments of all heads of the side; None for methods that go without.
     """
-    merged = []
-    for heads in members:
-        counts = Counter(heads)
-        if len(counts) == 1:
-            merged.append(blocks[heads[0]])
-        else:
-            shares = [count / len(heads) for count in counts.values()]
-            total = sum(s * blocks[h].double() for h, s in zip(counts, shares, strict=True))
-            merged.append(total.to(blocks.dtype))
-    return torch.stack(merged)
+
+    rows: Tensor
+    counts: Tensor
+    heads: list[int]
+    query_heads: tuple[int, ...]
+    space: HeadSpace | None
 
 
-MERGING: dict[str, Callable[[Tensor, Members], Tensor]] = {"none": keep, "mean": mean}
+class Merged(NamedTuple):
+    """A group's new head.
+
+    Attributes:
+        rows: ``[D, d (+ 1)]``.
+        decoders: ``[n, D, D]``: readers of old head ``i`` read ``decoders[i]`` times the new head;
+            None for the new head itself.
+    """
+
+    rows: Tensor
+    decoders: Tensor | None = None
 
 
-def merge(blocks: Tensor, members: Members, merging: str) -> Tensor:
-    """Merge by the name of a method in ``MERGING``.
+def keep(group: Group) -> Merged:
+    """Copy the old head; an error where the group reads several that differ."""
+    if any(not torch.equal(rows, group.rows[0]) for rows in group.rows):
+        raise ValueError(
+            "maps must keep heads that differ apart with merging='none', got query heads "
+            f"{list(group.query_heads)} of old KV heads {sorted(group.heads)} in one group"
+        )
+    return Merged(group.rows[0])
+
+
+def mean(group: Group) -> Merged:
+    """Mean over the group's query heads (GQA, arXiv 2305.13245, section 2.1)."""
+    return Merged(_average(group.rows, group.counts))
+
+
+def first(group: Group) -> Merged:
+    """The old head of the group's first query head (GQA, same section)."""
+    return Merged(group.rows[0])
+
+
+def random(group: Group) -> Merged:
+    """A fresh head: normal entries of the old heads' spread (GQA, same section). The same for the
+    same group."""
+    generator = torch.Generator().manual_seed(_SEED + min(group.query_heads))
+    noise = torch.randn(group.rows[0].shape, generator=generator, dtype=group.rows.dtype)
+    return Merged(noise * group.rows.std())
+
+
+def medoid(group: Group) -> Merged:
+    """The old head nearest to the others, in what it computes on the calibration inputs."""
+    cross = group.space.cross[group.heads][:, group.heads]
+    energy = group.space.energy[group.heads]
+    squared = energy[:, None] + energy - 2 * torch.einsum("ijaa->ij", cross)
+    return Merged(group.rows[int((squared @ group.counts).argmin())])
+
+
+def weighted(group: Group) -> Merged:
+    """Mean weighted by how much each query head makes of what it reads: its mean squared query for
+    K, its output weights for V.
+
+    WGQA (arXiv 2407.10855) learns such weights by fine-tuning; these are the ones that minimise the
+    squared error of scores or outputs where every direction of a head counts alike.
+    """
+    strength = torch.einsum("haa->h", group.space.metric)
+    shares = torch.zeros(len(group.heads), dtype=group.rows.dtype)
+    for h in group.query_heads:
+        shares[group.heads.index(group.space.head_map[h])] += strength[h]
+    return Merged(_average(group.rows, shares))
+
+
+def aligned(group: Group) -> Merged:
+    """Mean of the heads turned onto each other (:mod:`.alignment`)."""
+    R = rotations(group.space, group.heads, group.counts)
+    return Merged(_average(R @ group.rows, group.counts), R.transpose(1, 2))
+
+
+def low_rank(group: Group) -> Merged:
+    """The best head that all of the group can read through some matrix (:mod:`.low_rank`);
+    ``aligned`` for K that an RMS norm follows, which allows rotations only."""
+    if not group.space.symmetry.scalable:
+        return aligned(group)
+    found = shared_head(group.space, group.query_heads)
+    return Merged(found.rows, torch.stack([found.decoders[h] for h in group.heads]))
+
+
+MERGING: dict[str, Callable[[Group], Merged]] = {
+    "none": keep,
+    "mean": mean,
+    "first": first,
+    "random": random,
+    "medoid": medoid,
+    "weighted": weighted,
+    "aligned": aligned,
+    "low_rank": low_rank,
+}
+
+
+def merge_layer(
+    weights: LayerWeights,
+    key_map: HeadMap,
+    value_map: HeadMap,
+    *,
+    method: str,
+    moments: Moments | None = None,
+    query_moments: Moments | None = None,
+    restore_norms: bool = False,
+) -> LayerWeights:
+    """The layer with the KV heads that new maps ask for.
+
+    A group whose query heads all read one old head gets its exact copy, whatever the method.
+
+    Args:
+        weights: the layer; it may have maps already.
+        key_map, value_map: the new maps, ``Hq`` entries each; every KV head must have a reader.
+        method: a name of ``MERGING``. ``"none"`` refuses to mix heads that differ: lossless.
+        moments: of the input of K and V, as ``calibrate`` gives them: then heads are compared by
+            what they compute, else by their weights.
+        query_moments: of the input of q where it is another one (cross-attention).
+        restore_norms: scale each merged head so that its mean square is that of the old heads its
+            readers read. Without effect on K that an RMS norm follows.
+
+    Returns:
+        The child layer, in the dtypes of ``weights``. Its q and o differ from the parent's where
+        the method changes the basis of a head.
 
     Raises:
-        ValueError: no such method, an empty group, or one that the method refuses.
+        ValueError: no such method, a map that doesn't fit, a KV head without a reader, or one that
+            the method refuses.
     """
-    if merging not in MERGING:
-        raise ValueError(f"merging must be one of {', '.join(MERGING)}, got {merging!r}")
-    empty = [group for group, heads in enumerate(members) if not heads]
+    if method not in MERGING:
+        raise ValueError(f"merging must be one of {', '.join(MERGING)}, got {method!r}")
+    parent = weights
+    for side, head_map in (("k", key_map), ("v", value_map)):
+        space = None
+        if restore_norms or method in _NEED_SPACE:
+            space = HeadSpace.of(parent, side, moments, query_moments)
+        old = weights.rows(side)
+        rows, decoders = [], {}
+        for group in _groups(parent, side, head_map, space):
+            if len(group.heads) == 1:
+                rows.append(old[group.heads[0]])
+                continue
+            merged = MERGING[method](group)
+            scale = _norm_ratio(group, merged) if restore_norms else 1.0
+            rows.append((scale * merged.rows).to(old.dtype))
+            if merged.decoders is not None:
+                decoders |= _by_query_head(group, merged.decoders)
+        weights = _fold(weights, side, decoders).with_rows(side, torch.stack(rows), head_map)
+    return weights
+
+
+def align_layer(
+    weights: LayerWeights,
+    key_map: HeadMap,
+    value_map: HeadMap,
+    *,
+    moments: Moments | None = None,
+    query_moments: Moments | None = None,
+) -> LayerWeights:
+    """The layer with its heads turned as ``merge_layer(method="aligned")`` turns them, not merged.
+
+    It computes the same function; merging it with ``method="mean"`` is aligned merging. An old KV
+    head that several new groups read comes out once for each of them.
+    """
+    parent = weights
+    for side, head_map in (("k", key_map), ("v", value_map)):
+        space = HeadSpace.of(parent, side, moments, query_moments)
+        old = parent.rows(side).detach().double()
+        rows, decoders, place = [], {}, {}
+        for group in _groups(parent, side, head_map, space):
+            R = rotations(space, group.heads, group.counts)
+            decoders |= _by_query_head(group, R.transpose(1, 2))
+            for h in group.query_heads:
+                place[h] = len(rows) + group.heads.index(space.head_map[h])
+            rows += list(R @ old[group.heads])
+        aligned_map = HeadMap([place[h] for h in range(weights.num_heads)])
+        weights = _fold(weights, side, decoders).with_rows(side, torch.stack(rows), aligned_map)
+    return weights
+
+
+def _groups(
+    weights: LayerWeights, side: str, head_map: HeadMap, space: HeadSpace | None
+) -> list[Group]:
+    """The groups of a new map."""
+    if head_map.num_heads != weights.num_heads:
+        raise ValueError(
+            f"maps must have {weights.num_heads} entries, one per query head, got "
+            f"{head_map.num_heads}"
+        )
+    empty = [g for g, heads in enumerate(head_map.groups) if not heads]
     if empty:
         raise ValueError(f"maps must give every KV head a query head, got none for {empty}")
-    return MERGING[merging](blocks, members)
+    old = weights.key_map if side == "k" else weights.value_map
+    rows = weights.rows(side).detach().double() if space is None else space.projections
+    groups = []
+    for query_heads in head_map.groups:
+        counts = Counter(old[h] for h in query_heads)
+        heads = list(counts)
+        shares = torch.tensor(list(counts.values()), dtype=torch.float64)
+        groups.append(Group(rows[heads], shares, heads, query_heads, space))
+    return groups
+
+
+def _by_query_head(group: Group, decoders: Tensor) -> dict[int, Tensor]:
+    """``{query head: [D, D]}`` of a group's decoders ``[n, D, D]``."""
+    old = group.space.head_map
+    return {h: decoders[group.heads.index(old[h])] for h in group.query_heads}
+
+
+def _fold(weights: LayerWeights, side: str, decoders: dict[int, Tensor]) -> LayerWeights:
+    """The layer with what query heads do to the K or V they read folded into their q or o."""
+    if not decoders:
+        return weights
+    if side == "k":
+        rows = weights.rows("q").detach().clone()
+        for h, decoder in decoders.items():
+            rows[h] = (decoder.T.to(rows.device) @ rows[h].double()).to(rows.dtype)
+        return weights.with_rows("q", rows)
+    o = weights.o.detach().clone()
+    for h, decoder in decoders.items():
+        o[:, h] = (o[:, h].double() @ decoder.to(o.device)).to(o.dtype)
+    return replace(weights, o=o)
+
+
+def _average(rows: Tensor, shares: Tensor) -> Tensor:
+    """Mean of ``rows [n, ...]`` with weights in proportion to ``shares [n]``."""
+    return torch.einsum("n,n...->...", shares / shares.sum(), rows)
+
+
+def _norm_ratio(group: Group, merged: Merged) -> float:
+    """Root mean square of what the group's query heads read before over what they read now."""
+    shares = group.counts / group.counts.sum()
+    rows = merged.rows[None].expand_as(group.rows)
+    if merged.decoders is not None:
+        rows = merged.decoders @ rows
+    before, after = group.space.energy_of(group.rows), group.space.energy_of(rows)
+    return math.sqrt(float(before @ shares) / max(float(after @ shares), _TINY))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attention import asym_gqa_attention
-from ..model_maps import layer_maps
+from ..model_maps import layer_index, layer_maps
 
 OLDEST = "4.57"  # first release tested
 
@@ -87,15 +87,11 @@ def attention_call(
         attention_mask: ``[B, 1 or Hq, Sq, >= Sk]``, boolean or additive, with causality, window and
             padding in it; None where plain causality is enough.
         sliding_window: keys a query sees, its own included.
+        dropout: part of the probabilities to drop; 0 outside training.
         s_aux: attention sinks ``[Hq]``.
         position_bias: ``[1 or B, Hq, Sq, Sk]``, added to the scores (T5).
         cache: transformers' continuous batching; not supported.
     """
-    if dropout:
-        raise NotImplementedError(
-            f"attention dropout must be 0 with attn_implementation='asym_gqa', got {dropout}: set "
-            "config.attention_dropout = 0"
-        )
     if cache is not None:
         raise NotImplementedError(
             "cache (continuous batching) must be None with attn_implementation='asym_gqa', got a "
@@ -120,7 +116,7 @@ def attention_call(
         attention_mask = _with_bias(attention_mask, position_bias)
     head_map, value_head_map = layer_maps(
         getattr(module, "config", None),
-        getattr(module, "layer_idx", None),
+        layer_index(module),
         query.shape[1],
         key.shape[1],
         value.shape[1],
@@ -136,6 +132,7 @@ def attention_call(
         "window": window,
         "softcap": softcap,
         "sinks": s_aux,
+        "dropout_p": dropout,
         "attn_mask": attention_mask,
         "layout": "bshd",
     }

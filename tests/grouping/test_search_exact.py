@@ -8,13 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.grouping_instances import FAMILIES, instance
-from gqa_kernels.grouping import search, search_curve
+from gqa_kernels.grouping import search, search_curve, search_groups
+from gqa_kernels.grouping.objective import group_cost
 from gqa_kernels.grouping.search import column_generation
-from gqa_kernels.grouping.search.bounds import nearest_bound
+from gqa_kernels.grouping.search.bounds import nearest_bound, semidefinite_bound
 from gqa_kernels.grouping.search.columns import Columns, number_of_groups
 from gqa_kernels.grouping.search.cuts import cut_rows, violated
 from gqa_kernels.grouping.search.problem import Problem
-from tests.grouping.brute_force import allowed, cost, optima
+from tests.grouping.brute_force import allowed, cost, optima, partitions
 
 EXACT = ("subset_dp", "column_generation", "exact")
 SIZES = ("free", "equal", (1, 3), (2, 4), (2, 2))
@@ -155,6 +156,15 @@ def test_bound_without_columns(family):
         problem = Problem.create(instance(family, 12), G, sizes)
         optimum = search(problem.distances, G, sizes=sizes).objective
         assert 0 < nearest_bound(problem) <= optimum * (1 + 1e-12)
+        found = semidefinite_bound(problem, 1.1 * optimum)
+        assert nearest_bound(problem) < found <= optimum * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_semidefinite_bound_is_close(family):
+    """Where the groups are too many to list, the gap stays small (independent entries excepted)."""
+    result = search(instance(family, 24), 6, "column_generation", max_columns=10)
+    assert result.lower_bound > (0.75 if family == "random" else 0.93) * result.objective
 
 
 def test_too_many_groups_to_list():
@@ -194,3 +204,47 @@ def test_identical_heads_cost_nothing():
     result = search(base[np.ix_(large, large)], 8, sizes=(1, 4))
     assert result.objective == 0 and result.proved
     assert column_generation.MAX_COLUMNS >= 1_149_016  # H = 32 with groups of up to 6
+
+
+class TestGroupCosts:
+    """search_groups() against brute force over costs that are no sum over pairs."""
+
+    @staticmethod
+    def costs(H, seed=0):
+        values = np.random.default_rng(seed).random(1 << H)
+        return lambda heads: float(values[sum(1 << h for h in heads)])
+
+    @pytest.mark.parametrize("sizes", SIZES, ids=str)
+    @pytest.mark.parametrize("H", [1, 4, 7])
+    def test_brute_force(self, H, sizes):
+        cost = self.costs(H)
+        best = {}
+        for labels in partitions(H):
+            if allowed(labels, sizes):
+                groups = [[h for h in range(H) if labels[h] == g] for g in set(labels)]
+                total = sum(cost(tuple(group)) for group in groups)
+                best[len(groups)] = min(best.get(len(groups), np.inf), total)
+        for G in range(1, H + 1):
+            if G not in best:
+                with pytest.raises(ValueError, match="groups"):
+                    search_groups(cost, H, G, sizes)
+                continue
+            found = search_groups(cost, H, G, sizes)
+            assert allowed(found.labels, sizes) and found.num_groups == G and found.proved
+            assert found.objective == pytest.approx(best[G])
+            assert found.objective == pytest.approx(sum(map(cost, found.head_map.groups)))
+
+    def test_pair_costs_give_what_search_gives(self):
+        D = instance("euclidean", 9)
+        found = search_groups(lambda heads: group_cost(D, heads), 9, 3)
+        assert found.labels == search(D, 3).labels
+
+    @pytest.mark.parametrize("value", [np.nan, np.inf, -1.0])
+    def test_cost_that_is_no_cost(self, value):
+        with pytest.raises(ValueError, match="cost must be finite and non-negative, got"):
+            search_groups(lambda heads: value, 4, 2)
+
+    @pytest.mark.parametrize(("H", "G"), [(19, 2), (0, 1), (4, 5), (4, 0)])
+    def test_counts(self, H, G):
+        with pytest.raises(ValueError, match="must lie in"):
+            search_groups(self.costs(4), H, G)

@@ -21,8 +21,11 @@ from . import (
     random,
     subset_dp,
 )
+from .group_costs import search_groups
 from .problem import Problem, check_sizes, size_limits
 from .registry import Found, Method
+
+__all__ = ["METHODS", "search", "search_curve", "search_groups"]
 
 METHODS: dict[str, Method] = {
     method.name: method

@@ -20,7 +20,8 @@ _CHUNK = 1 << 18  # table entries read at once: 2 MiB
 
 def solve(problem: Problem) -> Found:
     """An optimal partition, with its proof."""
-    return _Table(problem, problem.lo, problem.hi, problem.num_groups).found(problem.num_groups)
+    table = _table(problem, problem.lo, problem.hi, problem.num_groups)
+    return table.found(problem.num_groups)
 
 
 def solve_all(problems: list[Problem]) -> list[Found]:
@@ -28,37 +29,56 @@ def solve_all(problems: list[Problem]) -> list[Found]:
     if problems[0].sizes == "equal":
         return [solve(p) for p in problems]
     lo, hi = min(p.lo for p in problems), max(p.hi for p in problems)
-    table = _Table(problems[0], lo, hi, max(p.num_groups for p in problems))
+    table = _table(problems[0], lo, hi, max(p.num_groups for p in problems))
     return [table.found(p.num_groups) for p in problems]
 
 
-class _Table:
+def _table(problem: Problem, lo: int, hi: int, num_groups: int) -> Table:
+    """The table for groups of ``lo`` to ``hi`` heads."""
+    D, n = problem.distances, problem.num_heads - 1
+    if n >= MAX_HEADS:
+        raise ValueError(f"D must have at most {MAX_HEADS} heads for the subset DP, got {n + 1}")
+    size = _head_counts(n)
+    pairs, first = np.zeros(1 << n), np.zeros(1 << n)
+    for i in range(n):
+        low, high = slice(0, 1 << i), slice(1 << i, 2 << i)
+        to_i = np.zeros(1)  # sum of the distances from head i + 1 to the mask's heads
+        for j in range(i):
+            to_i = np.concatenate((to_i, to_i + D[i + 1, j + 1]))
+        pairs[high] = pairs[low] + to_i
+        first[high] = first[low] + D[0, i + 1]
+    allowed = (lo <= size) & (size <= hi)
+    without = np.where(allowed, pairs / np.maximum(size, 1), np.inf)
+    allowed = (lo <= size + 1) & (size + 1 <= hi)
+    with_first = np.where(allowed, (pairs + first) / (size + 1), np.inf)
+    return Table(without, with_first, n + 1, lo, hi, num_groups)
+
+
+class Table:
     """``best [2^n, G + 1]`` over subsets of heads 1..n, and the costs of all groups.
 
-    without [2^n]: cost of a group of the heads 1..n in the mask; with_first [2^n]: the same group
-    with head 0 as well. Groups outside the size limits cost inf.
+    Args:
+        without: ``[2^n]`` cost of a group of the heads 1..n in the mask, inf where it is not
+            allowed.
+        with_first: ``[2^n]`` the same group with head 0 as well.
+        num_heads: ``n + 1``.
+        lo, hi: group sizes allowed.
+        num_groups: largest number of groups that will be asked for.
     """
 
-    def __init__(self, problem: Problem, lo: int, hi: int, num_groups: int):
-        D, n = problem.distances, problem.num_heads - 1
-        if n >= MAX_HEADS:
-            raise ValueError(
-                f"D must have at most {MAX_HEADS} heads for the subset DP, got {n + 1}"
-            )
-        self.lo, self.hi, self.num_heads = lo, hi, n + 1
+    def __init__(
+        self,
+        without: np.ndarray,
+        with_first: np.ndarray,
+        num_heads: int,
+        lo: int,
+        hi: int,
+        num_groups: int,
+    ):
+        n = num_heads - 1
+        self.without, self.with_first, self.num_heads = without, with_first, num_heads
+        self.lo, self.hi = lo, hi
         size = _head_counts(n)
-        pairs, first = np.zeros(1 << n), np.zeros(1 << n)
-        for i in range(n):
-            low, high = slice(0, 1 << i), slice(1 << i, 2 << i)
-            to_i = np.zeros(1)  # sum of the distances from head i + 1 to the mask's heads
-            for j in range(i):
-                to_i = np.concatenate((to_i, to_i + D[i + 1, j + 1]))
-            pairs[high] = pairs[low] + to_i
-            first[high] = first[low] + D[0, i + 1]
-        allowed = (lo <= size) & (size <= hi)
-        self.without = np.where(allowed, pairs / np.maximum(size, 1), np.inf)
-        allowed = (lo <= size + 1) & (size + 1 <= hi)
-        self.with_first = np.where(allowed, (pairs + first) / (size + 1), np.inf)
         self.best = np.full((1 << n, num_groups + 1), np.inf)
         self.best[0, 0] = 0.0
         by_size = np.argsort(size, kind="stable")

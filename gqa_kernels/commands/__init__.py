@@ -1,0 +1,1 @@
+"""Subcommands of ``gqa-kernels``, one a file: each has ``add(commands)``, which adds its parser."""

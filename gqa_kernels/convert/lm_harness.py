@@ -1,0 +1,66 @@
+"""run_tasks(): EleutherAI's lm-evaluation-harness on a model in memory.
+
+Tasks come with data to download, or are local: YAML files in a folder that name local data
+(``dataset_path: json``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+
+def run_tasks(
+    model: nn.Module,
+    tokenizer: Any,
+    tasks: Sequence[str],
+    *,
+    include_path: str | Path | None = None,
+    include_defaults: bool = True,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    batch_size: int = 1,
+) -> dict[str, dict[str, Any]]:
+    """Results by task, as ``lm_eval.simple_evaluate`` gives them.
+
+    Args:
+        model: a causal language model of transformers, converted or not, set to the attention
+            implementation it is to be measured with.
+        tokenizer: its tokenizer, of transformers.
+        tasks: names.
+        include_path: folder of task files.
+        include_defaults: whether the harness's own tasks are known, too (indexing them takes
+            seconds).
+        limit: examples of each task, None for all.
+        num_fewshot, batch_size: of the harness.
+
+    Raises:
+        ImportError: lm-eval is not installed.
+        ValueError: a task that the harness doesn't know.
+    """
+    try:
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise ImportError(f"run_tasks needs lm-eval (pip install lm-eval): {error}") from error
+    manager = TaskManager(
+        include_path=None if include_path is None else str(include_path),
+        include_defaults=include_defaults,
+    )
+    unknown = [task for task in tasks if task not in manager.all_tasks]
+    if unknown:
+        raise ValueError(f"tasks must be known to lm-eval, got {', '.join(unknown)}")
+    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    found = lm_eval.simple_evaluate(
+        model=wrapped,
+        tasks=list(tasks),
+        num_fewshot=num_fewshot,
+        limit=limit,
+        task_manager=manager,
+        bootstrap_iters=0,
+    )
+    return found["results"]

@@ -1,0 +1,206 @@
+"""plan(): from a calibrated model to maps for all of its layers, in a file that convert reads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from torch import nn
+
+from ..grouping import LayerStats, SearchResult, allocate, search, search_curve, select_maps
+from ..grouping.calibration import Batch
+from ..grouping.similarity import similarity
+from ..head_map import HeadMap
+from ..progress import track, write_atomically
+from .families import attention_layers
+
+FORMAT = "gqa-kernels plan 1"
+SIDES = ("k", "v")
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What to do with one layer.
+
+    Attributes:
+        key, value: the partitions of the query heads.
+        restore_norms: whether to scale merged heads.
+        error: held-out error of the layer's attention output, where it was measured.
+        candidate: which rule the maps came from: ``"free"``, ``"equal"`` or ``"neighbour"``.
+    """
+
+    key: SearchResult
+    value: SearchResult
+    candidate: str
+    restore_norms: bool = False
+    error: float | None = None
+
+    @property
+    def maps(self) -> tuple[HeadMap, HeadMap]:
+        """K's and V's."""
+        return self.key.head_map, self.value.head_map
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Maps for all layers of a model, and how they were found.
+
+    Attributes:
+        kind, merging: of similarity, and how heads are to be merged.
+        layers: one entry per attention layer.
+        curves: per layer ``{"k": {G: objective}, "v": ...}`` for every number of groups, where
+            they were worked out.
+    """
+
+    kind: str
+    merging: str
+    layers: tuple[LayerPlan, ...]
+    curves: tuple[Mapping[str, Mapping[int, float]], ...] = ()
+
+    @property
+    def maps(self) -> list[tuple[HeadMap, HeadMap]]:
+        """For ``convert``."""
+        return [layer.maps for layer in self.layers]
+
+    @property
+    def restore_norms(self) -> list[bool]:
+        """For ``convert``."""
+        return [layer.restore_norms for layer in self.layers]
+
+    def save(self, path: str | Path) -> Path:
+        """Write it as JSON, whole or not at all."""
+        return write_atomically(path, json.dumps({"format": FORMAT, **asdict(self)}, indent=1))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read what ``save`` wrote.
+
+        Raises:
+            ValueError: no such file, or something else.
+        """
+        try:
+            data = json.loads(Path(path).read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path} must be a plan in JSON: {error}") from error
+        if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
+            raise ValueError(f"{path} must hold {FORMAT!r}, got something else")
+        for layer in data["layers"]:
+            for side in ("key", "value"):
+                layer[side] = SearchResult.from_json(json.dumps(layer[side]))
+        layers = tuple(LayerPlan(**layer) for layer in data["layers"])
+        curves = tuple(
+            {side: {int(g): cost for g, cost in curve.items()} for side, curve in layer.items()}
+            for layer in data["curves"]
+        )
+        return cls(data["kind"], data["merging"], layers, curves)
+
+
+def plan(
+    model: nn.Module,
+    stats: Sequence[LayerStats] | None,
+    num_kv_heads: int | None = None,
+    *,
+    budget: int | None = None,
+    kind: str = "functional",
+    method: str = "exact",
+    sizes: str = "free",
+    shared: bool = False,
+    merging: str = "aligned",
+    held_out: Iterable[Batch] | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> Plan:
+    """Search maps for every layer of a model.
+
+    Args:
+        model: of a known family.
+        stats: of ``calibrate``; None for kinds and merging that go by the weights alone.
+        num_kv_heads: K and V heads of each layer.
+        budget: instead, K heads plus V heads over all layers, spent where they help most (with
+            ``shared``, a KV head counts twice).
+        kind, method: of ``similarity`` and ``search``.
+        sizes: ``"free"``, ``"equal"``, or ``"auto"``: whichever of the two (and of adjacent heads)
+            gives the lower attention-output error on ``held_out``, layer by layer, with norms
+            restored or not.
+        shared: the same map for K and V.
+        merging: of ``convert``.
+        held_out: batches, needed for ``"auto"``.
+        seed: of searches that draw.
+        progress: show a bar, where standard error is a terminal.
+
+    Raises:
+        ValueError: not just one of ``num_kv_heads`` and ``budget``, ``"auto"`` without batches, or
+            what ``search`` refuses.
+    """
+    if (num_kv_heads is None) == (budget is None):
+        raise ValueError(
+            f"one of num_kv_heads and budget must be given, got {num_kv_heads} and {budget}"
+        )
+    if sizes == "auto" and held_out is None:
+        raise ValueError("held_out batches must be given where sizes is 'auto', got None")
+    layers = attention_layers(model)
+    sides = ("shared",) if shared else SIDES
+    distances, curves = [], []
+    for layer in track(layers, "Searching", shown=progress):
+        found = {s: similarity(model, stats, layer.index, s, kind).array for s in sides}
+        distances.append(found)
+        curves.append({s: search_curve(D, "exact") for s, D in found.items()})
+    counts = _counts(curves, num_kv_heads, budget, shared)
+    candidates = {}
+    for rule in ("free", "equal", "neighbour") if sizes == "auto" else (sizes,):
+        candidates[rule] = [
+            _results(D, count, rule, method, seed)
+            for D, count in zip(distances, counts, strict=True)
+        ]
+    costs = tuple(
+        {side: {g: r.objective for g, r in curve.items()} for side, curve in each.items()}
+        for each in curves
+    )
+    if sizes != "auto":
+        chosen = tuple(LayerPlan(*results, sizes) for results in candidates[sizes])
+        return Plan(kind, merging, chosen, costs)
+    selected = select_maps(
+        model,
+        {rule: [tuple(r.head_map for r in each) for each in c] for rule, c in candidates.items()},
+        held_out,
+        merging,
+        moments=stats,
+    )
+    chosen = tuple(
+        LayerPlan(*candidates[name][layer], name, selected.restore_norms[layer], error)
+        for layer, (name, error) in enumerate(zip(selected.names, selected.errors, strict=True))
+    )
+    return Plan(kind, merging, chosen, costs)
+
+
+def _counts(
+    curves: list[dict], num_kv_heads: int | None, budget: int | None, shared: bool
+) -> list[dict[str, int]]:
+    """Groups of each side of each layer."""
+    if budget is None:
+        return [dict.fromkeys(each, num_kv_heads) for each in curves]
+    places = [(layer, side) for layer, each in enumerate(curves) for side in each]
+    spent = allocate([curves[layer][side] for layer, side in places], budget // (1 + shared))
+    counts: list[dict[str, int]] = [{} for _ in curves]
+    for (layer, side), count in zip(places, spent.num_kv_heads, strict=True):
+        counts[layer][side] = count
+    return counts
+
+
+def _results(
+    distances: dict, counts: dict[str, int], rule: str, method: str, seed: int
+) -> tuple[SearchResult, SearchResult]:
+    """K's and V's partitions by one rule."""
+    found = {}
+    for side, D in distances.items():
+        heads, groups = len(D), counts[side]
+        if rule == "neighbour":
+            found[side] = search(D, groups, "neighbour")
+        else:
+            # Where heads don't divide, "equal" is as equal as can be.
+            low = heads // max(groups, 1)
+            limits = (low, low + 1) if rule == "equal" and groups and heads % groups else rule
+            found[side] = search(D, groups, method, sizes=limits, seed=seed)
+    return tuple(found.values()) * (1 if len(found) == 2 else 2)

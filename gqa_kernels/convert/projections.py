@@ -1,0 +1,190 @@
+"""Projections of an attention module by head: separate or fused, ``nn.Linear`` or ``Conv1D``.
+
+A fused projection holds q, k and v in one. Two layouts of its outputs exist in checkpoints:
+concatenated ``[q heads | k heads | v heads]`` (GPT-2) and interleaved, ``[q | k | v]`` head by head
+(GPT-NeoX), which can't hold fewer K than query heads. What is written here is concatenated, and the
+module then has ``asym_heads``, its head counts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+FUSED_HEADS = "asym_heads"  # attribute of an attention module whose fused projection was written
+
+
+class Heads(NamedTuple):
+    """Head counts ``Hq``, ``Hk`` and ``Hv``."""
+
+    query: int
+    key: int
+    value: int
+
+
+@dataclass(frozen=True)
+class Names:
+    """Attributes of an attention module.
+
+    Attributes:
+        query, key, value: the projections, where they are separate.
+        fused: the one projection, where they are fused.
+        interleaved: layout of the fused projection in the family's own checkpoints.
+    """
+
+    query: str = "q_proj"
+    key: str = "k_proj"
+    value: str = "v_proj"
+    fused: str | None = None
+    interleaved: bool = False
+
+
+class Projection(NamedTuple):
+    """One projection by head: weight ``[H, D, d]`` (output: ``[d, H, D]``), bias or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+def head_counts(module: nn.Module, names: Names, num_heads: int, head_dim: int) -> Heads:
+    """Head counts that the projections have.
+
+    Raises:
+        ValueError: a projection's outputs are not a whole number of heads, or not ``num_heads``
+            for q.
+    """
+    if names.fused:
+        heads = getattr(module, FUSED_HEADS, None) or Heads(num_heads, num_heads, num_heads)
+        rows = len(_rows(getattr(module, names.fused))[0])
+        if rows != sum(heads) * head_dim:
+            raise ValueError(
+                f"{names.fused} must have {sum(heads)} x {head_dim} outputs, got {rows}"
+            )
+        return Heads(*heads)
+    counts = []
+    for name in (names.query, names.key, names.value):
+        rows = len(_rows(getattr(module, name))[0])
+        if rows % head_dim:
+            raise ValueError(f"{name} must have a multiple of {head_dim} outputs, got {rows}")
+        counts.append(rows // head_dim)
+    if counts[0] != num_heads:
+        raise ValueError(f"{names.query} must have {num_heads} heads, got {counts[0]}")
+    return Heads(*counts)
+
+
+def read(module: nn.Module, names: Names, heads: Heads) -> list[Projection]:
+    """q, k and v by head; views where the layout allows it."""
+    if not names.fused:
+        return [
+            _by_head(*_rows(getattr(module, name)), count)
+            for name, count in zip((names.query, names.key, names.value), heads, strict=True)
+        ]
+    weight, bias = _rows(getattr(module, names.fused))
+    if names.interleaved and not hasattr(module, FUSED_HEADS):
+        weight = weight.unflatten(0, (heads.query, 3, -1))
+        bias = None if bias is None else bias.unflatten(0, (heads.query, 3, -1))
+        return [
+            Projection(weight[:, part], None if bias is None else bias[:, part])
+            for part in range(3)
+        ]
+    dim = len(weight) // sum(heads)
+    sizes = [count * dim for count in heads]
+    biases = [None] * 3 if bias is None else bias.split(sizes)
+    return [
+        _by_head(rows, part, count)
+        for rows, part, count in zip(weight.split(sizes), biases, heads, strict=True)
+    ]
+
+
+def write(module: nn.Module, names: Names, parts: list[Projection]) -> None:
+    """Replace q, k and v; modules take the number of heads that the parts have."""
+    flat = [
+        (part.weight.flatten(0, 1), None if part.bias is None else part.bias.flatten())
+        for part in parts
+    ]
+    if not names.fused:
+        for name, (weight, bias) in zip((names.query, names.key, names.value), flat, strict=True):
+            _replace(getattr(module, name), weight, bias)
+        return
+    bias = None if flat[0][1] is None else torch.cat([bias for _, bias in flat])
+    _replace(getattr(module, names.fused), torch.cat([weight for weight, _ in flat]), bias)
+    mark(module, Heads(*(len(part.weight) for part in parts)))
+
+
+def resize(module: nn.Module, names: Names, heads: Heads, head_dim: int) -> None:
+    """Give the projections the shapes of these head counts; what they then hold is undefined."""
+    if names.fused:
+        _resize(getattr(module, names.fused), sum(heads) * head_dim)
+        mark(module, heads)
+        return
+    for name, count in zip((names.key, names.value), heads[1:], strict=True):
+        _resize(getattr(module, name), count * head_dim)
+
+
+def mark(module: nn.Module, heads: Heads) -> None:
+    """Record the head counts of a concatenated fused projection.
+
+    ``split_size`` is what transformers' GPT-2 splits its projection by.
+    """
+    setattr(module, FUSED_HEADS, heads)
+    if hasattr(module, "split_size"):
+        module.split_size = [count * module.head_dim for count in heads]
+
+
+def read_output(output: nn.Module, num_heads: int) -> Projection:
+    """The output projection as ``[d, Hq, Dv]`` and its bias ``[d]``."""
+    weight, bias = _rows(output)
+    return Projection(weight.unflatten(1, (num_heads, -1)), bias)
+
+
+def write_output(output: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
+    """Replace the output projection by ``[d, Hq, Dv]`` and its bias ``[d]``."""
+    _replace(output, weight.flatten(1), bias)
+
+
+def _rows(projection: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Weight ``[outputs, inputs]`` and bias ``[outputs]``, detached."""
+    weight = projection.weight.detach()
+    bias = None if projection.bias is None else projection.bias.detach()
+    return (weight.T if _is_conv1d(projection) else weight), bias
+
+
+def _by_head(weight: Tensor, bias: Tensor | None, heads: int) -> Projection:
+    return Projection(
+        weight.unflatten(0, (heads, -1)), None if bias is None else bias.unflatten(0, (heads, -1))
+    )
+
+
+def _replace(projection: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
+    """New values ``[outputs, inputs]`` and ``[outputs]``, copied."""
+    if _is_conv1d(projection):
+        weight = weight.T
+    old = projection.weight
+    projection.weight = nn.Parameter(
+        weight.to(old).clone(memory_format=torch.contiguous_format), old.requires_grad
+    )
+    if bias is not None:
+        old = projection.bias
+        projection.bias = nn.Parameter(bias.to(old).clone(), old.requires_grad)
+    _set_outputs(projection, weight.shape[1] if _is_conv1d(projection) else weight.shape[0])
+
+
+def _resize(projection: nn.Module, outputs: int) -> None:
+    inputs = projection.weight.shape[0 if _is_conv1d(projection) else 1]
+    shape = (inputs, outputs) if _is_conv1d(projection) else (outputs, inputs)
+    projection.weight = nn.Parameter(projection.weight.new_empty(shape))
+    if projection.bias is not None:
+        projection.bias = nn.Parameter(projection.bias.new_empty(outputs))
+    _set_outputs(projection, outputs)
+
+
+def _set_outputs(projection: nn.Module, outputs: int) -> None:
+    setattr(projection, "nf" if _is_conv1d(projection) else "out_features", outputs)
+
+
+def _is_conv1d(projection: nn.Module) -> bool:
+    """transformers' ``Conv1D``: a linear layer with its weight transposed."""
+    return hasattr(projection, "nf")

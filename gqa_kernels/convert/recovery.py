@@ -1,0 +1,353 @@
+"""recover(): short training of a converted model, so that it makes the best of its fewer KV heads.
+
+Up-training as in GQA (arXiv 2305.13245, section 2.2): the ordinary next-token loss on text, with
+AdamW, a warm-up and a cosine to a tenth of the learning rate; of all weights, the attention's, or
+of low-rank adapters (LoRA, arXiv 2106.09685). With the parent at hand, its next-token distributions
+are a second target (distillation, arXiv 1503.02531); models without next-token loss or labels, as
+encoders, learn the parent's last hidden states alone. Dropout stays off.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import kl_div
+
+from ..grouping.calibration import Batch, model_inputs, token_mask
+from ..progress import track, write_atomically
+from .evaluation import (
+    hidden_states,
+    next_token_loss,
+    padding_mask,
+    predicts_next_token,
+    run,
+)
+from .families import attention_layers
+
+TRAINED = ("all", "attention", "lora")
+STATE = "recovery.pt"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train.
+
+    Attributes:
+        steps: optimizer steps.
+        learning_rate: its peak.
+        warmup: steps of linear warm-up; a cosine to ``learning_rate / 10`` follows.
+        trained: ``"all"`` weights, those of the ``"attention"`` layers, or ``"lora"`` adapters of
+            q, k, v and o, folded into the weights at the end.
+        accumulate: batches of a step.
+        distillation: weight ``w`` of the parent's distributions: the loss is ``(1 - w)`` x cross
+            entropy ``+ w`` x KL(parent || child).
+        temperature: both models' logits are divided by it in the KL, which is multiplied by its
+            square.
+        betas, weight_decay, clip: of AdamW; ``clip`` is the largest gradient norm.
+        lora_rank, lora_alpha: of the adapters.
+        seed: of the order of the batches and of new adapters.
+    """
+
+    steps: int = 100
+    learning_rate: float = 1e-4
+    warmup: int = 10
+    trained: str = "attention"
+    accumulate: int = 1
+    distillation: float = 0.0
+    temperature: float = 1.0
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    lora_rank: int = 16
+    lora_alpha: int = 32
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.trained not in TRAINED:
+            raise ValueError(f"trained must be one of {', '.join(TRAINED)}, got {self.trained!r}")
+        if self.steps < 1 or self.accumulate < 1:
+            raise ValueError(
+                f"steps and accumulate must be at least 1, got {self.steps} and {self.accumulate}"
+            )
+        if not 0 <= self.distillation <= 1:
+            raise ValueError(f"distillation must lie in [0, 1], got {self.distillation}")
+
+    def rate(self, step: int) -> float:
+        """Learning rate of step ``step``, counted from 0."""
+        if step < self.warmup:
+            return self.learning_rate * (step + 1) / self.warmup
+        done = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return self.learning_rate * (0.1 + 0.9 * (1 + math.cos(math.pi * done)) / 2)
+
+
+@dataclass
+class Recovery:
+    """What happened, step by step.
+
+    Attributes:
+        loss: mean loss of each step.
+        validation: ``(steps done, value)`` of the validation function.
+    """
+
+    loss: list[float]
+    validation: list[tuple[int, float]]
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+
+def recover(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    recipe: Recipe = Recipe(),
+    *,
+    parent: nn.Module | None = None,
+    validate: Callable[[nn.Module], float] | None = None,
+    validate_every: int = 50,
+    folder: str | Path | None = None,
+    save_every: int = 50,
+    progress: bool = False,
+) -> Recovery:
+    """Train a converted model in place, through the attention implementation it has.
+
+    Args:
+        model: a causal language model with its head; or any model whose batches hold ``labels``;
+            or, with distillation, one with hidden states.
+        batches: as in ``calibrate``; each epoch goes through them in another order.
+        recipe: how to train.
+        parent: needed where ``recipe.distillation`` is not 0.
+        validate: called on the model before the first step, every ``validate_every`` steps and
+            after the last.
+        folder: where to keep the state, written whole or not at all every ``save_every`` steps. A
+            run that finds a state there continues it: give the same model, batches and recipe.
+        progress: show a bar, where standard error is a terminal.
+
+    Raises:
+        ValueError: no batches, a loss that is not finite, a parent that is missing, or a state of
+            another recipe.
+        ImportError: LoRA without peft.
+        NotImplementedError: no next-token loss, no labels and no distillation.
+    """
+    if not len(batches):
+        raise ValueError("batches must hold at least one batch, got none")
+    if recipe.distillation and parent is None:
+        raise ValueError("parent must be given where recipe.distillation is not 0, got None")
+    training = model.training
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    causal = predicts_next_token(model)
+    model.eval()
+    trained = _adapted(model, recipe) if recipe.trained == "lora" else model
+    parameters = _trainable(trained, recipe)
+    optimizer = torch.optim.AdamW(
+        list(parameters.values()), betas=recipe.betas, weight_decay=recipe.weight_decay
+    )
+    state = _State(folder, recipe, parameters, optimizer)
+    history, first = state.load()
+    try:
+        if validate is not None and first == 0:
+            history.validation.append((0, validate(model)))
+        steps = range(first, recipe.steps)
+        for step in track(steps, "Recovering", recipe.steps, progress, first):
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.rate(step)
+            taken = _batches(batches, recipe, step)
+            history.loss.append(_step(trained, parent, taken, recipe, causal))
+            nn.utils.clip_grad_norm_(parameters.values(), recipe.clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            done = step + 1
+            if validate is not None and (done % validate_every == 0 or done == recipe.steps):
+                history.validation.append((done, validate(model)))
+            if done % save_every == 0 or done == recipe.steps:
+                state.save(history)
+    finally:
+        if trained is not model:
+            trained.merge_and_unload()  # adapters into the weights, in place
+        model.requires_grad_(True)
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        model.train(training)
+    return history
+
+
+def _step(
+    model: nn.Module,
+    parent: nn.Module | None,
+    batches: list[Batch],
+    recipe: Recipe,
+    causal: bool,
+) -> float:
+    """Gradients of one step; its loss."""
+    total = 0.0
+    for batch in batches:
+        loss = _loss(model, parent, model_inputs(model, batch), recipe, causal) / len(batches)
+        if not loss.isfinite():
+            raise ValueError(f"the loss must stay finite, got {loss.item()}: lower learning_rate")
+        loss.backward()
+        total += loss.item()
+    return total
+
+
+def _loss(
+    model: nn.Module,
+    parent: nn.Module | None,
+    inputs: dict[str, Tensor],
+    recipe: Recipe,
+    causal: bool,
+) -> Tensor:
+    weight = recipe.distillation
+    supervised = causal or "labels" in inputs
+    if not supervised and not weight:
+        raise NotImplementedError(
+            f"batches must hold labels for a {model.config.model_type} model without next-token "
+            f"loss, or recipe.distillation must not be 0, got {', '.join(inputs)}"
+        )
+    output = run(model, inputs)
+    target = None
+    if weight:
+        with torch.no_grad():
+            target = run(parent, inputs)
+    if not supervised:
+        return _state_error(output, target, inputs)
+    if "labels" in inputs:
+        loss = output.loss
+    else:
+        count, total = next_token_loss(output.logits, inputs)
+        loss = total / count
+    if not weight:
+        return loss
+    return (1 - weight) * loss + weight * _divergence(output.logits, target.logits, inputs, recipe)
+
+
+def _state_error(ours: Any, theirs: Any, inputs: dict) -> Tensor:
+    """Squared difference of the last hidden states over the parent's mean square, without
+    padding."""
+    ours, theirs = hidden_states(ours), hidden_states(theirs)
+    mask = token_mask(inputs, padding_mask(inputs), ours)
+    return (ours[mask] - theirs[mask]).square().mean() / theirs[mask].square().mean()
+
+
+def _divergence(ours: Tensor, theirs: Tensor, inputs: dict, recipe: Recipe) -> Tensor:
+    """Mean KL(parent || child) over tokens (or images) that are not padding."""
+    if ours.dim() == 3:
+        mask = token_mask(inputs, padding_mask(inputs), ours)
+        ours, theirs = ours[mask], theirs[mask]
+    ours, theirs = ((x.float() / recipe.temperature).log_softmax(-1) for x in (ours, theirs))
+    return kl_div(ours, theirs, reduction="batchmean", log_target=True) * recipe.temperature**2
+
+
+def _batches(batches: Sequence[Batch], recipe: Recipe, step: int) -> list[Batch]:
+    """The batches of a step; a function of the seed and the step alone, so that runs resume."""
+    found = []
+    for number in range(step * recipe.accumulate, (step + 1) * recipe.accumulate):
+        epoch, place = divmod(number, len(batches))
+        order = list(range(len(batches)))
+        random.Random(f"{recipe.seed}.{epoch}").shuffle(order)
+        found.append(batches[order[place]])
+    return found
+
+
+def _trainable(model: nn.Module, recipe: Recipe) -> dict[str, nn.Parameter]:
+    """Parameters to train, by name; the others are frozen."""
+    if recipe.trained == "attention":
+        layers = attention_layers(model)
+        chosen = {
+            id(p) for at in layers for p in (*at.module.parameters(), *at.output.parameters())
+        }
+        for parameter in model.parameters():
+            parameter.requires_grad_(id(parameter) in chosen)
+    elif recipe.trained == "all":
+        model.requires_grad_(True)
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _adapted(model: nn.Module, recipe: Recipe) -> nn.Module:
+    """The model with LoRA adapters on its attention projections."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ImportError("trained='lora' needs peft: pip install peft") from error
+    modules = {id(module): name for name, module in model.named_modules()}
+    targets = set()
+    for layer in attention_layers(model):
+        names = layer.family.names
+        inner = [names.fused] if names.fused else [names.query, names.key, names.value]
+        for projection in (*(getattr(layer.module, name) for name in inner), layer.output):
+            targets.add(modules[id(projection)])
+    torch.manual_seed(recipe.seed)
+    config = LoraConfig(
+        r=recipe.lora_rank,
+        lora_alpha=recipe.lora_alpha,
+        target_modules=sorted(targets),
+        fan_in_fan_out=any(hasattr(layer.key, "nf") for layer in attention_layers(model)),
+    )
+    return get_peft_model(model, config)
+
+
+class _State:
+    """A recovery in progress, in one file.
+
+    Attributes:
+        path: the file, None to keep nothing.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path | None,
+        recipe: Recipe,
+        parameters: dict[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+    ):
+        self.path = None if folder is None else Path(folder) / STATE
+        self.recipe = json.loads(json.dumps(asdict(recipe)))
+        self.parameters = parameters
+        self.optimizer = optimizer
+
+    def save(self, history: Recovery) -> None:
+        if self.path is None:
+            return
+        data = io.BytesIO()
+        content: dict[str, Any] = {
+            "recipe": self.recipe,
+            "loss": history.loss,
+            "validation": history.validation,
+            "parameters": {name: p.detach() for name, p in self.parameters.items()},
+            "optimizer": self.optimizer.state_dict(),
+        }
+        torch.save(content, data)
+        write_atomically(self.path, data.getvalue())
+
+    def load(self) -> tuple[Recovery, int]:
+        """The history so far and the steps done; sets parameters and optimizer."""
+        if self.path is None or not self.path.exists():
+            return Recovery([], []), 0
+        try:
+            content = torch.load(self.path, weights_only=True)
+        except Exception as error:
+            raise ValueError(f"{self.path} must be a complete state: {error}") from error
+        if content["recipe"] != self.recipe:
+            changed = [name for name, x in self.recipe.items() if content["recipe"].get(name) != x]
+            raise ValueError(
+                f"{self.path} must be of the same recipe, got another {', '.join(changed)}"
+            )
+        held = content["parameters"]
+        if {n: p.shape for n, p in held.items()} != {n: p.shape for n, p in self._shapes()}:
+            raise ValueError(f"{self.path} must hold the parameters of this model, got others")
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(held[name])
+        self.optimizer.load_state_dict(content["optimizer"])
+        history = Recovery(content["loss"], [tuple(each) for each in content["validation"]])
+        return history, len(history.loss)
+
+    def _shapes(self) -> Iterator[tuple[str, Tensor]]:
+        yield from self.parameters.items()

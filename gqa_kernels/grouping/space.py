@@ -1,0 +1,171 @@
+"""HeadSpace: the K or V heads of a layer with the moments that every criterion is made of."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..head_map import HeadMap
+from .symmetry import Symmetry
+from .weights import LayerWeights, Rotary
+
+
+class Moments(Protocol):
+    """Moments of an attention input ``x [d]``, as ``calibrate`` collects them."""
+
+    mean: Tensor  # [d], E[x]
+    second_moment: Tensor  # [d, d], E[x x^T]
+
+
+@dataclass(frozen=True)
+class HeadSpace:
+    """One side of a layer, in fp64.
+
+    Attributes:
+        side: ``"k"`` or ``"v"``.
+        projections: ``[H, D, d (+ 1)]`` of the ``H`` KV heads; a bias is the last column. Where an
+            RMS norm follows they are scaled to the same RMS, which it doesn't notice.
+        rows: ``[H, D, d (+ 1)]`` what heads are compared by: the projections, times the weights of
+            the norm where one follows.
+        sigma: ``[d (+ 1), d (+ 1)]`` second moment of the input the rows are applied to, or None
+            for the identity: heads compared by their weights. For K that is not rotated it is the
+            covariance: what all keys of a head have in common adds the same to all scores of a
+            query, and the softmax ignores it.
+        head_map: the KV head that each query head reads.
+        symmetry: the changes of basis that leave the attention as it is.
+        metric: ``[Hq, D, D]``: an error ``e`` in what query head ``h`` reads costs
+            ``e^T metric[h] e``: for K the squared error of its scores, for V of its output. It
+            treats queries and keys as independent draws.
+    """
+
+    side: str
+    projections: Tensor
+    rows: Tensor
+    sigma: Tensor | None
+    head_map: HeadMap
+    symmetry: Symmetry
+    metric: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        weights: LayerWeights,
+        side: str,
+        moments: Moments | None = None,
+        query_moments: Moments | None = None,
+    ) -> HeadSpace:
+        """The space of a side.
+
+        Args:
+            moments: of the input of K and V; None compares by weights.
+            query_moments: of the input of q, where it is another one (cross-attention).
+
+        Raises:
+            ValueError: weights or moments that are not finite, or a head whose K or V is zero.
+        """
+        projections = weights.rows(side).detach().double().cpu()
+        if not projections.isfinite().all():
+            raise ValueError(f"{side} weights must be finite, got NaN or inf")
+        for head, rows in enumerate(projections):
+            if not rows.any():
+                raise ValueError(f"heads must not be zero, got zeros in {side} head {head}")
+        head_map = weights.key_map if side == "k" else weights.value_map
+        sigma = None if moments is None else _input_moment(weights, side, moments)
+        rows = projections
+        if side == "k" and weights.k_norm is not None:
+            alike = _normalised(projections, sigma)
+            rows = alike * weights.k_norm.double().cpu()[:, None]
+            projections = alike * (projections.norm() / alike.norm())
+        query_moments = moments if query_moments is None else query_moments
+        metric = _score_metric(weights, query_moments) if side == "k" else _output_metric(weights)
+        symmetry = Symmetry.of(weights, side)
+        return cls(side, projections, rows, sigma, head_map, symmetry, metric)
+
+    @cached_property
+    def cross(self) -> Tensor:
+        """``[H, H, D, D]``: ``E[k_i k_j^T]`` of every pair of heads."""
+        H, D, _ = self.rows.shape
+        flat = self.rows.flatten(0, 1)
+        left = flat if self.sigma is None else flat @ self.sigma
+        return (left @ flat.T).view(H, D, H, D).transpose(1, 2)
+
+    @cached_property
+    def energy(self) -> Tensor:
+        """``[H]``: ``E|k_i|^2``."""
+        return self.energy_of(self.rows)
+
+    def energy_of(self, rows: Tensor) -> Tensor:
+        """``E|k|^2`` of heads ``[n, D, d (+ 1)] -> [n]``."""
+        return _energy(rows, self.sigma)
+
+
+def _input_moment(weights: LayerWeights, side: str, moments: Moments) -> Tensor:
+    """Second moment of ``[x; 1]`` (or ``x`` without bias) that errors of a side are weighed by."""
+    mean, second = moments.mean.double().cpu(), moments.second_moment.double().cpu()
+    if not (mean.isfinite().all() and second.isfinite().all()):
+        raise ValueError("activations must be finite, got NaN or inf in their moments")
+    biased = getattr(weights, f"{side}_bias") is not None
+    if side == "k" and weights.rotary is None and weights.k_norm is None:
+        second = second - torch.outer(mean, mean)
+        if biased:
+            second = torch.nn.functional.pad(second, (0, 1, 0, 1))
+        return second
+    return _augmented(mean, second) if biased else second
+
+
+def _augmented(mean: Tensor, second: Tensor) -> Tensor:
+    """``E[[x; 1] [x; 1]^T]``."""
+    top = torch.cat([second, mean[:, None]], 1)
+    return torch.cat([top, torch.cat([mean, mean.new_ones(1)])[None]], 0)
+
+
+def _energy(rows: Tensor, sigma: Tensor | None) -> Tensor:
+    moved = rows if sigma is None else rows @ sigma
+    return (moved * rows).sum((1, 2))
+
+
+def _normalised(rows: Tensor, sigma: Tensor | None) -> Tensor:
+    """Heads scaled to an RMS of 1 over their dims and all tokens: what an RMS norm does to each
+    token, on average."""
+    rms = (_energy(rows, sigma) / rows.shape[1]).sqrt().clamp(min=1e-300)
+    return rows / rms[:, None, None]
+
+
+def _output_metric(weights: LayerWeights) -> Tensor:
+    """``o_h^T o_h`` of every query head."""
+    o = weights.o.detach().double().cpu().transpose(0, 1)  # [Hq, d_out, Dv]
+    return o.transpose(1, 2) @ o
+
+
+def _score_metric(weights: LayerWeights, moments: Moments | None) -> Tensor:
+    """Second moment of every query head, times the squared scale, over all relative rotations."""
+    rows = weights.rows("q").detach().double().cpu()
+    sigma = None
+    if moments is not None:
+        mean, sigma = moments.mean.double().cpu(), moments.second_moment.double().cpu()
+        if weights.q_bias is not None:
+            sigma = _augmented(mean, sigma)
+    if weights.q_norm is not None:
+        rows = _normalised(rows, sigma) * weights.q_norm.double().cpu()[:, None]
+    moved = rows if sigma is None else rows @ sigma
+    metric = moved @ rows.transpose(1, 2)
+    scale = weights.scale if weights.scale is not None else 1 / math.sqrt(rows.shape[1])
+    if weights.rotary is not None:
+        metric = _turned(metric, weights.rotary)
+    return metric * scale**2
+
+
+def _turned(metric: Tensor, rotary: Rotary) -> Tensor:
+    """Mean of ``R^T metric R`` over independent rotations of all planes: what is left of a query's
+    second moment when its distance to the key is spread over many turns of every plane."""
+    out = torch.zeros_like(metric)
+    a, b = rotary.planes.T
+    mean = (metric[..., a, a] + metric[..., b, b]) / 2
+    out[..., a, a], out[..., b, b] = mean, mean
+    out[..., rotary.dim :, rotary.dim :] = metric[..., rotary.dim :, rotary.dim :]
+    return out
