@@ -5,7 +5,7 @@
 #include <utility>
 
 #include "../cpu/append.h"
-#include "checks.h"
+#include "call.h"
 
 namespace gqa::host {
 namespace {
@@ -15,7 +15,7 @@ void check_rotary(const char* name, const Tensor& x, const Tensor& k_new, int64_
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float || x.scalar_type() == k_new.scalar_type(),
                   name, " must have dtype Float or k_new's, got ",
                   torch::headeronly::toString(x.scalar_type()));
-  check_cpu(name, x);
+  check_cpu(name, x, k_new);
   check_last_dim_contiguous(name, x);
   STD_TORCH_CHECK(x.dim() == 2 && x.size(0) >= 1 && 2 * x.size(1) <= head_dim, name,
                   " must have shape [positions, R / 2] with R at most ", head_dim);
@@ -40,9 +40,11 @@ Tensor cache_append_cpu(const OptionalTensor& q, const Tensor& k_new, const Tens
   const Tensor head_map =
       torch::stable::new_zeros(kv_lengths, {k_new.dim() == 4 ? k_new.size(1) : 0});
   const OptionalTensor lengths = kv_lengths, none;
-  const CacheArguments cache{page_table, kv_begin, new_offsets, k_scale, v_scale, k_zero, v_zero};
+  const CacheInputs cache{page_table, kv_begin, new_offsets, k_new.dim() == 4 ? k_new.size(2) : 0,
+                          k_scale,    v_scale,  k_zero,      v_zero};
   const Call call({k_new, k, v, head_map, none, none, none, none, lengths, 1.0, -1, -1, 0.0, 0.0,
-                   none, &cache});
+                   none},
+                  &cache);
 
   AppendParams params{};
   params.cache = call.params;
@@ -51,14 +53,14 @@ Tensor cache_append_cpu(const OptionalTensor& q, const Tensor& k_new, const Tens
   const int64_t batch = k_new.size(0), head_dim = call.params.head_dim;
   const int64_t heads = q && q->dim() == 4 ? q->size(1) : 0;
   check_dtype("v_new", v_new, k_new.scalar_type());
-  check_cpu("v_new", v_new);
+  check_cpu("v_new", v_new, k_new);
   check_last_dim_contiguous("v_new", v_new);
   check_shape("k_new", k_new, {batch, k.size(1), params.num_tokens, head_dim});
   check_shape("v_new", v_new, {batch, v.size(1), params.num_tokens, call.params.value_head_dim});
   STD_TORCH_CHECK(!rotary_cos == !rotary_sin, "rotary_cos and rotary_sin must be given together");
   if (q) {
     check_dtype("q", *q, k_new.scalar_type());
-    check_cpu("q", *q);
+    check_cpu("q", *q, k_new);
     check_last_dim_contiguous("q", *q);
     check_shape("q", *q, {batch, heads, params.num_tokens, head_dim});
     STD_TORCH_CHECK(rotary_cos, "rotary_cos must be given with q");
