@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...cache import PagedKVCache, asym_gqa_decode
+from ...cache.decode import asym_gqa_decode
+from ...cache.paged import PagedKVCache
 from ...head_map import HeadMap
 
 

@@ -1,0 +1,170 @@
+"""vLLM's batches over its packed paged cache; and its classes, where vLLM can be imported."""
+
+from importlib.util import find_spec
+from itertools import pairwise
+
+import pytest
+import torch
+
+from gqa_kernels import HeadMap, asym_gqa_attention
+from gqa_kernels.integrations import vllm as integration
+from gqa_kernels.integrations.vllm.attention import Batch, Layer, cached_attention
+
+HEAD_MAP = HeadMap([0, 2, 0, 1, 0])  # 5 query heads over 3 KV heads
+HEAD_SIZE = 16
+BLOCK_SIZE = 16
+
+needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="vllm is not installed")
+
+
+def layer(head_size_v: int = HEAD_SIZE, **options) -> Layer:
+    defaults = {"window": None, "softcap": None, "alibi_slopes": None, "sinks": None}
+    return Layer(HEAD_MAP, HEAD_SIZE, head_size_v, HEAD_SIZE**-0.5, **{**defaults, **options})
+
+
+class Engine:
+    """Requests of growing length in a cache as vLLM has it: what a model runner keeps."""
+
+    def __init__(self, num_requests: int, head_size_v: int = HEAD_SIZE, nhd: bool = True):
+        torch.manual_seed(0)
+        blocks, heads = 4 * num_requests + 1, HEAD_MAP.num_kv_heads
+        shape = (blocks, BLOCK_SIZE, heads, HEAD_SIZE + head_size_v)
+        self.kv_cache = torch.full(shape, torch.nan).transpose(1, 2)
+        if not nhd:
+            self.kv_cache = self.kv_cache.contiguous()
+        self.block_table = torch.randperm(blocks - 1).view(num_requests, 4).int()
+        self.keys = [torch.zeros(0, heads, HEAD_SIZE) for _ in range(num_requests)]
+        self.values = [torch.zeros(0, heads, head_size_v) for _ in range(num_requests)]
+
+    def step(self, new_tokens: list[int], padding: int = 0) -> tuple[Batch, tuple]:
+        """The batch of a step; query, key and value of its tokens, padded as CUDA graphs do."""
+        total = sum(new_tokens) + padding
+        query = torch.randn(total, HEAD_MAP.num_heads, HEAD_SIZE)
+        key = torch.randn(total, *self.keys[0].shape[1:])
+        value = torch.randn(total, *self.values[0].shape[1:])
+        begins = torch.tensor([0, *new_tokens]).cumsum(0)
+        old = torch.tensor([len(k) for k in self.keys], dtype=torch.int32)
+        for r, (begin, end) in enumerate(pairwise(begins.tolist())):
+            self.keys[r] = torch.cat([self.keys[r], key[begin:end]])
+            self.values[r] = torch.cat([self.values[r], value[begin:end]])
+        lens = torch.tensor([len(k) for k in self.keys], dtype=torch.int32)
+        batch = Batch(
+            total, max(new_tokens), begins.int(), lens, old, self.block_table, causal=True
+        )
+        return batch, (query, key, value)
+
+    def expected(self, batch: Batch, query: torch.Tensor, **options) -> torch.Tensor:
+        """Each request by itself, over its keys so far."""
+        outs = []
+        for r, (k, v) in enumerate(zip(self.keys, self.values, strict=True)):
+            q = query[batch.query_start_loc[r] : batch.query_start_loc[r + 1]]
+            out = asym_gqa_attention(
+                q[None], k[None], v[None], HEAD_MAP, causal=True, layout="bshd",
+                backend="reference", **options,
+            )  # fmt: skip
+            outs.append(out[0])
+        return torch.cat(outs)
+
+
+@pytest.mark.parametrize("nhd", [True, False], ids=["NHD", "HND"])
+@pytest.mark.parametrize("head_size_v", [HEAD_SIZE, 8])
+def test_prefill_then_mixed_then_decode(nhd, head_size_v):
+    engine = Engine(3, head_size_v, nhd)
+    for new_tokens in ([20, 1, 7], [1, 13, 0], [1, 1, 1]):
+        batch, tensors = engine.step(new_tokens)
+        out = cached_attention(layer(head_size_v), batch, *tensors, engine.kv_cache)
+        torch.testing.assert_close(out, engine.expected(batch, tensors[0]))
+
+
+def test_options_and_shared_caches():
+    engine = Engine(2)
+    options = {"softcap": 2.0, "alibi_slopes": torch.rand(5), "sinks": torch.randn(5)}
+    batch, tensors = engine.step([9, 18])
+    this = layer(window=4, **options)
+    expected = engine.expected(batch, tensors[0], window=(4, None), **options)
+    torch.testing.assert_close(cached_attention(this, batch, *tensors, engine.kv_cache), expected)
+    # A layer that shares the cache of another one writes nothing.
+    before = engine.kv_cache.clone()
+    again = cached_attention(this, batch, tensors[0], None, None, engine.kv_cache)
+    torch.testing.assert_close(again, expected)
+    torch.testing.assert_close(engine.kv_cache, before, equal_nan=True)
+
+
+def test_padded_tokens_and_requests():
+    """Tokens beyond the last request, and requests without tokens: neither read nor written."""
+    engine = Engine(3)
+    batch, tensors = engine.step([5, 2, 0], padding=4)
+    out = cached_attention(layer(), batch, *tensors, engine.kv_cache)
+    torch.testing.assert_close(out[:7], engine.expected(batch, tensors[0]))
+    assert int(engine.kv_cache.isfinite().all(-1).all(1).sum()) == 7
+
+
+def test_fp8_cache():
+    engine = Engine(2)
+    fp8 = torch.zeros(engine.kv_cache.shape, dtype=torch.uint8)
+    scales = {"k_scale": torch.tensor(0.5), "v_scale": torch.tensor(0.25)}
+    batch, tensors = engine.step([20, 3])
+    out = cached_attention(layer(), batch, *tensors, fp8, storage=torch.float8_e4m3fn, **scales)
+
+    def stored(x, scale):
+        return (x / scale).to(torch.float8_e4m3fn).float() * scale
+
+    engine.keys = [stored(k, scales["k_scale"]) for k in engine.keys]
+    engine.values = [stored(v, scales["v_scale"]) for v in engine.values]
+    torch.testing.assert_close(out, engine.expected(batch, tensors[0]))
+
+
+def test_vllm_missing(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "vllm", None)
+    with pytest.raises(ImportError, match=r"needs vllm >= 0\.33"):
+        integration.register()
+
+
+@needs_vllm
+class TestWithVLLM:
+    def test_registered(self):
+        from vllm.model_executor.models.registry import ModelRegistry
+        from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+        integration.register()
+        integration.register()
+        from gqa_kernels.integrations.vllm.backend import AsymGQABackend
+
+        assert AttentionBackendEnum[integration.BACKEND].get_class() is AsymGQABackend
+        assert integration.ARCHITECTURE in ModelRegistry.get_supported_archs()
+        assert AsymGQABackend.get_builder_cls() and AsymGQABackend.get_impl_cls()
+
+    def test_builder_and_implementation(self):
+        from vllm.v1.attention.backend import CommonAttentionMetadata
+
+        from gqa_kernels.integrations.vllm.backend import AsymGQAImpl, AsymGQAMetadataBuilder
+
+        engine = Engine(2)
+        batch, (query, key, value) = engine.step([6, 2], padding=3)
+        common = CommonAttentionMetadata(
+            query_start_loc=batch.query_start_loc,
+            query_start_loc_cpu=batch.query_start_loc,
+            seq_lens=batch.seq_lens,
+            num_reqs=2,
+            num_actual_tokens=8,
+            max_query_len=6,
+            max_seq_len=6,
+            block_table_tensor=batch.block_table,
+            slot_mapping=torch.zeros(8, dtype=torch.int64),
+        )
+        builder = AsymGQAMetadataBuilder(None, ["layer"], None, torch.device("cpu"))
+        metadata = builder.build(0, common)
+        impl = AsymGQAImpl(5, HEAD_SIZE, HEAD_SIZE**-0.5, 3, head_map=HEAD_MAP)
+        output = torch.full((11, 5, HEAD_SIZE), torch.nan)
+        impl.forward(torch.nn.Module(), query, key, value, engine.kv_cache, metadata, output)
+        torch.testing.assert_close(output[:8], engine.expected(batch, query))
+        assert output[8:].isnan().all()  # padding is left alone
+        assert not impl.forward(None, query, key, value, engine.kv_cache, None, output).any()
+
+    def test_errors(self):
+        from gqa_kernels.integrations.vllm.backend import AsymGQAImpl
+
+        with pytest.raises(ValueError, match="must have 4 entries, got 5"):
+            AsymGQAImpl(4, HEAD_SIZE, 1.0, 2, head_map=HEAD_MAP)
+        with pytest.raises(NotImplementedError, match="attn_type must be 'decoder'"):
+            AsymGQAImpl(4, HEAD_SIZE, 1.0, 2, attn_type="encoder")
