@@ -266,7 +266,9 @@ class Phase:
             csrc = folder / "csrc"
             shutil.copytree(CSRC, csrc)
             for name, old, new in self._replace:
-                (path,) = (csrc / "cuda").rglob(name)
+                cuda = csrc / "cuda"
+                own = [cuda / self.arch / self.name, cuda / self.arch, cuda / "common"]
+                path = next(place / name for place in own if (place / name).exists())
                 text = path.read_text()
                 assert old in text, f"{name} has no {old!r}"
                 path.write_text(text.replace(old, new))

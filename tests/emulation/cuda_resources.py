@@ -122,10 +122,10 @@ def dynamic_shared(kernels: list[Kernel]) -> dict[str, int]:
     lines += [f'  std::printf("%d\\n", static_cast<int>({c}::kSharedBytes));' for c in configs]
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder) / "sizes"
-        source = program.with_suffix(".cpp")
+        source = program.with_suffix(".cu")  # headers may have device functions
         source.write_text("\n".join([*lines, "}\n"]))
-        include = cuda_build.find_toolkit(env.cuda_home()).include
-        subprocess.run(["c++", "-std=c++17", f"-I{include}", source, "-o", program], check=True)
+        nvcc = cuda_build.find_toolkit(env.cuda_home()).nvcc
+        subprocess.run([nvcc, "-std=c++17", "-arch=sm_80", source, "-o", program], check=True)
         told = subprocess.run([program], capture_output=True, text=True, check=True)
     return dict(zip(configs, map(int, told.stdout.split()), strict=True))
 

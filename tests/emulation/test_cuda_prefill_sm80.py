@@ -115,6 +115,20 @@ def test_unused_slots_are_not_read():
     check(inputs, emulate(phase_for(inputs), inputs))
 
 
+def test_sections_of_heads():
+    """K and V larger than L2: pairs of sequence and head go in sections, the last one smaller."""
+    head_map, kv_len, used = HeadMap([1, 0, 2, 1, 1]), 27_000, 70
+    q, k, v = make_inputs(2, head_map, 130, used, 64, dtype=torch.bfloat16)
+    inputs = AttentionInputs.create(q, k, v, head_map, causal=True)
+    k, v = (
+        x.new_full((2, 3, kv_len, 64), torch.nan).index_copy_(2, torch.arange(used), x)
+        for x in (k, v)
+    )
+    lengths = torch.full((2, 3), used, dtype=torch.int32)
+    result = emulate(phase_for(inputs), replace(inputs, k=k, v=v, kv_lengths=lengths))
+    check(inputs, result)
+
+
 def test_invalid_map_entries():
     """As a device tensor may hold them: NaN for these heads, nothing read, others as ever."""
     q, k, v = make_inputs(1, SMALL, 20, 70, 64, dtype=torch.bfloat16)
@@ -194,20 +208,25 @@ def test_main_loop_counters(head_dim: int, dtype: torch.dtype):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name, file, old, new",
+    "head_dim, file, old, new",
     [
-        ("wait one tile short", "kernel.cuh", "cp_async_wait<1>();", "cp_async_wait<2>();"),
-        ("no barrier before V", "kernel.cuh", "__syncthreads();  // V;", "//"),
-        ("no barrier before K", "kernel.cuh", "__syncthreads();  // K;", "//"),
-        ("no barrier before the output", "store.cuh", "__syncthreads();  // every warp", "//"),
-        ("one key too many", "load.cuh", "in_dim && key + i * kRows < length", "in_dim"),
-        ("sums not rescaled", "scores.cuh", "sum[m][h] *= factor;", ""),
-        ("edge blocks not masked", "kernel.cuh", "hide_keys<C>(", "if (false) hide_keys<C>("),
+        pytest.param(*broken, id=name)
+        for name, *broken in (
+            ("wait-short", 64, "kernel.cuh", "cp_async_wait<1>();", "cp_async_wait<2>();"),
+            ("no-barrier-before-v", 64, "kernel.cuh", "__syncthreads();  // V;", "//"),
+            ("no-barrier-before-k", 64, "kernel.cuh", "__syncthreads();  // K;", "//"),
+            ("no-barrier-after-q", 256, "kernel.cuh", "__syncthreads();  // Q is read", "//"),
+            ("no-barrier-before-output", 256, "store.cuh", "__syncthreads();", ""),
+            ("too-many-keys", 64, "load.cuh", "in_dim && key + i * kRows < length", "in_dim"),
+            ("sums-not-rescaled", 64, "scores.cuh", "sum[m][h] *= factor;", ""),
+            ("edge-not-masked", 64, "kernel.cuh", "hide_keys<C>(", "if (false) hide_keys<C>("),
+        )
     ],
 )
-def test_broken_kernels_are_noticed(name: str, file: str, old: str, new: str):
-    broken = Phase("sm80", "prefill", ("launch", "bf16_d64"), ((f"sm80/prefill/{file}", old, new),))
-    q, k, v = make_inputs(1, SMALL, 150, 330, 64, dtype=torch.bfloat16)
+def test_broken_kernels_are_noticed(head_dim: int, file: str, old: str, new: str):
+    unit = f"bf16_d{head_dim}"
+    broken = Phase("sm80", "prefill", ("launch", unit), ((f"sm80/prefill/{file}", old, new),))
+    q, k, v = make_inputs(1, SMALL, 150, 330, head_dim, dtype=torch.bfloat16)
     lengths = torch.tensor([[329, 330, 330]])
     k *= GROWTH
     k[:, 0, 329:] = v[:, 0, 329:] = torch.nan

@@ -49,13 +49,14 @@ __device__ __forceinline__ void copy_chunk(uint32_t to, const T* row, int column
 // become zeros: their scores are masked, but a NaN times a probability of 0 would not be.
 // kKeys: rows of K, whose pages outside the storage poison the scores.
 template <class C, bool kKeys, bool kElements, class T>
-__device__ __forceinline__ void load_tile(const CopyRows<T>& rows, int64_t stride, int dim,
-                                          int first_key, int length, uint32_t slot) {
+__device__ __forceinline__ void load_tile(const AttentionParams& params, const CopyRows<T>& rows,
+                                          int64_t stride, int dim, int first_key, int length,
+                                          uint32_t slot) {
   constexpr int kRows = C::kCopyRows, kCopies = C::kBlockN / kRows;
   const CopyPlace<C> place;
   const int key = first_key + place.row;
   const uint32_t to = slot + place.offset;
-  if (kElements || rows.table != nullptr) {
+  if (kElements || params.page_table != nullptr) {
 #pragma unroll 1
     for (int i = 0; i < kCopies; ++i) {
       const T* row = nullptr;
@@ -85,14 +86,14 @@ __device__ __forceinline__ void load_tile(const CopyRows<T>& rows, int64_t strid
 template <class C, bool kElements, class T>
 __device__ __forceinline__ void load_k(const AttentionParams& params, const CopyRows<T>& rows,
                                        int first_key, int length, uint32_t slot) {
-  load_tile<C, true, kElements>(rows, params.k_stride.s, static_cast<int>(params.head_dim),
+  load_tile<C, true, kElements>(params, rows, params.k_stride.s, static_cast<int>(params.head_dim),
                                 first_key, length, slot);
 }
 template <class C, bool kElements, class T>
 __device__ __forceinline__ void load_v(const AttentionParams& params, const CopyRows<T>& rows,
                                        int first_key, int length, uint32_t slot) {
-  load_tile<C, false, kElements>(rows, params.v_stride.s, static_cast<int>(params.value_head_dim),
-                                 first_key, length, slot);
+  load_tile<C, false, kElements>(params, rows, params.v_stride.s,
+                                 static_cast<int>(params.value_head_dim), first_key, length, slot);
 }
 
 // The ring's slot after and before one.

@@ -49,7 +49,7 @@ __device__ __forceinline__ void fill_tile(const PrefillArgs& args, const Prefill
   }
 }
 
-// `base`: of the CTA's shared memory, no longer in use for anything else after the barrier here.
+// `base`: of the CTA's shared memory; every copy to it has been waited for.
 template <class T, class C>
 __device__ __forceinline__ void store_output(const PrefillArgs& args, const PrefillTile& tile,
                                              uint32_t base, int warp_row, RowState<C>& state,
@@ -58,7 +58,11 @@ __device__ __forceinline__ void store_output(const PrefillArgs& args, const Pref
   const int lane = threadIdx.x % 32;
   const int rows = min(C::kWarpRows, tile.q_len - tile.token - warp_row);  // of the warp
   const uint32_t staged = base + warp_row * C::kRowBytes;
-  __syncthreads();  // every warp is done with Q, K and V
+  if constexpr (C::kQInRegisters) {
+    __syncthreads();  // every warp is done with K and V, in whose place the output is staged
+  } else {
+    __syncwarp();  // the output is staged in the place of Q's rows, which this warp alone has read
+  }
 #pragma unroll
   for (int m = 0; m < C::kRowTiles; ++m) {
 #pragma unroll
