@@ -13,7 +13,7 @@ import torch
 
 from gqa_kernels import HeadMap
 
-from .roofline import Work, attention_work
+from .roofline import Work, append_work, attention_work
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,29 @@ def head_map(name: str, model: Model) -> HeadMap:
 
 
 @dataclass(frozen=True)
+class CacheKind:
+    """Memory of a cache: pages of so many tokens (0: dense) and its format (None: the queries')."""
+
+    page_size: int = 0
+    format: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> CacheKind:
+        """``dense`` or ``pagesN``, then a format behind a dash, if any: ``pages16-int8``."""
+        match = re.fullmatch(r"(?:dense|pages(\d+))(?:-(fp8_e4m3|fp8_e5m2|int8|int4))?", text)
+        if not match:
+            raise ValueError(f"cache must be like dense or pages16-int8, got {text!r}")
+        return cls(int(match[1] or 0), match[2])
+
+    @property
+    def storage(self) -> dict[str, float]:
+        """Bytes of a stored number and of a row's scale, as the roofline's functions take them."""
+        if self.format is None:
+            return {}
+        return {"kv_itemsize": 0.5 if self.format == "int4" else 1, "row_scale_bytes": 4}
+
+
+@dataclass(frozen=True)
 class Case:
     """One attention call.
 
@@ -92,6 +115,7 @@ class Case:
         dtype: name of a torch type.
         window: tokens visible before a query's position, or None for all.
         cold: walk over input copies that together are larger than the last-level cache.
+        cache: of ``decode-cache`` and ``append``, see :meth:`CacheKind.parse`.
     """
 
     op: str
@@ -103,6 +127,7 @@ class Case:
     dtype: str = "bfloat16"
     window: int | None = None
     cold: bool = False
+    cache: str | None = None
 
     @property
     def key(self) -> str:
@@ -112,6 +137,7 @@ class Case:
             self.dtype,
         ]  # fmt: skip
         parts += [f"w{self.window}"] if self.window is not None else []
+        parts += [self.cache] if self.cache is not None else []
         return " ".join([*parts, "cold"] if self.cold else parts)
 
     @property
@@ -151,10 +177,18 @@ class Case:
         return options
 
     @property
+    def cache_kind(self) -> CacheKind:
+        return CacheKind.parse(self.cache or "dense")
+
+    @property
     def work(self) -> Work:
+        itemsize, storage = self.torch_dtype.itemsize, self.cache_kind.storage
+        if self.op == "append":
+            tokens = self.batch * self.q_len
+            return append_work(self.head_map, tokens, self.head_dim, itemsize, **storage)
         return attention_work(
-            self.head_map, self.batch, self.q_len, self.kv_len, self.head_dim,
-            self.torch_dtype.itemsize, **self.options,
+            self.head_map, self.batch, self.q_len, self.kv_len, self.head_dim, itemsize, **storage,
+            **self.options,
         )  # fmt: skip
 
     @property
@@ -197,6 +231,18 @@ def backward(
     return [
         replace(case, op="backward")
         for case in prefill(model, maps, batch, length, *dtypes, **more)
+    ]
+
+
+def over_caches(
+    model: str, maps: Iterable[str], batch: int, kv_len: int, *caches: str, **more
+) -> list[Case]:
+    """One new token per sequence over each kind of cache, and its append, in bf16."""
+    return [
+        Case(op, model, name, batch, 1, kv_len, cache=cache, **more)
+        for op in CACHE_OPS
+        for cache in caches
+        for name in maps
     ]
 
 
@@ -254,6 +300,13 @@ CPU = [
     *end_to_end("smollm2-135m", ("even", "4-3-2"), 1, 1024, 8, FP32),
 ]
 
+CACHE_OPS = ("decode-cache", "append")
+CACHE_KINDS = ("pages16", "pages64", "dense-fp8_e4m3", "dense-int8", "dense-int4", "pages16-int8")
+CACHES = [
+    *over_caches("llama-3-8b", BOTH, 1, 8192, *CACHE_KINDS),
+    *over_caches("llama-3-8b", (SKEWED,), 8, 8192, *CACHE_KINDS),
+]
+
 CPU_GOALS = [  # what the CPU backend is held to: slow, about a quarter of an hour
     *(c for n in (128, 1024, 8192) for c in decode("llama-3-8b", BOTH, 1, n, FP32, FP16, BF16)),
     *decode("llama-3-8b", BOTH, 8, 8192, FP32, FP16, BF16),
@@ -289,15 +342,27 @@ GPU = [
     *backward("llama-3-8b", BOTH, 4, 2048),
     *backward("llama-3-8b", BOTH, 1, 8192),
     *end_to_end("llama-3-8b", BOTH, 4, 4096, 8, BF16),
+    *over_caches("llama-3-8b", (SKEWED,), 32, 8192, *CACHE_KINDS),
 ]
 
 HEADLINE = "llama-3-8b"  # the model, with the maps of BOTH and what follows, for the README
 HEADLINE_TYPES = (BF16, FP32)
 HEADLINE_LENGTHS = {"decode": (8192,), "prefill": (1024, 2048, 4096, 8192)}
 
-Q_LENGTHS = {"decode": 1, "generate": 8}  # of own cases, unless given
+Q_LENGTHS = {
+    "decode": 1,
+    "decode-cache": 1,
+    "append": 1,
+    "generate": 8,
+}  # of own cases, unless given
 
-SUITES: dict[str, list[Case]] = {"quick": QUICK, "cpu": CPU, "cpu-goals": CPU_GOALS, "gpu": GPU}
+SUITES: dict[str, list[Case]] = {
+    "quick": QUICK,
+    "cpu": CPU,
+    "cpu-goals": CPU_GOALS,
+    "caches": CACHES,
+    "gpu": GPU,
+}
 
 
 def parse_shape(op: str, text: str) -> Case:

@@ -17,6 +17,7 @@ from .backward import (
     backward_peers,
     backward_work,
 )
+from .caches import AppendGate, CacheGate, CacheProblem, append_backends, cache_backends
 from .contestants import Contestant, backends
 from .e2e import Decoder, DecoderGate, decoder_backends, decoder_peers
 from .peers import peers
@@ -48,6 +49,10 @@ def _attention(summary: str) -> Op:
     return Op(summary, Problem.build, Gate, lambda case: case.work, backends, peers)
 
 
+def _over_cache(summary: str, gate: Callable, backends: Callable) -> Op:
+    return Op(summary, CacheProblem.build, gate, lambda case: case.work, backends, dict)
+
+
 def _end_to_end(summary: str) -> Op:
     return Op(summary, Decoder.build, DecoderGate, None, decoder_backends, decoder_peers)
 
@@ -63,6 +68,8 @@ OPS: dict[str, Op] = {
         backward_backends,
         backward_peers,
     ),
+    "decode-cache": _over_cache("decode over a KV cache", CacheGate, cache_backends),
+    "append": _over_cache("append of one new token to a KV cache", AppendGate, append_backends),
     "first-token": _end_to_end("a whole decoder's time to the first token after a prompt"),
     "generate": _end_to_end("a whole decoder's further tokens, with the prompt in the cache"),
 }

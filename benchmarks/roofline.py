@@ -53,12 +53,16 @@ def attention_work(
     causal: bool = False,
     window: tuple[int | None, int | None] | None = None,
     kv_lengths: Sequence[int] | None = None,
+    kv_itemsize: float | None = None,
+    row_scale_bytes: int = 0,
 ) -> Work:
     """Work of one forward call; arguments as the attention functions take them.
 
     Args:
         itemsize: bytes of an element of q, k, v and out.
         kv_lengths: keys of each sequence; default ``kv_len`` for all.
+        kv_itemsize: bytes of a stored number of K and V, where it is another (int4: 0.5).
+        row_scale_bytes: of the scale of each row of K and V, where they are quantised.
     """
     value_head_dim = value_head_dim or head_dim
     value_head_map = value_head_map or head_map
@@ -67,13 +71,29 @@ def attention_work(
     lengths = [kv_len] * batch if kv_lengths is None else list(kv_lengths)
     pairs = sum(visible_pairs(q_len, n, left, right) for n in lengths)
     keys = sum(visible_keys(q_len, n, left) for n in lengths)
-    k_row = heads_read(head_map) * head_dim
-    v_row = heads_read(value_head_map) * value_head_dim
+    kv_itemsize = itemsize if kv_itemsize is None else kv_itemsize
+    k_row = heads_read(head_map) * (head_dim * kv_itemsize + row_scale_bytes)
+    v_row = heads_read(value_head_map) * (value_head_dim * kv_itemsize + row_scale_bytes)
     q_and_out = batch * q_len * head_map.num_heads * (head_dim + value_head_dim)
     return Work(
-        bytes=itemsize * (q_and_out + keys * (k_row + v_row)),
+        bytes=itemsize * q_and_out + round(keys * (k_row + v_row)),
         flops=2 * (head_dim + value_head_dim) * head_map.num_heads * pairs,
     )
+
+
+def append_work(
+    head_map: HeadMap, tokens: int, head_dim: int, itemsize: int, kv_itemsize: float | None = None,
+    row_scale_bytes: int = 0,
+) -> Work:  # fmt: skip
+    """Work of an append: new rows of K and V read once, stored rows and their scales written once.
+
+    Args:
+        tokens: new tokens of all sequences together.
+        itemsize: bytes of an element of the new rows; the others as for :func:`attention_work`.
+    """
+    kv_itemsize = itemsize if kv_itemsize is None else kv_itemsize
+    row = head_dim * (itemsize + kv_itemsize) + row_scale_bytes
+    return Work(bytes=round(2 * tokens * head_map.num_kv_heads * row), flops=0)
 
 
 def bound(work: Work, bytes_per_second: float, flops_per_second: float) -> Bound:

@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 # Spinning OpenMP threads slow a shared machine 25 times; OpenMP reads this when torch is loaded.
@@ -18,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from . import display
-from .cases import SUITES, Case, parse_shape, vary
+from .cases import CACHE_OPS, SUITES, Case, parse_shape, vary
 from .compare import compare
 from .contestants import Contestant
 from .harness import measure, row_key
@@ -57,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--shapes", nargs="+", metavar="MODEL:BATCH:KV_LEN[:Q_LEN]", help="own cases, see --list")
     add("--maps", nargs="+", metavar="MAP", help="own cases' maps (even), or a filter of the suite")
     add("--dtype", nargs="+", metavar="TYPE", help="likewise for types (bfloat16)")
+    add("--caches", nargs="+", metavar="CACHE", help="likewise (dense), as pages16 or dense-int8")
     add("--backend", nargs="+", default=["*"], metavar="NAME", help="ours; patterns (all)")
     add("--peer", nargs="*", default=None, metavar="NAME", help="peers; patterns (those usable)")
     add("--device", choices=DEVICE_SECONDS, help="(cuda where there is one)")
@@ -115,11 +117,17 @@ def _cases(arguments: argparse.Namespace) -> tuple[str, list[Case]]:
     ops = arguments.op or list(OPS)
     if arguments.shapes:
         shapes = [parse_shape(op, text) for op in ops for text in arguments.shapes]
-        return "custom", vary(shapes, arguments.maps or ["even"], arguments.dtype or ["bfloat16"])
+        cases = vary(shapes, arguments.maps or ["even"], arguments.dtype or ["bfloat16"])
+        kinds = arguments.caches or ["dense"]
+        return "custom", [one for case in cases for one in (
+            [replace(case, cache=kind) for kind in kinds] if case.op in CACHE_OPS else [case]
+        )]  # fmt: skip
     suite = "quick" if arguments.quick else arguments.suite or "quick"
     cases = [case for case in SUITES[suite] if case.op in ops]
     if arguments.maps:
         cases = [case for case in cases if _matches(case.map, arguments.maps)]
+    if arguments.caches:
+        cases = [case for case in cases if case.cache in arguments.caches]
     if arguments.dtype:
         cases = [case for case in cases if case.dtype in arguments.dtype]
     if not cases:
@@ -155,7 +163,7 @@ def _chosen(
     what: str, known: dict[str, Contestant], patterns: list[str], without: list[str]
 ) -> list[Contestant]:
     for pattern in patterns:
-        if not fnmatch.filter(known, pattern):
+        if pattern != "*" and not fnmatch.filter(known, pattern):
             raise ValueError(f"--{what} must be among {', '.join(known)}, got {pattern!r}")
     names = [name for name in known if _matches(name, patterns)]
     return [known[name] for name in names if name in patterns or name not in without]

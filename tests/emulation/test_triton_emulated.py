@@ -15,8 +15,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PTXSIM = Path(os.environ.get("PTXSIM", ROOT.parent / "shared" / "ptxsim"))
 ARCHS = ("sm_80", "sm_90")
-CASES = ("prefill_causal", "decode_splits", "decode_everything")
-SLOW_CASES = ("prefill_everything", "prefill_fp32", "decode_large_group", "decode_invalid_heads")
+CASES = ("prefill_causal", "decode_splits", "decode_everything", "decode_paged")
+SLOW_CASES = ("prefill_everything", "prefill_fp32", "decode_large_group", "decode_invalid_heads",
+              "decode_fp8", "decode_int4", "prefill_paged")  # fmt: skip
 
 pytestmark = [
     pytest.mark.skipif(not PTXSIM.is_dir(), reason=f"no PTX emulator at {PTXSIM} (set PTXSIM)"),
@@ -56,6 +57,18 @@ def test_decode_reads_each_byte_once(arch):
     assert decode["unique_bytes"]["p_k"] == decode["unique_bytes"]["p_v"] == k_bytes
     # and reading each once, with the queries and the plan on top, has to be nearly all there is.
     assert decode["bytes_loaded"] <= 1.05 * 2 * k_bytes
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_decode_over_pages_reads_each_byte_once(arch):
+    launches = emulated(arch, *CASES)
+    decode = next(launch for launch in launches if launch["case"] == "decode_paged")
+    assert decode["kernel"] == "decode_kernel"
+    used_kv_heads, keys, head_dim, itemsize = 2, 620 + 300, 64, 2
+    k_bytes = used_kv_heads * keys * head_dim * itemsize
+    assert decode["unique_bytes"]["p_k"] == decode["unique_bytes"]["p_v"] == k_bytes
+    # On top come looks at the page table, which stay in the first cache.
+    assert decode["bytes_loaded"] <= 1.15 * 2 * k_bytes
 
 
 @pytest.mark.slow

@@ -1,0 +1,69 @@
+"""Benchmarks over caches: gates, bytes, and the command line."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks import run
+from benchmarks.caches import AppendGate, CacheGate, CacheProblem, append_backends, cache_backends
+from benchmarks.cases import CACHE_KINDS, CacheKind, Case
+from benchmarks.roofline import append_work, attention_work
+from gqa_kernels import HeadMap
+
+CASE = Case("decode-cache", "smollm2-135m", "4-3-2", 2, 1, 50, "float32", cache="pages16-int8")
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("cache", CACHE_KINDS)
+def test_gates_pass_the_reference_and_catch_what_is_wrong(cache):
+    problem = CacheProblem.build(replace(CASE, cache=cache), CPU)
+    contestant = cache_backends()["reference"]
+    assert contestant.unsupported_reason(problem) is None
+    for one in (contestant, contestant.control()):
+        prepared = one.prepare(problem)
+        result = prepared.result(prepared.run(0))
+        CacheGate(problem).check(result)
+    with pytest.raises(AssertionError, match="out: error"):
+        CacheGate(problem).check(result.flip(1))
+    gate = AppendGate(problem)
+    prepared = append_backends()["reference"].prepare(problem)
+    stored = prepared.result(prepared.run(0))
+    gate.check(stored)
+    stored.v.view(torch.uint8).fill_(1)
+    with pytest.raises(AssertionError, match="other values than the reference"):
+        gate.check(stored)
+
+
+def test_bytes():
+    head_map = HeadMap([0, 0, 0, 1])
+    # q and out: 2 x 4 heads x 64 x 2 bytes; rows of K and V: 2 heads x 100 keys each.
+    rows = 2 * 2 * 100
+    int8 = attention_work(head_map, 1, 1, 100, 64, 2, kv_itemsize=1, row_scale_bytes=4)
+    int4 = attention_work(head_map, 1, 1, 100, 64, 2, kv_itemsize=0.5, row_scale_bytes=4)
+    assert int8.bytes == 2 * 2 * 4 * 64 + rows * (64 + 4)
+    assert int4.bytes == 2 * 2 * 4 * 64 + rows * (32 + 4)
+    # 5 tokens of 2 heads, K and V: read 64 x 2 bytes, write 64 bytes and a scale.
+    assert append_work(head_map, 5, 64, 2, 1, 4).bytes == 2 * 5 * 2 * (128 + 64 + 4)
+    assert CASE.work.bytes < replace(CASE, cache="pages16").work.bytes
+
+
+@pytest.mark.parametrize("text", ["page16", "pages", "dense-int3", "pages16int8"])
+def test_cache_names(text):
+    assert CacheKind.parse("pages16-int8") == CacheKind(16, "int8")
+    with pytest.raises(ValueError, match="cache must be like dense or pages16-int8"):
+        CacheKind.parse(text)
+
+
+def test_command_line(tmp_path):
+    path = tmp_path / "results.json"
+    arguments = ["--op", "decode-cache", "--op", "append", "--shapes", "smollm2-135m:2:40"]
+    arguments += ["--maps", "4-3-2", "--dtype", "float32", "--caches", "pages16", "dense-int4"]
+    arguments += ["--device", "cpu", "--seconds", "0.01", "--backend", "reference"]
+    assert run.main([*arguments, "--json", str(path)]) == 0
+    rows = json.loads(path.read_text())["rows"]
+    assert {row["status"] for row in rows} == {"ok"}
+    names = {(row["case"]["op"], row["case"]["cache"], row["contestant"]) for row in rows}
+    assert len(names) == 2 * 2 + 2  # decode with its control, and the append
+    assert all(row["bytes"] > 0 and row["gbytes_per_second"] > 0 for row in rows)
