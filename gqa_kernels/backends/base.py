@@ -23,8 +23,13 @@ ALL_OPTIONS = frozenset(
         "device_map",
         "dropout",
         "mask_gradient",
+        "torch_func",
     }
 )
+
+
+# What backends with a backward op can't have: it is differentiated once, and in reverse.
+FUSED_OPTIONS = ALL_OPTIONS - {"mask_gradient", "torch_func"}
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,8 @@ class Capabilities:
         devices: torch device types.
         dtypes: types of q, k and v.
         max_head_dim: largest D and Dv.
-        options: names out of ``ALL_OPTIONS``.
+        options: names out of ``ALL_OPTIONS``. ``mask_gradient``: of an additive mask;
+            ``torch_func``: derivatives by torch.func (grad, jvp, ...) or in forward mode.
         autograd: whether it has a backward.
     """
 

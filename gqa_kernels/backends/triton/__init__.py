@@ -22,7 +22,7 @@ from torch import Tensor
 from ... import env
 from ...inputs import AttentionInputs
 from ...plan import plan_for
-from ..base import ALL_OPTIONS, Backend, Capabilities
+from ..base import FUSED_OPTIONS, Backend, Capabilities
 
 MIN_CUDA_CAPABILITY = (8, 0)
 
@@ -33,7 +33,7 @@ class TritonBackend(Backend):
         devices=frozenset({"cuda", "cpu"}),
         dtypes=frozenset({torch.float16, torch.bfloat16, torch.float32}),
         max_head_dim=256,
-        options=ALL_OPTIONS - {"dropout", "mask_gradient"},
+        options=FUSED_OPTIONS - {"dropout"},
         autograd=False,
     )
 
