@@ -46,6 +46,10 @@ def asym_gqa_attention(
     Scores and softmax are fp32, P has q's dtype. A query that sees no key gives 0. Inputs are read
     through their strides, never copied or modified; the last dim must be contiguous.
 
+    Differentiable in q, k, v, slopes and sinks, through the LSE too. Gradients of an additive mask,
+    second derivatives, ``torch.func`` and forward mode are for the reference alone. Under autocast
+    q, k and v take its type, as SDPA's do.
+
     Args:
         q: ``[B, Hq, Sq, D]``, fp16, bf16, fp32 or fp64 (the reference only).
         k: ``[B, Hk, Sk, D]``, q's dtype and device.

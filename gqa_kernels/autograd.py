@@ -68,6 +68,17 @@ def call(op: Callable[..., Any], requires_grad: bool, *arguments: Any) -> Any:
         return op(*arguments)
 
 
+def is_transformed(*tensors: Tensor | None) -> bool:
+    """Whether torch.func or forward-mode differentiation goes through one of the tensors. Ops with
+    a registered backward refuse the first and drop the tangents of the second silently."""
+    given = [x for x in tensors if x is not None]
+    if torch.compiler.is_compiling():
+        return False
+    if torch.autograd.forward_ad._current_level >= 0:
+        return any(torch.autograd.forward_ad.unpack_dual(x).tangent is not None for x in given)
+    return any(torch._C._functorch.is_gradtrackingtensor(x) for x in given)
+
+
 def autocast_dtype(x: object) -> torch.dtype | None:
     """The type that autocast, where it is on for the tensor's device, gives to products."""
     if not isinstance(x, Tensor) or not torch.amp.is_autocast_available(x.device.type):

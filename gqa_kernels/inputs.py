@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .autograd import is_transformed
 from .dropout import draw_seed
 from .head_map import HeadMap
 
@@ -213,6 +214,8 @@ class AttentionInputs:
             used.append("dropout")
         if self.attn_mask is not None and self.attn_mask.requires_grad and torch.is_grad_enabled():
             used.append("mask_gradient")
+        if is_transformed(self.q, self.k, self.v, self.alibi_slopes, self.sinks, self.attn_mask):
+            used.append("torch_func")
         return used
 
 

@@ -245,7 +245,9 @@ def _fused_gradients(
         dp = torch.cat([dp, torch.zeros_like(dp[..., :1])] if dp.shape[-1] else [p * 0], -1)
         ds = p * (dp - delta[..., None])
         p = drop(inputs, p[..., :-1]).to(matmul_dtype)
-    return torch.autograd.grad((s, p @ v), leaves, (ds, dout.to(v.dtype)), retain_graph=True)
+    pairs = [(x, g) for x, g in ((s, ds), (p @ v, dout.to(v.dtype))) if x.requires_grad]
+    outputs, grads = zip(*pairs, strict=True)
+    return torch.autograd.grad(outputs, leaves, grads, retain_graph=True)
 
 
 def assert_decode_close(

@@ -186,6 +186,28 @@ def test_gradient_of_a_mask_needs_the_reference(backend, device):
 
 
 @pytest.mark.parametrize("backend", FUSED)
+def test_torch_func_needs_the_reference(backend, device):
+    """Where a fused op would drop a derivative silently it is not taken; vmap alone works."""
+    q, k, v = make_inputs(2, UNEVEN, 5, 7, 16, device=device)
+
+    def call(q, backend="auto"):
+        return asym_gqa_attention(q, k, v, UNEVEN, backend=backend).square().sum()
+
+    leaf = q.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(call(leaf), leaf)
+    torch.testing.assert_close(torch.func.grad(call)(q), expected)
+    _, tangent = torch.func.jvp(call, (q,), (k.new_ones(q.shape),))
+    torch.testing.assert_close(tangent, expected.sum())
+    with pytest.raises(NotImplementedError, match="torch_func"):
+        torch.func.grad(lambda q: call(q, backend))(q)
+    with pytest.raises(NotImplementedError, match="torch_func"):
+        torch.func.jvp(lambda q: call(q, backend), (q,), (q,))
+    mapped = torch.vmap(lambda q, k, v: asym_gqa_attention(q, k, v, UNEVEN, backend=backend))
+    out = mapped(q[:, None], k[:, None], v[:, None])
+    torch.testing.assert_close(out[:, 0], asym_gqa_attention(q, k, v, UNEVEN, backend=backend))
+
+
+@pytest.mark.parametrize("backend", FUSED)
 def test_activation_checkpointing(backend, device):
     q, k, v = make_inputs(1, UNEVEN, 12, 12, 16, device=device, requires_grad=True)
 

@@ -24,6 +24,7 @@ ALL_OPTIONS = frozenset(
         "device_map",
         "dropout",
         "mask_gradient",
+        "torch_func",
     }
 )
 # Where keys and values may lie, and how they may be stored: the words of KVView.kinds, and
@@ -31,6 +32,10 @@ ALL_OPTIONS = frozenset(
 ALL_CACHES = frozenset(
     {"dense", "paged", "kv_begin", "varlen", "fp8_e4m3", "fp8_e5m2", "int8", "int4"}
 )
+
+
+# What backends with a backward op can't have: it is differentiated once, and in reverse.
+FUSED_OPTIONS = ALL_OPTIONS - {"mask_gradient", "torch_func"}
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,8 @@ class Capabilities:
         devices: torch device types.
         dtypes: types of q, k and v.
         max_head_dim: largest D and Dv.
-        options: names out of ``ALL_OPTIONS``.
+        options: names out of ``ALL_OPTIONS``. ``mask_gradient``: of an additive mask;
+            ``torch_func``: derivatives by torch.func (grad, jvp, ...) or in forward mode.
         autograd: whether it has a backward.
         caches: names out of ``ALL_CACHES``, for attention over a cache and for the append.
         cache_autograd: whether attention over a cache has a backward.

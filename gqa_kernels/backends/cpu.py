@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import autograd, extension
 from ..cache.inputs import AppendInputs, CacheInputs
 from ..inputs import AttentionInputs
-from .base import ALL_CACHES, ALL_OPTIONS, Backend, Capabilities
+from .base import ALL_CACHES, FUSED_OPTIONS, Backend, Capabilities
 
 
 class CPUBackend(Backend):
@@ -17,7 +17,7 @@ class CPUBackend(Backend):
         devices=frozenset({"cpu"}),
         dtypes=frozenset({torch.float16, torch.bfloat16, torch.float32}),
         max_head_dim=256,
-        options=ALL_OPTIONS - {"mask_gradient"},
+        options=FUSED_OPTIONS,
         autograd=True,
         caches=ALL_CACHES,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .. import env, extension
-from .base import ALL_OPTIONS, Backend, Capabilities
+from .base import FUSED_OPTIONS, Backend, Capabilities
 from .cpu import CPUBackend
 
 MIN_CAPABILITY = (8, 0)
@@ -17,7 +17,7 @@ class CUDABackend(Backend):
         devices=frozenset({"cuda"}),
         dtypes=frozenset({torch.float16, torch.bfloat16}),
         max_head_dim=256,
-        options=ALL_OPTIONS - {"dropout", "mask_gradient"},
+        options=FUSED_OPTIONS - {"dropout"},
         autograd=False,
         caches=frozenset({"dense", "paged", "kv_begin", "varlen"}),
     )

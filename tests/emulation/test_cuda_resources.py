@@ -17,7 +17,10 @@ ptxas info    : Function properties for {prefill}
     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
 ptxas info    : Used 168 registers, used 6 barriers, 1288 bytes cmem[0]
 """
-DECODE = "_ZN3gqa4cuda4sm8013decode_kernelINS_8BFloat16ELi64ELNS1_13DecodeVariantE0EEEvNS1_12DecodeParamsE"
+DECODE = (
+    "_ZN3gqa4cuda4sm8013decode_kernelINS_8BFloat16ELi64ELNS1_13DecodeVariantE0EEEv"
+    "NS1_12DecodeParamsE"
+)
 PREFILL = (
     "_ZN3gqa4cuda4sm9014prefill_kernelINS_7Float16ENS1_6ConfigILi128ELi176EEELb0EEEv"
     "NS1_16PrefillArgumentsE"

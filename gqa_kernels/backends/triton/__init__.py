@@ -28,7 +28,7 @@ from ... import env
 from ...cache.inputs import AppendInputs, CacheInputs
 from ...inputs import AttentionInputs
 from ...plan import plan_for
-from ..base import ALL_CACHES, ALL_OPTIONS, Backend, Capabilities
+from ..base import ALL_CACHES, FUSED_OPTIONS, Backend, Capabilities
 
 MIN_CUDA_CAPABILITY = (8, 0)
 
@@ -39,7 +39,7 @@ class TritonBackend(Backend):
         devices=frozenset({"cuda", "cpu"}),
         dtypes=frozenset({torch.float16, torch.bfloat16, torch.float32}),
         max_head_dim=256,
-        options=ALL_OPTIONS - {"mask_gradient"},
+        options=FUSED_OPTIONS,
         autograd=True,
         caches=ALL_CACHES,
     )

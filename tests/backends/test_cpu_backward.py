@@ -1,0 +1,123 @@
+"""What is particular to the native CPU backward; cases all backends share are in test_gradients."""
+
+import pytest
+import torch
+
+from gqa_kernels import HeadMap, asym_gqa_attention, extension
+from gqa_kernels.testing import assert_gradients_close, make_inputs
+from tests.backends.test_cpu import DTYPES, isa, op_arguments, threads  # noqa: F401 (fixtures)
+from tests.cases import PREFILL_CASES, UNEVEN
+from tests.test_gradients import check, differentiate
+
+pytestmark = pytest.mark.skipif(
+    extension.unavailable_reason() is not None, reason="no compiled kernels and no compiler"
+)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_instruction_set(isa, dtype):  # noqa: F811
+    for case in PREFILL_CASES[::3]:
+        args, options = case.build(dtype, "cpu")
+        try:
+            check(args, options, "cpu")
+        except AssertionError as error:
+            raise AssertionError(f"{case.id}: {error}") from error
+
+
+def test_every_head_dim(isa):  # noqa: F811
+    """All remainders of vectors and panels."""
+    head_map = HeadMap([0, 0, 1])
+    for dim in [*range(1, 34, 3), 63, 65, 127, 129, 200, 255, 256]:
+        args = make_inputs(1, head_map, 7, 11, dim, value_head_dim=257 - dim)
+        check((*args, head_map), {"causal": True}, "cpu")
+
+
+@pytest.mark.parametrize("q_len, kv_len", [(70, 50), (151, 99), (97, 200), (1, 145)])
+def test_tiles_end_anywhere(isa, q_len, kv_len):  # noqa: F811
+    head_map = HeadMap([0, 1, 0, 0])
+    args = make_inputs(1, head_map, q_len, kv_len, 16)
+    for window in ((None, 0), (31, 5)):
+        check((*args, head_map), {"window": window}, "cpu")
+
+
+@pytest.mark.parametrize("value_map", [None, HeadMap([0, 1, 1, 1, 0])])
+def test_parts_of_a_head_merge_right_and_repeatably(threads, value_map):  # noqa: F811
+    """One KV head with most of the work: it is cut where there are threads to share it."""
+    head_map = HeadMap([0, 0, 0, 1, 0])
+    args = (*make_inputs(1, head_map, 170, 190, 32, value_head_map=value_map), head_map)
+    options = {"causal": True, "sinks": torch.tensor([0.5, -1.0, 3.0, 0.0, 1.0])}
+    if value_map is not None:
+        options["value_head_map"] = value_map
+    for count in (1, 2, 5):
+        threads(count)
+        first = check(args, options, "cpu")
+        for _ in range(3):
+            again, *_ = differentiate(args, options, "cpu")
+            assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def backward_arguments(need=(True, True), **options):
+    """Arguments of the op after a forward through its own op."""
+    extension.load()
+    forward = op_arguments(**{"alibi_slopes": torch.rand(6), "sinks": torch.rand(6), **options})
+    out, lse = torch.ops.gqa_kernels.attention_forward.default(*forward)
+    gradients = torch.randn_like(out), torch.randn_like(lse)
+    return [*gradients, *forward[:3], out, lse, *forward[3:-1], 0.0, None, *need]
+
+
+def op():
+    extension.load()
+    return torch.ops.gqa_kernels.attention_backward.default
+
+
+@pytest.mark.parametrize("need", [(True, True), (False, False)])
+def test_opcheck(need):
+    torch.library.opcheck(op(), backward_arguments(need, causal=True))
+    arguments = op_arguments(causal=True, sinks=torch.rand(6))
+    leaves = [x.clone().requires_grad_() for x in arguments[:3]]
+    torch.library.opcheck(
+        torch.ops.gqa_kernels.attention_forward.default, (*leaves, *arguments[3:])
+    )
+
+
+def test_out_of_range_map_entries_give_nan_and_touch_nothing():
+    arguments = backward_arguments()
+    good = op()(*arguments)
+    kept = [0, 2, 3, 5]
+    for bad in (-1, 3, 2**31 - 1, -(2**31)):
+        head_map = arguments[7].clone()
+        head_map[[1, 4]] = bad
+        dq, dk, dv, *_ = op()(*arguments[:7], head_map, *arguments[8:])
+        assert dq[:, [1, 4]].isnan().all()
+        torch.testing.assert_close(dq[:, kept], good[0][:, kept])
+        assert dk.isfinite().all() and dv.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "index, value, message",
+    [
+        (0, torch.zeros(2, 6, 5, 16, dtype=torch.half), "dout must have dtype Float, got Half"),
+        (0, torch.zeros(2, 6, 4, 16), r"dout must have shape \(2, 6, 5, 16\)"),
+        (0, torch.zeros(1).expand(2, 6, 5, 16), "dout must have a last dim of stride 1"),
+        (6, torch.zeros(2, 6, 10)[..., ::2], "lse must be contiguous"),
+        (17, 1.5, r"dropout_p must lie in \[0, 1\), got 1.5"),
+        (17, 0.5, "dropout_seed must be given"),
+        (9, None, "alibi_slopes must be given with need_slopes"),
+    ],
+)
+def test_op_refuses_what_memory_safety_forbids(index, value, message):
+    arguments = backward_arguments()
+    arguments[index] = value
+    with pytest.raises(RuntimeError, match=message):
+        op()(*arguments)
+
+
+def test_gradients_of_strided_tensors_and_bshd():
+    q, k, v = make_inputs(2, UNEVEN, 30, 41, 24, layout="bshd", strided=True)
+    leaves = [x.clone(memory_format=torch.preserve_format).requires_grad_() for x in (q, k, v)]
+    out = asym_gqa_attention(*leaves, UNEVEN, layout="bshd", causal=True, backend="cpu")
+    dout = torch.randn(2, 6, 30, 24).transpose(1, 2)
+    found = torch.autograd.grad(out, leaves, dout)
+    assert_gradients_close(
+        dict(zip("qkv", found, strict=True)), q, k, v, UNEVEN, dout=dout, layout="bshd", causal=True
+    )
