@@ -9,6 +9,8 @@ from functools import cached_property
 
 import torch
 
+from .sharding import Groups, assign
+
 
 @dataclass(frozen=True)
 class HeadMapShard:
@@ -17,12 +19,16 @@ class HeadMapShard:
     Attributes:
         head_map: the map among the rank's own heads (both numbered from 0).
         query_heads: global index of each local query head, ascending.
-        kv_heads: global index of each local KV head, ascending.
+        kv_heads: global index of each local KV head (key head), ascending.
+        value_head_map: the local map of V where it differs from K's, else None.
+        value_heads: global index of each local value head; ``kv_heads`` where the map is shared.
     """
 
     head_map: HeadMap
     query_heads: tuple[int, ...]
     kv_heads: tuple[int, ...]
+    value_head_map: HeadMap | None
+    value_heads: tuple[int, ...]
 
 
 class HeadMap:
@@ -132,27 +138,74 @@ class HeadMap:
             device, lambda: torch.tensor(self._entries, dtype=torch.int32, device=device)
         )
 
-    def shard(self, rank: int, world: int) -> HeadMapShard:
+    def shard(
+        self,
+        rank: int,
+        world: int,
+        *,
+        value_head_map: HeadMap | None = None,
+        query_cost: int = 1,
+        kv_cost: int = 1,
+    ) -> HeadMapShard:
         """Rank ``rank``'s part when the query heads are cut over ``world`` ranks.
 
-        Query heads are ordered by KV head and cut into ``world`` runs whose lengths differ by at
-        most one, so that a KV head is replicated only where a cut falls inside its group. KV heads
-        that no query head reads are left out.
+        Every rank gets whole query heads and just the KV heads these read; KV heads that no query
+        head reads are left out. The cut minimises the largest load of a rank, then the KV heads
+        held in all (:mod:`gqa_kernels.sharding`; proven optimal), and is the same on every rank.
+
+        Args:
+            rank, world: this rank and the number of ranks, at most ``Hq``.
+            value_head_map: the map of V where it differs.
+            query_cost, kv_cost: load of a query head and of a KV head (a K and a V head). The
+                default counts the rows of the projections; long contexts weigh ``kv_cost`` more.
+
+        Raises:
+            ValueError: ``rank`` or ``world`` is out of range, a cost is negative, or the maps
+                differ in length.
+            ImportError: no simple cut is optimal and SciPy is missing.
         """
         if world < 1 or world > self.num_heads:
             raise ValueError(f"world must lie in [1, {self.num_heads}], got {world}")
         if not 0 <= rank < world:
             raise ValueError(f"rank must lie in [0, {world}), got {rank}")
-        order = [h for group in self.groups for h in group]
-        low, high = (self.num_heads * r // world for r in (rank, rank + 1))
-        query_heads = tuple(sorted(order[low:high]))
+        if query_cost < 1 or kv_cost < 0:
+            raise ValueError(
+                f"query_cost must be at least 1 and kv_cost at least 0, got {query_cost}, {kv_cost}"
+            )
+        maps = [self] if value_head_map is None else [self, value_head_map]
+        if maps[-1].num_heads != self.num_heads:
+            raise ValueError(
+                f"value_head_map must have {self.num_heads} entries, got {maps[-1].num_heads}"
+            )
+        alike: dict[tuple[int, ...], list[int]] = {}  # what heads read -> the heads
+        for h, reads in sorted(enumerate(zip(*maps, strict=True)), key=lambda item: item[1]):
+            alike.setdefault(reads, []).append(h)
+        # A shared map's KV head is one K and one V head.
+        groups = Groups(
+            sizes=tuple(map(len, alike.values())),
+            reads=tuple(_renumbered(kind) for kind in zip(*alike, strict=True)),
+            query_cost=2 * query_cost,
+            read_cost=2 * kv_cost // len(maps),
+        )
+        query_heads = []
+        for heads, counts in zip(alike.values(), assign(groups, world), strict=True):
+            before = sum(counts[:rank])
+            query_heads += heads[before : before + counts[rank]]
+        query_heads.sort()
+        local_maps, held = zip(*(m._restricted(query_heads) for m in maps), strict=True)
+        return HeadMapShard(
+            local_maps[0],
+            tuple(query_heads),
+            held[0],
+            None if value_head_map is None else local_maps[1],
+            held[-1],
+        )
+
+    def _restricted(self, query_heads: Sequence[int]) -> tuple[HeadMap, tuple[int, ...]]:
+        """The map among some query heads and the KV heads that they read, which come second."""
         kv_heads = tuple(sorted({self._entries[h] for h in query_heads}))
         local = {kv: i for i, kv in enumerate(kv_heads)}
-        return HeadMapShard(
-            HeadMap((local[self._entries[h]] for h in query_heads), len(kv_heads)),
-            query_heads,
-            kv_heads,
-        )
+        return HeadMap((local[self._entries[h]] for h in query_heads), len(kv_heads)), kv_heads
 
     def to_json(self) -> str:
         return json.dumps({"entries": self._entries, "num_kv_heads": self._num_kv_heads})
@@ -191,6 +244,13 @@ class HeadMap:
 
     def __repr__(self) -> str:
         return f"HeadMap({list(self._entries)}, num_kv_heads={self._num_kv_heads})"
+
+
+def _renumbered(indices: Iterable[int]) -> tuple[int, ...]:
+    """The indices numbered from 0 without gaps, in ascending order."""
+    indices = tuple(indices)
+    numbers = {index: n for n, index in enumerate(sorted(set(indices)))}
+    return tuple(numbers[index] for index in indices)
 
 
 def _as_int(name: str, index: int, value: object) -> int:

@@ -69,8 +69,6 @@ def test_immutable_hashable_and_copied():
         (lambda: HeadMap.from_groups([[0], [0]]), ValueError, "each of the query heads once"),
         (lambda: HeadMap.from_groups([[0], [2]]), ValueError, "each of the query heads once"),
         (lambda: HeadMap.from_json("[0, 1]"), ValueError, "HeadMap JSON must be an object"),
-        (lambda: HeadMap([0, 0]).shard(2, 2), ValueError, r"rank must lie in \[0, 2\), got 2"),
-        (lambda: HeadMap([0, 0]).shard(0, 3), ValueError, r"world must lie in \[1, 2\], got 3"),
     ],
 )
 def test_errors(make, error, message):
@@ -81,20 +79,6 @@ def test_errors(make, error, message):
 head_maps = st.lists(st.integers(0, 6), min_size=1, max_size=24).map(
     lambda entries: HeadMap(entries, max(entries) + 1 + len(entries) % 2)
 )
-
-
-@given(head_maps, st.data())
-def test_shards_partition_the_query_heads(head_map, data):
-    world = data.draw(st.integers(1, head_map.num_heads))
-    seen = []
-    for rank in range(world):
-        shard = head_map.shard(rank, world)
-        seen += shard.query_heads
-        assert list(shard.query_heads) == sorted(shard.query_heads)
-        for local, h in enumerate(shard.query_heads):
-            assert shard.kv_heads[shard.head_map[local]] == head_map[h]
-        assert set(shard.head_map) == set(range(shard.head_map.num_kv_heads))
-    assert sorted(seen) == list(range(head_map.num_heads))
 
 
 def unpack(plan: torch.Tensor, heads: int):

@@ -6,6 +6,8 @@ ordinary GQA.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -86,7 +88,8 @@ def attention_call(
             padding in it; None where plain causality is enough.
         sliding_window: keys a query sees, its own included.
         s_aux: attention sinks ``[Hq]``.
-        position_bias: ``[1 or B, Hq, Sq, Sk]`` added to the scores (T5).
+        position_bias: ``[1 or B, Hq, Sq, Sk]``, added to the scores (T5).
+        cache: transformers' continuous batching; not supported.
     """
     if dropout:
         raise NotImplementedError(
@@ -95,7 +98,8 @@ def attention_call(
         )
     if cache is not None:
         raise NotImplementedError(
-            f"cache must be None with attn_implementation='asym_gqa', got a {type(cache).__name__}"
+            "cache (continuous batching) must be None with attn_implementation='asym_gqa', got a "
+            f"{type(cache).__name__}"
         )
     q_len = query.shape[2]
     causal = False
@@ -107,12 +111,13 @@ def attention_call(
         if causal:
             # Prefill into an empty static cache: its slots beyond the prompt hold nothing yet.
             key, value = key[:, :, :q_len], value[:, :, :q_len]
+            position_bias = None if position_bias is None else position_bias[..., :q_len]
         if sliding_window is not None:
             window = (sliding_window - 1, None)
     else:
         attention_mask = attention_mask[..., : key.shape[2]]
     if position_bias is not None:
-        attention_mask = _biased(position_bias[..., : key.shape[2]], attention_mask)
+        attention_mask = _with_bias(attention_mask, position_bias[..., : key.shape[2]])
     head_map, value_head_map = layer_maps(
         getattr(module, "config", None),
         layer_index(module),
@@ -136,10 +141,10 @@ def attention_call(
     }
 
 
-def _biased(bias: Tensor, mask: Tensor | None) -> Tensor:
-    """An additive mask: the bias, and the mask (boolean or additive) where there is one."""
-    if mask is None:
+def _with_bias(attention_mask: Tensor | None, bias: Tensor) -> Tensor:
+    """An additive mask of a bias and a mask."""
+    if attention_mask is None:
         return bias
-    if mask.dtype == torch.bool:
-        return torch.where(mask, bias, -torch.inf)
-    return bias + mask
+    if attention_mask.dtype == torch.bool:
+        return torch.where(attention_mask, bias, -math.inf)
+    return bias + attention_mask

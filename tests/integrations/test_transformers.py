@@ -5,10 +5,11 @@ import warnings
 
 import pytest
 import torch
+from transformers import T5Config, T5ForConditionalGeneration
 
 from gqa_kernels import HeadMap
 from gqa_kernels.convert import convert
-from gqa_kernels.integrations.transformers import register
+from gqa_kernels.integrations.transformers import attention_call, register
 from tests.tiny_models import FAMILIES, batch, expanded, split, tiny
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}  # logits of two fp32 summation orders, values up to about 5
@@ -115,6 +116,45 @@ def test_other_models_unchanged(model_type, config, lengths):
     torch.testing.assert_close(logits(model, inputs), theirs, **CLOSE)
 
 
+def t5():
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=64, d_model=48, d_kv=16, d_ff=64, num_layers=2, num_heads=6, pad_token_id=0,
+        decoder_start_token_id=0, eos_token_id=1, initializer_factor=2.0,
+    )  # fmt: skip
+    return T5ForConditionalGeneration(config).eval()
+
+
+@pytest.mark.parametrize("lengths", [[13], [13, 8]], ids=["whole", "padded"])
+def test_t5_position_bias(lengths):
+    """Relative position bias in encoder and decoder, cross-attention, generation."""
+    model = t5()
+    inputs = batch(lengths, "right")
+    decoder_ids = batch([7] * len(lengths), "right", seed=1)["input_ids"]
+    results = []
+    for implementation in ("eager", "asym_gqa"):
+        model.set_attn_implementation(implementation)
+        with torch.no_grad():
+            logits = model(**inputs, decoder_input_ids=decoder_ids).logits
+        generated = model.generate(**inputs, max_new_tokens=10, do_sample=False)
+        results.append((logits, generated))
+    (theirs, their_tokens), (ours, our_tokens) = results
+    torch.testing.assert_close(ours, theirs, **CLOSE)
+    assert our_tokens.tolist() == their_tokens.tolist()
+
+
+def test_gradient_of_the_position_bias():
+    grads = []
+    for implementation in ("eager", "asym_gqa"):
+        model = t5()
+        model.set_attn_implementation(implementation)
+        inputs = batch([9, 5], "right")
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+        first = model.encoder.block[0].layer[0].SelfAttention
+        grads.append(first.relative_attention_bias.weight.grad)
+    torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-5)
+
+
 def test_even_model_equals_sdpa():
     model = tiny()
     inputs = batch([17, 9], "left")
@@ -181,12 +221,10 @@ class TestErrors:
         with pytest.raises(NotImplementedError, match=r"dropout must be 0 .*got 0\.1"):
             model(**batch([5], "left"))
 
-    def test_cache(self):
-        from gqa_kernels.integrations.transformers import attention_call
-
+    def test_continuous_batching(self):
         module = tiny().model.layers[0].self_attn
         q = torch.zeros(1, 6, 3, 16)
-        with pytest.raises(NotImplementedError, match="cache must be None .*got a Tensor"):
+        with pytest.raises(NotImplementedError, match=r"cache .*must be None .*got a Tensor"):
             attention_call(module, q, q, q, None, cache=q)
 
     def test_too_few_maps(self):
