@@ -66,6 +66,8 @@ METHODS = {
     "uneven, aligned": Method("exact", "free", "aligned"),
     "even, aligned": Method("exact", "even", "aligned"),
     "uneven, low rank": Method("exact", "free", "low_rank"),
+    "even, low rank": Method("exact", "even", "low_rank"),
+    "neighbour, low rank": Method("neighbour", "free", "low_rank"),
 }
 STOCK = "stock"
 Key = tuple[str, int, int]  # method, KV heads, seed

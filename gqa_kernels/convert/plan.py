@@ -107,7 +107,7 @@ def plan(
     method: str = "exact",
     sizes: str = "free",
     shared: bool = False,
-    merging: str = "aligned",
+    merging: str = "low_rank",
     held_out: Iterable[Batch] | None = None,
     seed: int = 0,
     progress: bool = False,
