@@ -1,7 +1,7 @@
 """Offline grouping: which query heads share a KV head, how the KV heads of a group become one, and
 how many KV heads each layer gets.
 
-    calibrate -> similarity -> search (a curve: search_curve) -> select_maps, allocate -> merge_layer
+    calibrate -> similarity -> search, search_curve -> select_maps, allocate -> merge_layer
 
 - ``weights.py``: a layer by head; ``space.py``: its moments; ``symmetry.py``: what may be turned.
 - ``similarity.py``: how unlike two heads are; ``objective.py``: what a partition costs.
