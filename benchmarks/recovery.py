@@ -263,6 +263,7 @@ def picture(found: list[Row], path: Path) -> None:
         if stock:
             axis.axhline(statistics.fmean(stock), color="gray", linestyle="--", label="stock")
         axis.set_yscale("log")
+        axis.set_xticks(range(1, max(KV_HEADS) + 1))
         axis.set_xlabel("KV heads (of 9)")
         axis.set_title(f"{when} recovery")
     axes[0].set_ylabel("perplexity")
