@@ -66,6 +66,8 @@ METHODS = {
     "uneven, aligned": Method("exact", "free", "aligned"),
     "even, aligned": Method("exact", "even", "aligned"),
     "uneven, low rank": Method("exact", "free", "low_rank"),
+    "even, low rank": Method("exact", "even", "low_rank"),
+    "neighbour, low rank": Method("neighbour", "free", "low_rank"),
 }
 STOCK = "stock"
 Key = tuple[str, int, int]  # method, KV heads, seed
@@ -261,6 +263,7 @@ def picture(found: list[Row], path: Path) -> None:
         if stock:
             axis.axhline(statistics.fmean(stock), color="gray", linestyle="--", label="stock")
         axis.set_yscale("log")
+        axis.set_xticks(range(1, max(KV_HEADS) + 1))
         axis.set_xlabel("KV heads (of 9)")
         axis.set_title(f"{when} recovery")
     axes[0].set_ylabel("perplexity")

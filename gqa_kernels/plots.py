@@ -17,7 +17,7 @@ def maps(pairs: Sequence[tuple[HeadMap, HeadMap]], path: str | Path) -> Path:
     figure, axes = _figure(1, 2, (10, 1.5 + 0.25 * len(pairs)))
     for axis, side, name in zip(axes[0], (0, 1), "KV", strict=True):
         cells = np.array([pair[side].entries for pair in pairs])
-        axis.imshow(cells, cmap="tab20", vmin=0, vmax=19, aspect="auto", interpolation="nearest")
+        axis.imshow(cells % 20, cmap="tab20", vmin=0, vmax=19, aspect="auto")
         for layer, row in enumerate(cells):
             for head, entry in enumerate(row):
                 axis.text(head, layer, entry, ha="center", va="center", fontsize=7)

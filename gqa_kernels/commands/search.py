@@ -28,7 +28,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         help="group sizes; auto: by held-out error, layer by layer (%(default)s)",
     )
     parser.add_argument("--shared", action="store_true", help="one map for K and V")
-    parser.add_argument("--merging", default="aligned", help="of the conversion (%(default)s)")
+    parser.add_argument("--merging", default="low_rank", help="of the conversion (%(default)s)")
     parser.add_argument("--check", action="store_true", help="search both halves of the data, too")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
     add_text(parser, "calibration text", (16, 512))

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..grouping import LayerStats, SearchResult, allocate, search, search_curve, select_maps
 from ..grouping.calibration import Batch
+from ..grouping.search import subset_dp
 from ..grouping.similarity import similarity
 from ..head_map import HeadMap
 from ..progress import track, write_atomically
@@ -50,8 +51,8 @@ class Plan:
     Attributes:
         kind, merging: of similarity, and how heads are to be merged.
         layers: one entry per attention layer.
-        curves: per layer ``{"k": {G: objective}, "v": ...}`` for every number of groups, where
-            they were worked out.
+        curves: per layer ``{"k": {G: objective}, "v": ...}`` for every number of groups; the
+            least objectives up to 18 query heads, Ward's beyond.
     """
 
     kind: str
@@ -107,7 +108,7 @@ def plan(
     method: str = "exact",
     sizes: str = "free",
     shared: bool = False,
-    merging: str = "aligned",
+    merging: str = "low_rank",
     held_out: Iterable[Batch] | None = None,
     seed: int = 0,
     progress: bool = False,
@@ -146,7 +147,9 @@ def plan(
     for layer in track(layers, "Searching", shown=progress):
         found = {s: similarity(model, stats, layer.index, s, kind).array for s in sides}
         distances.append(found)
-        curves.append({s: search_curve(D, "exact") for s, D in found.items()})
+        # Beyond what the subset DP can, Ward's linkage gives all numbers of groups at once.
+        curve = "exact" if layer.num_heads <= subset_dp.MAX_HEADS else "hierarchical"
+        curves.append({s: search_curve(D, curve) for s, D in found.items()})
     counts = _counts(curves, num_kv_heads, budget, shared)
     candidates = {}
     for rule in ("free", "equal", "neighbour") if sizes == "auto" else (sizes,):

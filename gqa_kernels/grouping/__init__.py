@@ -1,4 +1,15 @@
-"""Offline grouping: which query heads share a KV head, and how many KV heads each layer gets."""
+"""Offline grouping: which query heads share a KV head, how the KV heads of a group become one, and
+how many KV heads each layer gets.
+
+    calibrate -> similarity -> search, search_curve -> select_maps, allocate -> merge_layer
+
+- ``weights.py``: a layer by head; ``space.py``: its moments; ``symmetry.py``: what may be turned.
+- ``similarity.py``: how unlike two heads are; ``objective.py``: what a partition costs.
+- ``search/``: one method a file; ``result.py``: labels, objective, lower bound, proof.
+- ``merging.py``: one head out of several, with ``alignment.py`` and ``low_rank.py``.
+- ``evaluation.py``: held-out error of each layer; ``selection.py``, ``budget.py``: what to do with
+  it.
+"""
 
 from .budget import Allocation, allocate
 from .calibration import LayerStats, calibrate

@@ -5,8 +5,8 @@ the turned heads. Where any invertible matrix is allowed in place of ``R_h^T`` (
 the ``m [D]`` and the decoders ``T_h`` that minimise ``sum_h E[e_h^T M_h e_h]``,
 ``e_h = k_h - T_h m``, are known in closed form: with ``B_h^T B_h = M_h``, ``m`` holds the ``D``
 leading principal components of the stacked ``B_h k_h`` (Eckart and Young). Under rotary embedding
-each plane is one complex number and keeps its leading complex component. The decoders are folded
-into q and o.
+each plane is one complex number and keeps its leading complex component; what the metric says
+across planes is left out. The decoders are folded into q and o.
 """
 
 from __future__ import annotations

@@ -14,6 +14,8 @@ from ..head_map import HeadMap
 from .symmetry import Symmetry
 from .weights import LayerWeights, Rotary
 
+_WINDOW = 512  # tokens; distances between a query and the keys it sees
+
 
 class Moments(Protocol):
     """Moments of an attention input ``x [d]``, as ``calibrate`` collects them."""
@@ -161,11 +163,28 @@ def _score_metric(weights: LayerWeights, moments: Moments | None) -> Tensor:
 
 
 def _turned(metric: Tensor, rotary: Rotary) -> Tensor:
-    """Mean of ``R^T metric R`` over independent rotations of all planes: what is left of a query's
-    second moment when its distance to the key is spread over many turns of every plane."""
-    out = torch.zeros_like(metric)
+    """Mean of ``R^T metric R`` over the rotations ``R`` by the distances 0 to ``_WINDOW - 1`` of a
+    key to its query; where the frequencies are not known, over independent rotations of all planes.
+
+    In the basis ``(x_a +- i x_b) / sqrt 2`` of each plane a rotation multiplies every coordinate by
+    a phase, so the mean multiplies every entry of the metric by a number.
+    """
+    D, half = metric.shape[-1], rotary.dim // 2
     a, b = rotary.planes.T
-    mean = (metric[..., a, a] + metric[..., b, b]) / 2
-    out[..., a, a], out[..., b, b] = mean, mean
-    out[..., rotary.dim :, rotary.dim :] = metric[..., rotary.dim :, rotary.dim :]
-    return out
+    p = torch.arange(half)
+    basis = torch.eye(D, dtype=torch.complex128)
+    basis[: rotary.dim] = 0
+    basis[p, a] = basis[half + p, a] = 0.5**0.5
+    basis[p, b], basis[half + p, b] = 1j * 0.5**0.5, -1j * 0.5**0.5
+    if rotary.frequencies is None:
+        turns = torch.arange(rotary.dim)
+        still = torch.full((D - rotary.dim,), -1)
+        kind = torch.cat([turns, still])
+        factor = (kind[:, None] == kind).to(basis.dtype)
+    else:
+        theta = torch.tensor(rotary.frequencies, dtype=torch.float64)
+        speed = torch.cat([theta, -theta, theta.new_zeros(D - rotary.dim)])
+        angles = torch.arange(_WINDOW)[:, None, None] * (speed[:, None] - speed)
+        factor = torch.polar(torch.ones_like(angles), angles).mean(0)
+    turned = (basis @ metric.to(basis.dtype) @ basis.mH) * factor
+    return (basis.mH @ turned @ basis).real

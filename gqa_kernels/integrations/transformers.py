@@ -113,7 +113,11 @@ def attention_call(
     else:
         attention_mask = attention_mask[..., : key.shape[2]]
     if position_bias is not None:
+<<<<<<< HEAD
         attention_mask = _with_bias(attention_mask, position_bias)
+=======
+        attention_mask = _with_bias(attention_mask, position_bias[..., : key.shape[2]])
+>>>>>>> group-b
     head_map, value_head_map = layer_maps(
         getattr(module, "config", None),
         layer_index(module),

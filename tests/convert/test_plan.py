@@ -79,6 +79,14 @@ def test_auto_takes_the_lowest_held_out_error(model, stats):
     )
 
 
+def test_many_heads_have_curves_of_linkage():
+    model = tiny(num_heads=20, num_kv_heads=20, num_hidden_layers=1)
+    found = plan(model, None, 10, kind="weight", method="hierarchical", merging="mean")
+    assert set(found.curves[0]["k"]) == set(range(1, 21))
+    assert found.layers[0].key.num_groups == 10
+    assert found.layers[0].key.method == "hierarchical"
+
+
 @pytest.mark.parametrize("family", ["bert", "vit", "t5"])
 def test_other_families(family):
     model = tiny_families.tiny(family)

@@ -1,5 +1,7 @@
 """The best shared head of a group, against the samples it is the best for."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,9 +9,17 @@ from gqa_kernels import HeadMap
 from gqa_kernels.grouping import merge_layer, search_groups
 from gqa_kernels.grouping.low_rank import GroupLosses, shared_head
 from gqa_kernels.grouping.space import HeadSpace
-from tests.grouping.layers import ROTARY, attention, computed, layer, moments, relative, tokens
+from tests.grouping.layers import ROTARY, attention, computed, moments, relative, tokens
+from tests.grouping.layers import layer as any_layer
 
 X = tokens()
+
+
+def layer(rotary="none", **options):
+    """Of unknown frequencies: then the metric has no terms across planes, as the loss assumes."""
+    weights = any_layer(rotary, **options)
+    known = weights.rotary
+    return replace(weights, rotary=known and replace(known, frequencies=None))
 
 
 def loss_of(space, weights, side, group, rows, decoders):

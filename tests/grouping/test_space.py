@@ -1,5 +1,7 @@
 """The moments of heads against means over tokens."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -48,16 +50,29 @@ def test_score_metric():
     torch.testing.assert_close(torch.einsum("a,hab,b->h", error, metric, error), expected)
 
 
-@pytest.mark.parametrize("rotary", ["half_split", "interleaved"])
-def test_score_metric_of_rotated_heads_is_a_mean_over_positions(rotary):
+@pytest.mark.parametrize("rotary", ["half_split", "interleaved", "partial"])
+def test_score_metric_of_rotated_heads_is_a_mean_over_distances(rotary):
+    """The error of a key ``t`` tokens before its query."""
     weights = layer(rotary)
     q = computed(weights, "q", X)
     error = torch.randn(D, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    far = [rotation(weights.rotary, 1e4 * step) @ error for step in range(1, 800)]
-    expected = torch.stack([(q @ e / D**0.5).square().mean(0) for e in far]).mean(0)
+    turned = [rotation(weights.rotary, -t) @ error for t in range(512)]
+    expected = torch.stack([(q @ e / D**0.5).square().mean(0) for e in turned]).mean(0)
     metric = HeadSpace.of(weights, "k", moments(X)).metric
-    found = torch.einsum("a,hab,b->h", error, metric, error)
-    torch.testing.assert_close(found, expected, rtol=0.1, atol=0)
+    torch.testing.assert_close(torch.einsum("a,hab,b->h", error, metric, error), expected)
+
+
+def test_score_metric_without_frequencies_knows_planes_only():
+    weights = layer("partial")
+    known = HeadSpace.of(weights, "k", moments(X)).metric
+    unknown = replace(weights, rotary=replace(weights.rotary, frequencies=None))
+    metric = HeadSpace.of(unknown, "k", moments(X)).metric
+    a, b = weights.rotary.planes.T
+    torch.testing.assert_close(metric[:, a, a], metric[:, b, b])
+    rest = slice(weights.rotary.dim, None)
+    torch.testing.assert_close(metric[:, rest, rest], known[:, rest, rest])
+    assert metric[:, : weights.rotary.dim, rest].abs().max() < 1e-12
+    torch.testing.assert_close(metric.diagonal(0, 1, 2).sum(1), known.diagonal(0, 1, 2).sum(1))
 
 
 def test_output_metric():
