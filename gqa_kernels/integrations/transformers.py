@@ -107,17 +107,12 @@ def attention_call(
         if causal:
             # Prefill into an empty static cache: its slots beyond the prompt hold nothing yet.
             key, value = key[:, :, :q_len], value[:, :, :q_len]
-            position_bias = None if position_bias is None else position_bias[..., :q_len]
         if sliding_window is not None:
             window = (sliding_window - 1, None)
     else:
         attention_mask = attention_mask[..., : key.shape[2]]
     if position_bias is not None:
-<<<<<<< HEAD
-        attention_mask = _with_bias(attention_mask, position_bias)
-=======
         attention_mask = _with_bias(attention_mask, position_bias[..., : key.shape[2]])
->>>>>>> group-b
     head_map, value_head_map = layer_maps(
         getattr(module, "config", None),
         layer_index(module),

@@ -233,14 +233,6 @@ def test_named_backend():
 
 
 class TestErrors:
-<<<<<<< HEAD
-=======
-    def test_dropout(self):
-        model = split(tiny(attention_dropout=0.1), num_kv_heads=4).train()
-        with pytest.raises(NotImplementedError, match=r"dropout must be 0 .*got 0\.1"):
-            model(**batch([5], "left"))
-
->>>>>>> group-b
     def test_continuous_batching(self):
         module = tiny().model.layers[0].self_attn
         q = torch.zeros(1, 6, 3, 16)
