@@ -200,7 +200,7 @@ def main() -> None:
     problems += re.findall(r".*wgmma.*serialized.*", log)
     if arguments.check and written()[1] != text:
         problems.append("csrc/README.md has another table (cuda_resources --write)")
-    sys.exit("\n".join(problems))
+    sys.exit("\n".join(problems) or 0)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@
 //           products before it is used, behind the barrier that says its slot was read.
 // Masks     causal order and windows cost something in the blocks at the edge only. kGeneral has
 // the
-//           code for softcap, ALiBi, masks, scales <= 0 and unaligned rows; the other kernel has
-//           neither their branches nor their registers.
+//           code for softcap, ALiBi, masks, scales <= 0 and element-wise copies; the other kernel
+//           has neither their branches nor their registers.
 // Softmax   base 2, fp32. O is rescaled only where a row's maximum has grown by more than 2^8 since
 //           it last was: P <= 2^8 is as exact as P <= 1, and later maxima grow little
 //           (FlashAttention-4's rule).
@@ -83,13 +83,13 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinCtas)
     if (threadIdx.x % 32 == 0) {
       warp_keys[warp] = token_range(args, t, t.token + warp * C::kWarpRows, C::kWarpRows);
     }
-    load_q<kGeneral, T, C>(args, t, q_base);
+    load_q<T, C, kGeneral>(args, t, q_base);
     __syncthreads();  // tile, rows, keys
   }
-  load_k<C, kGeneral>(params, k_rows, first_key, tile.length, ring);
+  load_tile<C, true, kGeneral>(args, k_rows, first_key, tile.length, ring);
   cp_async_commit();
   if constexpr (!C::kQInRegisters) {
-    load_v<C, kGeneral>(params, v_rows, first_key, tile.length, ring + C::kSlotBytes);
+    load_tile<C, false, kGeneral>(args, v_rows, first_key, tile.length, ring + C::kSlotBytes);
     cp_async_commit();
   }
 
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinCtas)
         ldmatrix_x4(q[step][m], q_tile.address<C>(m * 16, step));
     }
     __syncthreads();  // Q is read: V may take its place
-    load_v<C, kGeneral>(params, v_rows, first_key, tile.length, ring + C::kSlotBytes);
+    load_tile<C, false, kGeneral>(args, v_rows, first_key, tile.length, ring + C::kSlotBytes);
     cp_async_commit();
   }
 
@@ -117,8 +117,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinCtas)
     cp_async_wait<1>();
     __syncthreads();  // K; and every warp is done with the V before it
     if (first_key + C::kBlockN < end_key) {
-      load_k<C, kGeneral>(params, k_rows, first_key + C::kBlockN, tile.length,
-                          slot_before<C>(slot, ring));
+      load_tile<C, true, kGeneral>(args, k_rows, first_key + C::kBlockN, tile.length,
+                                   slot_before<C>(slot, ring));
     }
     cp_async_commit();  // a group even when empty: the waits count groups
     const TokenRange keys = warp_keys[warp];
@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinCtas)
     cp_async_wait<1>();
     __syncthreads();  // V; and every warp is done with K
     if (first_key + C::kBlockN < end_key) {
-      load_v<C, kGeneral>(params, v_rows, first_key + C::kBlockN, tile.length, slot);
+      load_tile<C, false, kGeneral>(args, v_rows, first_key + C::kBlockN, tile.length, slot);
     }
     cp_async_commit();
     if (seen) {

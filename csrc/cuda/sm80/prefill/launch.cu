@@ -45,13 +45,16 @@ bool in_chunks(const void* data, const Strides& strides, int64_t dim) {
          strides.s % 8 == 0 && dim % 8 == 0;
 }
 
-// Whether the call needs the instance with score modifications and element-wise copies.
-bool general(const AttentionParams& params) {
-  const bool chunks = in_chunks(params.q, params.q_stride, params.head_dim) &&
-                      in_chunks(params.k, params.k_stride, params.head_dim) &&
-                      in_chunks(params.v, params.v_stride, params.value_head_dim);
-  return !chunks || !(params.scale > 0.0f) || params.softcap != 0.0f ||
-         params.alibi_slopes != nullptr || params.attn_mask != nullptr;
+bool in_chunks(const AttentionParams& params) {
+  return in_chunks(params.q, params.q_stride, params.head_dim) &&
+         in_chunks(params.k, params.k_stride, params.head_dim) &&
+         in_chunks(params.v, params.v_stride, params.value_head_dim);
+}
+
+// Whether scores need more than a positive scale.
+bool modifies_scores(const AttentionParams& params) {
+  return !(params.scale > 0.0f) || params.softcap != 0.0f || params.alibi_slopes != nullptr ||
+         params.attn_mask != nullptr;
 }
 
 int section_pairs(const AttentionParams& params) {
@@ -113,13 +116,14 @@ void prefill(const AttentionParams& params, void*, int, cudaStream_t stream) {
   if (ctas == 0) return;
   PrefillArgs args{};
   args.params = params;
-  const bool modified = general(params);
-  args.softmax_scale = modified ? 1.0f : params.scale * kLog2e;
+  args.elements = !in_chunks(params);
+  const bool general = args.elements || modifies_scores(params);
+  args.softmax_scale = general ? 1.0f : params.scale * kLog2e;  // the general kernel has scaled
   args.section_pairs = section_pairs(params);
   if (params.dtype == DType::kBFloat16) {
-    launch<BFloat16>(args, modified, static_cast<unsigned>(ctas), stream);
+    launch<BFloat16>(args, general, static_cast<unsigned>(ctas), stream);
   } else {
-    launch<Float16>(args, modified, static_cast<unsigned>(ctas), stream);
+    launch<Float16>(args, general, static_cast<unsigned>(ctas), stream);
   }
 }
 

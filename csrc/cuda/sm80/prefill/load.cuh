@@ -35,10 +35,11 @@ __device__ __forceinline__ uint4 load_elements(const T* row, int column, int dim
 }
 
 // Copies one row's chunk, or zeros where `row` is nullptr or the chunk lies beyond `dim`.
-// kElements: no alignment is known; the copy is then done when the function returns.
-template <bool kElements, class T>
-__device__ __forceinline__ void copy_chunk(uint32_t to, const T* row, int column, int dim) {
-  if constexpr (kElements) {
+// `elements`: 16-byte copies are ruled out; the copy is then done when the function returns.
+template <class T>
+__device__ __forceinline__ void copy_chunk(uint32_t to, const T* row, int column, int dim,
+                                           bool elements) {
+  if (elements) {
     st_shared_v4(to, row == nullptr ? make_uint4(0, 0, 0, 0) : load_elements(row, column, dim));
   } else {
     cp_async16(to, row + column, row != nullptr && column < dim);
@@ -48,22 +49,25 @@ __device__ __forceinline__ void copy_chunk(uint32_t to, const T* row, int column
 // Starts the copy of keys first_key and on of K or V to a slot. Rows beyond the sequence's keys
 // become zeros: their scores are masked, but a NaN times a probability of 0 would not be.
 // kKeys: rows of K, whose pages outside the storage poison the scores.
-template <class C, bool kKeys, bool kElements, class T>
-__device__ __forceinline__ void load_tile(const AttentionParams& params, const CopyRows<T>& rows,
-                                          int64_t stride, int dim, int first_key, int length,
-                                          uint32_t slot) {
+template <class C, bool kKeys, bool kGeneral, class T>
+__device__ __forceinline__ void load_tile(const PrefillArgs& args, const CopyRows<T>& rows,
+                                          int first_key, int length, uint32_t slot) {
   constexpr int kRows = C::kCopyRows, kCopies = C::kBlockN / kRows;
+  const AttentionParams& params = args.params;
+  const int64_t stride = kKeys ? params.k_stride.s : params.v_stride.s;
+  const int dim = static_cast<int>(kKeys ? params.head_dim : params.value_head_dim);
+  const bool elements = kGeneral && args.elements;
   const CopyPlace<C> place;
   const int key = first_key + place.row;
   const uint32_t to = slot + place.offset;
-  if (kElements || params.page_table != nullptr) {
+  if (elements || params.page_table != nullptr) {
 #pragma unroll 1
     for (int i = 0; i < kCopies; ++i) {
       const T* row = nullptr;
       if (key + i * kRows < length) {
         row = kKeys ? rows.key_row(key + i * kRows) : rows.row(key + i * kRows);
       }
-      copy_chunk<kElements>(to + i * kRows * C::kRowBytes, row, place.chunk * 8, dim);
+      copy_chunk(to + i * kRows * C::kRowBytes, row, place.chunk * 8, dim, elements);
     }
     return;
   }
@@ -83,19 +87,6 @@ __device__ __forceinline__ void load_tile(const AttentionParams& params, const C
   }
 }
 
-template <class C, bool kElements, class T>
-__device__ __forceinline__ void load_k(const AttentionParams& params, const CopyRows<T>& rows,
-                                       int first_key, int length, uint32_t slot) {
-  load_tile<C, true, kElements>(params, rows, params.k_stride.s, static_cast<int>(params.head_dim),
-                                first_key, length, slot);
-}
-template <class C, bool kElements, class T>
-__device__ __forceinline__ void load_v(const AttentionParams& params, const CopyRows<T>& rows,
-                                       int first_key, int length, uint32_t slot) {
-  load_tile<C, false, kElements>(params, rows, params.v_stride.s,
-                                 static_cast<int>(params.value_head_dim), first_key, length, slot);
-}
-
 // The ring's slot after and before one.
 template <class C>
 __device__ __forceinline__ uint32_t slot_after(uint32_t slot, uint32_t ring) {
@@ -107,7 +98,7 @@ __device__ __forceinline__ uint32_t slot_before(uint32_t slot, uint32_t ring) {
 }
 
 // Q's rows of the tile; those beyond the sequence's tokens become zeros.
-template <bool kElements, class T, class C>
+template <class T, class C, bool kGeneral>
 __device__ __forceinline__ void load_q(const PrefillArgs& args, const PrefillTile& tile,
                                        uint32_t to) {
   const AttentionParams& params = args.params;
@@ -118,9 +109,9 @@ __device__ __forceinline__ void load_q(const PrefillArgs& args, const PrefillTil
 #pragma unroll 4
   for (int i = 0; i < C::kBlockM / C::kCopyRows; ++i) {
     const int row = place.row + i * C::kCopyRows;
-    copy_chunk<kElements>(to + place.offset + i * C::kCopyRows * C::kRowBytes,
-                          tile.token + row < tile.q_len ? first + row * params.q_stride.s : nullptr,
-                          place.chunk * 8, static_cast<int>(params.head_dim));
+    copy_chunk(to + place.offset + i * C::kCopyRows * C::kRowBytes,
+               tile.token + row < tile.q_len ? first + row * params.q_stride.s : nullptr,
+               place.chunk * 8, static_cast<int>(params.head_dim), kGeneral && args.elements);
   }
 }
 
