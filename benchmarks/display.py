@@ -9,7 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from .cases import MAPS, MODELS, SUITES, Case
+from .cases import CACHE_OPS, MAPS, MODELS, SUITES, Case
 from .compare import Change
 from .harness import Row
 from .limits import Limits
@@ -101,10 +101,10 @@ def show_list(console: Console, device: torch.device) -> None:
 
 
 def rate(row: Row) -> str:
-    """GB/s of decode, tokens/s of a whole model, operations/s of all else."""
+    """GB/s of decode and appends, tokens/s of a whole model, operations/s of all else."""
     if "bytes" not in row:
         return f"{row['tokens_per_second']:.1f} tokens/s"
-    if row["case"]["op"] == "decode":
+    if row["case"]["op"] in ("decode", *CACHE_OPS):
         return f"{row['gbytes_per_second']:.1f} GB/s"
     return flops(row["tflops"] * 1e12)
 

@@ -51,7 +51,7 @@ class Shape:
         itemsize: bytes per element of q.
         modifies_scores: softcap, ALiBi slopes, a mask tensor or dropout are given.
         window_left, window_right: -1 where unbounded.
-        quantised: K and V are stored in another type than q's.
+        paged_or_quantised: K and V take look-ups of pages, or another type than q's.
     """
 
     batch: int
@@ -65,7 +65,7 @@ class Shape:
     modifies_scores: bool = False
     window_left: int = -1
     window_right: int = -1
-    quantised: bool = False
+    paged_or_quantised: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,8 @@ INTERPRETER = DeviceFacts("interpreter", num_sms=4, l2_bytes=1 << 20)
 _INTERPRETED = {dim: (Tile(64, 64, 4, 1),) * 2 for dim in (64, 128, 256)}
 
 # (family, bytes per element) -> dim class (the larger padded head dim, at least 64)
-# -> tile of plain calls, and of those that take more registers: with quantised K and V, softcap,
-# ALiBi or a mask tensor, or a head dim that is not a power of two, whose loads are masked.
+# -> tile of plain calls, and of those that take more registers: with pages or quantised K and V,
+# softcap, ALiBi or a mask tensor, or a head dim that is no power of two, whose loads are masked.
 PREFILL_TILES: dict[tuple[str, int], dict[int, tuple[Tile, Tile]]] = {
     ("sm80", 2): {
         64: (Tile(128, 64, 4, 3), Tile(128, 64, 8, 2)),
@@ -332,4 +332,4 @@ def _lookup(
     padded = padded_dim(shape.head_dim), padded_dim(shape.value_head_dim)
     plain, small = table[facts.family, shape.itemsize][max(64, *padded)]
     exact = padded == (shape.head_dim, shape.value_head_dim)
-    return plain if exact and not (shape.modifies_scores or shape.quantised) else small
+    return plain if exact and not (shape.modifies_scores or shape.paged_or_quantised) else small

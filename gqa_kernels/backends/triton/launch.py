@@ -127,7 +127,8 @@ class ForwardCall:
             ),
             window_left=self.window_left if bounded_left else -1,
             window_right=self.window_right if bounded_right else -1,
-            quantised=self.k.dtype in FORMATS,
+            paged_or_quantised=self.k.dtype in FORMATS
+            or (self.cache is not None and self.cache.page_table is not None),
         )
 
     def forward_arguments(self) -> dict[str, Tensor | int | float | None]:
