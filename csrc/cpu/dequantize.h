@@ -21,10 +21,12 @@ inline constexpr float kLoadedPart = 1.0f;
 template <>
 inline constexpr float kLoadedPart<Float8E4M3> = 256.0f;
 
+// Loads take the default zero of a format off; zeros count from there, and so without any there is
+// nothing to do, and with some little to cancel.
 template <class S>
-inline constexpr float kDefaultZero = 0.0f;
+inline constexpr float kLoadedZero = 0.0f;
 template <>
-inline constexpr float kDefaultZero<Int4Pair> = 8.0f;
+inline constexpr float kLoadedZero<Int4Pair> = 8.0f;
 
 // The scales and zeros of a tile's keys, for one (key head, value head) pair.
 template <class V, class S>
@@ -44,19 +46,18 @@ class Dequantizer {
   }
 
   void begin_tile(int64_t first, int n) {
-    constexpr float kZero = kDefaultZero<S> / kLoadedPart<S>;
     // A key of no page must make its score NaN, whatever its row was read as.
-    fetch(params_.k_scale, params_.k_scale_stride, k_head_, first, n, kLoadedPart<S>,
-          kLoadedPart<S>, NAN, tile_.k_scale);
-    fetch(params_.v_scale, params_.v_scale_stride, v_head_, first, n, kLoadedPart<S>,
-          kLoadedPart<S>, 1.0f, tile_.v_scale);
+    constexpr float kPart = kLoadedPart<S>;
+    fetch(params_.k_scale, params_.k_scale_stride, k_head_, first, n, {kPart, 0.0f, kPart, NAN},
+          tile_.k_scale);
+    fetch(params_.v_scale, params_.v_scale_stride, v_head_, first, n, {kPart, 0.0f, kPart, 1.0f},
+          tile_.v_scale);
+    constexpr RowValueUse kZero{1.0f / kPart, -kLoadedZero<S>, 0.0f, 0.0f};
     if (has_k_zero()) {
-      fetch(params_.k_zero, params_.k_zero_stride, k_head_, first, n, 1.0f / kLoadedPart<S>, kZero,
-            0.0f, tile_.k_zero);
+      fetch(params_.k_zero, params_.k_zero_stride, k_head_, first, n, kZero, tile_.k_zero);
     }
     if (has_v_zero()) {
-      fetch(params_.v_zero, params_.v_zero_stride, v_head_, first, n, 1.0f / kLoadedPart<S>, kZero,
-            0.0f, tile_.v_zero);
+      fetch(params_.v_zero, params_.v_zero_stride, v_head_, first, n, kZero, tile_.v_zero);
     }
   }
 
@@ -89,13 +90,13 @@ class Dequantizer {
  private:
   static constexpr int kW = V::kWidth;
 
-  bool has_k_zero() const { return params_.k_zero != nullptr || kDefaultZero<S> != 0.0f; }
-  bool has_v_zero() const { return params_.v_zero != nullptr || kDefaultZero<S> != 0.0f; }
+  bool has_k_zero() const { return params_.k_zero != nullptr; }
+  bool has_v_zero() const { return params_.v_zero != nullptr; }
 
   // Up to the end of the last vector: what is beyond the keys is 0.
   void fetch(const float* data, const Strides& strides, int64_t head, int64_t first, int n,
-             float factor, float constant, float missing, float* out) {
-    fetch_row_values(pages_, data, strides, head, first, n, factor, constant, missing, out);
+             const RowValueUse& use, float* out) {
+    fetch_row_values(pages_, data, strides, head, first, n, use, out);
     for (int i = n; i % kW != 0; ++i) out[i] = 0.0f;
   }
 

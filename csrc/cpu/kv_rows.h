@@ -117,18 +117,23 @@ class KVRows {
   const Pages& pages_;
 };
 
-// Scales or zeros of the rows of one (sequence, head): out[i] = that of row first + i, times
-// `factor`; `constant` where there is no data; `missing` where the row is of no page.
+// What becomes of the scale or zero of a row: value * factor + offset; `constant` where there is no
+// data; `missing` where the row is of no page.
+struct RowValueUse {
+  float factor, offset, constant, missing;
+};
+
+// out[i] = scale or zero of row first + i of one (sequence, head).
 inline void fetch_row_values(const Pages& pages, const float* data, const Strides& strides,
-                             int64_t head, int64_t first, int count, float factor, float constant,
-                             float missing, float* out) {
+                             int64_t head, int64_t first, int count, const RowValueUse& use,
+                             float* out) {
   pages.walk(first, count, [&](int64_t page, int64_t slot, int i, int n) {
     if (page < 0 || data == nullptr) {
-      for (int j = i; j < i + n; ++j) out[j] = page < 0 ? missing : constant;
+      for (int j = i; j < i + n; ++j) out[j] = page < 0 ? use.missing : use.constant;
       return;
     }
     const float* from = data + page * strides.b + head * strides.h + slot * strides.s;
-    for (int j = i; j < i + n; ++j, from += strides.s) out[j] = *from * factor;
+    for (int j = i; j < i + n; ++j, from += strides.s) out[j] = *from * use.factor + use.offset;
   });
 }
 

@@ -68,15 +68,20 @@ std::vector<Group> make_groups(const AttentionParams& params, std::vector<int32_
                                std::vector<int32_t>& invalid_heads) {
   const int32_t* k_map = params.head_map;
   const int32_t* v_map = params.value_head_map ? params.value_head_map : params.head_map;
+  heads.reserve(params.num_heads);
   for (int32_t h = 0; h < params.num_heads; ++h) {
     const bool valid = k_map[h] >= 0 && k_map[h] < params.num_k_heads && v_map[h] >= 0 &&
                        v_map[h] < params.num_v_heads;
     (valid ? heads : invalid_heads).push_back(h);
   }
-  std::sort(heads.begin(), heads.end(), [&](int32_t x, int32_t y) {
+  const auto before = [&](int32_t x, int32_t y) {
     return std::tie(k_map[x], v_map[x], x) < std::tie(k_map[y], v_map[y], y);
-  });
+  };
+  if (!std::is_sorted(heads.begin(), heads.end(), before)) {
+    std::sort(heads.begin(), heads.end(), before);
+  }
   std::vector<Group> groups;
+  groups.reserve(params.num_k_heads);
   for (int32_t i = 0; i < static_cast<int32_t>(heads.size()); ++i) {
     const int32_t h = heads[i];
     if (groups.empty() || groups.back().k_head != k_map[h] || groups.back().v_head != v_map[h]) {
@@ -90,6 +95,7 @@ std::vector<Group> make_groups(const AttentionParams& params, std::vector<int32_
 void add_row_blocks(const AttentionParams& params, const std::vector<Group>& groups, int max_rows,
                     std::vector<Task>& tasks) {
   const int64_t dims = params.head_dim + params.value_head_dim;
+  tasks.reserve(tasks.size() + params.batch * groups.size());
   for (int32_t b = 0; b < params.batch; ++b) {
     const int64_t q_len =
         params.q_offsets == nullptr ? params.q_len : params.q_offsets[b + 1] - params.q_offsets[b];

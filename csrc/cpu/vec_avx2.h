@@ -43,7 +43,7 @@ struct Vec {
     std::memcpy(&bits, p, sizeof bits);
     const __m256i shifts = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
     const __m256i nibbles = _mm256_srlv_epi32(_mm256_set1_epi32(bits), shifts);
-    return _mm256_cvtepi32_ps(_mm256_and_si256(nibbles, _mm256_set1_epi32(15)));
+    return less_8(_mm256_and_si256(nibbles, _mm256_set1_epi32(15)));
   }
 
   template <class S>
@@ -72,8 +72,8 @@ struct Vec {
   }
   static GQA_INLINE void load_block(const Int4Pair* p, F& even, F& odd) {
     const __m256i pairs = _mm256_cvtepu8_epi32(bytes8(p));
-    even = _mm256_cvtepi32_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(15)));
-    odd = _mm256_cvtepi32_ps(_mm256_srli_epi32(pairs, 4));
+    even = less_8(_mm256_and_si256(pairs, _mm256_set1_epi32(15)));
+    odd = less_8(_mm256_srli_epi32(pairs, 4));
   }
   static GQA_INLINE void split(F& x0, F& x1) {
     const F even = _mm256_shuffle_ps(x0, x1, 0x88), odd = _mm256_shuffle_ps(x0, x1, 0xdd);
@@ -183,6 +183,9 @@ struct Vec {
   template <class S>
   static GQA_INLINE __m128i bytes16(const S* p) {
     return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  }
+  static GQA_INLINE F less_8(__m256i x) {
+    return _mm256_cvtepi32_ps(_mm256_sub_epi32(x, _mm256_set1_epi32(8)));
   }
   // Sign-extended e4m3 to fp16 of 1/256 of the value: the exponents' biases differ by 8, and so
   // subnormals stay exact.

@@ -95,8 +95,8 @@ struct Vec {
   static GQA_INLINE F set1(float x) { return F{x, x, x, x}; }
   static GQA_INLINE F iota() { return F{0, 1, 2, 3}; }
 
-  // Loads widen to fp32 exactly (Float8E4M3 to 1/256 of the value: kLoadedPart); stores round to
-  // nearest even.
+  // Loads widen to fp32 exactly (dequantize.h: Float8E4M3 to a kLoadedPart of the value, Int4Pair
+  // less its kLoadedZero); stores round to nearest even.
   static GQA_INLINE F load(const float* p) {
     F x;
     std::memcpy(&x, p, sizeof x);
@@ -107,8 +107,8 @@ struct Vec {
     return F{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])};
   }
   static GQA_INLINE F load(const Int4Pair* p) {
-    return F{static_cast<float>(p[0].bits & 15), static_cast<float>(p[0].bits >> 4),
-             static_cast<float>(p[1].bits & 15), static_cast<float>(p[1].bits >> 4)};
+    return F{static_cast<float>((p[0].bits & 15) - 8), static_cast<float>((p[0].bits >> 4) - 8),
+             static_cast<float>((p[1].bits & 15) - 8), static_cast<float>((p[1].bits >> 4) - 8)};
   }
 
   // Whether load_block gives even and odd numbers apart.
