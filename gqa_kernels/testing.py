@@ -240,7 +240,8 @@ def _fused_gradients(
         dout = torch.zeros_like(out) if dout is None else dout
         delta = (dout.to(s.dtype) * out).sum(-1)
         delta = delta if dlse is None else delta - dlse
-        p = (s - lse.masked_fill(lse == -math.inf, math.inf)[..., None]).exp()
+        lse = lse.masked_fill(lse == -math.inf, math.inf)[..., None]
+        p = (s / math.log(2) - lse / math.log(2)).exp2() if base2 else (s - lse).exp()
         dp = drop(inputs, (dout.to(matmul_dtype) @ v.transpose(-1, -2)).to(s.dtype))
         dp = torch.cat([dp, torch.zeros_like(dp[..., :1])] if dp.shape[-1] else [p * 0], -1)
         ds = p * (dp - delta[..., None])
