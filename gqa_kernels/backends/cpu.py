@@ -54,12 +54,6 @@ class CPUBackend(Backend):
             inputs.dropout_seed,
         )
 
-    def unsupported_cache_reasons(self, inputs: CacheInputs | AppendInputs) -> list[str]:
-        reasons = super().unsupported_cache_reasons(inputs)
-        if not reasons and not _has_cache_kernels():
-            reasons.append("the compiled extension has no kernels for caches")
-        return reasons
-
     def run_cache(self, inputs: CacheInputs) -> tuple[Tensor, Tensor]:
         view = inputs.view
         return torch.ops.gqa_kernels.cache_attention_forward.default(
@@ -108,18 +102,6 @@ class CPUBackend(Backend):
             inputs.rotary_interleaved,
         )
         return q if rotates_q else inputs.q
-
-
-def _has_cache_kernels() -> bool:
-    if CPUBackend().prepare() is not None:
-        return False
-    op = "gqa_kernels::cache_attention_forward"
-    return torch._C._dispatch_has_kernel(op) and torch._C._dispatch_has_kernel_for_dispatch_key(
-        op, "CPU"
-    )
-
-
-_has_cache_kernels._dynamo_marked_constant = True
 
 
 def _int32(head_map: Tensor | None) -> Tensor | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from .. import env, extension
+from ..cache.inputs import AppendInputs, CacheInputs
 from .base import FUSED_OPTIONS, Backend, Capabilities
 from .cpu import CPUBackend
 
@@ -40,6 +41,11 @@ class CUDABackend(Backend):
         except RuntimeError as error:
             return str(error)
         return None
+
+    def unsupported_cache_reasons(self, inputs: CacheInputs | AppendInputs) -> list[str]:
+        if isinstance(inputs, AppendInputs):
+            return ["appending to caches is not supported"]
+        return super().unsupported_cache_reasons(inputs)
 
     # The same ops: torch's dispatcher takes the kernels of q's device.
     run = CPUBackend.run
