@@ -97,9 +97,14 @@ class AttentionParams(ctypes.Structure):
         *_fields(ctypes.c_int64, "page_table_stride_b page_table_stride_h page_table_stride_p"),
         *_fields(ctypes.c_int64, "num_pages page_size max_pages"),
         *_fields(POINTER, "kv_begin q_offsets"),
+        *_fields(ctypes.c_int64, "q_tokens"),
         *_fields(ctypes.c_int32, "k_dtype v_dtype"),
         *_fields(POINTER, "k_scale v_scale k_zero v_zero"),
         *_fields(Strides, "k_scale_stride v_scale_stride k_zero_stride v_zero_stride"),
+        *_fields(ctypes.c_uint32, "dropout_threshold"),
+        *_fields(ctypes.c_float, "dropout_scale"),
+        *_fields(ctypes.c_uint64, "dropout_seed"),
+        *_fields(ctypes.c_uint32, "dropout_offset"),
     ]
 
 
@@ -159,6 +164,7 @@ def make_call(
         num_k_heads=inputs.k.shape[1],
         num_v_heads=inputs.v.shape[1],
         q_len=inputs.q.shape[2] if max_q_len is None else max_q_len,
+        q_tokens=inputs.q.shape[2],
         kv_len=inputs.k.shape[2],
         head_dim=inputs.q.shape[3],
         value_head_dim=inputs.v.shape[3],

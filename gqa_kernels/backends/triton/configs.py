@@ -163,13 +163,13 @@ DECODE_TILES: dict[tuple[str, int], dict[int, tuple[Tile, Tile]]] = {
 # The same for the two backward kernels: the gradients of K and V, and of Q.
 BACKWARD_KV_TILES: dict[tuple[str, int], dict[int, tuple[Tile, Tile]]] = {
     ("sm80", 2): {
-        64: (Tile(64, 128, 8, 2), Tile(32, 64, 4, 2)),
+        64: (Tile(32, 64, 8, 2), Tile(32, 64, 8, 2)),
         128: (Tile(32, 64, 8, 2), Tile(32, 64, 8, 2)),
         256: (Tile(16, 32, 8, 2), Tile(16, 32, 8, 2)),
     },
     **{(family, 2): {
-        64: (Tile(64, 128, 8, 2), Tile(32, 64, 4, 2)),
-        128: (Tile(64, 64, 8, 2), Tile(32, 64, 8, 2)),
+        64: (Tile(32, 128, 8, 2), Tile(32, 128, 8, 2)),
+        128: (Tile(32, 128, 8, 2), Tile(32, 128, 8, 2)),
         256: (Tile(16, 32, 8, 2), Tile(16, 32, 8, 2)),
     } for family in ("sm90", "sm100")},
     ("sm86", 2): {
