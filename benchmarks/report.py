@@ -19,6 +19,7 @@ from .results import FOLDER, Results
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 SUITE_ORDER = ("gpu", "cpu", "quick")  # of which a device's README block shows the first it has
+OTHER_RESULTS = ("grouping", "recovery")  # folders of scripts with reports of their own
 TITLES = {
     "decode": "Decode",
     "prefill": "Prefill",
@@ -48,6 +49,8 @@ def load_all(folder: Path) -> dict[str, dict[str, Results]]:
     """By device folder and suite."""
     found: dict[str, dict[str, Results]] = {}
     for path in sorted(folder.glob("*/*.json")):
+        if path.parent.name in OTHER_RESULTS:
+            continue
         found.setdefault(path.parent.name, {})[path.stem] = Results.load(path)
     return found
 

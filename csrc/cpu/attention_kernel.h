@@ -265,8 +265,11 @@ class AttentionTask {
       sum = sum * factor + std::exp2(sink - new_max);
       max = new_max;
     }
+    // In double: the backward's P is exp(s - LSE), as wrong as the LSE. `max` has kLog2E's rounding.
+    constexpr double kNatural = 1.0 / static_cast<double>(kLog2E);
     params_.lse[(b * params_.num_heads + h) * params_.q_tokens + t] =
-        sees_nothing ? -INFINITY : max * kLn2 + std::log(sum);
+        sees_nothing ? -INFINITY
+                     : static_cast<float>(max * kNatural + std::log(static_cast<double>(sum)));
     const typename V::F inverse = V::set1(sees_nothing ? 0.0f : factor / sum);
     T* out = static_cast<T*>(params_.out) + b * params_.out_stride.b + h * params_.out_stride.h +
              t * params_.out_stride.s;

@@ -247,7 +247,8 @@ class BackwardRun {
         bias.additive = tile_.bias;
       }
     }
-    BackwardRow row{tile_.lse[r], tile_.delta[r], nullptr};
+    const float rest = std::fma(call_.lse[row_index(r)], kLog2E, -tile_.lse[r]);
+    BackwardRow row{tile_.lse[r], rest, tile_.delta[r], nullptr};
     if (call_.dropout_threshold != 0) {
       dropout_row(call_, block_->batch, head(r), token(r), first, keys.visible_begin,
                   keys.visible_end, tile_.keep);

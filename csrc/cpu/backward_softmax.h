@@ -17,7 +17,8 @@ namespace gqa::cpu::GQA_ISA {
 
 // What a row brings along.
 struct BackwardRow {
-  float lse;          // log2 units
+  float lse;          // log2 units; with what rounding to fp32 took off it, as P is exp2 of a
+  float lse_rest;     // difference that may be near 0 while both terms are large
   float delta;        // rowsum(dout * out) - dlse
   const float* keep;  // dropout's factors of the tile's keys, or nullptr
 };
@@ -43,7 +44,8 @@ inline void backward_row(float* p, float* ds, const RowKeys& keys, float scale, 
   const int begin = keys.begin / V::kWidth * V::kWidth;
   const F zero = V::set1(0.0f);
   const F factor = V::set1(kBias ? scale : scale * kLog2E);
-  const F minus_lse = V::set1(-row.lse), minus_delta = V::set1(-row.delta);
+  const F minus_lse = V::set1(-row.lse), minus_rest = V::set1(-row.lse_rest);
+  const F minus_delta = V::set1(-row.delta);
   RowBias uncapped = bias;
   uncapped.softcap = 0.0f;
   F dp_distance_sum = zero, distance_sum = zero, dp_sum = zero;
@@ -58,7 +60,7 @@ inline void backward_row(float* p, float* ds, const RowKeys& keys, float scale, 
       }
       x = add_bias<V>(x, i, uncapped);
     }
-    F probability = exp2<V>(V::add(x, minus_lse));
+    F probability = exp2<V>(V::add(V::add(x, minus_lse), minus_rest));
     if (i < keys.visible_begin || i + V::kWidth > keys.visible_end) {
       const F lane = V::add(V::iota(), V::set1(static_cast<float>(i)));
       const F first = V::set1(static_cast<float>(keys.visible_begin - 1));

@@ -10,7 +10,6 @@
 namespace gqa::cpu::GQA_ISA {
 
 constexpr float kLog2E = 1.44269504f;
-constexpr float kLn2 = 0.693147181f;
 
 // 2^x for x < 128, within 1.2 ulp; 0 for x <= -127; NaN stays NaN.
 template <class V>
