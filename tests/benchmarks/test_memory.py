@@ -1,11 +1,14 @@
 """Training memory: below expand + SDPA by at least the expanded K, V and their gradients."""
 
+from pathlib import Path
+
 import pytest
 
 from benchmarks import memory
 from gqa_kernels import extension
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
 @pytest.mark.skipif(extension.unavailable_reason() is not None, reason="no compiled kernels")
 def test_backward_keeps_nothing_expanded():
     case = memory._case("llama-3.2-1b", memory.SKEWED, 1024, "float32")
