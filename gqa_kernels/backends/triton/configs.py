@@ -163,15 +163,20 @@ DECODE_TILES: dict[tuple[str, int], dict[int, tuple[Tile, Tile]]] = {
 # The same for the two backward kernels: the gradients of K and V, and of Q.
 BACKWARD_KV_TILES: dict[tuple[str, int], dict[int, tuple[Tile, Tile]]] = {
     ("sm80", 2): {
-        64: (Tile(32, 64, 8, 2), Tile(32, 64, 8, 2)),
+        64: (Tile(16, 128, 8, 2), Tile(32, 64, 8, 1)),
         128: (Tile(32, 64, 8, 2), Tile(32, 64, 8, 2)),
         256: (Tile(16, 32, 8, 2), Tile(16, 32, 8, 2)),
     },
-    **{(family, 2): {
+    ("sm90", 2): {
         64: (Tile(32, 128, 8, 2), Tile(32, 128, 8, 2)),
         128: (Tile(32, 128, 8, 2), Tile(32, 128, 8, 2)),
         256: (Tile(16, 32, 8, 2), Tile(16, 32, 8, 2)),
-    } for family in ("sm90", "sm100")},
+    },
+    ("sm100", 2): {
+        64: (Tile(32, 128, 8, 2), Tile(32, 128, 8, 2)),
+        128: (Tile(32, 64, 8, 2), Tile(32, 64, 8, 2)),
+        256: (Tile(16, 32, 8, 2), Tile(16, 32, 8, 2)),
+    },
     ("sm86", 2): {
         64: (Tile(32, 64, 4, 2), Tile(32, 64, 4, 2)),
         128: (Tile(32, 64, 8, 1), Tile(32, 32, 8, 1)),
@@ -196,11 +201,16 @@ BACKWARD_Q_TILES: dict[tuple[str, int], dict[int, tuple[Tile, Tile]]] = {
         128: (Tile(64, 32, 4, 2), Tile(64, 32, 8, 2)),
         256: (Tile(32, 16, 8, 2), Tile(32, 16, 8, 2)),
     },
-    **{(family, 2): {
+    ("sm90", 2): {
         64: (Tile(128, 64, 8, 2), Tile(64, 32, 4, 2)),
         128: (Tile(128, 64, 8, 2), Tile(64, 32, 8, 2)),
         256: (Tile(64, 32, 8, 2), Tile(32, 16, 8, 2)),
-    } for family in ("sm90", "sm100")},
+    },
+    ("sm100", 2): {
+        64: (Tile(128, 64, 8, 2), Tile(64, 32, 4, 2)),
+        128: (Tile(64, 64, 4, 2), Tile(64, 32, 8, 2)),
+        256: (Tile(64, 32, 8, 2), Tile(32, 16, 8, 2)),
+    },
     ("sm86", 2): {
         64: (Tile(64, 32, 4, 2), Tile(64, 32, 4, 2)),
         128: (Tile(64, 32, 8, 1), Tile(32, 32, 8, 1)),
