@@ -119,7 +119,7 @@ class AsymGQAImpl(AttentionImpl[Batch]):
     ):
         if attn_type != AttentionType.DECODER:
             raise NotImplementedError(
-                f"attn_type must be {AttentionType.DECODER!r} with {BACKEND}, got {attn_type!r}"
+                f"attn_type must be 'decoder' with {BACKEND}, got {attn_type!r}"
             )
         if head_map is None:
             head_map = HeadMap.uniform(num_heads, num_kv_heads)
