@@ -100,6 +100,11 @@ Case make_case(std::mt19937& random) {
   p.kv_len = coin(3) ? pick(0, 20) : pick(1, 200);
   p.head_dim = coin(3) ? pick(1, 256) : pick(1, 64);
   p.value_head_dim = coin(3) ? pick(1, 256) : pick(1, 64);
+  p.k_dtype = p.v_dtype = p.dtype;
+  p.num_pages = p.batch;
+  p.page_size = p.kv_len;
+  p.max_pages = 1;
+  p.q_tokens = p.q_len;
   p.scale = 1.0f / std::sqrt(static_cast<float>(p.head_dim));
   p.window_left = coin(4) ? pick(0, 60) : -1;
   p.window_right = coin(2) ? 0 : coin(4) ? pick(0, 20) : -1;
