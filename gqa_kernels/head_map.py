@@ -126,8 +126,13 @@ class HeadMap:
         """``build()``, kept per key; nothing is kept while torch.compile traces."""
         found = self._tensors.get(key)
         if found is None:
-            found = build()
-            if not torch.compiler.is_compiling() and type(found) is torch.Tensor:
+            compiling = torch.compiler.is_compiling()
+            if not compiling and torch.is_inference_mode_enabled():
+                with torch.inference_mode(False):  # what is kept may be needed in training later
+                    found = build()
+            else:
+                found = build()
+            if not compiling and type(found) is torch.Tensor:
                 self._tensors[key] = found
         return found
 

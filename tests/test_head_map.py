@@ -136,3 +136,9 @@ def test_plan_is_built_once_for_a_head_map(device):
     assert both.numel() == 3 * 3 + 3 + 2 and both is not first
     listed = plan_for(AttentionInputs.create(q, k, v, [0, 1, 1]))
     assert plan_for(AttentionInputs.create(q, k, v, (0, 1, 1))) is listed
+
+
+def test_tensors_made_in_inference_mode_serve_training():
+    head_map = HeadMap([0, 0, 1])
+    with torch.inference_mode():
+        assert not head_map.tensor().is_inference()

@@ -27,7 +27,7 @@ def call_of(q, k, v, head_map, **options):
     x = AttentionInputs.create(q, k, v, head_map, **options)
     lse = q.new_empty(x.q.shape[:3], dtype=torch.float32)
     call = ForwardCall(
-        x.q, x.k, x.v, plan_for(x), x.value_head_map_tensor, x.alibi_slopes, x.sinks, x.attn_mask,
+        x.q, x.k, x.v, plan_for(x), x.alibi_slopes, x.sinks, x.attn_mask, x.kv_lengths, x.scale,
         x.window_left, x.window_right, x.softcap, x.dropout_p, x.dropout_seed, empty_output(x), lse,
     )  # fmt: skip
     return call
