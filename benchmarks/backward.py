@@ -19,7 +19,8 @@ from gqa_kernels.backends.dispatch import BACKENDS
 from gqa_kernels.testing import assert_gradients_close
 
 from .cases import Case
-from .contestants import Contestant, Prepared
+from .contestants import INTERPRETED, Contestant, Prepared
+from .gpu_peers import fa4_attention, fa4_missing
 from .peers import SDPA_STORAGE, UNEVEN, sdpa_options
 from .problem import Problem
 from .roofline import Work
@@ -64,7 +65,7 @@ class BackwardGate:
         """Raises AssertionError, saying what is wrong, for a wrong result."""
         assert_gradients_close(
             dict(zip("qkv", gradients, strict=True)), *self.short.copies[0], self.short.head_map,
-            dout=self.short.douts[0], **self.short.case.options,
+            dout=self.short.douts[0], **self.short.options,
         )  # fmt: skip
 
 
@@ -104,10 +105,12 @@ class BackwardBackend(_Differentiated):
             return "no backward"
         if device.type not in backend.capabilities.devices:
             return f"device {device.type}"
+        if self.name == "triton" and device.type == "cpu":
+            return INTERPRETED
         return backend.unavailable_reason()
 
     def forward(self, problem: BackwardProblem) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        head_map, options = problem.head_map, problem.case.options
+        head_map, options = problem.head_map, problem.options
         return lambda q, k, v: asym_gqa_attention(q, k, v, head_map, backend=self.name, **options)
 
 
@@ -131,14 +134,47 @@ class BackwardSdpa(_Differentiated):
         )
 
 
+class BackwardFlashAttention4(_Differentiated):
+    """FlashAttention-4 on K and V expanded in each call, or as they are (even maps)."""
+
+    def __init__(self, expand: bool):
+        self.expand = expand
+        self.name = "fa4-expand" if expand else "fa4-gqa"
+        how = "K and V expanded in every call" if expand else "equal, contiguous groups only"
+        self.summary = f"backward of FlashAttention-4; {how}"
+
+    def unavailable_reason(self, device: torch.device) -> str | None:
+        return "needs a CUDA GPU" if device.type != "cuda" else fa4_missing()
+
+    def unsupported_reason(self, problem: BackwardProblem) -> str | None:
+        if problem.case.torch_dtype not in (torch.float16, torch.bfloat16):
+            return "fp16 and bf16 only"
+        if problem.case.relative_bias:
+            return "no additive mask"
+        return None if self.expand or problem.head_map.is_uniform else UNEVEN
+
+    def forward(self, problem: BackwardProblem) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        index = problem.head_map.tensor(problem.device).long()
+
+        def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if self.expand:
+                k, v = k.index_select(1, index), v.index_select(1, index)
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            return fa4_attention(q, k, v, problem.case).transpose(1, 2)
+
+        return attention
+
+
 def backward_backends() -> dict[str, Contestant]:
     """Every backend of the package, by name."""
     return {name: BackwardBackend(name) for name in BACKENDS}
 
 
 def backward_peers() -> dict[str, Contestant]:
-    """SDPA with expansion and with ``enable_gqa``."""
-    return {name: BackwardSdpa(name) for name in ("expand+sdpa", "gqa-sdpa")}
+    """SDPA with expansion and with ``enable_gqa``, and FlashAttention-4 likewise."""
+    found = [BackwardSdpa(name) for name in ("expand+sdpa", "gqa-sdpa")]
+    found += [BackwardFlashAttention4(expand) for expand in (True, False)]
+    return {peer.name: peer for peer in found}
 
 
 def _gradients(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,10 +14,17 @@ from gqa_kernels import HeadMap, asym_gqa_attention, explain_backend
 from gqa_kernels.backends.dispatch import BACKENDS
 
 from .problem import Problem
+from .scaling import attention_in_splits
+
+INTERPRETED = "runs in Triton's interpreter here, which is never timed"
 
 
 def unchanged(out: Any) -> Any:
     return out
+
+
+def no_facts(out: Any) -> Mapping[str, Any]:
+    return {}
 
 
 @dataclass(frozen=True)
@@ -27,12 +34,12 @@ class Prepared:
     Attributes:
         run: what is timed; called with the index of the input copy.
         result: what the gate looks at, from what ``run`` returned; not timed.
-        facts: what a row is to say beside the time.
+        facts: what a row is to say beside the time, from what ``run`` returned.
     """
 
     run: Callable[[int], Any]
     result: Callable[[Any], Any] = unchanged
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    facts: Callable[[Any], Mapping[str, Any]] = no_facts
 
 
 class Contestant(ABC):
@@ -79,21 +86,23 @@ class BackendContestant(Contestant):
         if device.type not in backend.capabilities.devices:
             return f"does not run on device {device.type}"
         if self.backend == "triton" and device.type == "cpu":
-            return "runs in Triton's interpreter here, which is never timed"
+            return INTERPRETED
         return backend.unavailable_reason()
 
     def unsupported_reason(self, problem: Problem) -> str | None:
-        reasons = explain_backend(*problem.copies[0], problem.head_map, **problem.case.options)
+        reasons = explain_backend(*problem.copies[0], problem.head_map, **problem.options)
         return "; ".join(reasons[self.backend]) or None
 
     def prepare(self, problem: Problem) -> Prepared:
         return Prepared(self._call(problem, problem.head_map))
 
     def _call(self, problem: Problem, head_map: HeadMap) -> Callable[[int], Tensor]:
-        options = problem.case.options
+        options, splits = problem.options, problem.case.splits
 
         def run(copy: int) -> Tensor:
             q, k, v = problem.copies[copy]
+            if splits is not None:
+                return attention_in_splits(q, k, v, head_map, self.backend, splits, options)
             return asym_gqa_attention(q, k, v, head_map, backend=self.backend, **options)
 
         return run

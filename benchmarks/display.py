@@ -9,11 +9,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from .cases import CACHE_OPS, MAPS, MODELS, SUITES, Case
+from .cases import CACHE_OPS
 from .compare import Change
-from .harness import Row
 from .limits import Limits
-from .ops import OPS
+from .models import MAPS, MODELS
+from .ops import ALIASES, OPS
+from .results import Row
+from .suites import SUITES, AnyCase
 
 
 def show_header(console: Console, header: dict) -> None:
@@ -33,7 +35,7 @@ def absent(header: dict) -> dict[str, list[str]]:
     return found
 
 
-def show_case(console: Console, case: Case, rows: Sequence[Row]) -> None:
+def show_case(console: Console, case: AnyCase, rows: Sequence[Row]) -> None:
     table = Table(title=case.key, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("", no_wrap=True)
     for name in ("time", "spread", "rate", "of limit", "/ ours"):
@@ -89,19 +91,23 @@ def show_list(console: Console, device: torch.device) -> None:
         console.print(f"map {name}: {meaning}", markup=False)
     for name, cases in SUITES.items():
         console.print(f"suite {name}: {len(cases)} cases")
+    for name, ops in ALIASES.items():
+        console.print(f"op {name}: {' and '.join(ops)}")
     for name, op in OPS.items():
         console.print(f"op {name}: {op.summary}")
-    op = next(iter(OPS.values()))
-    for contestant in (*op.backends().values(), *op.peers().values()):
-        reason = contestant.unavailable_reason(device)
-        state = f" [not usable: {one_line(reason)}]" if reason else ""
-        console.print(
-            f"{contestant.kind} {contestant.name}: {contestant.summary}{state}", markup=False
-        )
+        for contestant in (*op.backends().values(), *op.peers().values()):
+            reason = contestant.unavailable_reason(device)
+            state = f" [not usable: {one_line(reason)}]" if reason else ""
+            console.print(
+                f"  {contestant.kind} {contestant.name}: {contestant.summary}{state}",
+                markup=False, highlight=False,
+            )  # fmt: skip
 
 
 def rate(row: Row) -> str:
     """GB/s of decode and appends, tokens/s of a whole model, operations/s of all else."""
+    if "objective" in row:
+        return f"objective {row['objective']:.5g}"
     if "bytes" not in row:
         return f"{row['tokens_per_second']:.1f} tokens/s"
     if row["case"]["op"] in ("decode", *CACHE_OPS):

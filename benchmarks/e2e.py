@@ -40,6 +40,7 @@ class Architecture:
 
 ARCHITECTURES = {
     "smollm2-135m": Architecture(30, 576, 1536, 49152),
+    "smollm2-4-layers": Architecture(4, 576, 1536, 49152),
     "llama-3-8b": Architecture(32, 4096, 14336, 128256),
 }
 
@@ -154,7 +155,7 @@ def _prepared(problem: Decoder, model: nn.Module) -> Prepared:
     return Prepared(
         run,
         lambda _: forced_logits(model, problem.ids),
-        {"kv_bytes_per_token": kv_elements * case.torch_dtype.itemsize},
+        lambda _: {"kv_bytes_per_token": kv_elements * case.torch_dtype.itemsize},
     )
 
 

@@ -11,8 +11,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from .cases import BOTH, HEADLINE, MILD, SKEWED
+from .models import MILD, SKEWED
 from .results import Results
+from .suites import BOTH, HEADLINE
 from .tables import EMULATIONS, CaseRows, by_case
 
 SHOWN = ("expanded-sdpa", "expand+sdpa", "gqa-sdpa", "flex", "fa3-gqa", *EMULATIONS)

@@ -1,6 +1,9 @@
-"""Peers that need a GPU: FlashAttention-3, FlashInfer and torch's varlen attention, where present.
+"""Peers that need a GPU: FlashAttention-3 and -4, FlashInfer, torch's varlen attention.
 
-All are imported when first asked for, and an absent one says so.
+All are imported when first asked for, and an absent one says so. FlashAttention-4 is
+``flash-attn-4`` (the CuTe DSL's ``flash_attn.cute``), whose kernels are compiled at the first call
+of a shape; on sm_90 it has no split-KV, so there it is a peer of prefill and training rather than
+of decode.
 """
 
 from __future__ import annotations
@@ -12,11 +15,13 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
+from .cases import Case
 from .contestants import Contestant, Prepared
 from .peers import UNEVEN, rows_unsupported
 from .problem import Problem
 
 FA3_MODULES = {  # module to import -> namespace of its op "fwd"
+    "flash_attn_3._C": "flash_attn_3",
     "fa3_fwd_interface": "fa3_fwd",
     "vllm.vllm_flash_attn._vllm_fa3_C": "_vllm_fa3_C",
     "_vllm_fa3_C": "_vllm_fa3_C",
@@ -51,6 +56,8 @@ class GpuPeer(Contestant):
     def unsupported_reason(self, problem: Problem) -> str | None:
         if problem.case.torch_dtype not in (torch.float16, torch.bfloat16):
             return "fp16 and bf16 only"
+        if problem.case.relative_bias:
+            return "no additive mask"
         return self._unsupported(problem)
 
     def prepare(self, problem: Problem) -> Prepared:
@@ -83,6 +90,20 @@ def gpu_peers() -> list[Contestant]:
             rows_unsupported,
         ),
         GpuPeer(
+            "fa4-expanded",
+            "FlashAttention-4 on a cache kept expanded, not timed",
+            fa4_missing,
+            partial(_fa4_dense, expand=True),
+        ),
+        GpuPeer(
+            "fa4-gqa",
+            "FlashAttention-4; equal, contiguous groups only",
+            fa4_missing,
+            partial(_fa4_dense, expand=False),
+            _even,
+        ),
+        GpuPeer("fa4-rows", f"FlashAttention-4: {rows}", fa4_missing, _fa4_rows, rows_unsupported),
+        GpuPeer(
             "varlen-rows",
             f"torch's varlen attention: {rows}",
             partial(_missing, "torch.nn.attention.varlen"),
@@ -114,6 +135,24 @@ def _fa3_reason() -> str | None:
     return "; ".join(reasons) if all(reasons) else None
 
 
+def fa4_missing() -> str | None:
+    return _missing("flash_attn.cute")
+
+
+def fa4_attention(q: Tensor, k: Tensor, v: Tensor, case: Case) -> Tensor:
+    """FlashAttention-4 on ``[B, S, H, D]``."""
+    from flash_attn.cute import flash_attn_func
+
+    window = (None, None) if case.window is None else (case.window, 0)
+    causal = case.causal and case.window is None  # a window that ends at 0 is causal
+    return _only_out(flash_attn_func(q, k, v, causal=causal, window_size=window))
+
+
+def _only_out(result: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """FlashAttention-4 gives the LSE, or None, beside the output; its first betas did not."""
+    return result[0] if isinstance(result, tuple) else result
+
+
 def _fa3() -> Callable[..., list[Tensor]]:
     module = next(module for module in FA3_MODULES if _missing(module) is None)
     return getattr(torch.ops, FA3_MODULES[module]).fwd
@@ -140,6 +179,34 @@ def _fa3_dense(problem: Problem, expand: bool) -> Prepared:
     return Prepared(
         lambda copy: forward(*inputs[copy], **options)[0], lambda out: out.transpose(1, 2)
     )
+
+
+def _fa4_dense(problem: Problem, expand: bool) -> Prepared:
+    """As :func:`_fa3_dense`; both align a causal mask to the last key."""
+    inputs = problem.expanded if expand else problem.copies
+    inputs = [tuple(x.transpose(1, 2).contiguous() for x in copy) for copy in inputs]
+    return Prepared(
+        lambda copy: fa4_attention(*inputs[copy], problem.case), lambda out: out.transpose(1, 2)
+    )
+
+
+def _fa4_rows(problem: Problem) -> Prepared:
+    from flash_attn.cute import flash_attn_varlen_func
+
+    inputs, starts, order, largest = _as_rows(problem)
+    dim, kv_len = problem.case.head_dim, problem.case.kv_len
+    inputs = [(q, k.reshape(-1, 1, dim), v.reshape(-1, 1, dim)) for q, k, v in inputs]
+    key_starts = torch.arange(len(starts), device=problem.device, dtype=torch.int32) * kv_len
+
+    def run(copy: int) -> Tensor:
+        return _only_out(
+            flash_attn_varlen_func(
+                *inputs[copy], cu_seqlens_q=starts, cu_seqlens_k=key_starts,
+                max_seqlen_q=largest, max_seqlen_k=kv_len,
+            )
+        )  # fmt: skip
+
+    return Prepared(run, _from_rows(problem, order))
 
 
 def _as_rows(problem: Problem) -> tuple[list[tuple[Tensor, Tensor, Tensor]], Tensor, Tensor, int]:

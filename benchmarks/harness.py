@@ -10,17 +10,18 @@ from typing import Any
 import torch
 
 from .cases import Case
-from .contestants import Contestant, Prepared
+from .contestants import Contestant
 from .limits import Limits
 from .ops import OPS
+from .results import Row
 from .roofline import bound
+from .scaling import torch_threads
+from .suites import AnyCase
 from .timing import Settings, Timing, time_alternating
-
-Row = dict[str, Any]
 
 
 def measure(
-    case: Case,
+    case: AnyCase,
     contestants: Iterable[Contestant],
     limits: Limits,
     settings: Settings,
@@ -36,29 +37,27 @@ def measure(
         gc.collect()
         torch.cuda.empty_cache()
     try:
-        verdicts, ready, timings = _gate_and_time(case, contestants, settings, device)
+        with torch_threads(case.threads):
+            verdicts, facts, timings = _gate_and_time(case, contestants, settings, device)
     except Exception as error:  # no memory for the case, say: the next may be smaller
         _raise_if_broken(device)
         failure = ("failed", _described(error))
-        verdicts, ready, timings = {c.name: failure for c in contestants}, {}, {}
+        verdicts, facts, timings = {c.name: failure for c in contestants}, {}, {}
     return [
-        _row(
-            case, c, verdicts.get(c.name), timings.get(c.name),
-            ready[c.name].facts if c.name in ready else {}, limits,
-        )
+        _row(case, c, verdicts.get(c.name), timings.get(c.name), facts.get(c.name, {}), limits)
         for c in contestants
-    ]  # fmt: skip
+    ]
 
 
 def _gate_and_time(
-    case: Case, contestants: list[Contestant], settings: Settings, device: torch.device
-) -> tuple[dict[str, tuple[str, str]], dict[str, Prepared], dict[str, Timing]]:
-    """By name: status and reason of those that are not timed, the others, their times."""
+    case: AnyCase, contestants: list[Contestant], settings: Settings, device: torch.device
+) -> tuple[dict[str, tuple[str, str]], dict[str, Mapping[str, Any]], dict[str, Timing]]:
+    """By name: status and reason of those that are not timed; of the others, facts and times."""
     op = OPS[case.op]
     problem = op.build(case, device)
     gate = op.gate(problem)
     verdicts: dict[str, tuple[str, str]] = {}
-    ready: dict[str, Prepared] = {}
+    runs, facts = {}, {}
     for contestant in contestants:
         reason = contestant.unsupported_reason(problem)
         if reason:
@@ -66,15 +65,16 @@ def _gate_and_time(
             continue
         try:
             prepared = contestant.prepare(problem)
-            gate.check(prepared.result(prepared.run(0)))
-            ready[contestant.name] = prepared
+            out = prepared.run(0)
+            gate.check(prepared.result(out))
+            facts[contestant.name] = prepared.facts(out)
+            runs[contestant.name] = prepared.run
         except AssertionError as error:
             verdicts[contestant.name] = ("wrong", str(error))
         except Exception as error:
             verdicts[contestant.name] = ("failed", _described(error))
             _raise_if_broken(device)
-    runs = {name: prepared.run for name, prepared in ready.items()}
-    return verdicts, ready, time_alternating(runs, len(problem.copies), device, settings)
+    return verdicts, facts, time_alternating(runs, len(problem.copies), device, settings)
 
 
 def _described(error: Exception) -> str:
@@ -88,12 +88,12 @@ def _raise_if_broken(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def row_key(case: Case, contestant: str) -> str:
+def row_key(case: AnyCase, contestant: str) -> str:
     return f"{case.key} | {contestant}"
 
 
 def _row(
-    case: Case,
+    case: AnyCase,
     contestant: Contestant,
     verdict: tuple[str, str] | None,
     timing: Timing | None,
@@ -113,8 +113,10 @@ def _row(
     return row | {"status": "ok", **dataclasses.asdict(timing), **rates, **facts}
 
 
-def _rates(case: Case, timing: Timing, limits: Limits) -> Mapping[str, Any]:
-    """Tokens/s and, where a roofline bounds the op, work, rates and percent of the limit."""
+def _rates(case: AnyCase, timing: Timing, limits: Limits) -> Mapping[str, Any]:
+    """Tokens/s of attention and, where a roofline bounds the op, work and percent of the limit."""
+    if not isinstance(case, Case):
+        return {}
     rates = {"tokens_per_second": case.tokens / timing.median}
     if OPS[case.op].work is None:
         return rates

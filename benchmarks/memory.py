@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 
 from .backward import BackwardBackend, BackwardProblem, BackwardSdpa
-from .cases import MODELS, SKEWED, Case
+from .cases import Case
+from .models import MODELS, SKEWED
 
 CONTESTANTS = {
     "cpu": lambda: BackwardBackend("cpu"),

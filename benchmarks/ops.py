@@ -23,6 +23,7 @@ from .e2e import Decoder, DecoderGate, decoder_backends, decoder_peers
 from .peers import peers
 from .problem import Gate, Problem
 from .roofline import Work
+from .search import SearchGate, SearchProblem, search_backends, search_peers
 
 
 @dataclass(frozen=True)
@@ -72,4 +73,13 @@ OPS: dict[str, Op] = {
     "append": _over_cache("append of one new token to a KV cache", AppendGate, append_backends),
     "first-token": _end_to_end("a whole decoder's time to the first token after a prompt"),
     "generate": _end_to_end("a whole decoder's further tokens, with the prompt in the cache"),
+    "search": Op(
+        "partition of a layer's heads: time, and how good the partition is",
+        SearchProblem.build,
+        SearchGate,
+        None,
+        search_backends,
+        search_peers,
+    ),
 }
+ALIASES = {"e2e": ("first-token", "generate")}  # names for several ops

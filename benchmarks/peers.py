@@ -29,6 +29,7 @@ SDPA_STORAGE = {
     "gqa-sdpa": "SDPA with enable_gqa; equal, contiguous groups only",
 }
 UNEVEN = "the map is not equal, contiguous groups"
+FLEX_CPU_SCORES = 1 << 25
 
 
 class SdpaPeer(Contestant):
@@ -70,6 +71,10 @@ class FlexPeer(Contestant):
     summary = "FlexAttention, compiled for the shape; equal, contiguous groups only"
 
     def unsupported_reason(self, problem: Problem) -> str | None:
+        case = problem.case
+        scores = case.batch * problem.head_map.num_heads * case.q_len * case.kv_len
+        if problem.device.type == "cpu" and scores > FLEX_CPU_SCORES:
+            return f"takes minutes on CPUs beyond {FLEX_CPU_SCORES} scores"
         return None if problem.head_map.is_uniform else UNEVEN
 
     def prepare(self, problem: Problem) -> Prepared:
@@ -87,9 +92,16 @@ class FlexPeer(Contestant):
                 visible, None, None, case.q_len, case.kv_len, device=problem.device
             )
 
+        bias = problem.bias
+
+        def with_bias(score, b, h, i, j):
+            return score + bias[0, h, i, j]
+
+        score_mod = with_bias if bias is not None else None
+
         def run(copy: int) -> Tensor:
             q, k, v = problem.copies[copy]
-            return flex(q, k, v, block_mask=mask, enable_gqa=True)
+            return flex(q, k, v, score_mod=score_mod, block_mask=mask, enable_gqa=True)
 
         return Prepared(run)
 
@@ -107,12 +119,15 @@ class PerSizePeer(Contestant):
             [(q[:, hs], k[:, gs], v[:, gs]) for hs, gs in zip(heads, kv_heads, strict=True)]
             for q, k, v in problem.copies
         ]
-        options = sdpa_options(problem)
+        options = [dict(sdpa_options(problem)) for _ in sizes]
+        if problem.bias is not None:
+            for chosen, hs in zip(options, heads, strict=True):
+                chosen["attn_mask"] = chosen["attn_mask"][:, hs]
 
         def run(copy: int) -> list[Tensor]:
             return [
-                scaled_dot_product_attention(q, k, v, enable_gqa=True, **options)
-                for q, k, v in inputs[copy]
+                scaled_dot_product_attention(q, k, v, enable_gqa=True, **chosen)
+                for (q, k, v), chosen in zip(inputs[copy], options, strict=True)
             ]
 
         order = torch.tensor([h for hs in heads for h in hs], device=problem.device)
@@ -127,6 +142,8 @@ class PaddedPeer(Contestant):
         slots, width = padded_slots(problem)
         inputs = [(pad_heads(q, slots, width), k, v) for q, k, v in problem.copies]
         options = sdpa_options(problem)
+        if problem.bias is not None:
+            options["attn_mask"] = pad_heads(options["attn_mask"], slots, width)
 
         def run(copy: int) -> Tensor:
             q, k, v = inputs[copy]
@@ -176,23 +193,24 @@ def peers() -> dict[str, Contestant]:
 
 def sdpa_options(problem: Problem) -> dict:
     """SDPA's mask arguments for a case. Its own causal mask is aligned to the first key."""
-    case = problem.case
+    case, bias = problem.case, problem.bias
     if not case.causal and case.window is None:
-        return {}
-    if case.q_len == case.kv_len and case.window is None:
+        return {} if bias is None else {"attn_mask": bias}
+    if case.q_len == case.kv_len and case.window is None and bias is None:
         return {"is_causal": True}
     i = torch.arange(case.q_len, device=problem.device)[:, None] + case.kv_len - case.q_len
     j = torch.arange(case.kv_len, device=problem.device)
     mask = j <= i
     if case.window is not None:
         mask &= j >= i - case.window
-    return {"attn_mask": mask}
+    return {"attn_mask": mask if bias is None else bias.masked_fill(~mask, -torch.inf)}
 
 
 def rows_unsupported(problem: Problem) -> str | None:
     """Why heads can't be taken for query rows: a mask would treat them as positions."""
-    if problem.case.q_len > 1 or problem.case.window is not None:
-        return "decode without a window only"
+    case = problem.case
+    if case.q_len > 1 or case.window is not None or case.relative_bias:
+        return "decode without a window or a bias only"
     return None
 
 

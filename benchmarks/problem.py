@@ -22,6 +22,7 @@ CHECK_ALL_BELOW = 1 << 20  # scores of a call up to which every row is checked
 BLOCK_ROWS = 16  # query rows of a checked block beyond that
 ENOUGH_NUMBERS = 4096  # outputs of a block from which two forms of eager are a sure yardstick
 MOST_COPIES = 64
+BIAS_DISTANCE = 128  # T5's: farther tokens share a bias
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,25 @@ class Problem:
         """The copies with K and V expanded to all query heads, shared by the peers that want it."""
         index = self.head_map.tensor(self.device).long()
         return [(q, k[:, index], v[:, index]) for q, k, v in self.copies]
+
+    @cached_property
+    def bias(self) -> Tensor | None:
+        """``[1, Hq, Sq, Sk]``, by head and clipped distance, where the model has one."""
+        case = self.case
+        if not case.relative_bias:
+            return None
+        generator = torch.Generator().manual_seed(0)
+        shape = (case.head_map.num_heads, 2 * BIAS_DISTANCE + 1)
+        by_distance = torch.randn(shape, generator=generator).to(self.device, case.torch_dtype)
+        distance = torch.arange(case.kv_len) - torch.arange(case.q_len)[:, None]
+        index = distance.clamp(-BIAS_DISTANCE, BIAS_DISTANCE) + BIAS_DISTANCE
+        return by_distance[None, :, index.to(self.device)]
+
+    @property
+    def options(self) -> dict:
+        """Keyword arguments of the attention call."""
+        mask = {} if self.bias is None else {"attn_mask": self.bias}
+        return self.case.options | mask
 
     @property
     def head_map(self) -> HeadMap:
@@ -124,8 +144,11 @@ class _Block:
         # Causal is aligned to the last key: without the keys beyond the block's last row, the
         # block's rows are the last of a shorter call.
         keys = stop + case.kv_len - case.q_len if case.causal else case.kv_len
+        options = dict(case.options)
+        if problem.bias is not None:
+            options["attn_mask"] = problem.bias[:, :, start:stop, :keys]
         inputs = AttentionInputs.create(
-            q[:, :, start:stop], k[:, :, :keys], v[:, :, :keys], case.head_map, **case.options
+            q[:, :, start:stop], k[:, :, :keys], v[:, :, :keys], case.head_map, **options
         )
         with torch.no_grad():
             self.exact = reference_attention(upcast(inputs))[0]

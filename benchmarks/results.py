@@ -11,15 +11,21 @@ import subprocess
 from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from gqa_kernels import __version__
 
-from .harness import Row
 from .limits import Limits
 
+Row = dict[str, Any]
+
 SCHEMA = 1
+PACKAGES = (
+    "torch", "triton", "transformers", "scipy", "pymoo", "flash-attn-4", "flash-attn-3", "fa3-fwd",
+    "flashinfer-python", "nvidia-cudnn-cu13", "vllm",
+)  # fmt: skip
 FOLDER = Path(__file__).parent / "results"
 MUST_AGREE = ("schema", "device", "threads", "commit")  # of a file and the run that goes on with it
 
@@ -68,6 +74,7 @@ class Results:
                     f"got {earlier.header[name]!r}"
                 )
         self.header["limits"] = earlier.header.get("limits")
+        self.header["seconds"] += earlier.header.get("seconds", 0.0)
         self._rows = {row["key"]: row for row in earlier.rows} | self._rows
 
 
@@ -85,6 +92,7 @@ def header(device: torch.device, suite: str, contestants: dict[str, str]) -> dic
         "threads": torch.get_num_threads(),
         "versions": versions(),
         "commit": commit(),
+        "seconds": 0.0,
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "suite": suite,
         "contestants": contestants,
@@ -109,7 +117,7 @@ def device_name(device: torch.device) -> str:
 
 def versions() -> dict[str, str]:
     found = {"python": platform.python_version(), "gqa-kernels": __version__}
-    for name in ("torch", "triton", "transformers", "flashinfer-python", "fa3-fwd", "vllm"):
+    for name in PACKAGES:
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -55,6 +55,7 @@ def attention_work(
     kv_lengths: Sequence[int] | None = None,
     kv_itemsize: float | None = None,
     row_scale_bytes: int = 0,
+    bias_per_head: bool = False,
 ) -> Work:
     """Work of one forward call; arguments as the attention functions take them.
 
@@ -63,6 +64,7 @@ def attention_work(
         kv_lengths: keys of each sequence; default ``kv_len`` for all.
         kv_itemsize: bytes of a stored number of K and V, where it is another (int4: 0.5).
         row_scale_bytes: of the scale of each row of K and V, where they are quantised.
+        bias_per_head: an additive mask ``[1, Hq, q_len, kv_len]`` of ``itemsize`` is read too.
     """
     value_head_dim = value_head_dim or head_dim
     value_head_map = value_head_map or head_map
@@ -74,9 +76,11 @@ def attention_work(
     kv_itemsize = itemsize if kv_itemsize is None else kv_itemsize
     k_row = heads_read(head_map) * (head_dim * kv_itemsize + row_scale_bytes)
     v_row = heads_read(value_head_map) * (value_head_dim * kv_itemsize + row_scale_bytes)
-    q_and_out = batch * q_len * head_map.num_heads * (head_dim + value_head_dim)
+    elements = batch * q_len * head_map.num_heads * (head_dim + value_head_dim)
+    if bias_per_head:
+        elements += head_map.num_heads * q_len * kv_len
     return Work(
-        bytes=itemsize * q_and_out + round(keys * (k_row + v_row)),
+        bytes=itemsize * elements + round(keys * (k_row + v_row)),
         flops=2 * (head_dim + value_head_dim) * head_map.num_heads * pairs,
     )
 

@@ -19,16 +19,25 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from . import display
-from .cases import CACHE_OPS, SUITES, Case, parse_shape, vary
+from .cases import CACHE_OPS, parse_shape, vary
 from .compare import compare
 from .contestants import Contestant
 from .harness import measure, row_key
 from .limits import Limits
-from .ops import OPS
+from .ops import ALIASES, OPS
 from .results import FOLDER, Results, folder_name, header
+from .search import parse_instance
+from .suites import SUITES, AnyCase
 from .timing import Settings
 
-SUITE_WITHOUT = {"quick": ["flex"]}  # peers left out by default: compiling takes 10 s a case
+SLOW_SEARCHES = "NSGA-II, 100*"
+SUITE_WITHOUT = {  # contestants left out by default
+    "quick": ["flex", SLOW_SEARCHES],  # compiling flex takes 10 s a case
+    "cpu": [SLOW_SEARCHES],
+    "scaling": ["*, even map", "*, dense cache"],
+    "scaling-gpu": ["*, even map", "*, dense cache"],
+}
+SUITE_PEERS = {"scaling": [], "scaling-gpu": []}  # others: all
 NOT_BY_DEFAULT = "reference"  # eager, materialises all scores
 DEVICE_SECONDS = {"cpu": 0.3, "cuda": 0.15}  # per contestant and case
 
@@ -54,8 +63,12 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--suite", choices=SUITES, help="named cases (quick, unless --shapes are given)")
     add("--quick", action="store_true", help="the quick suite with short samples")
-    add("--op", action="append", choices=OPS, help="only this op (repeatable; all)")
-    add("--shapes", nargs="+", metavar="MODEL:BATCH:KV_LEN[:Q_LEN]", help="own cases, see --list")
+    ops = [*OPS, *ALIASES]
+    add("--op", action="append", choices=ops, help="only this op (repeatable; all)")
+    add(
+        "--shapes", nargs="+", metavar="SHAPE",
+        help="own cases: MODEL:BATCH:KV_LEN[:Q_LEN], or FAMILY:HEADS:GROUPS[:SIZES] of --op search",
+    )  # fmt: skip
     add("--maps", nargs="+", metavar="MAP", help="own cases' maps (even), or a filter of the suite")
     add("--dtype", nargs="+", metavar="TYPE", help="likewise for types (bfloat16)")
     add("--caches", nargs="+", metavar="CACHE", help="likewise (dense), as pages16 or dense-int8")
@@ -79,8 +92,9 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
     device = _device(arguments.device)
     suite, cases = _cases(arguments)
     for case in cases:
-        _ = case.head_map  # a map that does not fit its model is refused before anything is timed
-    chosen, reasons = _contestants(arguments, suite, device)
+        case.check()  # a map that does not fit its model is refused before anything is timed
+    cases = [c for c in cases if c.threads is None or c.threads <= torch.get_num_threads()]
+    chosen, reasons = _contestants(arguments, suite, device, {case.op for case in cases})
     results = Results(header(device, suite, reasons))
     path = arguments.json
     if arguments.save:
@@ -92,7 +106,8 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
     limits, settings = Limits(device), _settings(arguments, device)
     display.show_header(console, results.header)
 
-    started, finished = time.monotonic(), True
+    started = saved = time.monotonic()
+    finished = True
     with _bars(console) as bars:
         task = bars.add_task("", total=len(cases))
         for case in cases:
@@ -104,19 +119,32 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
                 rows = measure(case, chosen[case.op], limits, settings, device)
                 results.add(rows)
                 display.show_case(console, case, rows)
+                now = time.monotonic()
+                results.header["seconds"] += now - saved
+                saved = now
                 if path is not None:
                     results.save(path, limits)
             bars.advance(task)
     display.show_limits(console, limits)
-    console.print("all cases done" if finished else "out of time; --resume goes on from here")
+    took = f"{time.monotonic() - started:.0f} s"
+    done = "all cases done" if finished else "out of time; --resume goes on from here"
+    console.print(f"{done} ({took})")
     return 1 if any(row["status"] == "wrong" for row in results.rows) else 0
 
 
-def _cases(arguments: argparse.Namespace) -> tuple[str, list[Case]]:
+def _ops(arguments: argparse.Namespace) -> list[str]:
+    names = arguments.op or list(OPS)
+    return [op for name in names for op in ALIASES.get(name, (name,))]
+
+
+def _cases(arguments: argparse.Namespace) -> tuple[str, list[AnyCase]]:
     """Name and cases of what is to be measured."""
-    ops = arguments.op or list(OPS)
+    ops = _ops(arguments)
+    if arguments.shapes and ops == ["search"]:
+        return "custom", [parse_instance(text) for text in arguments.shapes]
     if arguments.shapes:
-        shapes = [parse_shape(op, text) for op in ops for text in arguments.shapes]
+        attention = [op for op in ops if op != "search"]
+        shapes = [parse_shape(op, text) for op in attention for text in arguments.shapes]
         cases = vary(shapes, arguments.maps or ["even"], arguments.dtype or ["bfloat16"])
         kinds = arguments.caches or ["dense"]
         return "custom", [one for case in cases for one in (
@@ -136,20 +164,29 @@ def _cases(arguments: argparse.Namespace) -> tuple[str, list[Case]]:
 
 
 def _contestants(
-    arguments: argparse.Namespace, suite: str, device: torch.device
+    arguments: argparse.Namespace, suite: str, device: torch.device, ops: set[str]
 ) -> tuple[dict[str, list[Contestant]], dict[str, str]]:
     """Per op the usable contestants asked for; for every one asked for, whether it is usable."""
     chosen: dict[str, list[Contestant]] = {}
     reasons: dict[str, str] = {}
-    for name in arguments.op or OPS:
+    without = SUITE_WITHOUT.get(suite, [])
+    backends, peers = arguments.backend, arguments.peer
+    if peers is None:
+        peers = SUITE_PEERS.get(suite, ["*"])
+    elif peers == ["none"]:
+        peers = []
+    known = [OPS[name] for name in OPS if name in ops]
+    _refuse_unknown("backend", {name for op in known for name in op.backends()}, backends)
+    _refuse_unknown("peer", {name for op in known for name in op.peers()}, peers)
+    for name in OPS:
+        if name not in ops:
+            continue
         op = OPS[name]
-        ours = _chosen("backend", op.backends(), arguments.backend, [NOT_BY_DEFAULT])
-        peers = ["*"] if arguments.peer is None else arguments.peer
-        peers = [] if peers == ["none"] else peers
-        peers = _chosen("peer", op.peers(), peers, SUITE_WITHOUT.get(suite, []))
+        ours = _chosen(op.backends(), backends, [NOT_BY_DEFAULT])
         controls = [control for contestant in ours if (control := contestant.control())]
+        controls = [control for control in controls if not _matches(control.name, without)]
         chosen[name] = []
-        for contestant in ours + controls + peers:
+        for contestant in ours + controls + _chosen(op.peers(), peers, without):
             reason = contestant.unavailable_reason(device)
             reasons[contestant.name] = reason or "available"
             if reason is None:
@@ -159,14 +196,17 @@ def _contestants(
     return chosen, reasons
 
 
-def _chosen(
-    what: str, known: dict[str, Contestant], patterns: list[str], without: list[str]
-) -> list[Contestant]:
+def _refuse_unknown(what: str, known: set[str], patterns: list[str]) -> None:
     for pattern in patterns:
         if pattern != "*" and not fnmatch.filter(known, pattern):
-            raise ValueError(f"--{what} must be among {', '.join(known)}, got {pattern!r}")
+            raise ValueError(f"--{what} must be among {', '.join(sorted(known))}, got {pattern!r}")
+
+
+def _chosen(
+    known: dict[str, Contestant], patterns: list[str], without: list[str]
+) -> list[Contestant]:
     names = [name for name in known if _matches(name, patterns)]
-    return [known[name] for name in names if name in patterns or name not in without]
+    return [known[name] for name in names if name in patterns or not _matches(name, without)]
 
 
 def _matches(name: str, patterns: list[str]) -> bool:

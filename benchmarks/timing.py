@@ -37,6 +37,8 @@ class Settings:
         sample_seconds: shortest sample; shorter calls are repeated to fill it.
         least, most: samples of a contestant. ``least`` goes before ``seconds``.
         warmup_seconds: of a contestant, at least one call over every copy.
+        patience: seconds after which a slow contestant is let go with fewer than ``least`` samples.
+            One whose single call takes longer is not called again: its last warm-up call counts.
     """
 
     seconds: float = 0.5
@@ -44,6 +46,7 @@ class Settings:
     least: int = 3
     most: int = 60
     warmup_seconds: float = 0.1
+    patience: float = 1.5
 
     def quick(self) -> Settings:
         return Settings(seconds=0.2, most=30, warmup_seconds=0.03)
@@ -79,7 +82,10 @@ def time_alternating(
     timers = {name: _timer(run, copies, device, settings) for name, run in runs.items()}
     samples: dict[str, list[float]] = {name: [] for name in runs}
     spent = dict.fromkeys(runs, 0.0)
-    racing = list(runs)
+    for name, timer in timers.items():
+        if timer.call_seconds > settings.patience:
+            samples[name].append(timer.call_seconds)
+    racing = [name for name in runs if not samples[name]]
     while racing:
         for name in racing:
             started = time.perf_counter()
@@ -91,7 +97,8 @@ def time_alternating(
 
 
 def _done(samples: list[float], spent: float, settings: Settings) -> bool:
-    enough = len(samples) >= settings.least and spent >= settings.seconds
+    least = settings.least if spent < settings.patience else 1
+    enough = len(samples) >= least and spent >= settings.seconds
     return enough or len(samples) >= settings.most
 
 
@@ -107,6 +114,7 @@ class _Timer:
     """Samples one contestant: ``calls`` calls, walking over the copies."""
 
     name: str
+    call_seconds = 0.0  # of a call in the warm-up, where it is known
 
     def __init__(self, run: Run, copies: int, calls: int):
         self.run, self.copies, self.calls = run, copies, calls
@@ -175,7 +183,9 @@ def _timer(run: Run, copies: int, device: torch.device, settings: Settings) -> _
     seconds = _warm_up(run, copies, device, settings)
     calls = min(MOST_CALLS, max(1, math.ceil(settings.sample_seconds / seconds)))
     if device.type == "cpu":
-        return WallTimer(run, copies, calls)
+        timer = WallTimer(run, copies, calls)
+        timer.call_seconds = seconds
+        return timer
     if seconds < GRAPH_BELOW:
         try:
             return GraphTimer(run, copies, max(copies, GRAPH_CALLS))

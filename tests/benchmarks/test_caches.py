@@ -8,8 +8,9 @@ import torch
 
 from benchmarks import run
 from benchmarks.caches import AppendGate, CacheGate, CacheProblem, append_backends, cache_backends
-from benchmarks.cases import CACHE_KINDS, CacheKind, Case
+from benchmarks.cases import CacheKind, Case
 from benchmarks.roofline import append_work, attention_work
+from benchmarks.suites import CACHE_KINDS
 from gqa_kernels import HeadMap
 
 CASE = Case("decode-cache", "smollm2-135m", "4-3-2", 2, 1, 50, "float32", cache="pages16-int8")

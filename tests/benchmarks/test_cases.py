@@ -3,9 +3,11 @@
 import pytest
 import torch
 
-from benchmarks.cases import MODELS, SUITES, head_map, parse_shape, vary
+from benchmarks.cases import parse_shape, vary
+from benchmarks.models import MODELS, head_map
 from benchmarks.ops import OPS
 from benchmarks.problem import num_copies
+from benchmarks.suites import SUITES
 from benchmarks.timing import cache_bytes
 from gqa_kernels import HeadMap
 

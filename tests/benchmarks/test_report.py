@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 
 from benchmarks import report
-from benchmarks.cases import BOTH, MILD, decode, prefill
+from benchmarks.cases import decode, prefill
 from benchmarks.harness import row_key
+from benchmarks.models import MILD
 from benchmarks.results import FOLDER, Results
+from benchmarks.suites import BOTH
 
 ROOT = Path(__file__).parents[2]
 HEADER = {
