@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from .models import MILD, SKEWED
 from .results import Results
 from .suites import BOTH, HEADLINE
-from .tables import EMULATIONS, CaseRows, by_case
+from .tables import EMULATIONS, CaseRows, by_case, fits
 
 SHOWN = ("expanded-sdpa", "expand+sdpa", "gqa-sdpa", "flex", "fa3-gqa", *EMULATIONS)
 
@@ -47,10 +47,18 @@ class Figure:
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
 
 
-def figures(results: Results) -> list[Figure]:
-    """Those that the results have data for."""
+def figures(results: Results, suites: Iterable[Results] = ()) -> list[Figure]:
+    """Those that the results have data for.
+
+    Args:
+        results: that stand for the device.
+        suites: all of its results, for the fits.
+    """
     cases = by_case(results)
-    made = (_roofline(results, cases), _bandwidth(results, cases), _groups(cases), _skew(cases))
+    made = (
+        _roofline(results, cases), _bandwidth(results, cases), _groups(cases), _skew(cases),
+        _scaling(suites),
+    )  # fmt: skip
     return [figure for figure in made if any(len(line) > 1 for line in figure.series.values())]
 
 
@@ -180,6 +188,22 @@ def _skew(cases: list[CaseRows]) -> Figure:
         "skew", f"Decode, {HEADLINE}{where}: 32 query heads over 8 KV heads",
         "query heads in the largest group", "microseconds",
         {name: line for name, line in lines.items() if name in shown}, log_y=True,
+    )  # fmt: skip
+
+
+def _scaling(suites: Iterable[Results]) -> Figure:
+    series: dict[str, list[tuple[float, float]]] = {}
+    for results in suites:
+        if results.header["suite"].startswith("scaling"):
+            for (axis, backend), fitted in fits(results).items():
+                (first, shortest), *_ = fitted.points
+                label = f"{axis} ({backend}): x^{fitted.exponent:.2f}"
+                series[label] = [(x / first, t / shortest) for x, t in fitted.points]
+    widest = max((x for line in series.values() for x, _ in line), default=1)
+    return Figure(
+        "scaling", "Growth of the time along one axis at a time", "times the smallest value",
+        "times the time there", series, {"in proportion": [(1, 1), (widest, widest)]},
+        log_y=True,
     )  # fmt: skip
 
 

@@ -13,17 +13,22 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import display, tables
-from .figures import draw, figures, is_current
+from .figures import Figure, draw, figures, is_current
 from .results import FOLDER, Results
+from .suites import is_headline
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 SUITE_ORDER = ("gpu", "cpu", "quick")  # of which a device's README block shows the first it has
+SCALING = ("scaling", "scaling-gpu")  # whose cases stand in one table of fits
+README_FIGURES = ("roofline", "bandwidth", "scaling")
 OTHER_RESULTS = ("grouping", "recovery")  # folders of scripts with reports of their own
 TITLES = {
     "decode": "Decode",
     "prefill": "Prefill",
     "backward": "Backward",
+    "decode-cache": "Decode over a KV cache",
+    "append": "Append to a KV cache",
     "first-token": "First token, whole model",
     "generate": "Generation, whole model",
 }
@@ -58,9 +63,12 @@ def load_all(folder: Path) -> dict[str, dict[str, Results]]:
 def write(devices: dict[str, dict[str, Results]], folder: Path, readme: Path) -> None:
     for name, suites in devices.items():
         (folder / name / "report.md").write_text(device_report(name, suites), encoding="utf-8")
-        for figure in figures(newest_suite(suites)):
+        drawn = figures(newest_suite(suites), suites.values())
+        for figure in drawn:
             if not is_current(figure, folder / name):
                 draw(figure, folder / name)
+        for path in _orphans(drawn, folder / name):
+            path.unlink()
     text = readme.read_text(encoding="utf-8")
     readme.write_text(with_block(text, readme_block(devices, folder, readme)), encoding="utf-8")
 
@@ -72,13 +80,18 @@ def find_stale(devices: dict[str, dict[str, Results]], folder: Path, readme: Pat
         path = folder / name / "report.md"
         if not path.exists() or path.read_text(encoding="utf-8") != device_report(name, suites):
             stale.append(f"{name}/{path.name}")
-        for figure in figures(newest_suite(suites)):
-            if not is_current(figure, folder / name):
-                stale.append(f"{name}/{figure.file}")
+        drawn = figures(newest_suite(suites), suites.values())
+        stale += [f"{name}/{f.file}" for f in drawn if not is_current(f, folder / name)]
+        stale += [f"{name}/{path.name}" for path in _orphans(drawn, folder / name)]
     text = readme.read_text(encoding="utf-8")
     if devices and with_block(text, readme_block(devices, folder, readme)) != text:
         stale.append(readme.name)
     return stale
+
+
+def _orphans(drawn: Sequence[Figure], folder: Path) -> list[Path]:
+    """Pictures in a device's folder that its results no longer make."""
+    return sorted(set(folder.glob("*.svg")) - {folder / figure.file for figure in drawn})
 
 
 def with_block(text: str, block: str) -> str:
@@ -102,19 +115,13 @@ def readme_block(devices: dict[str, dict[str, Results]], folder: Path, readme: P
         results = newest_suite(suites)
         where = Path(_relative(folder / name, readme.parent))
         parts.append(tables.provenance(results.header))
-        for op, title in TITLES.items():
-            table = tables.comparison(results, op, tables.is_headline)
-            if table:
-                parts.append(f"{title} (peers' times in multiples of ours, bold: faster than ours)")
-                parts.append(table)
+        table = tables.comparison(results, list(TITLES), is_headline, ("KV bytes per token",))
+        if table:
+            parts.append("Peers' times are in multiples of ours; bold: faster than ours.")
+            parts.append(table)
         parts.append(tables.score(results))
-        drawn = figures(results)
-        if drawn:
-            parts.append(
-                "\n".join(
-                    f"![{figure.title}]({where.as_posix()}/{figure.file})" for figure in drawn[:2]
-                )
-            )
+        drawn = [f for f in figures(results, suites.values()) if f.name in README_FIGURES]
+        parts.append("\n".join(f"![{f.title}]({where.as_posix()}/{f.file})" for f in drawn))
         parts.append(f"[All cases]({where.as_posix()}/report.md)")
     return "".join(f"\n{part}\n" for part in parts if part) + "\n"
 
@@ -130,7 +137,12 @@ def device_report(name: str, suites: dict[str, Results]) -> str:
     for suite, results in suites.items():
         parts += [f"## Suite {suite}", tables.provenance(results.header), tables.score(results)]
         for op, title in TITLES.items():
-            table = tables.comparison(results, op)
+            table = tables.comparison(results, [op]) if suite not in SCALING else ""
+            parts += [f"### {title}", table] if table else []
+        for title, table in (
+            ("Search", tables.searches(results)),
+            ("Scaling", tables.scaling(results) if suite in SCALING else ""),
+        ):
             parts += [f"### {title}", table] if table else []
         refused = tables.refusals(results)
         parts += ["### Refused a timing", refused] if refused else []
@@ -139,7 +151,7 @@ def device_report(name: str, suites: dict[str, Results]) -> str:
         parts.append(
             "\n".join(f"- {', '.join(names)}: {reason}" for reason, names in absent.items())
         )
-    drawn = figures(newest_suite(suites))
+    drawn = figures(newest_suite(suites), suites.values())
     parts += ["## Figures"] if drawn else []
     parts += [f"![{figure.title}]({figure.file})" for figure in drawn]
     return "\n\n".join(part for part in parts if part) + "\n"

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from .cases import BOTH, HEADLINE, HEADLINE_LENGTHS, HEADLINE_TYPES
 from .display import flops, of_limit, one_line, rate, seconds, size
-from .harness import Row
-from .results import Results
+from .results import Results, Row
+from .scaling import AXES, Fit, axis_points, fit
 
 EMULATIONS = (
     "sdpa-rows", "sdpa-padded", "sdpa-per-size", "varlen-rows", "fa3-rows", "fa3-batch-index",
-    "flashinfer-rows",
+    "fa4-rows", "flashinfer-rows",
 )  # fmt: skip
 COLUMNS: dict[str, tuple[str, ...]] = {  # heading -> contestants, of which the fastest counts
     "expand + SDPA": ("expand+sdpa*",),
@@ -20,6 +19,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {  # heading -> contestants, of which the 
     "SDPA `enable_gqa`": ("gqa-sdpa*",),
     "FlexAttention": ("flex",),
     "FlashAttention-3": ("fa3-expanded", "fa3-gqa"),
+    "FlashAttention-4": ("fa4-expanded", "fa4-expand", "fa4-gqa"),
     "best emulation": EMULATIONS,
 }
 OURS_ORDER = ("cuda", "cpu", "triton", "reference")  # whose times count as ours, if measured
@@ -80,21 +80,22 @@ def provenance(header: dict) -> str:
     )
 
 
-def is_headline(case: dict) -> bool:
-    """Whether a case belongs into the README."""
-    return (
-        case["model"] == HEADLINE
-        and case["map"] in BOTH
-        and case["dtype"] in HEADLINE_TYPES
-        and not case["cold"]
-        and case["window"] is None
-        and case["kv_len"] in HEADLINE_LENGTHS.get(case["op"], ())
-    )
+def comparison(
+    results: Results,
+    ops: Sequence[str],
+    keep: Callable[[dict], bool] = lambda case: True,
+    without: Sequence[str] = (),
+) -> str:
+    """Table of the cases of some ops: our time, and each peer's in multiples of it.
 
+    Args:
+        keep: which cases, from their facts.
+        without: headings to leave out.
 
-def comparison(results: Results, op: str, keep: Callable[[dict], bool] = lambda case: True) -> str:
-    """Table of an op's cases: our time, and each peer's in multiples of it; empty if no rows."""
-    cases = [c for c in by_case(results) if c.case["op"] == op and keep(c.case)]
+    Returns:
+        Markdown, with the op's name before each case where there are several; empty if no rows.
+    """
+    cases = [c for op in ops for c in by_case(results) if c.case["op"] == op and keep(c.case)]
     columns = [
         name
         for name, patterns in COLUMNS.items()
@@ -102,32 +103,38 @@ def comparison(results: Results, op: str, keep: Callable[[dict], bool] = lambda 
     ]
     if not cases:
         return ""
-    own = dict(OWN_COLUMNS)
-    for name in OWN_OPTIONAL:
-        if not any(c.ours and own[name](c, c.ours) for c in cases):
-            del own[name]
+    own = {
+        name: cell
+        for name, cell in OWN_COLUMNS.items()
+        if name not in without and any(c.ours and cell(c, c.ours) for c in cases)
+    }
     lines = [_line(["case", *own, *columns]), _line(["---"] + ["---:"] * (len(own) + len(columns)))]
     for c in cases:
         ours = c.ours
         cells = [cell(c, ours) if ours else "" for cell in own.values()]
         cells += [_peer_cell(c, ours, name) for name in columns]
-        lines.append(_line([describe(c.case), *cells]))
+        op = f"{c.case['op']}: " if len(ops) > 1 else ""
+        lines.append(_line([op + describe(c.case), *cells]))
     return "\n".join(lines)
 
 
-def _over_even(c: CaseRows, ours: Row) -> str:
-    even = c.rows.get(f"{ours['contestant']}, even map", {})
-    return f"{ours['median'] / even['median']:.2f}" if "median" in even else ""
+def _over(control: str) -> Callable[[CaseRows, Row], str]:
+    def cell(c: CaseRows, ours: Row) -> str:
+        easier = c.rows.get(f"{ours['contestant']}, {control}", {})
+        return f"{ours['median'] / easier['median']:.2f}" if "median" in easier else ""
+
+    return cell
 
 
+# A column that is empty in all rows is left out.
 OWN_COLUMNS: dict[str, Callable[[CaseRows, Row], str]] = {
     "ours": lambda c, ours: seconds(ours["median"]),
     "rate": lambda c, ours: rate(ours),
     "of limit": lambda c, ours: of_limit(ours),
-    "/ even map": _over_even,
+    "/ even map": _over("even map"),
+    "/ dense cache": _over("dense cache"),
     "KV bytes per token": lambda c, ours: str(ours.get("kv_bytes_per_token", "")),
 }
-OWN_OPTIONAL = ("of limit", "/ even map", "KV bytes per token")  # left out where all are empty
 
 
 def _peer_cell(c: CaseRows, ours: Row | None, column: str) -> str:
@@ -148,9 +155,11 @@ def describe(case: dict) -> str:
     parts.append(f"{case['kv_len']} keys")
     if case["op"] == "generate":
         parts.append(f"{case['q_len']} new tokens")
-    elif case["op"] != "decode" and case["q_len"] != case["kv_len"]:
+    elif case["q_len"] not in (1, case["kv_len"]):
         parts.append(f"{case['q_len']} queries")
     parts += [case["dtype"]]
+    parts += [name for name in (case.get("cache"),) if name]
+    parts += [f"{case[n]} {n}" for n in ("threads", "splits") if case.get(n)]
     parts += [f"window {case['window']}"] if case["window"] is not None else []
     return ", ".join(parts + (["cold"] if case["cold"] else []))
 
@@ -170,6 +179,72 @@ def score(results: Results) -> str:
                 f"{ratios[len(ratios) // 2]:.2f}x (least {ratios[0]:.2f}x, most {ratios[-1]:.2f}x)."
             )
     return "\n".join(lines)
+
+
+def searches(results: Results) -> str:
+    """Table of the search op: by method and matrix its time and the share left of the gain.
+
+    The gain is what the best partition found saves of the mean of random balanced ones.
+    """
+    cases = [c for c in by_case(results) if c.case["op"] == "search"]
+    if not cases:
+        return ""
+    names = dict.fromkeys(name for c in cases for name in c.rows)
+    heads = [f"{c.case['model']} H={c.case['heads']} G={c.case['groups']} {c.case['rule']}"
+             for c in cases]  # fmt: skip
+    lines = [_line(["method", *heads]), _line(["---"] + ["---:"] * len(heads))]
+    lines += [_line([name, *(_search_cell(c, name) for c in cases)]) for name in names]
+    return "\n".join(lines)
+
+
+def _search_cell(c: CaseRows, name: str) -> str:
+    row = c.rows.get(name, {"status": ""})
+    if row["status"] != "ok":
+        return "n/a" if row["status"] == "unsupported" else row["status"]
+    best = min(r["objective"] for r in c.rows.values() if r["status"] == "ok")
+    gain = row["random_objective"] - best
+    left = (row["objective"] - best) / gain if gain > 0 else 0.0
+    state = "proved optimal" if row["proved"] else f"{100 * left:.1f} % left"
+    return f"{seconds(row['median'])}, {state}"
+
+
+def scaling(results: Results) -> str:
+    """Table of the fits along every axis, for each backend."""
+    heads = ["axis", "backend", "range", "time", "power law", "R2", "line", "R2"]
+    lines = []
+    for (axis, backend), fitted in fits(results).items():
+        (first, shortest), (last, longest) = fitted.points[0], fitted.points[-1]
+        lines.append(
+            _line(
+                [
+                    axis,
+                    backend,
+                    f"{first:g} to {last:g}",
+                    f"{seconds(shortest)} to {seconds(longest)}",
+                    f"x^{fitted.exponent:.2f}",
+                    f"{fitted.power_r2:.3f}",
+                    f"{seconds(fitted.fixed)} + {seconds(fitted.slope)} x",
+                    f"{fitted.line_r2:.3f}",
+                ]
+            )
+        )
+    if not lines:
+        return ""
+    return "\n".join([_line(heads), _line(["---"] * 3 + ["---:"] * 5), *lines])
+
+
+def fits(results: Results) -> dict[tuple[str, str], Fit]:
+    """By axis and backend."""
+    device = results.header["device_type"]
+    backends = dict.fromkeys(r["contestant"] for r in results.rows if r["kind"] == "backend")
+    found = {
+        (axis, backend): fit(points)
+        for backend in backends
+        for axis, points in axis_points(
+            (row for row in results.rows if row["contestant"] == backend), device
+        ).items()
+    }
+    return dict(sorted(found.items(), key=lambda item: list(AXES).index(item[0][0])))
 
 
 def refusals(results: Results) -> str:

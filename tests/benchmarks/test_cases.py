@@ -18,8 +18,10 @@ def test_suites_resolve_and_name_each_case_once(suite):
     assert len({case.key for case in cases}) == len(cases)
     for case in cases:
         assert case.op in OPS
-        assert case.head_map.num_heads <= MODELS[case.model].num_heads
-        assert case.work.bytes > 0 and (case.work.flops > 0 or case.op == "append")
+        case.check()
+        if case.op != "search":
+            assert case.head_map.num_heads <= MODELS[case.model].num_heads
+            assert case.work.bytes > 0 and (case.work.flops > 0 or case.op == "append")
 
 
 def test_maps_of_a_model():
@@ -62,7 +64,7 @@ def test_shapes():
 
 def test_cold_cases_take_copies_beyond_the_cache():
     cpu = torch.device("cpu")
-    cold = next(case for case in SUITES["cpu"] if case.cold)
+    cold = next(case for case in SUITES["cpu"] if getattr(case, "cold", False))
     copies = num_copies(cold, cpu)
     assert copies > 1
     assert copies * cold.work.bytes >= 2 * cache_bytes(cpu) or copies == 64
