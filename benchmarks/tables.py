@@ -223,7 +223,8 @@ def scaling(results: Results) -> str:
                     f"{seconds(shortest)} to {seconds(longest)}",
                     f"x^{fitted.exponent:.2f}",
                     f"{fitted.power_r2:.3f}",
-                    f"{seconds(fitted.fixed)} + {seconds(fitted.slope)} x",
+                    f"{seconds(fitted.fixed)} {'-' if fitted.slope < 0 else '+'} "
+                    f"{seconds(abs(fitted.slope))} x",
                     f"{fitted.line_r2:.3f}",
                 ]
             )

@@ -8,7 +8,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks import gpu_peers
-from benchmarks.cases import decode, prefill
+from benchmarks.backward import BackwardGate, BackwardProblem, backward_peers
+from benchmarks.cases import backward, decode, prefill
 from benchmarks.peers import UNEVEN, peers
 from benchmarks.problem import Gate, Problem
 
@@ -48,6 +49,23 @@ def fa3_forward(
     mask &= (j >= i - window_size_left) if window_size_left >= 0 else mask
     out = scaled_dot_product_attention(q, k, v, mask, scale=softmax_scale, enable_gqa=True)
     return [out.transpose(1, 2)]
+
+
+def flash_attn_func(q, k, v, *, causal, window_size):
+    """FlashAttention-4: q ``[B, Sq, H, D]``; gives the LSE, or None, too."""
+    assert q.shape[2] % k.shape[2] == 0 and not (causal and window_size[0] is not None)
+    left, right = window_size
+    mask = {"is_causal": causal}
+    if left is not None:
+        mask |= {"window_size_left": left, "window_size_right": right}
+    return fa3_forward(q, k, v, softmax_scale=q.shape[-1] ** -0.5, **mask)[0], None
+
+
+def flash_attn_varlen_func(
+    q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+):  # fmt: skip
+    assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
+    return varlen_attn(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k), None
 
 
 def varlen_attn(q, k, v, starts, key_starts, max_q, max_k):
@@ -90,6 +108,10 @@ def stand_ins(monkeypatch):
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
     library = SimpleNamespace(BatchPrefillWithPagedKVCacheWrapper=PagedPrefill)
     monkeypatch.setitem(sys.modules, "flashinfer", library)
+    fa4 = SimpleNamespace(
+        flash_attn_func=flash_attn_func, flash_attn_varlen_func=flash_attn_varlen_func
+    )
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", fa4)
 
 
 @pytest.mark.parametrize(
@@ -110,9 +132,22 @@ def test_gpu_peers_are_right_on_what_their_libraries_promise(case, stand_ins):
             prepared = peer.prepare(problem)
             gate.check(prepared.result(prepared.run(0)))
             ran.append(name)
-    rows = {"fa3-rows", "fa3-batch-index", "varlen-rows", "flashinfer-rows"}
-    expected = {"fa3-expanded"} | (rows if case.op == "decode" else set())
-    assert set(ran) == expected | ({"fa3-gqa"} if case.head_map.is_uniform else set())
+    rows = {"fa3-rows", "fa3-batch-index", "fa4-rows", "varlen-rows", "flashinfer-rows"}
+    expected = {"fa3-expanded", "fa4-expanded"} | (rows if case.op == "decode" else set())
+    assert set(ran) == expected | ({"fa3-gqa", "fa4-gqa"} if case.head_map.is_uniform else set())
+
+
+@pytest.mark.parametrize("name", ["even", "4-3-2"])
+def test_backward_of_flash_attention_4(name, stand_ins):
+    (case,) = backward(MODEL, (name,), 1, 13)
+    problem = BackwardProblem.build(case, torch.device("cpu"))
+    gate = BackwardGate(problem)
+    for peer in (p for key, p in backward_peers().items() if key.startswith("fa4")):
+        if peer.unsupported_reason(problem):
+            assert (peer.name, name) == ("fa4-gqa", "4-3-2")
+            continue
+        prepared = peer.prepare(problem)
+        gate.check(prepared.result(prepared.run(0)))
 
 
 def test_they_say_what_they_do_not_take():
@@ -123,3 +158,6 @@ def test_they_say_what_they_do_not_take():
     exact = Problem.build(decode(MODEL, ("4-3-2",), 1, 16, "float32")[0], torch.device("cpu"))
     assert known["fa3-rows"].unsupported_reason(exact) == "fp16 and bf16 only"
     assert "import fa3_fwd_interface" in gpu_peers._fa3_reason()
+    assert "import flash_attn.cute" in gpu_peers.fa4_missing()
+    biased = Problem.build(prefill("t5-base", ("even",), 1, 8)[0], torch.device("cpu"))
+    assert known["fa4-gqa"].unsupported_reason(biased) == "no additive mask"

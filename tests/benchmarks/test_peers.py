@@ -19,6 +19,7 @@ CASES = [
     *prefill(MODEL, ("even", "4-3-2"), 1, 13, "float32", window=4),
     Case("prefill", MODEL, "4-3-2", 2, 5, 13, "float32"),  # fewer queries than keys
     *prefill("vit-b", ("uneven-3",), 1, 13, "float32"),  # not causal
+    *prefill("t5-base", ("even", "uneven-3"), 2, 13, "float32"),  # an additive bias
 ]
 SLOW = ("flex",)  # compiles
 
@@ -43,6 +44,19 @@ def test_peers_are_right(case, device):
     assert {"expand+sdpa", "expanded-sdpa", "sdpa-padded", "sdpa-per-size"} <= set(ran)
     assert ("gqa-sdpa" in ran) == case.head_map.is_uniform
     assert ("sdpa-rows" in ran) == (case.q_len == 1 and case.window is None)
+
+
+def test_a_bias_differs_by_head_and_distance_and_the_gate_knows_it():
+    (case,) = prefill("t5-base", ("uneven-3",), 1, 9, "float32")
+    problem = Problem.build(case, torch.device("cpu"))
+    assert problem.bias.shape == (1, 12, 9, 9)
+    assert torch.equal(problem.bias[0, :, 2, 5], problem.bias[0, :, 4, 7])
+    assert problem.bias[0, :, 0].unique().numel() == 12 * 9
+    unbiased, _ = reference_attention(
+        AttentionInputs.create(*problem.copies[0], case.head_map, **case.options)
+    )
+    with pytest.raises(AssertionError, match="exceeds"):
+        Gate(problem).check(unbiased)
 
 
 @pytest.mark.slow

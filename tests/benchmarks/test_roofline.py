@@ -25,6 +25,12 @@ def test_group_shape_does_not_matter_but_unread_heads_do():
     assert with_empty == even
 
 
+def test_a_bias_is_read_once_for_all_sequences():
+    plain = attention_work(UNEVEN, 2, 5, 7, 8, 4)
+    biased = attention_work(UNEVEN, 2, 5, 7, 8, 4, bias_per_head=True)
+    assert biased.bytes - plain.bytes == 4 * 4 * 5 * 7 and biased.flops == plain.flops
+
+
 def test_causal_prefill():
     # 5 queries: 1 + 2 + 3 + 4 + 5 pairs.
     work = attention_work(UNEVEN, 2, 5, 5, 8, 4, causal=True)

@@ -161,8 +161,10 @@ def test_budget_stops_and_says_so(tmp_path, capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--backend", "gpu9000"], "--backend must be among cpu"),
+        (["--op", "decode", "--backend", "gpu9000"], "--backend must be among cpu, cuda"),
         (["--peer", "gpu9000"], "--peer must be among"),
+        (["--op", "search", "--shapes", "even:9:3"], "family must be among random"),
+        (["--op", "search", "--shapes", "planted:9"], "shape of a search must be FAMILY"),
         (["--peer", "fa3-rows"], "fa3-rows is not usable here: needs a CUDA GPU"),
         (["--resume"], "--resume must come with"),
         (["--shapes", "x"], "shape must be MODEL"),

@@ -33,6 +33,21 @@ def test_turns_copies_and_summary():
     assert [copy for name, copy in timed if name == "a"] == [0, 1, 2, 0, 1]
 
 
+def test_slow_contestants_are_let_go():
+    calls = []
+
+    def run(copy):
+        calls.append(copy)
+        time.sleep(0.02)
+
+    box = {"seconds": 0.01, "sample_seconds": 0.0, "least": 5, "warmup_seconds": 0.0}
+    few = time_alternating({"a": run}, 1, CPU, Settings(patience=0.05, **box))["a"]
+    assert few.samples < 5 and few.low <= few.median <= few.high
+    calls.clear()
+    once = time_alternating({"a": run}, 1, CPU, Settings(patience=0.01, **box))["a"]
+    assert len(calls) == once.samples == 1 and once.median >= 0.02
+
+
 def test_short_calls_are_repeated_to_fill_a_sample():
     settings = Settings(seconds=0.01, sample_seconds=1e-3, least=2, most=3, warmup_seconds=1e-3)
     timing = time_alternating({"a": lambda copy: None}, 1, CPU, settings)["a"]
