@@ -1,83 +1,135 @@
 #!/usr/bin/env bash
-# One call on a GPU machine: build the extension, run the tests, measure the gpu suite and write the
-# report. Every stage has a time limit and leaves a mark when it is through, so that another call on
-# the same machine, or one that is given the results of an earlier call, goes on from there.
+# One call on a machine with an NVIDIA GPU and no network: build the kernels, run the GPU tests, then
+# the benchmark suites, until the time is up. Another call goes on where this one stopped.
 #
-#   $OUT            folder for results and logs (default: gpu_session)
+#   $OUT            folder for the results (default: gpu_session); six files at most
+#   $GQA_RESUME     folder with an earlier call's files: its results are added to, and stages that
+#                   it finished, whatever came of them, are not run again
+#   $GQA_STAGES     stages after the build, in order (default: all, as listed below)
 #   $GQA_BUDGET_S   seconds in all (default 540)
-#   $GQA_RESUME     results JSON of an earlier call to go on with
+#   $GQA_WHEELS     folder of wheels to install for the peers (default .whl; README.md says which)
 #   $GIT_COMMIT     commit, where the copy has no .git
 #
-# Peers that are not installed are left out with their reason; carry them as wheels on PYTHONPATH.
+# Then, where the results are to stay: results/DEVICE/gpu.json and so on, python -m benchmarks.report.
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit
 
-out=$(mkdir -p "${OUT:-gpu_session}" && cd "${OUT:-gpu_session}" && pwd)
-state="${GQA_STATE:-$HOME/.cache/gqa_kernels_session}"   # marks of the stages, on this machine
+out=$(mkdir -p "${OUT:-gpu_session}" && cd "${OUT:-gpu_session}" && pwd) || exit
 budget=${GQA_BUDGET_S:-540}
-results="$out/gpu.json"
-mkdir -p "$state"
+stages=${GQA_STAGES:-cuda-tests tests memcheck racecheck gpu scaling-gpu e2e-gpu}
+log="$out/session.log"   # of all stages
+state="$out/stages.txt"  # a line for each stage that came to an end: name, exit status
 export PYTHONUNBUFFERED=1 OMP_WAIT_POLICY=PASSIVE
-export GIT_COMMIT="${GIT_COMMIT:-unknown}"
+
+if [[ -n "${GQA_RESUME:-}" ]]; then
+  for file in "$GQA_RESUME"/*.json "$GQA_RESUME"/stages.txt "$GQA_RESUME"/session.log; do
+    if [[ -s "$file" && ! -e "$out/${file##*/}" ]]; then cp "$file" "$out/"; fi
+  done
+fi
+if [[ -z "${GIT_COMMIT:-}" ]] && ! git describe --always > /dev/null 2>&1; then
+  # Results may only be added to by the same code: name it by its contents.
+  sum=$(find gqa_kernels csrc benchmarks \( -name '*.py' -o -name '*.h' -o -name '*.c*' \) \
+    -type f -print0 | LC_ALL=C sort -z | xargs -0 sha256sum | sha256sum)
+  GIT_COMMIT="tree-${sum:0:10}"
+fi
+export GIT_COMMIT="${GIT_COMMIT:-}"
+
+wheels=${GQA_WHEELS:-.whl}
+if compgen -G "$wheels/*.whl" > /dev/null; then
+  site=$(mktemp -d)
+  python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade \
+    --target "$site" "$wheels"/*.whl && export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
+fi
 
 left() { echo $((budget - SECONDS)); }
 
-# stage NAME LIMIT_SECONDS COMMAND...: run it once per machine, within its limit and what is left
-stage() {
-  local name=$1 limit=$2; shift 2
-  if [[ -e "$state/$name.done" ]]; then
-    echo "== $name: done before"; return 0
-  fi
-  local time_left; time_left=$(left)
-  if ((time_left < 20)); then
-    echo "== $name: no time left"; return 1
-  fi
+# within LIMIT_SECONDS COMMAND...: run it within its limit and what is left, its output in the log
+cut=0  # whether the last limit was what is left, so that another call may do better
+within() {
+  local limit=$1 time_left; shift
+  time_left=$(left)
+  cut=$((limit > time_left - 15))
   ((limit > time_left)) && limit=$time_left
-  echo "== $name (at most ${limit} s)"
-  timeout --kill-after=10 "$limit" "$@" > >(tee "$out/$name.log" | tail -n 15) 2>&1
-  local rc=$?
-  echo "== $name: exit $rc after ${SECONDS} s in all"
-  ((rc == 0)) && touch "$state/$name.done"
-  return $rc
+  echo "== $* (at most ${limit} s)" >> "$log"
+  timeout --kill-after=10 "$limit" "$@" 2>&1 | tee -a "$log" | tail -n 25
+  return "${PIPESTATUS[0]}"
 }
 
-for copy in "${GQA_RESUME:-}" "$state/gpu.json"; do
-  if [[ -n "$copy" && -s "$copy" && ! -e "$results" ]]; then cp "$copy" "$results"; fi
-done
+# pytest in this process only, or a sanitizer would not see the kernels; blocks of memory of their
+# own, or it would not see a read beyond one. Few cases: it slows launches a hundredfold.
+sanitized() {
+  within 45 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 9 \
+    python3 -m pytest -n 0 -x -q -p no:cacheprovider tests/backends/test_cuda.py \
+    -k "(device_map or larger_than_a_tile or pages_agree) and not 200"
+}
 
-stage device 20 bash -c 'nvidia-smi -L && python3 -c "
+# A test that hangs on the GPU can only be ended with its process; others then go on.
+hangs=()
+python3 -c 'import pytest_timeout' 2> /dev/null &&
+  hangs=(--timeout 90 --timeout-method thread --max-worker-restart 4)
+
+tests() {
+  local limit=$1; shift
+  within "$limit" python3 -m pytest -n 8 --maxfail=30 -q -p no:cacheprovider "${hangs[@]}" \
+    --durations=10 "$@"
+}
+
+# The suite stops by itself, in time for its last case.
+suite() {
+  local limit; limit=$(left)
+  within "$((limit - 10))" python3 -m benchmarks.run --suite "$1" --device cuda \
+    --json "$out/$1.json" --resume --budget "$((limit - 50))"
+}
+
+run_stage() {
+  case $1 in
+    cuda-tests) tests 100 tests/backends/test_cuda.py ;;
+    tests) tests 120 tests/backends/test_triton.py tests/test_attention.py tests/cache \
+      tests/test_gradients.py tests/test_compile.py tests/test_dropout.py tests/nn \
+      tests/benchmarks/test_peers.py ;;
+    memcheck | racecheck) sanitized "$1" ;;
+    gpu | scaling-gpu | e2e-gpu) suite "$1" ;;
+    *) echo "no stage $1" >&2; return 2 ;;
+  esac
+}
+
+within 20 nvidia-smi -L || exit 1
+within 60 python3 -c '
 import torch, triton
-print(torch.__version__, triton.__version__, torch.cuda.get_device_name())"' || exit 1
-# CPU kernels, and with nvcc the CUDA kernels for the device at hand.
-stage build 240 python3 -c "
+print(torch.__version__, triton.__version__, torch.cuda.get_device_name())' || exit 1
+# CPU kernels, and with nvcc the CUDA kernels for the device at hand; found again on a warm machine.
+within 260 python3 -c '
 from gqa_kernels import extension
 extension.load()
-extension.load('cuda')
-print(extension.cuda_build_info())"
-stage tests 240 python3 -m pytest --maxfail=20 -q -p no:cacheprovider --durations=10 tests
-# A reduced set of the CUDA kernels' tests, whose launches the sanitizer slows down a hundredfold.
-for tool in memcheck racecheck; do
-  stage "$tool" 90 compute-sanitizer --tool "$tool" --error-exitcode 9 python3 -m pytest -x -q \
-    -p no:cacheprovider tests/backends/test_cuda.py \
-    -k "(device_map or larger_than_a_tile or pages_agree) and not 200"
+extension.load("cuda")
+print(extension.cuda_build_info())'
+echo "== build: exit $? after ${SECONDS} s in all"
+
+for name in $stages; do
+  if grep -q "^$name " "$state" 2> /dev/null; then
+    echo "== $name: done before"
+    continue
+  fi
+  if (($(left) < 60)); then
+    echo "== $name: no time left; go on with GQA_RESUME"
+    continue
+  fi
+  run_stage "$name"
+  rc=$?
+  echo "== $name: exit $rc after ${SECONDS} s in all"
+  # Out of the session's time is not done; a suite that stopped by itself says so.
+  if ((cut && (rc == 124 || rc == 137))) || tail -n 1 "$log" | grep -q "out of time"; then
+    continue
+  fi
+  echo "$name $rc" >> "$state"
 done
 
-# The suite stops by itself, in time for its last case, the copy and the report.
-time_left=$(left)
-measure=$((time_left - 60))
-if ((measure > 20)); then
-  echo "== suite (${measure} s)"
-  timeout --kill-after=10 $((time_left - 20)) \
-    python3 -m benchmarks.run --suite gpu --device cuda --json "$results" --resume \
-    --budget "$measure" 2>&1 | tee "$out/suite.log" | tail -n 60
-  [[ -s "$results" ]] && cp "$results" "$state/gpu.json"
-fi
-
-if [[ -s "$results" ]]; then
-  python3 - "$results" <<'PY'
+for file in "$out"/*.json; do
+  [[ -s "$file" ]] && python3 -c '
 import collections, json, sys
 data = json.load(open(sys.argv[1]))
 states = collections.Counter(row["status"] for row in data["rows"])
-print("rows:", dict(states), "cases:", len({row["case_key"] for row in data["rows"]}))
-PY
-fi
+cases = len({row["case_key"] for row in data["rows"]})
+print(sys.argv[1], dict(states), cases, "cases", data["commit"])' "$file"
+done
+exit 0

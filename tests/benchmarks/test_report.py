@@ -1,8 +1,5 @@
 """The report and the README's block are made from the results, and staleness shows."""
 
-import subprocess
-from pathlib import Path
-
 import pytest
 
 from benchmarks import report
@@ -12,7 +9,6 @@ from benchmarks.models import MILD
 from benchmarks.results import FOLDER, Results
 from benchmarks.suites import BOTH
 
-ROOT = Path(__file__).parents[2]
 HEADER = {
     "schema": 1, "device": "Test CPU", "device_type": "cpu", "driver": None, "threads": 2,
     "versions": {"torch": "2.13.0"}, "commit": "abcdef", "date": "2026-11-22 04:00 UTC",
@@ -131,8 +127,3 @@ def test_the_repository_is_current():
     if not report.load_all(FOLDER):
         pytest.skip("no results are committed")
     assert report.main(["--check"]) == 0
-
-
-def test_gpu_session_parses():
-    script = ROOT / "benchmarks" / "gpu_session.sh"
-    assert subprocess.run(["bash", "-n", script], capture_output=True).returncode == 0
