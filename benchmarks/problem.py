@@ -20,7 +20,7 @@ from .timing import cache_bytes
 
 CHECK_ALL_BELOW = 1 << 20  # scores of a call up to which every row is checked
 BLOCK_ROWS = 16  # query rows of a checked block beyond that
-ENOUGH_NUMBERS = 4096  # outputs of a block from which two forms of eager are a sure yardstick
+ENOUGH_NUMBERS = 1 << 15  # outputs of a block from which two forms of eager are a sure yardstick
 MOST_COPIES = 64
 BIAS_DISTANCE = 128  # T5's: farther tokens share a bias
 

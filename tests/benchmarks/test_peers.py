@@ -61,12 +61,33 @@ def test_a_bias_differs_by_head_and_distance_and_the_gate_knows_it():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "case", [*decode(MODEL, ("even",), 1, 32), *prefill(MODEL, ("even",), 1, 32)]
+    "case",
+    [
+        *decode(MODEL, ("even",), 1, 32),
+        *prefill(MODEL, ("even",), 1, 32),
+        *prefill("t5-base", ("even",), 1, 32, "float32"),
+    ],
+    ids=lambda case: case.key,
 )
 def test_flex_is_right(case, device):
     problem = Problem.build(case, torch.device(device))
     prepared = peers()["flex"].prepare(problem)
     Gate(problem).check(prepared.result(prepared.run(0)))
+
+
+def test_flex_is_compiled_for_every_shape(monkeypatch):
+    """Dynamo gives up on the ninth shape of a function: silently, unless it must have all of it."""
+    asked = []
+
+    def compile(function, **options):
+        asked.append(options)
+        return function
+
+    monkeypatch.setattr(torch, "compile", compile)
+    monkeypatch.setattr(torch.compiler, "reset", lambda: asked.append("reset"))
+    for case in decode(MODEL, ("even", "groups-9"), 1, 16):
+        peers()["flex"].prepare(Problem.build(case, torch.device("cpu")))
+    assert asked == ["reset", {"dynamic": False, "fullgraph": True}] * 2
 
 
 def test_peers_say_why_not():
