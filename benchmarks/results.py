@@ -26,6 +26,10 @@ PACKAGES = (
     "torch", "triton", "transformers", "scipy", "pymoo", "flash-attn-4", "flash-attn-3", "fa3-fwd",
     "flashinfer-python", "nvidia-cudnn-cu13", "vllm",
 )  # fmt: skip
+CODE = (  # as git's path patterns
+    ":(top)gqa_kernels", ":(top)csrc", ":(top)benchmarks", ":(top,exclude)benchmarks/results",
+    ":(top,exclude,glob)**/*.md",
+)  # fmt: skip
 FOLDER = Path(__file__).parent / "results"
 MUST_AGREE = ("schema", "device", "threads", "commit")  # of a file and the run that goes on with it
 
@@ -128,16 +132,23 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """Short hash, with ``+`` where files differ from it; ``GIT_COMMIT`` where git has none."""
-    here = Path(__file__).parent
+    """Short hash, with ``+`` where the code differs from it; ``GIT_COMMIT`` where git has none.
+
+    Results and texts don't count: a run that is resumed has changed its own results file.
+    """
     try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty=+", "--abbrev=10", "--exclude=*"],
-            cwd=here, capture_output=True, text=True, check=True,
-        )  # fmt: skip
+        hash = _git("rev-parse", "--short=10", "HEAD")
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", *CODE)
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("GIT_COMMIT", "unknown")
-    return described.stdout.strip()
+        return os.environ.get("GIT_COMMIT") or "unknown"
+    return hash + ("+" if changed else "")
+
+
+def _git(*arguments: str) -> str:
+    here = Path(__file__).parent
+    command = ["git", *arguments]
+    run = subprocess.run(command, cwd=here, capture_output=True, text=True, check=True)
+    return run.stdout.strip()
 
 
 def _driver() -> str | None:
