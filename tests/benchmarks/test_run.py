@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 
+from benchmarks import results as results_file
 from benchmarks import run
 from benchmarks.compare import compare
 from benchmarks.ops import OPS
@@ -201,3 +202,17 @@ def test_a_case_that_cannot_be_built_fails_alone(tmp_path, monkeypatch):
     assert found["giant", "right"]["reason"] == "OutOfMemoryError: no room"
     assert found["giant", "right"]["status"] == "failed"
     assert found["4-3-2", "right"]["status"] == "ok"
+
+
+def test_a_commit_is_marked_where_the_code_differs(monkeypatch):
+    monkeypatch.setattr(results_file, "_git", lambda command, *_: {"rev-parse": "abc"}.get(command))
+    assert results_file.commit() == "abc"
+    monkeypatch.setattr(results_file, "_git", lambda command, *paths: "abc")
+    assert results_file.commit() == "abc+"
+
+    def no_git(*_):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(results_file, "_git", no_git)
+    monkeypatch.setenv("GIT_COMMIT", "tree-1")
+    assert results_file.commit() == "tree-1"
