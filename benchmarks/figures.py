@@ -214,8 +214,9 @@ def _plain(
     return [
         c
         for c in cases
-        if (c.case["op"], c.case["model"], c.case["cold"], c.case["window"])
-        == (op, model, False, None)
+        if (c.case["op"], c.case["model"]) == (op, model)
+        and not c.case["cold"]
+        and c.case["window"] is None
         and (maps is None or c.case["map"] in maps)
     ]
 

@@ -73,9 +73,10 @@ def provenance(header: dict) -> str:
         for entry in limits["memory"][-1:]
     )
     compute = ", ".join(f"{name} {flops(value)}" for name, value in limits["compute"].items())
+    took = f", {header['seconds'] / 60:.1f} minutes" if header.get("seconds") else ""
     return (
         f"{header['device']}{driver}, {header['threads']} CPU threads; {versions}; "
-        f"commit {header['commit']}; {header['date']}. "
+        f"commit {header['commit']}; {header['date']}{took}. "
         f"Limits measured in the run: memory {memory}; matrix product {compute}."
     )
 
@@ -140,7 +141,8 @@ OWN_COLUMNS: dict[str, Callable[[CaseRows, Row], str]] = {
 def _peer_cell(c: CaseRows, ours: Row | None, column: str) -> str:
     peer = c.fastest(COLUMNS[column])
     if peer is None:
-        return ", ".join(sorted(c.statuses(COLUMNS[column]) - {"unsupported"})) or "n/a"
+        statuses = c.statuses(COLUMNS[column])  # none: no peer of that kind for the op
+        return ", ".join(sorted(statuses - {"unsupported"})) or ("n/a" if statuses else "")
     return times(peer["median"] / ours["median"]) if ours else seconds(peer["median"])
 
 

@@ -24,6 +24,19 @@ def test_suites_resolve_and_name_each_case_once(suite):
             assert case.work.bytes > 0 and (case.work.flops > 0 or case.op == "append")
 
 
+@pytest.mark.parametrize("suites", [("cpu",), ("gpu", "scaling-gpu")])
+def test_suites_cover_the_models_and_maps_that_matter(suites):
+    cases = [case for suite in suites for case in SUITES[suite] if case.op != "search"]
+    models = {"llama-2-7b", "opt-1.3b", "llama-3-8b", "llama-3-70b", "qwen2.5-7b", "smollm2-135m"}
+    assert models | {"vit-s", "vit-b", "vit-l", "t5-base"} <= {case.model for case in cases}
+    maps = {case.map for case in cases}
+    assert {"even", "giant", "interleaved", "pruned", "tp-3"} <= maps
+    assert {f"uneven-{size}" for size in (2, 3, 4, 6)} <= maps
+    ops = {case.op for case in cases}
+    assert set(OPS) - {"search"} == ops
+    assert {case.op for case in SUITES["quick"]} == set(OPS) == {c.op for c in SUITES["cpu"]}
+
+
 def test_maps_of_a_model():
     llama = MODELS["llama-3-8b"]
     assert head_map("even", llama) == HeadMap.uniform(32, 8)

@@ -7,6 +7,7 @@ from benchmarks.cases import decode, prefill
 from benchmarks.harness import row_key
 from benchmarks.models import MILD
 from benchmarks.results import FOLDER, Results
+from benchmarks.search import SearchCase
 from benchmarks.suites import BOTH
 
 HEADER = {
@@ -59,6 +60,11 @@ def place(tmp_path):
     """A folder of results and a README."""
     rows = [made_up(case, name, times) for case in CASES for name, times in TIMES.items()]
     rows += [made_up(CASES[0], "sdpa-per-size", None)]
+    searched = SearchCase("planted", 8, 3)
+    facts = {"kind": "backend", "status": "ok", "median": 1e-3, "low": 1e-3, "high": 1e-3}
+    facts |= {"objective": 1.0, "random_objective": 2.0, "proved": True, "lower_bound": 1.0}
+    rows += [{"key": row_key(searched, "exact"), "case_key": searched.key, "case": searched.facts,
+              "contestant": "exact", **facts}]  # fmt: skip
     Results(dict(HEADER), rows).save(tmp_path / "results" / "test-cpu" / "cpu.json")
     (tmp_path / "README.md").write_text(f"# Top\n\n{report.BEGIN}\nearlier\n{report.END}\n\nrest\n")
     return ["--results", str(tmp_path / "results"), "--readme", str(tmp_path / "README.md")]
@@ -113,6 +119,7 @@ def test_tables_show_wins_and_losses_and_where_they_were_measured(place, tmp_pat
     assert "expand + SDPA: ours is faster on 9 of 9 cases" in readme
     assert "SDPA, expanded cache: ours is faster on 0 of 9 cases" in readme
     written = (tmp_path / "results" / "test-cpu" / "report.md").read_text()
+    assert "| exact | 1.00 ms, proved optimal |" in written and "objective" not in readme
     assert "sdpa-per-size wrong: out: error 1 exceeds 0.1" in written
     assert "- fa3-rows: needs a CUDA GPU" in written
 
