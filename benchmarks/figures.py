@@ -73,7 +73,7 @@ def draw(figure: Figure, folder: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import ScalarFormatter
+    from matplotlib.ticker import FormatStrFormatter
 
     style = {"svg.hashsalt": figure.name, "svg.fonttype": "none", "font.size": 9}
     with plt.rc_context(style):
@@ -88,7 +88,7 @@ def draw(figure: Figure, folder: Path) -> None:
                 label=label,
             )  # fmt: skip
         axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
         if figure.log_y:
             axes.set_yscale("log")
         else:
@@ -105,7 +105,7 @@ def draw(figure: Figure, folder: Path) -> None:
 def _roofline(results: Results, cases: list[CaseRows]) -> Figure:
     series: dict[str, list[tuple[float, float]]] = {}
     for c in cases:
-        if (ours := c.ours) and "bytes" in ours:
+        if (ours := c.ours) and ours.get("flops"):
             point = (ours["flops"] / ours["bytes"], 1e3 * ours["tflops"])
             series.setdefault(f"ours {c.case['op']} {c.case['dtype']}", []).append(point)
     guides = {}
@@ -113,12 +113,15 @@ def _roofline(results: Results, cases: list[CaseRows]) -> Figure:
     points = [x for line in series.values() for x, _ in line]
     if limits and points and limits["memory"]:
         rate = limits["memory"][-1]["rate"]
+        names: dict[float, list[str]] = {}
         for name, compute in limits["compute"].items():
-            if not any(label.endswith(name) for label in series):
-                continue
+            if any(label.endswith(name) for label in series):
+                names.setdefault(compute, []).append(name)
+        for compute, types in names.items():
             knee = compute / rate
             ends = sorted({min(*points, knee), knee, max(*points, 2 * knee)})
-            guides[f"limit {name}"] = [(x, min(x * rate, compute) / 1e9) for x in ends]
+            line = [(x, min(x * rate, compute) / 1e9) for x in ends]
+            guides[f"limit {', '.join(types)}"] = line
     return Figure(
         "roofline", "Roofline", "operations per byte", "GFLOP/s", series, guides, log_y=True,
         joined=False,
@@ -173,14 +176,10 @@ def _groups(cases: list[CaseRows]) -> Figure:
 
 def _skew(cases: list[CaseRows]) -> Figure:
     maps = ("even", MILD, SKEWED, "giant")
-    chosen = _plain(cases, "decode", HEADLINE, maps)
+    chosen = [c for c in _plain(cases, "decode", HEADLINE, maps) if c.case["dtype"] == "bfloat16"]
     shapes = [(c.case["batch"], c.case["kv_len"]) for c in chosen]
     widest = max(shapes, key=lambda s: (shapes.count(s), s), default=None)
-    chosen = [
-        c
-        for c in chosen
-        if (c.case["batch"], c.case["kv_len"]) == widest and c.case["dtype"] == "bfloat16"
-    ]
+    chosen = [c for c in chosen if (c.case["batch"], c.case["kv_len"]) == widest]
     lines = _lines(chosen, lambda c: max(c.case["group_sizes"]), lambda row: 1e6 * row["median"])
     shown = ("ours", "expanded-sdpa", *EMULATIONS)
     where = f", batch {widest[0]}, {widest[1]} keys" if widest else ""

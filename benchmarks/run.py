@@ -39,7 +39,7 @@ SUITE_WITHOUT = {  # contestants left out by default
 }
 SUITE_PEERS = {"scaling": [], "scaling-gpu": []}  # others: all
 NOT_BY_DEFAULT = "reference"  # eager, materialises all scores
-DEVICE_SECONDS = {"cpu": 0.3, "cuda": 0.15}  # per contestant and case
+DEVICE_SECONDS = {"cpu": 0.2, "cuda": 0.15}  # per contestant and case
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--peer", nargs="*", default=None, metavar="NAME", help="peers; patterns (those usable)")
     add("--device", choices=DEVICE_SECONDS, help="(cuda where there is one)")
     add("--threads", type=int, help="of torch on the CPU (torch's own choice)")
-    add("--seconds", type=float, help="per contestant and case (0.3; GPU 0.15; quick 0.2)")
+    add("--seconds", type=float, help="per contestant and case (0.2; GPU 0.15; quick 0.1)")
     add("--budget", type=float, metavar="SECONDS", help="start no case after so long")
     add("--json", type=Path, metavar="PATH", help="write the results there")
     add("--save", action="store_true", help=f"write them to {FOLDER.name}/DEVICE/SUITE.json")

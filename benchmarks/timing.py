@@ -49,7 +49,7 @@ class Settings:
     patience: float = 1.5
 
     def quick(self) -> Settings:
-        return Settings(seconds=0.2, most=30, warmup_seconds=0.03)
+        return Settings(seconds=0.1, most=30, warmup_seconds=0.03)
 
 
 @dataclass(frozen=True)
