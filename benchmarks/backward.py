@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from gqa_kernels import asym_gqa_attention
+from gqa_kernels import HeadMap, asym_gqa_attention
 from gqa_kernels.backends.dispatch import BACKENDS
 from gqa_kernels.testing import assert_gradients_close
 
 from .cases import Case
-from .contestants import INTERPRETED, Contestant, Prepared
+from .contestants import INTERPRETED, Contestant, Prepared, no_even_map
 from .gpu_peers import fa4_attention, fa4_missing
 from .peers import SDPA_STORAGE, UNEVEN, sdpa_options
 from .problem import Problem
@@ -75,9 +75,13 @@ class _Differentiated(Contestant):
     def forward(self, problem: BackwardProblem) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         raise NotImplementedError
 
+    def timed_forward(self, problem: BackwardProblem) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """Another than the one that the gate looks at, for controls."""
+        return self.forward(problem)
+
     def prepare(self, problem: BackwardProblem) -> Prepared:
         runs = [
-            _gradients(self.forward(problem), tensors, dout)
+            _gradients(self.timed_forward(problem), tensors, dout)
             for tensors, dout in zip(problem.copies, problem.douts, strict=True)
         ]
         short = problem.short()
@@ -96,22 +100,51 @@ class BackwardBackend(_Differentiated):
     kind = "backend"
 
     def __init__(self, name: str):
-        self.name = name
+        self.name = self.backend = name
         self.summary = f"gradients of asym_gqa_attention(..., backend={name!r})"
 
     def unavailable_reason(self, device: torch.device) -> str | None:
-        backend = BACKENDS[self.name]
+        backend = BACKENDS[self.backend]
         if not backend.capabilities.autograd:
             return "no backward"
         if device.type not in backend.capabilities.devices:
             return f"device {device.type}"
-        if self.name == "triton" and device.type == "cpu":
+        if self.backend == "triton" and device.type == "cpu":
             return INTERPRETED
         return backend.unavailable_reason()
 
     def forward(self, problem: BackwardProblem) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        head_map, options = problem.head_map, problem.options
-        return lambda q, k, v: asym_gqa_attention(q, k, v, head_map, backend=self.name, **options)
+        return self._with_map(problem, problem.head_map)
+
+    def _with_map(
+        self, problem: BackwardProblem, head_map: HeadMap
+    ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        options = {"backend": self.backend, **problem.options}
+        return lambda q, k, v: asym_gqa_attention(q, k, v, head_map, **options)
+
+    def control(self) -> Contestant | None:
+        return BackwardEven(self.backend)
+
+
+class BackwardEven(BackwardBackend):
+    """A backend's backward on equal groups of the same tensors."""
+
+    kind = "control"
+
+    def __init__(self, name: str):
+        super().__init__(name)
+        self.name = f"{name}, even map"
+        self.summary += ", on equal groups of the same tensors"
+
+    def unsupported_reason(self, problem: BackwardProblem) -> str | None:
+        return no_even_map(problem.head_map)
+
+    def timed_forward(self, problem: BackwardProblem) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        heads = problem.head_map
+        return self._with_map(problem, HeadMap.uniform(heads.num_heads, heads.num_kv_heads))
+
+    def control(self) -> None:
+        return None
 
 
 class BackwardSdpa(_Differentiated):

@@ -111,6 +111,15 @@ class BackendContestant(Contestant):
         return EvenControl(self.backend)
 
 
+def no_even_map(head_map: HeadMap) -> str | None:
+    """Why there is no map of equal groups to compare a map with, or None."""
+    if head_map.is_uniform:
+        return "the map is even"
+    if head_map.num_heads % head_map.num_kv_heads:
+        return "the heads don't divide into equal groups"
+    return None
+
+
 class EvenControl(BackendContestant):
     """A backend on the same tensors with equal groups: what the unevenness of a map costs."""
 
@@ -122,12 +131,7 @@ class EvenControl(BackendContestant):
         self.summary += ", on equal groups of the same tensors"
 
     def unsupported_reason(self, problem: Problem) -> str | None:
-        head_map = problem.head_map
-        if head_map.is_uniform:
-            return "the map is even"
-        if head_map.num_heads % head_map.num_kv_heads:
-            return "the heads don't divide into equal groups"
-        return super().unsupported_reason(problem)
+        return no_even_map(problem.head_map) or super().unsupported_reason(problem)
 
     def prepare(self, problem: Problem) -> Prepared:
         head_map = problem.head_map
