@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from .autograd import autocast_dtype
+from .autograd import autocast
 from .backends.dispatch import select
 from .inputs import AttentionInputs, HeadMapLike, Layout
 
@@ -88,9 +87,7 @@ def asym_gqa_attention(
         NotImplementedError: the backend asked for can't run this call; the message says why
             (:func:`explain_backend` says so for every backend).
     """
-    dtype = autocast_dtype(q)
-    if dtype is not None:  # as SDPA: q, k and v take autocast's type
-        q, k, v = (_cast(x, dtype) for x in (q, k, v))
+    q, k, v = autocast(q, k, v)
     inputs = AttentionInputs.create(
         q, k, v, head_map, value_head_map=value_head_map, causal=causal, scale=scale,
         window=window, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
@@ -101,9 +98,3 @@ def asym_gqa_attention(
     if layout == "bshd":
         out = out.transpose(1, 2)
     return (out, lse) if return_lse else out
-
-
-def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """``x`` in the type of autocast, which leaves fp64 alone."""
-    castable = isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
-    return x.to(dtype) if castable else x

@@ -5,7 +5,9 @@ window_right, softcap, bshd, dropout_p, dropout_seed)`` and return out and LSE, 
 Backward ops take ``(dout, dlse, q, k, v, out, lse, *maps, alibi_slopes, sinks, attn_mask,
 kv_lengths, scale, window_left, window_right, softcap, dropout_p, dropout_seed, need_slopes,
 need_sinks)`` and return dq, dk, dv, dslopes and dsinks. ``maps`` is a key and a value head map, or
-one packed plan of both. Nothing of the size ``Sq x Sk``, and no expanded K or V, is saved.
+one packed plan of both. Ops of packed sequences take their offsets in place of the mask and the
+lengths, two more sizes before the scale, and no dropout. Nothing of the size ``Sq x Sk``, and no
+expanded K or V, is saved.
 """
 
 from __future__ import annotations
@@ -16,29 +18,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-NUM_BIASES = 4  # alibi_slopes, sinks, attn_mask, kv_lengths
+NUM_BIASES = 4  # alibi_slopes, sinks, and attn_mask and kv_lengths or offsets of both sides
 
 
-def register(forward_op: str, backward_op: str, num_maps: int) -> None:
+def register(forward_op: str, backward_op: str, num_maps: int, has_dropout: bool = True) -> None:
     """Make ``forward_op`` differentiable once by ``backward_op``.
 
     Args:
         forward_op, backward_op: qualified names, ``"gqa_kernels::..."``, of registered ops.
         num_maps: how many arguments their ``maps`` are.
+        has_dropout: whether they have dropout's two arguments.
     """
     backward_call = _op(backward_op)
     biases = 3 + num_maps  # index of alibi_slopes
     options = biases + NUM_BIASES  # index of scale
 
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-        *scalars, _bshd, dropout_p, dropout_seed = inputs[options:]
-        ctx.save_for_backward(*inputs[:3], *output, *inputs[3:options], dropout_seed)
-        ctx.scalars, ctx.dropout_p = scalars, dropout_p
+        *scalars, _bshd = inputs[options : -2 if has_dropout else None]
+        dropout = inputs[-2:] if has_dropout else ()
+        ctx.save_for_backward(*inputs[:3], *output, *inputs[3:options], *dropout[1:])
+        ctx.scalars = [*scalars, *dropout[:1]]
         ctx.num_inputs = len(inputs)
         ctx.set_materialize_grads(False)
 
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        *tensors, dropout_seed = ctx.saved_tensors
+        tensors = ctx.saved_tensors[: 5 + options - 3]
+        seed = ctx.saved_tensors[len(tensors) :]
         out, lse = tensors[3:5]
         if dout is None:
             dout = out.new_zeros(()).expand(out.shape)
@@ -48,7 +53,7 @@ def register(forward_op: str, backward_op: str, num_maps: int) -> None:
             dlse = dlse.to(lse.dtype).contiguous()
         need_slopes, need_sinks = ctx.needs_input_grad[biases : biases + 2]
         dq, dk, dv, dslopes, dsinks = backward_call(
-            dout, dlse, *tensors, *ctx.scalars, ctx.dropout_p, dropout_seed, need_slopes, need_sinks
+            dout, dlse, *tensors, *ctx.scalars, *seed, need_slopes, need_sinks
         )
         gradients: list[Tensor | None] = [None] * ctx.num_inputs
         gradients[:3] = dq, dk, dv
@@ -77,6 +82,19 @@ def is_transformed(*tensors: Tensor | None) -> bool:
     if torch.autograd.forward_ad._current_level >= 0:
         return any(torch.autograd.forward_ad.unpack_dual(x).tangent is not None for x in given)
     return any(torch._C._functorch.is_gradtrackingtensor(x) for x in given)
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """q, k and v in the type that autocast gives them, as SDPA's; fp64 stays."""
+    dtype = autocast_dtype(tensors[0])
+    if dtype is None:
+        return tensors
+    return tuple(
+        x.to(dtype)
+        if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
+        else x
+        for x in tensors
+    )
 
 
 def autocast_dtype(x: object) -> torch.dtype | None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from .autograd import autocast
 from .backends.dispatch import select
-from .cache.inputs import CacheInputs, resolve_offsets, to_heads_first
+from .cache.inputs import CacheInputs, PackedKV, resolve_offsets, to_heads_first
 from .cache.view import KVView
 from .inputs import HeadMapLike
 
@@ -31,7 +33,8 @@ def asym_gqa_varlen_attention(
     deterministic: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """:func:`gqa_kernels.asym_gqa_attention` of each of ``B`` packed sequences.
+    """:func:`gqa_kernels.asym_gqa_attention` of each of ``B`` packed sequences, differentiable and
+    under autocast as that is.
 
     Args:
         q: ``[total_q, Hq, D]``.
@@ -47,7 +50,8 @@ def asym_gqa_varlen_attention(
 
     Returns:
         out ``[total_q, Hq, Dv]`` in q's dtype; with ``return_lse`` also the LSE, fp32
-        ``[Hq, total_q]``. What stands at tokens of no sequence is unspecified.
+        ``[Hq, total_q]``. What stands at tokens of no sequence is unspecified; gradients of such
+        tokens are zeros.
 
     Raises:
         ValueError, TypeError, NotImplementedError: as ``asym_gqa_attention``.
@@ -67,6 +71,7 @@ def varlen_inputs(
     cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int, *, causal: bool = False, **options,
 ) -> CacheInputs:  # fmt: skip
     """The checked call: storage that every sequence sees, and where each sequence begins in it."""
+    q, k, v = autocast(q, k, v)
     k, _ = to_heads_first("k", k, "bhsd", True)
     v, _ = to_heads_first("v", v, "bhsd", True)
     if k.shape[2] != v.shape[2]:
@@ -74,10 +79,9 @@ def varlen_inputs(
     batch = cu_seqlens_k.shape[0] - 1 if isinstance(cu_seqlens_k, Tensor) else 0
     offsets, max_seqlen_k = resolve_offsets("cu_seqlens_k", cu_seqlens_k, max_seqlen_k, k, batch)
     if k.shape[2] == 0:  # a view has at least one slot
-        k, v = (x.new_zeros(1, x.shape[1], 1, x.shape[3]) for x in (k, v))
-    k, v = (x.expand(batch, -1, -1, -1) for x in (k, v))
-    view = KVView.create(k, v, offsets.diff(), kv_begin=offsets[:-1])
+        k, v = (torch.nn.functional.pad(x, (0, 0, 0, 1)) for x in (k, v))
     return CacheInputs.create(
-        q, view, head_map, q_offsets=cu_seqlens_q, max_q_len=max_seqlen_q,
-        max_kv_len=max_seqlen_k, causal=causal, **options,
+        q, KVView.packed(k, v, offsets), head_map, packed_kv=PackedKV(k, v, offsets),
+        q_offsets=cu_seqlens_q, max_q_len=max_seqlen_q, max_kv_len=max_seqlen_k, causal=causal,
+        **options,
     )  # fmt: skip

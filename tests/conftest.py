@@ -6,9 +6,16 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # one busy neighbour makes 
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton's kernels on CPU tensors
+
+# Machines that run the tests may be busy: how long an example takes proves nothing.
+settings.register_profile(
+    "gqa-kernels", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("gqa-kernels")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -67,7 +67,6 @@ def test_random_calls(backend):
 
     @settings(
         max_examples=EXAMPLES.get(backend, 150),
-        deadline=None,
         suppress_health_check=list(HealthCheck),
         derandomize=True,
     )

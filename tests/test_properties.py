@@ -88,7 +88,6 @@ def test_random_calls(backend):
 
     @settings(
         max_examples=SLOW_FACTOR * EXAMPLES.get(backend, 300),
-        deadline=None,
         suppress_health_check=list(HealthCheck),
         derandomize=True,
     )
@@ -101,7 +100,7 @@ def test_random_calls(backend):
     check()
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 @given(calls([torch.float64]))
 def test_reference_against_loops(call):
     (q, k, v, head_map), options = call

@@ -22,7 +22,7 @@ def shards(head_map, value_map, world, **costs):
     return [head_map.shard(r, world, value_head_map=value_map, **costs) for r in range(world)]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(maps_and_world())
 def test_shards_partition_the_query_heads_and_keep_what_each_reads(case):
     head_map, value_map, world = case
@@ -48,7 +48,7 @@ def scored(ranks, head_map, value_map, query_cost, kv_cost):
     return max(loads), sum(held)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(maps_and_world(most_heads=7, most_world=3), st.sampled_from([(1, 1), (1, 4), (3, 1)]))
 def test_no_cut_is_better(case, costs):
     head_map, value_map, world = case

@@ -50,7 +50,8 @@ class Capabilities:
             ``torch_func``: derivatives by torch.func (grad, jvp, ...) or in forward mode.
         autograd: whether it has a backward.
         caches: names out of ``ALL_CACHES``, for attention over a cache and for the append.
-        cache_autograd: whether attention over a cache has a backward.
+        varlen_autograd: whether attention over packed sequences has a backward.
+        cache_autograd: whether attention over any cache has one.
     """
 
     devices: frozenset[str]
@@ -59,6 +60,7 @@ class Capabilities:
     options: frozenset[str]
     autograd: bool
     caches: frozenset[str] = frozenset()
+    varlen_autograd: bool = False
     cache_autograd: bool = False
 
     def __post_init__(self) -> None:
@@ -98,7 +100,9 @@ class Backend(ABC):
         for kind in inputs.caches:
             if kind not in can.caches:
                 reasons.append(f"cache kind {kind} is not supported")
-        if inputs.requires_grad and not can.cache_autograd:
+        packed = isinstance(inputs, CacheInputs) and inputs.packed_kv is not None
+        differentiable = can.cache_autograd or (packed and can.varlen_autograd)
+        if inputs.requires_grad and not differentiable:
             reasons.append("no backward over a cache, and an input requires grad")
         return reasons
 
@@ -156,10 +160,17 @@ def empty_output_like(q: Tensor, value_head_dim: int, bshd: bool) -> Tensor:
 
 
 def empty_gradients(
-    q: Tensor, k: Tensor, v: Tensor, need_slopes: bool, need_sinks: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    need_slopes: bool,
+    need_sinks: bool,
+    batch: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Uninitialised dq, dk, dv, dslopes ``[B, Hq]`` and dsinks ``[Hq]``, the latter two fp32."""
-    batch, heads = q.shape[:2]
+    """Uninitialised dq, dk, dv, dslopes ``[B, Hq]`` and dsinks ``[Hq]``, the latter two fp32.
+    ``batch`` is that of packed sequences."""
+    heads = q.shape[1]
+    batch = q.shape[0] if batch is None else batch
     dslopes = q.new_empty((batch, heads) if need_slopes else (0,), dtype=torch.float32)
     dsinks = q.new_empty((heads,) if need_sinks else (0,), dtype=torch.float32)
     return (*(x.new_empty(x.shape) for x in (q, k, v)), dslopes, dsinks)

@@ -19,6 +19,7 @@ class CPUBackend(Backend):
         max_head_dim=256,
         options=FUSED_OPTIONS,
         autograd=True,
+        varlen_autograd=True,
         caches=ALL_CACHES,
     )
 
@@ -55,6 +56,27 @@ class CPUBackend(Backend):
         )
 
     def run_cache(self, inputs: CacheInputs) -> tuple[Tensor, Tensor]:
+        if inputs.packed_kv is not None and inputs.requires_grad:
+            from .cpu_varlen import varlen_attention_forward
+
+            return varlen_attention_forward(
+                inputs.q,
+                inputs.packed_kv.k,
+                inputs.packed_kv.v,
+                _int32(inputs.head_map_tensor),
+                _int32(inputs.value_head_map_tensor),
+                inputs.alibi_slopes,
+                inputs.sinks,
+                inputs.q_offsets,
+                inputs.packed_kv.offsets,
+                inputs.max_q_len,
+                inputs.max_kv_len,
+                inputs.scale,
+                inputs.window_left,
+                inputs.window_right,
+                inputs.softcap,
+                inputs.layout == "bshd",
+            )
         view = inputs.view
         return torch.ops.gqa_kernels.cache_attention_forward.default(
             inputs.q,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..autograd import is_transformed
 from ..head_map import HeadMap
 from ..inputs import (
     DTYPES,
@@ -28,6 +29,22 @@ from .view import KVView
 
 
 @dataclass(frozen=True)
+class PackedKV:
+    """Keys and values of packed sequences, as they were given.
+
+    Attributes:
+        k: ``[1, Hk, total_k, D]``.
+        v: ``[1, Hv, total_k, Dv]``.
+        offsets: int32 ``[B + 1]``: sequence ``b`` has the tokens ``offsets[b]`` up to
+            ``offsets[b + 1]``.
+    """
+
+    k: Tensor
+    v: Tensor
+    offsets: Tensor
+
+
+@dataclass(frozen=True)
 class CacheInputs:
     """Attention of queries over a KV view; made by :meth:`create`.
 
@@ -38,6 +55,7 @@ class CacheInputs:
             ``q_offsets[b]`` up to ``q_offsets[b + 1]``.
         max_q_len: most query tokens of a sequence: sizes grids and nothing else.
         max_kv_len: likewise of keys, for the choice of splits.
+        packed_kv: what the view is of, where it is of packed sequences: what gradients are of.
         head_map, value_head_map, scale, window_left, window_right, softcap, alibi_slopes, sinks,
         attn_mask, layout, deterministic: as in :class:`~gqa_kernels.inputs.AttentionInputs`; the
             mask is ``[B, Hq, Sq, capacity]``, over a sequence's keys. With ``q_offsets`` layout
@@ -60,6 +78,7 @@ class CacheInputs:
     attn_mask: Tensor | None
     layout: Layout
     deterministic: bool
+    packed_kv: PackedKV | None = None
 
     @classmethod
     def create(
@@ -81,6 +100,7 @@ class CacheInputs:
         attn_mask: Tensor | None = None,
         layout: Layout = "bhsd",
         deterministic: bool = False,
+        packed_kv: PackedKV | None = None,
     ) -> CacheInputs:
         """Check and normalise.
 
@@ -137,6 +157,7 @@ class CacheInputs:
             attn_mask=_resolve_mask(attn_mask, q, view.capacity),
             layout=layout,
             deterministic=bool(deterministic),
+            packed_kv=packed_kv,
         )
 
     @property
@@ -197,6 +218,9 @@ class CacheInputs:
             "additive_mask": self.attn_mask is not None and self.attn_mask.dtype != torch.bool,
             "device_map": isinstance(self.head_map, Tensor)
             or isinstance(self.value_head_map, Tensor),
+            "torch_func": is_transformed(
+                self.q, self.view.k, self.view.v, self.alibi_slopes, self.sinks, self.attn_mask
+            ),
         }
         return [name for name, is_used in used.items() if is_used]
 

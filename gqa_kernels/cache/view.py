@@ -57,6 +57,14 @@ class KVView:
     v_zero: Tensor | None
 
     @classmethod
+    def packed(cls, k: Tensor, v: Tensor, offsets: Tensor) -> KVView:
+        """Packed sequences ``[1, H, total, D]``: sequence ``b`` has the tokens ``offsets[b]`` up to
+        ``offsets[b + 1]`` of a storage that all see."""
+        batch = offsets.shape[0] - 1
+        k, v = (x.expand(batch, -1, -1, -1) for x in (k, v))
+        return cls.create(k, v, offsets.diff(), kv_begin=offsets[:-1])
+
+    @classmethod
     def create(
         cls,
         k: Tensor,

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from gqa_kernels import HeadMap, asym_gqa_attention, asym_gqa_varlen_attention, explain_backend
-from gqa_kernels.testing import assert_attention_close
+from gqa_kernels.backends.dispatch import BACKENDS
+from gqa_kernels.testing import DIFFERENTIABLE, assert_attention_close, assert_gradients_close
 from tests.cache.test_decode import USABLE
 from tests.cases import INTERLEAVED
 
@@ -48,6 +49,85 @@ def test_matches_each_sequence(backend, name, dtype, device):
             out[None, some_q], q[None, some_q], k[None, some_k], v[None, some_k], INTERLEAVED,
             lse=lse[None, :, some_q], layout="bshd", **of_sequence,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", [name for name in USABLE if name != "reference"])
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_match_each_sequence(backend, name, dtype, device):
+    if not BACKENDS[backend].capabilities.varlen_autograd:
+        pytest.skip("no backward of packed sequences")
+    options = {k: x.to(device) if torch.is_tensor(x) else x for k, x in OPTIONS[name].items()}
+    q, k, v = (  # with two tokens of no sequence
+        torch.cat([x, x[:2] * torch.nan]) for x in packed(dtype, device, 2 + ("map" not in name))
+    )
+    cu_q, cu_k = CU_Q.to(device), CU_K.to(device)
+    leaves = {"q": q, "k": k, "v": v, **options}
+    leaves = {x: leaves[x].clone().requires_grad_() for x in DIFFERENTIABLE if x in leaves}
+    call = {**options, **leaves}
+    out, lse = asym_gqa_varlen_attention(
+        *(call.pop(x) for x in "qkv"), INTERLEAVED, cu_q, cu_k, 33, 40, return_lse=True,
+        backend=backend, **call,
+    )  # fmt: skip
+    assert out.shape == (45, 7, 24) and lse.shape == (7, 45)
+    dout, dlse = torch.randn_like(out), torch.randn_like(lse)
+    dlse = dlse.masked_fill(lse == -torch.inf, 0)
+    dout[43:], dlse[:, 43:] = torch.nan, torch.nan
+    found = torch.autograd.grad((out, lse), list(leaves.values()), (dout, dlse))
+    found = dict(zip(leaves, found, strict=True))
+    assert not found["q"][43:].any() and not found["k"][54:].any() and not found["v"][54:].any()
+    sinks = 0.0
+    for b in range(5):
+        some_q, some_k = slice(CU_Q[b], CU_Q[b + 1]), slice(CU_K[b], CU_K[b + 1])
+        args = [x[None, s].transpose(1, 2) for x, s in ((q, some_q), (k, some_k), (v, some_k))]
+        of_sequence = {**options}
+        gradients = {
+            x: found[x][None, s].transpose(1, 2)
+            for x, s in (("q", some_q), ("k", some_k), ("v", some_k))
+        }
+        if "alibi_slopes" in options:
+            of_sequence["alibi_slopes"] = options["alibi_slopes"][b]
+            gradients["alibi_slopes"] = found["alibi_slopes"][b]
+        call = dict(
+            dout=dout[None, some_q].transpose(1, 2), dlse=dlse[None, :, some_q], **of_sequence
+        )
+        assert_gradients_close(gradients, *args, INTERLEAVED, **call)
+        if "sinks" in options:
+            sinks = sinks + dense_sinks_gradient(args, dict(call), backend)
+    if "sinks" in options:
+        torch.testing.assert_close(found["sinks"], sinks, rtol=1e-4, atol=1e-4)
+
+
+def dense_sinks_gradient(args, call, backend):
+    dout, dlse = call.pop("dout"), call.pop("dlse")
+    call["sinks"] = call["sinks"].clone().requires_grad_()
+    outputs = asym_gqa_attention(*args, INTERLEAVED, **call, return_lse=True, backend=backend)
+    return torch.autograd.grad(outputs, call["sinks"], (dout, dlse))[0]
+
+
+@pytest.mark.parametrize("backend", [name for name in USABLE if name != "reference"])
+def test_compiled_and_under_autocast(backend, device):
+    if not BACKENDS[backend].capabilities.varlen_autograd:
+        pytest.skip("no backward of packed sequences")
+    torch._dynamo.reset()
+    leaves = [x.requires_grad_() for x in packed(torch.float32, device, 3)]
+    cu_q, cu_k = CU_Q.to(device), CU_K.to(device)
+
+    def call(q, k, v):
+        with torch.autocast(device, dtype=torch.bfloat16):
+            return asym_gqa_varlen_attention(
+                q, k, v, INTERLEAVED, cu_q, cu_k, 33, 40, causal=True, backend=backend
+            )
+
+    expected = call(*leaves)
+    out = torch.compile(call, fullgraph=True, backend="aot_eager")(*leaves)
+    assert out.dtype == torch.bfloat16 and torch.equal(out, expected)
+    dout = torch.randn_like(out)
+    for got, wanted in zip(
+        *(torch.autograd.grad(x, leaves, dout) for x in (out, expected)), strict=True
+    ):
+        assert got.dtype == torch.float32 and torch.equal(got, wanted)
+    torch._dynamo.reset()
 
 
 def test_gradients_of_the_reference():

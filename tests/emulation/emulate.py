@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -30,9 +31,10 @@ from gqa_kernels.inputs import AttentionInputs
 from gqa_kernels.plan import build_plan
 from gqa_kernels.testing import assert_cache_close, assert_close, upcast
 
+from . import backward_cases
 from .aot import TARGETS, Signature, every_option, make_cache, make_cache_call, make_call
+from .backward_cases import UNEVEN
 
-UNEVEN = HeadMap([1, 0, 1, 1], num_kv_heads=3)  # interleaved, with an empty group
 LARGE_GROUP = HeadMap([0] * 19 + [1], num_kv_heads=4)  # more heads than a tile has rows
 
 Case = tuple[AttentionInputs | CacheInputs, ForwardCall, list[Launch]]
@@ -197,11 +199,15 @@ def main() -> None:
     torch.set_num_threads(1)
     report_races()
     arch, *names = sys.argv[1:]
-    for name in names or CASES:
-        inputs, call, launches = CASES[name](arch)
+    for name in names or [*CASES, *backward_cases.CASES]:
+        if name in CASES:
+            inputs, call, launches = CASES[name](arch)
+            check_case = partial(check, inputs, call)
+        else:
+            launches, check_case = backward_cases.CASES[name](arch)
         for launch in launches:
             print(json.dumps({"case": name, **emulate(launch, arch)}), flush=True)
-        check(inputs, call)
+        check_case()
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PTXSIM = Path(os.environ.get("PTXSIM", ROOT.parent / "shared" / "ptxsim"))
 ARCHS = ("sm_80", "sm_90")
 CASES = ("prefill_causal", "decode_splits", "decode_everything", "decode_paged")
+BACKWARD_CASES = ("backward_causal", "backward_everything", "backward_packed")
 SLOW_CASES = ("prefill_everything", "prefill_fp32", "decode_large_group", "decode_invalid_heads",
               "decode_fp8", "decode_int4", "prefill_paged")  # fmt: skip
 
@@ -69,6 +70,16 @@ def test_decode_over_pages_reads_each_byte_once(arch):
     assert decode["unique_bytes"]["p_k"] == decode["unique_bytes"]["p_v"] == k_bytes
     # On top come looks at the page table, which stay in the first cache.
     assert decode["bytes_loaded"] <= 1.15 * 2 * k_bytes
+
+
+@pytest.mark.parametrize(
+    "arch", [ARCHS[0], *(pytest.param(arch, marks=pytest.mark.slow) for arch in ARCHS[1:])]
+)
+def test_gradients_and_hazards(arch):
+    launches = emulated(arch, *BACKWARD_CASES)
+    assert {launch["case"] for launch in launches} == set(BACKWARD_CASES)
+    kernels = {launch["kernel"] for launch in launches}
+    assert kernels == {"delta_kernel", "backward_kv_kernel", "backward_q_kernel"}
 
 
 @pytest.mark.slow

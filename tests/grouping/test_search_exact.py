@@ -47,7 +47,7 @@ def test_brute_force(H, method, sizes):
         assert result.objective == pytest.approx(expected[G], abs=1e-12)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.integers(2, 7), st.sampled_from(SIZES), st.data())
 def test_brute_force_with_ties(H, sizes, data):
     """Few distinct distances, many of them zero: degenerate programs and equal optima."""

@@ -37,7 +37,7 @@ def rule_for(data, H):
     return G, data.draw(st.sampled_from(["free", (lo, hi)] + ["equal"] * (H % G == 0)))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.sampled_from(sorted(FAMILIES)), st.integers(1, 11), st.integers(0, 99), st.data())
 def test_results_are_valid(family, H, seed, data):
     D = instance(family, H, seed)
@@ -56,7 +56,7 @@ def test_results_are_valid(family, H, seed, data):
     np.testing.assert_array_equal(D, before)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.sampled_from(sorted(FAMILIES)), st.integers(2, 12), st.integers(0, 99), st.data())
 def test_optimum_ignores_the_order_of_heads(family, H, seed, data):
     D = instance(family, H, seed)
@@ -69,7 +69,7 @@ def test_optimum_ignores_the_order_of_heads(family, H, seed, data):
     assert scaled.objective == pytest.approx(1000 * original.objective, abs=1e-6)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.sampled_from(sorted(FAMILIES)), st.integers(1, 12), st.integers(0, 99))
 def test_curves(family, H, seed):
     """One more group never costs more where groups may be single; equal sizes cost least along

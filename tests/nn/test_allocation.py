@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gqa_kernels.grouping.search.key_norm import key_norm_sizes
@@ -15,7 +15,6 @@ from gqa_kernels.nn.allocation import (
 )
 
 
-@settings(deadline=None)
 @given(st.lists(st.floats(0, 1e6), min_size=1, max_size=9), st.integers(1, 64))
 def test_largest_remainders(shares, total):
     sizes = largest_remainders(torch.tensor(shares, dtype=torch.float64), total)

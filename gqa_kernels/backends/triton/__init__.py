@@ -7,6 +7,7 @@
     decode.py       kernel for few query tokens, a group's heads packed into one tile, split keys
     combine.py      merge of the splits
     backward_*.py   kernels of the gradients, and their launches
+    varlen_ops.py   the ops of packed sequences that have gradients
     dropout.py      which probabilities dropout keeps
     common.py       the formula: scores, masking, online softmax
     kv.py           where keys and values lie: dense or paged, and what stored numbers mean
@@ -41,6 +42,7 @@ class TritonBackend(Backend):
         max_head_dim=256,
         options=FUSED_OPTIONS,
         autograd=True,
+        varlen_autograd=True,
         caches=ALL_CACHES,
     )
 
@@ -86,6 +88,27 @@ class TritonBackend(Backend):
         )
 
     def run_cache(self, inputs: CacheInputs) -> tuple[Tensor, Tensor]:
+        if inputs.packed_kv is not None and inputs.requires_grad:
+            from .varlen_ops import triton_varlen_forward
+
+            return triton_varlen_forward(
+                inputs.q,
+                inputs.packed_kv.k,
+                inputs.packed_kv.v,
+                plan_for(inputs),
+                inputs.value_head_map_tensor,
+                inputs.alibi_slopes,
+                inputs.sinks,
+                inputs.q_offsets,
+                inputs.packed_kv.offsets,
+                inputs.max_q_len,
+                inputs.max_kv_len,
+                inputs.scale,
+                inputs.window_left,
+                inputs.window_right,
+                inputs.softcap,
+                inputs.layout == "bshd",
+            )
         from .ops import triton_cache_attention_forward
 
         view = inputs.view

@@ -9,6 +9,7 @@ Program keeps its block of K and V, and walks over the query heads of its group,
         no expanded gradients, bitwise repeatable. A group without heads writes zeros.
         Where V is grouped apart (not SHARED), one launch over the groups of K writes dK and
         another over those of V writes dV; the tile that then varies is loaded for each head.
+        Of packed sequences each program writes the keys of its own sequence and no others.
 
 Tiles are keys x queries: P^T and dS^T are then left operands as they come out of the products.
 
@@ -54,14 +55,15 @@ def seeing_queries(
         "kv_len",
         "batch",
         "num_blocks",
+        "num_tokens",
         "window_left",
         "window_right",
         "dropout_threshold",
     ]
 )
 def backward_kv_kernel(
-    p_q,  # [B, Hq, Sq, D]
-    p_k,  # [B, Hk, Sk, D]
+    p_q,  # [B, Hq, Sq, D]; packed [1, Hq, tokens, D], likewise all of queries
+    p_k,  # [B, Hk, Sk, D]; packed [1, Hk, tokens, D], likewise all of keys
     p_v,  # [B, Hv, Sk, Dv]
     p_dout,  # [B, Hq, Sq, Dv]
     p_lse,  # [B, Hq, Sq] fp32, contiguous
@@ -72,6 +74,8 @@ def backward_kv_kernel(
     p_mask,  # [B, Hq, Sq, Sk] uint8 or floating, or None
     p_lengths,  # [B, Hk] int32 or None
     p_seed,  # int64 [2] dropout seed and offset, or None
+    p_begin,  # [B] int32, first key of packed sequences, or None
+    p_q_offsets,  # [B + 1] int32, tokens of packed sequences, or None
     p_dk,  # [B, Hk, Sk, D], or None
     p_dv,  # [B, Hv, Sk, Dv], or None
     stride_qb,
@@ -103,9 +107,10 @@ def backward_kv_kernel(
     batch,  # B
     num_heads,  # Hq
     num_groups,  # G
-    q_len,  # Sq
-    kv_len,  # Sk
+    q_len,  # Sq; of packed sequences the longest
+    kv_len,  # Sk; of packed sequences all
     num_blocks,  # ceil(Sk / BLOCK_N)
+    num_tokens,  # of all packed sequences
     scale,
     softcap,
     window_left,
@@ -138,17 +143,26 @@ def backward_kv_kernel(
     i_sorted_first = tl.load(p_offsets + i_group)
     i_sorted_stop = tl.load(p_offsets + i_group + 1)
 
+    # Queries and slots of the sequence.
+    i_token, n_q = 0, q_len
+    if p_q_offsets is not None:
+        i_token, n_q = kv.packed_queries(p_q_offsets, i_b, q_len, num_tokens)
+    begin, n_slots = 0, kv_len
+    if p_begin is not None:
+        begin = tl.minimum(tl.maximum(tl.load(p_begin + i_b), 0), kv_len)
+        n_slots = tl.minimum(tl.load(p_lengths + i_b * stride_lengths_b), kv_len - begin)
+
     i_first = i_block * BLOCK_N
     o_n = i_first + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-    o_n64 = o_n.to(tl.int64)
-    m_slots = o_n < kv_len
+    o_n64 = o_n.to(tl.int64) + begin
+    m_slots = o_n < n_slots
     o_block = tl.arange(0, BLOCK_M)
 
-    n = kv_len
+    n = n_slots
     if SHARED:
         if HAS_LENGTHS:
             p_length = p_lengths + i_b * stride_lengths_b + i_group * stride_lengths_h
-            n = tl.minimum(tl.maximum(tl.load(p_length), 0), kv_len)
+            n = tl.minimum(tl.maximum(tl.load(p_length), 0), n_slots)
         # [BLOCK_N, BLOCK_D], [BLOCK_N, BLOCK_DV]
         p_k_rows = p_k + i_b * stride_kb + i_group * stride_kh + o_n64 * stride_kn
         p_v_rows = p_v + i_b * stride_vb + i_group * stride_vh + o_n64 * stride_vn
@@ -164,15 +178,17 @@ def backward_kv_kernel(
             i_v_head = tl.load(p_plan + 2 * num_heads + i_sorted).to(tl.int64)
             if HAS_LENGTHS:
                 p_length = p_lengths + i_b * stride_lengths_b + i_k_head * stride_lengths_h
-                n = tl.minimum(tl.maximum(tl.load(p_length), 0), kv_len)
+                n = tl.minimum(tl.maximum(tl.load(p_length), 0), n_slots)
             p_k_rows = p_k + i_b * stride_kb + i_k_head * stride_kh + o_n64 * stride_kn
             p_v_rows = p_v + i_b * stride_vb + i_v_head * stride_vh + o_n64 * stride_vn
             b_k = kv.load_rows(p_k_rows, o_n < n, HEAD_DIM, BLOCK_D, True)
             b_v = kv.load_rows(p_v_rows, o_n < n, VALUE_DIM, BLOCK_DV, True)
-        shift = n - q_len
+        shift = n - n_q
         i_row = (i_b * num_heads + i_head) * q_len  # of the LSE and of delta
-        p_q_head = p_q + i_b * stride_qb + i_head * stride_qh
-        p_dout_head = p_dout + i_b * stride_dob + i_head * stride_doh
+        if p_q_offsets is not None:
+            i_row = i_head * num_tokens + i_token
+        p_q_head = p_q + i_b * stride_qb + i_head * stride_qh + i_token * stride_qm
+        p_dout_head = p_dout + i_b * stride_dob + i_head * stride_doh + i_token * stride_dom
         slope = None
         if HAS_ALIBI:
             slope = tl.load(p_slopes + i_b * stride_slopes_b + i_head * stride_slopes_h)
@@ -180,7 +196,7 @@ def backward_kv_kernel(
         if MASK_KIND != common.NO_MASK:
             p_mask_head = p_mask + i_b * stride_mask_b + i_head * stride_mask_h
         start, stop = seeing_queries(
-            i_first, i_first + BLOCK_N - 1, shift, n, q_len, window_left, window_right, HAS_LEFT,
+            i_first, i_first + BLOCK_N - 1, shift, n, n_q, window_left, window_right, HAS_LEFT,
             HAS_RIGHT, BLOCK_M,
         )  # fmt: skip
         # One loop with masking code throughout: loops of their own for whole blocks, as in the
@@ -188,7 +204,7 @@ def backward_kv_kernel(
         for i_m in tl.range(start, stop, BLOCK_M):
             o_m = i_m + o_block  # [BLOCK_M]
             o_m64 = o_m.to(tl.int64)
-            m_m = o_m < q_len
+            m_m = o_m < n_q
             # [BLOCK_M, BLOCK_D]
             b_q = kv.load_rows(p_q_head + o_m64 * stride_qm, m_m, HEAD_DIM, BLOCK_D, True)
             b_qk = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")  # [BLOCK_N, BLOCK_M]

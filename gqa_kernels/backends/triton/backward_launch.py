@@ -35,7 +35,8 @@ class BackwardCall:
         dout: ``[B, Hq, Sq, Dv]``.
         dlse: fp32 ``[B, Hq, Sq]``, contiguous, or None.
         delta: fp32 ``[B, Hq, Sq]``, contiguous, scratch.
-        dq, dk, dv: in the shapes of q, k, v.
+        dq, dk, dv: in the shapes of q, k, v. Of packed sequences all of q, k, v and what has their
+            shapes are ``[1, H, tokens, ...]``, and dq, dk, dv zeros.
         dslopes: fp32 ``[B, Hq, num_blocks]``, one sum per block of query tokens, or None.
     """
 
@@ -51,7 +52,7 @@ class BackwardCall:
 
     def arguments(self) -> dict[str, Tensor | int | float | None]:
         """What the kernels of dQ and of dK and dV take, and more."""
-        return self.forward.forward_arguments() | {
+        arguments = self.forward.forward_arguments() | {
             "p_dout": self.dout,
             "p_delta": self.delta,
             "p_dq": self.dq,
@@ -62,6 +63,10 @@ class BackwardCall:
             **strides_of("dv", self.dv, "bhn"),
             "HAS_DSLOPES": self.dslopes is not None,
         }
+        if self.forward.cache is not None:  # the offsets say where a sequence begins
+            names = ("stride_dob", "stride_dqb", "stride_dkb", "stride_dvb")
+            arguments |= dict.fromkeys(names, 0)
+        return arguments
 
 
 def backward_launches(call: BackwardCall, facts: DeviceFacts) -> list[Launch]:
@@ -91,7 +96,7 @@ def delta_launch(call: BackwardCall) -> Launch:
         **strides_of("do", call.dout, "bhm"),
         "num_rows": call.delta.numel(),
         "num_heads": call.forward.shape.num_heads,
-        "q_len": call.forward.shape.q_len,
+        "q_len": call.delta.shape[2],
         "VALUE_DIM": call.dout.shape[3],
         "BLOCK_DV": block_dv,
         "BLOCK_M": block_m,

@@ -31,11 +31,12 @@ from .prefill import find_query_block
         "window_left",
         "window_right",
         "dropout_threshold",
+        "num_tokens",
     ]
 )
 def backward_q_kernel(
-    p_q,  # [B, Hq, Sq, D]
-    p_k,  # [B, Hk, Sk, D]
+    p_q,  # [B, Hq, Sq, D]; packed [1, Hq, tokens, D], likewise all of queries
+    p_k,  # [B, Hk, Sk, D]; packed [1, Hk, tokens, D], likewise V
     p_v,  # [B, Hv, Sk, Dv]
     p_dout,  # [B, Hq, Sq, Dv]
     p_lse,  # [B, Hq, Sq] fp32, contiguous
@@ -45,6 +46,8 @@ def backward_q_kernel(
     p_mask,  # [B, Hq, Sq, Sk] uint8 or floating, or None
     p_lengths,  # [B, Hk] int32 or None
     p_seed,  # int64 [2] dropout seed and offset, or None
+    p_begin,  # [B] int32, first key of packed sequences, or None
+    p_q_offsets,  # [B + 1] int32, tokens of packed sequences, or None
     p_dq,  # [B, Hq, Sq, D]
     p_dslopes,  # [B, Hq, num_blocks] fp32, or None
     stride_qb,
@@ -72,10 +75,11 @@ def backward_q_kernel(
     stride_lengths_h,
     num_heads,  # Hq
     num_groups,  # G
-    q_len,  # Sq
-    kv_len,  # Sk
+    q_len,  # Sq; of packed sequences the longest
+    kv_len,  # Sk; of packed sequences all
     num_blocks,  # ceil(Sq / BLOCK_M)
     heads_per_section,
+    num_tokens,  # of all packed sequences
     scale,
     softcap,
     window_left,
@@ -104,19 +108,28 @@ def backward_q_kernel(
     num_valid = tl.load(p_plan + 3 * num_heads + num_groups)
     valid = i_sorted < num_valid
 
+    # Rows of the tile: the query tokens of one block.
+    i_token, n_q = 0, q_len
+    i_first = i_block * BLOCK_M
+    if p_q_offsets is not None:
+        i_token, n_q = kv.packed_queries(p_q_offsets, i_b, q_len, num_tokens)
+        if i_first >= n_q:
+            return
+    i_last = tl.minimum(i_first + BLOCK_M, n_q) - 1
+
     # Keys of the sequence; none for a head without a KV head.
-    n = kv_len
+    n, begin = kv_len, 0
+    if p_begin is not None:
+        begin = tl.minimum(tl.maximum(tl.load(p_begin + i_b), 0), kv_len)
+        n = kv_len - begin
     if HAS_LENGTHS:
         p_length = p_lengths + i_b * stride_lengths_b + i_k_head * stride_lengths_h
-        n = tl.minimum(tl.maximum(tl.load(p_length, mask=valid, other=0), 0), kv_len)
+        n = tl.minimum(tl.maximum(tl.load(p_length, mask=valid, other=0), 0), n)
     n = tl.where(valid, n, 0)
-    shift = n - q_len
+    shift = n - n_q
 
-    # Rows of the tile: the query tokens of one block.
-    i_first = i_block * BLOCK_M
-    i_last = tl.minimum(i_first + BLOCK_M, q_len) - 1
     o_m = i_first + tl.arange(0, BLOCK_M)  # [BLOCK_M]
-    m_rows = o_m < q_len  # [BLOCK_M]
+    m_rows = o_m < n_q  # [BLOCK_M]
     o_m64 = o_m.to(tl.int64)
     b_pos = o_m + shift  # [BLOCK_M]
     slope = None
@@ -132,15 +145,19 @@ def backward_q_kernel(
         o_dropout_head = tl.zeros([BLOCK_M], tl.int32) + (i_b * num_heads + i_head).to(tl.int32)
 
     i_row = (i_b * num_heads + i_head) * q_len  # of the LSE and of delta
+    if p_q_offsets is not None:
+        i_row = i_head * num_tokens + i_token
     b_lse = load_lse(p_lse + i_row + o_m64, m_rows)  # [BLOCK_M]
     b_delta = tl.load(p_delta + i_row + o_m64, mask=m_rows, other=0.0)  # [BLOCK_M]
     # [BLOCK_M, BLOCK_D], [BLOCK_M, BLOCK_DV]
-    p_q_rows = p_q + i_b * stride_qb + i_head * stride_qh + o_m64 * stride_qm
-    p_dout_rows = p_dout + i_b * stride_dob + i_head * stride_doh + o_m64 * stride_dom
+    o_token = i_token + o_m64
+    p_q_rows = p_q + i_b * stride_qb + i_head * stride_qh + o_token * stride_qm
+    p_dout_rows = p_dout + i_b * stride_dob + i_head * stride_doh + o_token * stride_dom
     b_q = kv.load_rows(p_q_rows, m_rows, HEAD_DIM, BLOCK_D, True)
     b_dout = kv.load_rows(p_dout_rows, m_rows, VALUE_DIM, BLOCK_DV, True)
-    p_k_head = p_k + i_b * stride_kb + i_k_head * stride_kh
-    p_v_head = p_v + i_b * stride_vb + i_v_head * stride_vh
+    i_slot = tl.cast(begin, tl.int64)
+    p_k_head = p_k + i_b * stride_kb + i_k_head * stride_kh + i_slot * stride_kn
+    p_v_head = p_v + i_b * stride_vb + i_v_head * stride_vh + i_slot * stride_vn
 
     start, inner_start, inner_stop, stop = common.visible_keys(
         i_first, i_last, shift, n, window_left, window_right, HAS_LEFT, HAS_RIGHT, BLOCK_N
@@ -198,7 +215,7 @@ def backward_q_kernel(
             b_ds = through_cap(b_ds, b_capped, softcap, HAS_SOFTCAP)
             b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision="ieee")
 
-    p_dq_rows = p_dq + i_b * stride_dqb + i_head * stride_dqh + o_m64 * stride_dqm
+    p_dq_rows = p_dq + i_b * stride_dqb + i_head * stride_dqh + o_token * stride_dqm
     b_dq = tl.where(valid, b_dq * scale, float("nan"))
     common.store_rows(p_dq_rows, b_dq, m_rows, HEAD_DIM, BLOCK_D)
     if HAS_DSLOPES:
