@@ -15,7 +15,7 @@ class Change:
 
     Attributes:
         before, after: seconds, or None where it was not timed; ``status`` then says why.
-        clear: the quartiles of the two do not overlap.
+        clear: the quartiles of the two do not overlap, and both are of several samples.
     """
 
     key: str
@@ -55,5 +55,7 @@ def _change(before: dict[str, Any], after: dict[str, Any]) -> Change:
         before=before.get("median"),
         after=after.get("median"),
         status=after["status"],
-        clear=timed and (after["low"] > before["high"] or after["high"] < before["low"]),
+        clear=timed
+        and min(before["samples"], after["samples"]) > 1
+        and (after["low"] > before["high"] or after["high"] < before["low"]),
     )

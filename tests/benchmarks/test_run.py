@@ -111,9 +111,9 @@ def test_a_slowed_backend_is_flagged(tmp_path, monkeypatch, capsys):
     assert run.main(["--compare", *paths[::-1]]) == 0  # faster is no regression
 
 
-def row(median, status="ok", spread=0.0):
+def row(median, status="ok", spread=0.0, samples=5):
     timed = {"median": median, "low": median - spread, "high": median + spread} if median else {}
-    return {"key": "case | cpu", "status": status, **timed}
+    return {"key": "case | cpu", "status": status, "samples": samples, **timed}
 
 
 @pytest.mark.parametrize(
@@ -122,6 +122,7 @@ def row(median, status="ok", spread=0.0):
         (row(1.0), row(1.04), ""),
         (row(1.0), row(1.06), "REGRESSION"),
         (row(1.0, spread=0.1), row(1.06, spread=0.1), "slower, within the spread"),
+        (row(1.0), row(1.06, samples=1), "slower, within the spread"),
         (row(1.0), row(None, "wrong"), "LOST: wrong"),
         (row(None, "wrong"), row(1.0), ""),
     ],
