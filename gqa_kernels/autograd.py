@@ -42,8 +42,8 @@ def register(forward_op: str, backward_op: str, num_maps: int, has_dropout: bool
         ctx.set_materialize_grads(False)
 
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        tensors = ctx.saved_tensors[: 5 + options - 3]
-        seed = ctx.saved_tensors[len(tensors) :]
+        saved = ctx.saved_tensors  # looked at once: activation checkpointing recomputes them
+        tensors, seed = saved[: 2 + options], saved[2 + options :]
         out, lse = tensors[3:5]
         if dout is None:
             dout = out.new_zeros(()).expand(out.shape)
