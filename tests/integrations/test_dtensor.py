@@ -47,13 +47,12 @@ def ranks(rank):
     registered = dtensor.register()
     assert dtensor.register() == registered and "triton" in registered
     for backend, (name, case) in product(registered, CASES.items()):
-        if backend == "cuda" or (backend == "triton" and name not in ("batch", "heads")):
+        if backend == "cuda" or (backend == "triton" and name != "batch"):  # slow interpreted
             continue
         q_placement, kv_placement, options, alone = case
-        alone = alone and (backend, name) != ("triton", "heads")
         torch.manual_seed(0)
         tensors = [torch.randn(BATCH, h, n, 16) for h, n in ((5, 6), (3, 7), (3, 7))]
-        options = {"backend": backend, **drawn(options)}
+        options = drawn(options)
         placements = (q_placement, kv_placement, kv_placement)
         ours = [
             distribute_tensor(x, mesh, [p]).requires_grad_()
@@ -61,7 +60,7 @@ def ranks(rank):
         ]
         theirs = [x.clone().requires_grad_() for x in tensors]
         with implicit_replication(), CommDebugMode() as communication:
-            out = asym_gqa_attention(*ours, HEAD_MAP, **options)
+            out = asym_gqa_attention(*ours, HEAD_MAP, backend=backend, **options)
             forward = communication.get_total_counts()
             whole_out = out.full_tensor()
             out.backward(distribute_tensor(torch.ones_like(whole_out), mesh, out.placements))
@@ -75,6 +74,12 @@ def ranks(rank):
     q, k, v = (distribute_tensor(x, mesh, [WHOLE]) for x in tensors)
     with implicit_replication(), pytest.raises(NotImplementedError, match="must be 0 for DTensors"):
         asym_gqa_attention(q, k, v, HEAD_MAP, dropout_p=0.5)
+
+
+def test_the_plan_of_triton_is_not_cut():
+    others = (torch.zeros(1), None, None, None, None, None, 1.0, -1, 0, 0.0)
+    assert dtensor.WAYS["heads"] in dtensor._ways(True, others)
+    assert dtensor._ways(False, others) == [dtensor.WAYS["whole"], dtensor.WAYS["batch"]]
 
 
 def test_two_ranks_equal_one(tmp_path):

@@ -6,6 +6,7 @@ import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+from sglang.srt.runtime_context import get_parallel
 from torch import Tensor
 
 from ...model_maps import KEY_FIELD, VALUE_FIELD, layer_maps, stored_maps
@@ -42,7 +43,7 @@ class AsymGQABackend(AttentionBackend):
             raise NotImplementedError(
                 f"{BACKEND} needs a token pool in layout nhd, got {self.pool.kv_cache_layout}"
             )
-        _check_maps(self.config, model_runner.tp_size)
+        _check_maps(self.config, get_parallel().tp_size)
 
     def init_forward_metadata(self, forward_batch) -> None:
         """What the layers of an eager step share."""
@@ -76,7 +77,7 @@ class AsymGQABackend(AttentionBackend):
         if not forward_batch.forward_mode.is_decode_or_idle():
             raise NotImplementedError(
                 f"{BACKEND} captures decode steps in CUDA graphs, got "
-                f"{forward_batch.forward_mode.name}: run with --cuda-graph-backend-prefill disabled"
+                f"{forward_batch.forward_mode.name}: run with --cuda-graph-backend-prefill=disabled"
             )
         _refuse_speculation(forward_batch)
         batch = forward_batch.batch_size
