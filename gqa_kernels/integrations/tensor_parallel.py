@@ -20,7 +20,13 @@ from ..head_map import HeadMap, HeadMapShard
 from ..model_maps import layer_maps, store_maps
 from .transformers import register
 
-PROJECTIONS = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "output": "o_proj"}
+# Projections of attention: which of a shard's heads each keeps, as its outputs (0) or inputs (1).
+HEADS = {
+    "q_proj": ("query_heads", 0),
+    "k_proj": ("kv_heads", 0),
+    "v_proj": ("value_heads", 0),
+    "o_proj": ("query_heads", 1),
+}
 COLUMNS, ROWS = "colwise", "rowwise"  # transformers' names: outputs cut, inputs cut and summed
 REPLICATED = "replicated_with_grad_allreduce"
 
@@ -92,14 +98,9 @@ def cuts_of(
     for name, rule in rules.items():
         module = model.base_model.get_submodule(name)
         parent, _, last = name.rpartition(".")
-        if parent in shards and last in PROJECTIONS.values():
-            shard, head_dim = shards[parent], model.base_model.get_submodule(parent).head_dim
-            heads = {
-                "key": shard.kv_heads,
-                "value": shard.value_heads,
-            }.get(next(k for k, v in PROJECTIONS.items() if v == last), shard.query_heads)
-            dim = 1 if last == PROJECTIONS["output"] else 0
-            cuts[name] = Cut(dim, _rows_of(heads, head_dim))
+        if parent in shards and last in HEADS:
+            (kind, dim), head_dim = HEADS[last], model.base_model.get_submodule(parent).head_dim
+            cuts[name] = Cut(dim, _rows_of(getattr(shards[parent], kind), head_dim))
         elif rule == COLUMNS:
             cuts[name] = Cut(0, _slice(module.out_features, rank, world))
         elif rule == ROWS:
@@ -140,8 +141,7 @@ def tell_maps(model: nn.Module, shards: dict[str, HeadMapShard]) -> None:
 
 def attention_names(rules: dict[str, str]) -> list[str]:
     """Names of the attention modules, in order."""
-    ends = "." + PROJECTIONS["query"]
-    return [name.removesuffix(ends) for name in rules if name.endswith(ends)]
+    return [name.removesuffix(".q_proj") for name in rules if name.endswith(".q_proj")]
 
 
 def shard_of(
@@ -149,8 +149,8 @@ def shard_of(
 ) -> HeadMapShard:
     """The heads of rank ``rank`` in the attention module ``name`` of an uncut model."""
     module = model.base_model.get_submodule(name)
-    query, key, value, _ = (getattr(module, last) for last in PROJECTIONS.values())
-    counts = (projection.out_features // module.head_dim for projection in (query, key, value))
+    projections = (module.q_proj, module.k_proj, module.v_proj)
+    counts = (projection.out_features // module.head_dim for projection in projections)
     head_map, value_map = layer_maps(model.config, module.layer_idx, *counts)
     return head_map.shard(
         rank, world, value_head_map=value_map, query_cost=query_cost, kv_cost=kv_cost
@@ -160,11 +160,11 @@ def shard_of(
 def rules_of(model: nn.Module) -> dict[str, str]:
     """The rule of every module that transformers' plan names."""
     plan = getattr(model.config, "base_model_tp_plan", None) or {}
-    missing = [p for p in PROJECTIONS.values() if not any(key.endswith("." + p) for key in plan)]
+    missing = [p for p in HEADS if not any(key.endswith("." + p) for key in plan)]
     if missing:
         raise NotImplementedError(
             f"config.base_model_tp_plan of a {model.config.model_type} model must name "
-            f"{', '.join(PROJECTIONS.values())}, {', '.join(missing)} not found"
+            f"{', '.join(HEADS)}, {', '.join(missing)} not found"
         )
     for key, rule in plan.items():
         if rule not in (COLUMNS, ROWS, REPLICATED):
