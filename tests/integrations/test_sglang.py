@@ -267,7 +267,7 @@ class TestWithSGLang:
         with pytest.raises(NotImplementedError, match="does not take k_rope"):
             ours.forward(query, key, value, self.attention(), batch, k_rope=key)
         batch.spec_info = object()
-        with pytest.raises(NotImplementedError, match="no speculative decoding"):
+        with pytest.raises(NotImplementedError, match="got EXTEND with speculation"):
             ours.init_forward_metadata(batch)
         monkeypatch.setattr(backend, "get_parallel", lambda: SimpleNamespace(tp_size=2))
         with pytest.raises(NotImplementedError, match=r"tp_size must be 1 .* got 2"):

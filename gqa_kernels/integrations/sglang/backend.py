@@ -13,6 +13,8 @@ from ...model_maps import KEY_FIELD, VALUE_FIELD, layer_maps, stored_maps
 from . import BACKEND
 from .attention import Layer, Step, page_tables, pooled_attention
 
+MODES = ("DECODE", "EXTEND", "MIXED", "SPLIT_PREFILL", "IDLE")
+
 
 class AsymGQABackend(AttentionBackend):
     """Attention of a model whose config may hold head maps.
@@ -50,7 +52,7 @@ class AsymGQABackend(AttentionBackend):
         mode = forward_batch.forward_mode
         if mode.is_idle():
             return
-        _refuse_speculation(forward_batch)
+        _check_mode(forward_batch)
         lens = forward_batch.seq_lens.int()
         longest = forward_batch.seq_lens_cpu
         longest = int((lens if longest is None else longest).max())
@@ -79,7 +81,7 @@ class AsymGQABackend(AttentionBackend):
                 f"{BACKEND} captures decode steps in CUDA graphs, got "
                 f"{forward_batch.forward_mode.name}: run with --cuda-graph-backend-prefill=disabled"
             )
-        _refuse_speculation(forward_batch)
+        _check_mode(forward_batch)
         batch = forward_batch.batch_size
         longest = forward_batch.seq_lens_cpu
         longest = self.req_to_token.shape[1] if longest is None else int(longest.max())
@@ -180,9 +182,10 @@ def _check_maps(config, tp_size: int) -> None:
         )
 
 
-def _refuse_speculation(forward_batch) -> None:
-    mode = forward_batch.forward_mode
-    if forward_batch.spec_info is not None or mode.is_target_verify():
+def _check_mode(forward_batch) -> None:
+    mode = forward_batch.forward_mode.name
+    if forward_batch.spec_info is not None or mode not in MODES:
         raise NotImplementedError(
-            f"{BACKEND} has no speculative decoding under SGLang, got forward mode {mode.name}"
+            f"{BACKEND} runs forward modes {', '.join(MODES)} without speculation under SGLang, "
+            f"got {mode}{'' if forward_batch.spec_info is None else ' with speculation'}"
         )
