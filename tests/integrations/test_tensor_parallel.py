@@ -34,24 +34,25 @@ def apart() -> nn.Module:
     return convert(tiny(num_kv_heads=6), maps, merging="mean")
 
 
-def check(whole, part, where):
+def check(whole, part, where, tokens=0):
     inputs = batch([9, 5], "left")
-    options = {"max_new_tokens": 6, "do_sample": False}
     torch.testing.assert_close(
         logits(part, inputs), logits(whole, inputs), **CLOSE, msg=lambda m: f"{where}: {m}"
     )
-    theirs, ours = (model.generate(**inputs, **options) for model in (whole, part))
-    assert torch.equal(ours, theirs), where
+    if tokens:
+        options = {"max_new_tokens": tokens, "do_sample": False}
+        theirs, ours = (model.generate(**inputs, **options) for model in (whole, part))
+        assert torch.equal(ours, theirs), where
 
 
 def ranks(rank, folder):
     register()
     for name, make in MODELS.items():
-        check(make(), shard_model(make(), rank, WORLD), name)
+        check(make(), shard_model(make(), rank, WORLD), name, tokens=6 if name == "uneven" else 0)
     for name in ("uneven", "apart"):
         part = load_shard(folder / f"{name}-shards", dtype=torch.float32)
         assert part.num_parameters() < load(folder / name).num_parameters()
-        check(load(folder / name, dtype=torch.float32), part, f"{name} from shards")
+        check(load(folder / name, dtype=torch.float32), part, f"{name} from shards", tokens=4)
     with pytest.raises(ValueError, match=r"must be for rank . of 2, got rank . of 3"):
         load_shard(folder / "three")
     with pytest.raises(ValueError, match=r"folder must hold rank-.*shard\.json"):
