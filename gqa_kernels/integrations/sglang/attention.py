@@ -64,8 +64,8 @@ def page_tables(req_to_token: Tensor, requests: Tensor, max_len: int, page_size:
         req_to_token: int32 ``[rows, max_context]``, the slot of each token.
         requests: ``[requests]`` integers, rows of it.
     """
-    firsts = req_to_token[:, :max_len:page_size]
-    return torch.div(firsts[requests], page_size, rounding_mode="floor").int()
+    first_slots = req_to_token[:, :max_len:page_size][requests]
+    return (first_slots // page_size).int()
 
 
 def pooled_attention(
