@@ -13,7 +13,7 @@ from pathlib import Path
 
 from . import env, extension
 from .backends.dispatch import BACKENDS
-from .commands import convert, evaluate, inspect, search
+from .commands import convert, evaluate, inspect, search, shard
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--quick", action="store_true", help="tiny models, few steps")
     train.set_defaults(run=_train_demo)
 
-    for command in (search, convert, evaluate, inspect):
+    for command in (search, convert, evaluate, inspect, shard):
         command.add(commands)
 
     backends = commands.add_parser("backends", help="what can run here, and why not the others")

@@ -94,10 +94,19 @@ def shared_prefix_attention(
     out_b, lse_b = asym_gqa_decode(q, suffix, head_map, layout=layout, **options)
     out, lse = merge_attention_states(out_a, lse_a, out_b, lse_b, layout=layout)
     if sinks is not None:
-        # The sink is a key with a value of zero: merged last, it counts once.
-        sink = sinks.to(lse.dtype)[:, None].expand_as(lse).masked_fill(lse == -math.inf, -math.inf)
-        out, lse = merge_attention_states(out, lse, torch.zeros_like(out), sink, layout=layout)
+        out, lse = merge_sinks(out, lse, sinks, layout=layout)
     return (out, lse) if return_lse else out
+
+
+def merge_sinks(
+    out: Tensor, lse: Tensor, sinks: Tensor, *, layout: Layout = "bhsd"
+) -> tuple[Tensor, Tensor]:
+    """Attention with sinks ``[Hq]``, from attention over all keys without them.
+
+    A sink is a key with a value of zero: merged last, it counts once, for queries that see a key.
+    """
+    sink = sinks.to(lse.dtype)[:, None].expand_as(lse).masked_fill(lse == -math.inf, -math.inf)
+    return merge_attention_states(out, lse, torch.zeros_like(out), sink, layout=layout)
 
 
 def _over_heads_and_tokens(weight: Tensor, out: Tensor, layout: Layout) -> Tensor:

@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import nn
 
+OLDEST = "0.4.13"  # first release tested
+
 
 def run_tasks(
     model: nn.Module,
@@ -38,7 +40,7 @@ def run_tasks(
         num_fewshot, batch_size: of the harness.
 
     Raises:
-        ImportError: lm-eval is not installed.
+        ImportError: lm-eval is not installed, or too old.
         ValueError: a task that the harness doesn't know.
     """
     try:
@@ -46,7 +48,9 @@ def run_tasks(
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise ImportError(f"run_tasks needs lm-eval (pip install lm-eval): {error}") from error
+        raise ImportError(
+            f"run_tasks needs lm-eval >= {OLDEST} (pip install 'lm-eval>={OLDEST}'): {error}"
+        ) from error
     manager = TaskManager(
         include_path=None if include_path is None else str(include_path),
         include_defaults=include_defaults,

@@ -1,6 +1,8 @@
 """run_tasks(): a local task on a converted model, against likelihoods worked out by hand."""
 
 import json
+import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -9,7 +11,9 @@ from gqa_kernels.convert.lm_harness import run_tasks
 from gqa_kernels.integrations.transformers import register
 from tests.tiny_models import split, tiny
 
-pytest.importorskip("lm_eval", reason="lm-eval is not installed (extra lm-eval)")
+needs_lm_eval = pytest.mark.skipif(
+    find_spec("lm_eval") is None, reason="lm-eval is not installed (extra lm-eval)"
+)
 
 LOCAL = {"include_defaults": False}
 WORDS = [f"w{number}" for number in range(61)]
@@ -46,6 +50,7 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
     return tmp_path
 
 
+@needs_lm_eval
 def test_local_task(folder, tokenizer, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(folder / "cache"))
     register()
@@ -61,6 +66,13 @@ def test_local_task(folder, tokenizer, monkeypatch):
     assert results["words"]["acc,none"] == pytest.approx(sum(expected) / len(expected))
 
 
+@needs_lm_eval
 def test_unknown_task(folder, tokenizer):
     with pytest.raises(ValueError, match="must be known to lm-eval, got juggling"):
         run_tasks(tiny(), tokenizer, ["juggling"], **LOCAL, include_path=folder)
+
+
+def test_lm_eval_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(ImportError, match=r"needs lm-eval >= 0\.4\.13"):
+        run_tasks(None, None, ["words"])

@@ -1,19 +1,22 @@
 """Two processes of a cut model give what the whole model gives."""
 
-import os
+import json
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from safetensors.torch import load_file
 from torch import nn
 
+from gqa_kernels import HeadMap
+from gqa_kernels.cli import main
+from gqa_kernels.convert import convert, load, save
+from gqa_kernels.integrations.shard_checkpoint import load_shard, shard_checkpoint
 from gqa_kernels.integrations.tensor_parallel import shard_model
 from gqa_kernels.integrations.transformers import register
+from tests.integrations.ranks import WORLD, run_ranks
 from tests.integrations.test_transformers import CLOSE, logits
 from tests.tiny_models import batch, split, tiny
 
-WORLD = 2
 MODELS = {
     "uneven": lambda: split(tiny("llama"), num_kv_heads=4),
     "norms and biases": lambda: split(tiny("qwen3", attention_bias=True), num_kv_heads=4),
@@ -22,25 +25,106 @@ MODELS = {
 }
 
 
-def _run(rank: int, rendezvous: str) -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"
-    torch.set_num_threads(1)
-    register()
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=WORLD)
+def apart() -> nn.Module:
+    """K and V with heads of their own, as many as they like in each layer."""
+    maps = [
+        (HeadMap([0, 2, 0, 1, 0, 3]), HeadMap([1, 0, 1, 0, 0, 1])),
+        (HeadMap([0, 0, 1, 1, 2, 2]), HeadMap([0, 1, 2, 0, 1, 2])),
+    ]
+    return convert(tiny(num_kv_heads=6), maps, merging="mean")
+
+
+def check(whole, part, where, tokens=0):
     inputs = batch([9, 5], "left")
-    options = {"max_new_tokens": 6, "do_sample": False}
-    for name, make in MODELS.items():
-        whole, part = make(), shard_model(make(), rank, WORLD)
-        torch.testing.assert_close(
-            logits(part, inputs), logits(whole, inputs), **CLOSE, msg=lambda m, n=name: f"{n}: {m}"
-        )
+    torch.testing.assert_close(
+        logits(part, inputs), logits(whole, inputs), **CLOSE, msg=lambda m: f"{where}: {m}"
+    )
+    if tokens:
+        options = {"max_new_tokens": tokens, "do_sample": False}
         theirs, ours = (model.generate(**inputs, **options) for model in (whole, part))
-        assert torch.equal(ours, theirs), name
-    dist.destroy_process_group()
+        assert torch.equal(ours, theirs), where
+
+
+def ranks(rank, folder):
+    register()
+    for name, make in MODELS.items():
+        check(make(), shard_model(make(), rank, WORLD), name, tokens=6 if name == "uneven" else 0)
+    for name in ("uneven", "apart"):
+        part = load_shard(folder / f"{name}-shards", dtype=torch.float32)
+        assert part.num_parameters() < load(folder / name).num_parameters()
+        check(load(folder / name, dtype=torch.float32), part, f"{name} from shards", tokens=4)
+    with pytest.raises(ValueError, match=r"must be for rank . of 2, got rank . of 3"):
+        load_shard(folder / "three")
+    with pytest.raises(ValueError, match=r"folder must hold rank-.*shard\.json"):
+        load_shard(folder / "uneven")
 
 
 def test_two_processes_equal_one(tmp_path):
-    mp.spawn(_run, args=(f"file://{tmp_path}/rendezvous",), nprocs=WORLD)
+    register()
+    for name, model in (("uneven", MODELS["norms and biases"]()), ("apart", apart())):
+        save(model, tmp_path / name)
+        shard_checkpoint(tmp_path / name, tmp_path / f"{name}-shards", WORLD)
+    shard_checkpoint(tmp_path / "uneven", tmp_path / "three", 3)
+    run_ranks(ranks, tmp_path, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A checkpoint in several files."""
+    model = split(tiny("qwen3", attention_bias=True), num_kv_heads=4)
+    folder = tmp_path_factory.mktemp("model")
+    model.save_pretrained(folder, max_shard_size="60KB")
+    (folder / "tokenizer.json").write_text("{}")
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    return folder
+
+
+class TestShardCheckpoint:
+    def test_holds_what_shard_model_keeps(self, folder, tmp_path, capsys):
+        """From several files, by the command line; weights are bit for bit the model's."""
+        out = tmp_path / "out"
+        assert main(["shard", str(folder), str(out), "--ranks", "2"]) == 0
+        assert capsys.readouterr().out == f"wrote {out}\n"
+        for rank in range(2):
+            own = out / f"rank-{rank}"
+            assert (own / "tokenizer.json").read_text() == "{}"
+            index = json.loads((own / "model.safetensors.index.json").read_text())
+            found = {}
+            for file in own.glob("*.safetensors"):
+                tensors = load_file(file)
+                assert all(index["weight_map"][name] == file.name for name in tensors)
+                found |= tensors
+            assert index["metadata"]["total_size"] == sum(x.nbytes for x in found.values())
+            part = shard_model(load(folder), rank, 2)
+            expected = dict(part.named_parameters())
+            assert found.keys() == expected.keys()
+            for name, tensor in found.items():
+                assert torch.equal(tensor, expected[name]), name
+            content = json.loads((own / "shard.json").read_text())
+            assert (content["rank"], content["world"]) == (rank, 2)
+            maps = [layer["head_map"] for layer in content["layers"].values()]
+            assert maps == part.config.kv_head_map
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+    def test_nothing_is_left_of_a_failure(self, folder, tmp_path):
+        with pytest.raises(ValueError, match=r"world must lie in \[1, 6\], got 7"):
+            shard_checkpoint(folder, tmp_path / "out", 7)
+        assert not list(tmp_path.iterdir())
+
+    def test_errors(self, folder, tmp_path, capsys):
+        with pytest.raises(ValueError, match="out must not exist or be empty"):
+            shard_checkpoint(folder, folder, 2)
+        with pytest.raises(ValueError, match=r"as safetensors, model\.safetensors not found"):
+            shard_checkpoint(tmp_path, tmp_path / "out", 2)
+        config = json.loads((folder / "config.json").read_text())
+        (tmp_path / "model.safetensors").write_bytes(b"12345678")
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert main(["shard", str(tmp_path), str(tmp_path / "out"), "--ranks", "2"]) == 2
+        assert "must be a complete safetensors file" in capsys.readouterr().err
+        config["quantization_config"] = {"quant_method": "fp8"}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(NotImplementedError, match="must not be quantised"):
+            shard_checkpoint(tmp_path, tmp_path / "out", 2)
 
 
 @pytest.fixture(autouse=True, scope="module")
