@@ -21,9 +21,13 @@ template <class V, class S>
 GQA_INLINE void load_block(const S* row, int64_t d, int64_t n, typename V::F& x0,
                            typename V::F& x1) {
   if (n >= 2 * V::kWidth) return V::load_block(at(row, d), x0, x1);
-  S block[2 * V::kWidth / kNumbersPerElement<S>] = {};
-  std::memcpy(block, at(row, d), n * sizeof(S) / kNumbersPerElement<S>);
-  V::load_block(block, x0, x1);
+  if constexpr (V::template kMasks<S>) {
+    V::load_block_first(at(row, d), n, x0, x1);
+  } else {
+    S block[2 * V::kWidth / kNumbersPerElement<S>] = {};
+    std::memcpy(block, at(row, d), n * sizeof(S) / kNumbersPerElement<S>);
+    V::load_block(block, x0, x1);
+  }
 }
 
 // sum[., r, c] += q[r] . k[c] over the block of numbers at d, of which there are n.
@@ -129,6 +133,8 @@ GQA_INLINE void add_keys(const float* p, int64_t ldp, const S* const* v, int64_t
 template <class V, class S>
 class DirectProducts {
  public:
+  using Probability = float;
+  static constexpr RowBlocks kBlocks{1, kMaxDirectRows};
   static constexpr int kStrip = kMaxDirectRows;  // all rows share one StripKeys
 
   DirectProducts(const AttentionParams& params, Tile<V>& tile)
@@ -172,7 +178,7 @@ class DirectProducts {
   }
 
   // s = q . k for the keys that are needed; asks for the tile's V rows
-  void scores(int rows, const StripKeys* strips) {
+  void scores(int, int rows, const StripKeys* strips) {
     const StripKeys need = strips[0];
     const int first = need.begin / kRowStep * kRowStep;
     Prefetcher<S> ahead(v_rows_ + need.begin, need.end - need.begin, value_head_dim_,
@@ -193,7 +199,7 @@ class DirectProducts {
   }
 
   // o += p . v; asks for the next tile's K rows
-  void accumulate(int rows, const StripKeys* strips) {
+  void accumulate(int, int rows, const StripKeys* strips) {
     const int64_t steps = (rows + kStripRows - 1) / kStripRows * (tile_.layout.o_ld / kW);
     Prefetcher<S> ahead(next_k_rows_, next_n_, head_dim_, static_cast<int>(steps));
     int r = 0;

@@ -16,6 +16,7 @@
 
 #include "core/params.h"
 #include "cpu/attention.h"
+#include "cpu/cpu_features.h"
 
 namespace {
 
@@ -317,10 +318,10 @@ int check_case(Case& c, const char* isa, int threads, unsigned seed) {
 int main(int argc, char** argv) {
   const unsigned cases = argc > 1 ? std::atoi(argv[1]) : 80;
   int wrong = 0;
-  for (const char* isa : {"portable", "avx2"}) {
+  for (const char* isa : {"portable", "avx2", "avx512", "avx512_bf16", "amx"}) {
     setenv("GQA_KERNELS_CPU_ISA", isa, 1);
     try {
-      gqa::cpu::instruction_set();
+      gqa::cpu::chosen_isa();
     } catch (const std::invalid_argument&) {
       std::printf("%s: not on this processor\n", isa);
       continue;
@@ -334,7 +335,7 @@ int main(int argc, char** argv) {
   }
   setenv("GQA_KERNELS_CPU_ISA", "abacus", 1);
   try {
-    gqa::cpu::instruction_set();
+    gqa::cpu::chosen_isa();
     std::printf("a wrong GQA_KERNELS_CPU_ISA was taken\n");
     ++wrong;
   } catch (const std::invalid_argument& error) {
