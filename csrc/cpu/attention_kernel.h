@@ -27,7 +27,7 @@
 
 namespace gqa::cpu::GQA_ISA {
 
-constexpr int kMaxTileKeys = 128;
+constexpr int kMaxTileKeys = kMaxDirectKeys;
 constexpr int kMaxStrips = kMaxTileRows / kStripRows;
 
 // visit(type of q and out), as a null pointer. Of a plain cache it is the type of K and V, S.

@@ -48,6 +48,7 @@ template <class V>
 struct TileEngine {
   static constexpr int kRows = 32;
   static constexpr int kBlockRows = 32;
+  static constexpr bool kFewPack = true;  // products_tiles.h copies into that memory
 
   template <bool kAdd>
   static GQA_INLINE void multiply(int rows, const BFloat16* a, int64_t lda, const BFloat16* b,

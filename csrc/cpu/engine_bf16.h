@@ -19,6 +19,7 @@ template <class V>
 struct DotProductEngine {
   static constexpr int kRows = kStripRows;
   static constexpr int kBlockRows = kMaxTileRows;
+  static constexpr bool kFewPack = false;
 
   template <bool kAdd>
   static GQA_INLINE void multiply(int, const BFloat16* a, int64_t lda, const BFloat16* b,

@@ -29,17 +29,25 @@
 #include "attention_kernel.h"
 #include "engine_amx.h"
 #include "products_pairs.h"
+#include "products_tiles.h"
 #include "vec_avx512.h"
 
 namespace gqa::cpu::amx {
 namespace {
 
 using Few = DirectProducts<Vec, BFloat16>;
+using FewOnTiles = TileDirectProducts<Vec>;
 using Many = PairProducts<Vec, TileEngine<Vec>>;
 
+// Fewer rows take as many instructions without tiles, and their scores need not be transposed.
+constexpr int kMinTileRows = 5;
+
 void run_with_tiles(const CallState& call, const Task& task, float* scratch) {
+  if (task.num_rows() < kMinTileRows) {
+    return run_task<Vec, BFloat16, Few, Few>(call, task, scratch);
+  }
   const TileScope tiles;
-  run_task<Vec, BFloat16, Few, Many>(call, task, scratch);
+  run_task<Vec, BFloat16, FewOnTiles, Many>(call, task, scratch);
 }
 
 // Explicit instantiations, inside the switch.

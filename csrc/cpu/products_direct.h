@@ -65,8 +65,10 @@ GQA_INLINE void dot_keys(const float* q, int64_t ldq, const S* const* rows, int6
   GQA_UNROLL(4)
   for (int c = 0; c < kKeys; ++c) k[c] = rows[c];
   constexpr int kBlock = 2 * V::kWidth;
-  // One row has too few sums to hide the latency of FMA: the two vectors of a block get their own.
-  constexpr int kChains = kRows == 1 ? 2 : 1;
+  // One row or three have too few sums to hide the latency of FMA: the two vectors of a block get
+  // their own. (Three only where a block is split from what is loaded once: with both vectors at
+  // hand 16 registers don't hold it.)
+  constexpr int kChains = kRows == 1 || (kRows == 3 && V::template kSplits<S>) ? 2 : 1;
   F sum[kChains][kRows][kKeys];
   GQA_UNROLL(2)
   for (int i = 0; i < kChains; ++i) {
@@ -81,13 +83,17 @@ GQA_INLINE void dot_keys(const float* q, int64_t ldq, const S* const* rows, int6
   if (d < head_dim) multiply_block<V>(q, ldq, k, d, head_dim - d, sum);
   GQA_UNROLL(4)
   for (int r = 0; r < kRows; ++r) {
+    GQA_UNROLL(4)
+    for (int c = 0; c < kKeys && kChains == 2; ++c) {
+      sum[0][r][c] = V::add(sum[0][r][c], sum[kChains - 1][r][c]);
+    }
+  }
+  GQA_UNROLL(4)
+  for (int r = 0; r < kRows; ++r) {
     if (kKeys == 4) {
       F total[4];
       GQA_UNROLL(4)
-      for (int c = 0; c < 4; ++c) {
-        total[c] = sum[0][r][c % kKeys];
-        if (kChains == 2) total[c] = V::add(total[c], sum[kChains - 1][r][c % kKeys]);
-      }
+      for (int c = 0; c < 4; ++c) total[c] = sum[0][r][c % kKeys];
       V::store_sums4(s + r * lds, total);
     } else if (r % 2 == 0) {
       const int next = r + 1 < kRows ? r + 1 : r;

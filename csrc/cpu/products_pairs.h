@@ -1,7 +1,7 @@
 // The two matrix products of a tile with many rows in bf16 (see pairs.h): K and V are packed once
 // without widening; queries and probabilities are rows of bf16, which Engine multiplies with them:
 //
-//   Engine::kRows: rows of one call; Engine::kBlockRows: rows whose scores are kept at a time
+//   Engine::kRows: rows of one call; Engine::kBlockRows, kFewPack: as in RowBlocks
 //   Engine::multiply<add>(rows, a, lda, b, chunks, c, ldc), as in pairs.h
 #pragma once
 
@@ -18,7 +18,7 @@ template <class V, class Engine>
 class PairProducts {
  public:
   using Probability = BFloat16;  // in the first half of its row of scores
-  static constexpr RowBlocks kBlocks{Engine::kRows, Engine::kBlockRows};
+  static constexpr RowBlocks kBlocks{Engine::kRows, Engine::kBlockRows, Engine::kFewPack};
   static constexpr int kStrip = Engine::kRows;
 
   PairProducts(const AttentionParams& params, Tile<V>& tile)

@@ -18,9 +18,10 @@ constexpr int64_t kTasksPerWorker = 6;
 constexpr int64_t kMinSplitKeys = 256;
 constexpr int kMinTileRows = 48;
 
-// K and V of a tile that is not packed, in a first-level cache of 32 KiB.
-constexpr int64_t kDirectTileBytes = 16 * 1024;
-constexpr int kMaxDirectKeys = 128;
+// K and V of a tile that is not packed, in a first-level cache of 32 KiB: V is asked for as K is
+// used up. Half of it, and what a tile costs whatever its keys (the softmax's horizontal maximum and
+// sum, loads and stores of the output) shows in 16-bit decode.
+constexpr int64_t kDirectTileBytes = 32 * 1024;
 constexpr int kMinDirectKeys = 32;
 
 int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }

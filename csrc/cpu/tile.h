@@ -16,6 +16,8 @@ inline int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step 
 struct RowBlocks {
   int padding;  // rows are padded to a multiple of it
   int rows;     // whose scores are in memory at the same time
+  // Whether tasks with few rows want the memory of packed K and V, too.
+  bool few_pack = false;
 };
 
 template <class V>
@@ -34,7 +36,7 @@ struct TileLayout {
         keys(tile.keys),
         q_ld(round_up(params.head_dim, kPanel)),
         o_ld(round_up(params.value_head_dim, kPanel)),
-        packed_keys(tile.rows > kMaxDirectRows ? tile.keys : 0) {}
+        packed_keys(tile.rows > kMaxDirectRows || blocks.few_pack ? tile.keys : 0) {}
 
   int64_t scratch_floats() const {
     return rows * (q_ld + o_ld + 3) + s_rows * keys + packed_keys * (q_ld + o_ld) + 6 * keys;
