@@ -36,10 +36,14 @@ GQA_INLINE void multiply_block(const float* q, int64_t ldq, const S* const (&k)[
                                int64_t n, typename V::F (&sum)[kChains][kRows][kKeys]) {
   using F = typename V::F;
   F x[2][kKeys];
+  // Vectors that can be loaded one by one are, when it is their turn: it saves registers.
+  const bool one_by_one = !V::template kSplits<S> && n >= 2 * V::kWidth;
   GQA_UNROLL(4)
-  for (int c = 0; c < kKeys; ++c) load_block<V>(k[c], d, n, x[0][c], x[1][c]);
+  for (int c = 0; c < kKeys && !one_by_one; ++c) load_block<V>(k[c], d, n, x[0][c], x[1][c]);
   GQA_UNROLL(2)
   for (int i = 0; i < 2; ++i) {
+    GQA_UNROLL(4)
+    for (int c = 0; c < kKeys && one_by_one; ++c) x[i][c] = V::load(at(k[c], d + i * V::kWidth));
     // Compilers would rather load and widen again for every use than keep a register.
     GQA_UNROLL(4)
     for (int c = 0; c < kKeys; ++c) V::pin(x[i][c]);
@@ -66,9 +70,8 @@ GQA_INLINE void dot_keys(const float* q, int64_t ldq, const S* const* rows, int6
   for (int c = 0; c < kKeys; ++c) k[c] = rows[c];
   constexpr int kBlock = 2 * V::kWidth;
   // One row or three have too few sums to hide the latency of FMA: the two vectors of a block get
-  // their own. (Three only where a block is split from what is loaded once: with both vectors at
-  // hand 16 registers don't hold it.)
-  constexpr int kChains = kRows == 1 || (kRows == 3 && V::template kSplits<S>) ? 2 : 1;
+  // their own.
+  constexpr int kChains = kRows == 1 || kRows == 3 ? 2 : 1;
   F sum[kChains][kRows][kKeys];
   GQA_UNROLL(2)
   for (int i = 0; i < kChains; ++i) {
@@ -223,9 +226,11 @@ class DirectProducts {
  private:
   static constexpr int kW = V::kWidth;
 
-  // Two or four keys at a time: as many sums as hide the latency of FMA and fit in registers.
+  // Two or four keys at a time: as many sums as hide the latency of FMA and fit in registers. A
+  // function of its own, and add_rows too: all of them inlined into one, gcc stores the widened
+  // numbers of every block to memory that nobody reads.
   template <int kRows>
-  void dot_rows(int r, int key) {
+  GQA_NOINLINE void dot_rows(int r, int key) {
     const TileLayout<V>& layout = tile_.layout;
     const float* q = tile_.q + r * layout.q_ld;
     float* s = tile_.s + r * layout.keys;
@@ -236,7 +241,7 @@ class DirectProducts {
   }
 
   template <int kRows>
-  void add_rows(int r, StripKeys keys, Prefetcher<S>& ahead) {
+  GQA_NOINLINE void add_rows(int r, StripKeys keys, Prefetcher<S>& ahead) {
     constexpr int kCols = kRows == 1 ? 8 : kRows == 2 ? 4 : 2;  // 6 to 12 sums, for the same reason
     const int64_t ldp = tile_.layout.keys, ldo = tile_.layout.o_ld;
     const float* p = tile_.s + r * ldp;
