@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "isa.h"
 #include "kv_rows.h"
@@ -30,14 +31,17 @@ GQA_INLINE void load_block(const S* row, int64_t d, int64_t n, typename V::F& x0
   }
 }
 
+template <class S>
+inline constexpr bool kWidens = !std::is_same_v<S, float>;
+
 // sum[., r, c] += q[r] . k[c] over the block of numbers at d, of which there are n.
 template <class V, class S, int kChains, int kRows, int kKeys>
 GQA_INLINE void multiply_block(const float* q, int64_t ldq, const S* const (&k)[kKeys], int64_t d,
                                int64_t n, typename V::F (&sum)[kChains][kRows][kKeys]) {
   using F = typename V::F;
   F x[2][kKeys];
-  // Vectors that can be loaded one by one are, when it is their turn: it saves registers.
-  const bool one_by_one = !V::template kSplits<S> && n >= 2 * V::kWidth;
+  // Vectors that can be widened one by one are, when it is their turn: it saves registers.
+  const bool one_by_one = kWidens<S> && !V::template kSplits<S> && n >= 2 * V::kWidth;
   GQA_UNROLL(4)
   for (int c = 0; c < kKeys && !one_by_one; ++c) load_block<V>(k[c], d, n, x[0][c], x[1][c]);
   GQA_UNROLL(2)
@@ -70,8 +74,8 @@ GQA_INLINE void dot_keys(const float* q, int64_t ldq, const S* const* rows, int6
   for (int c = 0; c < kKeys; ++c) k[c] = rows[c];
   constexpr int kBlock = 2 * V::kWidth;
   // One row or three have too few sums to hide the latency of FMA: the two vectors of a block get
-  // their own.
-  constexpr int kChains = kRows == 1 || kRows == 3 ? 2 : 1;
+  // their own. (Not three rows of fp32, which 16 registers don't hold.)
+  constexpr int kChains = kRows == 1 || (kRows == 3 && kWidens<S>) ? 2 : 1;
   F sum[kChains][kRows][kKeys];
   GQA_UNROLL(2)
   for (int i = 0; i < kChains; ++i) {
