@@ -378,9 +378,14 @@ int main(int argc, char** argv) {
       std::printf("%s: not on this processor\n", isa);
       continue;
     }
+    // These two have kernels of their own for bf16 alone.
+    const bool only_bf16 = gqa::cpu::chosen_isa() > gqa::cpu::Isa::kAvx512;
+    unsigned checked = 0;
     for (unsigned seed = 0; seed < cases; ++seed) {
       std::mt19937 random(seed);
       Case c = make_case(random);
+      if (only_bf16 && c.p.dtype != DType::kBFloat16) continue;
+      ++checked;
       const int threads = seed % 3 == 0 ? 1 : 5;
       wrong += check_case(c, isa, threads, seed);
       if (seed % 2 == 0 && !pages_change_nothing(c, threads, seed)) {
@@ -388,7 +393,7 @@ int main(int argc, char** argv) {
         ++wrong;
       }
     }
-    std::printf("%s: %u cases\n", isa, cases);
+    std::printf("%s: %u cases\n", isa, checked);
   }
   std::printf(wrong ? "%d wrong\n" : "ok\n", wrong);
   return wrong ? EXIT_FAILURE : EXIT_SUCCESS;
