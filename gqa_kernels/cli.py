@@ -158,7 +158,13 @@ def _backends(arguments: argparse.Namespace) -> int:
         print(f"  {', '.join(sorted(can.devices))}; {', '.join(dtypes)}")
         print(f"  head dim up to {can.max_head_dim}; backward {'yes' if can.autograd else 'no'}")
         print(f"  options {', '.join(sorted(can.options))}")
+        if name == "cpu" and reason is None:
+            print(f"  instruction set {_instruction_set()}")
     return 0
+
+
+def _instruction_set() -> str:
+    return extension.cpu_instruction_set() or "not known: the kernels are built at first use"
 
 
 def _env(arguments: argparse.Namespace) -> int:
@@ -171,6 +177,7 @@ def _env(arguments: argparse.Namespace) -> int:
         "threads": str(torch.get_num_threads()),
         "OpenMP threads wait": env.omp_wait_policy() or "actively",
         "kernel cache": str(env.cache_dir()),
+        "CPU kernels run on": _instruction_set(),
         "CUDA kernels": extension.cuda_build_info(),
         "build at first use": "on" if env.build_enabled() else "off",
         "Triton interpreter": "on" if env.triton_interpreter() else "off",

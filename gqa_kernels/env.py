@@ -8,7 +8,8 @@
 | ``CUDA_HOME`` | CUDA toolkit for that and for ``setup.py`` (the one of the nvcc on PATH) |
 | ``GQA_KERNELS_CUDA`` | ``0``: no CUDA kernels; ``1``: ``setup.py`` fails without nvcc (``auto``) |
 | ``TORCH_CUDA_ARCH_LIST`` | devices to compile for, ``8.0;9.0`` (at first use: those at hand) |
-| ``GQA_KERNELS_CPU_ISA`` | instruction set of the CPU kernels: ``portable``, ``avx2`` (the best) |
+| ``GQA_KERNELS_CPU_ISA`` | of the CPU kernels: ``portable``, ``avx2``, ``avx512``, \
+``avx512_bf16`` or ``amx`` (the best one here) |
 | ``TRITON_INTERPRET`` | Triton's: ``1`` runs its kernels on the CPU, slowly, for tests (``0``) |
 | ``OMP_WAIT_POLICY`` | OpenMP's; the command line sets ``PASSIVE`` where it is unset |
 """
@@ -37,6 +38,11 @@ def build_enabled() -> bool:
 def cxx() -> str | None:
     """The C++ compiler asked for, if any."""
     return os.environ.get("CXX") or None
+
+
+def cpu_isa() -> str | None:
+    """The instruction set asked for (csrc/cpu/cpu_features.cpp reads it, too), if any."""
+    return os.environ.get("GQA_KERNELS_CPU_ISA") or None
 
 
 def cuda_home() -> str | None:

@@ -12,6 +12,7 @@ where they are needed. What is particular to CUDA is in ``cuda_build.py``.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import platform
@@ -91,6 +92,30 @@ def load(part: str = "cpu") -> None:
 def library_path(part: str = "cpu") -> Path | None:
     """The library that :func:`load` loaded for the part, if it did."""
     return _loaded.get(part)
+
+
+def cpu_instruction_set() -> str | None:
+    """What the CPU kernels run on: ``GQA_KERNELS_CPU_ISA`` or the best that this processor has.
+
+    None where they are not built yet: nothing is built here.
+
+    Raises:
+        ValueError: the variable names none that this processor has.
+    """
+    if "cpu" not in _loaded and not (_ahead_of_time("cpu") or _cached_builds("cpu")):
+        return None
+    load("cpu")
+    name = ctypes.CDLL(str(_loaded["cpu"])).gqa_kernels_cpu_isa
+    name.restype = ctypes.c_char_p
+    found = name()
+    if found is None:
+        from . import env
+
+        raise ValueError(
+            "GQA_KERNELS_CPU_ISA must name an instruction set of this processor, "
+            f"got {env.cpu_isa()}"
+        )
+    return found.decode()
 
 
 def unavailable_reason(part: str = "cpu") -> str | None:

@@ -14,6 +14,7 @@ def test_backends(capsys):
     out = capsys.readouterr().out
     for name in available_backends():
         assert f"{name}: usable" in out
+    assert "  instruction set " in out or "cpu" not in available_backends()
 
 
 def test_env(capsys):

@@ -8,20 +8,32 @@
 #include "aligned.h"
 #include "kernels.h"
 #include "schedule.h"
-#include "select.h"
 
 namespace gqa::cpu {
 namespace {
 
 // Best first.
 const Kernels* const kAllKernels[] = {
+#if defined(GQA_HAVE_AMX)
+    &kAmxKernels,
+#endif
+#if defined(GQA_HAVE_AVX512_BF16)
+    &kAvx512Bf16Kernels,
+#endif
+#if defined(GQA_HAVE_AVX512)
+    &kAvx512Kernels,
+#endif
 #if defined(__x86_64__)
     &kAvx2Kernels,
 #endif
     &kPortableKernels,
 };
 
-const Kernels& select() { return select_kernels(kAllKernels); }
+const Kernels& select(DType dtype) {
+  return select_kernels(kAllKernels, chosen_isa(), [dtype](const Kernels& kernels) {
+    return kernels.run_task[static_cast<int>(dtype)] != nullptr;
+  });
+}
 
 // Rows [first_token, end) of out and lse of a head, of all sequences.
 template <class T>
@@ -80,11 +92,9 @@ struct Work {
 
 }  // namespace
 
-const char* instruction_set() { return select().name; }
-
 void attention_forward(const AttentionParams& params, const ThreadPool& pool) {
-  const Kernels& kernels = select();
-  const Schedule schedule = make_schedule(params, pool.num_threads);
+  const Kernels& kernels = select(params.k_dtype);
+  const Schedule schedule = make_schedule(params, kernels.limits, pool.num_threads);
   if (params.q_offsets != nullptr) fill_tokens_of_no_sequence(params);
   for (const int32_t head : schedule.invalid_heads) fill_head_with_nan(params, head);
   if (schedule.tasks.empty()) return;

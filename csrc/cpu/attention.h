@@ -17,7 +17,4 @@ struct ThreadPool {
 // Writes params.out and params.lse. Throws std::invalid_argument for a bad GQA_KERNELS_CPU_ISA.
 void attention_forward(const AttentionParams& params, const ThreadPool& pool);
 
-// Name of the instruction set that attention_forward uses now: "portable" or "avx2".
-const char* instruction_set();
-
 }  // namespace gqa::cpu

@@ -27,9 +27,8 @@
 
 namespace gqa::cpu::GQA_ISA {
 
-constexpr int kMaxTileKeys = 128;
-constexpr int kMaxStrips = 32;
-constexpr int kMaxRows = kMaxStrips * kStripRows;
+constexpr int kMaxTileKeys = kMaxDirectKeys;
+constexpr int kMaxStrips = kMaxTileRows / kStripRows;
 
 // visit(type of q and out), as a null pointer. Of a plain cache it is the type of K and V, S.
 template <class S, class Visit>
@@ -45,14 +44,15 @@ GQA_INLINE auto with_query_type(const AttentionParams& params, Visit visit) {
   }
 }
 
-template <class V, class S>
+// Few, Many: the products of tasks with few rows, and of others.
+template <class V, class S, class Few, class Many>
 class AttentionTask {
  public:
   AttentionTask(const CallState& call, const Task& task, float* scratch)
       : call_(call),
         params_(call.params),
         task_(task),
-        tile_(TileLayout<V>(call.params, call.schedule.tile), scratch),
+        tile_(TileLayout<V>(call.params, call.schedule.tile, Many::kBlocks), scratch),
         pages_(params_, task.batch, task.k_head),
         k_(KVRows<S>::k(params_, pages_, task.k_head)),
         v_(KVRows<S>::v(params_, pages_, task.v_head)),
@@ -66,9 +66,7 @@ class AttentionTask {
   }
 
   void run() {
-    with_query_type<S>(params_, [&](auto* type) { load_queries(type); });
-    if (kQuantized<S>) dequantizer_.begin(rows_);
-    rows_ <= kMaxDirectRows ? run_tiles<DirectProducts<V, S>>() : run_tiles<PackedProducts<V, S>>();
+    rows_ <= kMaxDirectRows ? run_tiles<Few>() : run_tiles<Many>();
     if (task_.merge < 0) {
       for (int r = 0; r < rows_; ++r)
         write_row(r, tile_.o + r * tile_.layout.o_ld, tile_.max[r], tile_.sum[r]);
@@ -94,9 +92,8 @@ class AttentionTask {
   int64_t stored_batch() const { return params_.q_offsets != nullptr ? 0 : task_.batch; }
 
   template <class T>
-  void load_queries(const T*) {
+  void load_queries(const T*, int64_t padded_rows) {
     const TileLayout<V>& layout = tile_.layout;
-    const int64_t padded_rows = round_up(rows_, kStripRows);
     const T* q = static_cast<const T*>(params_.q) + stored_batch() * params_.q_stride.b;
     for (int r = 0; r < padded_rows; ++r) {
       float* to = tile_.q + r * layout.q_ld;
@@ -118,6 +115,10 @@ class AttentionTask {
   template <class Products>
   void run_tiles() {
     const bool bias = params_.softcap != 0.0f || params_.alibi_slopes || params_.attn_mask;
+    constexpr RowBlocks kBlocks = Products::kBlocks;
+    with_query_type<S>(params_,
+                       [&](auto* type) { load_queries(type, round_up(rows_, kBlocks.padding)); });
+    if (kQuantized<S>) dequantizer_.begin(rows_);
     Products products(params_, tile_);
     const S* k_rows[2][kMaxTileKeys];  // of this tile and the next
     const S* v_rows[kMaxTileKeys];
@@ -140,15 +141,20 @@ class AttentionTask {
       }
       products.begin_tile(k_rows[which], v_rows, n, k_rows[which ^ 1], keys_of_tile(next));
       if (kQuantized<S>) dequantizer_.begin_tile(first, n);
-      products.scores(rows_, strips);
-      for (int r = 0; r < rows_; ++r) {
-        const StripKeys& strip = strips[r / Products::kStrip];
-        if (strip.begin >= strip.end) continue;
-        if (kQuantized<S>) dequantizer_.scores(r, strip);
-        bias ? softmax<true>(r, first, strip) : softmax<false>(r, first, strip);
-        if (kQuantized<S>) dequantizer_.probabilities(r, strip);
+      for (int begin = 0; begin < rows_; begin += kBlocks.rows) {
+        const int block_end = rows_ - begin < kBlocks.rows ? rows_ : begin + kBlocks.rows;
+        products.scores(begin, block_end, strips);
+        for (int r = begin; r < block_end; ++r) {
+          const StripKeys& strip = strips[r / Products::kStrip];
+          if (strip.begin >= strip.end) continue;
+          using P = typename Products::Probability;
+          float* s = tile_.s + (r - begin) * tile_.layout.keys;
+          if (kQuantized<S>) dequantizer_.scores(r, strip);
+          bias ? softmax<true, P>(r, s, first, strip) : softmax<false, P>(r, s, first, strip);
+          if (kQuantized<S>) dequantizer_.probabilities(r, strip);
+        }
+        products.accumulate(begin, block_end, strips);
       }
-      products.accumulate(rows_, strips);
     }
     products.end(rows_);
   }
@@ -166,8 +172,8 @@ class AttentionTask {
                                         : n)};
   }
 
-  template <bool kBias>
-  void softmax(int r, int64_t first, const StripKeys& strip) {
+  template <bool kBias, class P>
+  void softmax(int r, float* s, int64_t first, const StripKeys& strip) {
     const KeyRange visible = places_[r].visible;
     const int64_t low = visible.begin - first, high = visible.end - first;
     const RowKeys keys{strip.begin, strip.end,
@@ -199,8 +205,8 @@ class AttentionTask {
       keep = tile_.keep;
     }
     const float rescale = with_query_type<S>(params_, [&](auto* type) {
-      return softmax_row<V, kBias>(type, tile_.s + r * tile_.layout.keys, keys, params_.scale, bias,
-                                   keep, tile_.max[r], tile_.sum[r]);
+      return softmax_row<V, kBias, P>(type, s, keys, params_.scale, bias, keep, tile_.max[r],
+                                      tile_.sum[r]);
     });
     if (rescale != 1.0f) scale_row(tile_.o + r * tile_.layout.o_ld, rescale);
   }
@@ -265,7 +271,8 @@ class AttentionTask {
       sum = sum * factor + std::exp2(sink - new_max);
       max = new_max;
     }
-    // In double: the backward's P is exp(s - LSE), as wrong as the LSE. `max` has kLog2E's rounding.
+    // In double: the backward's P is exp(s - LSE), as wrong as the LSE. `max` has kLog2E's
+    // rounding.
     constexpr double kNatural = 1.0 / static_cast<double>(kLog2E);
     params_.lse[(b * params_.num_heads + h) * params_.q_tokens + t] =
         sees_nothing ? -INFINITY
@@ -288,18 +295,18 @@ class AttentionTask {
   KVRows<S> k_, v_;
   Dequantizer<V, S> dequantizer_;
   int rows_;
-  Place places_[kMaxRows];
+  Place places_[kMaxTileRows];
 };
 
 // Of K and V in type S.
-template <class V, class S>
+template <class V, class S, class Few = DirectProducts<V, S>, class Many = PackedProducts<V, S>>
 void run_task(const CallState& call, const Task& task, float* scratch) {
-  AttentionTask<V, S>(call, task, scratch).run();
+  AttentionTask<V, S, Few, Many>(call, task, scratch).run();
 }
 
-template <class V>
+template <class V, class Many = PackedProducts<V, float>>
 int64_t scratch_floats(const AttentionParams& params, const TileShape& tile) {
-  return TileLayout<V>(params, tile).scratch_floats();
+  return TileLayout<V>(params, tile, Many::kBlocks).scratch_floats();
 }
 
 }  // namespace gqa::cpu::GQA_ISA

@@ -7,13 +7,15 @@
 
 #include "aligned.h"
 #include "backward_kernels.h"
-#include "select.h"
 
 namespace gqa::cpu {
 namespace {
 
 // Best first.
 const BackwardKernels* const kAllKernels[] = {
+#if defined(GQA_HAVE_AVX512)
+    &kAvx512Backward,
+#endif
 #if defined(__x86_64__)
     &kAvx2Backward,
 #endif
@@ -116,7 +118,8 @@ int64_t whole_lines(int64_t floats) {
 }  // namespace
 
 void attention_backward(const BackwardParams& params, const ThreadPool& pool) {
-  const BackwardKernels& kernels = select_kernels(kAllKernels);
+  const BackwardKernels& kernels =
+      select_kernels(kAllKernels, chosen_isa(), [](const BackwardKernels&) { return true; });
   const AttentionParams& call = params.call;
   const BackwardSchedule schedule = make_backward_schedule(call, pool.num_threads);
   fill_rest(params, schedule);

@@ -44,9 +44,7 @@ constexpr auto kSumFloats = backward_sum_floats<Vec>;
 namespace gqa::cpu {
 
 const BackwardKernels kAvx2Backward = {
-    "avx2",
-    // Not every compiler can ask for F16C; all processors with AVX2 have it.
-    [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); },
+    Isa::kAvx2,
     avx2::kScratchFloats,
     avx2::kSumFloats,
     {avx2::kRunTask[0], avx2::kRunTask[1], avx2::kRunTask[2]},

@@ -6,6 +6,7 @@
 
 #include "../core/backward_params.h"
 #include "backward_schedule.h"
+#include "cpu_features.h"
 
 namespace gqa::cpu {
 
@@ -24,8 +25,7 @@ using BackwardFunction = void (*)(const BackwardState& state, const BackwardTask
                                   float* scratch, float* worker_sums);
 
 struct BackwardKernels {
-  const char* name;
-  bool (*supported)();  // by this processor
+  Isa isa;
   int64_t (*scratch_floats)(const AttentionParams& params, const TileShape& tile);
   int64_t (*sum_floats)(const AttentionParams& params);  // of dK and dV of one key
   BackwardFunction run_task[3];                          // by DType of q: fp32, bf16, fp16
@@ -34,6 +34,9 @@ struct BackwardKernels {
 extern const BackwardKernels kPortableBackward;
 #if defined(__x86_64__)
 extern const BackwardKernels kAvx2Backward;
+#endif
+#if defined(GQA_HAVE_AVX512)
+extern const BackwardKernels kAvx512Backward;
 #endif
 
 }  // namespace gqa::cpu

@@ -7,8 +7,7 @@
 namespace gqa::cpu {
 
 const BackwardKernels kPortableBackward = {
-    "portable",
-    [] { return true; },
+    Isa::kPortable,
     portable::backward_scratch_floats<portable::Vec>,
     portable::backward_sum_floats<portable::Vec>,
     {portable::run_backward_task<portable::Vec, float>,

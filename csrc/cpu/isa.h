@@ -8,6 +8,7 @@
 #endif
 
 #define GQA_INLINE inline __attribute__((always_inline))
+#define GQA_NOINLINE __attribute__((noinline))
 
 #define GQA_PRAGMA(x) _Pragma(#x)
 #if defined(__clang__)

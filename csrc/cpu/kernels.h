@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "../core/params.h"
+#include "cpu_features.h"
 #include "schedule.h"
 
 namespace gqa::cpu {
@@ -21,15 +22,25 @@ struct CallState {
 using TaskFunction = void (*)(const CallState& call, const Task& task, float* scratch);
 
 struct Kernels {
-  const char* name;
-  bool (*supported)();  // by this processor
+  Isa isa;
+  TileLimits limits;
   int64_t (*scratch_floats)(const AttentionParams& params, const TileShape& tile);
-  TaskFunction run_task[kNumDTypes];  // by DType of K and V
+  // By DType of K and V. nullptr: this instruction set has nothing better than the one below it.
+  TaskFunction run_task[kNumDTypes];
 };
 
 extern const Kernels kPortableKernels;
 #if defined(__x86_64__)
 extern const Kernels kAvx2Kernels;
+#endif
+#if defined(GQA_HAVE_AVX512)
+extern const Kernels kAvx512Kernels;
+#endif
+#if defined(GQA_HAVE_AVX512_BF16)
+extern const Kernels kAvx512Bf16Kernels;
+#endif
+#if defined(GQA_HAVE_AMX)
+extern const Kernels kAmxKernels;
 #endif
 
 }  // namespace gqa::cpu

@@ -49,9 +49,8 @@ constexpr auto kScratchFloats = scratch_floats<Vec>;
 namespace gqa::cpu {
 
 const Kernels kAvx2Kernels = {
-    "avx2",
-    // Not every compiler can ask for F16C; all processors with AVX2 have it.
-    [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); },
+    Isa::kAvx2,
+    kSmallCacheTiles,
     avx2::kScratchFloats,
     {avx2::kRunTask[0], avx2::kRunTask[1], avx2::kRunTask[2], avx2::kRunTask[3], avx2::kRunTask[4],
      avx2::kRunTask[5], avx2::kRunTask[6], avx2::kRunTask[7]},

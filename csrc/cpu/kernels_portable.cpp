@@ -7,8 +7,8 @@
 namespace gqa::cpu {
 
 const Kernels kPortableKernels = {
-    "portable",
-    [] { return true; },
+    Isa::kPortable,
+    kSmallCacheTiles,
     portable::scratch_floats<portable::Vec>,
     {
         portable::run_task<portable::Vec, float>,

@@ -75,9 +75,13 @@ GQA_INLINE float exp2_scalar(float x) {
 // The first n (< kWidth) numbers at p, then zeros. Reads nothing beyond them.
 template <class V, class T>
 inline typename V::F load_partial(const T* p, int64_t n) {
-  T lanes[V::kWidth / kNumbersPerElement<T>] = {};
-  std::memcpy(lanes, p, n * sizeof(T) / kNumbersPerElement<T>);
-  return V::load(lanes);
+  if constexpr (V::template kMasks<T>) {
+    return V::load_first(p, n);
+  } else {
+    T lanes[V::kWidth / kNumbersPerElement<T>] = {};
+    std::memcpy(lanes, p, n * sizeof(T) / kNumbersPerElement<T>);
+    return V::load(lanes);
+  }
 }
 
 template <class V, class T>

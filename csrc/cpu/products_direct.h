@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "isa.h"
 #include "kv_rows.h"
@@ -21,10 +22,17 @@ template <class V, class S>
 GQA_INLINE void load_block(const S* row, int64_t d, int64_t n, typename V::F& x0,
                            typename V::F& x1) {
   if (n >= 2 * V::kWidth) return V::load_block(at(row, d), x0, x1);
-  S block[2 * V::kWidth / kNumbersPerElement<S>] = {};
-  std::memcpy(block, at(row, d), n * sizeof(S) / kNumbersPerElement<S>);
-  V::load_block(block, x0, x1);
+  if constexpr (V::template kMasks<S>) {
+    V::load_block_first(at(row, d), n, x0, x1);
+  } else {
+    S block[2 * V::kWidth / kNumbersPerElement<S>] = {};
+    std::memcpy(block, at(row, d), n * sizeof(S) / kNumbersPerElement<S>);
+    V::load_block(block, x0, x1);
+  }
 }
+
+template <class S>
+inline constexpr bool kWidens = !std::is_same_v<S, float>;
 
 // sum[., r, c] += q[r] . k[c] over the block of numbers at d, of which there are n.
 template <class V, class S, int kChains, int kRows, int kKeys>
@@ -32,10 +40,14 @@ GQA_INLINE void multiply_block(const float* q, int64_t ldq, const S* const (&k)[
                                int64_t n, typename V::F (&sum)[kChains][kRows][kKeys]) {
   using F = typename V::F;
   F x[2][kKeys];
+  // Vectors that can be widened one by one are, when it is their turn: it saves registers.
+  const bool one_by_one = kWidens<S> && !V::template kSplits<S> && n >= 2 * V::kWidth;
   GQA_UNROLL(4)
-  for (int c = 0; c < kKeys; ++c) load_block<V>(k[c], d, n, x[0][c], x[1][c]);
+  for (int c = 0; c < kKeys && !one_by_one; ++c) load_block<V>(k[c], d, n, x[0][c], x[1][c]);
   GQA_UNROLL(2)
   for (int i = 0; i < 2; ++i) {
+    GQA_UNROLL(4)
+    for (int c = 0; c < kKeys && one_by_one; ++c) x[i][c] = V::load(at(k[c], d + i * V::kWidth));
     // Compilers would rather load and widen again for every use than keep a register.
     GQA_UNROLL(4)
     for (int c = 0; c < kKeys; ++c) V::pin(x[i][c]);
@@ -61,8 +73,9 @@ GQA_INLINE void dot_keys(const float* q, int64_t ldq, const S* const* rows, int6
   GQA_UNROLL(4)
   for (int c = 0; c < kKeys; ++c) k[c] = rows[c];
   constexpr int kBlock = 2 * V::kWidth;
-  // One row has too few sums to hide the latency of FMA: the two vectors of a block get their own.
-  constexpr int kChains = kRows == 1 ? 2 : 1;
+  // One row or three have too few sums to hide the latency of FMA: the two vectors of a block get
+  // their own. (Not three rows of fp32, which 16 registers don't hold.)
+  constexpr int kChains = kRows == 1 || (kRows == 3 && kWidens<S>) ? 2 : 1;
   F sum[kChains][kRows][kKeys];
   GQA_UNROLL(2)
   for (int i = 0; i < kChains; ++i) {
@@ -77,13 +90,17 @@ GQA_INLINE void dot_keys(const float* q, int64_t ldq, const S* const* rows, int6
   if (d < head_dim) multiply_block<V>(q, ldq, k, d, head_dim - d, sum);
   GQA_UNROLL(4)
   for (int r = 0; r < kRows; ++r) {
+    GQA_UNROLL(4)
+    for (int c = 0; c < kKeys && kChains == 2; ++c) {
+      sum[0][r][c] = V::add(sum[0][r][c], sum[kChains - 1][r][c]);
+    }
+  }
+  GQA_UNROLL(4)
+  for (int r = 0; r < kRows; ++r) {
     if (kKeys == 4) {
       F total[4];
       GQA_UNROLL(4)
-      for (int c = 0; c < 4; ++c) {
-        total[c] = sum[0][r][c % kKeys];
-        if (kChains == 2) total[c] = V::add(total[c], sum[kChains - 1][r][c % kKeys]);
-      }
+      for (int c = 0; c < 4; ++c) total[c] = sum[0][r][c % kKeys];
       V::store_sums4(s + r * lds, total);
     } else if (r % 2 == 0) {
       const int next = r + 1 < kRows ? r + 1 : r;
@@ -129,6 +146,8 @@ GQA_INLINE void add_keys(const float* p, int64_t ldp, const S* const* v, int64_t
 template <class V, class S>
 class DirectProducts {
  public:
+  using Probability = float;
+  static constexpr RowBlocks kBlocks{1, kMaxDirectRows};
   static constexpr int kStrip = kMaxDirectRows;  // all rows share one StripKeys
 
   DirectProducts(const AttentionParams& params, Tile<V>& tile)
@@ -172,7 +191,7 @@ class DirectProducts {
   }
 
   // s = q . k for the keys that are needed; asks for the tile's V rows
-  void scores(int rows, const StripKeys* strips) {
+  void scores(int, int rows, const StripKeys* strips) {
     const StripKeys need = strips[0];
     const int first = need.begin / kRowStep * kRowStep;
     Prefetcher<S> ahead(v_rows_ + need.begin, need.end - need.begin, value_head_dim_,
@@ -193,7 +212,7 @@ class DirectProducts {
   }
 
   // o += p . v; asks for the next tile's K rows
-  void accumulate(int rows, const StripKeys* strips) {
+  void accumulate(int, int rows, const StripKeys* strips) {
     const int64_t steps = (rows + kStripRows - 1) / kStripRows * (tile_.layout.o_ld / kW);
     Prefetcher<S> ahead(next_k_rows_, next_n_, head_dim_, static_cast<int>(steps));
     int r = 0;
@@ -211,9 +230,11 @@ class DirectProducts {
  private:
   static constexpr int kW = V::kWidth;
 
-  // Two or four keys at a time: as many sums as hide the latency of FMA and fit in registers.
+  // Two or four keys at a time: as many sums as hide the latency of FMA and fit in registers. A
+  // function of its own, and add_rows too: all of them inlined into one, gcc stores the widened
+  // numbers of every block to memory that nobody reads.
   template <int kRows>
-  void dot_rows(int r, int key) {
+  GQA_NOINLINE void dot_rows(int r, int key) {
     const TileLayout<V>& layout = tile_.layout;
     const float* q = tile_.q + r * layout.q_ld;
     float* s = tile_.s + r * layout.keys;
@@ -224,7 +245,7 @@ class DirectProducts {
   }
 
   template <int kRows>
-  void add_rows(int r, StripKeys keys, Prefetcher<S>& ahead) {
+  GQA_NOINLINE void add_rows(int r, StripKeys keys, Prefetcher<S>& ahead) {
     constexpr int kCols = kRows == 1 ? 8 : kRows == 2 ? 4 : 2;  // 6 to 12 sums, for the same reason
     const int64_t ldp = tile_.layout.keys, ldo = tile_.layout.o_ld;
     const float* p = tile_.s + r * ldp;

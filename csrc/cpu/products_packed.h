@@ -52,7 +52,7 @@ inline void pack_transposed(const T* const* rows, int n, int64_t dims, float* pa
     for (int64_t d = 0; d < dims; d += kW) {
       const int64_t width = dims - d < kW ? dims - d : kW;
       typename V::F x[kW];
-      GQA_UNROLL(8)
+      GQA_UNROLL(16)
       for (int i = 0; i < kW; ++i) {
         x[i] = V::set1(0.0f);
         if (row + i < n) {
@@ -94,6 +94,8 @@ inline void pack_rows(const T* const* rows, int n, int64_t dims, int64_t max_row
 template <class V, class S>
 class PackedProducts {
  public:
+  using Probability = float;
+  static constexpr RowBlocks kBlocks{kStripRows, kMaxTileRows};
   static constexpr int kStrip = kStripRows;  // rows that share one StripKeys
 
   PackedProducts(const AttentionParams& params, Tile<V>& tile)
@@ -109,7 +111,7 @@ class PackedProducts {
   }
 
   // s = q . k for the keys each strip needs
-  void scores(int rows, const StripKeys* strips) {
+  void scores(int, int rows, const StripKeys* strips) {
     const int64_t ld = tile_.layout.keys;
     for (int key = 0; key < num_keys_; key += kPanel) {
       const float* panel = tile_.k_panels + key * head_dim_;
@@ -123,7 +125,7 @@ class PackedProducts {
   }
 
   // o += p . v
-  void accumulate(int rows, const StripKeys* strips) {
+  void accumulate(int, int rows, const StripKeys* strips) {
     const int64_t ld = tile_.layout.keys;
     for (int64_t col = 0; col < tile_.layout.o_ld; col += kPanel) {
       const float* panel = tile_.v_panels + col * ld;

@@ -16,22 +16,20 @@ constexpr int64_t kMinCostPerWorker = 200'000;
 constexpr int64_t kTasksPerWorker = 6;
 // Splits shorter than this spend too much on their merge.
 constexpr int64_t kMinSplitKeys = 256;
-// Floats of Q, S, O and packed K and V that stay in a 512 KiB second-level cache.
-constexpr int64_t kTileFloats = 96 * 1024;
-constexpr int kMaxTileRows = 192;
 constexpr int kMinTileRows = 48;
 
-// K and V of a tile that is not packed, in a first-level cache of 32 KiB.
-constexpr int64_t kDirectTileBytes = 16 * 1024;
-constexpr int kMaxDirectKeys = 128;
+// K and V of a tile that is not packed, in a first-level cache of 32 KiB: V is asked for as K is
+// used up. Half of it, and what a tile costs whatever its keys (the softmax's horizontal maximum and
+// sum, loads and stores of the output) shows in 16-bit decode.
+constexpr int64_t kDirectTileBytes = 32 * 1024;
 constexpr int kMinDirectKeys = 32;
 
 int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-TileShape tile_shape(const AttentionParams& params) {
+TileShape tile_shape(const AttentionParams& params, const TileLimits& limits) {
   const int64_t dims = params.head_dim + params.value_head_dim;
-  TileShape tile{kMaxTileRows, 128};
-  while (tile.rows * dims + tile.keys * dims + tile.rows * tile.keys > kTileFloats &&
+  TileShape tile{limits.rows, 128};
+  while (tile.rows * dims + tile.keys * dims + tile.rows * tile.keys > limits.floats &&
          tile.rows > kMinTileRows) {
     if (tile.keys > 64) {
       tile.keys /= 2;
@@ -181,9 +179,9 @@ int most_rows(const std::vector<Task>& tasks) {
 
 }  // namespace
 
-Schedule make_schedule(const AttentionParams& params, int num_threads) {
+Schedule make_schedule(const AttentionParams& params, const TileLimits& limits, int num_threads) {
   Schedule schedule{};
-  schedule.tile = tile_shape(params);
+  schedule.tile = tile_shape(params, limits);
   const std::vector<Group> groups = make_groups(params, schedule.heads, schedule.invalid_heads);
   if (params.q_len == 0) return schedule;
 

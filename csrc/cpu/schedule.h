@@ -14,12 +14,27 @@ namespace gqa::cpu {
 
 // Tasks with so few rows read K and V where they lie (products_direct.h); others pack them.
 constexpr int kMaxDirectRows = 16;
+// Most keys of their tiles.
+constexpr int kMaxDirectKeys = 128;
 
 // Rows and keys of the tiles that the kernels work on.
 struct TileShape {
   int rows;  // most rows of a task
   int keys;  // keys of one step of the online softmax
 };
+
+// What bounds them on a machine with some instruction set.
+struct TileLimits {
+  int64_t floats;  // of Q, S, O, K and V that stay in the second-level cache
+  int rows;
+};
+// A second-level cache of 512 KiB: processors without AVX-512. Those with it have 1 MiB or more.
+constexpr TileLimits kSmallCacheTiles{96 * 1024, 192};
+constexpr TileLimits kLargeCacheTiles{192 * 1024, 192};
+// Packing K and V costs AMX as much as their products with about 60 rows: few tasks, of many rows.
+constexpr TileLimits kAmxTiles{256 * 1024, 384};
+// Most rows of any limits.
+constexpr int kMaxTileRows = 384;
 
 struct Task {
   int32_t batch, k_head, v_head;
@@ -52,7 +67,7 @@ inline int64_t partial_row_floats(const AttentionParams& params) {
   return params.value_head_dim + 2;
 }
 
-Schedule make_schedule(const AttentionParams& params, int num_threads);
+Schedule make_schedule(const AttentionParams& params, const TileLimits& limits, int num_threads);
 
 // The query heads that read one (key head, value head) pair.
 struct Group {

@@ -86,10 +86,11 @@ GQA_INLINE typename V::F add_bias(typename V::F score, int key, const RowBias& b
 }
 
 // scores[begin, end) become probabilities exp(s - max) rounded to `type`, 0 where the row does not
-// see the key. `max` and `sum` are the row's state; the returned factor rescales what was
-// accumulated with the old maximum. keep: dropout's factors of the tile's keys, or nullptr; the sum
-// is that without dropout. kBias: whether bias has anything in it.
-template <class V, bool kBias, class T>
+// see the key; stored as P, number i at P's place i of the row. `max` and `sum` are the row's
+// state; the returned factor rescales what was accumulated with the old maximum. keep: dropout's
+// factors of the tile's keys, or nullptr; the sum is that without dropout. kBias: whether bias has
+// anything in it.
+template <class V, bool kBias, class P, class T>
 inline float softmax_row(const T* type, float* scores, const RowKeys& keys, float scale,
                          const RowBias& bias, const float* keep, float& max, float& sum) {
   using F = typename V::F;
@@ -119,11 +120,16 @@ inline float softmax_row(const T* type, float* scores, const RowKeys& keys, floa
   const F minus_base = V::set1(-base);
 
   F total = V::set1(0.0f);
+  P* probabilities = reinterpret_cast<P*>(scores);  // P is no wider: not ahead of the scores
   for (int i = begin; i < keys.end; i += V::kWidth) {
     F p = exp2<V>(V::add(V::load(scores + i), minus_base));
     total = V::add(total, p);
     if (keep != nullptr) p = V::mul(p, V::load(keep + i));
-    V::store(scores + i, V::round_to(p, type));
+    if constexpr (sizeof(P) == sizeof(T)) {
+      V::store(probabilities + i, p);
+    } else {
+      V::store(probabilities + i, V::round_to(p, type));
+    }
   }
 
   const float rescale = old_max == max ? 1.0f : exp2_scalar<V>(old_max - base);

@@ -12,24 +12,34 @@ namespace gqa::cpu::GQA_ISA {
 constexpr int kStripRows = 6;
 inline int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
 
+// How products take the rows of a task.
+struct RowBlocks {
+  int padding;  // rows are padded to a multiple of it
+  int rows;     // whose scores are in memory at the same time
+  // Whether tasks with few rows want the memory of packed K and V, too.
+  bool few_pack = false;
+};
+
 template <class V>
 struct TileLayout {
   static constexpr int kPanel = 2 * V::kWidth;
 
-  int64_t rows;         // a whole number of strips
+  int64_t rows;         // a multiple of RowBlocks::padding
+  int64_t s_rows;       // rows of s
   int64_t keys;         // a whole number of panels
   int64_t q_ld, o_ld;   // row lengths of q and o, padded with zeros
   int64_t packed_keys;  // keys of the packed K and V; 0 where nothing is packed
 
-  TileLayout(const AttentionParams& params, const TileShape& tile)
-      : rows(round_up(tile.rows, kStripRows)),
+  TileLayout(const AttentionParams& params, const TileShape& tile, const RowBlocks& blocks)
+      : rows(round_up(tile.rows, blocks.padding)),
+        s_rows(rows < blocks.rows ? rows : blocks.rows),
         keys(tile.keys),
         q_ld(round_up(params.head_dim, kPanel)),
         o_ld(round_up(params.value_head_dim, kPanel)),
-        packed_keys(tile.rows > kMaxDirectRows ? tile.keys : 0) {}
+        packed_keys(tile.rows > kMaxDirectRows || blocks.few_pack ? tile.keys : 0) {}
 
   int64_t scratch_floats() const {
-    return rows * (q_ld + keys + o_ld + 3) + packed_keys * (q_ld + o_ld) + 6 * keys;
+    return rows * (q_ld + o_ld + 3) + s_rows * keys + packed_keys * (q_ld + o_ld) + 6 * keys;
   }
 };
 
@@ -37,7 +47,7 @@ template <class V>
 struct Tile {
   TileLayout<V> layout;
   float* q;         // [rows, q_ld]  queries in fp32
-  float* s;         // [rows, keys]  scores, then probabilities
+  float* s;         // [s_rows, keys]  scores, then probabilities
   float* o;         // [rows, o_ld]  output, not yet divided by the sum
   float* k_panels;  // [keys / kPanel, D, kPanel]    packed K
   float* v_panels;  // [o_ld / kPanel, keys, kPanel]  packed V
@@ -58,7 +68,7 @@ struct Tile {
       return taken;
     };
     q = take(layout.rows * layout.q_ld);
-    s = take(layout.rows * layout.keys);
+    s = take(layout.s_rows * layout.keys);
     o = take(layout.rows * layout.o_ld);
     k_panels = take(layout.packed_keys * layout.q_ld);
     v_panels = take(layout.packed_keys * layout.o_ld);

@@ -47,6 +47,9 @@ struct Vec {
   }
 
   template <class S>
+  static constexpr bool kMasks = false;
+
+  template <class S>
   static constexpr bool kSplits = std::is_same_v<S, BFloat16> || std::is_same_v<S, Int4Pair>;
 
   template <class S>

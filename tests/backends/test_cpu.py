@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,8 +19,22 @@ pytestmark = pytest.mark.skipif(
     extension.unavailable_reason() is not None, reason="no compiled kernels and no compiler"
 )
 DTYPES = sorted(CPUBackend.capabilities.dtypes, key=str)
-HAS_AVX2 = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
-ISAS = ["portable", "avx2"] if HAS_AVX2 else ["portable"]
+
+
+def instruction_sets() -> list[str]:
+    """Those the processor has, as Linux lists them: the kernels' own choice must agree."""
+    info = Path("/proc/cpuinfo").read_text()
+    flags = set(info.partition("flags")[2].partition("\n")[0].split())
+    needs = {
+        "avx2": {"avx2", "fma", "f16c"},
+        "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
+        "avx512_bf16": {"avx512_bf16"},
+        "amx": {"amx_tile", "amx_bf16"},
+    }
+    return ["portable", *(name for name, wanted in needs.items() if wanted <= flags)]
+
+
+ISAS = instruction_sets()
 
 
 @pytest.fixture(params=ISAS)
@@ -52,11 +67,22 @@ def test_every_instruction_set_on_every_case(isa, dtype):
             raise AssertionError(f"{case.id}: {error}") from error
 
 
+def test_the_best_instruction_set_is_the_default(monkeypatch):
+    extension.load()
+    monkeypatch.delenv("GQA_KERNELS_CPU_ISA", raising=False)
+    assert extension.cpu_instruction_set() == ISAS[-1]
+    for name in ISAS:
+        monkeypatch.setenv("GQA_KERNELS_CPU_ISA", name)
+        assert extension.cpu_instruction_set() == name
+
+
 def test_unknown_instruction_set(monkeypatch):
     monkeypatch.setenv("GQA_KERNELS_CPU_ISA", "abacus")
     q, k, v = make_inputs(1, UNEVEN, 1, 3, 8)
     with pytest.raises(ValueError, match=r"GQA_KERNELS_CPU_ISA must be .*portable, got abacus"):
         asym_gqa_attention(q, k, v, UNEVEN, backend="cpu")
+    with pytest.raises(ValueError, match=r"GQA_KERNELS_CPU_ISA must name .*, got abacus"):
+        extension.cpu_instruction_set()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -17,6 +17,7 @@
 #include "core/params.h"
 #include "cpu/append.h"
 #include "cpu/attention.h"
+#include "cpu/cpu_features.h"
 
 namespace {
 
@@ -312,10 +313,10 @@ int check_append(Case& c, int threads) {
 int main(int argc, char** argv) {
   const unsigned cases = argc > 1 ? std::atoi(argv[1]) : 80;
   int wrong = 0;
-  for (const char* isa : {"portable", "avx2"}) {
+  for (const char* isa : {"portable", "avx2", "avx512"}) {
     setenv("GQA_KERNELS_CPU_ISA", isa, 1);
     try {
-      gqa::cpu::instruction_set();
+      gqa::cpu::chosen_isa();
     } catch (const std::invalid_argument&) {
       std::printf("%s: not on this processor\n", isa);
       continue;

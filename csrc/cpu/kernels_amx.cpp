@@ -1,0 +1,78 @@
+// The bf16 kernels for x86-64 with AMX tiles; see kernels_avx2.cpp.
+#define GQA_ISA amx
+#define GQA_VEC_BF16
+
+#include "../core/dropout.h"
+#include "../core/visible.h"
+#include "kernels.h"
+
+#if defined(GQA_HAVE_AMX)
+
+#include <cmath>
+#include <cstring>
+#include <type_traits>
+
+#include "intrinsics_avx512.h"
+
+#if defined(GQA_EMULATE_AVX512)
+// No instruction set to switch on.
+#elif defined(__clang__)
+#pragma clang attribute push(                                                                      \
+    __attribute__((                                                                                \
+        target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,avx512bf16,amx-tile,amx-bf16"))), \
+    apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,avx512bf16,amx-tile,amx-bf16")
+#endif
+
+#include "attention_kernel.h"
+#include "engine_amx.h"
+#include "products_pairs.h"
+#include "products_tiles.h"
+#include "vec_avx512.h"
+
+namespace gqa::cpu::amx {
+namespace {
+
+using Few = DirectProducts<Vec, BFloat16>;
+using FewOnTiles = TileDirectProducts<Vec>;
+using Many = PairProducts<Vec, TileEngine<Vec>>;
+
+// Fewer rows take as many instructions without tiles, and their scores need not be transposed.
+constexpr int kMinTileRows = 5;
+
+void run_with_tiles(const CallState& call, const Task& task, float* scratch) {
+  if (task.num_rows() < kMinTileRows) {
+    return run_task<Vec, BFloat16, Few, Few>(call, task, scratch);
+  }
+  const TileScope tiles;
+  run_task<Vec, BFloat16, FewOnTiles, Many>(call, task, scratch);
+}
+
+// Explicit instantiations, inside the switch.
+constexpr TaskFunction kRunTask = run_with_tiles;
+constexpr auto kScratchFloats = scratch_floats<Vec, Many>;
+
+}  // namespace
+}  // namespace gqa::cpu::amx
+
+#if defined(GQA_EMULATE_AVX512)
+#elif defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+namespace gqa::cpu {
+
+const Kernels kAmxKernels = {
+    Isa::kAmx,
+    kAmxTiles,
+    amx::kScratchFloats,
+    {nullptr, amx::kRunTask},
+};
+
+}  // namespace gqa::cpu
+
+#endif
