@@ -30,6 +30,12 @@ inline void check(cudaError_t status, const char* call) {
   }
 }
 
+// Whether rows of `dim` elements are whole 16-byte chunks.
+inline bool in_chunks(const void* data, const Strides& strides, int64_t dim) {
+  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && strides.b % 8 == 0 && strides.h % 8 == 0 &&
+         strides.s % 8 == 0 && dim % 8 == 0;
+}
+
 // Launches kernel<<<grid, block, shared_bytes, stream>>>(params), with that much dynamic shared
 // memory allowed. `name` is for the message.
 template <class Params>
