@@ -1,4 +1,4 @@
-"""Backward calls for the harness: parameters from tensors, gradients by name, the tolerance rule."""
+"""Backward calls for the harness: parameters from tensors, gradients by name, tolerance."""
 
 from __future__ import annotations
 
@@ -100,6 +100,4 @@ def check_gradients(found: Differentiated, q, k, v, head_map, **options) -> None
     if slopes is not None and slopes.dim() == 1:
         gradients["alibi_slopes"] = gradients["alibi_slopes"].sum(0)
     dout = found.dout.transpose(1, 2) if bshd else found.dout
-    assert_gradients_close(
-        gradients, q, k, v, head_map, dout=dout, dlse=found.dlse, **options
-    )
+    assert_gradients_close(gradients, q, k, v, head_map, dout=dout, dlse=found.dlse, **options)

@@ -309,7 +309,8 @@ class Phase:
         _run(
             "c++", "-std=c++17", "-O1", "-fPIC", "-shared", f"-I{cuda_home() / 'include'}",
             f'-DGQA_LAUNCH_HEADER="{source / "launch.h"}"', f"-DGQA_ARCH={self.arch}",
-            f"-DGQA_PHASE={self.name}", f"-DGQA_PARAMS={self.params.__name__}", Path(__file__).parent / "recorder.cpp",
+            f"-DGQA_PHASE={self.name}", f"-DGQA_PARAMS={self.params.__name__}",
+            Path(__file__).parent / "recorder.cpp",
             *(folder / f"{stem}.o" for stem in self.units), "-o", folder / "library.so",
         )  # fmt: skip
 
