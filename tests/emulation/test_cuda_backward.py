@@ -76,7 +76,7 @@ def test_options_in_fp16(name: str):
 def test_order_of_warps_does_not_matter():
     """Several blocks of keys and of tokens, several steps of each; the same bits in any order."""
     first, *others = (
-        run(SMALL, 140, 190, 128, torch.float16, seed=seed, causal=True).gradients
+        run(SMALL, 70, 150, 128, torch.float16, seed=seed, causal=True).gradients
         for seed in (0, 1, 2)
     )
     for other in others:
@@ -94,7 +94,7 @@ def test_order_of_warps_does_not_matter():
     ],
 )
 def test_head_dims(head_dim: int, dtype: torch.dtype, options: dict):
-    run(SMALL, 70, 83, head_dim, dtype, **options)
+    run(SMALL, 40, 83, head_dim, dtype, **options)
 
 
 def test_unused_slots_are_not_read():
@@ -169,7 +169,7 @@ def test_main_loop_counters(head_dim: int, dtype: torch.dtype):
             s for s in report.memory_sites if s["kind"] == "global" and "cp.async" in s["where"]
         ]
         assert 32 * sum(s["sectors"] for s in copies) == sum(s["bytes"] for s in copies)
-        products = report.classes["mma"] * 16 * 8 * 16 / (heads * q_len * kv_len * head_dim)
+        products = report.classes.get("mma", 0) * 16 * 8 * 16 / (heads * q_len * kv_len * head_dim)
         name = report.kernel.split("(")[0].split("<")[0].rsplit("::", 1)[-1]
         kinds.setdefault(name, []).append((products, sum(s["bytes"] for s in copies)))
     numbers = 8 * heads * q_len  # of the tokens, bytes

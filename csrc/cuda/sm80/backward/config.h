@@ -31,6 +31,9 @@ struct BackwardConfig {
   static constexpr int kBlockN = kD == 256 ? 16 : 32;  // rows of a step
   static constexpr int kMinCtas = kD == 64 ? 2 : 1;    // per SM, for the registers
   static constexpr bool kBothGradients = kD != 256;    // dK and dV in one launch
+  // Of the kernel for dQ, which has fewer accumulators: Q and dO stay in registers. Else a warp of
+  // one row tile would read them again for every step, and shared memory be the limit.
+  static constexpr bool kOwnInRegisters = kD == 128;
 
   // Shared memory: the two owned tiles; two slots, each for a pair of walked tiles and, where these
   // are of query tokens, their numbers (RowNumbers). Rows lie as shared_tile.cuh says.

@@ -60,15 +60,33 @@ __device__ __forceinline__ ScoreRow token_row(const AttentionParams& call, int b
   return row;
 }
 
-// Rows are keys, `first_key` on; columns the tokens of a step, whose RowNumbers are at `numbers`.
-// `edge`: some do not see all the keys.
+// Rows are keys, `first_key` on; columns the tokens of a step: -inf where these do not see those.
+template <class C>
+__device__ __forceinline__ void hide_from_tokens(Scores<C>& scores, const AttentionParams& call,
+                                                 const KvStep& step, int first_key) {
+  first_key += static_cast<int>(threadIdx.x % 32 / 4);
+#pragma unroll
+  for (int i = 0; i < C::kBlockN / 4; ++i) {
+    const int token = step.token + lane_key(i / 2, i % 2);
+    const KeyRange keys = visible_keys(call, step.length, token);
+    const int begin = static_cast<int>(keys.begin) - first_key;
+    const int end = static_cast<int>(keys.end) - first_key;
+#pragma unroll
+    for (int row = 0; row < C::kRowTiles * 16; row += 8) {
+      if (row < begin || row >= end)
+        scores[row / 16][i / 2][row / 8 % 2 * 2 + i % 2] = minus_infinity();
+    }
+  }
+}
+
+// The same rows and columns; the tokens' RowNumbers are at `numbers`. In the plain kernel, hidden
+// keys' scores are -inf already.
 template <class T, class C, bool kGeneral>
 __device__ __forceinline__ void gradients_by_key(Probabilities<C>& p, Probabilities<C>& ds,
                                                  const Scores<C>& scores, const Scores<C>& dp,
                                                  const BackwardArgs& args, int b,
                                                  const KvStep& step, int first_key,
-                                                 uint32_t numbers, bool edge) {
-  const AttentionParams& call = args.params.call;
+                                                 uint32_t numbers) {
   first_key += static_cast<int>(threadIdx.x % 32 / 4);
 #pragma unroll
   for (int n = 0; n < C::kBlockN / 8; ++n) {
@@ -76,32 +94,25 @@ __device__ __forceinline__ void gradients_by_key(Probabilities<C>& p, Probabilit
     const float4 x = ld_shared_v4(numbers + column * static_cast<int>(sizeof(RowNumbers)));
     const RowNumbers of_token[2] = {{x.x, x.y}, {x.z, x.w}};
     ScoreRow rows[2];
-    int begin[2] = {0, 0}, end[2] = {INT32_MAX, INT32_MAX};  // keys that the two tokens see
+    if constexpr (kGeneral) {
 #pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const int token = step.token + column + e;
-      if constexpr (kGeneral) {
-        rows[e] = token_row(call, b, step.head, token, step.length);
-      } else if (edge) {
-        const KeyRange keys = visible_keys(call, step.length, token);
-        begin[e] = static_cast<int>(keys.begin);
-        end[e] = static_cast<int>(keys.end);
+      for (int e = 0; e < 2; ++e) {
+        rows[e] = token_row(args.params.call, b, step.head, step.token + column + e, step.length);
       }
     }
 #pragma unroll
     for (int m = 0; m < C::kRowTiles; ++m) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const int key = first_key + m * 16 + h * 8;
         ElementGradient of[2];
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          float dot = scores[m][n][h * 2 + e];
+          const float dot = scores[m][n][h * 2 + e], dp_e = dp[m][n][h * 2 + e];
           if constexpr (kGeneral) {
-            of[e] = general_gradient<T>(args, dot, dp[m][n][h * 2 + e], of_token[e], rows[e], key);
+            const int key = first_key + m * 16 + h * 8;
+            of[e] = general_gradient<T>(args, dot, dp_e, of_token[e], rows[e], key);
           } else {
-            if (key < begin[e] || key >= end[e]) dot = minus_infinity();
-            of[e] = plain_gradient(args, dot, dp[m][n][h * 2 + e], of_token[e]);
+            of[e] = plain_gradient(args, dot, dp_e, of_token[e]);
           }
         }
         p[m][n / 2][n % 2 * 2 + h] = pack<T>(of[0].p, of[1].p);

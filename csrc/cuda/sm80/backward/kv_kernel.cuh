@@ -19,7 +19,6 @@
 #include <cstdint>
 
 #include "../../../core/params.h"
-#include "../../common/mask.cuh"
 #include "../../common/ptx.cuh"
 #include "../products.cuh"
 #include "../shared_tile.cuh"
@@ -115,11 +114,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinCtas)
       }
       cp_async_commit();
     }
-    const TokenRange range =
-        token_range(call, step.length, static_cast<int>(call.q_len), step.token, C::kBlockN);
-    const int first_key = tile.first_key + warp * C::kWarpRows;
-    if (first_key >= range.end || first_key + C::kWarpRows <= range.begin) continue;
-    const bool edge = first_key < range.all_begin || first_key + C::kWarpRows > range.all_end;
+    const Visibility keys = visibility<C>(tile, step, warp * C::kWarpRows, C::kWarpRows);
+    if (!keys.any) continue;
 
     const uint32_t q_slot = ring + turn * C::kSlotBytes, dout_slot = q_slot + C::kStepBytes;
     const auto own = [&](const TileFragments& rows) {
@@ -134,8 +130,12 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinCtas)
         multiply_rows<T, C>(dp, own(TileFragments(v_base + own_rows, offsets.qv)),
                             TileFragments(dout_slot, offsets.k));
       }
+      const int first_key = tile.first_key + warp * C::kWarpRows;
+      if constexpr (!kGeneral) {
+        if (!keys.all) hide_from_tokens<C>(scores, call, step, first_key);
+      }
       gradients_by_key<T, C, kGeneral>(p, ds, scores, dp, args, tile.b, step, first_key,
-                                       q_slot + C::kNumbersOffset, edge);
+                                       q_slot + C::kNumbersOffset);
     }
     if (sums_dv) add_weighted_rows<T, C>(dv, p, TileFragments(dout_slot, offsets.qv));
     if (sums_dk) add_weighted_rows<T, C>(dk, ds, TileFragments(q_slot, offsets.qv));

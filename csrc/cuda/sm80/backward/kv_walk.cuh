@@ -20,8 +20,24 @@ struct KvStep {
   int head, k_head, v_head;
   int length;       // keys of (b, key head)
   int token, stop;  // first token of the block; the end of the head's tokens that see a key
+  int low, high;    // tokens [low, high) see the tile's first key; a key further on: as much later
   bool first;       // of this head
 };
+
+// What the block's tokens see of `count` keys, which are below the sequence's length or follow one
+// that is: `offset` keys on from the tile's first.
+struct Visibility {
+  bool any, all;
+};
+
+template <class C>
+__device__ __forceinline__ Visibility visibility(const KvTile& tile, const KvStep& step, int offset,
+                                                 int count) {
+  const int low = step.low + offset, high = step.high + offset, last = count - 1;
+  const int first_key = tile.first_key + offset, last_token = step.token + C::kBlockN - 1;
+  return {last_token >= low && step.token < high + last && first_key < step.length,
+          step.token >= low + last && last_token < high && first_key + last < step.length};
+}
 
 // The key or value head that query head `head` belongs to; -1 where a map entry is out of range.
 __device__ __forceinline__ int group_of(const BackwardArgs& args, int head) {
@@ -97,18 +113,21 @@ __device__ __forceinline__ KvStep first_step(const BackwardArgs& args, const KvT
     step.k_head = call.head_map[head];
     step.v_head = call.value_head_map == nullptr ? step.k_head : call.value_head_map[head];
     step.length = static_cast<int>(kv_length(call, tile.b, step.k_head));
-    // A token at `position` sees key j where position - left <= j <= position + right.
-    const int64_t shift = step.length - q_len, last_key = tile.first_key + C::kBlockM - 1;
-    int64_t first = 0, stop = tile.first_key < step.length ? q_len : 0;
-    if (call.window_right >= 0) first = tile.first_key - call.window_right - shift;
-    if (call.window_left >= 0) stop = min(stop, last_key + call.window_left - shift + 1);
-    step.token = static_cast<int>(max(first, int64_t{0}) / C::kBlockN * C::kBlockN);
-    step.stop = static_cast<int>(stop);
+    // A token at `position` sees key j where position - left <= j <= position + right. A bound that
+    // is none lies where no token, and no later key's, comes near.
+    const int64_t first_position = tile.first_key - (step.length - q_len);
+    int64_t low = -2 * C::kBlockM, high = INT32_MAX - 2 * C::kBlockM;
+    if (call.window_right >= 0) low = max(low, first_position - call.window_right);
+    if (call.window_left >= 0) high = min(high, first_position + call.window_left + 1);
+    step.low = static_cast<int>(low);
+    step.high = static_cast<int>(high);
+    step.token = max(step.low, 0) / C::kBlockN * C::kBlockN;
+    step.stop = tile.first_key < step.length ? min(step.high + C::kBlockM - 1, q_len) : 0;
     step.first = true;
     if (step.token < step.stop) return step;
     ++head;
   }
-  return {-1, 0, 0, 0, 0, 0, false};
+  return {-1, 0, 0, 0, 0, 0, 0, 0, false};
 }
 
 template <class C>

@@ -65,6 +65,32 @@ __device__ __forceinline__ void load_step(const BackwardArgs& args, uint32_t slo
       call.v_stride.s, tile.length - first_key, call.value_head_dim);
 }
 
+// The warp's rows of Q or dO as first operands, from registers or shared memory.
+template <class C>
+struct OwnRows {
+  TileFragments tile;
+  uint32_t fragments[C::kOwnInRegisters ? C::kD / 16 : 1][C::kRowTiles][4];
+
+  __device__ __forceinline__ OwnRows(uint32_t rows, const LaneOffsets<C>& offsets)
+      : tile(rows, offsets.qv) {
+    if constexpr (C::kOwnInRegisters) {
+#pragma unroll
+      for (int i = 0; i < C::kD / 16 * C::kRowTiles; ++i) {
+        const int step = i / C::kRowTiles, m = i % C::kRowTiles;
+        ldmatrix_x4(fragments[step][m], tile.template address<C>(m * 16, step));
+      }
+    }
+  }
+  __device__ __forceinline__ void operator()(uint32_t (&a)[4], int m, int step) const {
+    if constexpr (C::kOwnInRegisters) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) a[i] = fragments[step][m][i];
+    } else {
+      ldmatrix_x4(a, tile.template address<C>(m * 16, step));
+    }
+  }
+};
+
 template <class T, class C, bool kGeneral>
 __global__ void __launch_bounds__(C::kThreads, C::kMinCtas)
     backward_q_kernel(const __grid_constant__ BackwardArgs args) {
@@ -125,6 +151,9 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinCtas)
       numbers[m][h] = token < tile.q_len ? args.numbers[first + token] : RowNumbers{0.0f, 0.0f};
     }
   }
+  cp_async_wait<0>();
+  __syncthreads();  // Q and dO
+  const OwnRows<C> q(q_base + own_rows, offsets), dout(dout_base + own_rows, offsets);
   Output<C> dq = {};
   float slope_sum = 0.0f;
   for (int turn = 0; first_key < end_key; turn ^= 1, first_key += C::kBlockN) {
@@ -139,16 +168,11 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinCtas)
     if (first_key >= keys.end || first_key + C::kBlockN <= keys.begin) continue;
 
     const uint32_t k_slot = ring + turn * C::kSlotBytes, v_slot = k_slot + C::kStepBytes;
-    const auto own = [&](const TileFragments& rows) {
-      return [=](uint32_t(&a)[4], int m, int d) { ldmatrix_x4(a, rows.address<C>(m * 16, d)); };
-    };
     Probabilities<C> ds;
     {
       Scores<C> scores, dp;
-      multiply_rows<T, C>(scores, own(TileFragments(q_base + own_rows, offsets.qv)),
-                          TileFragments(k_slot, offsets.k));
-      multiply_rows<T, C>(dp, own(TileFragments(dout_base + own_rows, offsets.qv)),
-                          TileFragments(v_slot, offsets.k));
+      multiply_rows<T, C>(scores, q, TileFragments(k_slot, offsets.k));
+      multiply_rows<T, C>(dp, dout, TileFragments(v_slot, offsets.k));
       if constexpr (!kGeneral) {
         if (first_key < keys.all_begin || first_key + C::kBlockN > keys.all_end) {
           hide_keys<C>(scores, call, tile.length, tile.q_len, warp_token, first_key);
