@@ -24,8 +24,8 @@ struct KvStep {
   bool first;       // of this head
 };
 
-// What the block's tokens see of `count` keys, which are below the sequence's length or follow one
-// that is: `offset` keys on from the tile's first.
+// Whether the block's tokens see any, and all, of `count` keys, `offset` on from the tile's first.
+// Tokens past the end count as others do.
 struct Visibility {
   bool any, all;
 };
