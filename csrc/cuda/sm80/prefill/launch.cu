@@ -35,7 +35,7 @@ int64_t num_ctas(const AttentionParams& params) {
   return (params.q_len + rows - 1) / rows * params.batch * params.num_heads;
 }
 
-bool in_chunks(const AttentionParams& params) {
+bool rows_in_chunks(const AttentionParams& params) {
   return in_chunks(params.q, params.q_stride, params.head_dim) &&
          in_chunks(params.k, params.k_stride, params.head_dim) &&
          in_chunks(params.v, params.v_stride, params.value_head_dim);
@@ -98,7 +98,7 @@ void prefill(const AttentionParams& params, void*, int, cudaStream_t stream) {
   if (ctas == 0) return;
   PrefillArgs args{};
   args.params = params;
-  args.elements = !in_chunks(params);
+  args.elements = !rows_in_chunks(params);
   const bool general = args.elements || modifies_scores(params);
   args.softmax_scale = general ? 1.0f : params.scale * kLog2e;  // the general kernel has scaled
   args.section_pairs = section_pairs(params);
