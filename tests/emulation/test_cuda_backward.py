@@ -76,7 +76,7 @@ def test_options_in_fp16(name: str):
 def test_order_of_warps_does_not_matter():
     """Several blocks of keys and of tokens, several steps of each; the same bits in any order."""
     first, *others = (
-        run(SMALL, 70, 150, 128, torch.float16, seed=seed, causal=True).gradients
+        run(SMALL, 70, 150, 64, torch.bfloat16, seed=seed, causal=True).gradients
         for seed in (0, 1, 2)
     )
     for other in others:
@@ -94,7 +94,7 @@ def test_order_of_warps_does_not_matter():
     ],
 )
 def test_head_dims(head_dim: int, dtype: torch.dtype, options: dict):
-    run(SMALL, 40, 83, head_dim, dtype, **options)
+    run(SMALL, 20, 70, head_dim, dtype, **options)
 
 
 def test_unused_slots_are_not_read():
@@ -159,7 +159,7 @@ def test_what_it_declines():
 )
 def test_main_loop_counters(head_dim: int, dtype: torch.dtype):
     """No bank conflicts, whole sectors, every tile read once per CTA, products as few as can be."""
-    q_len, kv_len, heads = 64, 256, 2
+    q_len, kv_len, heads = 128, 128, 2
     found = run(HeadMap([0] * heads), q_len, kv_len, head_dim, dtype)
     rows = 64 if head_dim == 256 else 128  # that a CTA owns
     row_bytes, kinds = head_dim * 2, {}
@@ -173,7 +173,7 @@ def test_main_loop_counters(head_dim: int, dtype: torch.dtype):
         name = report.kernel.split("(")[0].split("<")[0].rsplit("::", 1)[-1]
         kinds.setdefault(name, []).append((products, sum(s["bytes"] for s in copies)))
     numbers = 8 * heads * q_len  # of the tokens, bytes
-    kv_ctas, q_ctas = kv_len // rows, heads * -(-q_len // rows)
+    kv_ctas, q_ctas = kv_len // rows, heads * q_len // rows
     walked = kv_ctas * (2 * heads * q_len * row_bytes + numbers)
     both = (4, 2 * kv_len * row_bytes + walked)
     # At 256 dK and dV are summed apart: S twice, and V is not read for dV.

@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinCtas)
   for (int turn = 0;; turn ^= 1) {
     cp_async_wait<0>();
     __syncthreads();  // this step's tiles; and every warp is done with those before it
-    const KvStep step = steps[turn];
+    const KvStep& step = steps[turn];  // stays in shared memory
     if (step.head < 0) break;
     if (!args.shared && step.first) {
       load_keys<T, C, kGeneral>(args, args.by_value ? k_base : v_base, args.by_value, tile, step);
