@@ -346,7 +346,8 @@ def _cuda_commands(compiler: str, folder: Path) -> list[list[str]]:
         for i, source in enumerate(cuda_build.kernel_sources(root, archs))
     ]
     # The checks of the host code are in both libraries, hidden from each other.
-    host = [*cuda_build.host_sources(root), root / "host" / "inputs.cpp"]
+    checks = (root / "host" / f"{name}.cpp" for name in ("inputs", "gradients"))
+    host = [*cuda_build.host_sources(root), *checks]
     flags = cuda_build.host_flags(toolkit, archs)
     return [*kernels, *_cpu_commands(compiler, folder, host, flags)]
 

@@ -8,10 +8,10 @@
 //   AttentionParams&); size_t <phase>_workspace_bytes(const AttentionParams&, int num_sms); void
 //   <phase>(const AttentionParams&, void* workspace, int num_sms, cudaStream_t);
 //
-// Pointers in AttentionParams are device pointers: the host never reads maps, lengths or tables, so
-// launches depend on shapes only and may be captured in a CUDA graph. The workspace is 256-byte
-// aligned and need not be initialised. One .cu per (dtype, head-dim class) instantiates the
-// kernels.
+// A backward takes BackwardParams. Pointers in AttentionParams are device pointers: the host never
+// reads maps, lengths or tables, so launches depend on shapes only and may be captured in a CUDA
+// graph. The workspace is 256-byte aligned and need not be initialised. One .cu per (dtype,
+// head-dim class) instantiates the kernels.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -28,6 +28,12 @@ inline void check(cudaError_t status, const char* call) {
   if (status != cudaSuccess) {
     throw std::runtime_error(std::string(call) + " failed: " + cudaGetErrorString(status));
   }
+}
+
+// Whether rows of `dim` elements are whole 16-byte chunks.
+inline bool in_chunks(const void* data, const Strides& strides, int64_t dim) {
+  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && strides.b % 8 == 0 && strides.h % 8 == 0 &&
+         strides.s % 8 == 0 && dim % 8 == 0;
 }
 
 // Launches kernel<<<grid, block, shared_bytes, stream>>>(params), with that much dynamic shared

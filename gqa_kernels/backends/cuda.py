@@ -19,7 +19,7 @@ class CUDABackend(Backend):
         dtypes=frozenset({torch.float16, torch.bfloat16}),
         max_head_dim=256,
         options=FUSED_OPTIONS - {"dropout"},
-        autograd=False,
+        autograd=True,
         caches=frozenset({"dense", "paged", "kv_begin", "varlen"}),
     )
 

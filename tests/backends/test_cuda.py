@@ -11,8 +11,9 @@ from gqa_kernels import HeadMap, asym_gqa_attention, extension
 from gqa_kernels.backends.cuda import CUDABackend
 from gqa_kernels.inputs import AttentionInputs
 from gqa_kernels.splits import choose_splits
-from gqa_kernels.testing import assert_attention_close, make_inputs
+from gqa_kernels.testing import assert_attention_close, assert_gradients_close, make_inputs
 from tests.cases import LARGE_GROUP, UNEVEN
+from tests.test_gradients import check as check_gradients
 
 REASON = CUDABackend().unavailable_reason()
 needs_gpu = pytest.mark.skipif(REASON is not None, reason=f"backend cuda: {REASON}")
@@ -203,6 +204,103 @@ def test_errors_name_the_rule_and_the_value():
         ({"v": v[:, :, :4]}, r"v must have shape \(1, 3, 5, 64\), got \(1, 3, 4, 64\)"),
         ({"head_map": head_map[:5]}, r"head_map must have shape \(6\), got \(5\)"),
         ({"q": q.float(), "k": k.float(), "v": v.float()}, "dtype must be bfloat16 or float16"),
+    ]:
+        with pytest.raises(RuntimeError, match=message):
+            call(**arguments)
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dim, value_dim", [(64, 64), (128, 128), (256, 256), (80, 40), (33, 7)])
+@pytest.mark.parametrize("value_map", [None, HeadMap([0, 1, 1, 0, 0, 1])])
+def test_gradients_of_every_head_dim_class(dtype, dim, value_dim, value_map):
+    """Many blocks of tokens and of keys, both ends ragged."""
+    q, k, v = make_inputs(
+        2, UNEVEN, 300, 500, dim, value_head_dim=value_dim, value_head_map=value_map, dtype=dtype,
+        device="cuda",
+    )  # fmt: skip
+    options = {} if value_map is None else {"value_head_map": value_map}
+    check_gradients((q, k, v, UNEVEN), {"causal": True, **options}, "cuda")
+    slopes = torch.rand(6, device="cuda")
+    check_gradients(
+        (q, k, v, UNEVEN), {"window": (70, 9), "alibi_slopes": slopes, **options}, "cuda"
+    )
+
+
+@needs_gpu
+def test_backward_reads_the_map_on_the_device():
+    """No synchronisation, and NaN in dQ only of heads whose entry is out of range."""
+    q, k, v = make_inputs(2, UNEVEN, 200, 300, 64, dtype=torch.bfloat16, device="cuda")
+    head_map = torch.tensor([0, 3, 1, -1, 2, 2], device="cuda", dtype=torch.int32)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    dout = torch.randn_like(q)
+
+    def gradients():
+        out = asym_gqa_attention(*leaves, head_map, causal=True, backend="cuda")
+        return torch.autograd.grad(out, leaves, dout)
+
+    gradients()  # builds, allocates
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        dq, dk, dv = gradients()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    good = [0, 2, 4, 5]
+    assert dq[:, [1, 3]].isnan().all()
+    assert_gradients_close(
+        {"q": dq[:, good], "k": dk, "v": dv}, q[:, good], k, v, [0, 1, 2, 2],
+        dout=dout[:, good], causal=True,
+    )  # fmt: skip
+
+
+@needs_gpu
+def test_backward_in_a_captured_graph_reads_the_current_map():
+    q, k, v = make_inputs(1, UNEVEN, 150, 170, 64, dtype=torch.bfloat16, device="cuda")
+    head_map = UNEVEN.tensor("cuda").clone()
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    dout = torch.randn_like(q)
+
+    def gradients():
+        out = asym_gqa_attention(*leaves, head_map, causal=True, backend="cuda")
+        return torch.autograd.grad(out, leaves, dout)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        gradients()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = gradients()
+    for entries in [0, 0, 0, 1, 2, 2], [2, 1, 0, 0, 0, 0]:
+        head_map.copy_(torch.tensor(entries))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert_gradients_close(
+            dict(zip("qkv", found, strict=True)), q, k, v, HeadMap(entries, 3), dout=dout,
+            causal=True,
+        )  # fmt: skip
+
+
+@needs_gpu
+def test_backward_errors_name_the_rule_and_the_value():
+    CUDABackend().prepare()
+    q, k, v = make_inputs(1, UNEVEN, 20, 30, 64, dtype=torch.bfloat16, device="cuda")
+    lse = torch.zeros(1, 6, 20, device="cuda")
+    seed = torch.zeros(2, dtype=torch.int64, device="cuda")
+
+    def call(dout=q, lse=lse, dropout_p=0.0, need_sinks=False):
+        torch.ops.gqa_kernels.attention_backward.default(
+            dout, None, q, k, v, q, lse, UNEVEN.tensor("cuda"), None, None, None, None, None, 1.0,
+            -1, -1, 0.0, dropout_p, seed, False, need_sinks,
+        )  # fmt: skip
+
+    call()
+    for arguments, message in [
+        ({"dout": q.cpu()}, "dout must be on cuda:0 as q is"),
+        ({"lse": lse[:, :, :5]}, r"lse must have shape \(1, 6, 20\), got \(1, 6, 5\)"),
+        ({"dropout_p": 0.5}, "dropout_p must be 0 on CUDA, got 0.5"),
+        ({"need_sinks": True}, "sinks must be given with need_sinks"),
     ]:
         with pytest.raises(RuntimeError, match=message):
             call(**arguments)

@@ -108,6 +108,17 @@ class AttentionParams(ctypes.Structure):
     ]
 
 
+class BackwardParams(ctypes.Structure):
+    """``gqa::BackwardParams`` (csrc/core/backward_params.h)."""
+
+    _fields_ = [
+        ("call", AttentionParams),
+        *_fields(POINTER, "dout dlse dq dk dv"),
+        *_fields(Strides, "dout_stride dq_stride dk_stride dv_stride"),
+        *_fields(POINTER, "dslopes dsinks"),
+    ]
+
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.bool)  # in the order of gqa::DType
 
 
@@ -115,7 +126,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.bool)  # in the or
 class Call:
     """Parameters and the tensors that they point into."""
 
-    params: AttentionParams
+    params: AttentionParams | BackwardParams
     tensors: dict[str, Tensor]
 
     @property
@@ -230,6 +241,7 @@ class Phase:
         replace: tuple[tuple[str, str, str], ...] = (),
     ) -> None:
         self.arch, self.name = arch, name
+        self.params = BackwardParams if name == "backward" else AttentionParams
         self.virtual = "compute_90a" if arch == "sm90" else "compute_80"
         self.capability = 90 if arch == "sm90" else 80
         folder = CSRC / "cuda" / arch / name
@@ -297,7 +309,8 @@ class Phase:
         _run(
             "c++", "-std=c++17", "-O1", "-fPIC", "-shared", f"-I{cuda_home() / 'include'}",
             f'-DGQA_LAUNCH_HEADER="{source / "launch.h"}"', f"-DGQA_ARCH={self.arch}",
-            f"-DGQA_PHASE={self.name}", Path(__file__).parent / "recorder.cpp",
+            f"-DGQA_PHASE={self.name}", f"-DGQA_PARAMS={self.params.__name__}",
+            Path(__file__).parent / "recorder.cpp",
             *(folder / f"{stem}.o" for stem in self.units), "-o", folder / "library.so",
         )  # fmt: skip
 
@@ -305,7 +318,7 @@ class Phase:
         library = ctypes.CDLL(str(folder / "library.so"), mode=os.RTLD_LAZY)
         library.gqa_sizeof_params.restype = ctypes.c_size_t
         library.gqa_workspace_bytes.restype = ctypes.c_size_t
-        assert library.gqa_sizeof_params() == ctypes.sizeof(AttentionParams)
+        assert library.gqa_sizeof_params() == ctypes.sizeof(self.params)
         sys.path.insert(0, str(PTXSIM))
         import ptxsim
 

@@ -1,6 +1,7 @@
 // A CUDA runtime without a device: the kernels' own host code is linked with it in place of
 // libcudart, and each launch is handed to a hook, which has the emulator execute it
-// (cuda_harness.py). GQA_LAUNCH_HEADER, GQA_ARCH and GQA_PHASE name the phase under test.
+// (cuda_harness.py). GQA_LAUNCH_HEADER, GQA_ARCH and GQA_PHASE name the phase under test, GQA_PARAMS
+// the struct that it takes.
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 
@@ -151,15 +152,15 @@ void gqa_set_hook(Hook new_hook, int new_capability) {
   hook = new_hook;
   capability = new_capability;
 }
-size_t gqa_sizeof_params() { return sizeof(gqa::AttentionParams); }
-size_t gqa_workspace_bytes(const gqa::AttentionParams* params, int num_sms) {
+size_t gqa_sizeof_params() { return sizeof(gqa::GQA_PARAMS); }
+size_t gqa_workspace_bytes(const gqa::GQA_PARAMS* params, int num_sms) {
   return gqa::cuda::GQA_ARCH::GQA_NAME(GQA_PHASE, _workspace_bytes)(*params, num_sms);
 }
-void gqa_unsupported(const gqa::AttentionParams* params, char* reason, size_t size) {
+void gqa_unsupported(const gqa::GQA_PARAMS* params, char* reason, size_t size) {
   std::snprintf(reason, size, "%s",
                 gqa::cuda::GQA_ARCH::GQA_NAME(GQA_PHASE, _unsupported)(*params).c_str());
 }
-int gqa_run(const gqa::AttentionParams* params, void* workspace, int num_sms, char* error,
+int gqa_run(const gqa::GQA_PARAMS* params, void* workspace, int num_sms, char* error,
             size_t size) {
   try {
     gqa::cuda::GQA_ARCH::GQA_PHASE(*params, workspace, num_sms, nullptr);

@@ -11,6 +11,23 @@
 
 namespace gqa::cuda {
 
+// Keys that a run of tokens sees: any of them, and all of them.
+struct TokenRange {
+  int begin, end, all_begin, all_end;
+};
+
+// Of tokens [first, first + count) as far as the sequence's `q_len` go; `length` is the keys of (b,
+// key head).
+__device__ __forceinline__ TokenRange token_range(const AttentionParams& params, int length,
+                                                  int q_len, int first, int count) {
+  const int last = min(first + count, q_len) - 1, shift = length - q_len;
+  if (last < first) return {0, 0, 0, 0};
+  const KeyRange a = keys_around(params, length, first + shift);
+  const KeyRange b = keys_around(params, length, last + shift);
+  return {static_cast<int>(a.begin), static_cast<int>(b.end), static_cast<int>(b.begin),
+          static_cast<int>(a.end)};
+}
+
 // One query row of one head.
 struct ScoreRow {
   int begin, end;    // keys it sees by length, causal order and window

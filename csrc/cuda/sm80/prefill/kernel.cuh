@@ -1,8 +1,9 @@
 // Prefill for sm_80 and later, after FlashAttention-2 (Dao 2023, algorithm 1): mma.sync, cp.async,
 // online softmax.
 //
-// Grid      one CTA for each (block of kBlockM query tokens, query head, sequence); see tile.cuh.
-// CTA       walks over the keys that its rows see, kBlockN at a time. The head map enters as the
+// Grid      one CTA for each (block of kBlockM query tokens, query head, sequence); see
+// query_tile.cuh. CTA       walks over the keys that its rows see, kBlockN at a time. The head map
+// enters as the
 //           head of K (and V) alone, so uneven groups cost what even ones do.
 // Warp      kWarpRows rows of the tile, all keys: S, P and O stay in its registers, and P is the
 //           first operand of the second product as it comes out of the first.
@@ -25,29 +26,20 @@
 #include "../../common/mma.cuh"
 #include "../../common/ptx.cuh"
 #include "../../common/softmax.cuh"
+#include "../products.cuh"
+#include "../query_tile.cuh"
+#include "../shared_tile.cuh"
+#include "args.h"
 #include "config.h"
 #include "load.cuh"
-#include "products.cuh"
 #include "scores.cuh"
 #include "store.cuh"
-#include "tile.cuh"
 
 namespace gqa::cuda::sm80 {
 
-// Keys that a run of tokens sees: any of them, and all of them.
-struct TokenRange {
-  int begin, end, all_begin, all_end;
-};
-
-__device__ __forceinline__ TokenRange token_range(const PrefillArgs& args, const PrefillTile& tile,
-                                                  int first, int count) {
-  const int last = min(first + count, tile.q_len) - 1, shift = tile.length - tile.q_len;
-  if (last < first) return {0, 0, 0, 0};
-  const KeyRange a = keys_around(args.params, tile.length, first + shift);
-  const KeyRange b = keys_around(args.params, tile.length, last + shift);
-  return {static_cast<int>(a.begin), static_cast<int>(b.end), static_cast<int>(b.begin),
-          static_cast<int>(a.end)};
-}
+// Q as the first operand, where it stays in registers.
+template <class C>
+using QFragments = uint32_t[C::kQInRegisters ? C::kD / 16 : 1][C::kRowTiles][4];
 
 template <class T, class C, bool kGeneral>
 __global__ void __launch_bounds__(C::kThreads, C::kMinCtas)
@@ -55,7 +47,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinCtas)
   const AttentionParams& params = args.params;
   extern __shared__ __align__(128) uint8_t shared[];
   // Needed a few times per block of keys, and so not worth registers.
-  __shared__ PrefillTile tile;
+  __shared__ QueryTile tile;
   __shared__ TokenRange warp_keys[C::kWarps];
   __shared__ CopyRows<T> k_rows, v_rows;
   __shared__ int end_key;
@@ -65,9 +57,10 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinCtas)
   const uint32_t q_base = base + C::kQOffset, ring = base + C::kRingOffset;
   int first_key;
   {
-    const PrefillTile t = find_tile<C>(args, reinterpret_cast<int*>(shared));
+    const QueryTile t =
+        find_query_tile<C>(params, args.section_pairs, reinterpret_cast<int*>(shared));
     if (t.token >= t.q_len) return;
-    const TokenRange keys = token_range(args, t, t.token, C::kBlockM);
+    const TokenRange keys = token_range(params, t.length, t.q_len, t.token, C::kBlockM);
     first_key = max(0, keys.begin) / C::kBlockN * C::kBlockN;
     if (!t.valid || first_key >= keys.end) {
       const float value = t.valid ? 0.0f : not_a_number();
@@ -81,7 +74,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinCtas)
       v_rows = value_rows<T>(params, t.b, t.k_head, t.v_head);
     }
     if (threadIdx.x % 32 == 0) {
-      warp_keys[warp] = token_range(args, t, t.token + warp * C::kWarpRows, C::kWarpRows);
+      warp_keys[warp] =
+          token_range(params, t.length, t.q_len, t.token + warp * C::kWarpRows, C::kWarpRows);
     }
     load_q<T, C, kGeneral>(args, t, q_base);
     __syncthreads();  // tile, rows, keys
@@ -126,13 +120,20 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinCtas)
     Probabilities<C> p;
     if (seen) {
       Scores<C> scores;
-      uint32_t q_warp = q_base + warp * C::kWarpRows * C::kRowBytes;
-      multiply_qk<T, C>(scores, q, TileFragments(q_warp, offsets.qv),
-                        TileFragments(slot, offsets.k));
+      const TileFragments q_tile(q_base + warp * C::kWarpRows * C::kRowBytes, offsets.qv);
+      const auto load_rows = [&](uint32_t(&a)[4], int m, int step) {
+        if constexpr (C::kQInRegisters) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) a[i] = q[step][m][i];
+        } else {
+          ldmatrix_x4(a, q_tile.address<C>(m * 16, step));
+        }
+      };
+      multiply_rows<T, C>(scores, load_rows, TileFragments(slot, offsets.k));
       const int warp_token = tile.token + warp * C::kWarpRows;
       if constexpr (kGeneral) modify_scores<T, C>(scores, args, tile, warp_token, first_key);
       if (first_key < keys.all_begin || first_key + C::kBlockN > keys.all_end) {
-        hide_keys<C>(scores, args, tile, warp_token, first_key);
+        hide_keys<C>(scores, params, tile.length, tile.q_len, warp_token, first_key);
       }
       state.template update<T>(p, scores, output, args.softmax_scale);
     }
@@ -143,7 +144,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinCtas)
     }
     cp_async_commit();
     if (seen) {
-      multiply_pv<T, C>(output, p, TileFragments(slot_after<C>(slot, ring), offsets.qv));
+      add_weighted_rows<T, C>(output, p, TileFragments(slot_after<C>(slot, ring), offsets.qv));
     }
     first_key += C::kBlockN;
     if (first_key >= end_key) break;

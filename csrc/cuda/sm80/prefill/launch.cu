@@ -3,9 +3,9 @@
 
 #include "../../common/softmax.cuh"
 #include "../../launch.h"
+#include "args.h"
 #include "config.h"
 #include "launch.h"
-#include "tile.cuh"
 
 namespace gqa::cuda::sm80 {
 
@@ -15,10 +15,6 @@ void launch_prefill(const PrefillArgs& args, bool general, unsigned ctas, cudaSt
 namespace {
 
 constexpr int64_t kMaxHeads = 8192;  // their numbers fit into the shared memory of every class
-
-// K and V of a section of tiles: about half of the L2 of an A100 (40 MB), whose halves each keep
-// their own copy of what both read.
-constexpr int64_t kSectionBytes = 20 << 20;
 
 int head_dim_class(const AttentionParams& params) {
   const int64_t dim = std::max(params.head_dim, params.value_head_dim);
@@ -39,13 +35,7 @@ int64_t num_ctas(const AttentionParams& params) {
   return (params.q_len + rows - 1) / rows * params.batch * params.num_heads;
 }
 
-// Whether rows of `dim` elements are whole 16-byte chunks.
-bool in_chunks(const void* data, const Strides& strides, int64_t dim) {
-  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && strides.b % 8 == 0 && strides.h % 8 == 0 &&
-         strides.s % 8 == 0 && dim % 8 == 0;
-}
-
-bool in_chunks(const AttentionParams& params) {
+bool rows_in_chunks(const AttentionParams& params) {
   return in_chunks(params.q, params.q_stride, params.head_dim) &&
          in_chunks(params.k, params.k_stride, params.head_dim) &&
          in_chunks(params.v, params.v_stride, params.value_head_dim);
@@ -55,14 +45,6 @@ bool in_chunks(const AttentionParams& params) {
 bool modifies_scores(const AttentionParams& params) {
   return !(params.scale > 0.0f) || params.softcap != 0.0f || params.alibi_slopes != nullptr ||
          params.attn_mask != nullptr;
-}
-
-int section_pairs(const AttentionParams& params) {
-  // What a group is like is not known on the host; on average a KV head serves so many.
-  const int64_t heads = std::max<int64_t>(1, params.num_heads / params.num_k_heads);
-  const int64_t bytes = params.kv_len * (params.head_dim + params.value_head_dim) * 2;
-  const int64_t groups = std::max<int64_t>(1, kSectionBytes / std::max<int64_t>(1, bytes));
-  return static_cast<int>(std::min(params.batch * params.num_heads, groups * heads));
 }
 
 template <class T>
@@ -116,7 +98,7 @@ void prefill(const AttentionParams& params, void*, int, cudaStream_t stream) {
   if (ctas == 0) return;
   PrefillArgs args{};
   args.params = params;
-  args.elements = !in_chunks(params);
+  args.elements = !rows_in_chunks(params);
   const bool general = args.elements || modifies_scores(params);
   args.softmax_scale = general ? 1.0f : params.scale * kLog2e;  // the general kernel has scaled
   args.section_pairs = section_pairs(params);

@@ -5,46 +5,11 @@
 
 #include "../../common/copy_rows.cuh"
 #include "../../common/ptx.cuh"
+#include "../shared_tile.cuh"
+#include "args.h"
 #include "config.h"
-#include "tile.cuh"
 
 namespace gqa::cuda::sm80 {
-
-// What one thread copies: 16-byte chunk `chunk` of rows row, row + kCopyRows, ... of a tile.
-template <class C>
-struct CopyPlace {
-  int row, chunk;
-  uint32_t offset;  // of the chunk of the first row in the tile's shared memory
-
-  __device__ __forceinline__ CopyPlace() {
-    chunk = threadIdx.x % C::kChunks;
-    row = threadIdx.x / C::kChunks;
-    offset = row * C::kRowBytes + ((chunk ^ (row & 7)) << 4);  // rows are copied 8 n apart
-  }
-};
-
-// Eight elements that no 16-byte load can take: unaligned, or the row ends among them.
-template <class T>
-__device__ __forceinline__ uint4 load_elements(const T* row, int column, int dim) {
-  uint32_t x[4] = {0, 0, 0, 0};
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    if (column + i < dim) x[i / 2] |= static_cast<uint32_t>(row[column + i].bits) << (i % 2 * 16);
-  }
-  return make_uint4(x[0], x[1], x[2], x[3]);
-}
-
-// Copies one row's chunk, or zeros where `row` is nullptr or the chunk lies beyond `dim`.
-// `elements`: 16-byte copies are ruled out; the copy is then done when the function returns.
-template <class T>
-__device__ __forceinline__ void copy_chunk(uint32_t to, const T* row, int column, int dim,
-                                           bool elements) {
-  if (elements) {
-    st_shared_v4(to, row == nullptr ? make_uint4(0, 0, 0, 0) : load_elements(row, column, dim));
-  } else {
-    cp_async16(to, row + column, row != nullptr && column < dim);
-  }
-}
 
 // Starts the copy of keys first_key and on of K or V to a slot. Rows beyond the sequence's keys
 // become zeros: their scores are masked, but a NaN times a probability of 0 would not be.
@@ -99,7 +64,7 @@ __device__ __forceinline__ uint32_t slot_before(uint32_t slot, uint32_t ring) {
 
 // Q's rows of the tile; those beyond the sequence's tokens become zeros.
 template <class T, class C, bool kGeneral>
-__device__ __forceinline__ void load_q(const PrefillArgs& args, const PrefillTile& tile,
+__device__ __forceinline__ void load_q(const PrefillArgs& args, const QueryTile& tile,
                                        uint32_t to) {
   const AttentionParams& params = args.params;
   const CopyPlace<C> place;

@@ -10,27 +10,18 @@
 #include "../../common/mma.cuh"
 #include "../../common/ptx.cuh"
 #include "../../common/softmax.cuh"
+#include "../hidden_keys.cuh"
+#include "../products.cuh"
+#include "args.h"
 #include "config.h"
-#include "products.cuh"
-#include "tile.cuh"
 
 namespace gqa::cuda::sm80 {
-
-// The token, among the sequence's, of a lane's row (m, h); `warp_token` is the warp's first.
-__device__ __forceinline__ int lane_token(int warp_token, int m, int h) {
-  return warp_token + m * 16 + h * 8 + static_cast<int>(threadIdx.x % 32 / 4);
-}
-
-// The key, relative to the block's first, of a lane's element (n, e).
-__device__ __forceinline__ int lane_key(int n, int e) {
-  return n * 8 + static_cast<int>(threadIdx.x % 4 * 2) + e;
-}
 
 // attn_mask where its elements are of type `Element`: `value` makes of one what is added to a
 // base-2 score.
 template <class Element, class C, class F>
 __device__ __forceinline__ void add_mask(Scores<C>& scores, const PrefillArgs& args,
-                                         const PrefillTile& tile, int warp_token, int first_key,
+                                         const QueryTile& tile, int warp_token, int first_key,
                                          F value) {
   const AttentionParams& params = args.params;
   const int keys = tile.length - first_key;
@@ -62,7 +53,7 @@ __device__ __forceinline__ void add_mask(Scores<C>& scores, const PrefillArgs& a
 // Dot products become base-2 scores: scale, softcap, ALiBi, masks.
 template <class T, class C>
 __device__ __forceinline__ void modify_scores(Scores<C>& scores, const PrefillArgs& args,
-                                              const PrefillTile& tile, int warp_token,
+                                              const QueryTile& tile, int warp_token,
                                               int first_key) {
   const AttentionParams& params = args.params;
   if (params.softcap == 0.0f) {
@@ -114,30 +105,6 @@ __device__ __forceinline__ void modify_scores(Scores<C>& scores, const PrefillAr
     default:
       add_mask<T, C>(scores, args, tile, warp_token, first_key,
                      [](T x) { return to_float(x) * kLog2e; });
-  }
-}
-
-// -inf for keys that a row does not see.
-template <class C>
-__device__ __forceinline__ void hide_keys(Scores<C>& scores, const PrefillArgs& args,
-                                          const PrefillTile& tile, int warp_token, int first_key) {
-#pragma unroll
-  for (int m = 0; m < C::kRowTiles; ++m) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int position = lane_token(warp_token, m, h) + tile.length - tile.q_len;
-      const KeyRange keys = keys_around(args.params, tile.length, position);
-      const int begin = static_cast<int>(keys.begin) - first_key - lane_key(0, 0);
-      const int end = static_cast<int>(keys.end) - first_key - lane_key(0, 0);
-#pragma unroll
-      for (int n = 0; n < C::kBlockN / 8; ++n) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const int key = n * 8 + e;
-          if (key < begin || key >= end) scores[m][n][h * 2 + e] = minus_infinity();
-        }
-      }
-    }
   }
 }
 

@@ -8,23 +8,24 @@
 #include "../../common/mma.cuh"
 #include "../../common/ptx.cuh"
 #include "../../common/softmax.cuh"
+#include "../products.cuh"
+#include "../shared_tile.cuh"
+#include "args.h"
 #include "config.h"
-#include "products.cuh"
 #include "scores.cuh"
-#include "tile.cuh"
 
 namespace gqa::cuda::sm80 {
 
 // The tile's first row of the output; rows follow at out_stride.s.
 template <class T>
-__device__ __forceinline__ T* output_rows(const PrefillArgs& args, const PrefillTile& tile) {
+__device__ __forceinline__ T* output_rows(const PrefillArgs& args, const QueryTile& tile) {
   const AttentionParams& params = args.params;
   return static_cast<T*>(params.out) + tile.q_batch * params.out_stride.b +
          tile.head * params.out_stride.h + (tile.first_token + tile.token) * params.out_stride.s;
 }
 
 // The tile's first element of the LSE; rows follow.
-__device__ __forceinline__ float* lse_rows(const PrefillArgs& args, const PrefillTile& tile) {
+__device__ __forceinline__ float* lse_rows(const PrefillArgs& args, const QueryTile& tile) {
   const AttentionParams& params = args.params;
   // Packed sequences: [1, Hq, all tokens].
   const int64_t tokens =
@@ -35,7 +36,7 @@ __device__ __forceinline__ float* lse_rows(const PrefillArgs& args, const Prefil
 
 // The same output and LSE for all rows of a tile: one that sees no key, or whose head has none.
 template <class T, class C>
-__device__ __forceinline__ void fill_tile(const PrefillArgs& args, const PrefillTile& tile,
+__device__ __forceinline__ void fill_tile(const PrefillArgs& args, const QueryTile& tile,
                                           float value, float lse) {
   const int rows = min(C::kBlockM, tile.q_len - tile.token);
   const int dim = static_cast<int>(args.params.value_head_dim);
@@ -51,7 +52,7 @@ __device__ __forceinline__ void fill_tile(const PrefillArgs& args, const Prefill
 
 // `base`: of the CTA's shared memory; every copy to it has been waited for.
 template <class T, class C>
-__device__ __forceinline__ void store_output(const PrefillArgs& args, const PrefillTile& tile,
+__device__ __forceinline__ void store_output(const PrefillArgs& args, const QueryTile& tile,
                                              uint32_t base, int warp_row, RowState<C>& state,
                                              const Output<C>& output) {
   const AttentionParams& params = args.params;
@@ -80,31 +81,14 @@ __device__ __forceinline__ void store_output(const PrefillArgs& args, const Pref
       }
 #pragma unroll
       for (int d = 0; d < C::kD / 8; ++d) {
-        st_shared_u32(staged + row * C::kRowBytes + ((d ^ (row & 7)) << 4) + lane % 4 * 4,
+        st_shared_u32(staged_pair<C>(staged, row, d),
                       pack<T>(output[m][d][h * 2] * factor, output[m][d][h * 2 + 1] * factor));
       }
     }
   }
   __syncwarp();  // the rows of the other lanes
-  const int dim = static_cast<int>(params.value_head_dim);
-  const int chunk = lane % C::kChunks;
-  const bool aligned = params.out_stride.s % 8 == 0 && dim % 8 == 0 &&
-                       reinterpret_cast<uintptr_t>(output_rows<T>(args, tile)) % 16 == 0;
-  T* out = output_rows<T>(args, tile) + warp_row * params.out_stride.s + chunk * 8;
-#pragma unroll 4
-  for (int row = lane / C::kChunks; row < rows; row += 32 / C::kChunks) {
-    const uint4 x = ld_shared_v4u(staged + row * C::kRowBytes + ((chunk ^ (row & 7)) << 4));
-    T* at = out + row * params.out_stride.s;
-    if (aligned) {
-      if (chunk * 8 < dim) st_global_v4(at, x);
-    } else {
-      const uint32_t pairs[4] = {x.x, x.y, x.z, x.w};
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        if (chunk * 8 + i < dim) at[i].bits = static_cast<uint16_t>(pairs[i / 2] >> (i % 2 * 16));
-      }
-    }
-  }
+  store_rows<T, C>(output_rows<T>(args, tile) + warp_row * params.out_stride.s, params.out_stride.s,
+                   rows, static_cast<int>(params.value_head_dim), staged);
 }
 
 }  // namespace gqa::cuda::sm80

@@ -1,23 +1,29 @@
-// Which output tile a CTA computes: a block of query tokens of one head of one sequence.
+// Which block of query tokens, of one head of one sequence, a CTA computes results for.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
-#include "../../../core/params.h"
-#include "../../../core/visible.h"
-#include "../../common/group_rows.cuh"
+#include "../../core/params.h"
+#include "../../core/visible.h"
+#include "../common/group_rows.cuh"
 
 namespace gqa::cuda::sm80 {
 
-struct PrefillArgs {
-  AttentionParams params;
-  float softmax_scale;  // from scores, as the kernel leaves them, to base-2 units
-  bool elements;        // rows of q, k or v are not whole 16-byte chunks; the general kernel only
-  // Pairs of a sequence and a query head are taken in sections of so many.
-  int section_pairs;
-};
+// K and V of a section of tiles: about half of the L2 of an A100 (40 MB), whose halves each keep
+// their own copy of what both read.
+constexpr int64_t kSectionBytes = 20 << 20;
 
-struct PrefillTile {
+// Pairs of a sequence and a query head that CTAs take as one section.
+inline int section_pairs(const AttentionParams& params) {
+  // What a group is like is not known on the host; on average a KV head serves so many.
+  const int64_t heads = std::max<int64_t>(1, params.num_heads / params.num_k_heads);
+  const int64_t bytes = params.kv_len * (params.head_dim + params.value_head_dim) * 2;
+  const int64_t groups = std::max<int64_t>(1, kSectionBytes / std::max<int64_t>(1, bytes));
+  return static_cast<int>(std::min(params.batch * params.num_heads, groups * heads));
+}
+
+struct QueryTile {
   int b, head, k_head, v_head;
   bool valid;                    // whether both map entries are in range
   int64_t q_batch, first_token;  // of the sequence's tokens in q, out and LSE
@@ -52,17 +58,16 @@ __device__ __forceinline__ int head_at(const AttentionParams& params, int place,
 // first; sequences; heads. So heads of a group run at the same time and find each other's K and V
 // in L2, and so do the blocks of tokens of a section.
 template <class C>
-__device__ __forceinline__ PrefillTile find_tile(const PrefillArgs& args, int* scratch) {
-  const AttentionParams& params = args.params;
+__device__ __forceinline__ QueryTile find_query_tile(const AttentionParams& params,
+                                                     uint32_t section_pairs, int* scratch) {
   const uint32_t heads = params.num_heads, pairs = heads * static_cast<uint32_t>(params.batch);
   const uint32_t q_tiles = (static_cast<uint32_t>(params.q_len) + C::kBlockM - 1) / C::kBlockM;
-  const uint32_t section_pairs = args.section_pairs;
   const uint32_t first_pair = blockIdx.x / (q_tiles * section_pairs) * section_pairs;
   const uint32_t width = min(section_pairs, pairs - first_pair);
   const uint32_t rest = blockIdx.x - q_tiles * first_pair;
   const uint32_t pair = first_pair + rest % width;
 
-  PrefillTile tile;
+  QueryTile tile;
   tile.b = pair / heads;
   tile.token = (q_tiles - 1 - rest / width) * C::kBlockM;
   tile.head = head_at<C::kThreads>(params, pair % heads, scratch);

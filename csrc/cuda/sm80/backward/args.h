@@ -1,0 +1,36 @@
+// The arguments of the backward kernels.
+#pragma once
+
+#include <cstdint>
+
+#include "../../../core/backward_params.h"
+#include "../../common/group_rows.cuh"
+
+namespace gqa::cuda::sm80 {
+
+constexpr int kMaxBackwardHeads = 8192;  // their numbers fit into the shared memory of every class
+constexpr int kNumbersBlock = 32;        // rows of numbers are padded to whole blocks
+
+// What a query row of a head brings to the gradient of a score, P * (dP - delta): its LSE in base-2
+// units, and delta = rowsum(dO * out) - dLSE. Rows that see no key, or are padding: +inf, so that P
+// is 0, and 0.
+struct alignas(8) RowNumbers {
+  float lse, delta;
+};
+
+struct BackwardArgs {
+  BackwardParams params;
+  RowNumbers* numbers;  // [B, Hq, padded_len]: Sq, padded
+  int64_t padded_len;
+  float* slope_sums;     // [B, Hq, slope_blocks]: gradients of slopes, not yet summed; or nullptr
+  int64_t slope_blocks;  // CTAs that the kernel for dQ has for each query head
+  float softmax_scale;   // from dot products to base-2 scores
+  bool elements;  // rows of q, k, v or dO are not whole 16-byte chunks; the general kernels only
+  bool out_elements;  // likewise of out or dO
+  int section_pairs;  // see query_tile.cuh
+  // Of the kernel for dK and dV, which sums what is not nullptr:
+  bool by_value;  // a CTA's group are the query heads of a value head, not of a key head
+  bool shared;    // these read one head of the other tensor, too
+};
+
+}  // namespace gqa::cuda::sm80

@@ -1,0 +1,20 @@
+// Gradients of attention over dense tensors, on sm_80 and later.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <string>
+
+#include "../../../core/backward_params.h"
+
+namespace gqa::cuda::sm80 {
+
+// As described in cuda/launch.h, of BackwardParams. The workspace: two numbers a query row, padded
+// to blocks of 32 tokens, and where slopes want gradients a number for each block of query rows.
+std::string backward_unsupported(const BackwardParams& params);
+bool backward_supported(const BackwardParams& params);
+size_t backward_workspace_bytes(const BackwardParams& params, int num_sms);
+void backward(const BackwardParams& params, void* workspace, int num_sms, cudaStream_t stream);
+
+}  // namespace gqa::cuda::sm80

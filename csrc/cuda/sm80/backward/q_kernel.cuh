@@ -1,0 +1,205 @@
+// Gradient of Q, and of the ALiBi slopes: FlashAttention-2's backward (Dao 2023, algorithm 2) in a
+// second pass, so that nothing is summed through memory.
+//
+// Grid      one CTA for each (block of kBlockM query tokens, query head, sequence), in the order of
+//           the prefill's; see query_tile.cuh.
+// CTA       walks over the keys that its rows see, kBlockN at a time; recomputes P and dS, and adds
+//           up dQ += dS K in fp32 registers. A head whose map entry is out of range gets NaN. The
+//           slope's gradient is left as one sum per CTA, to be added up in a fixed order.
+// Warp      kWarpRows rows, all keys of a step; dS is the first operand of its product as it comes
+//           out of the registers.
+// Shared    Q and dO, and two slots for K and V, requested as in the kernel for dK and dV.
+#pragma once
+
+#include <cstdint>
+
+#include "../../../core/params.h"
+#include "../../common/mask.cuh"
+#include "../../common/mma.cuh"
+#include "../../common/ptx.cuh"
+#include "../../common/softmax.cuh"
+#include "../hidden_keys.cuh"
+#include "../products.cuh"
+#include "../query_tile.cuh"
+#include "../shared_tile.cuh"
+#include "args.h"
+#include "config.h"
+#include "gradients.cuh"
+#include "load.cuh"
+#include "store.cuh"
+
+namespace gqa::cuda::sm80 {
+
+// The same dQ for all rows of a tile, by the whole CTA.
+template <class T, class C>
+__device__ __forceinline__ void fill_dq(const BackwardArgs& args, const QueryTile& tile,
+                                        float value) {
+  const BackwardParams& params = args.params;
+  const int rows = min(C::kBlockM, tile.q_len - tile.token);
+  const int dim = static_cast<int>(params.call.head_dim);
+  const uint16_t bits = static_cast<uint16_t>(pack<T>(value, value));
+  T* first = row_at<T>(params.dq, params.dq_stride, tile.b, tile.head, tile.token);
+  for (int row = threadIdx.x / 32; row < rows; row += C::kWarps) {
+    for (int d = threadIdx.x % 32; d < dim; d += 32)
+      first[row * params.dq_stride.s + d].bits = bits;
+  }
+}
+
+// Where the CTA leaves its sum for the slope's gradient.
+template <class C>
+__device__ __forceinline__ float* slope_sum_of(const BackwardArgs& args, const QueryTile& tile) {
+  const int64_t pair = tile.b * args.params.call.num_heads + tile.head;
+  return args.slope_sums + pair * args.slope_blocks + tile.token / C::kBlockM;
+}
+
+// K and V of a step's keys; zeros beyond the sequence's.
+template <class T, class C, bool kGeneral>
+__device__ __forceinline__ void load_step(const BackwardArgs& args, uint32_t slot,
+                                          const QueryTile& tile, int first_key) {
+  const AttentionParams& call = args.params.call;
+  load_rows<T, C, C::kBlockN, kGeneral>(
+      args, slot, row_at<T>(call.k, call.k_stride, tile.b, tile.k_head, first_key), call.k_stride.s,
+      tile.length - first_key, call.head_dim);
+  load_rows<T, C, C::kBlockN, kGeneral>(
+      args, slot + C::kStepBytes, row_at<T>(call.v, call.v_stride, tile.b, tile.v_head, first_key),
+      call.v_stride.s, tile.length - first_key, call.value_head_dim);
+}
+
+// The warp's rows of Q or dO as first operands, from registers or shared memory.
+template <class C>
+struct OwnRows {
+  TileFragments tile;
+  uint32_t fragments[C::kOwnInRegisters ? C::kD / 16 : 1][C::kRowTiles][4];
+
+  __device__ __forceinline__ OwnRows(uint32_t rows, const LaneOffsets<C>& offsets)
+      : tile(rows, offsets.qv) {
+    if constexpr (C::kOwnInRegisters) {
+#pragma unroll
+      for (int i = 0; i < C::kD / 16 * C::kRowTiles; ++i) {
+        const int step = i / C::kRowTiles, m = i % C::kRowTiles;
+        ldmatrix_x4(fragments[step][m], tile.template address<C>(m * 16, step));
+      }
+    }
+  }
+  __device__ __forceinline__ void operator()(uint32_t (&a)[4], int m, int step) const {
+    if constexpr (C::kOwnInRegisters) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) a[i] = fragments[step][m][i];
+    } else {
+      ldmatrix_x4(a, tile.template address<C>(m * 16, step));
+    }
+  }
+};
+
+template <class T, class C, bool kGeneral>
+__global__ void __launch_bounds__(C::kThreads, C::kMinCtas)
+    backward_q_kernel(const __grid_constant__ BackwardArgs args) {
+  const BackwardParams& params = args.params;
+  const AttentionParams& call = params.call;
+  extern __shared__ __align__(128) uint8_t shared[];
+  // Needed a few times per step, and so not worth registers.
+  __shared__ QueryTile tile;
+  __shared__ TokenRange warp_keys[C::kWarps];
+  __shared__ float warp_sums[C::kWarps];
+  __shared__ int end_key;
+
+  const int warp = static_cast<int>(threadIdx.x / 32);
+  const uint32_t q_base = smem_u32(shared), dout_base = q_base + C::kOwnBytes;
+  const uint32_t ring = q_base + C::kRingOffset;
+  int first_key;
+  {
+    const QueryTile t =
+        find_query_tile<C>(call, args.section_pairs, reinterpret_cast<int*>(shared));
+    const TokenRange keys = token_range(call, t.length, t.q_len, t.token, C::kBlockM);
+    first_key = max(0, keys.begin) / C::kBlockN * C::kBlockN;
+    if (!t.valid || first_key >= keys.end) {
+      fill_dq<T, C>(args, t, t.valid ? 0.0f : not_a_number());
+      if (args.slope_sums != nullptr && threadIdx.x == 0) *slope_sum_of<C>(args, t) = 0.0f;
+      return;
+    }
+    if (threadIdx.x == 0) {
+      tile = t;
+      end_key = keys.end;
+    }
+    if (threadIdx.x % 32 == 0) {
+      warp_keys[warp] =
+          token_range(call, t.length, t.q_len, t.token + warp * C::kWarpRows, C::kWarpRows);
+    }
+    const int rows = t.q_len - t.token;
+    load_rows<T, C, C::kBlockM, kGeneral>(args, q_base,
+                                          row_at<T>(call.q, call.q_stride, t.b, t.head, t.token),
+                                          call.q_stride.s, rows, call.head_dim);
+    load_rows<T, C, C::kBlockM, kGeneral>(
+        args, dout_base, row_at<T>(params.dout, params.dout_stride, t.b, t.head, t.token),
+        params.dout_stride.s, rows, call.value_head_dim);
+    load_step<T, C, kGeneral>(args, ring, t, first_key);
+    cp_async_commit();
+    __syncthreads();  // tile, keys
+  }
+
+  const LaneOffsets<C> offsets;
+  const int warp_token = tile.token + warp * C::kWarpRows;
+  const uint32_t own_rows = warp * C::kWarpRows * C::kRowBytes;
+  RowNumbers numbers[C::kRowTiles][2];
+#pragma unroll
+  for (int m = 0; m < C::kRowTiles; ++m) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int token = lane_token(warp_token, m, h);
+      const int64_t first = (tile.b * call.num_heads + tile.head) * args.padded_len;
+      // Past the last token Q and dO are zeros: any finite numbers do.
+      numbers[m][h] = token < tile.q_len ? args.numbers[first + token] : RowNumbers{0.0f, 0.0f};
+    }
+  }
+  cp_async_wait<0>();
+  __syncthreads();  // Q and dO
+  const OwnRows<C> q(q_base + own_rows, offsets), dout(dout_base + own_rows, offsets);
+  Output<C> dq = {};
+  float slope_sum = 0.0f;
+  for (int turn = 0; first_key < end_key; turn ^= 1, first_key += C::kBlockN) {
+    cp_async_wait<0>();
+    __syncthreads();  // this step's tiles; and every warp is done with those before it
+    if (first_key + C::kBlockN < end_key) {
+      load_step<T, C, kGeneral>(args, ring + (turn ^ 1) * C::kSlotBytes, tile,
+                                first_key + C::kBlockN);
+    }
+    cp_async_commit();
+    const TokenRange keys = warp_keys[warp];
+    if (first_key >= keys.end || first_key + C::kBlockN <= keys.begin) continue;
+
+    const uint32_t k_slot = ring + turn * C::kSlotBytes, v_slot = k_slot + C::kStepBytes;
+    Probabilities<C> ds;
+    {
+      Scores<C> scores, dp;
+      multiply_rows<T, C>(scores, q, TileFragments(k_slot, offsets.k));
+      multiply_rows<T, C>(dp, dout, TileFragments(v_slot, offsets.k));
+      if constexpr (!kGeneral) {
+        if (first_key < keys.all_begin || first_key + C::kBlockN > keys.all_end) {
+          hide_keys<C>(scores, call, tile.length, tile.q_len, warp_token, first_key);
+        }
+      }
+      gradients_by_token<T, C, kGeneral>(ds, slope_sum, scores, dp, args, tile.b, tile.head,
+                                         tile.length, warp_token, first_key, numbers);
+    }
+    add_weighted_rows<T, C>(dq, ds, TileFragments(k_slot, offsets.qv));
+  }
+
+  store_gradient<T, C>(row_at<T>(params.dq, params.dq_stride, tile.b, tile.head, warp_token),
+                       params.dq_stride.s, min(C::kWarpRows, tile.q_len - warp_token),
+                       call.head_dim, q_base + own_rows, dq, call.scale);
+  if (kGeneral && args.slope_sums != nullptr) {
+#pragma unroll
+    for (int lanes = 16; lanes > 0; lanes /= 2) {
+      slope_sum += __shfl_xor_sync(~0u, slope_sum, lanes);
+    }
+    if (threadIdx.x % 32 == 0) warp_sums[warp] = slope_sum;
+    __syncthreads();  // warp_sums
+    if (threadIdx.x == 0) {
+      float sum = 0.0f;
+      for (int w = 0; w < C::kWarps; ++w) sum += warp_sums[w];
+      *slope_sum_of<C>(args, tile) = sum;
+    }
+  }
+}
+
+}  // namespace gqa::cuda::sm80

@@ -1,0 +1,60 @@
+#include "call_cuda.h"
+
+#include <dlfcn.h>
+#include <torch/csrc/stable/ops.h>
+
+namespace gqa::host {
+namespace {
+
+constexpr int kMinCapability = 80;  // mma.m16n8k16 and cp.async
+
+void check_contiguous(const char* name, const Tensor& x) {
+  STD_TORCH_CHECK(x.dim() == 1 && (x.size(0) <= 1 || x.stride(0) == 1), name,
+                  " must have 1 dim of stride 1, got ", x.dim(), " dims");
+}
+
+}  // namespace
+
+void check_cuda(const char* name, const Tensor& x, const Tensor& q) {
+  STD_TORCH_CHECK(x.is_cuda() && x.get_device_index() == q.get_device_index(), name,
+                  " must be on cuda:", q.get_device_index(), " as q is, got ",
+                  x.is_cuda() ? "cuda:" : "another device", x.is_cuda() ? x.get_device_index() : 0);
+}
+
+cuda::Device check_cuda_call(const Inputs& in, const CacheInputs* cache) {
+  const cuda::Device device = cuda::current_device();
+  STD_TORCH_CHECK(device.capability >= kMinCapability,
+                  "the device must have compute capability 8.0 or more, got ",
+                  device.capability / 10, ".", device.capability % 10);
+  check_inputs(in, cache, check_cuda);
+  // Kernels read these as arrays, and the host can't copy them.
+  check_contiguous("head_map", in.head_map);
+  if (in.value_head_map) check_contiguous("value_head_map", *in.value_head_map);
+  if (in.sinks) check_contiguous("sinks", *in.sinks);
+  STD_TORCH_CHECK(in.dropout_p == 0, "dropout_p must be 0 on CUDA, got ", in.dropout_p);
+  if (cache && cache->q_offsets) {
+    STD_TORCH_CHECK(cache->max_q_len >= 0 && cache->max_q_len <= in.q.size(2),
+                    "max_q_len must be 0 to q.shape[2] (", in.q.size(2), "), got ",
+                    cache->max_q_len);
+    check_contiguous("q_offsets", *cache->q_offsets);
+  }
+  if (cache && cache->kv_begin) check_contiguous("kv_begin", *cache->kv_begin);
+  return device;
+}
+
+cudaStream_t current_stream(int32_t device) {
+  // Looked up when called: the library loads where torch has no CUDA.
+  using Get = int32_t (*)(int32_t device, void** stream);
+  static const Get get =
+      reinterpret_cast<Get>(dlsym(RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
+  STD_TORCH_CHECK(get != nullptr, "this torch was built without CUDA");
+  void* stream = nullptr;
+  STD_TORCH_CHECK(get(device, &stream) == 0, "torch has no current stream on cuda:", device);
+  return static_cast<cudaStream_t>(stream);
+}
+
+Tensor workspace_of(const Tensor& q, size_t bytes) {
+  return torch::stable::new_empty(q, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
+}
+
+}  // namespace gqa::host

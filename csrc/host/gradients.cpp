@@ -1,0 +1,66 @@
+#include "gradients.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <vector>
+
+namespace gqa::host {
+
+void check_results(const Inputs& in, const Results& results,
+                   void (*check_device)(const char* name, const Tensor& x, const Tensor& q)) {
+  const auto& [dout, dlse, out, lse, need_slopes, need_sinks] = results;
+  const Tensor& q = in.q;
+  check_dtype("dout", dout, q.scalar_type());
+  check_dtype("out", out, q.scalar_type());
+  check_dtype("lse", lse, ScalarType::Float);
+  if (dlse) check_dtype("dlse", *dlse, ScalarType::Float);
+  check_device("dout", dout, q);
+  check_device("out", out, q);
+  check_device("lse", lse, q);
+  if (dlse) check_device("dlse", *dlse, q);
+  check_last_dim_contiguous("dout", dout);
+  check_last_dim_contiguous("out", out);
+  for (const auto& [name, x] : {std::pair{"dout", &dout}, {"out", &out}}) {
+    check_shape(name, *x, {q.size(0), q.size(1), q.size(2), in.v.size(3)});
+  }
+  for (const auto& [name, x] : {std::pair{"lse", &lse}, {"dlse", dlse ? &*dlse : &lse}}) {
+    check_shape(name, *x, {q.size(0), q.size(1), q.size(2)});
+    STD_TORCH_CHECK(x->is_contiguous(), name, " must be contiguous");
+  }
+  STD_TORCH_CHECK(!need_slopes || in.alibi_slopes, "alibi_slopes must be given with need_slopes");
+  STD_TORCH_CHECK(!need_sinks || in.sinks, "sinks must be given with need_sinks");
+}
+
+std::pair<Gradients, BackwardParams> add_gradients(const AttentionParams& call, const Inputs& in,
+                                                   const Results& results) {
+  using torch::stable::new_empty;
+  const int64_t batch = in.q.size(0), heads = in.q.size(1);
+  const auto floats = [&](bool needed, std::vector<int64_t> sizes) {
+    return new_empty(in.q, needed ? sizes : std::vector<int64_t>{0}, ScalarType::Float);
+  };
+  Gradients gradients{new_empty(in.q, in.q.sizes()), new_empty(in.k, in.k.sizes()),
+                      new_empty(in.v, in.v.sizes()), floats(results.need_slopes, {batch, heads}),
+                      floats(results.need_sinks, {heads})};
+  const auto& [dq, dk, dv, dslopes, dsinks] = gradients;
+
+  BackwardParams params{};
+  params.call = call;
+  // The kernels only read the forward's results.
+  params.call.out = const_cast<void*>(results.out.const_data_ptr());
+  params.call.lse = static_cast<float*>(const_cast<void*>(results.lse.const_data_ptr()));
+  params.call.out_stride = strides_of(results.out);
+  params.dout = results.dout.const_data_ptr();
+  params.dout_stride = strides_of(results.dout);
+  if (results.dlse) params.dlse = static_cast<const float*>(results.dlse->const_data_ptr());
+  params.dq = dq.mutable_data_ptr();
+  params.dk = dk.mutable_data_ptr();
+  params.dv = dv.mutable_data_ptr();
+  params.dq_stride = strides_of(dq);
+  params.dk_stride = strides_of(dk);
+  params.dv_stride = strides_of(dv);
+  if (results.need_slopes) params.dslopes = static_cast<float*>(dslopes.mutable_data_ptr());
+  if (results.need_sinks) params.dsinks = static_cast<float*>(dsinks.mutable_data_ptr());
+  return {gradients, params};
+}
+
+}  // namespace gqa::host
