@@ -1,18 +1,15 @@
-"""Hugging Face transformers: ``attn_implementation="asym_gqa"`` for models with head maps.
-
-The maps come from the model's config (:mod:`gqa_kernels.model_maps`); a model without them runs as
-ordinary GQA.
-"""
+"""The attention function of ``attn_implementation="asym_gqa"``, and its registration."""
 
 from __future__ import annotations
 
 import math
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from torch import Tensor, nn
 
-from ..attention import asym_gqa_attention
-from ..model_maps import layer_index, layer_maps
+from ...attention import asym_gqa_attention
+from ...model_maps import layer_index, layer_maps
 
 OLDEST = "4.57"  # first release tested
 
@@ -27,14 +24,9 @@ def register(name: str = "asym_gqa", backend: str = "auto") -> str:
     Raises:
         ImportError: transformers is missing or too old.
     """
-    try:
-        from transformers import AttentionInterface, AttentionMaskInterface
-        from transformers.masking_utils import sdpa_mask
-    except ImportError as error:
-        raise ImportError(
-            f"gqa_kernels.integrations.transformers needs transformers >= {OLDEST} "
-            f"(pip install 'transformers>={OLDEST}'): {error}"
-        ) from error
+    require_transformers()
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
 
     def attention(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask, **options
@@ -47,6 +39,26 @@ def register(name: str = "asym_gqa", backend: str = "auto") -> str:
     return name
 
 
+def require_transformers() -> None:
+    """Raise ImportError, with the version needed, unless transformers is there and new enough."""
+    problem = None
+    try:
+        found = version("transformers")
+        import transformers.masking_utils  # noqa: F401
+    except PackageNotFoundError:
+        problem = "it is not installed"
+    except ImportError as error:
+        problem = f"{found} can't be imported: {error}"
+    else:
+        if tuple(map(int, found.split(".")[:2])) < tuple(map(int, OLDEST.split("."))):
+            problem = f"found {found}"
+    if problem:
+        raise ImportError(
+            f"gqa_kernels.integrations.transformers needs transformers >= {OLDEST} "
+            f"(pip install 'transformers>={OLDEST}'): {problem}"
+        )
+
+
 def asym_gqa(
     module: nn.Module,
     query: Tensor,
@@ -57,6 +69,10 @@ def asym_gqa(
     **options: object,
 ) -> Tensor:
     """The attention of one layer, as ``AttentionInterface`` calls it: ``[B, Sq, Hq, Dv]``."""
+    if not isinstance(key, Tensor):  # new tokens of a PagedCache, see cache.py
+        return key.layer.attend(
+            module, query, key.states, value.states, attention_mask, backend, **options
+        )
     call = attention_call(module, query, key, value, attention_mask, **options)
     return asym_gqa_attention(**call, backend=backend)
 
@@ -112,7 +128,7 @@ def attention_call(
     else:
         attention_mask = attention_mask[..., : key.shape[2]]
     if position_bias is not None:
-        attention_mask = _with_bias(attention_mask, position_bias[..., : key.shape[2]])
+        attention_mask = with_bias(attention_mask, position_bias[..., : key.shape[2]])
     head_map, value_head_map = layer_maps(
         getattr(module, "config", None),
         layer_index(module),
@@ -137,7 +153,7 @@ def attention_call(
     }
 
 
-def _with_bias(attention_mask: Tensor | None, bias: Tensor) -> Tensor:
+def with_bias(attention_mask: Tensor | None, bias: Tensor) -> Tensor:
     """An additive mask of a bias and a mask."""
     if attention_mask is None:
         return bias
