@@ -15,20 +15,20 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ...attention import asym_gqa_attention
 from ...backends.dispatch import select
-from ...cache.paged import PagedKVCache
 from ...cache.inputs import AppendInputs, CacheInputs
+from ...cache.paged import PagedKVCache
 from ...cache.view import KVView
 from .attention import attention_call, with_bias
 from .sequences import SequenceTable, Step
 
 ONLY_OURS = (
-    "keys and values of a PagedCache can only be read by attn_implementation='asym_gqa' (or another "
-    "name given to gqa_kernels.integrations.transformers.register)"
+    "keys and values of a PagedCache can only be read by attn_implementation='asym_gqa' (or "
+    "another name given to gqa_kernels.integrations.transformers.register)"
 )
 
 
 class PagedCache(Cache):
-    """Keys and values of all layers in pages: ``generate(..., past_key_values=PagedCache(config))``.
+    """Keys and values of all layers in pages, for ``generate(..., past_key_values=...)``.
 
     For models with ``attn_implementation="asym_gqa"``, in inference. Each KV head is stored once,
     whatever the head map; pages come as tokens come; left padding takes none; layers with a sliding
@@ -150,9 +150,7 @@ class PagedLayer(CacheLayerMixin):
             ``[B, S, Hq, Dv]``.
         """
         self._check(key, value, options)
-        step = self.table.step(
-            self.seen, key.shape[0], key.shape[2], attention_mask, key.device
-        )
+        step = self.table.step(self.seen, key.shape[0], key.shape[2], attention_mask, key.device)
         if self.pool is None:
             self.lazy_initialization(key, value)
         self._store(step, key, value, backend)
@@ -218,7 +216,10 @@ class PagedLayer(CacheLayerMixin):
         if self.pool is None:
             return
         for name, x, shape in (("key", key, self._shapes[0]), ("value", value, self._shapes[1])):
-            if (x.shape[1], x.shape[3]) != shape or (x.dtype, x.device) != (self.dtype, self.device):
+            if (x.shape[1], x.shape[3]) != shape or (x.dtype, x.device) != (
+                self.dtype,
+                self.device,
+            ):
                 raise ValueError(
                     f"{name}s must have {shape[0]} heads of {shape[1]} in {self.dtype} on "
                     f"{self.device}, as those before, got shape {tuple(x.shape)} in {x.dtype} on "
@@ -302,6 +303,9 @@ class NewStates:
 
     def __getattr__(self, name: str) -> object:
         raise AttributeError(f"{ONLY_OURS}, asked for .{name}")
+
+    def __getitem__(self, index: object) -> object:
+        raise TypeError(f"{ONLY_OURS}, asked for a part of them")
 
     @classmethod
     def __torch_function__(cls, function: object, *_: object) -> object:
