@@ -200,7 +200,7 @@ class TestMemory:
         assert self.held(llama, [60, 8, 4]) == self.held(llama, [60]) * (60 + 8 + 4) // 60
 
     def test_behind_a_window_none_is_kept(self):
-        """A long prompt takes no more than the window; steps, a page partly behind it and spares."""
+        """A long prompt takes no more than the window; steps take a page behind it, and spares."""
         model = split(tiny("mistral", sliding_window=8), num_kv_heads=4)
         row = 4 * 16 * 4 * 2 * 2  # bytes of a token: heads, dim, fp32, K and V, layers
         assert self.held(model, [100]) == row * 8

@@ -9,12 +9,13 @@ window takes memory, and decode runs over lengths, without a mask.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ...cache.allocator import PageAllocator
+from ...cache.view import KVView
 
 SPARE = 8  # a full pool grows by an eighth of itself
 
@@ -33,6 +34,7 @@ class Step:
         kept: bool ``[B, S]``, which new tokens to store; None: all of them.
         start: int64 ``[B]``, position of each row's first stored token; None: 0 in all.
         window: positions that a query sees, its own included; None: all.
+        views: what layers of a shape see before and after their append, in some layer's memory.
     """
 
     before: int
@@ -44,6 +46,7 @@ class Step:
     kept: Tensor | None
     start: Tensor | None
     window: int | None
+    views: dict[object, tuple[KVView, KVView]] = field(default_factory=dict)
     _translated: tuple[Tensor, Tensor | None] | None = None
 
     def mask(self, given: Tensor, capacity: int) -> Tensor | None:
@@ -110,6 +113,7 @@ class SequenceTable:
     Attributes:
         positions: given so far, padding included; the same for all rows.
         allocator: who holds which page; layers have as many.
+        current: the last step.
         keep_past: drop nothing before :meth:`crop` (assisted generation rolls back).
     """
 
@@ -122,7 +126,7 @@ class SequenceTable:
         self._names: list[int] = []
         self._start: list[int] = []  # of each row
         self._padding: list[int] = []
-        self._step: Step | None = None
+        self.current: Step | None = None
 
     @property
     def batch(self) -> int:
@@ -145,13 +149,13 @@ class SequenceTable:
         if self._names and batch != self.batch:
             raise ValueError(f"the batch must stay {self.batch}, as the cache has it, got {batch}")
         if seen == self.positions:
-            self._step = self._begin(batch, new, mask, device)
-        elif self._step is None or (seen, new) != (self._step.before, self._step.new):
+            self.current = self._begin(batch, new, mask, device)
+        elif self.current is None or (seen, new) != (self.current.before, self.current.new):
             raise ValueError(
                 f"layers must be given the same tokens, got {new} after {seen} where others have "
                 f"{self.positions}"
             )
-        return self._step
+        return self.current
 
     def crop(self, positions: int) -> None:
         """Keep the first ``positions`` only.
@@ -189,7 +193,7 @@ class SequenceTable:
         for name in self._names:
             self.allocator.free(name)
         self._names, self._start, self._padding = [], [], []
-        self.positions, self._step = 0, None
+        self.positions, self.current = 0, None
 
     def _begin(self, batch: int, new: int, mask: Tensor | None, device: torch.device) -> Step:
         before = self.positions
