@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...attention import asym_gqa_attention
-from ...model_maps import layer_index, layer_maps
+from ...model_maps import IMPLEMENTATION_FIELD, guard, layer_index, layer_maps
 
 OLDEST = "4.57"  # first release tested
 
@@ -91,6 +91,7 @@ def attention_call(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     position_bias: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
     cache: object | None = None,
     **_: object,
 ) -> dict[str, object]:
@@ -106,6 +107,8 @@ def attention_call(
         dropout: part of the probabilities to drop; 0 outside training.
         s_aux: attention sinks ``[Hq]``.
         position_bias: ``[1 or B, Hq, Sq, Sk]``, added to the scores (T5).
+        cu_seq_lens_q: ``[n + 1]``, where packed sequences begin in the one row; without a mask they
+            don't see each other. (A mask made from position ids says so itself.)
         cache: transformers' continuous batching; not supported.
     """
     if cache is not None:
@@ -116,6 +119,8 @@ def attention_call(
     q_len = query.shape[2]
     causal = False
     window = None
+    if attention_mask is None and cu_seq_lens_q is not None and len(cu_seq_lens_q) > 2:
+        attention_mask = _packed(cu_seq_lens_q, q_len, sliding_window)
     if attention_mask is None:
         if is_causal is None:
             is_causal = getattr(module, "is_causal", True)
@@ -129,13 +134,17 @@ def attention_call(
         attention_mask = attention_mask[..., : key.shape[2]]
     if position_bias is not None:
         attention_mask = with_bias(attention_mask, position_bias[..., : key.shape[2]])
+    config = getattr(module, "config", None)
     head_map, value_head_map = layer_maps(
-        getattr(module, "config", None),
+        config,
         layer_index(module),
         query.shape[1],
         key.shape[1],
         value.shape[1],
     )
+    uneven = value_head_map is not None or not head_map.is_uniform
+    if uneven and not torch.compiler.is_compiling() and not hasattr(config, IMPLEMENTATION_FIELD):
+        guard(config)  # transformers drops the field when it loads a model; saved again it must be
     return {
         "q": query.transpose(1, 2),
         "k": key.transpose(1, 2),
@@ -160,3 +169,13 @@ def with_bias(attention_mask: Tensor | None, bias: Tensor) -> Tensor:
     if attention_mask.dtype == torch.bool:
         return torch.where(attention_mask, bias, -math.inf)
     return bias + attention_mask
+
+
+def _packed(offsets: Tensor, tokens: int, window: int | None) -> Tensor:
+    """``[1, 1, tokens, tokens]``, causal attention inside each of the packed sequences."""
+    position = torch.arange(tokens, device=offsets.device)
+    sequence = torch.bucketize(position, offsets[1:-1], right=True, out_int32=True)
+    visible = (sequence[:, None] == sequence) & (position[:, None] >= position)
+    if window is not None:
+        visible &= position[:, None] - position < window
+    return visible[None, None]
