@@ -3,11 +3,11 @@
     python -m benchmarks.generate --contexts 2048 8100 --save
 
 Every contestant fills a cache of its own with the same text once; then they take turns at decoding
-the same few tokens after it, crop the cache and begin again. Of each stand the median, the quartiles
-and the bytes of the storages behind its keys and values after the prompt. Its greedy tokens are
-compared with stock SDPA's. The stock model's groups are even; ``uneven`` is the same function with
-its three KV heads split into five, another map in each layer. Contexts in the file are not run
-again (same device, threads and commit).
+the same few tokens after it, crop the cache and begin again. The rows have the median and the
+quartiles of tokens/s, and the bytes of the storages behind keys and values after the prompt. Greedy
+tokens are compared with stock SDPA's. The stock model's groups are even; ``uneven`` is the same
+function with its three KV heads split into five, another map in each layer. Contexts in the file
+are not run again (same device, threads and commit).
 """
 
 from __future__ import annotations
@@ -159,9 +159,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--contexts", type=int, nargs="+", default=[2048, 8100])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--steps", type=int, default=16, help="tokens of a turn")
-    parser.add_argument(
-        "--rounds", type=int, default=9, help="turns of each contestant, at least 2"
-    )
+    parser.add_argument("--rounds", type=int, default=9, help="turns of each (2 or more)")
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--path", type=Path, default=PATH)

@@ -107,8 +107,8 @@ def attention_call(
         dropout: part of the probabilities to drop; 0 outside training.
         s_aux: attention sinks ``[Hq]``.
         position_bias: ``[1 or B, Hq, Sq, Sk]``, added to the scores (T5).
-        cu_seq_lens_q: ``[n + 1]``, where packed sequences begin in the one row; without a mask they
-            don't see each other. (A mask made from position ids says so itself.)
+        cu_seq_lens_q: ``[n + 1]``, where packed sequences begin in the one row. They don't see each
+            other, also where the model makes its mask without regard to position ids (GPT-OSS).
         cache: transformers' continuous batching; not supported.
     """
     if cache is not None:
@@ -119,8 +119,8 @@ def attention_call(
     q_len = query.shape[2]
     causal = False
     window = None
-    if attention_mask is None and cu_seq_lens_q is not None and len(cu_seq_lens_q) > 2:
-        attention_mask = _packed(cu_seq_lens_q, q_len, sliding_window)
+    if cu_seq_lens_q is not None and len(cu_seq_lens_q) > 2:
+        attention_mask = _packed(cu_seq_lens_q, q_len, sliding_window, attention_mask)
     if attention_mask is None:
         if is_causal is None:
             is_causal = getattr(module, "is_causal", True)
@@ -142,9 +142,8 @@ def attention_call(
         key.shape[1],
         value.shape[1],
     )
-    uneven = value_head_map is not None or not head_map.is_uniform
-    if uneven and not torch.compiler.is_compiling() and not hasattr(config, IMPLEMENTATION_FIELD):
-        guard(config)  # transformers drops the field when it loads a model; saved again it must be
+    if not torch.compiler.is_compiling():
+        _guarded(config, value_head_map is not None or not head_map.is_uniform)
     return {
         "q": query.transpose(1, 2),
         "k": key.transpose(1, 2),
@@ -171,11 +170,20 @@ def with_bias(attention_mask: Tensor | None, bias: Tensor) -> Tensor:
     return bias + attention_mask
 
 
-def _packed(offsets: Tensor, tokens: int, window: int | None) -> Tensor:
-    """``[1, 1, tokens, tokens]``, causal attention inside each of the packed sequences."""
+def _guarded(config: object, uneven: bool) -> None:
+    """Put the guard of uneven maps back: transformers takes it out of a config that it loads."""
+    if uneven and not hasattr(config, IMPLEMENTATION_FIELD):
+        guard(config)
+
+
+def _packed(offsets: Tensor, tokens: int, window: int | None, mask: Tensor | None) -> Tensor:
+    """A mask ``[1, 1, tokens, tokens]`` with causal attention inside each packed sequence only."""
     position = torch.arange(tokens, device=offsets.device)
-    sequence = torch.bucketize(position, offsets[1:-1], right=True, out_int32=True)
+    sequence = torch.bucketize(position, offsets[1:-1], right=True)
     visible = (sequence[:, None] == sequence) & (position[:, None] >= position)
     if window is not None:
         visible &= position[:, None] - position < window
-    return visible[None, None]
+    visible = visible[None, None]
+    if mask is None:
+        return visible
+    return mask & visible if mask.dtype == torch.bool else mask.where(visible, -math.inf)
