@@ -237,14 +237,14 @@ class TestRows:
 
     @pytest.mark.parametrize("family", ["llama", "gpt_oss"])
     def test_crop(self, family):
-        """Back to before the window was full, and to after."""
+        """Back far behind the window, and a little."""
         model = split(tiny(family), num_kv_heads=4)
         inputs = batch([30, 21], "left")
         cache = PagedCache(model.config, page_size=PAGE)
         cache.activate_past_recording()
         whole = forced(model, inputs, DynamicCache(config=model.config), [30])
         forced(model, inputs, cache, [30])
-        for kept in (27, 13):
+        for kept in (13, 27):
             cache.crop(kept - 30)
             assert cache.get_seq_length() == kept
             rest = forced(model, inputs, cache, [30 - kept], seen=kept)
@@ -257,14 +257,21 @@ class TestRows:
         with pytest.raises(ValueError, match=r"position 13 must still be stored.*before 23"):
             cache.crop(-10)
 
-    def test_prompt_lookup(self, llama):
-        """Assisted generation: drafts taken from the prompt, rejected ones cropped."""
+    @pytest.mark.parametrize("window", [None, 8])
+    def test_prompt_lookup(self, window):
+        """Assisted generation: drafts taken from the prompt, rejected ones cropped; what is behind
+        the window by then is dropped."""
+        model = split(tiny("mistral", sliding_window=window), num_kv_heads=4)
         ids = batch([9], "left")["input_ids"].repeat(1, 3)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        cache = PagedCache(llama.config, page_size=PAGE)
-        assert generated(llama, inputs, cache, prompt_lookup_num_tokens=4) == generated(
-            llama, inputs
+        cache = PagedCache(model.config, page_size=PAGE)
+        options = {"max_new_tokens": 30}
+        assert generated(model, inputs, cache, prompt_lookup_num_tokens=4, **options) == generated(
+            model, inputs, **options
         )
+        if window is not None:
+            held = cache.tables[window].allocator
+            assert held.num_pages - held.num_free_pages <= -(-(window + PAGE + 5) // PAGE)
 
     def test_rows_taken_twice_or_not(self, llama):
         inputs = batch([14, 9, 5], "left")

@@ -83,6 +83,11 @@ class PagedCache(Cache):
         for layer in self.layers:
             layer.seen = min(layer.seen, kept)
 
+    def activate_past_recording(self) -> None:
+        """Keep what falls behind a sliding window until the next ``crop``, to roll back to."""
+        for table in self.tables.values():
+            table.keep_past = True
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Give every row of the batch the past of another (beam search)."""
         self.batch_select_indices(beam_idx)
@@ -194,10 +199,6 @@ class PagedLayer(CacheLayerMixin):
         """
         new = query_length if isinstance(query_length, int) else len(query_length)
         return self.seen + new, 0
-
-    def activate_past_recording(self) -> None:
-        """Keep what lies behind the window until the next ``crop``, which may roll back to it."""
-        self.table.keep_past = True
 
     @property
     def nbytes(self) -> int:

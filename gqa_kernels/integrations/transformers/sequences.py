@@ -114,7 +114,8 @@ class SequenceTable:
         positions: given so far, padding included; the same for all rows.
         allocator: who holds which page; layers have as many.
         current: the last step.
-        keep_past: drop nothing before :meth:`crop` (assisted generation rolls back).
+        keep_past: drop only what lay behind the window at the last :meth:`crop`, by which assisted
+            generation rolls back after every call.
     """
 
     def __init__(self, page_size: int, num_pages: int | None, window: int | None):
@@ -123,6 +124,7 @@ class SequenceTable:
         self.window = window
         self.positions = 0
         self.keep_past = False
+        self._settled = 0  # positions at the last crop
         self._names: list[int] = []
         self._start: list[int] = []  # of each row
         self._padding: list[int] = []
@@ -175,7 +177,7 @@ class SequenceTable:
         for row, name in enumerate(self._names):
             self.allocator.truncate(name, max(positions - self._start[row], 0))
             self._start[row] = min(self._start[row], positions)
-        self.positions = min(self.positions, positions)
+        self.positions = self._settled = min(self.positions, positions)
 
     def select(self, rows: Sequence[int]) -> None:
         """Make row ``i`` a copy of what row ``rows[i]`` was; pages are shared until written."""
@@ -193,7 +195,7 @@ class SequenceTable:
         for name in self._names:
             self.allocator.free(name)
         self._names, self._start, self._padding = [], [], []
-        self.positions, self.current = 0, None
+        self.positions, self._settled, self.current = 0, 0, None
 
     def _begin(self, batch: int, new: int, mask: Tensor | None, device: torch.device) -> Step:
         before = self.positions
@@ -224,11 +226,12 @@ class SequenceTable:
     def _drop_old(self) -> list[int]:
         """Forget whole pages behind the window of the next query; where each row starts then."""
         start = list(self._start)
-        if self.window is None or self.keep_past:
+        if self.window is None:
             return start
         page_size = self.allocator.page_size
+        first = (self._settled if self.keep_past else self.positions) - self.window + 1
         for row, name in enumerate(self._names):
-            behind = self.positions - self.window + 1 - start[row]
+            behind = first - start[row]
             if behind >= page_size:
                 dropped = behind // page_size * page_size
                 self.allocator.discard(name, dropped)
