@@ -162,13 +162,17 @@ class PagedLayer(CacheLayerMixin):
         step = self.table.step(self.seen, key.shape[0], key.shape[2], attention_mask, key.device)
         if self.pool is None:
             self.lazy_initialization(key, value)
-        self._store(step, key, value, backend)
+        if len(self.pool.k) < self.table.allocator.num_pages:
+            self._grow(self.table.allocator.num_pages)
+        self.pool.copy_pages(step.copies)
+        before, after = self._views(step)
+        self._store(step, key, value, before, backend)
         self.seen = step.before + step.new
         if not step.before:
             call = attention_call(module, query, key, value, attention_mask, **options)
             return asym_gqa_attention(**call, backend=backend)
         inputs, runs = self._attention(
-            module, query, key, value, attention_mask, backend, **options
+            module, query, key, value, attention_mask, step, after, backend, **options
         )
         out, _ = runs.run_cache(inputs)
         return out.transpose(1, 2)
@@ -238,13 +242,13 @@ class PagedLayer(CacheLayerMixin):
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | None,
+        step: Step,
+        view: KVView,
         backend: str,
         position_bias: Tensor | None = None,
         **options: Any,
     ) -> tuple[CacheInputs, Backend]:
         """The checked call of a step over the pages, and what runs it."""
-        step = self.table.current
-        _, view = self._views(step)
         if position_bias is not None:
             attention_mask = with_bias(attention_mask, position_bias[..., : self.seen])
         masked = attention_mask is not None
@@ -273,12 +277,8 @@ class PagedLayer(CacheLayerMixin):
         self._checked = None if attention_mask is not None else (same, owners, inputs, runs)
         return inputs, runs
 
-    def _store(self, step: Step, key: Tensor, value: Tensor, backend: str) -> None:
-        """Append the step's tokens, to a pool that has room for them."""
-        if len(self.pool.k) < self.table.allocator.num_pages:
-            self._grow(self.table.allocator.num_pages)
-        self.pool.copy_pages(step.copies)
-        view, _ = self._views(step)
+    def _store(self, step: Step, key: Tensor, value: Tensor, view: KVView, backend: str) -> None:
+        """Append the step's tokens to a view."""
         if step.kept is None:  # room, shapes and types are as they must be: no need to check again
             inputs = AppendInputs(None, key, value, view, None, step.new, None, None, False)
         else:
@@ -296,13 +296,14 @@ class PagedLayer(CacheLayerMixin):
         pool = self.pool
         like = (pool.k.shape, pool.v.shape)
         if like not in step.views:  # checked for the first layer of a shape
-            before, after = (
+            step.views[like] = tuple(
                 KVView.create(pool.k, pool.v, lengths, page_table=step.page_table, **pool.scales)
                 for lengths in (step.lengths, step.lengths_after)
             )
-            step.views[like] = before, after
-            return before, after
-        return tuple(view.with_storage(pool.k, pool.v, **pool.scales) for view in step.views[like])
+        before, after = step.views[like]
+        if before.k is not pool.k:
+            before = before.with_storage(pool.k, pool.v, **pool.scales)
+        return before, replace(before, kv_lengths=after.kv_lengths)
 
     def _empty(self, num_pages: int) -> PagedKVCache:
         (heads, dim), (value_heads, value_dim) = self._shapes
