@@ -9,6 +9,7 @@ from gqa_kernels import OutOfPages
 from gqa_kernels.cache.quantized import FORMAT_OF_NAME, dequantize, quantize, row_scales
 from gqa_kernels.convert import convert
 from gqa_kernels.integrations.transformers import PagedCache, register
+from gqa_kernels.integrations.transformers.sequences import SequenceTable
 from tests.tiny_families import maps_for
 from tests.tiny_families import tiny as tiny_of_family
 from tests.tiny_models import batch, split, tiny
@@ -103,11 +104,36 @@ def test_self_attention_of_an_encoder_decoder():
 def test_logits_of_chunks(family, side):
     """Chunks whose masks say more than lengths do: padding in a later chunk, or behind tokens."""
     model = split(tiny(family), num_kv_heads=4)
+    for layer in model.model.layers:
+        layer.self_attn.is_causal = False  # the masks say all
     inputs = batch([20, 13, 3], side)
     paged = PagedCache(model.config, page_size=PAGE)
     ours = forced(model, inputs, paged, [5, 9, 1, 1, 3, 1])
     theirs = forced(model, inputs, DynamicCache(config=model.config), [20])
     torch.testing.assert_close(ours, theirs, **CLOSE)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_left_padding_needs_no_mask_in_decode(window):
+    """Lengths and the window say what transformers' mask says, which is dropped."""
+    padding = torch.tensor([0, 3])
+
+    def mask(rows):  # of queries at the last positions, as transformers makes it
+        row, column = rows[:, None], torch.arange(int(rows[-1]) + 1)
+        seen = (column <= row) & (column > row - (window or 100))
+        return (seen & (column >= padding[:, None, None]))[:, None]
+
+    table = SequenceTable(PAGE, None, window)
+    device = torch.device("cpu")
+    table.step(0, 2, 9, mask(torch.arange(9)), device)
+    for seen, new in ((9, 1), (10, 5)):
+        given = mask(torch.arange(seen, seen + new))
+        step = table.step(seen, 2, new, given, device)
+        capacity = PAGE * step.page_table.shape[1]
+        assert step.mask(given, capacity) is None
+        other = given.clone()
+        other[0, 0, 0, -2] ^= True
+        assert step.mask(other, capacity).shape == (2, 1, new, capacity)
 
 
 def test_a_mask_of_ones_own(llama):
