@@ -99,14 +99,18 @@ def test_self_attention_of_an_encoder_decoder():
     assert generated(model, inputs, paged) == generated(model, inputs)
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(
+    ("lengths", "side"),
+    [([20, 13, 3], "left"), ([20, 13, 3], "right"), ([20, 18], "left")],
+    ids=["left", "right", "first-chunk"],
+)
 @pytest.mark.parametrize("family", ["llama", "gpt_oss"])
-def test_logits_of_chunks(family, side):
-    """Chunks whose masks say more than lengths do: padding in a later chunk, or behind tokens."""
+def test_logits_of_chunks(family, lengths, side):
+    """Masks that say what lengths do, and more: padding in a later chunk, or behind tokens."""
     model = split(tiny(family), num_kv_heads=4)
     for layer in model.model.layers:
         layer.self_attn.is_causal = False  # the masks say all
-    inputs = batch([20, 13, 3], side)
+    inputs = batch(lengths, side)
     paged = PagedCache(model.config, page_size=PAGE)
     ours = forced(model, inputs, paged, [5, 9, 1, 1, 3, 1])
     theirs = forced(model, inputs, DynamicCache(config=model.config), [20])
