@@ -37,7 +37,10 @@ def layer_maps(
     """
     key_map = _read(config, KEY_FIELD, layer, num_heads, num_k_heads)
     value_map = _read(config, VALUE_FIELD, layer, num_heads, num_v_heads)
-    return key_map or HeadMap.uniform(num_heads, num_k_heads), value_map
+    if key_map is None:
+        uniform = HeadMap.uniform if torch.compiler.is_compiling() else _uniform
+        key_map = uniform(num_heads, num_k_heads)
+    return key_map, value_map
 
 
 def layer_index(module: Any) -> int | None:
@@ -119,3 +122,8 @@ def _read(
 @cache
 def _head_map(entries: tuple[int, ...], num_kv_heads: int) -> HeadMap:
     return HeadMap(entries, num_kv_heads)
+
+
+@cache
+def _uniform(num_heads: int, num_kv_heads: int) -> HeadMap:
+    return HeadMap.uniform(num_heads, num_kv_heads)

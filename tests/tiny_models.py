@@ -11,7 +11,11 @@ from gqa_kernels.convert import convert, random_split
 from gqa_kernels.convert.families import attention_layers
 
 VOCABULARY = 64
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gpt_oss")
+OF_FAMILY = {  # what makes the family's attention its own: softcap, sinks, alternating windows
+    "gemma2": {"query_pre_attn_scalar": 16, "attn_logit_softcapping": 1.0, "sliding_window": 8},
+    "gpt_oss": {"num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 8},
+}
 
 
 def tiny(
@@ -34,6 +38,7 @@ def tiny(
             "bos_token_id": 1,
             "eos_token_id": 2,
             "pad_token_id": 0,
+            **OF_FAMILY.get(model_type, {}),
             **config,
         },
     )
@@ -42,6 +47,8 @@ def tiny(
         for projection in layer.self_attn.children():
             if getattr(projection, "bias", None) is not None:
                 nn.init.normal_(projection.bias)
+        if hasattr(layer.self_attn, "sinks"):
+            nn.init.normal_(layer.self_attn.sinks)
     return model
 
 
@@ -55,11 +62,13 @@ def split(model: nn.Module, num_kv_heads: int, seed: int = 0) -> nn.Module:
 
 
 def expanded(model: nn.Module) -> nn.Module:
-    """The same function with a KV head per query head, on torch's SDPA."""
+    """The same function with a KV head per query head, on torch's SDPA (eager where it lacks
+    softcap or sinks)."""
     num_heads = model.config.num_attention_heads
     maps = [HeadMap.uniform(num_heads, num_heads)] * model.config.num_hidden_layers
     parent = convert(model, maps, merging="none")
-    parent.set_attn_implementation("sdpa")
+    eager = model.config.model_type in OF_FAMILY
+    parent.set_attn_implementation("eager" if eager else "sdpa")
     return parent
 
 

@@ -110,13 +110,10 @@ class PageAllocator:
         Raises:
             OutOfPages: nothing was changed.
         """
-        found = self._distinct(sequences)
-        counts = [tokens] * len(found) if isinstance(tokens, int) else list(tokens)
-        if len(counts) != len(found) or min(counts, default=0) < 0:
-            raise ValueError(
-                f"tokens must be non-negative, one number per sequence ({len(found)}), got {tokens}"
-            )
-        self._check_free(found, counts)
+        found, counts = self._counted(sequences, tokens)
+        needed = self._needed(found, counts)
+        if needed > len(self._free):
+            raise OutOfPages(f"{needed} pages are needed, {len(self._free)} are free")
         copies = []
         for sequence, count in zip(found, counts, strict=True):
             partly_filled = count and sequence.length % self.page_size
@@ -131,6 +128,33 @@ class PageAllocator:
         for sequence, count in zip(found, counts, strict=True):
             sequence.length += count
         return PageBatch(before.page_table, before.lengths, tuple(copies))
+
+    def pages_needed(self, sequences: Sequence[int], tokens: int | Sequence[int]) -> int:
+        """Free pages that :meth:`append` of the same would take, copies on write included."""
+        return self._needed(*self._counted(sequences, tokens))
+
+    def grow(self, pages: int) -> None:
+        """Count ``pages`` more free pages, which the cache must have by the next append."""
+        if pages < 0:
+            raise ValueError(f"pages must be non-negative, got {pages}")
+        new = range(self.num_pages, self.num_pages + pages)
+        self._free[:0] = reversed(new)  # taken last
+        self._holders += [0] * pages
+        self.num_pages += pages
+
+    def discard(self, sequence: int, tokens: int) -> None:
+        """Forget the oldest tokens of a sequence, whole pages of them (behind a sliding window)."""
+        found = self._find(sequence)
+        if tokens % self.page_size or not 0 <= tokens <= found.length:
+            raise ValueError(
+                f"tokens must be a multiple of the page size ({self.page_size}) in [0, "
+                f"{found.length}], the tokens of sequence {sequence}, got {tokens}"
+            )
+        count = tokens // self.page_size
+        for page in found.pages[:count]:
+            self._drop(page)
+        del found.pages[:count]
+        found.length -= tokens
 
     def truncate(self, sequence: int, length: int) -> None:
         """Keep the first ``length`` tokens only (rejected drafts, say)."""
@@ -165,7 +189,8 @@ class PageAllocator:
             torch.tensor([sequence.length for sequence in found], dtype=torch.int32),
         )
 
-    def _check_free(self, found: list[_Sequence], counts: list[int]) -> None:
+    def _needed(self, found: list[_Sequence], counts: list[int]) -> int:
+        """Free pages that an append of ``counts`` tokens takes."""
         needed = 0
         holders = {}  # of the shared pages about to be left
         for sequence, count in zip(found, counts, strict=True):
@@ -178,13 +203,24 @@ class PageAllocator:
                 if left > 1:
                     holders[page] = left - 1
                     needed += 1
-        if needed > len(self._free):
-            raise OutOfPages(f"{needed} pages are needed, {len(self._free)} are free")
+        return needed
 
     def _find(self, name: int) -> _Sequence:
         if name not in self._sequences:
             raise ValueError(f"sequence must be one of those allocated and not freed, got {name}")
         return self._sequences[name]
+
+    def _counted(
+        self, sequences: Sequence[int], tokens: int | Sequence[int]
+    ) -> tuple[list[_Sequence], list[int]]:
+        """Distinct sequences and the new tokens of each."""
+        found = self._distinct(sequences)
+        counts = [tokens] * len(found) if isinstance(tokens, int) else list(tokens)
+        if len(counts) != len(found) or min(counts, default=0) < 0:
+            raise ValueError(
+                f"tokens must be non-negative, one number per sequence ({len(found)}), got {tokens}"
+            )
+        return found, counts
 
     def _distinct(self, names: Sequence[int]) -> list[_Sequence]:
         if len(set(names)) != len(names):

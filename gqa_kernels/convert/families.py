@@ -65,7 +65,7 @@ class Family:
 
 FAMILIES = (
     Family(
-        ("llama", "mistral", "qwen2", "qwen3"),
+        ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gpt_oss"),
         (Stack("layers", "self_attn", "self_attn.o_proj"),),
         num_kv_heads="num_key_value_heads",
         rotary="half_split",

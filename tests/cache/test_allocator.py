@@ -39,15 +39,29 @@ class AllocatorMachine(RuleBasedStateMachine):
         self.tokens[name] = self.tokens[parent][:length]
         return name
 
+    @rule(name=names, share=st.floats(0, 1))
+    def discard(self, name, share):
+        count = round(share * (len(self.tokens[name]) // self.page_size)) * self.page_size
+        self.allocator.discard(name, count)
+        del self.tokens[name][:count]
+
+    @rule(pages=st.integers(0, 2))
+    def grow(self, pages):
+        self.allocator.grow(pages)
+        self.memory += [[None] * self.page_size for _ in range(pages)]
+
     @rule(chosen=st.lists(names, max_size=3, unique=True), count=st.integers(0, 7))
     def append(self, chosen, count):
         before = (self.allocator.num_free_pages, [self.allocator.pages(n) for n in self.tokens])
+        needed = self.allocator.pages_needed(chosen, count)
         try:
             batch = self.allocator.append(chosen, count)
         except OutOfPages:
             after = (self.allocator.num_free_pages, [self.allocator.pages(n) for n in self.tokens])
             assert before == after
+            assert needed > before[0]
             return
+        assert before[0] - self.allocator.num_free_pages == needed
         assert batch.lengths.tolist() == [len(self.tokens[name]) for name in chosen]
         for source, target in batch.copies:
             self.memory[target] = list(self.memory[source])
@@ -74,7 +88,7 @@ class AllocatorMachine(RuleBasedStateMachine):
     def teardown(self):
         for name in list(self.tokens):
             self.allocator.free(name)
-        assert self.allocator.num_free_pages == NUM_PAGES
+        assert self.allocator.num_free_pages == len(self.memory)
 
     @invariant()
     def every_sequence_has_its_tokens(self):
@@ -89,7 +103,7 @@ class AllocatorMachine(RuleBasedStateMachine):
     @invariant()
     def no_page_is_lost(self):
         held = {page for name in self.tokens for page in self.allocator.pages(name)}
-        assert len(held) + self.allocator.num_free_pages == NUM_PAGES
+        assert len(held) + self.allocator.num_free_pages == len(self.memory)
 
 
 class OneTokenPages(AllocatorMachine):
@@ -131,6 +145,9 @@ def test_shared_pages_are_kept_once_and_copied_when_written():
         (lambda a: a.append([0], [1, 2]), r"one number per sequence \(1\)"),
         (lambda a: a.fork(0, 3), r"length must lie in \[0, 2\]"),
         (lambda a: a.truncate(0, 3), r"length must lie in \[0, 2\], got 3"),
+        (lambda a: a.discard(0, 2), r"multiple of the page size \(4\) in \[0, 2\].*got 2"),
+        (lambda a: a.discard(0, 4), r"multiple of the page size \(4\) in \[0, 2\].*got 4"),
+        (lambda a: a.grow(-1), "pages must be non-negative, got -1"),
         (lambda a: a.batch([0], max_pages=0), "max_pages must be at least 1, got 0"),
     ],
 )

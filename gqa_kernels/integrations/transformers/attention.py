@@ -1,18 +1,15 @@
-"""Hugging Face transformers: ``attn_implementation="asym_gqa"`` for models with head maps.
-
-The maps come from the model's config (:mod:`gqa_kernels.model_maps`); a model without them runs as
-ordinary GQA.
-"""
+"""The attention function of ``attn_implementation="asym_gqa"``, and its registration."""
 
 from __future__ import annotations
 
 import math
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from torch import Tensor, nn
 
-from ..attention import asym_gqa_attention
-from ..model_maps import layer_index, layer_maps
+from ...attention import asym_gqa_attention
+from ...model_maps import IMPLEMENTATION_FIELD, guard, layer_index, layer_maps
 
 OLDEST = "4.57"  # first release tested
 
@@ -27,14 +24,9 @@ def register(name: str = "asym_gqa", backend: str = "auto") -> str:
     Raises:
         ImportError: transformers is missing or too old.
     """
-    try:
-        from transformers import AttentionInterface, AttentionMaskInterface
-        from transformers.masking_utils import sdpa_mask
-    except ImportError as error:
-        raise ImportError(
-            f"gqa_kernels.integrations.transformers needs transformers >= {OLDEST} "
-            f"(pip install 'transformers>={OLDEST}'): {error}"
-        ) from error
+    require_transformers()
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
 
     def attention(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask, **options
@@ -47,6 +39,26 @@ def register(name: str = "asym_gqa", backend: str = "auto") -> str:
     return name
 
 
+def require_transformers() -> None:
+    """Raise ImportError, with the version needed, unless transformers is there and new enough."""
+    problem = None
+    try:
+        found = version("transformers")
+        import transformers.masking_utils  # noqa: F401
+    except PackageNotFoundError:
+        problem = "it is not installed"
+    except ImportError as error:
+        problem = f"{found} can't be imported: {error}"
+    else:
+        if tuple(map(int, found.split(".")[:2])) < tuple(map(int, OLDEST.split("."))):
+            problem = f"found {found}"
+    if problem:
+        raise ImportError(
+            f"gqa_kernels.integrations.transformers needs transformers >= {OLDEST} "
+            f"(pip install 'transformers>={OLDEST}'): {problem}"
+        )
+
+
 def asym_gqa(
     module: nn.Module,
     query: Tensor,
@@ -57,6 +69,10 @@ def asym_gqa(
     **options: object,
 ) -> Tensor:
     """The attention of one layer, as ``AttentionInterface`` calls it: ``[B, Sq, Hq, Dv]``."""
+    if not isinstance(key, Tensor):  # new tokens of a PagedCache, see cache.py
+        return key.layer.attend(
+            module, query, key.states, value.states, attention_mask, backend, **options
+        )
     call = attention_call(module, query, key, value, attention_mask, **options)
     return asym_gqa_attention(**call, backend=backend)
 
@@ -75,6 +91,7 @@ def attention_call(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     position_bias: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
     cache: object | None = None,
     **_: object,
 ) -> dict[str, object]:
@@ -90,6 +107,8 @@ def attention_call(
         dropout: part of the probabilities to drop; 0 outside training.
         s_aux: attention sinks ``[Hq]``.
         position_bias: ``[1 or B, Hq, Sq, Sk]``, added to the scores (T5).
+        cu_seq_lens_q: ``[n + 1]``, where packed sequences begin in the one row. They don't see each
+            other, also where the model makes its mask without regard to position ids (GPT-OSS).
         cache: transformers' continuous batching; not supported.
     """
     if cache is not None:
@@ -100,6 +119,8 @@ def attention_call(
     q_len = query.shape[2]
     causal = False
     window = None
+    if cu_seq_lens_q is not None and len(cu_seq_lens_q) > 2:
+        attention_mask = _packed(cu_seq_lens_q, q_len, sliding_window, attention_mask)
     if attention_mask is None:
         if is_causal is None:
             is_causal = getattr(module, "is_causal", True)
@@ -112,14 +133,17 @@ def attention_call(
     else:
         attention_mask = attention_mask[..., : key.shape[2]]
     if position_bias is not None:
-        attention_mask = _with_bias(attention_mask, position_bias[..., : key.shape[2]])
+        attention_mask = with_bias(attention_mask, position_bias[..., : key.shape[2]])
+    config = getattr(module, "config", None)
     head_map, value_head_map = layer_maps(
-        getattr(module, "config", None),
+        config,
         layer_index(module),
         query.shape[1],
         key.shape[1],
         value.shape[1],
     )
+    if not torch.compiler.is_compiling():
+        _guarded(config, value_head_map is not None or not head_map.is_uniform)
     return {
         "q": query.transpose(1, 2),
         "k": key.transpose(1, 2),
@@ -137,10 +161,29 @@ def attention_call(
     }
 
 
-def _with_bias(attention_mask: Tensor | None, bias: Tensor) -> Tensor:
+def with_bias(attention_mask: Tensor | None, bias: Tensor) -> Tensor:
     """An additive mask of a bias and a mask."""
     if attention_mask is None:
         return bias
     if attention_mask.dtype == torch.bool:
         return torch.where(attention_mask, bias, -math.inf)
     return bias + attention_mask
+
+
+def _guarded(config: object, uneven: bool) -> None:
+    """Put the guard of uneven maps back: transformers takes it out of a config that it loads."""
+    if uneven and not hasattr(config, IMPLEMENTATION_FIELD):
+        guard(config)
+
+
+def _packed(offsets: Tensor, tokens: int, window: int | None, mask: Tensor | None) -> Tensor:
+    """A mask ``[1, 1, tokens, tokens]`` with causal attention inside each packed sequence only."""
+    position = torch.arange(tokens, device=offsets.device)
+    sequence = torch.bucketize(position, offsets[1:-1], right=True)
+    visible = (sequence[:, None] == sequence) & (position[:, None] >= position)
+    if window is not None:
+        visible &= position[:, None] - position < window
+    visible = visible[None, None]
+    if mask is None:
+        return visible
+    return mask & visible if mask.dtype == torch.bool else mask.where(visible, -math.inf)

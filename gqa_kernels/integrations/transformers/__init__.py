@@ -1,0 +1,30 @@
+"""Hugging Face transformers: ``attn_implementation="asym_gqa"`` for models with head maps.
+
+The maps come from the model's config (:mod:`gqa_kernels.model_maps`); a model without them runs as
+ordinary GQA. :class:`PagedCache` keeps what ``generate`` has seen in pages of this package's
+caches, quantised if asked for.
+
+:func:`register` and :class:`PagedCache` import transformers when they are first used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .attention import asym_gqa, attention_call, register
+
+if TYPE_CHECKING:
+    from .cache import PagedCache
+
+__all__ = ["PagedCache", "asym_gqa", "attention_call", "register"]
+
+
+def __getattr__(name: str) -> object:
+    if name == "PagedCache":
+        from .attention import require_transformers
+
+        require_transformers()
+        from .cache import PagedCache
+
+        return PagedCache
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

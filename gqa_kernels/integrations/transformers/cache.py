@@ -1,0 +1,363 @@
+"""PagedCache: the cache of a model in ``generate``, in pages that attention reads where they lie.
+
+A layer's ``update`` stores nothing yet: it hands the new keys and values on, and the attention
+function of :mod:`.attention`, which also has the queries and the mask, gives them back to the layer
+to store and to attend.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from ...attention import asym_gqa_attention
+from ...backends.base import Backend
+from ...backends.dispatch import select
+from ...cache.inputs import AppendInputs, CacheInputs
+from ...cache.paged import PagedKVCache
+from ...cache.view import KVView
+from .attention import attention_call, with_bias
+from .sequences import SequenceTable, Step
+
+ONLY_OURS = (
+    "keys and values of a PagedCache can only be read by attn_implementation='asym_gqa' (or "
+    "another name given to gqa_kernels.integrations.transformers.register)"
+)
+
+
+class PagedCache(Cache):
+    """Keys and values of all layers in pages, for ``generate(..., past_key_values=...)``.
+
+    For models with ``attn_implementation="asym_gqa"``, in inference. Each KV head is stored once,
+    whatever the head map; pages come as tokens come; left padding takes none; layers with a sliding
+    window drop what lies behind it; beams share their common pages (copy-on-write). A prompt is
+    attended as it came and then stored; everything after reads the pages in place, also where the
+    numbers in them are quantised.
+
+    Args:
+        config: of the model. It gives the number of layers and their sliding windows.
+        page_size: tokens of a page.
+        format: None stores the keys' own type; ``"int8"``, ``"fp8_e4m3"``, ``"fp8_e5m2"`` or
+            ``"int4"`` quantises with a scale per token and head.
+        zeros: keep a zero per token and head too (int8, int4).
+        num_pages: pages of each layer's pool, allocated with the first token; None: pools grow, by
+            an eighth at least.
+
+    Raises:
+        NotImplementedError: a layer's type is neither full nor sliding-window attention.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        *,
+        page_size: int = 64,
+        format: str | None = None,
+        zeros: bool = False,
+        num_pages: int | None = None,
+    ):
+        windows = layer_windows(config.get_text_config(decoder=True))
+        self.tables = {
+            window: SequenceTable(page_size, num_pages, window) for window in dict.fromkeys(windows)
+        }
+        super().__init__(
+            layers=[PagedLayer(self.tables[window], format, zeros) for window in windows]
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the memory held for keys, values and scales, spare pages included."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    def crop(self, tokens: int) -> None:
+        """Remove the last ``-tokens`` positions, or keep the first ``tokens`` if that is positive
+        (transformers 4)."""
+        seen = self.get_seq_length()
+        kept = max(seen + tokens, 0) if tokens <= 0 else min(tokens, seen)
+        for table in self.tables.values():
+            table.crop(kept)
+        for layer in self.layers:
+            layer.seen = min(layer.seen, kept)
+
+    def activate_past_recording(self) -> None:
+        """Keep what falls behind a sliding window until the next ``crop``, to roll back to."""
+        for table in self.tables.values():
+            table.keep_past = True
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Give every row of the batch the past of another (beam search)."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows of the batch, in this order, some perhaps more than once."""
+        if indices.dtype == torch.bool:
+            indices = indices.nonzero()[:, 0]
+        for table in self.tables.values():
+            if table.batch:
+                table.select(indices.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Have every row ``repeats`` times."""
+        for table in self.tables.values():
+            table.select([row for row in range(table.batch) for _ in range(repeats)])
+
+    def reset(self) -> None:
+        """Forget all tokens; the memory is kept."""
+        for table in self.tables.values():
+            table.clear()
+        for layer in self.layers:
+            layer.seen = 0
+
+
+class PagedLayer(CacheLayerMixin):
+    """One layer: its pages, and attention over them.
+
+    Attributes:
+        table: positions and pages, shared with the layers of the same window.
+        seen: positions given to this layer.
+        pool: the pages, ``[P, Hkv, page_size, D]``; None before the first token.
+    """
+
+    is_croppable = True
+    supports_early_init = False  # the memory comes with the first keys
+
+    def __init__(self, table: SequenceTable, format: str | None, zeros: bool):
+        super().__init__()
+        self.table, self.format, self.zeros = table, format, zeros
+        self.is_sliding = table.window is not None
+        self.seen = 0
+        self.pool: PagedKVCache | None = None
+        self._checked: tuple[tuple, tuple, CacheInputs, Backend] | None = None  # the last step
+        self._writer: tuple[tuple, Backend] | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_, **__) -> tuple[Any, Any]:
+        """New keys ``[B, Hk, S, D]`` and values, for the attention function to give back."""
+        return NewStates(self, key_states), NewStates(self, value_states)
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        backend: str,
+        **options: object,
+    ) -> Tensor:
+        """Store the new tokens; attention of their queries over all that there are.
+
+        Args:
+            query: ``[B, Hq, S, D]``; key and value, of the new tokens alone, likewise.
+            attention_mask: over all positions, ``[B or 1, H or 1, S, positions]``.
+            backend, options: as :func:`.attention.asym_gqa` has them.
+
+        Returns:
+            ``[B, S, Hq, Dv]``.
+        """
+        self._check(key, value, options)
+        step = self.table.step(self.seen, key.shape[0], key.shape[2], attention_mask, key.device)
+        if self.pool is None:
+            self.lazy_initialization(key, value)
+        if len(self.pool.k) < self.table.allocator.num_pages:
+            self._grow(self.table.allocator.num_pages)
+        self.pool.copy_pages(step.copies)
+        before, after = self._views(step)
+        self._store(step, key, value, before, backend)
+        self.seen = step.before + step.new
+        if not step.before:
+            call = attention_call(module, query, key, value, attention_mask, **options)
+            return asym_gqa_attention(**call, backend=backend)
+        inputs, runs = self._attention(
+            module, query, key, value, attention_mask, step, after, backend, **options
+        )
+        out, _ = runs.run_cache(inputs)
+        return out.transpose(1, 2)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """An empty pool for keys and values like these."""
+        (_, heads, _, dim), (_, value_heads, _, value_dim) = key_states.shape, value_states.shape
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self._shapes = (heads, dim), (value_heads, value_dim)
+        self.pool = self._empty(self.table.allocator.num_pages)
+        self.is_initialized = True
+
+    def get_seq_length(self) -> int:
+        """Positions seen, padding included."""
+        return self.seen
+
+    def get_max_length(self) -> int:
+        """-1: there is none."""
+        return -1
+
+    get_max_cache_shape = get_max_length  # transformers 4
+
+    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
+        """Columns that a mask needs, and the position of the first.
+
+        Args:
+            query_length: number of new tokens, or (transformers 4) their positions.
+        """
+        new = query_length if isinstance(query_length, int) else len(query_length)
+        return self.seen + new, 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the pool: K, V and scales."""
+        if self.pool is None:
+            return 0
+        held = (self.pool.k, self.pool.v, *self.pool.scales.values())
+        return sum(x.untyped_storage().nbytes() for x in held if isinstance(x, Tensor))
+
+    def _check(self, key: Tensor, value: Tensor, options: dict[str, object]) -> None:
+        if torch.is_grad_enabled() and (key.requires_grad or value.requires_grad):
+            raise ValueError(
+                "a PagedCache is for inference: call the model under torch.no_grad(), got keys "
+                "that require a gradient"
+            )
+        if options.get("dropout"):
+            raise ValueError(
+                f"dropout must be 0 with a PagedCache, got {options['dropout']}: call model.eval()"
+            )
+        if self.pool is None:
+            return
+        for name, x, shape in (("key", key, self._shapes[0]), ("value", value, self._shapes[1])):
+            if (x.shape[1], x.shape[3]) != shape or (x.dtype, x.device) != (
+                self.dtype,
+                self.device,
+            ):
+                raise ValueError(
+                    f"{name}s must have {shape[0]} heads of {shape[1]} in {self.dtype} on "
+                    f"{self.device}, as those before, got shape {tuple(x.shape)} in {x.dtype} on "
+                    f"{x.device}"
+                )
+
+    def _attention(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        step: Step,
+        view: KVView,
+        backend: str,
+        position_bias: Tensor | None = None,
+        **options: Any,
+    ) -> tuple[CacheInputs, Backend]:
+        """The checked call of a step over the pages, and what runs it."""
+        if position_bias is not None:
+            attention_mask = with_bias(attention_mask, position_bias[..., : self.seen])
+        masked = attention_mask is not None
+        if masked:
+            attention_mask = step.mask(attention_mask, view.capacity)
+        # Without a mask a step differs from the one before in its tensors alone: checked once.
+        named = tuple(options.get(name) for name in ("scaling", "softcap", "sliding_window"))
+        same = (backend, query.shape, query.dtype, options.get("is_causal"), named, masked)
+        owners = (module, options.get("s_aux"))
+        if attention_mask is None and self._checked is not None:
+            known, of, inputs, runs = self._checked
+            if known == same and all(x is y for x, y in zip(of, owners, strict=True)):
+                max_kv_len = view.capacity
+                return replace(inputs, q=query, view=view, max_kv_len=max_kv_len), runs
+        call = attention_call(module, query, key, value, None, **options)
+        if attention_mask is not None:
+            call.update(attn_mask=attention_mask, causal=False, window=None)
+        else:
+            call["causal"] |= masked  # a mask that shows what is usual shows causality
+            if step.window is not None:
+                call["window"] = (step.window - 1, None)
+        for name in ("k", "v", "dropout_p"):
+            del call[name]
+        inputs = CacheInputs.create(call.pop("q"), view, call.pop("head_map"), **call)
+        runs = select(inputs, backend)
+        self._checked = None if attention_mask is not None else (same, owners, inputs, runs)
+        return inputs, runs
+
+    def _store(self, step: Step, key: Tensor, value: Tensor, view: KVView, backend: str) -> None:
+        """Append the step's tokens to a view."""
+        if step.kept is None:  # room, shapes and types are as they must be: no need to check again
+            inputs = AppendInputs(None, key, value, view, None, step.new, None, None, False)
+        else:
+            packed = (x.transpose(1, 2)[step.kept] for x in (key, value))  # [total, H, D]
+            counts = step.lengths_after - step.lengths
+            offsets = nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
+            inputs = AppendInputs.create(*packed, view, new_offsets=offsets, max_new=step.new)
+        packs = step.kept is not None
+        if self._writer is None or self._writer[0] != (backend, packs):
+            self._writer = (backend, packs), select(inputs, backend)
+        self._writer[1].append(inputs)
+
+    def _views(self, step: Step) -> tuple[KVView, KVView]:
+        """The pool as the step finds it, and as it leaves it."""
+        pool = self.pool
+        like = (pool.k.shape, pool.v.shape)
+        if like not in step.views:  # checked for the first layer of a shape
+            step.views[like] = tuple(
+                KVView.create(pool.k, pool.v, lengths, page_table=step.page_table, **pool.scales)
+                for lengths in (step.lengths, step.lengths_after)
+            )
+        before, after = step.views[like]
+        if before.k is not pool.k:
+            before = before.with_storage(pool.k, pool.v, **pool.scales)
+        return before, replace(before, kv_lengths=after.kv_lengths)
+
+    def _empty(self, num_pages: int) -> PagedKVCache:
+        (heads, dim), (value_heads, value_dim) = self._shapes
+        return PagedKVCache.empty(
+            num_pages, self.table.allocator.page_size, heads, dim, num_value_heads=value_heads,
+            value_head_dim=value_dim, dtype=self.dtype, device=self.device, format=self.format,
+            zeros=self.zeros,
+        )  # fmt: skip
+
+    def _grow(self, num_pages: int) -> None:
+        old, self.pool = self.pool, self._empty(num_pages)
+        for name in ("k", "v", *old.scales):
+            x = getattr(old, name)
+            if isinstance(x, Tensor):
+                getattr(self.pool, name)[: len(x)].copy_(x)
+
+
+class NewStates:
+    """New keys or values of a layer on their way to its attention; not a tensor.
+
+    Attributes:
+        layer: whose they are.
+        states: ``[B, H, S, D]``, the new tokens.
+        shape: ``[B, H, positions, D]``, with the tokens before them.
+    """
+
+    def __init__(self, layer: PagedLayer, states: Tensor):
+        self.layer, self.states = layer, states
+
+    @property
+    def shape(self) -> torch.Size:
+        batch, heads, new, dim = self.states.shape
+        return torch.Size((batch, heads, self.layer.seen + new, dim))
+
+    def __getattr__(self, name: str) -> object:
+        raise AttributeError(f"{ONLY_OURS}, asked for .{name}")
+
+    def __getitem__(self, index: object) -> object:
+        raise TypeError(f"{ONLY_OURS}, asked for a part of them")
+
+    @classmethod
+    def __torch_function__(cls, function: object, *_: object) -> object:
+        raise TypeError(f"{ONLY_OURS}, got {getattr(function, '__name__', function)}")
+
+
+def layer_windows(config: Any) -> list[int | None]:
+    """The sliding window of each layer of a decoder, in positions; None: all are seen."""
+    window = getattr(config, "sliding_window", None)
+    default = "full_attention" if window is None else "sliding_attention"
+    types = getattr(config, "layer_types", None) or [default] * config.num_hidden_layers
+    for kind in types:
+        if kind not in ("full_attention", "sliding_attention"):
+            raise NotImplementedError(
+                "a PagedCache holds layers of full_attention and sliding_attention, got "
+                f"config.layer_types with {kind!r}"
+            )
+    return [window if kind == "sliding_attention" else None for kind in types]
