@@ -105,6 +105,17 @@ inline __mmask16 compare(__m512 a, __m512 b, Compare holds) {
   return static_cast<__mmask16>(mask);
 }
 
+// Lane i of the result is lane from(i) of both vectors, b's lanes counted from 16 on.
+template <class From>
+inline __m512 gather(__m512 a, __m512 b, From from) {
+  float lanes[32];
+  std::memcpy(lanes, &a, sizeof a);
+  std::memcpy(lanes + 16, &b, sizeof b);
+  __m512 x;
+  for (int i = 0; i < 16; ++i) x[i] = lanes[from(i)];
+  return x;
+}
+
 }  // namespace emulated
 
 // ---- memory
@@ -294,29 +305,21 @@ inline __m256i _mm256_cvtepi8_epi16(__m128i x) {
 
 // ---- lanes: "quarters" are 128 bits
 inline __m512 _mm512_unpacklo_ps(__m512 a, __m512 b) {
-  __m512 x;
-  for (int i = 0; i < 16; ++i) x[i] = (i & 1 ? b : a)[i / 4 * 4 + i % 4 / 2];
-  return x;
+  return emulated::gather(a, b, [](int i) { return i % 2 * 16 + i / 4 * 4 + i % 4 / 2; });
 }
 inline __m512 _mm512_unpackhi_ps(__m512 a, __m512 b) {
-  __m512 x;
-  for (int i = 0; i < 16; ++i) x[i] = (i & 1 ? b : a)[i / 4 * 4 + 2 + i % 4 / 2];
-  return x;
+  return emulated::gather(a, b, [](int i) { return i % 2 * 16 + i / 4 * 4 + 2 + i % 4 / 2; });
 }
 inline __m512 _mm512_shuffle_ps(__m512 a, __m512 b, int control) {  // within quarters
-  __m512 x;
-  for (int i = 0; i < 16; ++i) x[i] = (i % 4 < 2 ? a : b)[i / 4 * 4 + (control >> i % 4 * 2 & 3)];
-  return x;
+  return emulated::gather(
+      a, b, [=](int i) { return (i % 4 < 2 ? 0 : 16) + i / 4 * 4 + (control >> i % 4 * 2 & 3); });
 }
 inline __m512 _mm512_shuffle_f32x4(__m512 a, __m512 b, int control) {  // of quarters
-  __m512 x;
-  for (int i = 0; i < 16; ++i) x[i] = (i < 8 ? a : b)[(control >> i / 4 * 2 & 3) * 4 + i % 4];
-  return x;
+  return emulated::gather(
+      a, b, [=](int i) { return (i < 8 ? 0 : 16) + (control >> i / 4 * 2 & 3) * 4 + i % 4; });
 }
 inline __m512 _mm512_permutex2var_ps(__m512 a, __m512i index, __m512 b) {
-  __m512 x;
-  for (int i = 0; i < 16; ++i) x[i] = (index[i] & 16 ? b : a)[index[i] & 15];
-  return x;
+  return emulated::gather(a, b, [=](int i) { return static_cast<int>(index[i] & 31); });
 }
 inline __m128 _mm512_extractf32x4_ps(__m512 x, int quarter) {
   const int i = quarter * 4;
