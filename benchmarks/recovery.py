@@ -6,7 +6,7 @@ SmolLM2's 9 query heads read 3 KV heads. Every query head counts as having its o
 MHA model that a lossless split gives; those 9 heads are grouped into 5, 4, 3, 2 and 1. Text to
 train on and held-out text are chapters of the Python reference, so the parent gains by training,
 too: ``stock`` is the parent, trained alike. What is done is in the JSON file and is not run again:
-the script can be stopped at any time. The picture is drawn from the file.
+the script can be stopped at any time. The table and the picture are made from the file.
 """
 
 from __future__ import annotations
@@ -182,10 +182,9 @@ class Runs:
         print(f"{key[0]}, {key[1]} KV heads, seed {key[2]}: perplexity {text}", flush=True)
 
 
-def run(
-    settings: Settings, seeds: Iterable[int], kv_heads: Sequence[int], path: Path, draw: Path
-) -> None:
-    """Run what the file lacks; perplexities before recovery first."""
+def run(settings: Settings, seeds: Iterable[int], kv_heads: Sequence[int], path: Path) -> None:
+    """Run what the file lacks, perplexities before recovery first; the table and the picture lie
+    beside the file."""
     register()
     runs = Runs(settings, path)
     for seed in seeds:
@@ -194,7 +193,9 @@ def run(
         for step in (runs.before, runs.after):
             for key in keys:
                 step(key)
-            picture(list(runs.done.values()), draw)
+            found = list(runs.done.values())
+            picture(found, path.with_suffix(".svg"))
+            write_atomically(path.with_suffix(".md"), table(found, settings))
 
 
 def _sample(texts: Tensor, count: int, seed: int) -> Tensor:
@@ -234,6 +235,42 @@ def _write(path: Path, settings: Settings, rows_: Iterable[Row]) -> None:
         "rows": [asdict(row) for row in rows_],
     }
     write_atomically(path, json.dumps(content, indent=1))
+
+
+def table(found: Sequence[Row], settings: Settings) -> str:
+    """Perplexity before and after recovery, Markdown: means over seeds, their extremes behind."""
+    heads = sorted({row.kv_heads for row in found if row.method != STOCK}, reverse=True)
+    lines = [
+        "# SmolLM2-135M with fewer KV heads: perplexity before and after recovery",
+        "",
+        f"Recovery: {settings.steps} steps of {settings.training[1]} tokens, attention weights "
+        "only. Means over seeds, extremes in brackets where they differ. The parent has 3 KV heads "
+        "of its own, so 3 or more lose nothing where the search finds them. `stock` is the parent, "
+        "trained alike.",
+        "",
+        "| method | " + " | ".join(f"{g} KV heads" for g in heads) + " |",
+        "|---|" + "---|" * len(heads),
+    ]
+    for method in METHODS:
+        of_method = [row for row in found if row.method == method]
+        cells = (_cell([row for row in of_method if row.kv_heads == g]) for g in heads)
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    stock = _cell([row for row in found if row.method == STOCK])
+    return "\n".join([*lines, "", f"stock: {stock}", ""])
+
+
+def _cell(found: Sequence[Row]) -> str:
+    """``before -> after`` of the rows that are done."""
+    columns = ([row.before for row in found], [row.after for row in found if row.after is not None])
+    return " -> ".join(_mean(values) for values in columns)
+
+
+def _mean(values: Sequence[float]) -> str:
+    if not values:
+        return "not run"
+    texts = sorted({f"{value:.1f}" for value in values}, key=float)
+    extremes = f" ({texts[0]}..{texts[-1]})" if len(texts) > 1 else ""
+    return f"{statistics.fmean(values):.1f}{extremes}"
 
 
 def picture(found: list[Row], path: Path) -> None:
@@ -280,9 +317,7 @@ def main() -> None:
     parser.add_argument("--kv-heads", type=int, nargs="+", default=KV_HEADS)
     arguments = parser.parse_args()
     settings = Settings(steps=arguments.steps)
-    out = arguments.out
-    paths = out / "smollm2.json", out / "smollm2.svg"
-    run(settings, arguments.seeds, arguments.kv_heads, *paths)
+    run(settings, arguments.seeds, arguments.kv_heads, arguments.out / "smollm2.json")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ def tiny_model(monkeypatch):
 def test_rows_and_resuming(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     path, picture = tmp_path / "rows.json", tmp_path / "rows.svg"
-    recovery.run(SMALL, [0], (3, 2), path, picture)
+    recovery.run(SMALL, [0], (3, 2), path)
     content = json.loads(path.read_text())
     rows = {(row["method"], row["kv_heads"]): row for row in content["rows"]}
     assert len(rows) == 2 * len(recovery.METHODS) + 1
@@ -34,11 +34,15 @@ def test_rows_and_resuming(tmp_path, capsys):
             assert row["layer_error"] > 0
         assert row["after"] != row["before"]
     assert "uneven, aligned" in picture.read_text()
+    lines = path.with_suffix(".md").read_text().splitlines()
+    row = rows["neighbour, mean", 2]
+    expected = f"| {row['before']:.1f} -> {row['after']:.1f} |"
+    assert next(line for line in lines if line.startswith("| neighbour, mean")).endswith(expected)
     capsys.readouterr()
     after = content["rows"][3]["after"]
     content["rows"][3].update(after=None, seconds=None)  # a run that was stopped here
     path.write_text(json.dumps(content))
-    recovery.run(SMALL, [0], (3, 2), path, picture)
+    recovery.run(SMALL, [0], (3, 2), path)
     (line,) = capsys.readouterr().out.splitlines()
     row = content["rows"][3]
     assert line.startswith(f"{row['method']}, {row['kv_heads']} KV heads, seed 0: perplexity ")
@@ -49,4 +53,4 @@ def test_file_of_other_settings(tmp_path):
     path = tmp_path / "rows.json"
     path.write_text(json.dumps({"settings": {}, "rows": []}))
     with pytest.raises(ValueError, match="must be of these settings"):
-        recovery.run(SMALL, [0], (3, 2), path, tmp_path / "rows.svg")
+        recovery.run(SMALL, [0], (3, 2), path)
