@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from . import common, kv
-from .backward_common import load_lse, score_gradient, through_cap
+from .backward_common import load_lse, probabilities, score_gradient, through_cap
 from .dropout import keep_tile_keys_first
 
 
@@ -229,7 +229,7 @@ def backward_kv_kernel(
                 MASK_KIND,
             )
             b_lse = load_lse(p_lse + i_row + o_m64, m_m)  # [BLOCK_M]
-            b_p = tl.exp2(tl.fma(b_score, common.LOG2E, -b_lse[None, :]))
+            b_p = probabilities(b_score, b_lse[None, :], b_q.dtype == tl.float32)
             m_keep = None
             if HAS_DROPOUT:
                 m_keep = keep_tile_keys_first(

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from . import common, kv
-from .backward_common import load_lse, score_gradient, through_cap
+from .backward_common import load_lse, probabilities, score_gradient, through_cap
 from .dropout import keep_tile
 from .prefill import find_query_block
 
@@ -201,7 +201,7 @@ def backward_q_kernel(
                 HAS_ALIBI,
                 MASK_KIND,
             )
-            b_p = tl.exp2(tl.fma(b_score, common.LOG2E, -b_lse[:, None]))
+            b_p = probabilities(b_score, b_lse[:, None], b_q.dtype == tl.float32)
             m_keep = None
             if HAS_DROPOUT:
                 m_keep = keep_tile(
