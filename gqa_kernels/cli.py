@@ -61,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
     )
     train.add_argument(
         "--folder", type=Path, default=Path("train-demo"), metavar="PATH",
-        help="checkpoints, report.json and losses.svg go there (train-demo)",
+        help="checkpoints, report.json, report.md and losses.svg go there (train-demo)",
     )  # fmt: skip
     train.add_argument("--task", action="append", choices=("text", "digits"), help="only this one")
     train.add_argument("--seeds", type=_count, metavar="N", help="(3)")
