@@ -119,7 +119,9 @@ def _train_demo(arguments: argparse.Namespace) -> int:
     if arguments.seeds:
         settings = replace(settings, seeds=arguments.seeds)
     try:
-        require("rich", "matplotlib", "scipy", *(["sklearn"] if "digits" in settings.tasks else []))
+        require(
+            "rich", "matplotlib", "scipy", *(["scikit-learn"] if "digits" in settings.tasks else [])
+        )
         from rich.console import Console
 
         from .train_demo.run import run
