@@ -201,11 +201,11 @@ DECODE_CASES = [
 CASES = PREFILL_CASES + DECODE_CASES
 
 
-def matrix(backends: list[str]) -> list:
+def matrix(backends: list[str], interpreted_every: int = 2) -> list:
     """(case, backend, dtype) of every case that a backend declares it can run.
 
-    Where Triton's kernels are interpreted, a case runs in fp32 and one 16-bit type; the other one
-    is slow.
+    Where Triton's kernels are interpreted, each 16-bit type runs one in ``interpreted_every`` cases;
+    the others are slow.
     """
     found = []
     for name in backends:
@@ -214,7 +214,7 @@ def matrix(backends: list[str]) -> list:
             rows = [case for case in CASES if case.needs() <= can.options]
             for row, case in enumerate(rows):
                 interpreted = name == "triton" and not torch.cuda.is_available()
-                skipped = interpreted and dtype.itemsize == 2 and (row + i) % 2
+                skipped = interpreted and dtype.itemsize == 2 and (row - i) % interpreted_every
                 found.append(
                     pytest.param(
                         case, name, dtype, marks=[pytest.mark.slow] if skipped else [],

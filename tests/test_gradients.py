@@ -48,7 +48,7 @@ def check(args, options, backend, use_lse=True):
     return gradients
 
 
-@pytest.mark.parametrize("case, backend, dtype", matrix(FUSED))
+@pytest.mark.parametrize("case, backend, dtype", matrix(FUSED, 4))
 def test_matches_reference(case, backend, dtype, device):
     args, options = case.build(dtype, device)
     check(args, options, backend, use_lse=len(case.id) % 2 == 0)
@@ -90,7 +90,7 @@ def test_bitwise_repeatable(backend, device):
         "alibi_slopes": torch.rand(7, device=device),
         "sinks": torch.rand(7, device=device),
     }
-    first, *others = (differentiate(args, options, backend)[0] for _ in range(4))
+    first, *others = (differentiate(args, options, backend)[0] for _ in range(3))
     for other in others:
         assert all(torch.equal(first[name], other[name]) for name in first)
 
