@@ -204,7 +204,7 @@ CASES = PREFILL_CASES + DECODE_CASES
 def matrix(backends: list[str], interpreted_every: int = 2) -> list:
     """(case, backend, dtype) of every case that a backend declares it can run.
 
-    Where Triton's kernels are interpreted, each 16-bit type runs one in ``interpreted_every`` cases;
+    Where Triton is interpreted, each 16-bit type runs one in ``interpreted_every`` cases;
     the others are slow.
     """
     found = []
