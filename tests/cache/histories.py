@@ -185,7 +185,7 @@ def format_error(x: Tensor, format: str | None, zeros: bool) -> Tensor:
 
 
 def random_history(
-    seed: int, page_size: int, steps: int = 12
+    seed: int, page_size: int, dtype: torch.dtype = torch.float32, steps: int = 12
 ) -> tuple[PageAllocator, PagedKVCache, dict[int, tuple[Tensor, Tensor]]]:
     """A pool after random allocations, appends, forks and frees; and each sequence's tokens."""
     generator = torch.Generator().manual_seed(seed)
@@ -195,15 +195,13 @@ def random_history(
 
     heads, dim = 2, 16
     allocator = PageAllocator(-(-400 // page_size) + 12, page_size)
-    pool = PagedKVCache.empty(
-        allocator.num_pages, page_size, heads, dim, dtype=torch.float32, order="NHD"
-    )
+    pool = PagedKVCache.empty(allocator.num_pages, page_size, heads, dim, dtype=dtype, order="NHD")
     poison(pool)
     tokens: dict[int, tuple[Tensor, Tensor]] = {}
     for _ in range(steps):
         action = pick(5)
         if action == 0 or not tokens:
-            tokens[allocator.allocate()] = (torch.zeros(heads, 0, dim),) * 2
+            tokens[allocator.allocate()] = (torch.zeros(heads, 0, dim, dtype=dtype),) * 2
         elif action == 1:
             parent = allocator.sequences[pick(len(tokens))]
             length = pick(allocator.length(parent) + 1)
@@ -216,7 +214,8 @@ def random_history(
         else:
             names = allocator.sequences[: 1 + pick(len(tokens))]
             count = 1 + pick(9)
-            new = torch.randn(2, len(names), heads, count, dim, generator=generator)
+            shape = (2, len(names), heads, count, dim)
+            new = torch.randn(shape, generator=generator).to(dtype)
             step = pool.at(allocator.append(names, count))
             step.append(new[0], new[1], backend="reference")
             for b, name in enumerate(names):

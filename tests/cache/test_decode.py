@@ -22,13 +22,26 @@ from tests.cases import INTERLEAVED, UNEVEN, WITH_EMPTY
 from tests.conftest import DEVICE
 
 
+def dtype_of(backend: str) -> torch.dtype:
+    """The type of a backend's tests that are not of types: fp32 where it can."""
+    dtypes = BACKENDS[backend].capabilities.dtypes
+    return torch.float32 if torch.float32 in dtypes else torch.bfloat16
+
+
 def usable(name: str) -> bool:
     """Whether a backend has cache kernels here."""
     if DEVICE not in BACKENDS[name].capabilities.devices:
         return False
-    cache = DenseKVCache.empty(1, 1, 2, 8, dtype=torch.float32, device=DEVICE)
-    q = torch.zeros(1, 1, 1, 8, device=DEVICE)
+    cache = DenseKVCache.empty(1, 1, 2, 8, dtype=dtype_of(name), device=DEVICE)
+    q = torch.zeros(1, 1, 1, 8, dtype=dtype_of(name), device=DEVICE)
     return not explain_backend(q, cache, [0])[name]
+
+
+def require(backend: str, kind: Kind) -> None:
+    """Skip the test where a backend doesn't read a kind of cache."""
+    missing = kind.caches - BACKENDS[backend].capabilities.caches
+    if missing:
+        pytest.skip(f"backend {backend} does not read {', '.join(sorted(missing))}")
 
 
 USABLE = [name for name in available_backends() if usable(name)]
@@ -39,6 +52,7 @@ MATRIX = [
     for i, kind in enumerate(KINDS)
     for dtype in ([DTYPES[i % 3]] if name == "triton" else DTYPES)  # interpreted: one of each
     if kind.caches <= BACKENDS[name].capabilities.caches
+    and dtype in BACKENDS[name].capabilities.dtypes
 ]
 LENGTHS = [37, 0, 5]
 
@@ -94,14 +108,15 @@ OPTIONS = {
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options_over_pages(backend, name, device):
     kind = Kind(16, "NHD", format="int8") if name == "value-map" else Kind(3, begin=True)
+    require(backend, kind)
     heads = 2 if name == "value-map" else None
-    cache, _ = filled(kind, torch.float32, device, value_heads=heads)
+    cache, _ = filled(kind, dtype_of(backend), device, value_heads=heads)
     options = {
         key: value(cache.view().capacity) if callable(value) else value
         for key, value in OPTIONS[name].items()
     }
     options = {k: x.to(device) if isinstance(x, torch.Tensor) else x for k, x in options.items()}
-    q = queries(3, UNEVEN, 4, 16, torch.float32, device)
+    q = queries(3, UNEVEN, 4, 16, dtype_of(backend), device)
     out, lse = asym_gqa_decode(q, cache, UNEVEN, return_lse=True, backend=backend, **options)
     assert_decode_close(out, q, cache, UNEVEN, lse=lse, **options)
 
@@ -116,15 +131,15 @@ def test_lengths_and_pages_per_head(backend, head_map, device):
     lengths[0, 0] = 0
     table = torch.randperm(2 * heads * max_pages + 4, generator=generator)[: 2 * heads * max_pages]
     table = table.view(2, heads, max_pages)
-    k = torch.randn(table.numel() + 4, page_size, 16, generator=generator)
-    v = torch.randn(table.numel() + 4, page_size, 16, generator=generator)
+    shape, dtype = (table.numel() + 4, page_size, 16), dtype_of(backend)
+    k, v = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
     dense = [x[table].flatten(2, 3).to(device) for x in (k, v)]
     table[torch.arange(max_pages) * page_size >= lengths[..., None]] = -7
     cache = PagedKVCache(
         k.to(device), v.to(device), table.to(device), lengths.to(device, torch.int32)
     )
     for q_len in (1, 3):
-        q = queries(2, head_map, q_len, 16, torch.float32, device)
+        q = queries(2, head_map, q_len, 16, dtype, device)
         out, lse = asym_gqa_decode(q, cache, head_map, return_lse=True, backend=backend)
         options = {"kv_lengths": lengths.to(device), "causal": True}
         assert_attention_close(out, q, *dense, head_map, lse=lse, **options)
@@ -133,8 +148,9 @@ def test_lengths_and_pages_per_head(backend, head_map, device):
 @pytest.mark.parametrize("backend", USABLE)
 @pytest.mark.parametrize("kind", [Kind(), Kind(3), Kind(16, format="fp8_e4m3")], ids=str)
 def test_packed_queries(backend, kind, device):
-    cache, _ = filled(kind, torch.float32, device)
-    q = queries(1, UNEVEN, 30, 16, torch.float32, device)[0].transpose(0, 1).contiguous()
+    require(backend, kind)
+    cache, _ = filled(kind, dtype_of(backend), device)
+    q = queries(1, UNEVEN, 30, 16, dtype_of(backend), device)[0].transpose(0, 1).contiguous()
     offsets = torch.tensor([0, 21, 22, 30], device=device)  # the second sequence has no keys
     options = {"cu_seqlens_q": offsets, "max_seqlen_q": 25, "window": (8, None)}
     out, lse = asym_gqa_decode(q, cache, UNEVEN, return_lse=True, backend=backend, **options)
@@ -147,12 +163,12 @@ def test_packed_queries(backend, kind, device):
 @pytest.mark.parametrize("seed", [0, 1])
 def test_random_histories(backend, page_size, seed, device):
     """After allocations, appends, forks and frees every sequence still has its own tokens."""
-    allocator, pool, tokens = random_history(seed, page_size)
+    allocator, pool, tokens = random_history(seed, page_size, dtype_of(backend))
     pool.k, pool.v = pool.k.to(device), pool.v.to(device)
     names = list(tokens)
     cache = pool.at(allocator.batch(names))
     head_map = HeadMap([1, 0, 1])
-    q = queries(len(names), head_map, 2, 16, torch.float32, device)
+    q = queries(len(names), head_map, 2, 16, dtype_of(backend), device)
     out, lse = asym_gqa_decode(q, cache, head_map, return_lse=True, backend=backend)
     for b, name in enumerate(names):
         k, v = (x[None].to(device) for x in tokens[name])
@@ -165,8 +181,8 @@ def test_random_histories(backend, page_size, seed, device):
 @pytest.mark.parametrize("q_len", [1, 20])
 def test_page_out_of_range_that_the_host_cant_see(backend, q_len, device):
     """No read out of bounds, NaN for every row that sees the page, and for no other."""
-    cache, _ = filled(Kind(3), torch.float32, device, lengths=(37, 9, 20))
-    q = queries(3, UNEVEN, q_len, 16, torch.float32, device)
+    cache, _ = filled(Kind(3), dtype_of(backend), device, lengths=(37, 9, 20))
+    q = queries(3, UNEVEN, q_len, 16, dtype_of(backend), device)
     inputs = CacheInputs.create(q, cache.view(), UNEVEN, window=(11, None))
     good, _ = BACKENDS[backend].run_cache(inputs)
     for bad in (-1, 2**31 - 1, cache.k.shape[0]) if q_len == 1 else (-1,):
@@ -187,8 +203,8 @@ def test_page_out_of_range_that_the_host_cant_see(backend, q_len, device):
 
 @pytest.mark.parametrize("backend", USABLE)
 def test_nothing_to_do(backend, device):
-    cache, _ = filled(Kind(3), torch.float32, device)
-    q = queries(3, UNEVEN, 0, 16, torch.float32, device)
+    cache, _ = filled(Kind(3), dtype_of(backend), device)
+    q = queries(3, UNEVEN, 0, 16, dtype_of(backend), device)
     assert asym_gqa_decode(q, cache, UNEVEN, backend=backend).shape == (3, 6, 0, 24)
     none = cache.at(cache.page_table[:0], cache.lengths[:0])
     assert asym_gqa_decode(q[:0], none, UNEVEN, backend=backend).shape == (0, 6, 0, 24)
@@ -196,8 +212,8 @@ def test_nothing_to_do(backend, device):
 
 @pytest.mark.parametrize("backend", USABLE)
 def test_layouts_agree(backend, device):
-    cache, _ = filled(Kind(16), torch.float32, device)
-    q = queries(3, UNEVEN, 3, 16, torch.float32, device)
+    cache, _ = filled(Kind(16), dtype_of(backend), device)
+    q = queries(3, UNEVEN, 3, 16, dtype_of(backend), device)
     expected = asym_gqa_decode(q, cache, UNEVEN, backend=backend)
     q = q.transpose(1, 2).contiguous()
     out = asym_gqa_decode(q, cache, UNEVEN, layout="bshd", backend=backend)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from gqa_kernels.cache.inputs import AppendInputs
 from gqa_kernels.cache.view import KVView, is_dynamic
+from tests.cache.append_cases import SCALES
 
 from .cuda_harness import DTYPES, AppendParams, AttentionParams, Call, Phase, Result, Strides
 from .cuda_harness import compiled as compiled_phase
-
-SCALES = ("k_scale", "v_scale", "k_zero", "v_zero")
 
 
 def append_phase() -> Phase:
@@ -97,8 +95,3 @@ def emulated_append(inputs: AppendInputs, phase: Phase | None = None, **options)
     result = (phase or append_phase()).run(make_append_call(inputs), **options)
     assert len(result.launches) <= 1
     return result
-
-
-def bits(x: Tensor) -> Tensor:
-    """The memory of a tensor as integers, so that NaN and zeros of both signs count."""
-    return x.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[x.element_size()])

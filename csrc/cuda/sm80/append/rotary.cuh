@@ -46,20 +46,47 @@ __device__ __forceinline__ void load_angles(const AppendParams& params, const vo
   load_angles(params, static_cast<const T*>(table) + offset, column, vectors, x);
 }
 
+// a and b turned by one angle; products are not fused with sums: all backends store the same.
+template <class T>
+__device__ __forceinline__ float turned(float a, float b, float cos, float sin) {
+  return to_float(rounded_to<T>(__fadd_rn(__fmul_rn(a, cos), __fmul_rn(b, sin))));
+}
+
+// Pairs half a turned row apart. kWhole: partners are the same numbers of another thread.
+template <class T, bool kWhole>
+__device__ __forceinline__ void turn_halves(const float (&staged)[kAppendNumbers][kAppendThreads],
+                                            int column, int half, const Numbers& cos,
+                                            const Numbers& sin, Numbers& x) {
+  const int row = static_cast<int>(threadIdx.x) - column / kAppendNumbers;
+  const int partner = row + (column < half ? column + half : column - half) / kAppendNumbers;
+#pragma unroll
+  for (int i = 0; i < kAppendNumbers; ++i) {
+    const int c = column + i;
+    if (!kWhole && c >= 2 * half) continue;
+    const bool first = (kWhole ? column : c) < half;
+    const int p = first ? c + half : c - half;
+    const float other =
+        kWhole ? staged[i][partner] : staged[p % kAppendNumbers][row + p / kAppendNumbers];
+    x[i] = turned<T>(x[i], other, cos[i], first ? -sin[i] : sin[i]);
+  }
+}
+
 // Turns numbers x, which begin at `column` of a row that threads of one warp hold, this one as the
-// row's thread number column / kAppendNumbers; rounded to T. All threads call it, with `turned`
-// where their row is to be turned. Products are not fused with sums: all backends store the same.
+// row's thread number column / kAppendNumbers; rounded to T. All threads call it, with `turn` where
+// their row is to be turned.
 template <class T>
 __device__ __forceinline__ void rotate(const AppendArgs& args, int64_t position, int column,
-                                       bool turned, Numbers& x) {
+                                       bool turn, Numbers& x) {
   // Number i of all threads side by side: no bank conflicts at any distance between partners.
   __shared__ float staged[kAppendNumbers][kAppendThreads];
-#pragma unroll
-  for (int i = 0; i < kAppendNumbers; ++i) staged[i][threadIdx.x] = x[i];
-  __syncwarp();  // staged: partners are in the same warp
   const AppendParams& params = args.params;
+  if (!params.rotary_interleaved) {
+#pragma unroll
+    for (int i = 0; i < kAppendNumbers; ++i) staged[i][threadIdx.x] = x[i];
+    __syncwarp();  // staged: partners are in the same warp
+  }
   const int dim = static_cast<int>(params.rotary_dim), half = dim / 2;
-  if (!turned || column >= dim) return;
+  if (!turn || column >= dim) return;
   const int64_t last = params.rotary_positions - 1;
   const int64_t row = position < 0 ? 0 : position > last ? last : position;
   Numbers cos, sin;
@@ -67,17 +94,18 @@ __device__ __forceinline__ void rotate(const AppendArgs& args, int64_t position,
                  args.angle_vectors, cos);
   load_angles<T>(params, params.rotary_sin, row * params.sin_stride, params.sin_dtype, column,
                  args.angle_vectors, sin);
-  const int first_thread = static_cast<int>(threadIdx.x) - column / kAppendNumbers;
+  if (params.rotary_interleaved) {
 #pragma unroll
-  for (int i = 0; i < kAppendNumbers; ++i) {
-    const int c = column + i;
-    if (c >= dim) continue;
-    const bool first = params.rotary_interleaved ? c % 2 == 0 : c < half;
-    const int distance = params.rotary_interleaved ? 1 : half;
-    const int partner = first ? c + distance : c - distance;
-    const float other = staged[partner % kAppendNumbers][first_thread + partner / kAppendNumbers];
-    const float turn = __fmul_rn(other, first ? -sin[i] : sin[i]);
-    x[i] = to_float(rounded_to<T>(__fadd_rn(__fmul_rn(x[i], cos[i]), turn)));
+    for (int i = 0; i < kAppendNumbers; i += 2) {
+      if (column + i >= dim) continue;
+      const float a = x[i], b = x[i + 1];
+      x[i] = turned<T>(a, b, cos[i], -sin[i]);
+      x[i + 1] = turned<T>(b, a, cos[i], sin[i]);
+    }
+  } else if (half % kAppendNumbers == 0) {
+    turn_halves<T, true>(staged, column, half, cos, sin, x);
+  } else {
+    turn_halves<T, false>(staged, column, half, cos, sin, x);
   }
 }
 
