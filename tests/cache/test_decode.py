@@ -15,9 +15,18 @@ from gqa_kernels import (
     explain_backend,
 )
 from gqa_kernels.backends.dispatch import BACKENDS
+from gqa_kernels.backends.reference_cache import gather
 from gqa_kernels.cache.inputs import CacheInputs
 from gqa_kernels.testing import assert_attention_close, assert_decode_close
-from tests.cache.histories import KINDS, Kind, empty_cache, fill, hide_unused_pages, random_history
+from tests.cache.histories import (
+    KINDS,
+    Kind,
+    empty_cache,
+    fill,
+    format_error,
+    hide_unused_pages,
+    random_history,
+)
 from tests.cases import INTERLEAVED, UNEVEN, WITH_EMPTY
 from tests.conftest import DEVICE
 
@@ -158,23 +167,97 @@ def test_packed_queries(backend, kind, device):
     assert_decode_close(out, q, cache, UNEVEN, lse=lse, **options)
 
 
+HISTORIES = [
+    Kind(1, "NHD"),
+    Kind(3),
+    Kind(16, "NHD"),
+    Kind(64),
+    Kind(256),
+    Kind(1, format="int4", zeros=True),
+    Kind(3, "NHD", format="fp8_e4m3"),
+    Kind(16, format="int8"),
+    Kind(64, "NHD", format="int8", zeros=True),
+    Kind(256, format="fp8_e5m2"),
+]
+
+
 @pytest.mark.parametrize("backend", USABLE)
-@pytest.mark.parametrize("page_size", [1, 3, 16])
-@pytest.mark.parametrize("seed", [0, 1])
-def test_random_histories(backend, page_size, seed, device):
-    """After allocations, appends, forks and frees every sequence still has its own tokens."""
-    allocator, pool, tokens = random_history(seed, page_size, dtype_of(backend))
-    pool.k, pool.v = pool.k.to(device), pool.v.to(device)
-    names = list(tokens)
-    cache = pool.at(allocator.batch(names))
+@pytest.mark.parametrize("kind", HISTORIES, ids=str)
+def test_random_histories(backend, kind, device):
+    """After allocations, appends, forks and frees every sequence still has its own tokens; garbage
+    in slots and page ids that none uses."""
+    require(backend, kind)
+    dtype = dtype_of(backend)
+    history = random_history(HISTORIES.index(kind), kind, backend, dtype, device)
+    names = list(history.tokens)
+    cache = history.at(history.allocator.batch(names))
+    hide_unused_pages(cache)
     head_map = HeadMap([1, 0, 1])
-    q = queries(len(names), head_map, 2, 16, dtype_of(backend), device)
+    q = queries(len(names), head_map, 2, 16, dtype, device)
     out, lse = asym_gqa_decode(q, cache, head_map, return_lse=True, backend=backend)
+    assert_decode_close(out, q, cache, head_map, lse=lse)
+    stored = gather(cache.view())
     for b, name in enumerate(names):
-        k, v = (x[None].to(device) for x in tokens[name])
-        assert_attention_close(
-            out[b : b + 1], q[b : b + 1], k, v, head_map, lse=lse[b : b + 1], causal=True
-        )
+        k, v = (x[None].to(device) for x in history.tokens[name])
+        for got, x in zip(stored, (k, v), strict=False):
+            error = (got[b : b + 1, :, : x.shape[2]].float() - x.float()).abs()
+            assert (error <= format_error(x.float(), kind.format, kind.zeros)).all()
+        if kind.format is None:
+            one = slice(b, b + 1)
+            assert_attention_close(out[one], q[one], k, v, head_map, lse=lse[one], causal=True)
+
+
+GIVEN = {  # scales for the tensor or for each head, with zeros or without
+    "fp8_e4m3": (torch.float8_e4m3fn, {}),
+    "fp8_e5m2": (torch.float8_e5m2, {}),
+    "int8": (torch.int8, {"k_zero": 3.0, "v_zero": torch.tensor([0.0, -5.0])}),
+    "int4": (torch.uint8, {"k_zero": torch.tensor([7.0, 9.0])}),
+}
+
+
+@pytest.mark.parametrize("backend", USABLE)
+@pytest.mark.parametrize("format", GIVEN)
+def test_given_scales(backend, format, device):
+    """Of the whole tensor for K and of each head for V, with zeros or without."""
+    require(backend, Kind(4, format=format))
+    storage, zeros = GIVEN[format]
+    generator = torch.Generator().manual_seed(0)
+    width = 8 if format == "int4" else 16
+    high = 256 if storage == torch.uint8 else 120  # below fp8's NaN
+    k, v = (
+        torch.randint(0, high, (6, 2, 4, width), generator=generator, dtype=torch.uint8)
+        .view(storage)
+        .to(device)
+        for _ in range(2)
+    )
+    scales = {"k_scale": 2.0**-9, "v_scale": torch.tensor([0.25, 2.0]), **zeros}
+    scales = {n: x.to(device) if torch.is_tensor(x) else x for n, x in scales.items()}
+    table = torch.tensor([[5, 0, 3], [2, 1, 4]], device=device)
+    lengths = torch.tensor([11, 6], dtype=torch.int32, device=device)
+    cache = PagedKVCache(k, v, table, lengths, **scales)
+    head_map = HeadMap([1, 0, 1])
+    q = queries(2, head_map, 3, 16, dtype_of(backend), device)
+    out, lse = asym_gqa_decode(q, cache, head_map, return_lse=True, backend=backend)
+    assert_decode_close(out, q, cache, head_map, lse=lse)
+
+
+@pytest.mark.parametrize("backend", USABLE)
+@pytest.mark.parametrize("kind", [Kind(), Kind(3, begin=True)], ids=str)
+def test_lengths_that_the_host_cant_see_are_clamped(backend, kind, device):
+    """To the slots that a sequence has, and to 0: nothing is read out of bounds."""
+    cache, _ = filled(kind, dtype_of(backend), device, room=True)
+    for x in (cache.k, cache.v):
+        x.nan_to_num_(0)
+    q = queries(3, UNEVEN, 2, 16, dtype_of(backend), device)
+    inputs = CacheInputs.create(q, cache.view(), UNEVEN)
+    begin = 0 if cache.begin is None else cache.begin[0]
+    results = []
+    for lengths in ((2**31 - 1, -(2**31), 5), (inputs.view.capacity - begin, 0, 5)):
+        lengths = torch.tensor(lengths, dtype=torch.int32, device=device)
+        view = replace(inputs.view, kv_lengths=lengths[:, None].expand(3, 3))
+        results.append(BACKENDS[backend].run_cache(replace(inputs, view=view)))
+    for got, expected in zip(*results, strict=True):
+        assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize("backend", USABLE)

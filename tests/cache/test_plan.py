@@ -1,10 +1,13 @@
 """Plans (once per step, many layers), compilation, and the ops behind both."""
 
+import sys
+
 import pytest
 import torch
 
 from gqa_kernels import (
     DenseKVCache,
+    HeadMap,
     PagedKVCache,
     asym_gqa_attention,
     asym_gqa_decode,
@@ -12,12 +15,14 @@ from gqa_kernels import (
     plan_decode,
 )
 from gqa_kernels.backends.dispatch import BACKENDS
+from gqa_kernels.backends.reference_cache import gather
 from gqa_kernels.cache.inputs import AppendInputs, CacheInputs
 from gqa_kernels.testing import assert_decode_close
 from tests.cache.histories import Kind
 from tests.cache.test_append import rotary_table, stored
 from tests.cache.test_decode import USABLE, dtype_of, filled, queries, require
 from tests.cases import UNEVEN
+from tests.conftest import DEVICE
 
 
 @pytest.fixture(autouse=True)
@@ -56,8 +61,8 @@ def test_one_plan_serves_the_layers_of_a_step(backend, device):
 
 
 @pytest.mark.parametrize("backend", USABLE)
-def test_a_plan_reads_lengths_tables_and_maps_when_it_runs(backend, device, monkeypatch):
-    """As the replays of a CUDA graph do. The host may not look at a tensor in a replay."""
+def test_a_plan_reads_lengths_tables_and_maps_when_it_runs(backend, device):
+    """As the replays of a CUDA graph do."""
     cache, _ = filled(Kind(4), dtype_of(backend), device, lengths=(9, 14))
     q = queries(2, UNEVEN, 1, 16, dtype_of(backend), device)
     plan = plan_decode(q, cache, UNEVEN, backend=backend)
@@ -65,6 +70,74 @@ def test_a_plan_reads_lengths_tables_and_maps_when_it_runs(backend, device, monk
     cache.lengths.copy_(cache.lengths.flip(0))
     cache.page_table.copy_(cache.page_table.flip(0))
     assert torch.equal(plan(q.flip(0), cache), before.flip(0))
+
+
+class Blind(torch.utils._python_dispatch.TorchDispatchMode):
+    """Fails where the host looks at what a tensor holds: what a capture on a GPU forbids."""
+
+    LOOKS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "_unique2", "masked_select")
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        assert op.__name__.split(".")[0] not in self.LOOKS, f"the host looks at a tensor: {op}"
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("backend", [name for name in USABLE if name != "reference"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_plan_looks_at_no_tensor(backend, packed, device, monkeypatch):
+    """With tensors that can't be read for nothing, as on a device: append, rotary and attention."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("gqa_kernels") and hasattr(module, "_readable"):
+            monkeypatch.setattr(module, "_readable", lambda x: False)
+    dtype = dtype_of(backend)
+    cache, _ = filled(Kind(4), dtype, device, lengths=(9, 3), room=True)
+    cos, sin = (x.to(device) for x in rotary_table(12))
+    options, rows = {}, (2,)
+    if packed:
+        rows = (3,)
+        options = {"cu_seqlens_q": torch.tensor([0, 1, 3], device=device), "max_seqlen_q": 2}
+    q, k, v = (
+        torch.randn(*rows, heads, *((1,) if not packed else ()), dim, device=device).to(dtype)
+        for heads, dim in ((6, 16), (3, 16), (3, 24))
+    )
+    head_map = UNEVEN.tensor(device)
+    plan = plan_decode(q, cache, head_map, backend=backend, **options)
+    expected = plan(q, cache, k, v, rotary_cos=cos, rotary_sin=sin)
+    with Blind():
+        out = plan(q, cache, k, v, rotary_cos=cos, rotary_sin=sin)
+        cache.advance(plan.new_tokens)
+    assert torch.equal(out, expected)
+    assert cache.lengths.tolist() == ([10, 5] if packed else [10, 4])
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("backend", [name for name in USABLE if name != "reference"])
+def test_a_captured_plan_follows_lengths_tables_and_maps(backend, device):
+    dtype = dtype_of(backend)
+    cache, _ = filled(Kind(4), dtype, device, lengths=(9, 14), room=True)
+    cache.k.normal_(), cache.v.normal_()
+    head_map = UNEVEN.tensor(device).clone()
+    q = queries(2, UNEVEN, 1, 16, dtype, device)
+    k, v = (torch.randn(2, 3, 1, dim, device=device).to(dtype) for dim in (16, 24))
+    plan = plan_decode(q, cache, head_map, backend=backend)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        plan(q, cache, k, v)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = plan(q, cache, k, v)
+    for lengths, entries in (([3, 30], [0, 0, 0, 1, 2, 2]), ([0, 17], [2, 1, 0, 0, 0, 0])):
+        cache.lengths.copy_(torch.tensor(lengths))
+        cache.page_table.copy_(cache.page_table.flip(0))
+        head_map.copy_(torch.tensor(entries))
+        graph.replay()
+        torch.cuda.synchronize()
+        grown = cache.at(cache.page_table, cache.lengths + 1)
+        assert_decode_close(out, q, grown, HeadMap(entries, 3))
+        new = gather(grown.view())[0][torch.arange(2), :, torch.tensor(lengths)]
+        assert torch.equal(new, k[:, :, 0])
 
 
 @pytest.mark.parametrize("backend", USABLE)

@@ -11,6 +11,8 @@ import torch
 from gqa_kernels import PagedKVCache
 from gqa_kernels.backends.reference_cache import reference_append
 from gqa_kernels.cache.inputs import AppendInputs
+from gqa_kernels.cache.quantized import FORMAT_OF_NAME
+from tests.backends.test_cpu_cache import after, assert_same, random_append
 from tests.cache.append_cases import CASES, ROTARY, SHAPES, appends, assert_same_memory, bits
 from tests.cache.histories import Kind
 from tests.cache.test_append import FORMATS, rotary_table
@@ -217,6 +219,20 @@ EVERY = [
 @pytest.mark.parametrize("options", EVERY, ids=lambda options: "-".join(map(str, options.values())))
 def test_every_kind_at_every_size(options):
     check(**options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [None, *FORMAT_OF_NAME])
+def test_random_appends(name):
+    """Views, shapes, tables, scales and numbers of all kinds, as the CPU's kernel is tried on."""
+
+    def emulated(inputs):
+        result = emulated_append(inputs)
+        return None if inputs.q is None else result.out
+
+    for seed in range(16):
+        inputs = random_append(seed, (FP32, BF16, FP16)[seed % 3], name)
+        assert_same(after(emulated, inputs), after(reference_append, inputs), seed)
 
 
 @pytest.mark.slow
