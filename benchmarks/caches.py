@@ -27,7 +27,8 @@ class CacheProblem:
 
     Attributes:
         copies: queries ``[B, Hq, Sq, D]`` and a full cache of the case's kind, other values each.
-        dense: the tokens of each copy in a dense cache of the queries' type.
+        dense: the tokens of each copy in a dense cache of the queries' type; for budgets of heads,
+            as many tokens, spread evenly over the heads.
     """
 
     case: Case
@@ -59,6 +60,8 @@ def _tensors(case: Case, device: torch.device, seed: int) -> tuple[Tensor, KVCac
     kind = case.cache_kind
     memory = {"dtype": dtype, "device": device, "format": kind.format}
     empty = torch.zeros_like(lengths)
+    if kind.budgets:
+        return q, plain, _with_budgets(case, normal, generator)
     if kind.page_size:
         max_pages = -(-case.kv_len // kind.page_size)
         pages = torch.randperm(case.batch * max_pages, generator=generator, device=device)
@@ -69,6 +72,28 @@ def _tensors(case: Case, device: torch.device, seed: int) -> tuple[Tensor, KVCac
         cache = DenseKVCache.empty(case.batch, heads, case.kv_len, dim, **memory)
     cache.append(k, v)
     return q, plain, cache
+
+
+def budgets(case: Case) -> list[int]:
+    """Keys of each head: from half to one and a half of ``kv_len``, which is their mean."""
+    heads = case.head_map.num_kv_heads
+    first = [round(case.kv_len * (0.5 + h / max(heads - 1, 1))) for h in range(heads // 2)]
+    return first + [case.kv_len] * (heads % 2) + [2 * case.kv_len - n for n in reversed(first)]
+
+
+def _with_budgets(case: Case, normal: Callable[..., Tensor], generator) -> PagedKVCache:
+    """A cache full of normal random tokens whose heads have lengths of their own; pages of one
+    head each, none to spare."""
+    device, size = generator.device, case.cache_kind.page_size
+    counts = torch.tensor(budgets(case), device=device)
+    pages = (counts + size - 1) // size
+    order = torch.randperm(case.batch * int(pages.sum()), generator=generator, device=device)
+    table = order.new_zeros(case.batch, len(counts), int(pages.max()), dtype=torch.int32)
+    used = torch.arange(table.shape[2], device=device) < pages[:, None]
+    table[used.expand_as(table)] = order.to(torch.int32)
+    k, v = (normal(len(order), size, case.head_dim) for _ in range(2))
+    lengths = counts.to(torch.int32).repeat(case.batch, 1)
+    return PagedKVCache(k, v, table, lengths)
 
 
 class CacheGate:
@@ -202,7 +227,10 @@ class IndexPutPeer(Contestant):
     summary = "k.index_put_ and v.index_put_ of the new tokens; their pages and slots are not timed"
 
     def unsupported_reason(self, problem: CacheProblem) -> str | None:
-        return "the cache is quantised" if problem.case.cache_kind.format else None
+        kind = problem.case.cache_kind
+        if kind.format:
+            return "the cache is quantised"
+        return "the heads have pages of their own" if kind.budgets else None
 
     def prepare(self, problem: CacheProblem) -> Prepared:
         # [B, S, H, D], and where each token goes: [B, S] pages (or sequences) and slots.

@@ -123,6 +123,7 @@ def test_split_keys_merge_right_and_repeatably(threads, q_len, kv_len):
             assert torch.equal(first, again)
 
 
+@pytest.mark.slow
 def test_a_long_sequence_in_any_number_of_splits(threads):
     """100,000 keys, cut for as many threads, differ by rounding only."""
     q, k, v = make_inputs(1, HeadMap([0, 1, 1]), 1, 100_000, 16)

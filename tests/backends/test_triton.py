@@ -33,7 +33,10 @@ def call_of(q, k, v, head_map, **options):
     return call
 
 
-@pytest.mark.parametrize("num_splits, kv_len", [(1, 300), (2, 300), (3, 300), (9, 300), (64, 4100)])
+@pytest.mark.parametrize(
+    "num_splits, kv_len",
+    [(1, 300), (2, 300), (3, 300), (9, 300), pytest.param(64, 4100, marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("q_len", [1, 5])
 def test_any_number_of_splits(num_splits, kv_len, q_len):
     """More splits than key blocks included: the surplus ones contribute nothing."""

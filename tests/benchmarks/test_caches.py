@@ -13,6 +13,7 @@ from benchmarks.caches import (
     CacheProblem,
     append_backends,
     append_peers,
+    budgets,
     cache_backends,
 )
 from benchmarks.cases import CacheKind, Case
@@ -38,7 +39,8 @@ def test_gates_pass_the_reference_and_catch_what_is_wrong(cache):
     gate = AppendGate(problem)
     for contestant in (append_backends()["reference"], append_peers()["index_put"]):
         if contestant.unsupported_reason(problem) is not None:
-            assert contestant.name == "index_put" and problem.case.cache_kind.format
+            kind = problem.case.cache_kind
+            assert contestant.name == "index_put" and (kind.format or kind.budgets)
             continue
         prepared = contestant.prepare(problem)
         stored = prepared.result(None)
@@ -61,9 +63,21 @@ def test_bytes():
     assert CASE.work.bytes < replace(CASE, cache="pages16").work.bytes
 
 
-@pytest.mark.parametrize("text", ["page16", "pages", "dense-int3", "pages16int8"])
+@pytest.mark.parametrize("heads", ["4-3-2", "even"])
+def test_budgets_of_heads_are_uneven_and_as_many_tokens_in_all(heads):
+    case = replace(CASE, map=heads, cache="pages16-budgets")
+    counts = budgets(case)
+    assert len(counts) == case.head_map.num_kv_heads and sum(counts) == 50 * len(counts)
+    assert (min(counts), max(counts)) == (25, 75)
+    assert case.work.bytes == replace(case, cache="pages16").work.bytes
+
+
+@pytest.mark.parametrize(
+    "text", ["page16", "pages", "dense-int3", "pages16int8", "dense-budgets", "pages-budgets"]
+)
 def test_cache_names(text):
     assert CacheKind.parse("pages16-int8") == CacheKind(16, "int8")
+    assert CacheKind.parse("pages16-budgets") == CacheKind(16, None, True)
     with pytest.raises(ValueError, match="cache must be like dense or pages16-int8"):
         CacheKind.parse(text)
 
