@@ -68,15 +68,16 @@ LENGTHS = [37, 0, 5]
 
 def filled(
     kind, dtype, device, lengths=tuple(LENGTHS), head_map=UNEVEN, dim=16, value_dim=24, room=False,
-    **sizes,
+    backend="reference", **sizes,
 ):  # fmt: skip
-    """A cache with tokens, and the tokens; without ``room`` unused page ids are garbage."""
+    """A cache with tokens that a backend appended, and the tokens; without ``room`` unused page
+    ids are garbage."""
     generator = torch.Generator().manual_seed(3)
     value_dim = dim if kind.order == "packed" else value_dim
     cache = empty_cache(
         kind, len(lengths), 40, head_map, dim, value_dim, dtype, device, generator, **sizes
     )
-    truth = fill(cache, list(lengths), generator, dtype=dtype)
+    truth = fill(cache, list(lengths), generator, backend, dtype)
     if not room:
         hide_unused_pages(cache)
     return cache, truth
@@ -91,7 +92,7 @@ def queries(batch, head_map, q_len, dim, dtype, device, seed=1):
 @pytest.mark.parametrize("kind, backend, dtype", MATRIX)
 def test_matches_the_stored_tokens(kind, backend, dtype, device):
     """One query (decode), and more queries than some sequence has keys (a chunk of prefill)."""
-    cache, truth = filled(kind, dtype, device)
+    cache, truth = filled(kind, dtype, device, backend=backend)
     for q_len in (1, 20):
         q = queries(3, UNEVEN, q_len, 16, dtype, device)
         out, lse = asym_gqa_decode(q, cache, UNEVEN, return_lse=True, backend=backend)
