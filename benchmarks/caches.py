@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from gqa_kernels import DenseKVCache, PagedKVCache, asym_gqa_decode, explain_backend, plan_decode
-from gqa_kernels.backends.dispatch import BACKENDS
+from gqa_kernels.backends.dispatch import BACKENDS, explain
 from gqa_kernels.backends.reference_cache import gather
 from gqa_kernels.cache.base import KVCache
 from gqa_kernels.cache.decode import decode_inputs
-from gqa_kernels.cache.inputs import CacheInputs
+from gqa_kernels.cache.inputs import AppendInputs, CacheInputs
 from gqa_kernels.testing import assert_cache_close
 
 from .cases import Case
@@ -27,7 +27,8 @@ class CacheProblem:
 
     Attributes:
         copies: queries ``[B, Hq, Sq, D]`` and a full cache of the case's kind, other values each.
-        dense: the tokens of each copy in a dense cache of the queries' type.
+        dense: the tokens of each copy in a dense cache of the queries' type; for budgets of heads,
+            as many tokens, spread evenly over the heads.
     """
 
     case: Case
@@ -59,6 +60,8 @@ def _tensors(case: Case, device: torch.device, seed: int) -> tuple[Tensor, KVCac
     kind = case.cache_kind
     memory = {"dtype": dtype, "device": device, "format": kind.format}
     empty = torch.zeros_like(lengths)
+    if kind.budgets:
+        return q, plain, _with_budgets(case, normal, generator)
     if kind.page_size:
         max_pages = -(-case.kv_len // kind.page_size)
         pages = torch.randperm(case.batch * max_pages, generator=generator, device=device)
@@ -69,6 +72,28 @@ def _tensors(case: Case, device: torch.device, seed: int) -> tuple[Tensor, KVCac
         cache = DenseKVCache.empty(case.batch, heads, case.kv_len, dim, **memory)
     cache.append(k, v)
     return q, plain, cache
+
+
+def budgets(case: Case) -> list[int]:
+    """Keys of each head: from half to one and a half of ``kv_len``, which is their mean."""
+    heads = case.head_map.num_kv_heads
+    first = [round(case.kv_len * (0.5 + h / max(heads - 1, 1))) for h in range(heads // 2)]
+    return first + [case.kv_len] * (heads % 2) + [2 * case.kv_len - n for n in reversed(first)]
+
+
+def _with_budgets(case: Case, normal: Callable[..., Tensor], generator) -> PagedKVCache:
+    """A cache full of normal random tokens whose heads have lengths of their own; pages of one
+    head each, none to spare."""
+    device, size = generator.device, case.cache_kind.page_size
+    counts = torch.tensor(budgets(case), device=device)
+    pages = (counts + size - 1) // size
+    order = torch.randperm(case.batch * int(pages.sum()), generator=generator, device=device)
+    table = order.new_zeros(case.batch, len(counts), int(pages.max()), dtype=torch.int32)
+    used = torch.arange(table.shape[2], device=device) < pages[:, None]
+    table[used.expand_as(table)] = order.to(torch.int32)
+    k, v = (normal(len(order), size, case.head_dim) for _ in range(2))
+    lengths = counts.to(torch.int32).repeat(case.batch, 1)
+    return PagedKVCache(k, v, table, lengths)
 
 
 class CacheGate:
@@ -151,17 +176,24 @@ class DenseControl(CacheContestant):
 
 
 class AppendGate:
-    """Compares what is stored behind the tokens there are with what the reference stores."""
+    """Compares what is stored, new tokens included, with what the reference stores. Before each
+    append others stand in the new tokens' slots."""
 
     def __init__(self, problem: CacheProblem):
-        self.case = problem.case
-        cache = _shortened(problem.copies[0][1], self.case)
-        _append("reference", cache, self.case)
-        self.expected = gather(cache.view())[:2]
+        self.room = _shortened(problem.copies[0][1], problem.case)
+        self.new = _new_tokens(problem)
+        self.room.append(self.new, self.new, advance=False, backend="reference")
+        self.expected = gather(problem.copies[0][1].view())[:2]
+        self._append_others()
 
     def check(self, cache: KVCache) -> None:
         for name, got, expected in zip("kv", gather(cache.view())[:2], self.expected, strict=True):
             assert torch.equal(got, expected), f"{name}: other values than the reference stores"
+        self._append_others()
+
+    def _append_others(self) -> None:
+        others = self.new.flip(-1)
+        self.room.append(others, others, advance=False, backend="reference")
 
 
 class AppendContestant(CacheContestant):
@@ -171,13 +203,53 @@ class AppendContestant(CacheContestant):
         super().__init__(name)
         self.summary = f"cache.append(..., advance=False, backend={name!r})"
 
+    def unsupported_reason(self, problem: CacheProblem) -> str | None:
+        cache, new = _shortened(problem.copies[0][1], problem.case), _new_tokens(problem)
+        return "; ".join(explain(AppendInputs.create(new, new, cache.view()))[self.backend]) or None
+
     def prepare(self, problem: CacheProblem) -> Prepared:
-        case = problem.case
-        caches = [_shortened(cache, case) for _, cache in problem.copies]
-        return Prepared(lambda i: _append(self.backend, caches[i], case), lambda _: caches[0])
+        caches = [_shortened(cache, problem.case) for _, cache in problem.copies]
+        new = _new_tokens(problem)
+
+        def run(i: int) -> None:
+            caches[i].append(new, new, advance=False, backend=self.backend)
+
+        return Prepared(run, lambda _: problem.copies[0][1])
 
     def control(self) -> None:
         return None
+
+
+class IndexPutPeer(Contestant):
+    """What a model without a kernel does: torch's own scatter, once for K and once for V."""
+
+    name = "index_put"
+    summary = "k.index_put_ and v.index_put_ of the new tokens; their pages and slots are not timed"
+
+    def unsupported_reason(self, problem: CacheProblem) -> str | None:
+        kind = problem.case.cache_kind
+        if kind.format:
+            return "the cache is quantised"
+        return "the heads have pages of their own" if kind.budgets else None
+
+    def prepare(self, problem: CacheProblem) -> Prepared:
+        # [B, S, H, D], and where each token goes: [B, S] pages (or sequences) and slots.
+        new = _new_tokens(problem).transpose(1, 2).contiguous()
+        case, views, places = problem.case, [], []
+        for _, cache in problem.copies:
+            view = cache.view()
+            slot = torch.arange(case.kv_len - case.q_len, case.kv_len, device=new.device)
+            page = torch.arange(case.batch, device=new.device)[:, None].expand(-1, case.q_len)
+            if view.page_table is not None:
+                page = view.page_table[:, 0, slot // view.page_size].long()
+            views.append([x.transpose(1, 2) for x in (view.k, view.v)])  # [P, page_size, H, D]
+            places.append((page, (slot % view.page_size).expand_as(page)))
+
+        def run(i: int) -> None:
+            for x in views[i]:
+                x.index_put_(places[i], new)
+
+        return Prepared(run, lambda _: problem.copies[0][1])
 
 
 def _shortened(cache: KVCache, case: Case) -> KVCache:
@@ -188,11 +260,12 @@ def _shortened(cache: KVCache, case: Case) -> KVCache:
     return DenseKVCache(cache.k, cache.v, lengths, **cache.scales)
 
 
-def _append(backend: str, cache: KVCache, case: Case) -> None:
+def _new_tokens(problem: CacheProblem) -> Tensor:
+    """Tokens to append, ``[B, Hkv, S, D]``, as keys and as values."""
+    case, device = problem.case, problem.copies[0][0].device
     shape = (case.batch, case.head_map.num_kv_heads, case.q_len, case.head_dim)
-    new = torch.linspace(-2, 2, case.head_dim, dtype=case.torch_dtype, device=cache.k.device)
-    new = new.repeat(*shape[:3], 1)
-    cache.append(new, new, advance=False, backend=backend)
+    new = torch.linspace(-2, 2, case.head_dim, dtype=case.torch_dtype, device=device)
+    return new.repeat(*shape[:3], 1)
 
 
 def cache_backends() -> dict[str, Contestant]:
@@ -203,3 +276,8 @@ def cache_backends() -> dict[str, Contestant]:
 def append_backends() -> dict[str, Contestant]:
     """Every backend's append, by name."""
     return {name: AppendContestant(name) for name in BACKENDS}
+
+
+def append_peers() -> dict[str, Contestant]:
+    """What appends are compared with, by name."""
+    return {IndexPutPeer.name: IndexPutPeer()}

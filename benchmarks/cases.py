@@ -21,14 +21,22 @@ Q_LENGTHS = {"decode": 1, "decode-cache": 1, "append": 1, "generate": 8}  # unle
 
 @dataclass(frozen=True)
 class CacheKind:
-    """Memory of a cache: pages of so many tokens (0: dense) and its format (None: the queries')."""
+    """Memory of a cache: pages of so many tokens (0: dense) and its format (None: the queries').
+
+    ``budgets``: each head has a length and pages of its own, and all together as many tokens.
+    """
 
     page_size: int = 0
     format: str | None = None
+    budgets: bool = False
 
     @classmethod
     def parse(cls, text: str) -> CacheKind:
-        """``dense`` or ``pagesN``, then a format behind a dash, if any: ``pages16-int8``."""
+        """``dense`` or ``pagesN``, then a format behind a dash, if any: ``pages16-int8``; or
+        ``pagesN-budgets``."""
+        budgets = re.fullmatch(r"pages(\d+)-budgets", text)
+        if budgets:
+            return cls(int(budgets[1]), None, True)
         match = re.fullmatch(r"(?:dense|pages(\d+))(?:-(fp8_e4m3|fp8_e5m2|int8|int4))?", text)
         if not match:
             raise ValueError(f"cache must be like dense or pages16-int8, got {text!r}")

@@ -60,7 +60,8 @@ within() {
 sanitized() {
   within 45 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 9 \
     python3 -m pytest -n 0 -x -q -p no:cacheprovider tests/backends/test_cuda.py \
-    -k "(device_map or larger_than_a_tile or pages_agree) and not 200"
+    tests/backends/test_cuda_append.py \
+    -k "(device_map or larger_than_a_tile or pages_agree or definition and pages4) and not 200"
 }
 
 # A test that hangs on the GPU can only be ended with its process; others then go on.
@@ -83,7 +84,7 @@ suite() {
 
 run_stage() {
   case $1 in
-    cuda-tests) tests 100 tests/backends/test_cuda.py ;;
+    cuda-tests) tests 100 tests/backends/test_cuda.py tests/backends/test_cuda_append.py ;;
     tests) tests 120 tests/backends/test_triton.py tests/test_attention.py tests/cache \
       tests/test_gradients.py tests/test_compile.py tests/test_dropout.py tests/nn \
       tests/benchmarks/test_peers.py ;;

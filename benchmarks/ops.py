@@ -17,7 +17,14 @@ from .backward import (
     backward_peers,
     backward_work,
 )
-from .caches import AppendGate, CacheGate, CacheProblem, append_backends, cache_backends
+from .caches import (
+    AppendGate,
+    CacheGate,
+    CacheProblem,
+    append_backends,
+    append_peers,
+    cache_backends,
+)
 from .contestants import Contestant, backends
 from .e2e import Decoder, DecoderGate, decoder_backends, decoder_peers
 from .peers import peers
@@ -50,8 +57,10 @@ def _attention(summary: str) -> Op:
     return Op(summary, Problem.build, Gate, lambda case: case.work, backends, peers)
 
 
-def _over_cache(summary: str, gate: Callable, backends: Callable) -> Op:
-    return Op(summary, CacheProblem.build, gate, lambda case: case.work, backends, dict)
+def _over_cache(
+    summary: str, gate: Callable, backends: Callable, peers: Callable[[], dict] = dict
+) -> Op:
+    return Op(summary, CacheProblem.build, gate, lambda case: case.work, backends, peers)
 
 
 def _end_to_end(summary: str) -> Op:
@@ -70,7 +79,9 @@ OPS: dict[str, Op] = {
         backward_peers,
     ),
     "decode-cache": _over_cache("decode over a KV cache", CacheGate, cache_backends),
-    "append": _over_cache("append of one new token to a KV cache", AppendGate, append_backends),
+    "append": _over_cache(
+        "append of one new token to a KV cache", AppendGate, append_backends, append_peers
+    ),
     "first-token": _end_to_end("a whole decoder's time to the first token after a prompt"),
     "generate": _end_to_end("a whole decoder's further tokens, with the prompt in the cache"),
     "search": Op(

@@ -28,7 +28,10 @@ QUICK: list[AnyCase] = [
     *end_to_end("smollm2-4-layers", ("4-3-2",), 1, 64, 4, FP32),
 ]
 
-CACHE_KINDS = ("pages16", "pages64", "dense-fp8_e4m3", "dense-int8", "dense-int4", "pages16-int8")
+CACHE_KINDS = (
+    "pages16", "pages64", "pages16-budgets", "dense-fp8_e4m3", "dense-int8", "dense-int4",
+    "pages16-int8",
+)  # fmt: skip
 CACHES = [
     *over_caches("llama-3-8b", BOTH, 1, 8192, *CACHE_KINDS),
     *over_caches("llama-3-8b", (SKEWED,), 8, 8192, *CACHE_KINDS),
@@ -121,7 +124,16 @@ GPU = [
     *prefill("t5-base", ("even", "uneven-3"), 16, 512),
     *prefill("llama-3-8b", BOTH, 1, 8192, window=1024),
     *backward("llama-3-8b", BOTH, 4, 2048),
-    *over_caches("llama-3-8b", (SKEWED,), 32, 8192, "pages64", "dense-fp8_e4m3", "dense-int4"),
+    *over_caches(
+        "llama-3-8b",
+        (SKEWED,),
+        32,
+        8192,
+        "pages64",
+        "pages16-budgets",
+        "dense-fp8_e4m3",
+        "dense-int4",
+    ),
 ]
 
 SUITES: dict[str, list[AnyCase]] = {

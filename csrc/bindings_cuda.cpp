@@ -3,12 +3,14 @@
 #include <cuda_runtime_api.h>
 #include <torch/csrc/stable/library.h>
 
+#include "host/append.h"
 #include "host/attention.h"
 #include "host/backward.h"
 
 STABLE_TORCH_LIBRARY_IMPL(gqa_kernels, CUDA, library) {
   library.impl("attention_forward", TORCH_BOX(&gqa::host::attention_forward_cuda));
   library.impl("cache_attention_forward", TORCH_BOX(&gqa::host::cache_attention_forward_cuda));
+  library.impl("cache_append", TORCH_BOX(&gqa::host::cache_append_cuda));
   library.impl("attention_backward", TORCH_BOX(&gqa::host::attention_backward_cuda));
 }
 

@@ -346,7 +346,7 @@ def _cuda_commands(compiler: str, folder: Path) -> list[list[str]]:
         for i, source in enumerate(cuda_build.kernel_sources(root, archs))
     ]
     # The checks of the host code are in both libraries, hidden from each other.
-    checks = (root / "host" / f"{name}.cpp" for name in ("inputs", "gradients"))
+    checks = (root / "host" / f"{name}.cpp" for name in ("inputs", "append_inputs", "gradients"))
     host = [*cuda_build.host_sources(root), *checks]
     flags = cuda_build.host_flags(toolkit, archs)
     return [*kernels, *_cpu_commands(compiler, folder, host, flags)]

@@ -9,8 +9,8 @@
 #include <cmath>
 #include <cstring>
 
+#include "../core/quantize.h"
 #include "kv_rows.h"
-#include "quantize.h"
 #include "vec_portable.h"
 
 #if defined(__clang__)
@@ -27,7 +27,6 @@ constexpr int64_t kMaxHeadDim = 256;
 // Numbers below which waking another thread costs more than it saves (about 10 microseconds).
 constexpr int64_t kMinNumbersPerWorker = 32 * 1024;
 
-using append::store_number;
 using append::to_float;
 
 GQA_INLINE float to_float(float x) { return x; }
@@ -104,6 +103,20 @@ int64_t offset_of(const Strides& stride, int64_t page, int64_t head, int64_t slo
   return page * stride.b + head * stride.h + slot * stride.s;
 }
 
+// Numbers x[0] to x[dims - 1] as a row of S.
+template <class S>
+void quantize_row(const float* x, int64_t dims, const RowScale& scale, S* row) {
+  uint8_t* bytes = reinterpret_cast<uint8_t*>(row);
+  if constexpr (kNumbersPerElement<S> == 1) {
+    for (int64_t i = 0; i < dims; ++i) bytes[i] = stored_bits<S>(quantize<S>(x[i], scale));
+  } else {
+    for (int64_t i = 0; i < dims; i += 2) {
+      const int low = stored_bits<S>(quantize<S>(x[i], scale));
+      bytes[i / 2] = static_cast<uint8_t>(low | stored_bits<S>(quantize<S>(x[i + 1], scale)) << 4);
+    }
+  }
+}
+
 // T: of the tokens. S: of the cache.
 template <class T, class S>
 void store(const Side& side, const float* x, int64_t page, int64_t head, int64_t slot) {
@@ -111,15 +124,22 @@ void store(const Side& side, const float* x, int64_t page, int64_t head, int64_t
   if constexpr (!kQuantized<S>) {
     for (int64_t i = 0; i < side.dims; ++i) store_number(x[i], row + i);
   } else {
-    float scale = 1.0f, zero = kFormat<S>.default_zero;
+    RowScale scale{1.0f, format_of<S>().default_zero};
     float* to_scale = nullptr;
     float* to_zero = nullptr;
     if (side.scale) to_scale = side.scale + offset_of(side.scale_stride, page, head, slot);
     if (side.zero) to_zero = side.zero + offset_of(side.zero_stride, page, head, slot);
-    if (side.dynamic) find_scale<S>(x, side.dims, to_scale, to_zero);
-    if (to_scale) scale = *to_scale;
-    if (to_zero) zero = *to_zero;
-    quantize_row(x, side.dims, scale, zero, row);
+    if (side.dynamic) {
+      RowRange range;
+      for (int64_t i = 0; i < side.dims; ++i) range.include(x[i]);
+      scale = row_scale<S>(range, to_zero != nullptr);
+      *to_scale = scale.scale;
+      if (to_zero) *to_zero = scale.zero;
+    } else {
+      if (to_scale) scale.scale = *to_scale;
+      if (to_zero) scale.zero = *to_zero;
+    }
+    quantize_row(x, side.dims, scale, row);
   }
 }
 

@@ -8,10 +8,10 @@
 //   AttentionParams&); size_t <phase>_workspace_bytes(const AttentionParams&, int num_sms); void
 //   <phase>(const AttentionParams&, void* workspace, int num_sms, cudaStream_t);
 //
-// A backward takes BackwardParams. Pointers in AttentionParams are device pointers: the host never
-// reads maps, lengths or tables, so launches depend on shapes only and may be captured in a CUDA
-// graph. The workspace is 256-byte aligned and need not be initialised. One .cu per (dtype,
-// head-dim class) instantiates the kernels.
+// A backward takes BackwardParams, an append AppendParams. Pointers in them are device pointers:
+// the host never reads maps, lengths or tables, so launches depend on shapes only and may be
+// captured in a CUDA graph. The workspace is 256-byte aligned and need not be initialised. One .cu
+// per (dtype, head-dim class) instantiates the kernels.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -1,14 +1,22 @@
-// Tensors to AppendParams: the entry point that bindings.cpp registers.
+// Entry points that bindings.cpp and bindings_cuda.cpp register.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
 
-#include "call.h"
+#include "inputs.h"
 
 namespace gqa::host {
 
 // k, v and, where they hold one number for each row, the scales and zeros are written.
 torch::stable::Tensor cache_append_cpu(
+    const OptionalTensor& q, const torch::stable::Tensor& k_new, const torch::stable::Tensor& v_new,
+    torch::stable::Tensor k, torch::stable::Tensor v, const torch::stable::Tensor& kv_lengths,
+    const OptionalTensor& page_table, const OptionalTensor& kv_begin,
+    const OptionalTensor& new_offsets, OptionalTensor k_scale, OptionalTensor v_scale,
+    OptionalTensor k_zero, OptionalTensor v_zero, const OptionalTensor& rotary_cos,
+    const OptionalTensor& rotary_sin, bool rotary_interleaved);
+
+torch::stable::Tensor cache_append_cuda(
     const OptionalTensor& q, const torch::stable::Tensor& k_new, const torch::stable::Tensor& v_new,
     torch::stable::Tensor k, torch::stable::Tensor v, const torch::stable::Tensor& kv_lengths,
     const OptionalTensor& page_table, const OptionalTensor& kv_begin,

@@ -68,9 +68,9 @@ void Call::copy_cache(const Inputs& in, const CacheInputs& cache) {
   params.q_len = 0;  // the longest sequence, and not a bound of it
   for (size_t b = 0; b < q_offsets_.size(); ++b) {
     const int32_t offset = q_offsets_[b], last = b ? q_offsets_[b - 1] : 0;
-    STD_TORCH_CHECK(offset >= last && offset <= in.q.size(2),
-                    "q_offsets must ascend from 0 to at most q's tokens (", in.q.size(2),
-                    "), got ", offset, " after ", last);
+    STD_TORCH_CHECK(b ? offset >= last && offset <= in.q.size(2) : offset == 0,
+                    "q_offsets must ascend from 0 to at most q's tokens (", in.q.size(2), "), got ",
+                    offset, " after ", last);
     if (b) params.q_len = std::max<int64_t>(params.q_len, offset - last);
   }
 }

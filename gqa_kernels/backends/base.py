@@ -75,6 +75,7 @@ class Backend(ABC):
 
     name: str
     capabilities: Capabilities
+    append_capabilities: Capabilities | None = None  # of appends to caches, where they differ
 
     def unavailable_reason(self) -> str | None:
         """Why this machine can't run the backend, or None. Cheap: imports and compiles nothing."""
@@ -86,7 +87,7 @@ class Backend(ABC):
 
     def unsupported_reasons(self, inputs: AttentionInputs) -> list[str]:
         """Why the backend can't run these inputs; it can where the list is empty."""
-        reasons = self._data_reasons(inputs)
+        reasons = self._data_reasons(inputs, self.capabilities)
         if inputs.requires_grad and not self.capabilities.autograd:
             reasons.append("no backward, and an input requires grad")
         return reasons
@@ -94,9 +95,11 @@ class Backend(ABC):
     def unsupported_cache_reasons(self, inputs: CacheInputs | AppendInputs) -> list[str]:
         """The same for attention over a cache and for an append to one."""
         can = self.capabilities
+        if isinstance(inputs, AppendInputs):
+            can = self.append_capabilities or can
         if not can.caches:
             return ["attention over caches is not supported"]
-        reasons = self._data_reasons(inputs)
+        reasons = self._data_reasons(inputs, can)
         for kind in inputs.caches:
             if kind not in can.caches:
                 reasons.append(f"cache kind {kind} is not supported")
@@ -106,9 +109,11 @@ class Backend(ABC):
             reasons.append("no backward over a cache, and an input requires grad")
         return reasons
 
-    def _data_reasons(self, inputs: AttentionInputs | CacheInputs | AppendInputs) -> list[str]:
+    @staticmethod
+    def _data_reasons(
+        inputs: AttentionInputs | CacheInputs | AppendInputs, can: Capabilities
+    ) -> list[str]:
         """What the capabilities say against the device, dtype, head dims and options."""
-        can = self.capabilities
         reasons = []
         if inputs.device.type not in can.devices:
             reasons.append(f"device {inputs.device.type} (supported: {_listed(can.devices)})")

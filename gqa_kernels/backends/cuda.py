@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from .. import env, extension
-from ..cache.inputs import AppendInputs, CacheInputs
-from .base import FUSED_OPTIONS, Backend, Capabilities
+from .base import ALL_CACHES, FUSED_OPTIONS, Backend, Capabilities
 from .cpu import CPUBackend
 
 MIN_CAPABILITY = (8, 0)
@@ -21,6 +22,9 @@ class CUDABackend(Backend):
         options=FUSED_OPTIONS - {"dropout"},
         autograd=True,
         caches=frozenset({"dense", "paged", "kv_begin", "varlen"}),
+    )
+    append_capabilities = replace(
+        capabilities, dtypes=capabilities.dtypes | {torch.float32}, caches=ALL_CACHES
     )
 
     def unavailable_reason(self) -> str | None:
@@ -42,11 +46,7 @@ class CUDABackend(Backend):
             return str(error)
         return None
 
-    def unsupported_cache_reasons(self, inputs: CacheInputs | AppendInputs) -> list[str]:
-        if isinstance(inputs, AppendInputs):
-            return ["appending to caches is not supported"]
-        return super().unsupported_cache_reasons(inputs)
-
     # The same ops: torch's dispatcher takes the kernels of q's device.
     run = CPUBackend.run
     run_cache = CPUBackend.run_cache
+    append = CPUBackend.append

@@ -123,6 +123,15 @@ def test_split_keys_merge_right_and_repeatably(threads, q_len, kv_len):
             assert torch.equal(first, again)
 
 
+@pytest.mark.slow
+def test_a_long_sequence_in_any_number_of_splits(threads):
+    """100,000 keys, cut for as many threads, differ by rounding only."""
+    q, k, v = make_inputs(1, HeadMap([0, 1, 1]), 1, 100_000, 16)
+    for count in (1, 2, 7, 24):
+        threads(count)
+        check(q, k, v, HeadMap([0, 1, 1]))
+
+
 @pytest.mark.parametrize("num_heads, q_len", [(200, 1), (200, 3), (17, 1), (16, 1), (5, 40)])
 def test_groups_of_any_size(isa, num_heads, q_len):
     head_map = HeadMap([0] * num_heads + [1])

@@ -33,18 +33,21 @@ def call_of(q, k, v, head_map, **options):
     return call
 
 
-@pytest.mark.parametrize("num_splits", [1, 2, 3, 9])
+@pytest.mark.parametrize(
+    "num_splits, kv_len",
+    [(1, 300), (2, 300), (3, 300), (9, 300), pytest.param(64, 4100, marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("q_len", [1, 5])
-def test_any_number_of_splits(num_splits, q_len):
+def test_any_number_of_splits(num_splits, kv_len, q_len):
     """More splits than key blocks included: the surplus ones contribute nothing."""
     from gqa_kernels.backends.triton.launch import decode_launches
 
-    q, k, v = make_inputs(2, UNEVEN, q_len, 300, 32, device=DEVICE)
+    q, k, v = make_inputs(2, UNEVEN, q_len, kv_len, 32, device=DEVICE)
     options = {
         "causal": True,
-        "window": (250, None),
+        "window": (kv_len - 50, None),
         "sinks": torch.linspace(-2, 3, 6, device=DEVICE),
-        "kv_lengths": torch.tensor([300, 3], device=DEVICE),
+        "kv_lengths": torch.tensor([kv_len, 3], device=DEVICE),
     }
     call = call_of(q, k, v, UNEVEN, **options)
     config = configs.decode_config(call.shape, configs.device_facts(q.device), num_splits)

@@ -7,7 +7,15 @@ import pytest
 import torch
 
 from benchmarks import run
-from benchmarks.caches import AppendGate, CacheGate, CacheProblem, append_backends, cache_backends
+from benchmarks.caches import (
+    AppendGate,
+    CacheGate,
+    CacheProblem,
+    append_backends,
+    append_peers,
+    budgets,
+    cache_backends,
+)
 from benchmarks.cases import CacheKind, Case
 from benchmarks.roofline import append_work, attention_work
 from benchmarks.suites import CACHE_KINDS
@@ -29,11 +37,16 @@ def test_gates_pass_the_reference_and_catch_what_is_wrong(cache):
     with pytest.raises(AssertionError, match="out: error"):
         CacheGate(problem).check(result.flip(1))
     gate = AppendGate(problem)
-    prepared = append_backends()["reference"].prepare(problem)
-    stored = prepared.result(prepared.run(0))
-    gate.check(stored)
-    stored.v.view(torch.uint8).fill_(1)
-    with pytest.raises(AssertionError, match="other values than the reference"):
+    for contestant in (append_backends()["reference"], append_peers()["index_put"]):
+        if contestant.unsupported_reason(problem) is not None:
+            kind = problem.case.cache_kind
+            assert contestant.name == "index_put" and (kind.format or kind.budgets)
+            continue
+        prepared = contestant.prepare(problem)
+        stored = prepared.result(None)
+        with pytest.raises(AssertionError, match="k: other values than the reference"):
+            gate.check(stored)  # nothing is appended yet
+        prepared.run(0)
         gate.check(stored)
 
 
@@ -50,9 +63,21 @@ def test_bytes():
     assert CASE.work.bytes < replace(CASE, cache="pages16").work.bytes
 
 
-@pytest.mark.parametrize("text", ["page16", "pages", "dense-int3", "pages16int8"])
+@pytest.mark.parametrize("heads", ["4-3-2", "even"])
+def test_budgets_of_heads_are_uneven_and_as_many_tokens_in_all(heads):
+    case = replace(CASE, map=heads, cache="pages16-budgets")
+    counts = budgets(case)
+    assert len(counts) == case.head_map.num_kv_heads and sum(counts) == 50 * len(counts)
+    assert (min(counts), max(counts)) == (25, 75)
+    assert case.work.bytes == replace(case, cache="pages16").work.bytes
+
+
+@pytest.mark.parametrize(
+    "text", ["page16", "pages", "dense-int3", "pages16int8", "dense-budgets", "pages-budgets"]
+)
 def test_cache_names(text):
     assert CacheKind.parse("pages16-int8") == CacheKind(16, "int8")
+    assert CacheKind.parse("pages16-budgets") == CacheKind(16, None, True)
     with pytest.raises(ValueError, match="cache must be like dense or pages16-int8"):
         CacheKind.parse(text)
 
@@ -64,7 +89,10 @@ def test_command_line(tmp_path):
     arguments += ["--device", "cpu", "--seconds", "0.01", "--backend", "reference"]
     assert run.main([*arguments, "--json", str(path)]) == 0
     rows = json.loads(path.read_text())["rows"]
-    assert {row["status"] for row in rows} == {"ok"}
-    names = {(row["case"]["op"], row["case"]["cache"], row["contestant"]) for row in rows}
-    assert len(names) == 2 * 2 + 2  # decode with its control, and the append
-    assert all(row["bytes"] > 0 and row["gbytes_per_second"] > 0 for row in rows)
+    names = [(row["case"]["op"], row["case"]["cache"], row["contestant"]) for row in rows]
+    assert len(set(names)) == 2 * 2 + 2 * 2  # decode with its control, the append with its peer
+    for name, row in zip(names, rows, strict=True):
+        if name == ("append", "dense-int4", "index_put"):
+            assert (row["status"], row["reason"]) == ("unsupported", "the cache is quantised")
+        else:
+            assert row["status"] == "ok" and row["bytes"] > 0 and row["gbytes_per_second"] > 0

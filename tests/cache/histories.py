@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gqa_kernels import DenseKVCache, HeadMap, PageAllocator, PagedKVCache
+from gqa_kernels.cache.allocator import PageBatch
 from gqa_kernels.cache.base import KVCache
 from gqa_kernels.cache.quantized import FORMAT_OF_NAME
 
@@ -184,26 +185,50 @@ def format_error(x: Tensor, format: str | None, zeros: bool) -> Tensor:
     return x.abs() * 2.0 ** -(mantissa + 1) * 1.001 + scale * smallest
 
 
+@dataclass
+class History:
+    """A pool after random allocations, appends, forks and frees; pages in random order.
+
+    Attributes:
+        tokens: of each sequence of the allocator, ``k [Hk, n, D]`` and ``v [Hv, n, Dv]``.
+        place: page of the pool for each page of the allocator.
+    """
+
+    allocator: PageAllocator
+    pool: PagedKVCache
+    place: Tensor
+    tokens: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def at(self, batch: PageBatch) -> PagedKVCache:
+        """The sequences of a batch, pages copied where it asks for that."""
+        copies = tuple(tuple(self.place[list(pair)].tolist()) for pair in batch.copies)
+        table = self.place[batch.page_table.long()].to(torch.int32)
+        return self.pool.at(PageBatch(table, batch.lengths, copies))
+
+
 def random_history(
-    seed: int, page_size: int, steps: int = 12
-) -> tuple[PageAllocator, PagedKVCache, dict[int, tuple[Tensor, Tensor]]]:
-    """A pool after random allocations, appends, forks and frees; and each sequence's tokens."""
+    seed: int, kind: Kind, backend: str, dtype: torch.dtype, device: str, steps: int = 12
+) -> History:
+    """Of a paged kind, appended to by a backend; some sequences have no token."""
     generator = torch.Generator().manual_seed(seed)
 
     def pick(n: int) -> int:
         return int(torch.randint(0, n, (1,), generator=generator))
 
     heads, dim = 2, 16
-    allocator = PageAllocator(-(-400 // page_size) + 12, page_size)
+    allocator = PageAllocator(-(-400 // kind.page_size) + 12, kind.page_size)
     pool = PagedKVCache.empty(
-        allocator.num_pages, page_size, heads, dim, dtype=torch.float32, order="NHD"
-    )
+        allocator.num_pages, kind.page_size, heads, dim, dtype=dtype, device=device,
+        order=kind.order, format=kind.format, zeros=kind.zeros,
+    )  # fmt: skip
     poison(pool)
-    tokens: dict[int, tuple[Tensor, Tensor]] = {}
+    place = torch.randperm(allocator.num_pages, generator=generator)
+    history = History(allocator, pool, place)
+    tokens, empty = history.tokens, (torch.zeros(heads, 0, dim, dtype=dtype),) * 2
     for _ in range(steps):
         action = pick(5)
         if action == 0 or not tokens:
-            tokens[allocator.allocate()] = (torch.zeros(heads, 0, dim),) * 2
+            tokens[allocator.allocate()] = empty
         elif action == 1:
             parent = allocator.sequences[pick(len(tokens))]
             length = pick(allocator.length(parent) + 1)
@@ -216,11 +241,12 @@ def random_history(
         else:
             names = allocator.sequences[: 1 + pick(len(tokens))]
             count = 1 + pick(9)
-            new = torch.randn(2, len(names), heads, count, dim, generator=generator)
-            step = pool.at(allocator.append(names, count))
-            step.append(new[0], new[1], backend="reference")
+            new = torch.randn(2, len(names), heads, count, dim, generator=generator).to(dtype)
+            step = history.at(allocator.append(names, count))
+            step.append(*new.to(device), backend=backend)
             for b, name in enumerate(names):
                 tokens[name] = tuple(
                     torch.cat([old, x[b]], 1) for old, x in zip(tokens[name], new, strict=True)
                 )
-    return allocator, pool, tokens
+    tokens[allocator.allocate()] = empty
+    return history

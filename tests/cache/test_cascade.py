@@ -16,7 +16,7 @@ from gqa_kernels import (
     shared_prefix_attention,
 )
 from gqa_kernels.testing import assert_attention_close
-from tests.cache.test_decode import USABLE, queries
+from tests.cache.test_decode import USABLE, dtype_of, queries
 from tests.cases import UNEVEN
 
 
@@ -26,8 +26,9 @@ def test_a_long_sequence_in_any_number_of_parts(backend, parts, device):
     """100k tokens, each part through its own begin and length of one cache."""
     n, head_map = 100_000, HeadMap([0, 1, 1])
     generator = torch.Generator().manual_seed(0)
-    k, v = (torch.randn(1, 2, n, 16, generator=generator).to(device) for _ in range(2))
-    q = queries(1, head_map, 1, 16, torch.float32, device)
+    shape, dtype = (1, 2, n, 16), dtype_of(backend)
+    k, v = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(2))
+    q = queries(1, head_map, 1, 16, dtype, device)
     cut = [round(n * (i / parts) ** 2) for i in range(parts + 1)]  # uneven parts
     merged = None
     for begin, end in pairwise(cut):
@@ -94,7 +95,8 @@ def test_merge_has_gradients():
 def test_shared_prefix(backend, q_len, layout, device):
     prefix_len, suffixes = 21, [4, 9, 3]
     generator = torch.Generator().manual_seed(1)
-    k, v = (torch.randn(3, 3, 30, 16, generator=generator).to(device) for _ in range(2))
+    shape, dtype = (3, 3, 30, 16), dtype_of(backend)
+    k, v = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(2))
     for x in (k, v):
         x[:, :, :prefix_len] = x[:1, :, :prefix_len]
     prefix = DenseKVCache(k[:1], v[:1], torch.tensor([prefix_len], device=device))
@@ -102,7 +104,7 @@ def test_shared_prefix(backend, q_len, layout, device):
              for x in (k, v)]  # fmt: skip
     table = torch.arange(9, device=device).view(3, 3)
     suffix = PagedKVCache(*pages, table, torch.tensor(suffixes, device=device))
-    q = queries(3, UNEVEN, q_len, 16, torch.float32, device)
+    q = queries(3, UNEVEN, q_len, 16, dtype, device)
     sinks = torch.linspace(-2, 4, 6, device=device)
     args = (q, k, v) if layout == "bhsd" else (x.transpose(1, 2) for x in (q, k, v))
     q, k, v = args
@@ -110,9 +112,6 @@ def test_shared_prefix(backend, q_len, layout, device):
         q, prefix, suffix, UNEVEN, sinks=sinks, layout=layout, return_lse=True, backend=backend
     )
     lengths = torch.tensor([prefix_len + n for n in suffixes], device=device)
-    exact, exact_lse = asym_gqa_attention(
-        *(x.double() for x in (q, k, v)), UNEVEN, causal=True, kv_lengths=lengths, sinks=sinks,
-        layout=layout, return_lse=True, backend="reference",
-    )  # fmt: skip
-    torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=1e-5)
+    assert_attention_close(
+        out, q, k, v, UNEVEN, lse=lse, causal=True, kv_lengths=lengths, sinks=sinks, layout=layout
+    )

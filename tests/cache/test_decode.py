@@ -15,20 +15,42 @@ from gqa_kernels import (
     explain_backend,
 )
 from gqa_kernels.backends.dispatch import BACKENDS
+from gqa_kernels.backends.reference_cache import gather
 from gqa_kernels.cache.inputs import CacheInputs
 from gqa_kernels.testing import assert_attention_close, assert_decode_close
-from tests.cache.histories import KINDS, Kind, empty_cache, fill, hide_unused_pages, random_history
+from tests.cache.histories import (
+    KINDS,
+    Kind,
+    empty_cache,
+    fill,
+    format_error,
+    hide_unused_pages,
+    random_history,
+)
 from tests.cases import INTERLEAVED, UNEVEN, WITH_EMPTY
 from tests.conftest import DEVICE
+
+
+def dtype_of(backend: str) -> torch.dtype:
+    """The type of a backend's tests that are not of types: fp32 where it can."""
+    dtypes = BACKENDS[backend].capabilities.dtypes
+    return torch.float32 if torch.float32 in dtypes else torch.bfloat16
 
 
 def usable(name: str) -> bool:
     """Whether a backend has cache kernels here."""
     if DEVICE not in BACKENDS[name].capabilities.devices:
         return False
-    cache = DenseKVCache.empty(1, 1, 2, 8, dtype=torch.float32, device=DEVICE)
-    q = torch.zeros(1, 1, 1, 8, device=DEVICE)
+    cache = DenseKVCache.empty(1, 1, 2, 8, dtype=dtype_of(name), device=DEVICE)
+    q = torch.zeros(1, 1, 1, 8, dtype=dtype_of(name), device=DEVICE)
     return not explain_backend(q, cache, [0])[name]
+
+
+def require(backend: str, kind: Kind) -> None:
+    """Skip the test where a backend doesn't read a kind of cache."""
+    missing = kind.caches - BACKENDS[backend].capabilities.caches
+    if missing:
+        pytest.skip(f"backend {backend} does not read {', '.join(sorted(missing))}")
 
 
 USABLE = [name for name in available_backends() if usable(name)]
@@ -39,21 +61,23 @@ MATRIX = [
     for i, kind in enumerate(KINDS)
     for dtype in ([DTYPES[i % 3]] if name == "triton" else DTYPES)  # interpreted: one of each
     if kind.caches <= BACKENDS[name].capabilities.caches
+    and dtype in BACKENDS[name].capabilities.dtypes
 ]
 LENGTHS = [37, 0, 5]
 
 
 def filled(
     kind, dtype, device, lengths=tuple(LENGTHS), head_map=UNEVEN, dim=16, value_dim=24, room=False,
-    **sizes,
+    backend="reference", **sizes,
 ):  # fmt: skip
-    """A cache with tokens, and the tokens; without ``room`` unused page ids are garbage."""
+    """A cache with tokens that a backend appended, and the tokens; without ``room`` unused page
+    ids are garbage."""
     generator = torch.Generator().manual_seed(3)
     value_dim = dim if kind.order == "packed" else value_dim
     cache = empty_cache(
         kind, len(lengths), 40, head_map, dim, value_dim, dtype, device, generator, **sizes
     )
-    truth = fill(cache, list(lengths), generator, dtype=dtype)
+    truth = fill(cache, list(lengths), generator, backend, dtype)
     if not room:
         hide_unused_pages(cache)
     return cache, truth
@@ -68,7 +92,7 @@ def queries(batch, head_map, q_len, dim, dtype, device, seed=1):
 @pytest.mark.parametrize("kind, backend, dtype", MATRIX)
 def test_matches_the_stored_tokens(kind, backend, dtype, device):
     """One query (decode), and more queries than some sequence has keys (a chunk of prefill)."""
-    cache, truth = filled(kind, dtype, device)
+    cache, truth = filled(kind, dtype, device, backend=backend)
     for q_len in (1, 20):
         q = queries(3, UNEVEN, q_len, 16, dtype, device)
         out, lse = asym_gqa_decode(q, cache, UNEVEN, return_lse=True, backend=backend)
@@ -94,14 +118,15 @@ OPTIONS = {
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options_over_pages(backend, name, device):
     kind = Kind(16, "NHD", format="int8") if name == "value-map" else Kind(3, begin=True)
+    require(backend, kind)
     heads = 2 if name == "value-map" else None
-    cache, _ = filled(kind, torch.float32, device, value_heads=heads)
+    cache, _ = filled(kind, dtype_of(backend), device, value_heads=heads)
     options = {
         key: value(cache.view().capacity) if callable(value) else value
         for key, value in OPTIONS[name].items()
     }
     options = {k: x.to(device) if isinstance(x, torch.Tensor) else x for k, x in options.items()}
-    q = queries(3, UNEVEN, 4, 16, torch.float32, device)
+    q = queries(3, UNEVEN, 4, 16, dtype_of(backend), device)
     out, lse = asym_gqa_decode(q, cache, UNEVEN, return_lse=True, backend=backend, **options)
     assert_decode_close(out, q, cache, UNEVEN, lse=lse, **options)
 
@@ -116,15 +141,15 @@ def test_lengths_and_pages_per_head(backend, head_map, device):
     lengths[0, 0] = 0
     table = torch.randperm(2 * heads * max_pages + 4, generator=generator)[: 2 * heads * max_pages]
     table = table.view(2, heads, max_pages)
-    k = torch.randn(table.numel() + 4, page_size, 16, generator=generator)
-    v = torch.randn(table.numel() + 4, page_size, 16, generator=generator)
+    shape, dtype = (table.numel() + 4, page_size, 16), dtype_of(backend)
+    k, v = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
     dense = [x[table].flatten(2, 3).to(device) for x in (k, v)]
     table[torch.arange(max_pages) * page_size >= lengths[..., None]] = -7
     cache = PagedKVCache(
         k.to(device), v.to(device), table.to(device), lengths.to(device, torch.int32)
     )
     for q_len in (1, 3):
-        q = queries(2, head_map, q_len, 16, torch.float32, device)
+        q = queries(2, head_map, q_len, 16, dtype, device)
         out, lse = asym_gqa_decode(q, cache, head_map, return_lse=True, backend=backend)
         options = {"kv_lengths": lengths.to(device), "causal": True}
         assert_attention_close(out, q, *dense, head_map, lse=lse, **options)
@@ -133,8 +158,9 @@ def test_lengths_and_pages_per_head(backend, head_map, device):
 @pytest.mark.parametrize("backend", USABLE)
 @pytest.mark.parametrize("kind", [Kind(), Kind(3), Kind(16, format="fp8_e4m3")], ids=str)
 def test_packed_queries(backend, kind, device):
-    cache, _ = filled(kind, torch.float32, device)
-    q = queries(1, UNEVEN, 30, 16, torch.float32, device)[0].transpose(0, 1).contiguous()
+    require(backend, kind)
+    cache, _ = filled(kind, dtype_of(backend), device)
+    q = queries(1, UNEVEN, 30, 16, dtype_of(backend), device)[0].transpose(0, 1).contiguous()
     offsets = torch.tensor([0, 21, 22, 30], device=device)  # the second sequence has no keys
     options = {"cu_seqlens_q": offsets, "max_seqlen_q": 25, "window": (8, None)}
     out, lse = asym_gqa_decode(q, cache, UNEVEN, return_lse=True, backend=backend, **options)
@@ -142,31 +168,105 @@ def test_packed_queries(backend, kind, device):
     assert_decode_close(out, q, cache, UNEVEN, lse=lse, **options)
 
 
+HISTORIES = [
+    Kind(1, "NHD"),
+    Kind(3),
+    Kind(16, "NHD"),
+    Kind(64),
+    Kind(256),
+    Kind(1, format="int4", zeros=True),
+    Kind(3, "NHD", format="fp8_e4m3"),
+    Kind(16, format="int8"),
+    Kind(64, "NHD", format="int8", zeros=True),
+    Kind(256, format="fp8_e5m2"),
+]
+
+
 @pytest.mark.parametrize("backend", USABLE)
-@pytest.mark.parametrize("page_size", [1, 3, 16])
-@pytest.mark.parametrize("seed", [0, 1])
-def test_random_histories(backend, page_size, seed, device):
-    """After allocations, appends, forks and frees every sequence still has its own tokens."""
-    allocator, pool, tokens = random_history(seed, page_size)
-    pool.k, pool.v = pool.k.to(device), pool.v.to(device)
-    names = list(tokens)
-    cache = pool.at(allocator.batch(names))
+@pytest.mark.parametrize("kind", HISTORIES, ids=str)
+def test_random_histories(backend, kind, device):
+    """After allocations, appends, forks and frees every sequence still has its own tokens; garbage
+    in slots and page ids that none uses."""
+    require(backend, kind)
+    dtype = dtype_of(backend)
+    history = random_history(HISTORIES.index(kind), kind, backend, dtype, device)
+    names = list(history.tokens)
+    cache = history.at(history.allocator.batch(names))
+    hide_unused_pages(cache)
     head_map = HeadMap([1, 0, 1])
-    q = queries(len(names), head_map, 2, 16, torch.float32, device)
+    q = queries(len(names), head_map, 2, 16, dtype, device)
     out, lse = asym_gqa_decode(q, cache, head_map, return_lse=True, backend=backend)
+    assert_decode_close(out, q, cache, head_map, lse=lse)
+    stored = gather(cache.view())
     for b, name in enumerate(names):
-        k, v = (x[None].to(device) for x in tokens[name])
-        assert_attention_close(
-            out[b : b + 1], q[b : b + 1], k, v, head_map, lse=lse[b : b + 1], causal=True
-        )
+        k, v = (x[None].to(device) for x in history.tokens[name])
+        for got, x in zip(stored, (k, v), strict=False):
+            error = (got[b : b + 1, :, : x.shape[2]].float() - x.float()).abs()
+            assert (error <= format_error(x.float(), kind.format, kind.zeros)).all()
+        if kind.format is None:
+            one = slice(b, b + 1)
+            assert_attention_close(out[one], q[one], k, v, head_map, lse=lse[one], causal=True)
+
+
+GIVEN = {  # scales for the tensor or for each head, with zeros or without
+    "fp8_e4m3": (torch.float8_e4m3fn, {}),
+    "fp8_e5m2": (torch.float8_e5m2, {}),
+    "int8": (torch.int8, {"k_zero": 3.0, "v_zero": torch.tensor([0.0, -5.0])}),
+    "int4": (torch.uint8, {"k_zero": torch.tensor([7.0, 9.0])}),
+}
+
+
+@pytest.mark.parametrize("backend", USABLE)
+@pytest.mark.parametrize("format", GIVEN)
+def test_given_scales(backend, format, device):
+    """Of the whole tensor for K and of each head for V, with zeros or without."""
+    require(backend, Kind(4, format=format))
+    storage, zeros = GIVEN[format]
+    generator = torch.Generator().manual_seed(0)
+    width = 8 if format == "int4" else 16
+    high = 256 if storage == torch.uint8 else 120  # below fp8's NaN
+    k, v = (
+        torch.randint(0, high, (6, 2, 4, width), generator=generator, dtype=torch.uint8)
+        .view(storage)
+        .to(device)
+        for _ in range(2)
+    )
+    scales = {"k_scale": 2.0**-9, "v_scale": torch.tensor([0.25, 2.0]), **zeros}
+    scales = {n: x.to(device) if torch.is_tensor(x) else x for n, x in scales.items()}
+    table = torch.tensor([[5, 0, 3], [2, 1, 4]], device=device)
+    lengths = torch.tensor([11, 6], dtype=torch.int32, device=device)
+    cache = PagedKVCache(k, v, table, lengths, **scales)
+    head_map = HeadMap([1, 0, 1])
+    q = queries(2, head_map, 3, 16, dtype_of(backend), device)
+    out, lse = asym_gqa_decode(q, cache, head_map, return_lse=True, backend=backend)
+    assert_decode_close(out, q, cache, head_map, lse=lse)
+
+
+@pytest.mark.parametrize("backend", USABLE)
+@pytest.mark.parametrize("kind", [Kind(), Kind(3, begin=True)], ids=str)
+def test_lengths_that_the_host_cant_see_are_clamped(backend, kind, device):
+    """To the slots that a sequence has, and to 0: nothing is read out of bounds."""
+    cache, _ = filled(kind, dtype_of(backend), device, room=True)
+    for x in (cache.k, cache.v):
+        x.nan_to_num_(0)
+    q = queries(3, UNEVEN, 2, 16, dtype_of(backend), device)
+    inputs = CacheInputs.create(q, cache.view(), UNEVEN)
+    begin = 0 if cache.begin is None else cache.begin[0]
+    results = []
+    for lengths in ((2**31 - 1, -(2**31), 5), (inputs.view.capacity - begin, 0, 5)):
+        lengths = torch.tensor(lengths, dtype=torch.int32, device=device)
+        view = replace(inputs.view, kv_lengths=lengths[:, None].expand(3, 3))
+        results.append(BACKENDS[backend].run_cache(replace(inputs, view=view)))
+    for got, expected in zip(*results, strict=True):
+        assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize("backend", USABLE)
 @pytest.mark.parametrize("q_len", [1, 20])
 def test_page_out_of_range_that_the_host_cant_see(backend, q_len, device):
     """No read out of bounds, NaN for every row that sees the page, and for no other."""
-    cache, _ = filled(Kind(3), torch.float32, device, lengths=(37, 9, 20))
-    q = queries(3, UNEVEN, q_len, 16, torch.float32, device)
+    cache, _ = filled(Kind(3), dtype_of(backend), device, lengths=(37, 9, 20))
+    q = queries(3, UNEVEN, q_len, 16, dtype_of(backend), device)
     inputs = CacheInputs.create(q, cache.view(), UNEVEN, window=(11, None))
     good, _ = BACKENDS[backend].run_cache(inputs)
     for bad in (-1, 2**31 - 1, cache.k.shape[0]) if q_len == 1 else (-1,):
@@ -187,8 +287,8 @@ def test_page_out_of_range_that_the_host_cant_see(backend, q_len, device):
 
 @pytest.mark.parametrize("backend", USABLE)
 def test_nothing_to_do(backend, device):
-    cache, _ = filled(Kind(3), torch.float32, device)
-    q = queries(3, UNEVEN, 0, 16, torch.float32, device)
+    cache, _ = filled(Kind(3), dtype_of(backend), device)
+    q = queries(3, UNEVEN, 0, 16, dtype_of(backend), device)
     assert asym_gqa_decode(q, cache, UNEVEN, backend=backend).shape == (3, 6, 0, 24)
     none = cache.at(cache.page_table[:0], cache.lengths[:0])
     assert asym_gqa_decode(q[:0], none, UNEVEN, backend=backend).shape == (0, 6, 0, 24)
@@ -196,8 +296,8 @@ def test_nothing_to_do(backend, device):
 
 @pytest.mark.parametrize("backend", USABLE)
 def test_layouts_agree(backend, device):
-    cache, _ = filled(Kind(16), torch.float32, device)
-    q = queries(3, UNEVEN, 3, 16, torch.float32, device)
+    cache, _ = filled(Kind(16), dtype_of(backend), device)
+    q = queries(3, UNEVEN, 3, 16, dtype_of(backend), device)
     expected = asym_gqa_decode(q, cache, UNEVEN, backend=backend)
     q = q.transpose(1, 2).contiguous()
     out = asym_gqa_decode(q, cache, UNEVEN, layout="bshd", backend=backend)

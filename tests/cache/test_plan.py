@@ -1,10 +1,13 @@
 """Plans (once per step, many layers), compilation, and the ops behind both."""
 
+import sys
+
 import pytest
 import torch
 
 from gqa_kernels import (
     DenseKVCache,
+    HeadMap,
     PagedKVCache,
     asym_gqa_attention,
     asym_gqa_decode,
@@ -12,12 +15,14 @@ from gqa_kernels import (
     plan_decode,
 )
 from gqa_kernels.backends.dispatch import BACKENDS
+from gqa_kernels.backends.reference_cache import gather
 from gqa_kernels.cache.inputs import AppendInputs, CacheInputs
 from gqa_kernels.testing import assert_decode_close
 from tests.cache.histories import Kind
 from tests.cache.test_append import rotary_table, stored
-from tests.cache.test_decode import USABLE, filled, queries
+from tests.cache.test_decode import USABLE, dtype_of, filled, queries, require
 from tests.cases import UNEVEN
+from tests.conftest import DEVICE
 
 
 @pytest.fixture(autouse=True)
@@ -39,13 +44,13 @@ def layers_of(cache, count):
 
 @pytest.mark.parametrize("backend", USABLE)
 def test_one_plan_serves_the_layers_of_a_step(backend, device):
-    cache, _ = filled(Kind(4), torch.float32, device, lengths=(9, 3), room=True)
+    cache, _ = filled(Kind(4), dtype_of(backend), device, lengths=(9, 3), room=True)
     layers = layers_of(cache, 2)
     plan = None
     for step in range(2):
-        new = torch.randn(2, 2, 3, 1, 24, device=device)
+        new = torch.randn(2, 2, 3, 1, 24, device=device).to(dtype_of(backend))
         for layer in layers:
-            q = queries(2, UNEVEN, 1, 16, torch.float32, device, seed=step)
+            q = queries(2, UNEVEN, 1, 16, dtype_of(backend), device, seed=step)
             if plan is None:
                 plan = plan_decode(q, layer, UNEVEN, window=(5, None), backend=backend)
             out = plan(q, layer, new[0, ..., :16].contiguous(), new[1])
@@ -56,10 +61,10 @@ def test_one_plan_serves_the_layers_of_a_step(backend, device):
 
 
 @pytest.mark.parametrize("backend", USABLE)
-def test_a_plan_reads_lengths_tables_and_maps_when_it_runs(backend, device, monkeypatch):
-    """As the replays of a CUDA graph do. The host may not look at a tensor in a replay."""
-    cache, _ = filled(Kind(4), torch.float32, device, lengths=(9, 14))
-    q = queries(2, UNEVEN, 1, 16, torch.float32, device)
+def test_a_plan_reads_lengths_tables_and_maps_when_it_runs(backend, device):
+    """As the replays of a CUDA graph do."""
+    cache, _ = filled(Kind(4), dtype_of(backend), device, lengths=(9, 14))
+    q = queries(2, UNEVEN, 1, 16, dtype_of(backend), device)
     plan = plan_decode(q, cache, UNEVEN, backend=backend)
     before = plan(q, cache)
     cache.lengths.copy_(cache.lengths.flip(0))
@@ -67,18 +72,86 @@ def test_a_plan_reads_lengths_tables_and_maps_when_it_runs(backend, device, monk
     assert torch.equal(plan(q.flip(0), cache), before.flip(0))
 
 
+class Blind(torch.utils._python_dispatch.TorchDispatchMode):
+    """Fails where the host looks at what a tensor holds: what a capture on a GPU forbids."""
+
+    LOOKS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "_unique2", "masked_select")
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        assert op.__name__.split(".")[0] not in self.LOOKS, f"the host looks at a tensor: {op}"
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("backend", [name for name in USABLE if name != "reference"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_plan_looks_at_no_tensor(backend, packed, device, monkeypatch):
+    """With tensors that can't be read for nothing, as on a device: append, rotary and attention."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("gqa_kernels") and hasattr(module, "_readable"):
+            monkeypatch.setattr(module, "_readable", lambda x: False)
+    dtype = dtype_of(backend)
+    cache, _ = filled(Kind(4), dtype, device, lengths=(9, 3), room=True)
+    cos, sin = (x.to(device) for x in rotary_table(12))
+    options, rows = {}, (2,)
+    if packed:
+        rows = (3,)
+        options = {"cu_seqlens_q": torch.tensor([0, 1, 3], device=device), "max_seqlen_q": 2}
+    q, k, v = (
+        torch.randn(*rows, heads, *((1,) if not packed else ()), dim, device=device).to(dtype)
+        for heads, dim in ((6, 16), (3, 16), (3, 24))
+    )
+    head_map = UNEVEN.tensor(device)
+    plan = plan_decode(q, cache, head_map, backend=backend, **options)
+    expected = plan(q, cache, k, v, rotary_cos=cos, rotary_sin=sin)
+    with Blind():
+        out = plan(q, cache, k, v, rotary_cos=cos, rotary_sin=sin)
+        cache.advance(plan.new_tokens)
+    assert torch.equal(out, expected)
+    assert cache.lengths.tolist() == ([10, 5] if packed else [10, 4])
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("backend", [name for name in USABLE if name != "reference"])
+def test_a_captured_plan_follows_lengths_tables_and_maps(backend, device):
+    dtype = dtype_of(backend)
+    cache, _ = filled(Kind(4), dtype, device, lengths=(9, 14), room=True)
+    cache.k.normal_(), cache.v.normal_()
+    head_map = UNEVEN.tensor(device).clone()
+    q = queries(2, UNEVEN, 1, 16, dtype, device)
+    k, v = (torch.randn(2, 3, 1, dim, device=device).to(dtype) for dim in (16, 24))
+    plan = plan_decode(q, cache, head_map, backend=backend)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        plan(q, cache, k, v)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = plan(q, cache, k, v)
+    for lengths, entries in (([3, 30], [0, 0, 0, 1, 2, 2]), ([0, 17], [2, 1, 0, 0, 0, 0])):
+        cache.lengths.copy_(torch.tensor(lengths))
+        cache.page_table.copy_(cache.page_table.flip(0))
+        head_map.copy_(torch.tensor(entries))
+        graph.replay()
+        torch.cuda.synchronize()
+        grown = cache.at(cache.page_table, cache.lengths + 1)
+        assert_decode_close(out, q, grown, HeadMap(entries, 3))
+        new = gather(grown.view())[0][torch.arange(2), :, torch.tensor(lengths)]
+        assert torch.equal(new, k[:, :, 0])
+
+
 @pytest.mark.parametrize("backend", USABLE)
 def test_decode_appends_and_attends(backend, device):
     """Rotary, a packed step, the cache advanced once; against the two calls by themselves."""
+    kind = Kind(4, format="int8")
+    require(backend, kind)
     cos, sin = (x.to(device) for x in rotary_table(12))
     results = []
     for fused in (True, False):
-        cache, _ = filled(
-            Kind(4, format="int8"), torch.float32, device, lengths=(9, 0, 3), room=True
-        )
+        cache, _ = filled(kind, dtype_of(backend), device, lengths=(9, 0, 3), room=True)
         generator = torch.Generator().manual_seed(8)
         q, k, v = (
-            torch.randn(7, heads, dim, generator=generator).to(device)
+            torch.randn(7, heads, dim, generator=generator).to(device, dtype_of(backend))
             for heads, dim in ((6, 16), (3, 16), (3, 24))
         )
         offsets = torch.tensor([0, 4, 7, 7], device=device)
@@ -102,16 +175,18 @@ def test_decode_appends_and_attends(backend, device):
 @pytest.mark.parametrize("kind", [Kind(), Kind(4), Kind(4, format="int4", zeros=True)], ids=str)
 def test_compiled_decode(backend, kind, device):
     """One graph, which appends, advances and attends, and sees lengths change."""
-    eager, _ = filled(kind, torch.float32, device, lengths=(9, 3), room=True)
-    cache, _ = filled(kind, torch.float32, device, lengths=(9, 3), room=True)
+    require(backend, kind)
+    dtype = dtype_of(backend)
+    eager, _ = filled(kind, dtype, device, lengths=(9, 3), room=True)
+    cache, _ = filled(kind, dtype, device, lengths=(9, 3), room=True)
 
     def step(cache, q, k, v):
         return asym_gqa_decode(q, cache, UNEVEN, k_new=k, v_new=v, backend=backend) + 0.0
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     for seed in range(2):
-        q = queries(2, UNEVEN, 1, 16, torch.float32, device, seed)
-        k, v = torch.randn(2, 3, 1, 16, device=device), torch.randn(2, 3, 1, 24, device=device)
+        q = queries(2, UNEVEN, 1, 16, dtype, device, seed)
+        k, v = (torch.randn(2, 3, 1, dim, device=device).to(dtype) for dim in (16, 24))
         torch.testing.assert_close(compiled(cache, q, k, v), step(eager, q, k, v))
         assert torch.equal(cache.lengths, eager.lengths)
         for x, y in zip(stored(cache), stored(eager), strict=True):
@@ -120,7 +195,9 @@ def test_compiled_decode(backend, kind, device):
 
 @pytest.mark.parametrize("backend", USABLE)
 def test_compiled_varlen(backend, device):
-    q, k = torch.randn(9, 6, 16, device=device), torch.randn(12, 3, 16, device=device)
+    q, k = (
+        torch.randn(*shape, 16, device=device).to(dtype_of(backend)) for shape in ((9, 6), (12, 3))
+    )
     cu_q = torch.tensor([0, 4, 9], dtype=torch.int32, device=device)
     cu_k = torch.tensor([0, 5, 12], dtype=torch.int32, device=device)
 
@@ -133,7 +210,7 @@ def test_compiled_varlen(backend, device):
 
 def op_of(backend):
     """A backend's attention op and append op, caught on their way."""
-    if backend == "cpu":
+    if backend in ("cpu", "cuda"):
         ops = torch.ops.gqa_kernels
         return ops.cache_attention_forward.default, ops.cache_append.default
     from gqa_kernels.backends.triton.ops import triton_cache_append, triton_cache_attention_forward
@@ -157,11 +234,13 @@ class Recorded(torch.utils._python_dispatch.TorchDispatchMode):
 @pytest.mark.parametrize("backend", [name for name in USABLE if name != "reference"])
 @pytest.mark.parametrize("kind", [Kind(), Kind(4, format="int4", zeros=True)], ids=str)
 def test_opcheck(backend, kind, device):
-    cache, _ = filled(kind, torch.float32, device, lengths=(9, 3), room=True)
-    q = queries(1, UNEVEN, 5, 16, torch.float32, device)[0].transpose(0, 1).contiguous()
+    require(backend, kind)
+    dtype = dtype_of(backend)
+    cache, _ = filled(kind, dtype, device, lengths=(9, 3), room=True)
+    q = queries(1, UNEVEN, 5, 16, dtype, device)[0].transpose(0, 1).contiguous()
     offsets = torch.tensor([0, 2, 5], device=device)
     cos, sin = (x.to(device) for x in rotary_table(12))
-    new = torch.randn(5, 3, 24, device=device)
+    new = torch.randn(5, 3, 24, device=device).to(dtype)
     view = cache.view()
     append = AppendInputs.create(
         new[..., :16].contiguous(), new, view, q=q, new_offsets=offsets, max_new=3, rotary_cos=cos,

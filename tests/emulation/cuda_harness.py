@@ -119,14 +119,37 @@ class BackwardParams(ctypes.Structure):
     ]
 
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.bool)  # in the order of gqa::DType
+class AppendParams(ctypes.Structure):
+    """``gqa::AppendParams`` (csrc/core/append_params.h)."""
+
+    _fields_ = [
+        ("cache", AttentionParams),
+        *_fields(POINTER, "k v k_scale v_scale k_zero v_zero"),
+        *_fields(ctypes.c_bool, "k_dynamic v_dynamic"),
+        *_fields(POINTER, "q q_rotated k_new v_new"),
+        *_fields(Strides, "q_stride q_rotated_stride k_new_stride v_new_stride"),
+        *_fields(POINTER, "new_offsets"),
+        *_fields(ctypes.c_int64, "num_tokens"),
+        *_fields(ctypes.c_int32, "dtype"),
+        *_fields(POINTER, "rotary_cos rotary_sin"),
+        *_fields(ctypes.c_int64, "cos_stride sin_stride rotary_positions rotary_dim"),
+        *_fields(ctypes.c_int32, "cos_dtype sin_dtype"),
+        *_fields(ctypes.c_bool, "rotary_interleaved"),
+    ]
+
+
+PARAMS = {"backward": BackwardParams, "append": AppendParams}  # of other phases: AttentionParams
+DTYPES = (  # in the order of gqa::DType
+    torch.float32, torch.bfloat16, torch.float16, torch.bool, torch.float8_e4m3fn,
+    torch.float8_e5m2, torch.int8, torch.uint8,
+)  # fmt: skip
 
 
 @dataclass
 class Call:
     """Parameters and the tensors that they point into."""
 
-    params: AttentionParams | BackwardParams
+    params: AttentionParams | BackwardParams | AppendParams
     tensors: dict[str, Tensor]
 
     @property
@@ -241,7 +264,7 @@ class Phase:
         replace: tuple[tuple[str, str, str], ...] = (),
     ) -> None:
         self.arch, self.name = arch, name
-        self.params = BackwardParams if name == "backward" else AttentionParams
+        self.params = PARAMS.get(name, AttentionParams)
         self.virtual = "compute_90a" if arch == "sm90" else "compute_80"
         self.capability = 90 if arch == "sm90" else 80
         folder = CSRC / "cuda" / arch / name

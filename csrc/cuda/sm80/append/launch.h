@@ -1,0 +1,21 @@
+// New tokens into a cache, on sm_80 and later.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <string>
+
+#include "../../../core/append_params.h"
+
+namespace gqa::cuda::sm80 {
+
+// As described in cuda/launch.h, of AppendParams, for every type that these can have. One launch
+// and no workspace. New offsets that don't ascend from 0 drop tokens; nothing is written out of
+// bounds.
+std::string append_unsupported(const AppendParams& params);
+bool append_supported(const AppendParams& params);
+size_t append_workspace_bytes(const AppendParams& params, int num_sms);
+void append(const AppendParams& params, void* workspace, int num_sms, cudaStream_t stream);
+
+}  // namespace gqa::cuda::sm80
