@@ -17,21 +17,38 @@ __device__ __forceinline__ uint32_t dropout_head(const AttentionParams& params, 
   return static_cast<uint32_t>(b) * static_cast<uint32_t>(params.num_heads) + head;
 }
 
-// Bits 0 to 3: whether a token's probabilities of keys 4 * four to 4 * four + 3 are kept.
-__device__ __forceinline__ uint32_t kept_of_four(const AttentionParams& params, uint32_t head,
-                                                 uint32_t token, uint32_t four) {
+// kept[i], bits 0 to 3: whether the probabilities of token[i] and keys 4 * four[i] to 4 * four[i] + 3
+// are kept. Rounds stay a loop: the counters beside each other keep the multipliers busy, and code
+// and compile time are a tenth.
+template <int kCounters>
+__device__ __forceinline__ void kept_of_fours(const AttentionParams& params, uint32_t head,
+                                              const uint32_t (&token)[kCounters],
+                                              const uint32_t (&four)[kCounters],
+                                              uint32_t (&kept)[kCounters]) {
   PhiloxKey key(params.dropout_seed[0]);
-  uint32_t words[kPhiloxLanes] = {four, token, head, static_cast<uint32_t>(params.dropout_seed[1])};
+  uint32_t words[kCounters][kPhiloxLanes];
 #pragma unroll
+  for (int i = 0; i < kCounters; ++i) {
+    words[i][0] = four[i];
+    words[i][1] = token[i];
+    words[i][2] = head;
+    words[i][3] = static_cast<uint32_t>(params.dropout_seed[1]);
+  }
+#pragma unroll 1
   for (int round = 0; round < kPhiloxRounds; ++round, key.next()) {
-    philox_round(words[0], words[1], words[2], words[3], key);
-  }
-  uint32_t kept = 0;
 #pragma unroll
-  for (int i = 0; i < kPhiloxLanes; ++i) {
-    kept |= static_cast<uint32_t>(words[i] >= params.dropout_threshold) << i;
+    for (int i = 0; i < kCounters; ++i) {
+      philox_round(words[i][0], words[i][1], words[i][2], words[i][3], key);
+    }
   }
-  return kept;
+#pragma unroll
+  for (int i = 0; i < kCounters; ++i) {
+    kept[i] = 0;
+#pragma unroll
+    for (int lane = 0; lane < kPhiloxLanes; ++lane) {
+      kept[i] |= static_cast<uint32_t>(words[i][lane] >= params.dropout_threshold) << lane;
+    }
+  }
 }
 
 // What is kept of a lane's row of a tile whose rows are tokens and whose columns are keys.
@@ -49,13 +66,17 @@ template <class C>
 __device__ __forceinline__ KeptKeys<C> kept_keys(const AttentionParams& params, uint32_t head,
                                                  uint32_t token, uint32_t first_key) {
   // Two lanes have the keys of a counter: the first takes those of even n, the other of odd n.
+  constexpr int kCounters = C::kBlockN / 16;
   const uint32_t lane = threadIdx.x % 32, odd = lane % 2;
-  uint32_t mine = 0;
+  uint32_t tokens[kCounters], fours[kCounters], kept[kCounters], mine = 0;
 #pragma unroll
-  for (int n = 0; n < C::kBlockN / 8; n += 2) {
-    const uint32_t four = first_key / 4 + (n + odd) * 2 + lane % 4 / 2;
-    mine |= kept_of_four(params, head, token, four) << (n / 2 * 4);
+  for (int i = 0; i < kCounters; ++i) {
+    tokens[i] = token;
+    fours[i] = first_key / 4 + (i * 2 + odd) * 2 + lane % 4 / 2;
   }
+  kept_of_fours(params, head, tokens, fours, kept);
+#pragma unroll
+  for (int i = 0; i < kCounters; ++i) mine |= kept[i] << (i * 4);
   const uint32_t others = __shfl_xor_sync(~0u, mine, 1);
   return {{(odd ? others : mine) >> (odd * 2), (odd ? mine : others) >> (odd * 2)}};
 }
@@ -71,17 +92,20 @@ struct KeptTokens {
 template <class C>
 __device__ __forceinline__ KeptTokens<C> kept_tokens(const AttentionParams& params, uint32_t head,
                                                      uint32_t first_token, uint32_t key) {
-  constexpr int kTokens = C::kBlockN / 4;  // of a lane
-  static_assert(kTokens % 4 == 0 && kTokens <= 8, "each has four bits");
   // Four lanes have the keys of a counter, and the same tokens: each takes a fourth of them.
+  constexpr int kCounters = C::kBlockN / 16;
+  static_assert(kCounters * 4 * 4 <= 32, "a bit for each key of each token");
   const uint32_t lane = threadIdx.x % 32, place = lane / 4 % 4;
-  uint32_t found = 0;
+  uint32_t tokens[kCounters], fours[kCounters], kept[kCounters], found = 0;
 #pragma unroll
-  for (int i = 0; i < kTokens; i += 4) {
-    const uint32_t column = i + place;
-    const uint32_t token = first_token + column / 2 * 8 + lane % 4 * 2 + column % 2;
-    found |= kept_of_four(params, head, token, key / 4) << (column * 4);
+  for (int i = 0; i < kCounters; ++i) {
+    const uint32_t column = i * 4 + place;
+    tokens[i] = first_token + column / 2 * 8 + lane % 4 * 2 + column % 2;
+    fours[i] = key / 4;
   }
+  kept_of_fours(params, head, tokens, fours, kept);
+#pragma unroll
+  for (int i = 0; i < kCounters; ++i) found |= kept[i] << ((i * 4 + place) * 4);
   found |= __shfl_xor_sync(~0u, found, 4);
   found |= __shfl_xor_sync(~0u, found, 8);
   return {found >> place};
