@@ -116,19 +116,18 @@ def test_unused_slots_are_not_read():
 @pytest.mark.parametrize(
     "head_dim, dtype, options",
     [
-        (64, torch.bfloat16, {"causal": True, "value_head_map": HeadMap([0, 1, 1])}),
-        (128, torch.float16, {"kv_lengths": torch.tensor([150, 61])}),
+        (64, torch.bfloat16, {"causal": True}),
         pytest.param(
-            64, torch.float16, {"softcap": 2.0, "alibi_slopes": torch.tensor([0.1, 0.2, 0.0])},
-            marks=pytest.mark.slow,
+            64, torch.float16, {"value_head_map": HeadMap([0, 1, 1])}, marks=pytest.mark.slow
         ),
-        pytest.param(256, torch.bfloat16, {"causal": True}, marks=pytest.mark.slow),
+        pytest.param(128, torch.bfloat16, {"softcap": 2.0}, marks=pytest.mark.slow),
+        pytest.param(256, torch.float16, {"causal": True}, marks=pytest.mark.slow),
     ],
-)  # fmt: skip
+)
 def test_dropout(head_dim: int, dtype: torch.dtype, options: dict):
     """What dropout keeps is what the reference keeps for the same seed."""
     value_map = options.get("value_head_map")
-    q, k, v = make_inputs(2, SMALL, 45, 150, head_dim, dtype=dtype, value_head_map=value_map)
+    q, k, v = make_inputs(2, SMALL, 37, 41, head_dim, dtype=dtype, value_head_map=value_map)
     torch.manual_seed(1)
     inputs = AttentionInputs.create(q, k, v, SMALL, dropout_p=0.3, **options).with_dropout_seed()
     found = differentiate(inputs)

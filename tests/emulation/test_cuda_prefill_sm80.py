@@ -102,7 +102,7 @@ def test_head_dims(head_map: HeadMap, head_dim: int, dtype: torch.dtype, options
     "q_len, head_dim, dtype",
     [
         (1, 64, torch.bfloat16),
-        (150, 128, torch.float16),
+        pytest.param(150, 128, torch.float16, marks=pytest.mark.slow),
         pytest.param(70, 256, torch.bfloat16, marks=pytest.mark.slow),
     ],
 )

@@ -85,7 +85,7 @@ __device__ __forceinline__ void hide_from_tokens(Scores<C>& scores, const Attent
 
 // The same rows and columns; the tokens' RowNumbers are at `numbers`. In the plain kernel, hidden
 // keys' scores are -inf already.
-template <class T, class C, bool kGeneral, bool kDropout>
+template <class T, class C, bool kGeneral>
 __device__ __forceinline__ void gradients_by_key(Probabilities<C>& p, Probabilities<C>& ds,
                                                  const Scores<C>& scores, const Scores<C>& dp,
                                                  const BackwardArgs& args, const KvTile& tile,
@@ -93,8 +93,9 @@ __device__ __forceinline__ void gradients_by_key(Probabilities<C>& p, Probabilit
                                                  uint32_t numbers) {
   first_key += static_cast<int>(threadIdx.x % 32 / 4);
   const AttentionParams& call = args.params.call;
+  const bool drops = kGeneral && call.dropout_threshold != 0;
   KeptTokens<C> kept[C::kRowTiles][2];
-  if constexpr (kDropout) {
+  if (drops) {
 #pragma unroll
     for (int i = 0; i < C::kRowTiles * 2; ++i) {
       kept[i / 2][i % 2] = kept_tokens<C>(call, dropout_head(call, tile.b, step.head), step.token,
@@ -123,16 +124,14 @@ __device__ __forceinline__ void gradients_by_key(Probabilities<C>& p, Probabilit
         for (int e = 0; e < 2; ++e) {
           const float dot = scores[m][n][h * 2 + e];
           float dp_e = dp[m][n][h * 2 + e];
-          if constexpr (kDropout) {
-            dp_e = kept[m][h].at(n, e) ? dp_e * call.dropout_scale : 0.0f;
-          }
+          if (drops) dp_e = kept[m][h].at(n, e) ? dp_e * call.dropout_scale : 0.0f;
           if constexpr (kGeneral) {
             const int key = first_key + m * 16 + h * 8;
             of[e] = general_gradient<T>(args, dot, dp_e, of_token[e], rows[e], key);
           } else {
             of[e] = plain_gradient(args, dot, dp_e, of_token[e]);
           }
-          if constexpr (kDropout) of[e].p = kept[m][h].at(n, e) ? of[e].p : 0.0f;
+          if (drops && !kept[m][h].at(n, e)) of[e].p = 0.0f;
         }
         p[m][n / 2][n % 2 * 2 + h] = pack<T>(of[0].p, of[1].p);
         ds[m][n / 2][n % 2 * 2 + h] = pack<T>(of[0].ds, of[1].ds);
@@ -143,7 +142,7 @@ __device__ __forceinline__ void gradients_by_key(Probabilities<C>& p, Probabilit
 
 // Rows are tokens, `warp_token` on; columns keys, `first_key` on, hidden ones already -inf in the
 // plain kernel. Adds to `slope_sum` the gradient of the head's slope.
-template <class T, class C, bool kGeneral, bool kDropout>
+template <class T, class C, bool kGeneral>
 __device__ __forceinline__ void gradients_by_token(Probabilities<C>& ds, float& slope_sum,
                                                    const Scores<C>& scores, const Scores<C>& dp,
                                                    const BackwardArgs& args,
@@ -151,6 +150,7 @@ __device__ __forceinline__ void gradients_by_token(Probabilities<C>& ds, float& 
                                                    int first_key,
                                                    const RowNumbers (&numbers)[C::kRowTiles][2]) {
   const AttentionParams& call = args.params.call;
+  const bool drops = kGeneral && call.dropout_threshold != 0;
 #pragma unroll
   for (int m = 0; m < C::kRowTiles; ++m) {
 #pragma unroll
@@ -161,7 +161,7 @@ __device__ __forceinline__ void gradients_by_token(Probabilities<C>& ds, float& 
         row = token_row(call, tile.b, tile.head, token, tile.q_len, tile.length);
       }
       KeptKeys<C> kept;
-      if constexpr (kDropout) {
+      if (drops) {
         kept = kept_keys<C>(call, dropout_head(call, tile.b, tile.head), token, first_key);
       }
 #pragma unroll
@@ -171,7 +171,7 @@ __device__ __forceinline__ void gradients_by_token(Probabilities<C>& ds, float& 
         for (int e = 0; e < 2; ++e) {
           const float dot = scores[m][n][h * 2 + e];
           float dp_e = dp[m][n][h * 2 + e];
-          if constexpr (kDropout) dp_e = kept.at(n, e) ? dp_e * call.dropout_scale : 0.0f;
+          if (drops) dp_e = kept.at(n, e) ? dp_e * call.dropout_scale : 0.0f;
           if constexpr (kGeneral) {
             const int key = first_key + lane_key(n, e);
             of[e] = general_gradient<T>(args, dot, dp_e, numbers[m][h], row, key);

@@ -66,7 +66,7 @@ __device__ __forceinline__ void load_tokens(const BackwardArgs& args, uint32_t s
 }
 
 // kKeys, kValues: whether the kernel can sum dK and dV.
-template <class T, class C, bool kGeneral, bool kDropout, bool kKeys, bool kValues>
+template <class T, class C, bool kGeneral, bool kKeys, bool kValues>
 __global__ void __launch_bounds__(C::kThreads, C::kMinCtas)
     backward_kv_kernel(const __grid_constant__ BackwardArgs args) {
   const BackwardParams& params = args.params;
@@ -138,8 +138,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinCtas)
       if constexpr (!kGeneral) {
         if (!keys.all) hide_from_tokens<C>(scores, call, tile, step, first_key);
       }
-      gradients_by_key<T, C, kGeneral, kDropout>(p, ds, scores, dp, args, tile, step, first_key,
-                                                 q_slot + C::kNumbersOffset);
+      gradients_by_key<T, C, kGeneral>(p, ds, scores, dp, args, tile, step, first_key,
+                                       q_slot + C::kNumbersOffset);
     }
     if (sums_dv) add_weighted_rows<T, C>(dv, p, TileFragments(dout_slot, offsets.qv));
     if (sums_dk) add_weighted_rows<T, C>(dk, ds, TileFragments(q_slot, offsets.qv));
@@ -156,7 +156,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinCtas)
   if (sums_dv) {
     store_gradient<T, C>(row_at<T>(params.dv, params.dv_stride, tile.b, tile.group, slot),
                          params.dv_stride.s, rows, call.value_head_dim, v_base + own_rows, dv,
-                         kDropout ? call.dropout_scale : 1.0f);
+                         kGeneral && call.dropout_threshold != 0 ? call.dropout_scale : 1.0f);
   }
 }
 

@@ -149,7 +149,7 @@ void backward(const BackwardParams& params, void* workspace, int, cudaStream_t s
                     in_chunks(call.v, call.v_stride, call.value_head_dim) && dout_in_chunks);
   args.out_elements =
       !(in_chunks(call.out, call.out_stride, call.value_head_dim) && dout_in_chunks);
-  const bool general = args.elements || modifies_scores(call);
+  const bool general = args.elements || modifies_scores(call) || call.dropout_threshold != 0;
   args.softmax_scale = call.scale * kLog2e;
   args.shared = call.value_head_map == nullptr;
 

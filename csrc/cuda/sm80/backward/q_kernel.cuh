@@ -97,7 +97,7 @@ struct OwnRows {
   }
 };
 
-template <class T, class C, bool kGeneral, bool kDropout>
+template <class T, class C, bool kGeneral>
 __global__ void __launch_bounds__(C::kThreads, C::kMinCtas)
     backward_q_kernel(const __grid_constant__ BackwardArgs args) {
   const BackwardParams& params = args.params;
@@ -195,8 +195,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinCtas)
           hide_keys<C>(scores, call, tile.length, tile.q_len, warp_token, first_key);
         }
       }
-      gradients_by_token<T, C, kGeneral, kDropout>(ds, slope_sum, scores, dp, args, tile,
-                                                   warp_token, first_key, numbers);
+      gradients_by_token<T, C, kGeneral>(ds, slope_sum, scores, dp, args, tile, warp_token,
+                                         first_key, numbers);
     }
     add_weighted_rows<T, C>(dq, ds, TileFragments(k_slot, offsets.qv));
   }

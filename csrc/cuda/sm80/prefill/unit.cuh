@@ -10,9 +10,7 @@ namespace gqa::cuda::sm80 {
 template <class T, int kD>
 void launch_prefill(const PrefillArgs& args, bool general, unsigned ctas, cudaStream_t stream) {
   using C = PrefillConfig<kD>;
-  const auto kernel = args.params.dropout_threshold != 0 ? prefill_sm80_kernel<T, C, true, true>
-                      : general                          ? prefill_sm80_kernel<T, C, true, false>
-                                                         : prefill_sm80_kernel<T, C, false, false>;
+  const auto kernel = general ? prefill_sm80_kernel<T, C, true> : prefill_sm80_kernel<T, C, false>;
   launch_kernel("sm80 prefill", kernel, dim3(ctas), C::kThreads, C::kSharedBytes, stream, args);
 }
 
