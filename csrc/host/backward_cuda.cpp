@@ -43,8 +43,8 @@ Gradients packed_attention_backward_cuda(
     const OptionalTensor& sinks, const Tensor& kv_lengths, const Tensor& kv_begin,
     const Tensor& q_offsets, int64_t max_q_len, int64_t max_kv_len, double scale,
     int64_t window_left, int64_t window_right, double softcap, bool need_slopes, bool need_sinks) {
-  STD_TORCH_CHECK(max_kv_len >= 0 && max_kv_len <= k.size(2), "max_kv_len must be 0 to k.shape[2] (",
-                  k.size(2), "), got ", max_kv_len);
+  STD_TORCH_CHECK(max_kv_len >= 0 && max_kv_len <= k.size(2),
+                  "max_kv_len must be 0 to k.shape[2] (", k.size(2), "), got ", max_kv_len);
   const OptionalTensor none, lengths = kv_lengths, begin = kv_begin, offsets = q_offsets;
   const CacheInputs packed{none, begin, offsets, max_q_len, none, none, none, none};
   return backward({q, k, v, head_map, value_head_map, alibi_slopes, sinks, none, lengths, scale,

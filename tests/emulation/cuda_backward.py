@@ -113,9 +113,7 @@ def make_packed_call(packed: Packed) -> Call:
     return call
 
 
-def _with_gradients(
-    forward: Call, inputs: AttentionInputs, use_lse: bool, max_kv_len: int
-) -> Call:
+def _with_gradients(forward: Call, inputs: AttentionInputs, use_lse: bool, max_kv_len: int) -> Call:
     """Gradients of the outputs and room for the inputs'."""
     out, lse = forward.out, forward.lse
     generator = torch.Generator().manual_seed(3)
@@ -153,9 +151,7 @@ def differentiate(
     return _run(call, phase or phase_for(inputs), **options)
 
 
-def differentiate_packed(
-    packed: Packed, phase: Phase | None = None, **options
-) -> Differentiated:
+def differentiate_packed(packed: Packed, phase: Phase | None = None, **options) -> Differentiated:
     """The same of packed sequences."""
     return _run(make_packed_call(packed), phase or phase_for(packed.inputs), **options)
 

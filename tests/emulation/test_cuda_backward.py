@@ -194,7 +194,7 @@ def check_sinks(packed: Packed, found: Differentiated) -> None:
         bias = -inputs.alibi_slopes[b, :, None, None] * distance.abs()
         seen = (distance >= 0) & (distance <= inputs.window_left)
         mask[0, :, rows, keys] = bias.masked_fill(~seen, -torch.inf)
-    q, k, v = (x[:, :, :n] for x, n in zip((inputs.q, inputs.k, inputs.v), (end[0], *end[1:] * 2)))
+    q, k, v = inputs.q[:, :, : end[0]], inputs.k[:, :, : end[1]], inputs.v[:, :, : end[1]]
     assert_gradients_close(
         {"sinks": found.gradients["sinks"]}, q, k, v, SMALL, dout=found.dout[:, :, : end[0]],
         dlse=found.dlse[:, :, : end[0]], attn_mask=mask, softcap=inputs.softcap,
@@ -296,6 +296,14 @@ def test_main_loop_counters(head_dim: int, dtype: torch.dtype):
             ("a-head-skipped", "kv_walk.cuh", "step.head + 1)", "step.head + 2)"),
             ("tokens-cut-short", "kv_walk.cuh", "window_left + 1", "window_left"),
             ("groups-in-no-order", "kv_walk.cuh", "sizes[o] > size || ", ""),
+            ("dropped-kept-in-dv", "gradients.cuh", "if (drops && !", "if (false && !"),
+            (
+                "dropped-in-tokens-alone",
+                "gradients.cuh",
+                "if (drops) dp_e = kept.at",
+                "if (false) dp_e = kept.at",
+            ),
+            ("words-of-other-tokens", "dropout.cuh", "column % 2;", "column / 2 % 2;"),
         )
     ],
 )
@@ -317,10 +325,12 @@ def differentiate_and_check(phase: Phase | None) -> None:
         "causal": True, "softcap": 2.0, "alibi_slopes": torch.rand(3),
         "value_head_map": HeadMap([0, 0, 1]),
     }  # fmt: skip
-    for queries, options in [(q, general), (q, lengths), (q_more, lengths)]:
+    drops = {"causal": True, "dropout_p": 0.4}
+    for queries, options in [(q, general), (q, lengths), (q_more, lengths), (q, drops)]:
         keys, values = k.clone(), v.clone()
         if "kv_lengths" in options:
             keys[:, 0, 149:] = values[:, 0, 149:] = torch.nan
         inputs = AttentionInputs.create(queries, keys, values, head_map, **options)
+        inputs = inputs.with_dropout_seed()
         found = differentiate(inputs, phase=phase)
-        check_gradients(found, queries, k, v, head_map, **options)
+        check_gradients(found, queries, k, v, head_map, dropout_seed=inputs.dropout_seed, **options)

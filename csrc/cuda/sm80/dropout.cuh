@@ -1,8 +1,8 @@
 // Which probabilities dropout keeps (core/dropout.h), for scores as they lie in a warp's registers.
 //
-// A Philox counter has the words of four keys of one token, which lie in neighbouring lanes, each of
-// which needs as many counters. So these lanes share the counters out and tell each other what they
-// found as bits: no word is computed twice, and it takes one or two shuffles a row.
+// A Philox counter has the words of four keys of one token, which lie in neighbouring lanes, each
+// of which needs as many counters. So these lanes share the counters out and tell each other what
+// they found as bits: no word is computed twice, and it takes one or two shuffles a row.
 #pragma once
 
 #include <cstdint>
@@ -17,9 +17,9 @@ __device__ __forceinline__ uint32_t dropout_head(const AttentionParams& params, 
   return static_cast<uint32_t>(b) * static_cast<uint32_t>(params.num_heads) + head;
 }
 
-// kept[i], bits 0 to 3: whether the probabilities of token[i] and keys 4 * four[i] to 4 * four[i] + 3
-// are kept. Rounds stay a loop: the counters beside each other keep the multipliers busy, and code
-// and compile time are a tenth.
+// kept[i], bit l: whether the probability of token[i] and key 4 * four[i] + l is kept. Rounds stay a
+// loop: the counters beside each other keep the multipliers busy, and code and compile time are a
+// tenth.
 template <int kCounters>
 __device__ __forceinline__ void kept_of_fours(const AttentionParams& params, uint32_t head,
                                               const uint32_t (&token)[kCounters],

@@ -111,8 +111,8 @@ __device__ __forceinline__ void gradients_by_key(Probabilities<C>& p, Probabilit
     if constexpr (kGeneral) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        rows[e] = token_row(call, tile.b, step.head, step.token + column + e, tile.q_len,
-                            step.length);
+        rows[e] =
+            token_row(call, tile.b, step.head, step.token + column + e, tile.q_len, step.length);
       }
     }
 #pragma unroll
@@ -145,9 +145,8 @@ __device__ __forceinline__ void gradients_by_key(Probabilities<C>& p, Probabilit
 template <class T, class C, bool kGeneral>
 __device__ __forceinline__ void gradients_by_token(Probabilities<C>& ds, float& slope_sum,
                                                    const Scores<C>& scores, const Scores<C>& dp,
-                                                   const BackwardArgs& args,
-                                                   const QueryTile& tile, int warp_token,
-                                                   int first_key,
+                                                   const BackwardArgs& args, const QueryTile& tile,
+                                                   int warp_token, int first_key,
                                                    const RowNumbers (&numbers)[C::kRowTiles][2]) {
   const AttentionParams& call = args.params.call;
   const bool drops = kGeneral && call.dropout_threshold != 0;

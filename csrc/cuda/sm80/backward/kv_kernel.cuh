@@ -38,12 +38,11 @@ __device__ __forceinline__ void load_keys(const BackwardArgs& args, uint32_t to,
                                           const KvTile& tile, const KvStep& step) {
   const AttentionParams& call = args.params.call;
   const Strides& strides = keys ? call.k_stride : call.v_stride;
-  load_rows<T, C, C::kBlockM, kGeneral>(args, to,
-                                        row_at<T>(keys ? call.k : call.v, strides, tile.b,
-                                                  keys ? step.k_head : step.v_head,
-                                                  tile.first_slot + tile.first_key),
-                                        strides.s, step.length - tile.first_key,
-                                        keys ? call.head_dim : call.value_head_dim);
+  load_rows<T, C, C::kBlockM, kGeneral>(
+      args, to,
+      row_at<T>(keys ? call.k : call.v, strides, tile.b, keys ? step.k_head : step.v_head,
+                tile.first_slot + tile.first_key),
+      strides.s, step.length - tile.first_key, keys ? call.head_dim : call.value_head_dim);
 }
 
 // Q, dO and the numbers of a step's tokens.
@@ -61,8 +60,8 @@ __device__ __forceinline__ void load_tokens(const BackwardArgs& args, uint32_t s
       args, slot + C::kStepBytes,
       row_at<T>(params.dout, params.dout_stride, tile.q_batch, step.head, token),
       params.dout_stride.s, rows, call.value_head_dim);
-  load_numbers<C>(slot + C::kNumbersOffset, args.numbers + tile.first_numbers +
-                                                step.head * args.padded_len + step.token);
+  load_numbers<C>(slot + C::kNumbersOffset,
+                  args.numbers + tile.first_numbers + step.head * args.padded_len + step.token);
 }
 
 // kKeys, kValues: whether the kernel can sum dK and dV.

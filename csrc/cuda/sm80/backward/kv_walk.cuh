@@ -97,8 +97,8 @@ __device__ __forceinline__ KvTile find_kv_tile(const BackwardArgs& args, uint32_
   const Queries queries = queries_of(call, tile.b);
   tile.first_slot = static_cast<int>(first_slot(call, tile.b));
   // Packed sequences have the same keys in every head, dense tensors rows for more than they use.
-  tile.end_key = static_cast<int>(call.q_offsets == nullptr ? call.kv_len
-                                                            : kv_length(call, tile.b, 0));
+  tile.end_key =
+      static_cast<int>(call.q_offsets == nullptr ? call.kv_len : kv_length(call, tile.b, 0));
   tile.q_len = static_cast<int>(queries.count);
   tile.q_batch = queries.b;
   tile.first_token = queries.first;

@@ -158,7 +158,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinCtas)
   const int warp_token = tile.token + warp * C::kWarpRows;
   const uint32_t own_rows = warp * C::kWarpRows * C::kRowBytes;
   RowNumbers numbers[C::kRowTiles][2];
-  const RowNumbers* first = args.numbers + first_numbers(args, tile.b) + tile.head * args.padded_len;
+  const RowNumbers* first =
+      args.numbers + first_numbers(args, tile.b) + tile.head * args.padded_len;
 #pragma unroll
   for (int m = 0; m < C::kRowTiles; ++m) {
 #pragma unroll

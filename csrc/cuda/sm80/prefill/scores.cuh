@@ -118,8 +118,7 @@ __device__ __forceinline__ void drop_keys(Probabilities<C>& p, const AttentionPa
   for (int m = 0; m < C::kRowTiles; ++m) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const KeptKeys<C> kept =
-          kept_keys<C>(params, head, lane_token(warp_token, m, h), first_key);
+      const KeptKeys<C> kept = kept_keys<C>(params, head, lane_token(warp_token, m, h), first_key);
 #pragma unroll
       for (int n = 0; n < C::kBlockN / 8; ++n) {
         p[m][n / 2][n % 2 * 2 + h] &=
