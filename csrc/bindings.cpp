@@ -23,6 +23,16 @@ STABLE_TORCH_LIBRARY(gqa_kernels, library) {
       "Tensor? attn_mask, Tensor? kv_lengths, float scale, int window_left, int window_right, "
       "float softcap, float dropout_p, Tensor? dropout_seed, bool need_slopes, bool need_sinks) "
       "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dslopes, Tensor dsinks)");
+  // The same of packed sequences, on CUDA devices: q, out and dout are [1, Hq, tokens, D], dlse and
+  // lse likewise; k and v, and where their sequences lie, as cache_attention_forward has them. dk
+  // and dv have a batch of 1.
+  library.def(
+      "packed_attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, "
+      "Tensor out, Tensor lse, Tensor head_map, Tensor? value_head_map, Tensor? alibi_slopes, "
+      "Tensor? sinks, Tensor kv_lengths, Tensor kv_begin, Tensor q_offsets, int max_q_len, "
+      "int max_kv_len, float scale, int window_left, int window_right, float softcap, "
+      "bool need_slopes, bool need_sinks) "
+      "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dslopes, Tensor dsinks)");
 
   // K and V in pages of a cache: AttentionParams (core/params.h) says how. kv_lengths [B, Hk]; with
   // q_offsets, q is [1, Hq, tokens, D]. Returns out and the LSE in q's shape.

@@ -12,6 +12,7 @@ STABLE_TORCH_LIBRARY_IMPL(gqa_kernels, CUDA, library) {
   library.impl("cache_attention_forward", TORCH_BOX(&gqa::host::cache_attention_forward_cuda));
   library.impl("cache_append", TORCH_BOX(&gqa::host::cache_append_cuda));
   library.impl("attention_backward", TORCH_BOX(&gqa::host::attention_backward_cuda));
+  library.impl("packed_attention_backward", TORCH_BOX(&gqa::host::packed_attention_backward_cuda));
 }
 
 // What gqa_kernels/cuda_build.py finds in the file: that there are CUDA kernels, and of which

@@ -27,6 +27,16 @@ def _(
     return empty_gradients(q, k, v, need_slopes, need_sinks)
 
 
+@torch.library.register_fake("gqa_kernels::packed_attention_backward")
+def _(
+    dout, dlse, q, k, v, out, lse, head_map, value_head_map, alibi_slopes, sinks, kv_lengths,
+    kv_begin, q_offsets, max_q_len, max_kv_len, scale, window_left, window_right, softcap,
+    need_slopes, need_sinks,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    batch = kv_begin.shape[0]
+    return empty_gradients(q, k[:1], v[:1], need_slopes, need_sinks, batch)
+
+
 autograd.register("gqa_kernels::attention_forward", "gqa_kernels::attention_backward", num_maps=2)
 
 

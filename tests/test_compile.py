@@ -6,7 +6,7 @@ from torch import nn
 
 from gqa_kernels import HeadMap, asym_gqa_attention
 from gqa_kernels.testing import assert_attention_close, make_inputs
-from tests.test_attention import USABLE
+from tests.test_attention import USABLE, widest
 
 MAP = HeadMap([0, 2, 0, 1])
 
@@ -57,7 +57,8 @@ def test_fullgraph(backend, options, layout, device):
     options = {
         name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in options.items()
     }
-    q, k, v = make_inputs(2, MAP, 7, 9, 16, device=device, layout=layout)
+    dtype = torch.float32 if backend == "auto" else widest(backend)
+    q, k, v = make_inputs(2, MAP, 7, 9, 16, dtype=dtype, device=device, layout=layout)
     module = Attention(MAP, backend, layout=layout, **options)
     for _ in range(2):
         out, lse = compiled(module)(q, k, v)
@@ -81,7 +82,9 @@ def test_changing_shapes_and_map_tensors_compile_once(backend, device):
     for step, (q_len, kv_len) in enumerate([(18, 33), (19, 40), (23, 51)]):
         entries = [(h * (step + 1) + step) % 3 for h in range(4)]
         head_map = torch.tensor(entries, dtype=torch.int32, device=device)
-        q, k, v = make_inputs(2, HeadMap(entries, 3), q_len, kv_len, 16, device=device)
+        q, k, v = make_inputs(
+            2, HeadMap(entries, 3), q_len, kv_len, 16, dtype=widest(backend), device=device
+        )
         assert_attention_close(call(q, k, v, head_map), q, k, v, entries, causal=True)
     assert count == 1
 
@@ -91,7 +94,9 @@ def test_bad_entry_of_a_map_tensor_gives_nan(backend, device):
     """In a compiled graph, as on an accelerator, the host can't look at the map."""
     for q_len, dtype, large in ((1, torch.int32, 7), (20, torch.int64, 2**32 + 1)):
         head_map = torch.tensor([0, large, 1, -1], dtype=dtype, device=device)
-        q, k, v = make_inputs(2, HeadMap([0, 1, 1, 0]), q_len, 9, 16, device=device)
+        q, k, v = make_inputs(
+            2, HeadMap([0, 1, 1, 0]), q_len, 9, 16, dtype=widest(backend), device=device
+        )
         out, lse = compiled(Attention(head_map, backend))(q, k, v)
         assert out[:, [1, 3]].isnan().all() and lse[:, [1, 3]].isnan().all()
         good = asym_gqa_attention(q[:, [0, 2]], k, v, [0, 1], backend=backend)
@@ -100,7 +105,7 @@ def test_bad_entry_of_a_map_tensor_gives_nan(backend, device):
 
 @pytest.mark.parametrize("backend", USABLE)
 def test_inductor(backend, device):
-    q, k, v = make_inputs(2, MAP, 7, 9, 16, device=device)
+    q, k, v = make_inputs(2, MAP, 7, 9, 16, dtype=widest(backend), device=device)
     module = torch.compile(Attention(MAP, backend, causal=True), fullgraph=True)
     out, lse = module(q, k, v)
     assert_attention_close(out, q, k, v, MAP, lse=lse, causal=True)

@@ -9,7 +9,7 @@ from gqa_kernels import HeadMap, asym_gqa_attention
 from gqa_kernels.backends.dispatch import BACKENDS
 from gqa_kernels.dropout import draw_seed, keep_mask, philox
 from gqa_kernels.testing import assert_close, assert_gradients_close, make_inputs
-from tests.test_attention import USABLE
+from tests.test_attention import USABLE, widest
 
 DROPPING = [name for name in USABLE if "dropout" in BACKENDS[name].capabilities.options]
 FUSED = [name for name in DROPPING if name != "reference"]
@@ -41,12 +41,12 @@ def test_philox_known_answers(key, counter, expected):
 
 def recovered_mask(backend, dropout_p, q_len, kv_len, device, batch=2):
     """The mask itself: with equal scores and V = identity, out is the mask over its factor."""
-    heads = MAP.num_heads
-    q = torch.zeros(batch, heads, q_len, 8, device=device)
-    k = torch.zeros(batch, 3, kv_len, 8, device=device)
+    heads, kind = MAP.num_heads, {"dtype": widest(backend), "device": device}
+    q = torch.zeros(batch, heads, q_len, 8, **kind)
+    k = torch.zeros(batch, 3, kv_len, 8, **kind)
     columns = []
     for first in range(0, kv_len, 64):  # Dv is at most 256
-        v = torch.eye(kv_len, device=device)[:, first : first + 64].expand(batch, 3, -1, -1)
+        v = torch.eye(kv_len, **kind)[:, first : first + 64].expand(batch, 3, -1, -1)
         torch.manual_seed(5)
         out = asym_gqa_attention(q, k, v.contiguous(), MAP, dropout_p=dropout_p, backend=backend)
         columns.append(out)
@@ -59,7 +59,8 @@ def test_mask_is_that_of_the_definition(backend, q_len, kv_len, device):
     found = recovered_mask(backend, 0.3, q_len, kv_len, device)
     torch.manual_seed(5)
     expected = keep_mask(draw_seed(torch.device(device)), 0.3, 2, MAP.num_heads, q_len, kv_len)
-    torch.testing.assert_close(found, expected.float(), atol=1e-4, rtol=0)
+    atol = max(1e-4, torch.finfo(found.dtype).eps)
+    torch.testing.assert_close(found, expected.to(found.dtype), atol=atol, rtol=0)
 
 
 def test_mask_is_random():
@@ -77,7 +78,7 @@ def test_mask_is_random():
 
 @pytest.mark.parametrize("backend", DROPPING)
 def test_seeds(backend, device):
-    q, k, v = make_inputs(1, MAP, 9, 40, 16, device=device)
+    q, k, v = make_inputs(1, MAP, 9, 40, 16, dtype=widest(backend), device=device)
 
     def call():
         return asym_gqa_attention(q, k, v, MAP, dropout_p=0.5, backend=backend)
@@ -91,8 +92,9 @@ def test_seeds(backend, device):
     assert torch.equal(state, torch.get_rng_state())  # no dropout draws nothing
 
 
-@pytest.mark.parametrize("backend", FUSED)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "backend, dtype", [(x, dtype) for x in FUSED for dtype in (widest(x), torch.bfloat16)]
+)
 @pytest.mark.parametrize("q_len", [2, 50])
 def test_forward_and_backward(backend, dtype, q_len, device):
     """Keys from a window start anywhere: counters of four keys are cut at both ends."""

@@ -11,7 +11,7 @@ from gqa_kernels import HeadMap, asym_gqa_attention, explain_backend
 from gqa_kernels.backends.dispatch import BACKENDS
 from gqa_kernels.testing import DIFFERENTIABLE, assert_gradients_close, make_inputs
 from tests.cases import PREFILL_CASES, UNEVEN, WITH_EMPTY, matrix
-from tests.test_attention import USABLE
+from tests.test_attention import USABLE, widest
 from tests.test_properties import calls, to_device
 
 WITH_BACKWARD = [name for name in USABLE if BACKENDS[name].capabilities.autograd]
@@ -76,14 +76,25 @@ def test_long_sequences(backend, layout, device):
     """Many tiles in both directions, several parts of a KV head, an interleaved map."""
     head_map = HeadMap([0, 1, 0, 0, 0, 0, 0])
     length = 400 if backend == "cpu" else 150
-    args = (*make_inputs(1, head_map, length, length + 51, 40, device=device, layout=layout),)
+    args = (
+        *make_inputs(
+            1,
+            head_map,
+            length,
+            length + 51,
+            40,
+            dtype=widest(backend),
+            device=device,
+            layout=layout,
+        ),
+    )
     check((*args, head_map), {"causal": True, "layout": layout}, backend)
 
 
 @pytest.mark.parametrize("backend", FUSED)
 def test_bitwise_repeatable(backend, device):
     head_map = HeadMap([0, 1, 0, 0, 0, 2, 0])
-    args = (*make_inputs(1, head_map, 130, 160, 24, device=device), head_map)
+    args = (*make_inputs(1, head_map, 130, 160, 24, dtype=widest(backend), device=device), head_map)
     options = {
         "causal": True,
         "deterministic": True,
@@ -97,7 +108,7 @@ def test_bitwise_repeatable(backend, device):
 
 @pytest.mark.parametrize("backend", FUSED)
 def test_empty_groups_and_rows_have_zero_gradients(backend, device):
-    args = (*make_inputs(2, WITH_EMPTY, 9, 5, 16, device=device), WITH_EMPTY)
+    args = (*make_inputs(2, WITH_EMPTY, 9, 5, 16, dtype=widest(backend), device=device), WITH_EMPTY)
     lengths = torch.tensor([0, 4], device=device)
     gradients, *_ = differentiate(args, {"causal": True, "kv_lengths": lengths}, backend)
     for name in "kv":
@@ -109,7 +120,7 @@ def test_empty_groups_and_rows_have_zero_gradients(backend, device):
 
 @pytest.mark.parametrize("backend", FUSED)
 def test_garbage_beyond_lengths_is_never_used(backend, device):
-    q, k, v = make_inputs(2, UNEVEN, 20, 30, 16, device=device)
+    q, k, v = make_inputs(2, UNEVEN, 20, 30, 16, dtype=widest(backend), device=device)
     lengths = torch.tensor([[3, 30, 7], [1, 0, 29]], dtype=torch.int32, device=device)
     options = {"kv_lengths": lengths, "causal": True}
     clean, *_ = differentiate((q, k, v, UNEVEN), options, backend)
@@ -124,7 +135,7 @@ def test_garbage_beyond_lengths_is_never_used(backend, device):
 @pytest.mark.parametrize("backend", FUSED)
 def test_expanded_and_absent_gradients(backend, device):
     """The gradient of a sum is one element with strides 0; the LSE alone may have one."""
-    args = (*make_inputs(1, UNEVEN, 20, 30, 16, device=device), UNEVEN)
+    args = (*make_inputs(1, UNEVEN, 20, 30, 16, dtype=widest(backend), device=device), UNEVEN)
     q = args[0].clone().requires_grad_()
     out, lse = asym_gqa_attention(q, *args[1:], return_lse=True, backend=backend)
     (dq,) = torch.autograd.grad(out.sum(), q, retain_graph=True)
@@ -157,7 +168,9 @@ def test_reference_against_finite_differences():
 
 @pytest.mark.parametrize("backend", FUSED)
 def test_double_backward_is_refused(backend, device):
-    q, k, v = make_inputs(1, UNEVEN, 5, 7, 16, device=device, requires_grad=True)
+    q, k, v = make_inputs(
+        1, UNEVEN, 5, 7, 16, dtype=widest(backend), device=device, requires_grad=True
+    )
     out = asym_gqa_attention(q, k, v, UNEVEN, backend=backend)
     (dq,) = torch.autograd.grad(out.sum(), q, create_graph=True)
     with pytest.raises(NotImplementedError, match=r"double backward .* backend='reference' only"):
@@ -166,7 +179,7 @@ def test_double_backward_is_refused(backend, device):
 
 @pytest.mark.parametrize("backend", FUSED)
 def test_gradient_of_a_mask_needs_the_reference(backend, device):
-    q, k, v = make_inputs(1, UNEVEN, 5, 7, 16, device=device)
+    q, k, v = make_inputs(1, UNEVEN, 5, 7, 16, dtype=widest(backend), device=device)
     mask = torch.zeros(5, 7, device=device, requires_grad=True)
     reasons = explain_backend(q, k, v, UNEVEN, attn_mask=mask)
     assert any("mask_gradient" in reason for reason in reasons[backend])
@@ -180,7 +193,7 @@ def test_gradient_of_a_mask_needs_the_reference(backend, device):
 @pytest.mark.parametrize("backend", FUSED)
 def test_torch_func_needs_the_reference(backend, device):
     """Where a fused op would drop a derivative silently it is not taken; vmap alone works."""
-    q, k, v = make_inputs(2, UNEVEN, 5, 7, 16, device=device)
+    q, k, v = make_inputs(2, UNEVEN, 5, 7, 16, dtype=widest(backend), device=device)
 
     def call(q, backend="auto"):
         return asym_gqa_attention(q, k, v, UNEVEN, backend=backend).square().sum()
@@ -201,7 +214,9 @@ def test_torch_func_needs_the_reference(backend, device):
 
 @pytest.mark.parametrize("backend", FUSED)
 def test_activation_checkpointing(backend, device):
-    q, k, v = make_inputs(1, UNEVEN, 12, 12, 16, device=device, requires_grad=True)
+    q, k, v = make_inputs(
+        1, UNEVEN, 12, 12, 16, dtype=widest(backend), device=device, requires_grad=True
+    )
 
     def call(q, k, v):
         return asym_gqa_attention(q, k, v, UNEVEN, causal=True, dropout_p=0.3, backend=backend)
@@ -219,7 +234,9 @@ def test_activation_checkpointing(backend, device):
 @pytest.mark.parametrize("backend", WITH_BACKWARD)
 def test_autocast_is_sdpas(backend, device):
     """q, k and v go to the autocast type, whatever they are; fp64 stays; gradients come back."""
-    q, k, v = make_inputs(1, UNEVEN, 5, 7, 16, device=device, requires_grad=True)
+    q, k, v = make_inputs(
+        1, UNEVEN, 5, 7, 16, dtype=widest(backend), device=device, requires_grad=True
+    )
     with torch.autocast(device, dtype=torch.bfloat16):
         out = asym_gqa_attention(q, k.bfloat16(), v, UNEVEN, backend=backend)
         double = asym_gqa_attention(q.double(), k.double(), v.double(), UNEVEN)
@@ -242,7 +259,7 @@ def test_compiled_forward_and_backward(backend, compiler, device):
         )
         return out, lse
 
-    args = make_inputs(2, UNEVEN, 21, 21, 16, device=device)
+    args = make_inputs(2, UNEVEN, 21, 21, 16, dtype=widest(backend), device=device)
     leaves = [x.clone().requires_grad_() for x in (*args, options["sinks"])]
     out, lse = torch.compile(call, fullgraph=True, backend=compiler)(*leaves)
     dout, dlse = torch.randn_like(out), torch.randn_like(lse)

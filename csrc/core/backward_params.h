@@ -6,12 +6,14 @@
 namespace gqa {
 
 struct BackwardParams {
-  AttentionParams call;  // the forward call; its out and lse are read only
-  const void* dout;      // [B, Hq, Sq, Dv], last dim contiguous
-  const float* dlse;     // [B, Hq, Sq], contiguous, or nullptr: 0
-  void* dq;              // [B, Hq, Sq, D], dtype of q; likewise dk and dv
-  void* dk;              // [B, Hk, Sk, D]
-  void* dv;              // [B, Hv, Sk, Dv]
+  // The forward call; its out and lse are read only. Where queries are ragged (q_offsets), keys are
+  // those of packed sequences: sequence b has kv_lengths[b] from slot kv_begin[b] on.
+  AttentionParams call;
+  int64_t max_kv_len;  // most keys of a sequence: Sk, or fewer where sequences are packed
+  const void* dout;    // as out; last dim contiguous
+  const float* dlse;   // as lse, contiguous, or nullptr: 0
+  // As q, k and v, in the dtype of q. Packed sequences' tokens of no sequence are not written.
+  void *dq, *dk, *dv;
   Strides dout_stride, dq_stride, dk_stride, dv_stride;
   float* dslopes;  // [B, Hq], contiguous, or nullptr: not wanted
   float* dsinks;   // [Hq], contiguous, or nullptr

@@ -8,15 +8,40 @@
 
 #include <cstdint>
 
+#include "host_device.h"
 #include "params.h"
 
 namespace gqa {
 
 constexpr int kPhiloxLanes = 4;
+constexpr int kPhiloxRounds = 10;
+
+// A seed as the rounds use it up.
+struct PhiloxKey {
+  uint32_t low, high;
+
+  GQA_HOST_DEVICE explicit PhiloxKey(int64_t seed)
+      : low(static_cast<uint32_t>(seed)), high(static_cast<uint32_t>(seed >> 32)) {}
+  GQA_HOST_DEVICE void next() {
+    low += 0x9E3779B9u;
+    high += 0xBB67AE85u;
+  }
+};
+
+// One round of a counter's four words.
+GQA_HOST_DEVICE inline void philox_round(uint32_t& c0, uint32_t& c1, uint32_t& c2, uint32_t& c3,
+                                         const PhiloxKey& key) {
+  const uint64_t x = 0xD2511F53ull * c0, y = 0xCD9E8D57ull * c2;
+  c0 = static_cast<uint32_t>(y >> 32) ^ c1 ^ key.low;
+  c2 = static_cast<uint32_t>(x >> 32) ^ c3 ^ key.high;
+  c1 = static_cast<uint32_t>(y);
+  c3 = static_cast<uint32_t>(x);
+}
+
 constexpr int kPhiloxBatch = 8;  // counters at a time: the compiler makes vectors of them
 
 // lanes[l][i] = lane l of the counter (first + i, token, sequence_head, offset).
-inline void philox_batch(uint64_t seed, uint32_t first, uint32_t token, uint32_t sequence_head,
+inline void philox_batch(int64_t seed, uint32_t first, uint32_t token, uint32_t sequence_head,
                          uint32_t offset, uint32_t (&lanes)[kPhiloxLanes][kPhiloxBatch]) {
   for (int i = 0; i < kPhiloxBatch; ++i) {
     lanes[0][i] = first + static_cast<uint32_t>(i);
@@ -24,17 +49,11 @@ inline void philox_batch(uint64_t seed, uint32_t first, uint32_t token, uint32_t
     lanes[2][i] = sequence_head;
     lanes[3][i] = offset;
   }
-  uint32_t key_low = static_cast<uint32_t>(seed), key_high = static_cast<uint32_t>(seed >> 32);
-  for (int round = 0; round < 10; ++round) {
+  PhiloxKey key(seed);
+  for (int round = 0; round < kPhiloxRounds; ++round, key.next()) {
     for (int i = 0; i < kPhiloxBatch; ++i) {
-      const uint64_t x = 0xD2511F53ull * lanes[0][i], y = 0xCD9E8D57ull * lanes[2][i];
-      lanes[0][i] = static_cast<uint32_t>(y >> 32) ^ lanes[1][i] ^ key_low;
-      lanes[2][i] = static_cast<uint32_t>(x >> 32) ^ lanes[3][i] ^ key_high;
-      lanes[1][i] = static_cast<uint32_t>(y);
-      lanes[3][i] = static_cast<uint32_t>(x);
+      philox_round(lanes[0][i], lanes[1][i], lanes[2][i], lanes[3][i], key);
     }
-    key_low += 0x9E3779B9u;
-    key_high += 0xBB67AE85u;
   }
 }
 
@@ -43,11 +62,13 @@ inline void philox_batch(uint64_t seed, uint32_t first, uint32_t token, uint32_t
 inline void dropout_row(const AttentionParams& params, int64_t b, int64_t head, int64_t token,
                         int64_t first, int begin, int end, float* keep) {
   const uint32_t row = static_cast<uint32_t>(b * params.num_heads + head);
+  const int64_t seed = params.dropout_seed[0];
+  const uint32_t offset = static_cast<uint32_t>(params.dropout_seed[1]);
   uint32_t lanes[kPhiloxLanes][kPhiloxBatch];
   for (int64_t counter = (first + begin) / kPhiloxLanes; counter * kPhiloxLanes < first + end;
        counter += kPhiloxBatch) {
-    philox_batch(params.dropout_seed, static_cast<uint32_t>(counter), static_cast<uint32_t>(token),
-                 row, params.dropout_offset, lanes);
+    philox_batch(seed, static_cast<uint32_t>(counter), static_cast<uint32_t>(token), row, offset,
+                 lanes);
     for (int i = 0; i < kPhiloxLanes * kPhiloxBatch; ++i) {
       const int64_t key = counter * kPhiloxLanes + i - first;
       if (key < begin || key >= end) continue;

@@ -100,10 +100,9 @@ struct AttentionParams {
   const float *k_scale, *v_scale, *k_zero, *v_zero;
   Strides k_scale_stride, v_scale_stride, k_zero_stride, v_zero_stride;
 
-  uint32_t dropout_threshold;  // floor(dropout_p * 2^32), see dropout.h; 0: no dropout
-  float dropout_scale;         // 1 / (1 - dropout_p)
-  uint64_t dropout_seed;
-  uint32_t dropout_offset;
+  uint32_t dropout_threshold;   // floor(dropout_p * 2^32), see dropout.h; 0: no dropout
+  float dropout_scale;          // 1 / (1 - dropout_p)
+  const int64_t* dropout_seed;  // [2]: seed and offset; nullptr: no dropout
 };
 
 }  // namespace gqa

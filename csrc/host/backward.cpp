@@ -18,7 +18,7 @@ Gradients attention_backward_cpu(
   const Results results{dout, dlse, out, lse, need_slopes, need_sinks};
   const Call call(in);
   check_results(in, results, check_cpu);
-  auto [gradients, params] = add_gradients(call.params, in, results);
+  auto [gradients, params] = add_gradients(call.params, in, results, in.k.size(2));
   cpu::attention_backward(params, torch_threads());
   return gradients;
 }

@@ -46,9 +46,8 @@ Call::Call(const Inputs& in, const CacheInputs* cache) {
     params.sinks = sinks_.data();
   }
   if (in.dropout_p > 0) {
-    const std::vector<int64_t> seed = elements_of<int64_t>(*in.dropout_seed);
-    params.dropout_seed = static_cast<uint64_t>(seed[0]);
-    params.dropout_offset = static_cast<uint32_t>(seed[1]);
+    dropout_seed_ = elements_of<int64_t>(*in.dropout_seed);
+    params.dropout_seed = dropout_seed_.data();
   }
   if (cache) copy_cache(in, *cache);
 }

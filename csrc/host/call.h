@@ -23,6 +23,7 @@ class Call {
 
   std::vector<int32_t> key_map_, value_map_, kv_begin_, q_offsets_;
   std::vector<float> sinks_;
+  std::vector<int64_t> dropout_seed_;
 };
 
 void check_cpu(const char* name, const Tensor& x, const Tensor& q);

@@ -31,7 +31,7 @@ cuda::Device check_cuda_call(const Inputs& in, const CacheInputs* cache) {
   check_contiguous("head_map", in.head_map);
   if (in.value_head_map) check_contiguous("value_head_map", *in.value_head_map);
   if (in.sinks) check_contiguous("sinks", *in.sinks);
-  STD_TORCH_CHECK(in.dropout_p == 0, "dropout_p must be 0 on CUDA, got ", in.dropout_p);
+  if (in.dropout_seed) check_contiguous("dropout_seed", *in.dropout_seed);
   if (cache && cache->q_offsets) {
     STD_TORCH_CHECK(cache->max_q_len >= 0 && cache->max_q_len <= in.q.size(2),
                     "max_q_len must be 0 to q.shape[2] (", in.q.size(2), "), got ",

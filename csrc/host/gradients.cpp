@@ -32,19 +32,24 @@ void check_results(const Inputs& in, const Results& results,
 }
 
 std::pair<Gradients, BackwardParams> add_gradients(const AttentionParams& call, const Inputs& in,
-                                                   const Results& results) {
+                                                   const Results& results, int64_t max_kv_len) {
   using torch::stable::new_empty;
-  const int64_t batch = in.q.size(0), heads = in.q.size(1);
+  const bool packed = call.q_offsets != nullptr;
+  const auto like = [&](const Tensor& x) {
+    if (!packed) return new_empty(x, x.sizes());
+    return torch::stable::new_zeros(x, {1, x.size(1), x.size(2), x.size(3)});
+  };
   const auto floats = [&](bool needed, std::vector<int64_t> sizes) {
     return new_empty(in.q, needed ? sizes : std::vector<int64_t>{0}, ScalarType::Float);
   };
-  Gradients gradients{new_empty(in.q, in.q.sizes()), new_empty(in.k, in.k.sizes()),
-                      new_empty(in.v, in.v.sizes()), floats(results.need_slopes, {batch, heads}),
-                      floats(results.need_sinks, {heads})};
+  Gradients gradients{like(in.q), like(in.k), like(in.v),
+                      floats(results.need_slopes, {call.batch, call.num_heads}),
+                      floats(results.need_sinks, {call.num_heads})};
   const auto& [dq, dk, dv, dslopes, dsinks] = gradients;
 
   BackwardParams params{};
   params.call = call;
+  params.max_kv_len = max_kv_len;
   // The kernels only read the forward's results.
   params.call.out = const_cast<void*>(results.out.const_data_ptr());
   params.call.lse = static_cast<float*>(const_cast<void*>(results.lse.const_data_ptr()));
@@ -58,6 +63,7 @@ std::pair<Gradients, BackwardParams> add_gradients(const AttentionParams& call, 
   params.dq_stride = strides_of(dq);
   params.dk_stride = strides_of(dk);
   params.dv_stride = strides_of(dv);
+  if (packed) params.dk_stride.b = params.dv_stride.b = 0;
   if (results.need_slopes) params.dslopes = static_cast<float*>(dslopes.mutable_data_ptr());
   if (results.need_sinks) params.dsinks = static_cast<float*>(dsinks.mutable_data_ptr());
   return {gradients, params};

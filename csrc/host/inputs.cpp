@@ -267,6 +267,7 @@ AttentionParams params_of(const Inputs& in, const CacheInputs* cache) {
   if (in.dropout_p > 0) {
     params.dropout_threshold = static_cast<uint32_t>(std::floor(in.dropout_p * 0x1p32));
     params.dropout_scale = static_cast<float>(1 / (1 - in.dropout_p));
+    params.dropout_seed = data_of<int64_t>(in.dropout_seed);
   }
   return params;
 }

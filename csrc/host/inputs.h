@@ -44,8 +44,8 @@ Strides strides_of(const Tensor& x);
 void check_inputs(const Inputs& in, const CacheInputs* cache,
                   void (*check_device)(const char* name, const Tensor& x, const Tensor& q));
 
-// Every pointer is that of the tensor, on whatever device it lies; head maps, sinks, kv_begin and
-// q_offsets are taken to be contiguous. Without outputs, and without the dropout's seed.
+// Every pointer is that of the tensor, on whatever device it lies; head maps, sinks, kv_begin,
+// q_offsets and the dropout's seed are taken to be contiguous. Without outputs.
 AttentionParams params_of(const Inputs& in, const CacheInputs* cache);
 
 // Outputs in memory of their own, entered into the params of the call.

@@ -57,7 +57,7 @@ class CPUBackend(Backend):
 
     def run_cache(self, inputs: CacheInputs) -> tuple[Tensor, Tensor]:
         if inputs.packed_kv is not None and inputs.requires_grad:
-            from .cpu_varlen import varlen_attention_forward
+            from .varlen_ops import varlen_attention_forward
 
             return varlen_attention_forward(
                 inputs.q,

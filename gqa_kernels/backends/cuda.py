@@ -19,8 +19,9 @@ class CUDABackend(Backend):
         devices=frozenset({"cuda"}),
         dtypes=frozenset({torch.float16, torch.bfloat16}),
         max_head_dim=256,
-        options=FUSED_OPTIONS - {"dropout"},
+        options=FUSED_OPTIONS,
         autograd=True,
+        varlen_autograd=True,
         caches=frozenset({"dense", "paged", "kv_begin", "varlen"}),
     )
     append_capabilities = replace(

@@ -435,7 +435,7 @@ def resolve_offsets(
             raise ValueError(f"the longest of {name} must be at most {longest} as said, got {most}")
     if longest is None:
         raise ValueError(f"the most tokens of a sequence must be given where {name} is on a device")
-    return offsets.to(torch.int32), longest
+    return offsets.to(torch.int32), min(longest, tokens)
 
 
 def _check_rotary(cos: Tensor, sin: Tensor, x: Tensor) -> None:

@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 import torch
 
-from gqa_kernels import HeadMap, asym_gqa_attention, extension
+from gqa_kernels import HeadMap, asym_gqa_attention, asym_gqa_varlen_attention, extension
 from gqa_kernels.backends.cuda import CUDABackend
 from gqa_kernels.inputs import AttentionInputs
 from gqa_kernels.splits import choose_splits
@@ -254,6 +254,35 @@ def test_backward_reads_the_map_on_the_device():
 
 
 @needs_gpu
+@pytest.mark.parametrize("kind", ["dropout", "packed"])
+def test_training_does_not_synchronise(kind):
+    q, k, v = make_inputs(
+        1, UNEVEN, 300, 300, 64, dtype=torch.bfloat16, device="cuda", layout="bshd"
+    )
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    offsets = torch.tensor([0, 17, 17, 290], device="cuda", dtype=torch.int32)
+
+    def gradients():
+        if kind == "dropout":
+            out = asym_gqa_attention(
+                *leaves, UNEVEN, causal=True, dropout_p=0.1, layout="bshd", backend="cuda"
+            )
+        else:
+            packed = (x[0] for x in leaves)
+            out = asym_gqa_varlen_attention(
+                *packed, UNEVEN, offsets, offsets, 300, 300, causal=True, backend="cuda"
+            )
+        return torch.autograd.grad(out, leaves, out.detach().clone())
+
+    gradients()  # builds, allocates
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        gradients()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_gpu
 def test_backward_in_a_captured_graph_reads_the_current_map():
     q, k, v = make_inputs(1, UNEVEN, 150, 170, 64, dtype=torch.bfloat16, device="cuda")
     head_map = UNEVEN.tensor("cuda").clone()
@@ -299,7 +328,7 @@ def test_backward_errors_name_the_rule_and_the_value():
     for arguments, message in [
         ({"dout": q.cpu()}, "dout must be on cuda:0 as q is"),
         ({"lse": lse[:, :, :5]}, r"lse must have shape \(1, 6, 20\), got \(1, 6, 5\)"),
-        ({"dropout_p": 0.5}, "dropout_p must be 0 on CUDA, got 0.5"),
+        ({"dropout_p": 1.5}, r"dropout_p must lie in \[0, 1\), got 1.5"),
         ({"need_sinks": True}, "sinks must be given with need_sinks"),
     ]:
         with pytest.raises(RuntimeError, match=message):

@@ -6,11 +6,18 @@ import torch
 from gqa_kernels import HeadMap, asym_gqa_attention, asym_gqa_varlen_attention, explain_backend
 from gqa_kernels.backends.dispatch import BACKENDS
 from gqa_kernels.testing import DIFFERENTIABLE, assert_attention_close, assert_gradients_close
-from tests.cache.test_decode import USABLE, dtype_of
+from gqa_kernels.varlen import varlen_inputs
 from tests.cases import INTERLEAVED
+from tests.test_attention import USABLE as BACKENDS_HERE
+from tests.test_attention import widest
 
 Q_LENS, K_LENS = [5, 0, 33, 1, 4], [9, 3, 40, 0, 2]
 CU_Q, CU_K = (torch.tensor([0, *lengths]).cumsum(0) for lengths in (Q_LENS, K_LENS))
+USABLE = [name for name in BACKENDS_HERE if "varlen" in BACKENDS[name].capabilities.caches]
+MATRIX = [(name, dtype) for name in USABLE for dtype in (widest(name), torch.bfloat16)]
+FUSED = [
+    name for name in USABLE if name != "reference" and BACKENDS[name].capabilities.varlen_autograd
+]
 OPTIONS = {
     "plain": {},
     "causal": {"causal": True},
@@ -29,12 +36,9 @@ def packed(dtype, device, value_heads):
     return [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
 
 
-@pytest.mark.parametrize("backend", USABLE)
+@pytest.mark.parametrize("backend, dtype", MATRIX)
 @pytest.mark.parametrize("name", OPTIONS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_matches_each_sequence(backend, name, dtype, device):
-    if dtype not in BACKENDS[backend].capabilities.dtypes:
-        pytest.skip(f"backend {backend} does not take {dtype}")
     options = {k: x.to(device) if torch.is_tensor(x) else x for k, x in OPTIONS[name].items()}
     q, k, v = packed(dtype, device, 2 if name == "value-map" else 3)
     cu_q, cu_k = CU_Q.to(device), CU_K.to(device, torch.int32)
@@ -53,12 +57,9 @@ def test_matches_each_sequence(backend, name, dtype, device):
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("backend", [name for name in USABLE if name != "reference"])
+@pytest.mark.parametrize("backend, dtype", [(x, dtype) for x, dtype in MATRIX if x in FUSED])
 @pytest.mark.parametrize("name", OPTIONS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_gradients_match_each_sequence(backend, name, dtype, device):
-    if not BACKENDS[backend].capabilities.varlen_autograd:
-        pytest.skip("no backward of packed sequences")
     options = {k: x.to(device) if torch.is_tensor(x) else x for k, x in OPTIONS[name].items()}
     q, k, v = (  # with two tokens of no sequence
         torch.cat([x, x[:2] * torch.nan]) for x in packed(dtype, device, 2 + ("map" not in name))
@@ -107,10 +108,8 @@ def dense_sinks_gradient(args, call, backend):
     return torch.autograd.grad(outputs, call["sinks"], (dout, dlse))[0]
 
 
-@pytest.mark.parametrize("backend", [name for name in USABLE if name != "reference"])
+@pytest.mark.parametrize("backend", FUSED)
 def test_compiled_and_under_autocast(backend, device):
-    if not BACKENDS[backend].capabilities.varlen_autograd:
-        pytest.skip("no backward of packed sequences")
     torch._dynamo.reset()
     leaves = [x.requires_grad_() for x in packed(torch.float32, device, 3)]
     cu_q, cu_k = CU_Q.to(device), CU_K.to(device)
@@ -130,6 +129,12 @@ def test_compiled_and_under_autocast(backend, device):
     ):
         assert got.dtype == torch.float32 and torch.equal(got, wanted)
     torch._dynamo.reset()
+
+
+def test_longest_sequence_is_no_longer_than_all_tokens():
+    """Sizes of grids that are more than enough."""
+    inputs = varlen_inputs(*packed(torch.float32, "cpu", 3), INTERLEAVED, CU_Q, CU_K, 999, 999)
+    assert (inputs.max_q_len, inputs.max_kv_len) == (43, 54)
 
 
 def test_gradients_of_the_reference():
@@ -152,7 +157,7 @@ def test_gradients_of_the_reference():
 
 @pytest.mark.parametrize("backend", USABLE)
 def test_nothing_packed(backend, device):
-    q, k, v = packed(dtype_of(backend), device, 3)
+    q, k, v = packed(widest(backend), device, 3)
     none = torch.zeros(3, dtype=torch.int32, device=device)
     out = asym_gqa_varlen_attention(
         q[:0], k[:0], v[:0], INTERLEAVED, none, none, 0, 0, backend=backend

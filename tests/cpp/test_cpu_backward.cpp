@@ -79,6 +79,7 @@ struct Case {
   BackwardParams p{};
   bool bf16;
   std::vector<int32_t> map, value_map, lengths;
+  std::vector<int64_t> seed;
   std::vector<float> slopes, sinks, lse, dlse, mask, dslopes, dsinks;
   std::vector<Tensor> x;  // q, k, v, out, dout, dq, dk, dv
 };
@@ -112,8 +113,8 @@ Case make_case(std::mt19937& random) {
   if (coin(4)) {
     p.dropout_threshold = 0x40000000u;
     p.dropout_scale = 4.0f / 3;
-    p.dropout_seed = random();
-    p.dropout_offset = static_cast<uint32_t>(random());
+    c.seed = {static_cast<int64_t>(random()), static_cast<int64_t>(random())};
+    p.dropout_seed = c.seed.data();
   }
   for (int64_t h = 0; h < p.num_heads; ++h) {
     c.map.push_back(static_cast<int32_t>(coin(20) ? 77 : pick(0, p.num_k_heads - 1)));

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -49,6 +49,73 @@ def make_backward_call(
     out, lse = reference_attention(inputs, inputs.dtype, True)
     forward.out.copy_(out)
     forward.lse.copy_(lse)
+    return _with_gradients(forward, inputs, use_lse, inputs.k.shape[2])
+
+
+@dataclass
+class Packed:
+    """Sequences behind each other in q, k and v of batch 1, and tokens of none after the last.
+
+    Attributes:
+        inputs: a call on all of it; ``alibi_slopes`` are ``[B, Hq]``.
+        q_offsets, k_offsets: ``[B + 1]`` tokens.
+    """
+
+    inputs: AttentionInputs
+    q_offsets: list[int]
+    k_offsets: list[int]
+
+    @property
+    def batch(self) -> int:
+        return len(self.q_offsets) - 1
+
+    def tokens(self, b: int) -> tuple[slice, slice]:
+        """Of the queries and the keys of a sequence."""
+        return slice(*self.q_offsets[b : b + 2]), slice(*self.k_offsets[b : b + 2])
+
+    def sequence(self, b: int) -> AttentionInputs:
+        """The call on one sequence."""
+        rows, keys = self.tokens(b)
+        x, slopes = self.inputs, self.inputs.alibi_slopes
+        return replace(
+            x, q=x.q[:, :, rows], k=x.k[:, :, keys], v=x.v[:, :, keys],
+            alibi_slopes=None if slopes is None else slopes[b : b + 1],
+        )  # fmt: skip
+
+
+def make_packed_call(packed: Packed) -> Call:
+    """The same for packed sequences; dQ, dK and dV are full of zeros, as the host code makes
+    them. Grids are for longer sequences than there are."""
+    inputs, batch = packed.inputs, packed.batch
+    q_offsets, k_offsets = (
+        torch.tensor(x, dtype=torch.int32) for x in (packed.q_offsets, packed.k_offsets)
+    )
+    k, v = (x.expand(batch, -1, -1, -1) for x in (inputs.k, inputs.v))
+    lengths = k_offsets.diff()[:, None].expand(batch, k.shape[1])
+    forward = make_call(
+        replace(inputs, k=k, v=v, kv_lengths=lengths), batch=batch, q_offsets=q_offsets,
+        max_q_len=int(q_offsets.diff().max()) + 100, kv_begin=k_offsets[:-1].contiguous(),
+    )  # fmt: skip
+    for b in range(batch):
+        rows, _ = packed.tokens(b)
+        part = packed.sequence(b)
+        if part.q_len:
+            out, lse = reference_attention(part, inputs.dtype, True)
+            forward.out[:, :, rows], forward.lse[:, :, rows] = out, lse
+    call = _with_gradients(forward, inputs, True, int(k_offsets.diff().max()) + 100)
+    for name in ("dout", "dlse"):
+        call.tensors[name][:, :, packed.q_offsets[-1] :] = torch.nan
+    for name in ("dk", "dv"):
+        stride = getattr(call.params, f"{name}_stride")
+        setattr(call.params, f"{name}_stride", Strides(0, stride.h, stride.s))
+    for name in ("dq", "dk", "dv"):
+        call.tensors[name].zero_()
+    return call
+
+
+def _with_gradients(forward: Call, inputs: AttentionInputs, use_lse: bool, max_kv_len: int) -> Call:
+    """Gradients of the outputs and room for the inputs'."""
+    out, lse = forward.out, forward.lse
     generator = torch.Generator().manual_seed(3)
     # dout has out's strides and lies like it between elements of others.
     room = torch.full((*out.shape[:3], out.shape[3] + 16), torch.nan, dtype=out.dtype)
@@ -63,10 +130,10 @@ def make_backward_call(
         dlse = torch.randn(lse.shape, generator=generator)
         tensors["dlse"] = dlse.masked_fill(lse == -torch.inf, 0)
     if inputs.alibi_slopes is not None:
-        tensors["dslopes"] = torch.full(lse.shape[:2], torch.nan)
+        tensors["dslopes"] = torch.full(inputs.alibi_slopes.shape, torch.nan)
     if inputs.sinks is not None:
         tensors["dsinks"] = torch.full(lse.shape[1:2], torch.nan)
-    params = BackwardParams(call=forward.params)
+    params = BackwardParams(call=forward.params, max_kv_len=max_kv_len)
     for name in ("dout", "dlse", *GRADIENTS.values()):
         if name in tensors:
             setattr(params, name, tensors[name].data_ptr())
@@ -81,7 +148,16 @@ def differentiate(
 ) -> Differentiated:  # fmt: skip
     """Run the backward; ``options`` are of :meth:`Phase.run`."""
     call = make_backward_call(inputs, use_lse, head_map)
-    result = (phase or phase_for(inputs)).run(call, **options)
+    return _run(call, phase or phase_for(inputs), **options)
+
+
+def differentiate_packed(packed: Packed, phase: Phase | None = None, **options) -> Differentiated:
+    """The same of packed sequences."""
+    return _run(make_packed_call(packed), phase or phase_for(packed.inputs), **options)
+
+
+def _run(call: Call, phase: Phase, **options) -> Differentiated:
+    result = phase.run(call, **options)
     gradients = {
         name: call.tensors[gradient]
         for name, gradient in GRADIENTS.items()

@@ -103,8 +103,7 @@ class AttentionParams(ctypes.Structure):
         *_fields(Strides, "k_scale_stride v_scale_stride k_zero_stride v_zero_stride"),
         *_fields(ctypes.c_uint32, "dropout_threshold"),
         *_fields(ctypes.c_float, "dropout_scale"),
-        *_fields(ctypes.c_uint64, "dropout_seed"),
-        *_fields(ctypes.c_uint32, "dropout_offset"),
+        *_fields(POINTER, "dropout_seed"),
     ]
 
 
@@ -113,6 +112,7 @@ class BackwardParams(ctypes.Structure):
 
     _fields_ = [
         ("call", AttentionParams),
+        ("max_kv_len", ctypes.c_int64),
         *_fields(POINTER, "dout dlse dq dk dv"),
         *_fields(Strides, "dout_stride dq_stride dk_stride dv_stride"),
         *_fields(POINTER, "dslopes dsinks"),
@@ -190,6 +190,7 @@ def make_call(
         "alibi_slopes": inputs.alibi_slopes, "sinks": inputs.sinks,
         "attn_mask": inputs.attn_mask, "kv_lengths": inputs.kv_lengths,
         "page_table": page_table, "kv_begin": kv_begin, "q_offsets": q_offsets,
+        "dropout_seed": inputs.dropout_seed,
     }  # fmt: skip
     tensors = {name: x for name, x in tensors.items() if x is not None}
     params = AttentionParams(
@@ -225,6 +226,9 @@ def make_call(
                 setattr(params, f"{prefix}_stride_{dim}", stride)
     if inputs.attn_mask is not None:
         params.mask_dtype = DTYPES.index(inputs.attn_mask.dtype)
+    if inputs.dropout_seed is not None:
+        params.dropout_threshold = int(inputs.dropout_p * 2**32)
+        params.dropout_scale = 1 / (1 - inputs.dropout_p)
     if page_table is not None:
         params.num_pages, _, params.page_size, _ = inputs.k.shape
         params.max_pages = page_table.shape[2]

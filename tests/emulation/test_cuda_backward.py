@@ -11,13 +11,15 @@ import torch
 
 from gqa_kernels import HeadMap
 from gqa_kernels.inputs import AttentionInputs
-from gqa_kernels.testing import make_inputs
+from gqa_kernels.testing import assert_gradients_close, make_inputs
 
 from ..cases import PREFILL_CASES, Case
 from .cuda_backward import (
     Differentiated,
+    Packed,
     check_gradients,
     differentiate,
+    differentiate_packed,
     make_backward_call,
     phase_for,
 )  # fmt: skip
@@ -111,6 +113,95 @@ def test_unused_slots_are_not_read():
     check_gradients(found, q, k.nan_to_num(), v.nan_to_num(), SMALL, **options)
 
 
+@pytest.mark.parametrize(
+    "head_dim, dtype, options",
+    [
+        (64, torch.bfloat16, {"causal": True}),
+        pytest.param(
+            64, torch.float16, {"value_head_map": HeadMap([0, 1, 1])}, marks=pytest.mark.slow
+        ),
+        pytest.param(128, torch.bfloat16, {"softcap": 2.0}, marks=pytest.mark.slow),
+        pytest.param(256, torch.float16, {"causal": True}, marks=pytest.mark.slow),
+    ],
+)
+def test_dropout(head_dim: int, dtype: torch.dtype, options: dict):
+    """What dropout keeps is what the reference keeps for the same seed."""
+    value_map = options.get("value_head_map")
+    q, k, v = make_inputs(2, SMALL, 37, 41, head_dim, dtype=dtype, value_head_map=value_map)
+    torch.manual_seed(1)
+    inputs = AttentionInputs.create(q, k, v, SMALL, dropout_p=0.3, **options).with_dropout_seed()
+    found = differentiate(inputs)
+    given = {"dropout_p": 0.3, "dropout_seed": inputs.dropout_seed, **options}
+    check_gradients(found, q, k, v, SMALL, **given)
+
+
+PACKED = {
+    "plain": {},
+    "all": {
+        "causal": True, "window": (30, None), "softcap": 2.0, "sinks": torch.tensor([-1, 0.5, 2]),
+        "value_head_map": HeadMap([0, 1, 1]),
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name, head_dim", [("all", 64), pytest.param("plain", 128, marks=pytest.mark.slow)]
+)
+def test_packed_sequences(name: str, head_dim: int):
+    """One without queries, one without keys; NaN in tokens of no sequence, and no gradient."""
+    options = PACKED[name]
+    q, k, v = make_inputs(
+        1, SMALL, 120, 230, head_dim, dtype=torch.bfloat16,
+        value_head_map=options.get("value_head_map"),
+    )  # fmt: skip
+    q[:, :, 117:] = k[:, :, 224:] = v[:, :, 224:] = torch.nan
+    inputs = AttentionInputs.create(q, k, v, SMALL, **options)
+    if name == "all":
+        slopes = torch.rand((4, 3), generator=torch.Generator().manual_seed(0))
+        inputs = replace(inputs, alibi_slopes=slopes)
+    packed = Packed(inputs, [0, 37, 37, 48, 117], [0, 77, 91, 91, 224])
+    found = differentiate_packed(packed)
+    for b in (0, 2, 3):
+        rows, keys = packed.tokens(b)
+        of_sequence = {n: x for n, x in options.items() if n != "sinks"}
+        gradients = {
+            n: found.gradients[n][:, :, keys if n in "kv" else rows] for n in ("q", "k", "v")
+        }
+        if name == "all":
+            of_sequence |= {"alibi_slopes": slopes[b], "sinks": options["sinks"]}
+            gradients["alibi_slopes"] = found.gradients["alibi_slopes"][b]
+        part = packed.sequence(b)
+        assert_gradients_close(
+            gradients, part.q, part.k, part.v, SMALL, dout=found.dout[:, :, rows],
+            dlse=found.dlse[:, :, rows], **of_sequence,
+        )  # fmt: skip
+    for n, end in (("q", 117), ("k", 224), ("v", 224)):
+        assert not found.gradients[n][:, :, end:].any()
+    assert not found.gradients["k"][:, :, 77:91].any()  # no query sees them
+    if name == "all":
+        check_sinks(packed, found)
+
+
+def check_sinks(packed: Packed, found: Differentiated) -> None:
+    """Their gradient is a sum over all sequences: that of one call with them as a mask."""
+    inputs, end = packed.inputs, (packed.q_offsets[-1], packed.k_offsets[-1])
+    mask = torch.full((1, 3, *end), -torch.inf)
+    for b in range(packed.batch):
+        rows, keys = packed.tokens(b)
+        n = keys.stop - keys.start
+        position = torch.arange(rows.start, rows.stop) - rows.stop + n
+        distance = position[:, None] - torch.arange(n)
+        bias = -inputs.alibi_slopes[b, :, None, None] * distance.abs()
+        seen = (distance >= 0) & (distance <= inputs.window_left)
+        mask[0, :, rows, keys] = bias.masked_fill(~seen, -torch.inf)
+    q, k, v = inputs.q[:, :, : end[0]], inputs.k[:, :, : end[1]], inputs.v[:, :, : end[1]]
+    assert_gradients_close(
+        {"sinks": found.gradients["sinks"]}, q, k, v, SMALL, dout=found.dout[:, :, : end[0]],
+        dlse=found.dlse[:, :, : end[0]], attn_mask=mask, softcap=inputs.softcap,
+        sinks=inputs.sinks, value_head_map=inputs.value_head_map,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("value_map", [None, [0, 0, 1]])
 def test_invalid_map_entries(value_map: list[int] | None):
     """As a device tensor may hold them: NaN in dQ of these heads and nowhere else, nothing read."""
@@ -137,8 +228,8 @@ def test_what_it_declines():
     phase = phase_for(inputs)
     for field, value, reason in [
         ("dtype", DTYPES.index(torch.float32), "dtype must be bfloat16 or float16"),
-        ("dropout_threshold", 1, "dropout_p must be 0"),
-        ("page_table", q.data_ptr(), "k and v must be dense, not a cache"),
+        ("page_table", q.data_ptr(), "k and v must be dense or packed, not a cache"),
+        ("kv_begin", q.data_ptr(), "k and v must be dense or packed, not a cache"),
         ("head_dim", 257, "D must be 1 to 256, got 257"),
         ("num_v_heads", 8193, "Hv must be at most 8192, got 8193"),
         ("kv_len", 1 << 31, "Sk + Sq must be below 2^31 - 1024, got 2147483651"),
@@ -205,6 +296,14 @@ def test_main_loop_counters(head_dim: int, dtype: torch.dtype):
             ("a-head-skipped", "kv_walk.cuh", "step.head + 1)", "step.head + 2)"),
             ("tokens-cut-short", "kv_walk.cuh", "window_left + 1", "window_left"),
             ("groups-in-no-order", "kv_walk.cuh", "sizes[o] > size || ", ""),
+            ("dropped-kept-in-dv", "gradients.cuh", "if (drops && !", "if (false && !"),
+            (
+                "dropped-in-tokens-alone",
+                "gradients.cuh",
+                "if (drops) dp_e = kept.at",
+                "if (false) dp_e = kept.at",
+            ),
+            ("words-of-other-tokens", "dropout.cuh", "column % 2;", "column / 2 % 2;"),
         )
     ],
 )
@@ -226,10 +325,12 @@ def differentiate_and_check(phase: Phase | None) -> None:
         "causal": True, "softcap": 2.0, "alibi_slopes": torch.rand(3),
         "value_head_map": HeadMap([0, 0, 1]),
     }  # fmt: skip
-    for queries, options in [(q, general), (q, lengths), (q_more, lengths)]:
+    drops = {"causal": True, "dropout_p": 0.4}
+    for queries, options in [(q, general), (q, lengths), (q_more, lengths), (q, drops)]:
         keys, values = k.clone(), v.clone()
         if "kv_lengths" in options:
             keys[:, 0, 149:] = values[:, 0, 149:] = torch.nan
         inputs = AttentionInputs.create(queries, keys, values, head_map, **options)
+        inputs = inputs.with_dropout_seed()
         found = differentiate(inputs, phase=phase)
-        check_gradients(found, queries, k, v, head_map, **options)
+        check_gradients(found, queries, k, v, head_map, dropout_seed=inputs.dropout_seed, **options)

@@ -323,6 +323,7 @@ def test_host_code_says_what_it_cannot_run():
         ("head_dim", 257, "D must be 1 to 256, got 257"),
         ("value_head_dim", 300, "Dv must be 1 to 256, got 300"),
         ("num_heads", 9000, "Hq must be at most 8192, got 9000"),
+        ("dropout_threshold", 1, "dropout_p must be 0"),
         ("kv_len", 1 << 31, "Sk + Sq must be below 2^31 - 64, got 2147483649"),
     ]:
         call = make_call(inputs)

@@ -98,6 +98,25 @@ def test_head_dims(head_map: HeadMap, head_dim: int, dtype: torch.dtype, options
     attend(head_map, 131, 203, head_dim, dtype, **options)
 
 
+@pytest.mark.parametrize(
+    "q_len, head_dim, dtype",
+    [
+        (1, 64, torch.bfloat16),
+        pytest.param(150, 128, torch.float16, marks=pytest.mark.slow),
+        pytest.param(70, 256, torch.bfloat16, marks=pytest.mark.slow),
+    ],
+)
+def test_dropout(q_len: int, head_dim: int, dtype: torch.dtype):
+    """What dropout keeps is what the reference keeps for the same seed; the LSE is without it."""
+    q, k, v = make_inputs(2, SMALL, q_len, 150, head_dim, dtype=dtype)
+    torch.manual_seed(1)
+    lengths = torch.tensor([[150, 7, 64], [149, 0, 101]])
+    inputs = AttentionInputs.create(
+        q, k, v, SMALL, causal=True, kv_lengths=lengths, dropout_p=0.3
+    ).with_dropout_seed()
+    check(inputs, emulate(phase_for(inputs), inputs))
+
+
 def test_large_scores_rescale_the_output():
     q, k, v = make_inputs(1, SMALL, 130, 330, 64, dtype=torch.bfloat16)
     k *= GROWTH

@@ -197,6 +197,8 @@ def test_what_is_declined():
     assert reason(inputs, page_table=table) == "k and v must have one page per sequence, got 2"
     offsets = torch.tensor([0, 8], dtype=torch.int32)
     assert "q_offsets" in reason(inputs, q_offsets=offsets)
+    dropping = replace(inputs, dropout_p=0.5).with_dropout_seed()
+    assert reason(dropping) == "dropout_p must be 0"
     call = make_call(inputs)
     call.params.num_heads = 513
     assert phase_for(inputs).unsupported(call) == "Hq must be at most 512, got 513"

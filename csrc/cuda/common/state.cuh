@@ -28,8 +28,7 @@ __device__ __forceinline__ int64_t out_offset(const AttentionParams& params, con
 
 __device__ __forceinline__ int64_t lse_offset(const AttentionParams& params, const Queries& queries,
                                               int64_t head, int64_t token) {
-  const int64_t tokens = params.q_offsets ? params.q_offsets[params.batch] : params.q_len;
-  return (queries.b * params.num_heads + head) * tokens + queries.first + token;
+  return (queries.b * params.num_heads + head) * params.q_tokens + queries.first + token;
 }
 
 }  // namespace gqa::cuda

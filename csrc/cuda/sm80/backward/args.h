@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "../../../core/backward_params.h"
+#include "../../../core/visible.h"
 #include "../../common/group_rows.cuh"
 
 namespace gqa::cuda::sm80 {
@@ -20,11 +21,12 @@ struct alignas(8) RowNumbers {
 
 struct BackwardArgs {
   BackwardParams params;
-  RowNumbers* numbers;  // [B, Hq, padded_len]: Sq, padded
-  int64_t padded_len;
-  float* slope_sums;     // [B, Hq, slope_blocks]: gradients of slopes, not yet summed; or nullptr
-  int64_t slope_blocks;  // CTAs that the kernel for dQ has for each query head
-  float softmax_scale;   // from dot products to base-2 scores
+  RowNumbers* numbers;    // [B, Hq, padded_len]; packed sequences: [Hq, padded_len]
+  int64_t padded_len;     // Sq, or the tokens of all sequences, in whole blocks
+  int64_t number_blocks;  // of a sequence's tokens, at most
+  float* slope_sums;      // [B, Hq, slope_blocks]: gradients of slopes, not yet summed; or nullptr
+  int64_t slope_blocks;   // CTAs that the kernel for dQ has for each query head
+  float softmax_scale;    // from dot products to base-2 scores
   bool elements;  // rows of q, k, v or dO are not whole 16-byte chunks; the general kernels only
   bool out_elements;  // likewise of out or dO
   int section_pairs;  // see query_tile.cuh
@@ -32,5 +34,14 @@ struct BackwardArgs {
   bool by_value;  // a CTA's group are the query heads of a value head, not of a key head
   bool shared;    // these read one head of the other tensor, too
 };
+
+// Where the numbers of a sequence's tokens begin, those of query head 0; a head's are padded_len
+// behind those of the one before it. Packed sequences follow each other in whole blocks: with a
+// block for each of them, rounding down leaves enough for rounding their lengths up.
+GQA_HOST_DEVICE inline int64_t first_numbers(const BackwardArgs& args, int64_t b) {
+  const AttentionParams& call = args.params.call;
+  if (call.q_offsets == nullptr) return b * call.num_heads * args.padded_len;
+  return (call.q_offsets[b] / kNumbersBlock + b) * kNumbersBlock;
+}
 
 }  // namespace gqa::cuda::sm80

@@ -4,6 +4,7 @@
 //
 // Both are rounded to the input type for the products they go into, as the forward rounds P
 // (FlashAttention-2, Dao 2023, algorithm 2). The scale of dS is left to the sums of the products.
+// What dropout drops is 0 in dP, and in the P that dV is made of, whose scale is left to the sum.
 #pragma once
 
 #include <cstdint>
@@ -14,8 +15,10 @@
 #include "../../common/mma.cuh"
 #include "../../common/ptx.cuh"
 #include "../../common/softmax.cuh"
+#include "../dropout.cuh"
 #include "../hidden_keys.cuh"
 #include "../products.cuh"
+#include "../query_tile.cuh"
 #include "args.h"
 #include "config.h"
 #include "kv_walk.cuh"
@@ -54,21 +57,22 @@ __device__ __forceinline__ ElementGradient general_gradient(const BackwardArgs& 
 
 // The row of a query token; past the last token, one that sees nothing.
 __device__ __forceinline__ ScoreRow token_row(const AttentionParams& call, int b, int head,
-                                              int token, int length) {
-  ScoreRow row = score_row(call, b, head, token, static_cast<int>(call.q_len), length);
-  if (token >= call.q_len) row.end = 0;
+                                              int token, int q_len, int length) {
+  ScoreRow row = score_row(call, b, head, token, q_len, length);
+  if (token >= q_len) row.end = 0;
   return row;
 }
 
 // Rows are keys, `first_key` on; columns the tokens of a step: -inf where these do not see those.
 template <class C>
 __device__ __forceinline__ void hide_from_tokens(Scores<C>& scores, const AttentionParams& call,
-                                                 const KvStep& step, int first_key) {
+                                                 const KvTile& tile, const KvStep& step,
+                                                 int first_key) {
   first_key += static_cast<int>(threadIdx.x % 32 / 4);
 #pragma unroll
   for (int i = 0; i < C::kBlockN / 4; ++i) {
     const int token = step.token + lane_key(i / 2, i % 2);
-    const KeyRange keys = visible_keys(call, step.length, token);
+    const KeyRange keys = keys_around(call, step.length, token + step.length - tile.q_len);
     const int begin = static_cast<int>(keys.begin) - first_key;
     const int end = static_cast<int>(keys.end) - first_key;
 #pragma unroll
@@ -84,10 +88,20 @@ __device__ __forceinline__ void hide_from_tokens(Scores<C>& scores, const Attent
 template <class T, class C, bool kGeneral>
 __device__ __forceinline__ void gradients_by_key(Probabilities<C>& p, Probabilities<C>& ds,
                                                  const Scores<C>& scores, const Scores<C>& dp,
-                                                 const BackwardArgs& args, int b,
+                                                 const BackwardArgs& args, const KvTile& tile,
                                                  const KvStep& step, int first_key,
                                                  uint32_t numbers) {
   first_key += static_cast<int>(threadIdx.x % 32 / 4);
+  const AttentionParams& call = args.params.call;
+  const bool drops = kGeneral && call.dropout_threshold != 0;
+  KeptTokens<C> kept[C::kRowTiles][2];
+  if (drops) {
+#pragma unroll
+    for (int i = 0; i < C::kRowTiles * 2; ++i) {
+      kept[i / 2][i % 2] = kept_tokens<C>(call, dropout_head(call, tile.b, step.head), step.token,
+                                          first_key + i * 8);
+    }
+  }
 #pragma unroll
   for (int n = 0; n < C::kBlockN / 8; ++n) {
     const int column = lane_key(n, 0);
@@ -97,7 +111,8 @@ __device__ __forceinline__ void gradients_by_key(Probabilities<C>& p, Probabilit
     if constexpr (kGeneral) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        rows[e] = token_row(args.params.call, b, step.head, step.token + column + e, step.length);
+        rows[e] =
+            token_row(call, tile.b, step.head, step.token + column + e, tile.q_len, step.length);
       }
     }
 #pragma unroll
@@ -107,13 +122,16 @@ __device__ __forceinline__ void gradients_by_key(Probabilities<C>& p, Probabilit
         ElementGradient of[2];
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          const float dot = scores[m][n][h * 2 + e], dp_e = dp[m][n][h * 2 + e];
+          const float dot = scores[m][n][h * 2 + e];
+          float dp_e = dp[m][n][h * 2 + e];
+          if (drops) dp_e = kept[m][h].at(n, e) ? dp_e * call.dropout_scale : 0.0f;
           if constexpr (kGeneral) {
             const int key = first_key + m * 16 + h * 8;
             of[e] = general_gradient<T>(args, dot, dp_e, of_token[e], rows[e], key);
           } else {
             of[e] = plain_gradient(args, dot, dp_e, of_token[e]);
           }
+          if (drops && !kept[m][h].at(n, e)) of[e].p = 0.0f;
         }
         p[m][n / 2][n % 2 * 2 + h] = pack<T>(of[0].p, of[1].p);
         ds[m][n / 2][n % 2 * 2 + h] = pack<T>(of[0].ds, of[1].ds);
@@ -127,23 +145,32 @@ __device__ __forceinline__ void gradients_by_key(Probabilities<C>& p, Probabilit
 template <class T, class C, bool kGeneral>
 __device__ __forceinline__ void gradients_by_token(Probabilities<C>& ds, float& slope_sum,
                                                    const Scores<C>& scores, const Scores<C>& dp,
-                                                   const BackwardArgs& args, int b, int head,
-                                                   int length, int warp_token, int first_key,
+                                                   const BackwardArgs& args, const QueryTile& tile,
+                                                   int warp_token, int first_key,
                                                    const RowNumbers (&numbers)[C::kRowTiles][2]) {
+  const AttentionParams& call = args.params.call;
+  const bool drops = kGeneral && call.dropout_threshold != 0;
 #pragma unroll
   for (int m = 0; m < C::kRowTiles; ++m) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
+      const int token = lane_token(warp_token, m, h);
       ScoreRow row;
       if constexpr (kGeneral) {
-        row = token_row(args.params.call, b, head, lane_token(warp_token, m, h), length);
+        row = token_row(call, tile.b, tile.head, token, tile.q_len, tile.length);
+      }
+      KeptKeys<C> kept;
+      if (drops) {
+        kept = kept_keys<C>(call, dropout_head(call, tile.b, tile.head), token, first_key);
       }
 #pragma unroll
       for (int n = 0; n < C::kBlockN / 8; ++n) {
         ElementGradient of[2];
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          const float dot = scores[m][n][h * 2 + e], dp_e = dp[m][n][h * 2 + e];
+          const float dot = scores[m][n][h * 2 + e];
+          float dp_e = dp[m][n][h * 2 + e];
+          if (drops) dp_e = kept.at(n, e) ? dp_e * call.dropout_scale : 0.0f;
           if constexpr (kGeneral) {
             const int key = first_key + lane_key(n, e);
             of[e] = general_gradient<T>(args, dot, dp_e, numbers[m][h], row, key);

@@ -38,11 +38,11 @@ __device__ __forceinline__ void load_keys(const BackwardArgs& args, uint32_t to,
                                           const KvTile& tile, const KvStep& step) {
   const AttentionParams& call = args.params.call;
   const Strides& strides = keys ? call.k_stride : call.v_stride;
-  load_rows<T, C, C::kBlockM, kGeneral>(args, to,
-                                        row_at<T>(keys ? call.k : call.v, strides, tile.b,
-                                                  keys ? step.k_head : step.v_head, tile.first_key),
-                                        strides.s, step.length - tile.first_key,
-                                        keys ? call.head_dim : call.value_head_dim);
+  load_rows<T, C, C::kBlockM, kGeneral>(
+      args, to,
+      row_at<T>(keys ? call.k : call.v, strides, tile.b, keys ? step.k_head : step.v_head,
+                tile.first_slot + tile.first_key),
+      strides.s, step.length - tile.first_key, keys ? call.head_dim : call.value_head_dim);
 }
 
 // Q, dO and the numbers of a step's tokens.
@@ -51,15 +51,17 @@ __device__ __forceinline__ void load_tokens(const BackwardArgs& args, uint32_t s
                                             const KvTile& tile, const KvStep& step) {
   const BackwardParams& params = args.params;
   const AttentionParams& call = params.call;
-  const int rows = static_cast<int>(call.q_len) - step.token;
+  const int rows = tile.q_len - step.token;
+  const int64_t token = tile.first_token + step.token;
   load_rows<T, C, C::kBlockN, kGeneral>(
-      args, slot, row_at<T>(call.q, call.q_stride, tile.b, step.head, step.token), call.q_stride.s,
+      args, slot, row_at<T>(call.q, call.q_stride, tile.q_batch, step.head, token), call.q_stride.s,
       rows, call.head_dim);
   load_rows<T, C, C::kBlockN, kGeneral>(
       args, slot + C::kStepBytes,
-      row_at<T>(params.dout, params.dout_stride, tile.b, step.head, step.token),
+      row_at<T>(params.dout, params.dout_stride, tile.q_batch, step.head, token),
       params.dout_stride.s, rows, call.value_head_dim);
-  load_numbers<C>(args, slot + C::kNumbersOffset, tile.b, step.head, step.token);
+  load_numbers<C>(slot + C::kNumbersOffset,
+                  args.numbers + tile.first_numbers + step.head * args.padded_len + step.token);
 }
 
 // kKeys, kValues: whether the kernel can sum dK and dV.
@@ -80,6 +82,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinCtas)
   const bool sums_dk = kKeys && params.dk != nullptr, sums_dv = kValues && params.dv != nullptr;
   {
     const KvTile t = find_kv_tile<C>(args, members, reinterpret_cast<int*>(shared));
+    if (t.first_key >= t.end_key) return;
     if (threadIdx.x == 0) tile = t;
     __syncthreads();  // members, tile
     const KvStep step = first_step<C>(args, t, members, 0);
@@ -132,9 +135,9 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinCtas)
       }
       const int first_key = tile.first_key + warp * C::kWarpRows;
       if constexpr (!kGeneral) {
-        if (!keys.all) hide_from_tokens<C>(scores, call, step, first_key);
+        if (!keys.all) hide_from_tokens<C>(scores, call, tile, step, first_key);
       }
-      gradients_by_key<T, C, kGeneral>(p, ds, scores, dp, args, tile.b, step, first_key,
+      gradients_by_key<T, C, kGeneral>(p, ds, scores, dp, args, tile, step, first_key,
                                        q_slot + C::kNumbersOffset);
     }
     if (sums_dv) add_weighted_rows<T, C>(dv, p, TileFragments(dout_slot, offsets.qv));
@@ -142,16 +145,17 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinCtas)
   }
 
   const int first_key = tile.first_key + warp * C::kWarpRows;
-  const int rows = min(C::kWarpRows, static_cast<int>(call.kv_len) - first_key);
+  const int rows = min(C::kWarpRows, tile.end_key - first_key);
+  const int slot = tile.first_slot + first_key;
   if (sums_dk) {
-    store_gradient<T, C>(row_at<T>(params.dk, params.dk_stride, tile.b, tile.group, first_key),
+    store_gradient<T, C>(row_at<T>(params.dk, params.dk_stride, tile.b, tile.group, slot),
                          params.dk_stride.s, rows, call.head_dim, k_base + own_rows, dk,
                          call.scale);
   }
   if (sums_dv) {
-    store_gradient<T, C>(row_at<T>(params.dv, params.dv_stride, tile.b, tile.group, first_key),
+    store_gradient<T, C>(row_at<T>(params.dv, params.dv_stride, tile.b, tile.group, slot),
                          params.dv_stride.s, rows, call.value_head_dim, v_base + own_rows, dv,
-                         1.0f);
+                         kGeneral && call.dropout_threshold != 0 ? call.dropout_scale : 1.0f);
   }
 }
 

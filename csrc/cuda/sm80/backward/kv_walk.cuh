@@ -13,6 +13,11 @@ namespace gqa::cuda::sm80 {
 struct KvTile {
   int group;  // the key or value head
   int b, first_key;
+  int first_slot;  // in k and v, of the sequence's first key
+  int end_key;     // of the rows of dK and dV that are the sequence's
+  int q_len;       // query tokens of the sequence
+  // Those of its first token: the row in q and dO, and the numbers.
+  int64_t q_batch, first_token, first_numbers;
 };
 
 // A block of tokens of one head of the group. head -1: the walk is over.
@@ -81,13 +86,23 @@ template <class C>
 __device__ __forceinline__ KvTile find_kv_tile(const BackwardArgs& args, uint32_t* members,
                                                int* scratch) {
   const AttentionParams& call = args.params.call;
-  const uint32_t blocks = (static_cast<uint32_t>(call.kv_len) + C::kBlockM - 1) / C::kBlockM;
+  const uint32_t blocks =
+      (static_cast<uint32_t>(args.params.max_kv_len) + C::kBlockM - 1) / C::kBlockM;
   const uint32_t batch = call.batch;
   const int num_groups = static_cast<int>(args.by_value ? call.num_v_heads : call.num_k_heads);
   KvTile tile;
   tile.first_key = blockIdx.x % blocks * C::kBlockM;
   tile.b = blockIdx.x / blocks % batch;
   tile.group = group_at<C::kThreads>(args, num_groups, blockIdx.x / blocks / batch, scratch);
+  const Queries queries = queries_of(call, tile.b);
+  tile.first_slot = static_cast<int>(first_slot(call, tile.b));
+  // Packed sequences have the same keys in every head, dense tensors rows for more than they use.
+  tile.end_key =
+      static_cast<int>(call.q_offsets == nullptr ? call.kv_len : kv_length(call, tile.b, 0));
+  tile.q_len = static_cast<int>(queries.count);
+  tile.q_batch = queries.b;
+  tile.first_token = queries.first;
+  tile.first_numbers = first_numbers(args, tile.b);
   const int heads = static_cast<int>(call.num_heads), lane = threadIdx.x % 32;
   for (int h = threadIdx.x; h - lane < heads; h += C::kThreads) {
     const unsigned mine = __ballot_sync(~0u, h < heads && group_of(args, h) == tile.group);
@@ -101,7 +116,7 @@ template <class C>
 __device__ __forceinline__ KvStep first_step(const BackwardArgs& args, const KvTile& tile,
                                              const uint32_t* members, int head) {
   const AttentionParams& call = args.params.call;
-  const int heads = static_cast<int>(call.num_heads), q_len = static_cast<int>(call.q_len);
+  const int heads = static_cast<int>(call.num_heads);
   while (head < heads) {
     const uint32_t rest = members[head / 32] >> head % 32;
     if (rest == 0) {
@@ -115,14 +130,14 @@ __device__ __forceinline__ KvStep first_step(const BackwardArgs& args, const KvT
     step.length = static_cast<int>(kv_length(call, tile.b, step.k_head));
     // A token at `position` sees key j where position - left <= j <= position + right. A bound that
     // is none lies where no token, and no later key's, comes near.
-    const int64_t first_position = tile.first_key - (step.length - q_len);
+    const int64_t first_position = tile.first_key - (step.length - tile.q_len);
     int64_t low = -2 * C::kBlockM, high = INT32_MAX - 2 * C::kBlockM;
     if (call.window_right >= 0) low = max(low, first_position - call.window_right);
     if (call.window_left >= 0) high = min(high, first_position + call.window_left + 1);
     step.low = static_cast<int>(low);
     step.high = static_cast<int>(high);
     step.token = max(step.low, 0) / C::kBlockN * C::kBlockN;
-    step.stop = tile.first_key < step.length ? min(step.high + C::kBlockM - 1, q_len) : 0;
+    step.stop = tile.first_key < step.length ? min(step.high + C::kBlockM - 1, tile.q_len) : 0;
     step.first = true;
     if (step.token < step.stop) return step;
     ++head;

@@ -35,19 +35,26 @@ auto with_instance(const AttentionParams& call, F f) {
 }
 
 struct Sizes {
-  int64_t padded_len, q_blocks, kv_blocks;
+  int64_t padded_len, number_blocks, q_blocks, kv_blocks;
+  int64_t numbers;  // RowNumbers of all heads
   int64_t numbers_ctas, q_ctas, kv_ctas;
 };
 
-Sizes sizes_of(const AttentionParams& call) {
+Sizes sizes_of(const BackwardParams& params) {
+  const AttentionParams& call = params.call;
   const int64_t block =
       with_instance(call, [](auto, auto config) { return int64_t{decltype(config)::kBlockM}; });
   const int64_t pairs = call.batch * call.num_heads;
   Sizes sizes;
-  sizes.padded_len = blocks_of(call.q_len, kNumbersBlock) * kNumbersBlock;
+  sizes.number_blocks = blocks_of(call.q_len, kNumbersBlock);
+  // What first_numbers needs: of packed sequences, a block more for each.
+  const bool packed = call.q_offsets != nullptr;
+  const int64_t blocks = packed ? call.q_tokens / kNumbersBlock + call.batch : sizes.number_blocks;
+  sizes.padded_len = blocks * kNumbersBlock;
+  sizes.numbers = (packed ? call.num_heads : pairs) * sizes.padded_len;
   sizes.q_blocks = blocks_of(call.q_len, block);
-  sizes.kv_blocks = blocks_of(call.kv_len, block);
-  sizes.numbers_ctas = pairs * sizes.padded_len / kNumbersBlock;
+  sizes.kv_blocks = blocks_of(params.max_kv_len, block);
+  sizes.numbers_ctas = pairs * sizes.number_blocks;
   sizes.q_ctas = pairs * sizes.q_blocks;
   sizes.kv_ctas = call.batch * sizes.kv_blocks * std::max(call.num_k_heads, call.num_v_heads);
   return sizes;
@@ -69,7 +76,7 @@ void sum_over_groups(BackwardArgs args, bool by_value, void* dk, void* dv, bool 
   args.params.dk = dk;
   args.params.dv = dv;
   const int64_t groups = by_value ? call.num_v_heads : call.num_k_heads;
-  const int64_t ctas = sizes_of(call).kv_blocks * call.batch * groups;
+  const int64_t ctas = sizes_of(args.params).kv_blocks * call.batch * groups;
   if (ctas == 0) return;
   with_instance(call, [&](auto type, auto config) {
     launch_backward_kv<decltype(type), decltype(config)::kD>(args, general, count(ctas), stream);
@@ -89,10 +96,12 @@ std::string backward_unsupported(const BackwardParams& params) {
   if (call.k_dtype != call.dtype || call.v_dtype != call.dtype) {
     return "k and v must have q's dtype";
   }
-  if (call.page_table != nullptr || call.kv_begin != nullptr || call.q_offsets != nullptr) {
-    return "k and v must be dense, not a cache";
+  if (call.page_table != nullptr || (call.kv_begin != nullptr) != (call.q_offsets != nullptr)) {
+    return "k and v must be dense or packed, not a cache";
   }
-  if (call.dropout_threshold != 0) return "dropout_p must be 0";
+  if (call.attn_mask != nullptr && call.q_offsets != nullptr) {
+    return "attn_mask must not be given with packed sequences";
+  }
   if (call.head_dim < 1 || call.head_dim > 256) return is("D", call.head_dim, "1 to 256");
   if (call.value_head_dim < 1 || call.value_head_dim > 256) {
     return is("Dv", call.value_head_dim, "1 to 256");
@@ -104,7 +113,7 @@ std::string backward_unsupported(const BackwardParams& params) {
   if (call.kv_len + call.q_len > INT32_MAX - 1024) {
     return is("Sk + Sq", call.kv_len + call.q_len, "below 2^31 - 1024");
   }
-  const Sizes sizes = sizes_of(call);
+  const Sizes sizes = sizes_of(params);
   const int64_t most = std::max({sizes.numbers_ctas, sizes.q_ctas, sizes.kv_ctas});
   if (most > INT32_MAX) return is("the number of tiles", most, "below 2^31");
   return "";
@@ -115,22 +124,23 @@ bool backward_supported(const BackwardParams& params) {
 }
 
 size_t backward_workspace_bytes(const BackwardParams& params, int) {
-  const Sizes sizes = sizes_of(params.call);
+  const Sizes sizes = sizes_of(params);
   const int64_t slope_sums = params.dslopes != nullptr ? sizes.q_ctas : 0;
-  return sizes.numbers_ctas * kNumbersBlock * sizeof(RowNumbers) + slope_sums * sizeof(float);
+  return sizes.numbers * sizeof(RowNumbers) + slope_sums * sizeof(float);
 }
 
 void backward(const BackwardParams& params, void* workspace, int, cudaStream_t stream) {
   const std::string reason = backward_unsupported(params);
   if (!reason.empty()) throw std::runtime_error("sm80 backward: " + reason);
   const AttentionParams& call = params.call;
-  const Sizes sizes = sizes_of(call);
+  const Sizes sizes = sizes_of(params);
   BackwardArgs args{};
   args.params = params;
   args.numbers = static_cast<RowNumbers*>(workspace);
   args.padded_len = sizes.padded_len;
+  args.number_blocks = sizes.number_blocks;
   if (params.dslopes != nullptr) {
-    args.slope_sums = reinterpret_cast<float*>(args.numbers + sizes.numbers_ctas * kNumbersBlock);
+    args.slope_sums = reinterpret_cast<float*>(args.numbers + sizes.numbers);
   }
   args.slope_blocks = sizes.q_blocks;
   const bool dout_in_chunks = in_chunks(params.dout, params.dout_stride, call.value_head_dim);
@@ -139,7 +149,7 @@ void backward(const BackwardParams& params, void* workspace, int, cudaStream_t s
                     in_chunks(call.v, call.v_stride, call.value_head_dim) && dout_in_chunks);
   args.out_elements =
       !(in_chunks(call.out, call.out_stride, call.value_head_dim) && dout_in_chunks);
-  const bool general = args.elements || modifies_scores(call);
+  const bool general = args.elements || modifies_scores(call) || call.dropout_threshold != 0;
   args.softmax_scale = call.scale * kLog2e;
   args.shared = call.value_head_map == nullptr;
 

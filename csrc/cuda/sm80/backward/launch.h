@@ -1,4 +1,4 @@
-// Gradients of attention over dense tensors, on sm_80 and later.
+// Gradients of attention over dense tensors and packed sequences, on sm_80 and later.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -34,13 +34,10 @@ __device__ __forceinline__ void load_rows(const BackwardArgs& args, uint32_t to,
   }
 }
 
-// The numbers of kBlockN query tokens, `token` on, to a slot.
+// The numbers of kBlockN query tokens, `from` on, to a slot.
 template <class C>
-__device__ __forceinline__ void load_numbers(const BackwardArgs& args, uint32_t to, int64_t b,
-                                             int64_t head, int token) {
+__device__ __forceinline__ void load_numbers(uint32_t to, const RowNumbers* from) {
   constexpr int kChunks = C::kBlockN * sizeof(RowNumbers) / 16;
-  const RowNumbers* from =
-      args.numbers + (b * args.params.call.num_heads + head) * args.padded_len + token;
   if (threadIdx.x < kChunks) cp_async16(to + threadIdx.x * 16, from + threadIdx.x * 2);
 }
 

@@ -6,6 +6,7 @@
 #include "../../common/mma.cuh"
 #include "../../common/ptx.cuh"
 #include "../../common/softmax.cuh"
+#include "../../common/state.cuh"
 #include "../../launch.h"
 #include "../shared_tile.cuh"
 #include "args.h"
@@ -43,16 +44,20 @@ __global__ void __launch_bounds__(kNumbersThreads)
     backward_numbers_kernel(const __grid_constant__ BackwardArgs args) {
   const BackwardParams& params = args.params;
   const AttentionParams& call = params.call;
-  const uint32_t blocks = static_cast<uint32_t>(args.padded_len) / kNumbersBlock;
+  const uint32_t blocks = static_cast<uint32_t>(args.number_blocks);
   const uint32_t pair = blockIdx.x / blocks, heads = static_cast<uint32_t>(call.num_heads);
   const int b = pair / heads, head = pair % heads;
+  const Queries queries = queries_of(call, b);
+  const int64_t first_token = blockIdx.x % blocks * kNumbersBlock;
+  if (first_token >= queries.count) return;
   const int row = threadIdx.x / kRowLanes, lane = threadIdx.x % kRowLanes;
-  const int64_t token = blockIdx.x % blocks * kNumbersBlock + row;
+  const int64_t token = first_token + row;
   const int dim = static_cast<int>(call.value_head_dim);
   float delta = 0.0f;
-  if (token < call.q_len) {
-    const T* out = row_at<T>(call.out, call.out_stride, b, head, token);
-    const T* dout = row_at<T>(params.dout, params.dout_stride, b, head, token);
+  if (token < queries.count) {
+    const T* out = row_at<T>(call.out, call.out_stride, queries.b, head, queries.first + token);
+    const T* dout =
+        row_at<T>(params.dout, params.dout_stride, queries.b, head, queries.first + token);
     for (int d = lane * 8; d < dim; d += kRowLanes * 8) {
       delta += dot_chunk<T>(load_chunk(out, d, dim, args.out_elements),
                             load_chunk(dout, d, dim, args.out_elements));
@@ -64,13 +69,13 @@ __global__ void __launch_bounds__(kNumbersThreads)
   }
   if (lane != 0) return;
   RowNumbers numbers{-minus_infinity(), 0.0f};
-  if (token < call.q_len) {
-    const int64_t at = pair * call.q_len + token;
+  if (token < queries.count) {
+    const int64_t at = lse_offset(call, queries, head, token);
     if (params.dlse != nullptr) delta -= params.dlse[at];
     const float lse = call.lse[at];
     if (lse != minus_infinity()) numbers = {lse * kLog2e, delta};
   }
-  args.numbers[pair * args.padded_len + token] = numbers;
+  args.numbers[first_numbers(args, b) + head * args.padded_len + token] = numbers;
 }
 
 // The sum of every thread's number, in a fixed order; thread 0 has it.
@@ -95,8 +100,8 @@ __global__ void __launch_bounds__(kSumThreads)
   const float logit = call.sinks[head] * kLog2e;
   float sum = 0.0f;
   for (int64_t b = 0; b < call.batch; ++b) {
-    const RowNumbers* rows = args.numbers + (b * call.num_heads + head) * args.padded_len;
-    for (int64_t i = threadIdx.x; i < args.padded_len; i += kSumThreads) {
+    const RowNumbers* rows = args.numbers + first_numbers(args, b) + head * args.padded_len;
+    for (int64_t i = threadIdx.x; i < queries_of(call, b).count; i += kSumThreads) {
       sum = fmaf(-exp2_approx(logit - rows[i].lse), rows[i].delta, sum);
     }
   }

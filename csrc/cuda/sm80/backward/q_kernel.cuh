@@ -38,7 +38,8 @@ __device__ __forceinline__ void fill_dq(const BackwardArgs& args, const QueryTil
   const int rows = min(C::kBlockM, tile.q_len - tile.token);
   const int dim = static_cast<int>(params.call.head_dim);
   const uint16_t bits = static_cast<uint16_t>(pack<T>(value, value));
-  T* first = row_at<T>(params.dq, params.dq_stride, tile.b, tile.head, tile.token);
+  T* first = row_at<T>(params.dq, params.dq_stride, tile.q_batch, tile.head,
+                       tile.first_token + tile.token);
   for (int row = threadIdx.x / 32; row < rows; row += C::kWarps) {
     for (int d = threadIdx.x % 32; d < dim; d += 32)
       first[row * params.dq_stride.s + d].bits = bits;
@@ -52,17 +53,22 @@ __device__ __forceinline__ float* slope_sum_of(const BackwardArgs& args, const Q
   return args.slope_sums + pair * args.slope_blocks + tile.token / C::kBlockM;
 }
 
+// The rows of the sequence's first key in the tile's heads of K and V.
+template <class T>
+struct FirstRows {
+  const T *k, *v;
+};
+
 // K and V of a step's keys; zeros beyond the sequence's.
 template <class T, class C, bool kGeneral>
 __device__ __forceinline__ void load_step(const BackwardArgs& args, uint32_t slot,
-                                          const QueryTile& tile, int first_key) {
+                                          const FirstRows<T>& rows, int length, int first_key) {
   const AttentionParams& call = args.params.call;
-  load_rows<T, C, C::kBlockN, kGeneral>(
-      args, slot, row_at<T>(call.k, call.k_stride, tile.b, tile.k_head, first_key), call.k_stride.s,
-      tile.length - first_key, call.head_dim);
-  load_rows<T, C, C::kBlockN, kGeneral>(
-      args, slot + C::kStepBytes, row_at<T>(call.v, call.v_stride, tile.b, tile.v_head, first_key),
-      call.v_stride.s, tile.length - first_key, call.value_head_dim);
+  load_rows<T, C, C::kBlockN, kGeneral>(args, slot, rows.k + first_key * call.k_stride.s,
+                                        call.k_stride.s, length - first_key, call.head_dim);
+  load_rows<T, C, C::kBlockN, kGeneral>(args, slot + C::kStepBytes,
+                                        rows.v + first_key * call.v_stride.s, call.v_stride.s,
+                                        length - first_key, call.value_head_dim);
 }
 
 // The warp's rows of Q or dO as first operands, from registers or shared memory.
@@ -99,6 +105,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinCtas)
   extern __shared__ __align__(128) uint8_t shared[];
   // Needed a few times per step, and so not worth registers.
   __shared__ QueryTile tile;
+  __shared__ FirstRows<T> first_rows;
   __shared__ TokenRange warp_keys[C::kWarps];
   __shared__ float warp_sums[C::kWarps];
   __shared__ int end_key;
@@ -110,6 +117,11 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinCtas)
   {
     const QueryTile t =
         find_query_tile<C>(call, args.section_pairs, reinterpret_cast<int*>(shared));
+    // Of packed sequences, shorter ones have no such tokens.
+    if (t.token >= t.q_len) {
+      if (args.slope_sums != nullptr && threadIdx.x == 0) *slope_sum_of<C>(args, t) = 0.0f;
+      return;
+    }
     const TokenRange keys = token_range(call, t.length, t.q_len, t.token, C::kBlockM);
     first_key = max(0, keys.begin) / C::kBlockN * C::kBlockN;
     if (!t.valid || first_key >= keys.end) {
@@ -117,8 +129,12 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinCtas)
       if (args.slope_sums != nullptr && threadIdx.x == 0) *slope_sum_of<C>(args, t) = 0.0f;
       return;
     }
+    const int64_t slot = first_slot(call, t.b);
+    const FirstRows<T> first{row_at<T>(call.k, call.k_stride, t.b, t.k_head, slot),
+                             row_at<T>(call.v, call.v_stride, t.b, t.v_head, slot)};
     if (threadIdx.x == 0) {
       tile = t;
+      first_rows = first;
       end_key = keys.end;
     }
     if (threadIdx.x % 32 == 0) {
@@ -126,13 +142,14 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinCtas)
           token_range(call, t.length, t.q_len, t.token + warp * C::kWarpRows, C::kWarpRows);
     }
     const int rows = t.q_len - t.token;
+    const int64_t row = t.first_token + t.token;
     load_rows<T, C, C::kBlockM, kGeneral>(args, q_base,
-                                          row_at<T>(call.q, call.q_stride, t.b, t.head, t.token),
+                                          row_at<T>(call.q, call.q_stride, t.q_batch, t.head, row),
                                           call.q_stride.s, rows, call.head_dim);
     load_rows<T, C, C::kBlockM, kGeneral>(
-        args, dout_base, row_at<T>(params.dout, params.dout_stride, t.b, t.head, t.token),
+        args, dout_base, row_at<T>(params.dout, params.dout_stride, t.q_batch, t.head, row),
         params.dout_stride.s, rows, call.value_head_dim);
-    load_step<T, C, kGeneral>(args, ring, t, first_key);
+    load_step<T, C, kGeneral>(args, ring, first, t.length, first_key);
     cp_async_commit();
     __syncthreads();  // tile, keys
   }
@@ -141,14 +158,15 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinCtas)
   const int warp_token = tile.token + warp * C::kWarpRows;
   const uint32_t own_rows = warp * C::kWarpRows * C::kRowBytes;
   RowNumbers numbers[C::kRowTiles][2];
+  const RowNumbers* first =
+      args.numbers + first_numbers(args, tile.b) + tile.head * args.padded_len;
 #pragma unroll
   for (int m = 0; m < C::kRowTiles; ++m) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int token = lane_token(warp_token, m, h);
-      const int64_t first = (tile.b * call.num_heads + tile.head) * args.padded_len;
       // Past the last token Q and dO are zeros: any finite numbers do.
-      numbers[m][h] = token < tile.q_len ? args.numbers[first + token] : RowNumbers{0.0f, 0.0f};
+      numbers[m][h] = token < tile.q_len ? first[token] : RowNumbers{0.0f, 0.0f};
     }
   }
   cp_async_wait<0>();
@@ -160,7 +178,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinCtas)
     cp_async_wait<0>();
     __syncthreads();  // this step's tiles; and every warp is done with those before it
     if (first_key + C::kBlockN < end_key) {
-      load_step<T, C, kGeneral>(args, ring + (turn ^ 1) * C::kSlotBytes, tile,
+      load_step<T, C, kGeneral>(args, ring + (turn ^ 1) * C::kSlotBytes, first_rows, tile.length,
                                 first_key + C::kBlockN);
     }
     cp_async_commit();
@@ -178,13 +196,14 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinCtas)
           hide_keys<C>(scores, call, tile.length, tile.q_len, warp_token, first_key);
         }
       }
-      gradients_by_token<T, C, kGeneral>(ds, slope_sum, scores, dp, args, tile.b, tile.head,
-                                         tile.length, warp_token, first_key, numbers);
+      gradients_by_token<T, C, kGeneral>(ds, slope_sum, scores, dp, args, tile, warp_token,
+                                         first_key, numbers);
     }
     add_weighted_rows<T, C>(dq, ds, TileFragments(k_slot, offsets.qv));
   }
 
-  store_gradient<T, C>(row_at<T>(params.dq, params.dq_stride, tile.b, tile.head, warp_token),
+  store_gradient<T, C>(row_at<T>(params.dq, params.dq_stride, tile.q_batch, tile.head,
+                                 tile.first_token + warp_token),
                        params.dq_stride.s, min(C::kWarpRows, tile.q_len - warp_token),
                        call.head_dim, q_base + own_rows, dq, call.scale);
   if (kGeneral && args.slope_sums != nullptr) {

@@ -11,8 +11,8 @@
 //           products before it is used, behind the barrier that says its slot was read.
 // Masks     causal order and windows cost something in the blocks at the edge only. kGeneral has
 // the
-//           code for softcap, ALiBi, masks, scales <= 0 and element-wise copies; the other kernel
-//           has neither their branches nor their registers.
+//           code for softcap, ALiBi, masks, scales <= 0, dropout and element-wise copies; the other
+//           kernel has neither their branches nor their registers.
 // Softmax   base 2, fp32. O is rescaled only where a row's maximum has grown by more than 2^8 since
 //           it last was: P <= 2^8 is as exact as P <= 1, and later maxima grow little
 //           (FlashAttention-4's rule).
@@ -52,6 +52,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinCtas)
   __shared__ CopyRows<T> k_rows, v_rows;
   __shared__ int end_key;
 
+  const bool drops = kGeneral && params.dropout_threshold != 0;
   const int warp = static_cast<int>(threadIdx.x / 32);
   const uint32_t base = smem_u32(shared);
   const uint32_t q_base = base + C::kQOffset, ring = base + C::kRingOffset;
@@ -136,6 +137,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinCtas)
         hide_keys<C>(scores, params, tile.length, tile.q_len, warp_token, first_key);
       }
       state.template update<T>(p, scores, output, args.softmax_scale);
+      // The sum is of all probabilities; those that are kept are scaled with the output.
+      if (drops) drop_keys<C>(p, params, tile, warp_token, first_key);
     }
     cp_async_wait<1>();
     __syncthreads();  // V; and every warp is done with K
@@ -150,7 +153,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinCtas)
     if (first_key >= end_key) break;
     slot = slot_before<C>(slot, ring);
   }
-  store_output<T, C>(args, tile, base, warp * C::kWarpRows, state, output);
+  store_output<T, C>(args, tile, base, warp * C::kWarpRows, state, output,
+                     drops ? params.dropout_scale : 1.0f);
 }
 
 }  // namespace gqa::cuda::sm80

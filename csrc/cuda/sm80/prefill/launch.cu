@@ -99,7 +99,7 @@ void prefill(const AttentionParams& params, void*, int, cudaStream_t stream) {
   PrefillArgs args{};
   args.params = params;
   args.elements = !rows_in_chunks(params);
-  const bool general = args.elements || modifies_scores(params);
+  const bool general = args.elements || modifies_scores(params) || params.dropout_threshold != 0;
   args.softmax_scale = general ? 1.0f : params.scale * kLog2e;  // the general kernel has scaled
   args.section_pairs = section_pairs(params);
   if (params.dtype == DType::kBFloat16) {

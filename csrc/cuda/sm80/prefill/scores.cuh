@@ -10,6 +10,7 @@
 #include "../../common/mma.cuh"
 #include "../../common/ptx.cuh"
 #include "../../common/softmax.cuh"
+#include "../dropout.cuh"
 #include "../hidden_keys.cuh"
 #include "../products.cuh"
 #include "args.h"
@@ -105,6 +106,25 @@ __device__ __forceinline__ void modify_scores(Scores<C>& scores, const PrefillAr
     default:
       add_mask<T, C>(scores, args, tile, warp_token, first_key,
                      [](T x) { return to_float(x) * kLog2e; });
+  }
+}
+
+// Zeros for the probabilities that dropout drops.
+template <class C>
+__device__ __forceinline__ void drop_keys(Probabilities<C>& p, const AttentionParams& params,
+                                          const QueryTile& tile, int warp_token, int first_key) {
+  const uint32_t head = dropout_head(params, tile.b, tile.head);
+#pragma unroll
+  for (int m = 0; m < C::kRowTiles; ++m) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const KeptKeys<C> kept = kept_keys<C>(params, head, lane_token(warp_token, m, h), first_key);
+#pragma unroll
+      for (int n = 0; n < C::kBlockN / 8; ++n) {
+        p[m][n / 2][n % 2 * 2 + h] &=
+            (kept.at(n, 0) ? 0x0000ffffu : 0u) | (kept.at(n, 1) ? 0xffff0000u : 0u);
+      }
+    }
   }
 }
 

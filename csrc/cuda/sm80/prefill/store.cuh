@@ -27,11 +27,8 @@ __device__ __forceinline__ T* output_rows(const PrefillArgs& args, const QueryTi
 // The tile's first element of the LSE; rows follow.
 __device__ __forceinline__ float* lse_rows(const PrefillArgs& args, const QueryTile& tile) {
   const AttentionParams& params = args.params;
-  // Packed sequences: [1, Hq, all tokens].
-  const int64_t tokens =
-      params.q_offsets == nullptr ? params.q_len : params.q_offsets[params.batch];
-  return params.lse + (tile.q_batch * params.num_heads + tile.head) * tokens + tile.first_token +
-         tile.token;
+  return params.lse + (tile.q_batch * params.num_heads + tile.head) * params.q_tokens +
+         tile.first_token + tile.token;
 }
 
 // The same output and LSE for all rows of a tile: one that sees no key, or whose head has none.
@@ -50,11 +47,11 @@ __device__ __forceinline__ void fill_tile(const PrefillArgs& args, const QueryTi
   }
 }
 
-// `base`: of the CTA's shared memory; every copy to it has been waited for.
+// `base`: of the CTA's shared memory; every copy to it has been waited for. `scale`: of the output.
 template <class T, class C>
 __device__ __forceinline__ void store_output(const PrefillArgs& args, const QueryTile& tile,
                                              uint32_t base, int warp_row, RowState<C>& state,
-                                             const Output<C>& output) {
+                                             const Output<C>& output, float scale) {
   const AttentionParams& params = args.params;
   const int lane = threadIdx.x % 32;
   const int rows = min(C::kWarpRows, tile.q_len - tile.token - warp_row);  // of the warp
@@ -74,7 +71,7 @@ __device__ __forceinline__ void store_output(const PrefillArgs& args, const Quer
       float factor = 1.0f;
       if (params.sinks != nullptr) factor = add_sink(params.sinks[tile.head], shift, sum);
       const bool seen = sum != 0.0f;
-      factor = seen ? __fdividef(factor, sum) : 0.0f;
+      factor = seen ? __fdividef(factor, sum) * scale : 0.0f;
       if (lane % 4 == 0 && row < rows) {
         lse_rows(args, tile)[warp_row + row] =
             seen ? (shift + __log2f(sum)) * kLn2 : minus_infinity();

@@ -86,6 +86,7 @@ std::string prefill_unsupported(const AttentionParams& params) {
     return with_value("k and v must have one page per sequence", params.max_pages);
   }
   if (params.q_offsets != nullptr) return "q must not be packed (q_offsets)";
+  if (params.dropout_threshold != 0) return "dropout_p must be 0";
   if (params.head_dim < 1 || params.head_dim > 256) {
     return with_value("D must be 1 to 256", params.head_dim);
   }

@@ -1,7 +1,8 @@
-"""Attention of packed sequences on the CPU with gradients: a backward call for each sequence.
+"""Attention of packed sequences with gradients, by the compiled kernels.
 
-The forward is the cache kernel's, over the packed memory as it lies. Backward hands each
-sequence's tokens, as views, to the dense backward op, which spreads it over the threads.
+The forward is the cache kernel's, over the packed memory as it lies. The CPU's backward hands each
+sequence's tokens, as views, to the dense backward op, which spreads it over the threads; on CUDA
+one call does all, and finds the sequences in their offsets on the device.
 """
 
 from __future__ import annotations
@@ -110,6 +111,20 @@ def varlen_attention_backward(
         if need_sinks:
             dsinks += gradients[4]
     return dq, dk, dv, dslopes, dsinks
+
+
+@varlen_attention_backward.register_kernel("cuda")
+def _(
+    dout, dlse, q, k, v, out, lse, head_map, value_head_map, alibi_slopes, sinks, q_offsets,
+    k_offsets, max_q_len, max_kv_len, scale, window_left, window_right, softcap, need_slopes,
+    need_sinks,
+):  # fmt: skip
+    view = KVView.packed(k, v, k_offsets)
+    return torch.ops.gqa_kernels.packed_attention_backward.default(
+        dout, dlse, q, view.k, view.v, out, lse, head_map, value_head_map, alibi_slopes, sinks,
+        view.kv_lengths, view.kv_begin, q_offsets, max_q_len, max_kv_len, scale, window_left,
+        window_right, softcap, need_slopes, need_sinks,
+    )  # fmt: skip
 
 
 @varlen_attention_backward.register_fake
