@@ -6,7 +6,7 @@ import torch
 
 from .. import env, extension
 from ..cache.inputs import AppendInputs, CacheInputs
-from .base import FUSED_OPTIONS, Backend, Capabilities
+from .base import ALL_CACHES, FUSED_OPTIONS, Backend, Capabilities
 from .cpu import CPUBackend
 
 MIN_CAPABILITY = (8, 0)
@@ -20,7 +20,7 @@ class CUDABackend(Backend):
         max_head_dim=256,
         options=FUSED_OPTIONS - {"dropout"},
         autograd=True,
-        caches=frozenset({"dense", "paged", "kv_begin", "varlen"}),
+        caches=ALL_CACHES,
     )
 
     def unavailable_reason(self) -> str | None:

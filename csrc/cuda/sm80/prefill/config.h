@@ -45,6 +45,15 @@ struct PrefillConfig {
   static constexpr int kChunks = kD / 8;                // 16-byte chunks of a row
   static constexpr int kCopyRows = kThreads / kChunks;  // rows that all threads copy at once
   static_assert(kCopyRows % 8 == 0 && kBlockN % kCopyRows == 0);
+  static constexpr bool kQuantized = false;  // K and V have q's type
+};
+
+// Of quantised K and V, in the same shared memory: slot 0 is where K and V arrive, half of it each,
+// slot 1 is K and slot 2 is V, widened.
+template <int kHeadDim>
+struct QuantizedPrefillConfig : PrefillConfig<kHeadDim> {
+  static constexpr bool kQuantized = true;
+  static constexpr int kMinCtas = kHeadDim == 256 ? 1 : 2;  // scales and what widens take registers
 };
 
 }  // namespace gqa::cuda::sm80
