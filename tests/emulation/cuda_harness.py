@@ -29,7 +29,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -38,7 +37,6 @@ from torch import Tensor
 from gqa_kernels import env
 from gqa_kernels.backends.base import empty_output
 from gqa_kernels.backends.reference import reference_attention
-from gqa_kernels.cache.inputs import CacheInputs
 from gqa_kernels.inputs import AttentionInputs
 from gqa_kernels.testing import assert_close, equivalent_forms, upcast
 
@@ -125,7 +123,6 @@ DTYPES = (
     torch.float32, torch.bfloat16, torch.float16, torch.bool, torch.float8_e4m3fn,
     torch.float8_e5m2, torch.int8, torch.uint8,
 )  # in the order of gqa::DType  # fmt: skip
-NUMBERS = ("k_scale", "v_scale", "k_zero", "v_zero")
 
 
 @dataclass
@@ -213,31 +210,6 @@ def make_call(
         params.max_pages = page_table.shape[2]
         params.kv_len = params.max_pages * params.page_size
     return Call(params, tensors)
-
-
-def make_cache_call(inputs: CacheInputs) -> Call:
-    """The same for attention over a cache, as the op's host code enters it."""
-    view = inputs.view
-    names = (
-        "q", "dtype", "layout", "value_head_dim", "head_map_tensor", "value_head_map_tensor",
-        "scale", "softcap", "window_left", "window_right", "alibi_slopes", "sinks", "attn_mask",
-    )  # fmt: skip
-    dense = SimpleNamespace(
-        k=view.k, v=view.v, kv_lengths=view.kv_lengths, **{x: getattr(inputs, x) for x in names}
-    )
-    call = make_call(
-        dense, page_table=view.page_table, kv_begin=view.kv_begin, q_offsets=inputs.q_offsets,
-        batch=view.batch, max_q_len=inputs.max_q_len,
-    )  # fmt: skip
-    call.params.k_dtype = call.params.v_dtype = DTYPES.index(view.k.dtype)
-    call.params.value_head_dim = view.value_head_dim
-    for name in NUMBERS:
-        x = getattr(view, name)
-        if x is not None:
-            call.tensors[name] = x
-            setattr(call.params, name, x.data_ptr())
-            setattr(call.params, f"{name}_stride", Strides(*x.stride()))
-    return call
 
 
 @dataclass

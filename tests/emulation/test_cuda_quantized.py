@@ -15,7 +15,8 @@ from gqa_kernels.cache.view import KVView
 from gqa_kernels.testing import assert_cache_close
 from tests.cache.histories import Kind, empty_cache, fill, hide_unused_pages
 
-from .cuda_harness import Phase, Result, compiled, make_cache_call, unavailable_reason
+from .cuda_cache import make_cache_call
+from .cuda_harness import Phase, Result, compiled, unavailable_reason
 
 pytestmark = pytest.mark.skipif(unavailable_reason() is not None, reason=str(unavailable_reason()))
 
@@ -227,7 +228,8 @@ def test_page_outside_the_storage_poisons_the_rows_that_see_it(phase):
 
 
 @pytest.mark.parametrize(
-    "format, dim", [("int8", 64), ("int4", 64), pytest.param("fp8_e4m3", 128, marks=pytest.mark.slow)]
+    "format, dim",
+    [("int8", 64), ("int4", 64), pytest.param("fp8_e4m3", 128, marks=pytest.mark.slow)],
 )
 def test_stored_bytes_cross_memory_once_and_no_bank_conflicts(format, dim):
     """What a profiler would show: a group's bytes once, half or a quarter of what bf16 has; scales
