@@ -49,6 +49,9 @@ __device__ __forceinline__ void cp_async_small(uint32_t dst, const void* src, in
                "r"(bytes)
                : "memory");
 }
+__device__ __forceinline__ void prefetch_l1(const void* p) {
+  asm volatile("prefetch.global.L1 [%0];" ::"l"(p));
+}
 __device__ __forceinline__ void cp_async_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }

@@ -90,13 +90,13 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinCtas)
   }
   // Quantised tiles arrive here.
   const uint32_t staged_k = ring, staged_v = ring + C::kSlotBytes / 2;
-  QuantizedTiles<C, true> quantized_k;
-  QuantizedTiles<C, false> quantized_v;
+  using QuantizedK = QuantizedTiles<C, true>;
+  using QuantizedV = QuantizedTiles<C, false>;
   // Starts the copy of a tile, where there is one. A group even when empty: the waits count groups.
   const auto load_k = [&](int key, uint32_t to) {
     if (key < end_key) {
       if constexpr (C::kQuantized) {
-        quantized_k.request(args, k_rows, key, tile.length, staged_k);
+        QuantizedK::request(args, k_rows, key, tile.length, staged_k);
       } else {
         load_tile<C, true, kGeneral>(args, k_rows, key, tile.length, to);
       }
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinCtas)
   const auto load_v = [&](int key, uint32_t to) {
     if (key < end_key) {
       if constexpr (C::kQuantized) {
-        quantized_v.request(args, v_rows, key, tile.length, staged_v);
+        QuantizedV::request(args, v_rows, key, tile.length, staged_v);
       } else {
         load_tile<C, false, kGeneral>(args, v_rows, key, tile.length, to);
       }
@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinCtas)
   while (true) {
     cp_async_wait<1>();
     if constexpr (C::kQuantized) {
-      quantized_k.template widen<T>(args, staged_k, slot, k_scales);
+      QuantizedK::template widen<T>(args, k_rows, first_key, tile.length, staged_k, slot, k_scales);
       load_k(first_key + C::kBlockN, 0);
     }
     __syncthreads();  // K; and every warp is done with the V before it
@@ -170,7 +170,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinCtas)
     }
     cp_async_wait<1>();
     if constexpr (C::kQuantized) {
-      quantized_v.template widen<T>(args, staged_v, slot_after<C>(slot, ring), nullptr);
+      QuantizedV::template widen<T>(args, v_rows, first_key, tile.length, staged_v,
+                                    slot_after<C>(slot, ring), nullptr);
       load_v(first_key + C::kBlockN, 0);
     }
     __syncthreads();  // V; and every warp is done with K

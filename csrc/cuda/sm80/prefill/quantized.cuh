@@ -37,24 +37,29 @@ __device__ __forceinline__ QuantizedRows quantized_rows(const AttentionParams& p
           scale_rows(params, kKeys, b, k_head, head), zero_rows(params, kKeys, b, k_head, head)};
 }
 
-// Row of key `key`, which the sequence has where `there`: of K the poison row where its page is not
-// in storage, of V nullptr.
-template <bool kKeys, class S>
-__device__ __forceinline__ const S* row_of(const CopyRows<S>& rows, int key, uint32_t page,
-                                           bool there) {
-  if (!there) return nullptr;
-  return kKeys ? rows.key_row(key, page) : rows.row(key, page);
+// This thread, read anew at every call: nothing that follows from it is worth a register from tile
+// to tile, which the compiler would give it otherwise.
+__device__ __forceinline__ uint32_t current_thread() {
+  uint32_t thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
 }
 
-// Sixteen numbers from `stored` (of int4 its first two words) less their zeros, times `scale`, as
-// two chunks of T.
+// The sixteen numbers in shared memory from `stored` on, less their zeros, times `scale`, as two
+// chunks of T.
 template <class T, class S>
-__device__ __forceinline__ void widen_numbers(uint4 stored, float zero, float scale,
+__device__ __forceinline__ void widen_numbers(uint32_t stored, float zero, float scale,
                                               uint4 (&chunks)[2]) {
   using Numbers = StoredNumbers<S>;
   constexpr int kN = Numbers::kPerUnit;
-  const uint32_t words[4] = {stored.x, stored.y, stored.z, stored.w};
-  uint32_t out[8];
+  uint32_t words[8 / kN], out[8];
+  if constexpr (kN == 4) {
+    const float2 x = ld_shared_v2(stored);
+    words[0] = __float_as_uint(x.x), words[1] = __float_as_uint(x.y);
+  } else {
+    const uint4 x = ld_shared_v4u(stored);
+    words[0] = x.x, words[1] = x.y, words[2] = x.z, words[3] = x.w;
+  }
 #pragma unroll
   for (int w = 0; w < 8 / kN; ++w) {
     uint32_t pairs[kN];
@@ -76,55 +81,51 @@ __device__ __forceinline__ void widen_numbers(uint4 stored, float zero, float sc
 
 // One side's tiles, one after another: requested, then widened.
 template <class C, bool kKeys>
-class QuantizedTiles {
- public:
+struct QuantizedTiles {
   // Starts the copy of keys first_key and on, of which those from `length` on become zeros, to
   // kBlockN * kD bytes from `staged` on.
-  __device__ __forceinline__ void request(const PrefillArgs& args, const QuantizedRows& rows,
-                                          int first_key, int length, uint32_t staged) {
+  static __device__ __forceinline__ void request(const PrefillArgs& args, const QuantizedRows& rows,
+                                                 int first_key, int length, uint32_t staged) {
     const AttentionParams& params = args.params;
     const bool int4 = params.k_dtype == DType::kInt4;
     const int bytes = int4 ? 8 : 16;  // of a piece
     const int dim = static_cast<int>(kKeys ? params.head_dim : params.value_head_dim);
-    const int from = static_cast<int>(threadIdx.x) % kPieces * bytes;
+    const uint32_t thread = current_thread();
+    const int from = static_cast<int>(thread % kPieces) * bytes;
     const int available = min(max((int4 ? dim / 2 : dim) - from, 0), bytes);
 #pragma unroll 1
     for (int i = 0; i < kPasses; ++i) {
-      const int key = first_key + i * kRows + static_cast<int>(threadIdx.x) / kPieces;
-      const bool there = key < length;
-      const Int8* row = row_of<kKeys>(rows.stored, key, there ? rows.stored.page(key) : 0, there);
-      const Int8* at = row + from;
+      const int key = first_key + static_cast<int>(i * kRows + thread / kPieces);
+      const Int8* row = key < length ? row_of(rows.stored, key) : nullptr;
       const int count = row == nullptr ? 0 : available;
-      const uint32_t to = staged + (i * C::kThreads + threadIdx.x) * 16;
+      const uint32_t to = staged + (i * C::kThreads + thread) * 16;
       if (args.elements) {
-        copy_bytes(to, at, count);
+        copy_bytes(to, row + from, count);
       } else if (int4) {
-        cp_async_small<8>(to, at, count);
+        cp_async_small<8>(to, row + from, count);
       } else {
-        cp_async16(to, at, count);
+        cp_async16(to, row + from, count);
       }
     }
-    // Lane l keeps the scale, or from lane 16 on the zero, of row l % 16 of those that the warp
-    // has.
-    const int lane = threadIdx.x % 32, mine = lane % 16;
-    const int key = first_key + mine / kWarpRows * kRows +
-                    static_cast<int>(threadIdx.x) / 32 * kWarpRows + mine % kWarpRows;
-    const bool there = mine < kPasses * kWarpRows && key < length;
-    const CopyRows<float>& numbers = lane < 16 ? rows.scales : rows.zeros;
-    const float* at = row_of<kKeys>(numbers, key, there ? numbers.page(key) : 0, there);
-    number_ = at == nullptr ? 0.0f : *at;
+    const float* number = number_at(rows, first_key, length);
+    if (number != nullptr) prefetch_l1(number);
   }
 
   // Puts what was requested and has arrived in its place as a tile of T. Of K, the scales go to
   // `scales`, one of each row.
   template <class T>
-  __device__ __forceinline__ void widen(const PrefillArgs& args, uint32_t staged, uint32_t tile,
-                                        float* scales) {
+  static __device__ __forceinline__ void widen(const PrefillArgs& args, const QuantizedRows& rows,
+                                               int first_key, int length, uint32_t staged,
+                                               uint32_t tile, float* scales) {
+    const float* at = number_at(rows, first_key, length);
+    const float number = at == nullptr ? 0.0f : *at;
     switch (args.params.k_dtype) {
-      case DType::kFloat8E4M3: return widen_stored<T, Float8E4M3>(args, staged, tile, scales);
-      case DType::kFloat8E5M2: return widen_stored<T, Float8E5M2>(args, staged, tile, scales);
-      case DType::kInt8: return widen_stored<T, Int8>(args, staged, tile, scales);
-      default: return widen_stored<T, Int4Pair>(args, staged, tile, scales);
+      case DType::kFloat8E4M3:
+        return widen_stored<T, Float8E4M3>(args, number, staged, tile, scales);
+      case DType::kFloat8E5M2:
+        return widen_stored<T, Float8E5M2>(args, number, staged, tile, scales);
+      case DType::kInt8: return widen_stored<T, Int8>(args, number, staged, tile, scales);
+      default: return widen_stored<T, Int4Pair>(args, number, staged, tile, scales);
     }
   }
 
@@ -134,6 +135,25 @@ class QuantizedTiles {
   static constexpr int kWarpRows = 32 / kPieces;
   static constexpr int kPasses = C::kBlockN / kRows;
   static_assert(kPasses * kWarpRows <= 16, "a lane keeps one number");
+
+  // Row of a key that the sequence has: where its page is not in storage, the poison row of K,
+  // nullptr of V.
+  template <class S>
+  static __device__ __forceinline__ const S* row_of(const CopyRows<S>& rows, int key) {
+    return kKeys ? rows.key_row(key) : rows.row(key);
+  }
+
+  // Where this lane's number is: lane l looks after the scale, or from lane 16 on the zero, of row
+  // l % 16 of those that its warp has. Not kept in a register from request to widening: the scores
+  // between them leave none.
+  static __device__ __forceinline__ const float* number_at(const QuantizedRows& rows, int first_key,
+                                                           int length) {
+    const uint32_t thread = current_thread(), mine = thread % 16;
+    const int key = first_key + static_cast<int>(mine / kWarpRows * kRows +
+                                                 thread / 32 * kWarpRows + mine % kWarpRows);
+    if (mine >= kPasses * kWarpRows || key >= length) return nullptr;
+    return row_of(thread % 32 < 16 ? rows.scales : rows.zeros, key);
+  }
 
   static __device__ __forceinline__ void copy_bytes(uint32_t to, const Int8* at, int count) {
     uint32_t words[4] = {};
@@ -146,33 +166,32 @@ class QuantizedTiles {
   }
 
   template <class T, class S>
-  __device__ __forceinline__ void widen_stored(const PrefillArgs& args, uint32_t staged,
-                                               uint32_t tile, float* scales) {
+  static __device__ __forceinline__ void widen_stored(const PrefillArgs& args, float number,
+                                                      uint32_t staged, uint32_t tile,
+                                                      float* scales) {
     const bool has_zeros = (kKeys ? args.params.k_zero : args.params.v_zero) != nullptr;
-    const int piece = threadIdx.x % kPieces;
+    const uint32_t thread = current_thread(), piece = thread % kPieces;
 #pragma unroll 1
     for (int i = 0; i < kPasses; ++i) {
-      const int row = i * kRows + static_cast<int>(threadIdx.x) / kPieces;
-      const int mine = i * kWarpRows + static_cast<int>(threadIdx.x) % 32 / kPieces;
-      const float scale = __shfl_sync(~0u, number_, mine);
-      const float zero = __shfl_sync(~0u, number_, 16 + mine);
+      const uint32_t row = i * kRows + thread / kPieces;
+      const uint32_t mine = i * kWarpRows + thread % 32 / kPieces;
+      const float scale = __shfl_sync(~0u, number, mine);
+      const float zero = __shfl_sync(~0u, number, 16 + mine);
       if (kKeys && piece == 0) scales[row] = scale;
       uint4 chunks[2];
-      widen_numbers<T, S>(ld_shared_v4u(staged + (i * C::kThreads + threadIdx.x) * 16),
+      widen_numbers<T, S>(staged + (i * C::kThreads + thread) * 16,
                           has_zeros ? zero : StoredNumbers<S>::kZero, kKeys ? 1.0f : scale, chunks);
       // Pieces p and p + 4 would meet in the banks: half of the lanes store their second chunk
       // first.
-      const int first = piece / 4 % 2;
+      const uint32_t first = piece / 4 % 2;
 #pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        const int chunk = piece * 2 + (c ^ first);
+      for (uint32_t c = 0; c < 2; ++c) {
+        const uint32_t chunk = piece * 2 + (c ^ first);
         st_shared_v4(tile + row * C::kRowBytes + ((chunk ^ (row & 7)) << 4),
                      (c ^ first) == 0 ? chunks[0] : chunks[1]);
       }
     }
   }
-
-  float number_ = 0.0f;
 };
 
 // Scores of values from products with stored numbers: times the scales of their keys.
