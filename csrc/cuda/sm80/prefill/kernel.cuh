@@ -160,7 +160,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinCtas)
         }
       };
       multiply_rows<T, C>(scores, load_rows, TileFragments(slot, offsets.k));
-      if constexpr (C::kQuantized) scale_keys<C>(scores, k_scales);
+      if constexpr (C::kQuantized) scale_keys<C>(scores, smem_u32(k_scales));
       const int warp_token = tile.token + warp * C::kWarpRows;
       if constexpr (kGeneral) modify_scores<T, C>(scores, args, tile, warp_token, first_key);
       if (first_key < keys.all_begin || first_key + C::kBlockN > keys.all_end) {

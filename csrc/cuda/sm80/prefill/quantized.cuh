@@ -194,18 +194,20 @@ struct QuantizedTiles {
   }
 };
 
-// Scores of values from products with stored numbers: times the scales of their keys.
+// Scores of values from products with stored numbers: times the scales of their keys, in shared
+// memory.
 template <class C>
-__device__ __forceinline__ void scale_keys(Scores<C>& scores, const float* scales) {
+__device__ __forceinline__ void scale_keys(Scores<C>& scores, uint32_t scales) {
+  scales += lane_key(0, 0) * 4;
 #pragma unroll
   for (int n = 0; n < C::kBlockN / 8; ++n) {
+    const float2 scale = ld_shared_v2(scales + n * 32);
 #pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const float scale = scales[lane_key(n, e)];
+    for (int m = 0; m < C::kRowTiles; ++m) {
 #pragma unroll
-      for (int m = 0; m < C::kRowTiles; ++m) {
-        scores[m][n][e] *= scale;
-        scores[m][n][2 + e] *= scale;
+      for (int h = 0; h < 2; ++h) {
+        scores[m][n][2 * h] *= scale.x;
+        scores[m][n][2 * h + 1] *= scale.y;
       }
     }
   }
