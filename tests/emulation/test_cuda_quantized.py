@@ -215,6 +215,15 @@ def test_scales_and_zeros_of_any_size(dtype):
     run("decode", inputs)
 
 
+@pytest.mark.parametrize("phase", ["decode", "prefill"])
+def test_scales_of_heads_and_of_the_tensor(phase):
+    """As engines keep fp8: one scale for each head of K, one for all of V."""
+    generator = torch.Generator().manual_seed(6)
+    k, v = (torch.randn(2, 3, 90, 64, generator=generator).to(torch.float8_e4m3fn) for _ in "kv")
+    view = view_of(k, v, k_scale=torch.tensor([0.5, 2.0, 1.0]), v_scale=0.03)
+    run(phase, CacheInputs.create(random_queries(2, UNEVEN, 3, 64, BF16), view, UNEVEN))
+
+
 def test_numbers_that_are_not_given():
     """The op takes None for scales: 1. A cache without zeros has the format's."""
     inputs = cache_inputs(Kind(16, format="int4"), (40, 7))

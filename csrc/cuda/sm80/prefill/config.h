@@ -1,4 +1,5 @@
-// Tile shapes of the sm_80 prefill kernels, one set per head-dim class.
+// Tile shapes of the sm_80 prefill kernels, one set per head-dim class, and another for quantised K
+// and V.
 #pragma once
 
 #include <cstdint>
@@ -15,6 +16,10 @@ namespace gqa::cuda::sm80 {
 //    64 |        64, 64;   - |       40,960 | 3
 //   128 |       128, 64;   - |       81,920 | 2
 //   256 |       128, 16;  64 |       81,920 | 1
+// Quantised K and V:
+//    64 |        64, 64;   - |       40,960 | 2
+//   128 |       128, 32;   - |       57,344 | 2
+//   256 |       128, 16;  64 |       81,920 | 1
 template <int kHeadDim, int kKeys>
 struct PrefillShape {
   static_assert(kHeadDim == 64 || kHeadDim == 128 || kHeadDim == 256);
@@ -24,7 +29,7 @@ struct PrefillShape {
   static constexpr int kThreads = kWarps * 32;
   static constexpr int kWarpRows = kRowTiles * 16;
   static constexpr int kBlockM = kWarps * kWarpRows;  // query rows of a CTA
-  static constexpr int kBlockN = kKeys;               // of a step
+  static constexpr int kBlockN = kKeys;               // keys of a step
   static constexpr bool kQInRegisters = kD == 256;
   static constexpr int kMinCtas = kD == 256 ? 1 : kD == 64 ? 3 : 2;  // per SM, for the registers
 
