@@ -291,7 +291,7 @@ BREAKS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BREAKS)
 def test_planted_errors_are_noticed(name):
-    inputs = cache_inputs(Kind(16, format="int8", zeros=True), (330, 41), q_len=2)
+    inputs = cache_inputs(Kind(format="int8", zeros=True), (330, 41), q_len=2)
     wide = torch.exp2(torch.arange(inputs.view.v_scale.numel()) % 31 - 15.0)
     scale = inputs.view.v_scale * wide.view_as(inputs.view.v_scale)
     inputs = replace(inputs, view=replace(inputs.view, v_scale=scale))
