@@ -23,14 +23,10 @@ pytestmark = pytest.mark.skipif(unavailable_reason() is not None, reason=str(una
 
 UNEVEN = HeadMap([1, 0, 1, 1], num_kv_heads=3)  # interleaved, with an empty group
 BF16, FP16 = torch.bfloat16, torch.float16
-NAMES = {
-    BF16: "bf16", FP16: "fp16", torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2",
-    torch.int8: "int8", torch.uint8: "int4",
-}  # fmt: skip
+NAMES = {BF16: "bf16", FP16: "fp16"}
 FORMATS = list(FORMAT_OF_NAME)
-QUICK_FORMATS = ("e4m3", "int4", "int8")
 QUICK_NUMBERS = [
-    ("decode", FP16, "fp8_e4m3"), ("decode", BF16, "int4"), ("decode", BF16, "int8"),
+    *(("decode", FP16, format) for format in FORMATS),
     ("prefill", BF16, "fp8_e4m3"), ("prefill", BF16, "fp8_e5m2"), ("prefill", BF16, "int4"),
 ]  # fmt: skip
 MANY_SMS = 24  # enough for the host code to split
@@ -39,12 +35,10 @@ MANY_SMS = 24  # enough for the host code to split
 def phase_for(name: str, inputs: CacheInputs) -> Phase:
     dim = max(inputs.head_dim, inputs.value_head_dim)
     dim_class = next(size for size in (64, 128, 256) if dim <= size)
+    unit = f"quantized_d{dim_class}"
     if name == "prefill":
-        return compiled("sm80", name, "launch", f"quantized_{NAMES[inputs.dtype]}_d{dim_class}")
-    format = NAMES[inputs.view.k.dtype]
-    # Tests that are not slow share one build.
-    together = QUICK_FORMATS if format in QUICK_FORMATS and dim_class == 64 else (format,)
-    return compiled("sm80", name, "launch", *(f"{x}_d{dim_class}" for x in together))
+        unit = f"quantized_{NAMES[inputs.dtype]}_d{dim_class}"
+    return compiled("sm80", name, "launch", unit)
 
 
 def run(name: str, inputs: CacheInputs, num_sms: int = MANY_SMS, **options) -> Result:
@@ -118,12 +112,7 @@ def case(name: str, **changes) -> CacheInputs:
     return cache_inputs(kind, **{**options, **changes})
 
 
-def marked_slow(values, *slow):
-    """Parameters, of which some are for the slow tests: they would compile one more unit."""
-    return [pytest.param(x, marks=pytest.mark.slow if x in slow else []) for x in values]
-
-
-@pytest.mark.parametrize("name", marked_slow(CASES, "fp8_e5m2-pages16"))
+@pytest.mark.parametrize("name", CASES)
 def test_decode(name):
     inputs = case(name)
     result = run("decode", inputs)
@@ -142,7 +131,7 @@ def test_group_larger_than_a_tile():
     run("decode", cache_inputs(Kind(16, format="int4"), (90,), head_map=head_map))
 
 
-@pytest.mark.parametrize("name", marked_slow(CASES, "fp8_e4m3", "int8-value-map-pages1"))
+@pytest.mark.parametrize("name", [x for x in CASES if x != "fp8_e4m3"])
 def test_prefill(name):
     """More queries than some sequence has keys; in bf16, for one build."""
     run("prefill", case(name, q_len=35, dtype=BF16))
@@ -296,7 +285,7 @@ def test_planted_errors_are_noticed(name):
     scale = inputs.view.v_scale * wide.view_as(inputs.view.v_scale)
     inputs = replace(inputs, view=replace(inputs.view, v_scale=scale))
     run("decode", inputs)
-    phase = Phase("sm80", "decode", ("launch", "int8_d64"), replace=(BREAKS[name],))
+    phase = Phase("sm80", "decode", ("launch", "quantized_d64"), replace=(BREAKS[name],))
     from ptxsim import PtxError  # on the path since the harness loaded the emulator
 
     with pytest.raises((AssertionError, PtxError)):

@@ -80,8 +80,8 @@ struct DecodeParams {
   bool elements;       // some rows are such that 16-byte copies can't take them
 };
 
-// Launches the kernel. One .cu file per (S, kD); S is what K and V are stored as. Quantised ones
-// have one kernel for all variants.
+// Launches the kernel. S is what K and V are stored as; quantised ones have one kernel for all
+// variants. One .cu file per (S, kD), but for the quantised ones of a class, which share one.
 template <class S, int kD>
 void launch_decode(const DecodeParams& params, DecodeVariant variant, cudaStream_t stream);
 

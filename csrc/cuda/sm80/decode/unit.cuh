@@ -1,4 +1,4 @@
-// Instantiates the kernels of one (S, kD).
+// Instantiates the kernels of an (S, kD).
 #pragma once
 
 #include <type_traits>
