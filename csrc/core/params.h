@@ -20,6 +20,12 @@ enum class DType : int32_t {
 };
 constexpr int kNumDTypes = 8;
 
+// Whether numbers of a cache are of a type of their own, and not of the queries'.
+constexpr bool is_quantized(DType dtype) {
+  return dtype == DType::kFloat8E4M3 || dtype == DType::kFloat8E5M2 || dtype == DType::kInt8 ||
+         dtype == DType::kInt4;
+}
+
 // 16-bit floating-point numbers as they lie in memory; arithmetic is in fp32.
 struct BFloat16 {
   uint16_t bits;

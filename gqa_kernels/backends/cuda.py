@@ -22,11 +22,9 @@ class CUDABackend(Backend):
         options=FUSED_OPTIONS,
         autograd=True,
         varlen_autograd=True,
-        caches=frozenset({"dense", "paged", "kv_begin", "varlen"}),
+        caches=ALL_CACHES,
     )
-    append_capabilities = replace(
-        capabilities, dtypes=capabilities.dtypes | {torch.float32}, caches=ALL_CACHES
-    )
+    append_capabilities = replace(capabilities, dtypes=capabilities.dtypes | {torch.float32})
 
     def unavailable_reason(self) -> str | None:
         if env.cuda_kernels() == "0":

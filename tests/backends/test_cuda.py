@@ -7,11 +7,24 @@ from itertools import product
 import pytest
 import torch
 
-from gqa_kernels import HeadMap, asym_gqa_attention, asym_gqa_varlen_attention, extension
+from gqa_kernels import (
+    HeadMap,
+    asym_gqa_attention,
+    asym_gqa_decode,
+    asym_gqa_varlen_attention,
+    extension,
+)
 from gqa_kernels.backends.cuda import CUDABackend
+from gqa_kernels.cache.quantized import FORMAT_OF_NAME
 from gqa_kernels.inputs import AttentionInputs
 from gqa_kernels.splits import choose_splits
-from gqa_kernels.testing import assert_attention_close, assert_gradients_close, make_inputs
+from gqa_kernels.testing import (
+    assert_attention_close,
+    assert_decode_close,
+    assert_gradients_close,
+    make_inputs,
+)
+from tests.cache.histories import Kind, empty_cache, fill, hide_unused_pages
 from tests.cases import LARGE_GROUP, UNEVEN
 from tests.test_gradients import check as check_gradients
 
@@ -60,6 +73,22 @@ def test_every_phase_and_head_dim_class(dtype, q_len, dim, value_dim):
     )
     check(q, k, v, UNEVEN, causal=True)
     check(q, k, v, UNEVEN, kv_lengths=torch.tensor([[1000, 3, 0], [999, 64, 500]], device="cuda"))
+
+
+@needs_gpu
+@pytest.mark.parametrize("format", FORMAT_OF_NAME)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dim, value_dim", [(64, 64), (128, 128), (256, 256), (80, 40), (34, 6)])
+def test_quantised_caches_in_every_phase_and_head_dim_class(format, dtype, dim, value_dim):
+    generator = torch.Generator().manual_seed(0)
+    kind = Kind(16, format=format, zeros=format.startswith("int"))
+    cache = empty_cache(kind, 3, 1000, UNEVEN, dim, value_dim, dtype, "cuda", generator)
+    fill(cache, [1000, 3, 64], generator, dtype=dtype)
+    hide_unused_pages(cache)
+    for q_len in (1, 16, 300):
+        q = torch.randn(3, UNEVEN.num_heads, q_len, dim, generator=generator).to("cuda", dtype)
+        out, lse = asym_gqa_decode(q, cache, UNEVEN, return_lse=True, backend="cuda")
+        assert_decode_close(out, q, cache, UNEVEN, lse=lse)
 
 
 @needs_gpu

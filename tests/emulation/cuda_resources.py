@@ -50,12 +50,7 @@ class Kernel(NamedTuple):
     @property
     def config(self) -> str | None:
         """The C++ class with its shapes, if it has one."""
-        for argument in map(str.strip, self.arguments):
-            if "Config<" in argument:
-                return argument
-            if argument.isdecimal() and self.template == "decode_kernel":
-                return f"gqa::cuda::sm80::DecodeConfig<{argument}>"
-        return None
+        return next((x for x in map(str.strip, self.arguments) if "Config<" in x), None)
 
     @property
     def head_dim_class(self) -> int | None:

@@ -319,7 +319,7 @@ def test_host_code_says_what_it_cannot_run():
     phase = decode_phase(BF16, 64)
     for name, value, reason in [
         ("dtype", 0, "dtype must be bfloat16 or float16"),
-        ("k_dtype", 6, "k and v must have q's dtype"),
+        ("k_dtype", 6, "k and v must have q's dtype or one quantised dtype"),
         ("head_dim", 257, "D must be 1 to 256, got 257"),
         ("value_head_dim", 300, "Dv must be 1 to 256, got 300"),
         ("num_heads", 9000, "Hq must be at most 8192, got 9000"),

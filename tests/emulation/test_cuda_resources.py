@@ -18,8 +18,8 @@ ptxas info    : Function properties for {prefill}
 ptxas info    : Used 168 registers, used 6 barriers, 1288 bytes cmem[0]
 """
 DECODE = (
-    "_ZN3gqa4cuda4sm8013decode_kernelINS_8BFloat16ELi64ELNS1_13DecodeVariantE0EEEv"
-    "NS1_12DecodeParamsE"
+    "_ZN3gqa4cuda4sm8013decode_kernelINS_8BFloat16ES3_NS1_12DecodeConfigILi64ELi16EEE"
+    "LNS1_13DecodeVariantE0EEEvNS1_12DecodeParamsE"
 )
 PREFILL = (
     "_ZN3gqa4cuda4sm9014prefill_kernelINS_7Float16ENS1_6ConfigILi128ELi176EEELb0EEEv"
@@ -32,7 +32,7 @@ def test_what_ptxas_says_is_understood():
     decode, prefill = parse(LOG.format(decode=DECODE, prefill=PREFILL))
     assert decode == Kernel("sm_80", decode.name, registers=120, spills=16, static_shared=768)
     assert (decode.template, decode.head_dim_class) == ("decode_kernel", 64)
-    assert decode.config == "gqa::cuda::sm80::DecodeConfig<64>" and decode.must_not_spill
+    assert decode.config == "gqa::cuda::sm80::DecodeConfig<64, 16>" and decode.must_not_spill
     assert prefill == Kernel("sm_90a", prefill.name, registers=168, spills=0, static_shared=0)
     assert prefill.config == "gqa::cuda::sm90::Config<128, 176>"
 

@@ -85,4 +85,37 @@ __device__ __forceinline__ CopyRows<T> value_rows(const AttentionParams& params,
   return copy_rows<T>(params, params.v, params.v_stride, b, k_head, v_head);
 }
 
+// Where keys that have no scale or zero of their own find it.
+struct DefaultNumbers {
+  float scale, zero;
+};
+__device__ const DefaultNumbers default_numbers{1.0f, 0.0f};
+
+// Scales or zeros of K or V, [P, H, page_size] as `strides` say; `otherwise` is that of every key
+// where there are none.
+__device__ __forceinline__ CopyRows<float> number_rows(const AttentionParams& params,
+                                                       const float* data, Strides strides,
+                                                       const float* otherwise, int b, int k_head,
+                                                       int head) {
+  if (data == nullptr) {
+    data = otherwise;
+    strides = {0, 0, 0};
+  }
+  return copy_rows<float>(params, data, strides, b, k_head, head);
+}
+
+__device__ __forceinline__ CopyRows<float> scale_rows(const AttentionParams& params, bool keys,
+                                                      int b, int k_head, int head) {
+  return number_rows(params, keys ? params.k_scale : params.v_scale,
+                     keys ? params.k_scale_stride : params.v_scale_stride, &default_numbers.scale,
+                     b, k_head, head);
+}
+
+__device__ __forceinline__ CopyRows<float> zero_rows(const AttentionParams& params, bool keys,
+                                                     int b, int k_head, int head) {
+  return number_rows(params, keys ? params.k_zero : params.v_zero,
+                     keys ? params.k_zero_stride : params.v_zero_stride, &default_numbers.zero, b,
+                     k_head, head);
+}
+
 }  // namespace gqa::cuda

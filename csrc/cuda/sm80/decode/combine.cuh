@@ -11,13 +11,12 @@
 #include "../../common/softmax.cuh"
 #include "../../common/state.cuh"
 #include "config.h"
-#include "kernel.cuh"
+#include "store.cuh"
 
 namespace gqa::cuda::sm80 {
 
 constexpr int kCombineWarps = 4;
 
-template <class T, bool kElements>
 __global__ void __launch_bounds__(kCombineWarps * 32)
     combine_kernel(const __grid_constant__ DecodeParams p) {
   const AttentionParams& a = p.attention;
@@ -66,13 +65,13 @@ __global__ void __launch_bounds__(kCombineWarps * 32)
   float factor = 1.f;
   if (a.sinks != nullptr) factor = add_sink(a.sinks[head], shift, sum);
   if (sum != 0.f) factor /= sum;
-  T* out = static_cast<T*>(a.out) + out_offset(a, queries, head, token);
+  uint16_t* out = static_cast<uint16_t*>(a.out) + out_offset(a, queries, head, token);
   const int dim = static_cast<int>(a.value_head_dim);
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
     const int d = v * 128 + lane * 4;
     const float4 x = {acc[v].x * factor, acc[v].y * factor, acc[v].z * factor, acc[v].w * factor};
-    store_out<T, kElements>(out + d, x, dim - d);
+    store_out(out + d, x, dim - d, a.dtype == DType::kBFloat16, p.elements);
   }
   if (lane == 0) a.lse[lse_offset(a, queries, head, token)] = natural_lse(shift, sum);
 }

@@ -14,32 +14,55 @@ constexpr int kDecodeWarps = 4;
 constexpr int kWarpKeys = 16;                           // of a block, for one warp
 constexpr int kDecodeBlock = kDecodeWarps * kWarpKeys;  // keys
 constexpr int kDecodeThreads = kDecodeWarps * 32;
+constexpr int kMaxHeads = 8192;  // their numbers fit into the shared memory of every class
 
 // kD: the class, 64, 128 or 256; D and Dv are at most kD and padded with zeros in shared memory.
+// kBits: of a number of K and V as they are stored, which is how they lie in shared memory, too.
 //
-// | class | stages | shared bytes | CTAs per SM on A100 / H100 |
-// |    64 |      3 |       51,200 |                      3 / 4 |
-// |   128 |      2 |       69,632 |                      2 / 3 |
-// |   256 |      1 |       75,776 |                      2 / 2 |
+// | class, bits | stages | shared bytes | CTAs per SM on A100 / H100, at most |
+// |      64, 16 |      3 |       51,200 |                               3 / 4 |
+// |     128, 16 |      2 |       69,632 |                               2 / 3 |
+// |     256, 16 |      1 |       75,776 |                               2 / 2 |
+// |       64, 8 |      4 |       38,912 |                               4 / 5 |
+// |      128, 8 |      2 |       40,960 |                               4 / 5 |
+// |      256, 8 |      2 |       77,824 |                               2 / 2 |
+// |       64, 4 |      6 |       32,768 |                               4 / 6 |
+// |      128, 4 |      4 |       40,960 |                               4 / 5 |
+// |      256, 4 |      4 |       77,824 |                               2 / 2 |
 //
 // One stage is a pipeline too: K of the next block is copied while the product with V runs.
-template <int kD>
+template <int kHeadDim, int kStoredBits>
 struct DecodeConfig {
-  static constexpr int kRowBytes = kD * 2;
-  static constexpr int kStages = kD == 64 ? 3 : kD == 128 ? 2 : 1;
+  static constexpr int kD = kHeadDim, kBits = kStoredBits;
+  static constexpr bool kQuantized = kBits < 16;
+  static constexpr int kRowBytes = kD * kBits / 8;  // of K and V
+  static constexpr int kStages = kBits == 16  ? (kD == 64    ? 3
+                                                 : kD == 128 ? 2
+                                                             : 1)
+                                 : kBits == 8 ? (kD == 64 ? 4 : 2)
+                                              : (kD == 64 ? 6 : 4);
   static constexpr int kTileBytes = kWarpKeys * kRowBytes;  // one warp's K, or V, of a stage
-  static constexpr int kStageBytes = kDecodeWarps * 2 * kTileBytes;
-  static constexpr int kQBytes = kDecodeRows * kRowBytes;
-  // The warps' outputs lie where the stages were: fp32, rows 8 floats apart from a multiple of the
-  // banks, so that pairs are stored without conflicts.
-  static constexpr int kOutStride = kD + 8;
+  // Scales and zeros of one warp's keys, of K and of V.
+  static constexpr int kNumberBytes = kQuantized ? kWarpKeys * 4 * 4 : 0;
+  static constexpr int kWarpBytes = 2 * kTileBytes + kNumberBytes;
+  static constexpr int kStageBytes = kDecodeWarps * kWarpBytes;
+  static constexpr int kQRowBytes = kD * 2;
+  static constexpr int kQBytes = kDecodeRows * kQRowBytes;
+  // The warps' outputs lie where the stages were: fp32, rows as many floats apart from a multiple
+  // of the banks as lets a warp store its pieces (pairs, or four) without conflicts.
+  static constexpr int kOutStride = kD + (kBits == 16 ? 8 : kBits == 8 ? 16 : 4);
   static constexpr int kMergeBytes = kDecodeWarps * kDecodeRows * kOutStride * 4;
   static constexpr int kLoopBytes = kStages * kStageBytes;
   static constexpr int kQBegin = kLoopBytes > kMergeBytes ? kLoopBytes : kMergeBytes;
   static constexpr int kSharedBytes = kQBegin + kQBytes;
   static constexpr int kMinCtas = kD == 256 ? 2 : 3;  // per SM, for the registers
-  static constexpr bool kQInRegisters = kD <= 128;
+  // Quantised kernels of class 128 need its registers for scales, zeros and rows of q beside them.
+  static constexpr bool kQInRegisters = kD == 64 || (kD == 128 && !kQuantized);
+  static_assert(kSharedBytes >= kMaxHeads * 4, "the search for the tile lists all heads");
 };
+
+template <class S>
+inline constexpr int kStoredBits = 8 * sizeof(S) / kNumbersPerElement<S>;
 
 // What a kernel is compiled for.
 enum class DecodeVariant {
@@ -54,10 +77,12 @@ struct DecodeParams {
   float* partial_lse;  // [splits, B, Hq, Sq], in base 2, without sinks
   int tiles, splits;   // of a sequence; of the keys of a tile
   int partial_stride;  // Dv rounded up to whole 16-byte vectors
+  bool elements;       // some rows are such that 16-byte copies can't take them
 };
 
-// Launches the kernel and, where keys are split, the merge. One .cu file per (T, kD).
-template <class T, int kD>
+// Launches the kernel. S is what K and V are stored as; quantised ones have one kernel for all
+// variants. One .cu file per (S, kD), but for the quantised ones of a class, which share one.
+template <class S, int kD>
 void launch_decode(const DecodeParams& params, DecodeVariant variant, cudaStream_t stream);
 
 }  // namespace gqa::cuda::sm80

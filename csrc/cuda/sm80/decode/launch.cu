@@ -4,38 +4,43 @@
 #include "../../../core/splits.h"
 #include "../../common/group_rows.cuh"
 #include "../../launch.h"
+#include "combine.cuh"
 #include "config.h"
 #include "launch.h"
 
 namespace gqa::cuda::sm80 {
 namespace {
 
-constexpr int64_t kMaxHeads = 8192;  // their numbers fit into the shared memory of every class
-
 int head_dim_class(const AttentionParams& a) {
   const int64_t dim = std::max(a.head_dim, a.value_head_dim);
   return dim <= 64 ? 64 : dim <= 128 ? 128 : 256;
 }
 
-// Whether every row starts at a multiple of `elements`; a dim of one index needs no stride.
+// Whether every row starts at a multiple of `bytes`; a dim of one index needs no stride.
 bool aligned(const void* data, const Strides& strides, int64_t batch, int64_t heads, int64_t tokens,
-             int64_t elements) {
-  return reinterpret_cast<uintptr_t>(data) % (elements * 2) == 0 &&
-         (batch == 1 || strides.b % elements == 0) && (heads == 1 || strides.h % elements == 0) &&
-         (tokens == 1 || strides.s % elements == 0);
+             int64_t element_bytes, int64_t bytes) {
+  const auto whole = [&](int64_t size, int64_t stride) {
+    return size == 1 || stride * element_bytes % bytes == 0;
+  };
+  return reinterpret_cast<uintptr_t>(data) % bytes == 0 && whole(batch, strides.b) &&
+         whole(heads, strides.h) && whole(tokens, strides.s);
 }
 
-DecodeVariant variant_of(const AttentionParams& a) {
+bool rows_in_vectors(const AttentionParams& a) {
   const int64_t pages = a.page_table ? a.num_pages : a.batch;
   const int64_t slots = a.page_table ? a.page_size : a.kv_len;
   // With q_offsets, q_len is the longest sequence; the rows of q may be more.
-  const int64_t tokens = a.q_offsets ? 2 : a.q_len;
-  const bool vectors = aligned(a.q, a.q_stride, a.batch, a.num_heads, tokens, 8) &&
-                       aligned(a.out, a.out_stride, a.batch, a.num_heads, tokens, 4) &&
-                       aligned(a.k, a.k_stride, pages, a.num_k_heads, slots, 8) &&
-                       aligned(a.v, a.v_stride, pages, a.num_v_heads, slots, 8) &&
-                       a.value_head_dim % 4 == 0;
-  if (!vectors) return DecodeVariant::kElements;
+  const int64_t tokens = a.q_offsets ? 2 : a.q_len, stored_bytes = is_quantized(a.k_dtype) ? 1 : 2;
+  return aligned(a.q, a.q_stride, a.batch, a.num_heads, tokens, 2, 16) &&
+         aligned(a.out, a.out_stride, a.batch, a.num_heads, tokens, 2, 8) &&
+         aligned(a.k, a.k_stride, pages, a.num_k_heads, slots, stored_bytes, 16) &&
+         aligned(a.v, a.v_stride, pages, a.num_v_heads, slots, stored_bytes, 16) &&
+         a.value_head_dim % 4 == 0;
+}
+
+DecodeVariant variant_of(const DecodeParams& params) {
+  const AttentionParams& a = params.attention;
+  if (params.elements) return DecodeVariant::kElements;
   const bool plain =
       a.softcap == 0.f && a.alibi_slopes == nullptr && a.attn_mask == nullptr && a.scale > 0.f;
   return plain ? DecodeVariant::kPlain : DecodeVariant::kGeneral;
@@ -55,6 +60,7 @@ DecodeParams decode_params(const AttentionParams& a, void* workspace, int num_sm
   params.tiles = static_cast<int>(most_group_tiles(a, kDecodeRows));
   params.splits = decode_splits(a, num_sms);
   params.partial_stride = static_cast<int>((a.value_head_dim + 3) / 4 * 4);
+  params.elements = !rows_in_vectors(a);
   if (params.splits > 1) {
     const int64_t rows = params.splits * a.batch * a.num_heads * a.q_len;
     params.partial_out = static_cast<float*>(workspace);
@@ -63,12 +69,24 @@ DecodeParams decode_params(const AttentionParams& a, void* workspace, int num_sm
   return params;
 }
 
-template <class T>
-void launch_class(const DecodeParams& params, DecodeVariant variant, cudaStream_t stream) {
+template <class S>
+void launch_class(const DecodeParams& params, cudaStream_t stream) {
+  const DecodeVariant variant = variant_of(params);
   switch (head_dim_class(params.attention)) {
-    case 64: return launch_decode<T, 64>(params, variant, stream);
-    case 128: return launch_decode<T, 128>(params, variant, stream);
-    default: return launch_decode<T, 256>(params, variant, stream);
+    case 64: return launch_decode<S, 64>(params, variant, stream);
+    case 128: return launch_decode<S, 128>(params, variant, stream);
+    default: return launch_decode<S, 256>(params, variant, stream);
+  }
+}
+
+void launch_stored(const DecodeParams& params, cudaStream_t stream) {
+  switch (params.attention.k_dtype) {
+    case DType::kBFloat16: return launch_class<BFloat16>(params, stream);
+    case DType::kFloat8E4M3: return launch_class<Float8E4M3>(params, stream);
+    case DType::kFloat8E5M2: return launch_class<Float8E5M2>(params, stream);
+    case DType::kInt8: return launch_class<Int8>(params, stream);
+    case DType::kInt4: return launch_class<Int4Pair>(params, stream);
+    default: return launch_class<Float16>(params, stream);
   }
 }
 
@@ -81,7 +99,9 @@ std::string decode_unsupported(const AttentionParams& a) {
   if (a.dtype != DType::kBFloat16 && a.dtype != DType::kFloat16) {
     return "dtype must be bfloat16 or float16";
   }
-  if (a.k_dtype != a.dtype || a.v_dtype != a.dtype) return "k and v must have q's dtype";
+  if (a.k_dtype != a.v_dtype || (a.k_dtype != a.dtype && !is_quantized(a.k_dtype))) {
+    return "k and v must have q's dtype or one quantised dtype";
+  }
   if (a.dropout_threshold != 0) return "dropout_p must be 0";
   if (a.head_dim < 1 || a.head_dim > 256) return is("D", a.head_dim, "1 to 256");
   if (a.value_head_dim < 1 || a.value_head_dim > 256) return is("Dv", a.value_head_dim, "1 to 256");
@@ -124,9 +144,12 @@ void decode(const AttentionParams& a, void* workspace, int num_sms, cudaStream_t
   if (!reason.empty()) throw std::runtime_error("sm80 decode: " + reason);
   if (a.batch * a.num_heads * a.q_len == 0) return;
   const DecodeParams params = decode_params(a, workspace, num_sms);
-  const DecodeVariant variant = variant_of(a);
-  if (a.dtype == DType::kBFloat16) return launch_class<BFloat16>(params, variant, stream);
-  launch_class<Float16>(params, variant, stream);
+  launch_stored(params, stream);
+  if (params.splits == 1) return;
+  const int64_t rows = a.batch * a.num_heads * a.q_len;
+  launch_kernel("sm80 decode combine", combine_kernel,
+                dim3(static_cast<unsigned>((rows + kCombineWarps - 1) / kCombineWarps)),
+                kCombineWarps * 32, 0, stream, params);
 }
 
 }  // namespace gqa::cuda::sm80

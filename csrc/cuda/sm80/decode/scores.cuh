@@ -16,7 +16,7 @@ struct DecodeRow {
   int begin, end;  // keys
   // General variants only:
   int position;
-  float slope;          // 0: no ALiBi
+  float slope;          // of ALiBi, times log2(e)
   const uint8_t* mask;  // key 0 of its row of the mask, or nullptr
 };
 
@@ -44,7 +44,8 @@ __device__ __forceinline__ DecodeRow decode_row(const AttentionParams& params, i
   row.end = static_cast<int>(keys.end);
   if constexpr (!kPlain) {
     if (params.alibi_slopes) {
-      row.slope = params.alibi_slopes[b * params.alibi_stride_b + head * params.alibi_stride_h];
+      row.slope =
+          kLog2e * params.alibi_slopes[b * params.alibi_stride_b + head * params.alibi_stride_h];
     }
     if (params.attn_mask) {
       const int64_t at =
@@ -55,24 +56,50 @@ __device__ __forceinline__ DecodeRow decode_row(const AttentionParams& params, i
   return row;
 }
 
-// A score of `row` for `key`; -inf where it does not see the key. Plain variants leave the scale to
-// the softmax; the others return it in base 2.
+// What a lane's products q . k become, accumulators of keys `key`, key + 1, key + 8 and key + 9:
+// -inf where a row does not see the key. Plain variants leave the scale to the softmax; the others
+// return scores in base 2.
 template <bool kPlain>
-__device__ __forceinline__ float modified_score(const AttentionParams& params, const DecodeRow& row,
-                                                int key, float score) {
-  if (key < row.begin || key >= row.end) return minus_infinity();
-  if constexpr (kPlain) return score;
-  score *= params.scale;
-  if (params.softcap != 0.f) score = params.softcap * tanh_fast(score / params.softcap);
-  score -= row.slope * static_cast<float>(abs(row.position - key));
-  if (row.mask != nullptr) {
-    const DType dtype = params.mask_dtype;
-    const float value =
-        mask_value(row.mask + key * params.mask_stride_k * mask_bytes(dtype), dtype);
-    // A hidden key is hidden even where its score is NaN.
-    score = value == minus_infinity() ? value : score + value;
+__device__ __forceinline__ void modify_scores(const AttentionParams& params,
+                                              const DecodeRow (&rows)[2], int key,
+                                              float (&scores)[2][4]) {
+  const auto each = [&](auto modify) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        modify(rows[h], key + (e >> 1) * 8 + (e & 1), scores[e >> 1][2 * h + (e & 1)]);
+      }
+    }
+  };
+  const auto hidden = [](const DecodeRow& row, int j) { return j < row.begin || j >= row.end; };
+  if constexpr (!kPlain) {
+    if (params.softcap == 0.f) {
+      const float scale = params.scale * kLog2e;
+      each([&](const DecodeRow&, int, float& x) { x *= scale; });
+    } else {
+      const float inner = params.scale / params.softcap, outer = params.softcap * kLog2e;
+      each([&](const DecodeRow&, int, float& x) { x = outer * tanh_fast(inner * x); });
+    }
+    if (params.alibi_slopes != nullptr) {
+      each([&](const DecodeRow& row, int j, float& x) {
+        x = fmaf(-row.slope, static_cast<float>(abs(row.position - j)), x);
+      });
+    }
+    if (params.attn_mask != nullptr) {
+      const DType dtype = params.mask_dtype;
+      const int64_t stride = params.mask_stride_k * mask_bytes(dtype);
+      each([&](const DecodeRow& row, int j, float& x) {
+        if (hidden(row, j)) return;
+        const float value = mask_value(row.mask + j * stride, dtype);
+        // A hidden key is hidden even where its score is NaN.
+        x = value == minus_infinity() ? value : fmaf(value, kLog2e, x);
+      });
+    }
   }
-  return score * kLog2e;
+  each([&](const DecodeRow& row, int j, float& x) {
+    if (hidden(row, j)) x = minus_infinity();
+  });
 }
 
 }  // namespace gqa::cuda::sm80

@@ -1,30 +1,27 @@
-// Instantiates the kernels of one (T, kD).
+// Instantiates the kernels of an (S, kD).
 #pragma once
 
+#include <type_traits>
+
 #include "../../launch.h"
-#include "combine.cuh"
 #include "config.h"
 #include "kernel.cuh"
 
 namespace gqa::cuda::sm80 {
 
-template <class T, int kD>
+template <class S, int kD>
 void launch_decode(const DecodeParams& params, DecodeVariant variant, cudaStream_t stream) {
-  const AttentionParams& a = params.attention;
-  const auto kernel = variant == DecodeVariant::kPlain ? decode_kernel<T, kD, DecodeVariant::kPlain>
-                      : variant == DecodeVariant::kGeneral
-                          ? decode_kernel<T, kD, DecodeVariant::kGeneral>
-                          : decode_kernel<T, kD, DecodeVariant::kElements>;
-  const dim3 grid(static_cast<unsigned>(params.tiles * a.batch), params.splits);
-  launch_kernel("sm80 decode", kernel, grid, kDecodeThreads, DecodeConfig<kD>::kSharedBytes, stream,
-                params);
-  if (params.splits == 1) return;
-  const int64_t rows = a.batch * a.num_heads * a.q_len;
-  const auto combine =
-      variant == DecodeVariant::kElements ? combine_kernel<T, true> : combine_kernel<T, false>;
-  launch_kernel("sm80 decode combine", combine,
-                dim3(static_cast<unsigned>((rows + kCombineWarps - 1) / kCombineWarps)),
-                kCombineWarps * 32, 0, stream, params);
+  using C = DecodeConfig<kD, kStoredBits<S>>;
+  using T = std::conditional_t<C::kQuantized, Float16, S>;
+  auto kernel = decode_kernel<T, S, C, DecodeVariant::kElements>;
+  if constexpr (!C::kQuantized) {
+    if (variant == DecodeVariant::kPlain) kernel = decode_kernel<T, S, C, DecodeVariant::kPlain>;
+    if (variant == DecodeVariant::kGeneral) {
+      kernel = decode_kernel<T, S, C, DecodeVariant::kGeneral>;
+    }
+  }
+  const dim3 grid(static_cast<unsigned>(params.tiles * params.attention.batch), params.splits);
+  launch_kernel("sm80 decode", kernel, grid, kDecodeThreads, C::kSharedBytes, stream, params);
 }
 
 }  // namespace gqa::cuda::sm80

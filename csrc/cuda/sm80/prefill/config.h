@@ -1,4 +1,5 @@
-// Tile shapes of the sm_80 prefill kernels, one set per head-dim class.
+// Tile shapes of the sm_80 prefill kernels, one set per head-dim class, and another for quantised K
+// and V.
 #pragma once
 
 #include <cstdint>
@@ -15,16 +16,20 @@ namespace gqa::cuda::sm80 {
 //    64 |        64, 64;   - |       40,960 | 3
 //   128 |       128, 64;   - |       81,920 | 2
 //   256 |       128, 16;  64 |       81,920 | 1
-template <int kHeadDim>
-struct PrefillConfig {
+// Quantised K and V:
+//    64 |        64, 64;   - |       40,960 | 2
+//   128 |       128, 32;   - |       57,344 | 2
+//   256 |       128, 16;  64 |       81,920 | 1
+template <int kHeadDim, int kKeys>
+struct PrefillShape {
   static_assert(kHeadDim == 64 || kHeadDim == 128 || kHeadDim == 256);
   static constexpr int kD = kHeadDim;
   static constexpr int kWarps = kD == 256 ? 8 : 4;
   static constexpr int kRowTiles = kD == 256 ? 1 : 2;
   static constexpr int kThreads = kWarps * 32;
   static constexpr int kWarpRows = kRowTiles * 16;
-  static constexpr int kBlockM = kWarps * kWarpRows;   // query rows of a CTA
-  static constexpr int kBlockN = kD == 256 ? 32 : 64;  // keys of a step
+  static constexpr int kBlockM = kWarps * kWarpRows;  // query rows of a CTA
+  static constexpr int kBlockN = kKeys;               // keys of a step
   static constexpr bool kQInRegisters = kD == 256;
   static constexpr int kMinCtas = kD == 256 ? 1 : kD == 64 ? 3 : 2;  // per SM, for the registers
 
@@ -45,6 +50,19 @@ struct PrefillConfig {
   static constexpr int kChunks = kD / 8;                // 16-byte chunks of a row
   static constexpr int kCopyRows = kThreads / kChunks;  // rows that all threads copy at once
   static_assert(kCopyRows % 8 == 0 && kBlockN % kCopyRows == 0);
+};
+
+template <int kHeadDim>
+struct PrefillConfig : PrefillShape<kHeadDim, kHeadDim == 256 ? 32 : 64> {
+  static constexpr bool kQuantized = false;  // K and V have q's type
+};
+
+// Of quantised K and V: slot 0 of the ring is where both arrive, half of it each, slot 1 is K and
+// slot 2 is V, widened. Widening takes registers, which are there with fewer keys a step, or CTAs.
+template <int kHeadDim>
+struct QuantizedPrefillConfig : PrefillShape<kHeadDim, kHeadDim == 64 ? 64 : 32> {
+  static constexpr bool kQuantized = true;
+  static constexpr int kMinCtas = kHeadDim == 256 ? 1 : 2;
 };
 
 }  // namespace gqa::cuda::sm80

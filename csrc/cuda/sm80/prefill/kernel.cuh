@@ -8,7 +8,8 @@
 // Warp      kWarpRows rows of the tile, all keys: S, P and O stay in its registers, and P is the
 //           first operand of the second product as it comes out of the first.
 // Shared    Q, and a ring of three slots for K and V; see config.h. A tile is requested two
-//           products before it is used, behind the barrier that says its slot was read.
+//           products before it is used, behind the barrier that says its slot was read. Quantised
+//           ones arrive in slot 0, as they are stored, and are widened to slots 1 and 2.
 // Masks     causal order and windows cost something in the blocks at the edge only. kGeneral has
 // the
 //           code for softcap, ALiBi, masks, scales <= 0, dropout and element-wise copies; the other
@@ -32,6 +33,7 @@
 #include "args.h"
 #include "config.h"
 #include "load.cuh"
+#include "quantized.cuh"
 #include "scores.cuh"
 #include "store.cuh"
 
@@ -49,7 +51,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinCtas)
   // Needed a few times per block of keys, and so not worth registers.
   __shared__ QueryTile tile;
   __shared__ TokenRange warp_keys[C::kWarps];
-  __shared__ CopyRows<T> k_rows, v_rows;
+  __shared__ KVRows<T, C> k_rows, v_rows;
+  __shared__ float k_scales[C::kQuantized ? C::kBlockN : 1];
   __shared__ int end_key;
 
   const bool drops = kGeneral && params.dropout_threshold != 0;
@@ -71,8 +74,13 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinCtas)
     if (threadIdx.x == 0) {
       tile = t;
       end_key = keys.end;
-      k_rows = key_rows<T>(params, t.b, t.k_head);
-      v_rows = value_rows<T>(params, t.b, t.k_head, t.v_head);
+      if constexpr (C::kQuantized) {
+        k_rows = quantized_rows<true>(params, t.b, t.k_head, t.v_head);
+        v_rows = quantized_rows<false>(params, t.b, t.k_head, t.v_head);
+      } else {
+        k_rows = key_rows<T>(params, t.b, t.k_head);
+        v_rows = value_rows<T>(params, t.b, t.k_head, t.v_head);
+      }
     }
     if (threadIdx.x % 32 == 0) {
       warp_keys[warp] =
@@ -81,12 +89,33 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinCtas)
     load_q<T, C, kGeneral>(args, t, q_base);
     __syncthreads();  // tile, rows, keys
   }
-  load_tile<C, true, kGeneral>(args, k_rows, first_key, tile.length, ring);
-  cp_async_commit();
-  if constexpr (!C::kQInRegisters) {
-    load_tile<C, false, kGeneral>(args, v_rows, first_key, tile.length, ring + C::kSlotBytes);
+  // Quantised tiles arrive here.
+  const uint32_t staged_k = ring, staged_v = ring + C::kSlotBytes / 2;
+  using QuantizedK = QuantizedTiles<C, true>;
+  using QuantizedV = QuantizedTiles<C, false>;
+  // Starts the copy of a tile, where there is one. A group even when empty: the waits count groups.
+  const auto load_k = [&](int key, uint32_t to) {
+    if (key < end_key) {
+      if constexpr (C::kQuantized) {
+        QuantizedK::request(args, k_rows, key, tile.length, staged_k);
+      } else {
+        load_tile<C, true, kGeneral>(args, k_rows, key, tile.length, to);
+      }
+    }
     cp_async_commit();
-  }
+  };
+  const auto load_v = [&](int key, uint32_t to) {
+    if (key < end_key) {
+      if constexpr (C::kQuantized) {
+        QuantizedV::request(args, v_rows, key, tile.length, staged_v);
+      } else {
+        load_tile<C, false, kGeneral>(args, v_rows, key, tile.length, to);
+      }
+    }
+    cp_async_commit();
+  };
+  load_k(first_key, ring);
+  if constexpr (!C::kQInRegisters) load_v(first_key, ring + C::kSlotBytes);
 
   const LaneOffsets<C> offsets;
   QFragments<C> q;
@@ -101,21 +130,22 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinCtas)
         ldmatrix_x4(q[step][m], q_tile.address<C>(m * 16, step));
     }
     __syncthreads();  // Q is read: V may take its place
-    load_tile<C, false, kGeneral>(args, v_rows, first_key, tile.length, ring + C::kSlotBytes);
-    cp_async_commit();
+    load_v(first_key, ring + C::kSlotBytes);
   }
 
   RowState<C> state;
   Output<C> output = {};
-  uint32_t slot = ring;
+  uint32_t slot = C::kQuantized ? ring + C::kSlotBytes : ring;  // of K; V is in the one after
   while (true) {
     cp_async_wait<1>();
-    __syncthreads();  // K; and every warp is done with the V before it
-    if (first_key + C::kBlockN < end_key) {
-      load_tile<C, true, kGeneral>(args, k_rows, first_key + C::kBlockN, tile.length,
-                                   slot_before<C>(slot, ring));
+    if constexpr (C::kQuantized) {
+      QuantizedK::template widen<T>(args, k_rows, first_key, tile.length, staged_k, slot, k_scales);
+      load_k(first_key + C::kBlockN, 0);
     }
-    cp_async_commit();  // a group even when empty: the waits count groups
+    __syncthreads();  // K; and every warp is done with the V before it
+    if constexpr (!C::kQuantized) {
+      load_k(first_key + C::kBlockN, slot_before<C>(slot, ring));
+    }
     const TokenRange keys = warp_keys[warp];
     const bool seen = first_key < keys.end && first_key + C::kBlockN > keys.begin;
     Probabilities<C> p;
@@ -131,6 +161,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinCtas)
         }
       };
       multiply_rows<T, C>(scores, load_rows, TileFragments(slot, offsets.k));
+      if constexpr (C::kQuantized) scale_keys<C>(scores, smem_u32(k_scales));
       const int warp_token = tile.token + warp * C::kWarpRows;
       if constexpr (kGeneral) modify_scores<T, C>(scores, args, tile, warp_token, first_key);
       if (first_key < keys.all_begin || first_key + C::kBlockN > keys.all_end) {
@@ -141,17 +172,19 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinCtas)
       if (drops) drop_keys<C>(p, params, tile, warp_token, first_key);
     }
     cp_async_wait<1>();
-    __syncthreads();  // V; and every warp is done with K
-    if (first_key + C::kBlockN < end_key) {
-      load_tile<C, false, kGeneral>(args, v_rows, first_key + C::kBlockN, tile.length, slot);
+    if constexpr (C::kQuantized) {
+      QuantizedV::template widen<T>(args, v_rows, first_key, tile.length, staged_v,
+                                    slot_after<C>(slot, ring), nullptr);
+      load_v(first_key + C::kBlockN, 0);
     }
-    cp_async_commit();
+    __syncthreads();  // V; and every warp is done with K
+    if constexpr (!C::kQuantized) load_v(first_key + C::kBlockN, slot);
     if (seen) {
       add_weighted_rows<T, C>(output, p, TileFragments(slot_after<C>(slot, ring), offsets.qv));
     }
     first_key += C::kBlockN;
     if (first_key >= end_key) break;
-    slot = slot_before<C>(slot, ring);
+    if constexpr (!C::kQuantized) slot = slot_before<C>(slot, ring);
   }
   store_output<T, C>(args, tile, base, warp * C::kWarpRows, state, output,
                      drops ? params.dropout_scale : 1.0f);

@@ -12,6 +12,9 @@ namespace gqa::cuda::sm80 {
 template <class T, int kD>
 void launch_prefill(const PrefillArgs& args, bool general, unsigned ctas, cudaStream_t stream);
 
+template <class T, int kD>
+void launch_quantized_prefill(const PrefillArgs& args, unsigned ctas, cudaStream_t stream);
+
 namespace {
 
 constexpr int64_t kMaxHeads = 8192;  // their numbers fit into the shared memory of every class
@@ -36,8 +39,16 @@ int64_t num_ctas(const AttentionParams& params) {
 }
 
 bool rows_in_chunks(const AttentionParams& params) {
-  return in_chunks(params.q, params.q_stride, params.head_dim) &&
-         in_chunks(params.k, params.k_stride, params.head_dim) &&
+  if (!in_chunks(params.q, params.q_stride, params.head_dim)) return false;
+  if (is_quantized(params.k_dtype)) {
+    const int64_t piece = params.k_dtype == DType::kInt4 ? 8 : 16;  // bytes of sixteen numbers
+    const auto in_pieces = [&](const void* data, const Strides& strides) {
+      return reinterpret_cast<uintptr_t>(data) % piece == 0 && strides.b % piece == 0 &&
+             strides.h % piece == 0 && strides.s % piece == 0;
+    };
+    return in_pieces(params.k, params.k_stride) && in_pieces(params.v, params.v_stride);
+  }
+  return in_chunks(params.k, params.k_stride, params.head_dim) &&
          in_chunks(params.v, params.v_stride, params.value_head_dim);
 }
 
@@ -50,7 +61,12 @@ bool modifies_scores(const AttentionParams& params) {
 template <class T>
 void launch(const PrefillArgs& args, bool general, unsigned ctas, cudaStream_t stream) {
   with_class(args.params, [&](auto config) {
-    launch_prefill<T, decltype(config)::kD>(args, general, ctas, stream);
+    constexpr int kD = decltype(config)::kD;
+    if (is_quantized(args.params.k_dtype)) {
+      launch_quantized_prefill<T, kD>(args, ctas, stream);
+    } else {
+      launch_prefill<T, kD>(args, general, ctas, stream);
+    }
   });
 }
 
@@ -63,8 +79,9 @@ std::string prefill_unsupported(const AttentionParams& params) {
   if (params.dtype != DType::kBFloat16 && params.dtype != DType::kFloat16) {
     return "dtype must be bfloat16 or float16";
   }
-  if (params.k_dtype != params.dtype || params.v_dtype != params.dtype) {
-    return "k and v must have q's dtype";
+  if (params.k_dtype != params.v_dtype ||
+      (params.k_dtype != params.dtype && !is_quantized(params.k_dtype))) {
+    return "k and v must have q's dtype or one quantised dtype";
   }
   if (params.head_dim < 1 || params.head_dim > 256) return is("D", params.head_dim, "1 to 256");
   if (params.value_head_dim < 1 || params.value_head_dim > 256) {
@@ -99,7 +116,8 @@ void prefill(const AttentionParams& params, void*, int, cudaStream_t stream) {
   PrefillArgs args{};
   args.params = params;
   args.elements = !rows_in_chunks(params);
-  const bool general = args.elements || modifies_scores(params) || params.dropout_threshold != 0;
+  const bool general = is_quantized(params.k_dtype) || args.elements || modifies_scores(params) ||
+                       params.dropout_threshold != 0;
   args.softmax_scale = general ? 1.0f : params.scale * kLog2e;  // the general kernel has scaled
   args.section_pairs = section_pairs(params);
   if (params.dtype == DType::kBFloat16) {
