@@ -140,7 +140,7 @@ class AttentionTask {
         strips[r / Products::kStrip] = strip_keys(r, r + Products::kStrip, first, n);
       }
       products.begin_tile(k_rows[which], v_rows, n, k_rows[which ^ 1], keys_of_tile(next));
-      if (kQuantized<S>) dequantizer_.begin_tile(first, n);
+      if (kQuantized<S>) dequantizer_.begin_tile(first, n, keys_of_tile(next));
       for (int begin = 0; begin < rows_; begin += kBlocks.rows) {
         const int block_end = rows_ - begin < kBlocks.rows ? rows_ : begin + kBlocks.rows;
         products.scores(begin, block_end, strips);

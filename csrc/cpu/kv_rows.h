@@ -76,6 +76,8 @@ struct alignas(64) FilledRow {
 };
 inline constexpr FilledRow kNaNRow{0xff}, kZeroRow{0};
 
+constexpr int64_t kLineBytes = 64;  // of a cache
+
 // Rows are worked on in steps of so many.
 constexpr int kRowStep = 4;
 
@@ -133,7 +135,25 @@ inline void fetch_row_values(const Pages& pages, const float* data, const Stride
       return;
     }
     const float* from = data + page * strides.b + head * strides.h + slot * strides.s;
-    for (int j = i; j < i + n; ++j, from += strides.s) out[j] = *from * use.factor + use.offset;
+    const float factor = use.factor, offset = use.offset;
+    if (strides.s == 1) {  // as appends write them; this loop becomes vectors
+      for (int j = 0; j < n; ++j) out[i + j] = from[j] * factor + offset;
+    } else {
+      for (int j = i; j < i + n; ++j, from += strides.s) out[j] = *from * factor + offset;
+    }
+  });
+}
+
+// Asks for what fetch_row_values will read.
+inline void prefetch_row_values(const Pages& pages, const float* data, const Strides& strides,
+                                int64_t head, int64_t first, int count) {
+  if (data == nullptr) return;
+  const int64_t step = strides.s == 1 ? kLineBytes / static_cast<int64_t>(sizeof(float)) : 1;
+  pages.walk(first, count, [&](int64_t page, int64_t slot, int, int n) {
+    if (page < 0) return;
+    const float* from = data + page * strides.b + head * strides.h + slot * strides.s;
+    for (int64_t j = 0; j < n; j += step) __builtin_prefetch(from + j * strides.s);
+    __builtin_prefetch(from + (n - 1) * strides.s);
   });
 }
 
@@ -158,7 +178,6 @@ class Prefetcher {
   }
 
  private:
-  static constexpr int64_t kLineBytes = 64;
   const S* const* rows_;
   int64_t n_, bytes_, steps_;
   int64_t next_ = 0, progress_ = 0;

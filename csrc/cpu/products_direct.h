@@ -34,33 +34,51 @@ GQA_INLINE void load_block(const S* row, int64_t d, int64_t n, typename V::F& x0
 template <class S>
 inline constexpr bool kWidens = !std::is_same_v<S, float>;
 
+// The same address, of which compilers know nothing: what lies there is loaded again in place of
+// being kept in a register.
+template <class S>
+GQA_INLINE const S* again(const S* p) {
+  __asm__("" : "+r"(p));
+  return p;
+}
+
+// sum[r, c] += q[r] . x[c], a vector of each.
+template <class V, int kRows, int kKeys>
+GQA_INLINE void multiply_vectors(const float* q, int64_t ldq, typename V::F (&x)[kKeys],
+                                 typename V::F (&sum)[kRows][kKeys]) {
+  // Compilers would rather load and widen again for every use than keep a register.
+  GQA_UNROLL(4)
+  for (int c = 0; c < kKeys; ++c) V::pin(x[c]);
+  GQA_UNROLL(6)
+  for (int r = 0; r < kRows; ++r) {
+    typename V::F y = V::load(q + r * ldq);
+    if (kRows > 2) V::pin(y);
+    GQA_UNROLL(4)
+    for (int c = 0; c < kKeys; ++c) sum[r][c] = V::fma(y, x[c], sum[r][c]);
+  }
+}
+
 // sum[., r, c] += q[r] . k[c] over the block of numbers at d, of which there are n.
 template <class V, class S, int kChains, int kRows, int kKeys>
 GQA_INLINE void multiply_block(const float* q, int64_t ldq, const S* const (&k)[kKeys], int64_t d,
                                int64_t n, typename V::F (&sum)[kChains][kRows][kKeys]) {
   using F = typename V::F;
-  F x[2][kKeys];
-  // Vectors that can be widened one by one are, when it is their turn: it saves registers.
-  const bool one_by_one = kWidens<S> && !V::template kSplits<S> && n >= 2 * V::kWidth;
-  GQA_UNROLL(4)
-  for (int c = 0; c < kKeys && !one_by_one; ++c) load_block<V>(k[c], d, n, x[0][c], x[1][c]);
-  GQA_UNROLL(2)
-  for (int i = 0; i < 2; ++i) {
+  constexpr int kW = V::kWidth;
+  F x[kKeys], x1[kKeys];
+  // A vector at a time where that costs no instruction, or many rows leave no registers for two.
+  constexpr bool kByParts = kRows > 4 || (kWidens<S> && !V::template kSplits<S>);
+  if (kByParts && n >= 2 * kW) {
     GQA_UNROLL(4)
-    for (int c = 0; c < kKeys && one_by_one; ++c) x[i][c] = V::load(at(k[c], d + i * V::kWidth));
-    // Compilers would rather load and widen again for every use than keep a register.
+    for (int c = 0; c < kKeys; ++c) x[c] = V::template load_part<0>(at(k[c], d));
+    multiply_vectors<V>(q + d, ldq, x, sum[0]);
     GQA_UNROLL(4)
-    for (int c = 0; c < kKeys; ++c) V::pin(x[i][c]);
+    for (int c = 0; c < kKeys; ++c) x[c] = V::template load_part<1>(again(at(k[c], d)));
+    multiply_vectors<V>(q + d + kW, ldq, x, sum[1 % kChains]);
+  } else {
     GQA_UNROLL(4)
-    for (int r = 0; r < kRows; ++r) {
-      F y = V::load(q + r * ldq + d + i * V::kWidth);
-      if (kRows > 2) V::pin(y);
-      GQA_UNROLL(4)
-      for (int c = 0; c < kKeys; ++c) {
-        F& total = sum[i % kChains][r][c];
-        total = V::fma(y, x[i][c], total);
-      }
-    }
+    for (int c = 0; c < kKeys; ++c) load_block<V>(k[c], d, n, x[c], x1[c]);
+    multiply_vectors<V>(q + d, ldq, x, sum[0]);
+    multiply_vectors<V>(q + d + kW, ldq, x1, sum[1 % kChains]);
   }
 }
 
@@ -79,7 +97,7 @@ GQA_INLINE void dot_keys(const float* q, int64_t ldq, const S* const* rows, int6
   F sum[kChains][kRows][kKeys];
   GQA_UNROLL(2)
   for (int i = 0; i < kChains; ++i) {
-    GQA_UNROLL(4)
+    GQA_UNROLL(6)
     for (int r = 0; r < kRows; ++r) {
       GQA_UNROLL(4)
       for (int c = 0; c < kKeys; ++c) sum[i][r][c] = V::set1(0.0f);
@@ -88,14 +106,14 @@ GQA_INLINE void dot_keys(const float* q, int64_t ldq, const S* const* rows, int6
   int64_t d = 0;
   for (; d + kBlock <= head_dim; d += kBlock) multiply_block<V>(q, ldq, k, d, kBlock, sum);
   if (d < head_dim) multiply_block<V>(q, ldq, k, d, head_dim - d, sum);
-  GQA_UNROLL(4)
+  GQA_UNROLL(6)
   for (int r = 0; r < kRows; ++r) {
     GQA_UNROLL(4)
     for (int c = 0; c < kKeys && kChains == 2; ++c) {
       sum[0][r][c] = V::add(sum[0][r][c], sum[kChains - 1][r][c]);
     }
   }
-  GQA_UNROLL(4)
+  GQA_UNROLL(6)
   for (int r = 0; r < kRows; ++r) {
     if (kKeys == 4) {
       F total[4];
@@ -196,17 +214,14 @@ class DirectProducts {
     const int first = need.begin / kRowStep * kRowStep;
     Prefetcher<S> ahead(v_rows_ + need.begin, need.end - need.begin, value_head_dim_,
                         (need.end - first + kRowStep - 1) / kRowStep);
+    const int num_blocks = (rows + kStripRows - 1) / kStripRows;
     for (int key = first; key < need.end; key += kRowStep) {
       ahead.step();
-      int r = 0;
-      for (; rows - r > 4; r += rows - r == 5 ? 3 : 4) {
-        rows - r == 5 ? dot_rows<3>(r, key) : dot_rows<4>(r, key);
-      }
-      switch (rows - r) {
-        case 1: dot_rows<1>(r, key); break;
-        case 2: dot_rows<2>(r, key); break;
-        case 3: dot_rows<3>(r, key); break;
-        case 4: dot_rows<4>(r, key); break;
+      // Blocks of rows as equal as can be: few rows keep few sums, and widen K no cheaper.
+      for (int r = 0, blocks = num_blocks; blocks > 0; --blocks) {
+        const int n = (rows - r + blocks - 1) / blocks;
+        with_count(n, [&](auto count) { dot_rows<count()>(r, key); });
+        r += n;
       }
     }
   }
@@ -215,20 +230,27 @@ class DirectProducts {
   void accumulate(int, int rows, const StripKeys* strips) {
     const int64_t steps = (rows + kStripRows - 1) / kStripRows * (tile_.layout.o_ld / kW);
     Prefetcher<S> ahead(next_k_rows_, next_n_, head_dim_, static_cast<int>(steps));
-    int r = 0;
-    for (; rows - r > kStripRows; r += kStripRows) add_rows<kStripRows>(r, strips[0], ahead);
-    switch (rows - r) {
-      case 1: return add_rows<1>(r, strips[0], ahead);
-      case 2: return add_rows<2>(r, strips[0], ahead);
-      case 3: return add_rows<3>(r, strips[0], ahead);
-      case 4: return add_rows<4>(r, strips[0], ahead);
-      case 5: return add_rows<5>(r, strips[0], ahead);
-      case 6: return add_rows<6>(r, strips[0], ahead);
+    for (int r = 0; r < rows; r += kStripRows) {
+      const int n = rows - r < kStripRows ? rows - r : kStripRows;
+      with_count(n, [&](auto count) { add_rows<count()>(r, strips[0], ahead); });
     }
   }
 
  private:
   static constexpr int kW = V::kWidth;
+
+  // visit(n as a constant) for n from 1 to kStripRows.
+  template <class Visit>
+  static GQA_INLINE void with_count(int n, Visit visit) {
+    switch (n) {
+      case 1: return visit(std::integral_constant<int, 1>());
+      case 2: return visit(std::integral_constant<int, 2>());
+      case 3: return visit(std::integral_constant<int, 3>());
+      case 4: return visit(std::integral_constant<int, 4>());
+      case 5: return visit(std::integral_constant<int, 5>());
+      case 6: return visit(std::integral_constant<int, 6>());
+    }
+  }
 
   // Two or four keys at a time: as many sums as hide the latency of FMA and fit in registers. A
   // function of its own, and add_rows too: all of them inlined into one, gcc stores the widened

@@ -10,8 +10,9 @@ namespace {
 
 // Reading one K or V element into registers costs about as much as using it for this many rows.
 constexpr int64_t kLoadRows = 6;
-// Multiply-adds below which waking another thread costs more than it saves (about 10 microseconds).
-constexpr int64_t kMinCostPerWorker = 200'000;
+// Multiply-adds below which waking another thread costs more than it saves: some 20 microseconds
+// of work. (One that sleeps, as with OMP_WAIT_POLICY=PASSIVE, takes 50 and more to wake.)
+constexpr int64_t kMinCostPerWorker = 1'500'000;
 // Tasks per worker that even out their different lengths.
 constexpr int64_t kTasksPerWorker = 6;
 // Splits shorter than this spend too much on their merge.

@@ -78,6 +78,24 @@ struct Vec {
     even = less_8(_mm256_and_si256(pairs, _mm256_set1_epi32(15)));
     odd = less_8(_mm256_srli_epi32(pairs, 4));
   }
+  // Where both of bf16 or int4 share a load, a part loads anew.
+  template <int kPart, class S>
+  static GQA_INLINE F load_part(const S* p) {
+    return load(p + kPart * kWidth);
+  }
+  template <int kPart>
+  static GQA_INLINE F load_part(const BFloat16* p) {
+    const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    const __m256i high = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
+    return _mm256_castsi256_ps(kPart == 0 ? _mm256_slli_epi32(pairs, 16)
+                                          : _mm256_and_si256(pairs, high));
+  }
+  template <int kPart>
+  static GQA_INLINE F load_part(const Int4Pair* p) {
+    const __m256i pairs = _mm256_cvtepu8_epi32(bytes8(p));
+    return less_8(kPart == 0 ? _mm256_and_si256(pairs, _mm256_set1_epi32(15))
+                             : _mm256_srli_epi32(pairs, 4));
+  }
   static GQA_INLINE void split(F& x0, F& x1) {
     const F even = _mm256_shuffle_ps(x0, x1, 0x88), odd = _mm256_shuffle_ps(x0, x1, 0xdd);
     x0 = _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(even), 0xd8));

@@ -75,6 +75,22 @@ struct Vec {
     even = less_8(_mm512_and_si512(pairs, _mm512_set1_epi32(15)));
     odd = less_8(_mm512_srli_epi32(pairs, 4));
   }
+  template <int kPart, class S>
+  static GQA_INLINE F load_part(const S* p) {
+    return load(p + kPart * kWidth);
+  }
+  template <int kPart>
+  static GQA_INLINE F load_part(const BFloat16* p) {
+    F even, odd;
+    split_pairs(_mm512_loadu_si512(p), even, odd);
+    return kPart == 0 ? even : odd;
+  }
+  template <int kPart>
+  static GQA_INLINE F load_part(const Int4Pair* p) {
+    F even, odd;
+    load_block(p, even, odd);
+    return kPart == 0 ? even : odd;
+  }
   template <class S>
   static GQA_INLINE void load_block_first(const S* p, int64_t n, F& x0, F& x1) {
     x0 = load_first(p, n < kWidth ? n : kWidth);

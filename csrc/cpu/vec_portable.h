@@ -51,6 +51,11 @@ struct Vec {
     x0 = load(p);
     x1 = load(p + kWidth / kNumbersPerElement<S>);
   }
+  // The first or the second vector of load_block.
+  template <int kPart, class S>
+  static GQA_INLINE F load_part(const S* p) {
+    return load(p + kPart * kWidth / kNumbersPerElement<S>);
+  }
   // 2 * kWidth numbers in order to even and odd ones, and back.
   static GQA_INLINE void split(F& x0, F& x1) {
     const F a = x0, b = x1;

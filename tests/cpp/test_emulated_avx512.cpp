@@ -34,6 +34,15 @@ void expect_lanes(const char* what, Vec::F got, const float* expected) {
   }
 }
 
+// A block's vectors one by one.
+template <class S>
+void expect_parts(const char* what, const S* numbers, const float* expected) {
+  Vec::F x0 = Vec::load_part<0>(numbers), x1 = Vec::load_part<1>(numbers);
+  if (Vec::kSplits<S>) Vec::join(x0, x1);
+  expect_lanes(what, x0, expected);
+  expect_lanes(what, x1, expected + 16);
+}
+
 // Every bit pattern of a type, in order and as blocks, whole and cut off.
 template <class S, class Word>
 void test_loads(const char* what, uint32_t patterns) {
@@ -51,6 +60,7 @@ void test_loads(const char* what, uint32_t patterns) {
     if (Vec::kSplits<S>) Vec::join(x0, x1);
     expect_lanes(what, x0, expected);
     expect_lanes(what, x1, expected + 16);
+    expect_parts(what, numbers, expected);
     if constexpr (Vec::kMasks<S>) {
       const int n = static_cast<int>(first / 32 % 31 + 1);
       // Nothing lies behind the numbers, for sanitizers to see.
@@ -81,6 +91,7 @@ void test_int4() {
   Vec::join(x0, x1);
   expect_lanes("int4 block", x0, expected);
   expect_lanes("int4 block", x1, expected + 16);
+  expect_parts("int4", numbers, expected);
 }
 
 float float_of(uint32_t bits) {
