@@ -9,7 +9,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from gqa_kernels import HeadMap
 from gqa_kernels.convert import convert
-from gqa_kernels.integrations.transformers import attention_call, register
+from gqa_kernels.integrations.transformers import register
 from tests.tiny_models import FAMILIES, batch, expanded, split, tiny
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}  # logits of two fp32 summation orders, values up to about 5
@@ -234,12 +234,6 @@ def test_named_backend():
 
 
 class TestErrors:
-    def test_continuous_batching(self):
-        module = tiny().model.layers[0].self_attn
-        q = torch.zeros(1, 6, 3, 16)
-        with pytest.raises(NotImplementedError, match=r"cache .*must be None .*got a Tensor"):
-            attention_call(module, q, q, q, None, cache=q)
-
     def test_too_few_maps(self):
         model = split(tiny(), num_kv_heads=4)
         model.config.kv_head_map = model.config.kv_head_map[:1]
