@@ -1,11 +1,11 @@
 """transformers' own attention tests, with this package in the place of SDPA and FlashAttention.
 
-    python -m tests.integrations.transformers_suite CLONE [SDIST] [--families llama bert]
+    python -m tests.integrations.transformers_suite CLONE [--common FILE] [--families llama bert]
 
 CLONE is a clone of huggingface/transformers: its model testers, common and generation tests run
-against the transformers installed here. Files of an SDIST of just that release, unpacked, replace
-the clone's where the clone is of another commit (an sdist has the common tests, but none of models
-and of generation). Nothing of either is kept in this repository.
+against the transformers installed here. Where the clone is of another commit, FILE can be
+``tests/test_modeling_common.py`` from an sdist of just that release (an sdist has no tests of
+models and of generation). Nothing of either is kept in this repository.
 
 What fails is run again with torch's own SDPA: ``fails with stock SDPA too`` is not our doing.
 ``--save`` writes counts, failures and reasons of skips to benchmarks/results; families that are not
@@ -33,34 +33,44 @@ FAMILIES = (
     "llama", "mistral", "qwen2", "qwen3", "gemma2", "gpt_oss", "opt", "gpt2", "gpt_neox", "bert",
     "vit", "t5",
 )  # fmt: skip
+# Not selected, and importing all of transformers, or what only their own commit of it has.
+UNUSED = {
+    "test_pipeline_mixin.py": "PipelineTesterMixin",
+    "test_fsdp_mixin.py": "FSDPTesterMixin",
+    "test_tensor_parallel_mixin.py": "TensorParallelTesterMixin",
+}
 ROOT = Path(__file__).parents[2]
 PATH = ROOT / "benchmarks" / "results" / "transformers_tests.json"
 PLUGIN = Path(__file__).parent / "swapped"
 
 
-def merged(sources: list[Path], folder: Path, families: list[str]) -> None:
-    """One ``tests`` folder of several sources, later ones over earlier.
+def copied(clone: Path, common: Path | None, folder: Path, families: list[str]) -> None:
+    """Of a clone, what the tests of some families need.
+
+    Args:
+        common: in the place of the clone's ``tests/test_modeling_common.py``.
 
     Raises:
-        ValueError: a source without tests, or none with the tests of a family.
+        ValueError: the clone lacks the tests of a family.
     """
 
     def unused(at: str, names: list[str]) -> list[str]:
-        kept = families if Path(at).name == "models" else names
-        return [n for n in names if "." not in n and n not in kept] + ["__pycache__"]
+        others = [n for n in names if "." not in n and n not in families]
+        return others if Path(at).name == "models" else ["__pycache__"]
 
-    for source in sources:
-        if not (source / "tests").is_dir():
-            raise ValueError(f"a source must have a folder of tests, got {source}")
-        for part in ("tests", "utils"):  # tests of configurations import the latter
-            if (source / part).is_dir():
-                shutil.copytree(source / part, folder / part, ignore=unused, dirs_exist_ok=True)
     for family in families:
-        if not _tests_of(folder, family).exists():
+        if not _tests_of(clone, family).exists():
             raise ValueError(
-                f"a clone of transformers must have {_tests_of(Path(), family)} (an sdist alone "
-                f"has none), got {', '.join(map(str, sources))}"
+                f"a clone of transformers must have {_tests_of(Path(), family)} (an sdist has "
+                f"not), got {clone}"
             )
+    for part in ("tests", "utils"):  # tests of configurations import the latter
+        if (clone / part).is_dir():
+            shutil.copytree(clone / part, folder / part, ignore=unused)
+    if common is not None:
+        shutil.copyfile(common, folder / "tests" / "test_modeling_common.py")
+    for file, name in UNUSED.items():
+        (folder / "tests" / file).write_text(f"class {name}:\n    pass\n")
 
 
 def run(
@@ -69,7 +79,7 @@ def run(
     """transformers' version, and the outcome of every test by its name.
 
     Args:
-        folder: of :func:`merged`.
+        folder: of :func:`copied`.
         tests: files, or names of single tests.
         attention: "ours" or "stock", in the place of SDPA and FlashAttention.
         backend: of ours.
@@ -150,7 +160,8 @@ def _tests_of(folder: Path, family: str) -> Path:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("sources", type=Path, nargs="+", help="CLONE [SDIST]")
+    parser.add_argument("clone", type=Path)
+    parser.add_argument("--common", type=Path, help="test_modeling_common.py of another release")
     parser.add_argument("--families", nargs="+", default=list(FAMILIES))
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--note", default="", help="what the sources are, for the file")
@@ -164,7 +175,7 @@ def main(arguments: list[str] | None = None) -> int:
     version = None
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        merged([source.absolute() for source in options.sources], folder, options.families)
+        copied(options.clone.absolute(), options.common, folder, options.families)
         for family in options.families:
             file = str(_tests_of(folder, family))
             version, tests = run(folder, [file], "ours", options.backend)
