@@ -57,8 +57,6 @@ def row():
 def test_logits(family, given, no_square):
     """Windows shorter than the sequences, softcap, sinks."""
     model = split(tiny(family, **({"sliding_window": 4} if family == "mistral" else {})), 4)
-    if family == "gpt_oss" and given is BY_POSITIONS:
-        pytest.skip("the model makes its masks without regard to position ids")
     ids, rows = row()
     with torch.no_grad():
         ours = model(ids, use_cache=False, **given).logits
@@ -92,6 +90,19 @@ def test_rows_that_are_packed():
         theirs = [model(ids[:1], use_cache=False).logits]
         parts = [model(part, use_cache=False).logits for part in ids[1:].split(4, 1)]
     torch.testing.assert_close(ours, torch.cat([*theirs, torch.cat(parts, 1)]), **CLOSE)
+
+
+@pytest.mark.parametrize(
+    "positions",
+    [range(8), [5, 6, 7, 8, 9, 10, 11, 12], [0, 1, 2, 3, 8, 9, 10, 11], [1, 1, 1, 0, 1, 2, 3, 4]],
+    ids=["one", "later", "jump", "padding"],
+)
+def test_positions_of_one_sequence(positions):
+    """GPT-OSS tells attention the positions alone."""
+    module = split(tiny("gpt_oss"), 4).model.layers[0].self_attn
+    q, k, v = (torch.randn(1, heads, 8, 16) for heads in (6, 4, 4))
+    options = {"position_ids": torch.tensor([list(positions)])}
+    assert packed_attention(module, q, k, v, None, "auto", **options) is None
 
 
 def test_dropout_takes_a_mask():

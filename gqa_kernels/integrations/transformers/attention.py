@@ -79,7 +79,10 @@ def asym_gqa(
         )
     if options.get("cache") is not None:  # transformers' continuous batching
         return batched_attention(module, query, key, value, backend, **options)
-    if isinstance(attention_mask, SequenceMask) or options.get("cu_seq_lens_q") is not None:
+    # A query alone is never a pack, but for one that comes with offsets.
+    if (
+        query.shape[2] > 1 and not isinstance(attention_mask, Tensor)
+    ) or "cu_seq_lens_q" in options:
         out = packed_attention(module, query, key, value, attention_mask, backend, **options)
         if out is not None:
             return out

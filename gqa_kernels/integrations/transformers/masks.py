@@ -93,7 +93,10 @@ def sequence_mask(**call: Any) -> Tensor | SequenceMask | None:
         return sdpa_mask(**call)
     offsets, longest = None, call["kv_length"]
     if pattern.sequences is not None:
-        offsets = _offsets(pattern.sequences.expand(call["batch_size"], -1))
+        sequences = pattern.sequences.expand(call["batch_size"], -1)
+        begins = torch.ones_like(sequences, dtype=torch.bool)
+        begins[:, 1:] = sequences.diff() != 0
+        offsets = row_offsets(begins)
         longest = int(offsets.diff().max())
     return SequenceMask(pattern.window, offsets, longest, lambda: sdpa_mask(**call))
 
@@ -174,12 +177,11 @@ def _pattern_of(call: dict[str, Any]) -> Pattern | None:
     return None if plain else pattern
 
 
-def _offsets(sequences: Tensor) -> Tensor:
-    """int32 ``[n + 1]``: where the sequences of ``[B, S]`` begin in the rows behind each other."""
-    begins = torch.ones_like(sequences, dtype=torch.bool)
-    begins[:, 1:] = sequences[:, 1:] != sequences[:, :-1]
+def row_offsets(begins: Tensor) -> Tensor:
+    """int32 ``[n + 1]`` of the sequences that begin where ``begins`` ``[B, S]`` says, in the rows
+    laid behind each other."""
     offsets = begins.flatten().nonzero()[:, 0]
-    return torch.nn.functional.pad(offsets, (0, 1), value=sequences.numel()).to(torch.int32)
+    return torch.nn.functional.pad(offsets, (0, 1), value=begins.numel()).to(torch.int32)
 
 
 def _is_traced() -> bool:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ...varlen import asym_gqa_varlen_attention
-from .masks import SequenceMask
+from .masks import SequenceMask, row_offsets
 
 BATCHING = "5.23"  # first release whose continuous batching was tested
 
@@ -33,7 +35,8 @@ def packed_attention(
         attention_mask: None, or the mask that says where sequences begin.
         options: of the interface. Flash attention's ``cu_seq_lens_q`` ``[n + 1]`` says where they
             begin, too, and comes first; ``cu_seq_lens_k`` where their keys do, if elsewhere;
-            ``max_length_q`` and ``max_length_k`` the most tokens of one.
+            ``max_length_q`` and ``max_length_k`` the most tokens of one. Last come
+            ``position_ids`` ``[B or 1, S]`` that begin again.
 
     Returns:
         ``[B, S, Hq, Dv]``; None where the call does not say where sequences begin, or has what
@@ -54,9 +57,11 @@ def packed_attention(
     elif attention_mask is not None:
         return None
     if begins_k is None:
-        begins_k, longest_k = begins_q, longest_q
         if key.shape[2] != query.shape[2]:
             return None
+        if begins_q is None and causal:
+            begins_q = _begins(options.get("position_ids"), query.shape[0], query.shape[2])
+        begins_k, longest_k = begins_q, longest_q
     if begins_q is None or options.get("dropout") or options.get("position_bias") is not None:
         return None
     call = attention_call(module, query, key, value, None, is_causal=False, **options)
@@ -69,6 +74,28 @@ def packed_attention(
         _longest(longest_k, begins_k), **call, backend=backend,
     )  # fmt: skip
     return out.unflatten(0, (query.shape[0], query.shape[2]))
+
+
+_seen: tuple[Any, Tensor | None] = (lambda: None, None)  # of the last positions: layers share them
+
+
+def _begins(positions: Tensor | None, batch: int, tokens: int) -> Tensor | None:
+    """Where sequences begin, by positions that begin again and rise by one otherwise; else None.
+
+    Models that make their masks without the positions (GPT-OSS) tell the layers of them.
+    """
+    global _seen
+    if positions is None or torch.compiler.is_compiling():
+        return None
+    if _seen[0]() is not positions:
+        _seen = (weakref.ref(positions), None)
+        if positions.shape in ((batch, tokens), (1, tokens)):
+            begins = torch.ones_like(positions, dtype=torch.bool)
+            begins[:, 1:] = positions.diff() != 1
+            first = positions[begins]
+            if len(first) > len(positions) and bool((first == first[0]).all()):
+                _seen = (_seen[0], row_offsets(begins.expand(batch, -1)))
+    return _seen[1]
 
 
 def _longest(given: int | Tensor | None, begins: Tensor) -> int:
