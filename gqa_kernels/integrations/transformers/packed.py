@@ -76,26 +76,40 @@ def packed_attention(
     return out.unflatten(0, (query.shape[0], query.shape[2]))
 
 
-_seen: tuple[Any, Tensor | None] = (lambda: None, None)  # of the last positions: layers share them
-
-
 def _begins(positions: Tensor | None, batch: int, tokens: int) -> Tensor | None:
     """Where sequences begin, by positions that begin again and rise by one otherwise; else None.
 
     Models that make their masks without the positions (GPT-OSS) tell the layers of them.
     """
-    global _seen
-    if positions is None or torch.compiler.is_compiling():
+    if positions is None or positions.shape not in ((batch, tokens), (1, tokens)):
         return None
-    if _seen[0]() is not positions:
-        _seen = (weakref.ref(positions), None)
-        if positions.shape in ((batch, tokens), (1, tokens)):
+    if torch.compiler.is_compiling() or (
+        positions.is_cuda and torch.cuda.is_current_stream_capturing()
+    ):
+        return None  # looking at them would break the graph
+    return _last.of(positions, batch)
+
+
+class _Last:
+    """Offsets of the last positions that were looked at: layers share them."""
+
+    def __init__(self) -> None:
+        self.key: tuple[Any, ...] = ()
+        self.offsets: Tensor | None = None
+
+    def of(self, positions: Tensor, batch: int) -> Tensor | None:
+        version = -1 if positions.is_inference() else positions._version
+        if not self.key or self.key[0]() is not positions or self.key[1:] != (version, batch):
             begins = torch.ones_like(positions, dtype=torch.bool)
             begins[:, 1:] = positions.diff() != 1
             first = positions[begins]
-            if len(first) > len(positions) and bool((first == first[0]).all()):
-                _seen = (_seen[0], row_offsets(begins.expand(batch, -1)))
-    return _seen[1]
+            packed = len(first) > len(positions) and bool((first == first[0]).all())
+            self.offsets = row_offsets(begins.expand(batch, -1)) if packed else None
+            self.key = (weakref.ref(positions), version, batch)
+        return self.offsets
+
+
+_last = _Last()
 
 
 def _longest(given: int | Tensor | None, begins: Tensor) -> int:
