@@ -98,8 +98,9 @@ class _Last:
         self.offsets: Tensor | None = None
 
     def of(self, positions: Tensor, batch: int) -> Tensor | None:
-        version = -1 if positions.is_inference() else positions._version
-        if not self.key or self.key[0]() is not positions or self.key[1:] != (version, batch):
+        version = None if positions.is_inference() else positions._version
+        known = self.key and self.key[0]() is positions and self.key[1:] == (version, batch)
+        if version is None or not known:  # an inference tensor may have changed unseen
             begins = torch.ones_like(positions, dtype=torch.bool)
             begins[:, 1:] = positions.diff() != 1
             first = positions[begins]
