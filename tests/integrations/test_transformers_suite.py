@@ -1,5 +1,6 @@
 """The script that runs transformers' own tests, on a clone of a few lines, and on a real one."""
 
+import json
 import os
 from pathlib import Path
 
@@ -77,6 +78,17 @@ def test_counts():
     assert [one["fails with stock SDPA too"] for one in found["failures"]] == [False, True]
     assert found["skips"] == {"no": 1}
     assert found["calls of attention"] == 4
+
+
+def test_families_that_are_not_run_keep_their_rows(tmp_path):
+    path = tmp_path / "found.json"
+    for name, calls in (("vit", 1), ("llama", 2), ("vit", 3)):
+        suite.save({"transformers": "5", "families": [{"family": name, "calls": calls}]}, path)
+    found = json.loads(path.read_text())
+    assert [(one["family"], one["calls"]) for one in found["families"]] == [
+        ("llama", 2),
+        ("vit", 3),
+    ]
 
 
 @pytest.mark.slow  # starts pytest and transformers four times

@@ -169,10 +169,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--save", action="store_true")
     options = parser.parse_args(arguments)
 
-    rows = {}
-    if options.save and options.path.exists():
-        rows = {one["family"]: one for one in json.loads(options.path.read_text())["families"]}
-    version = None
+    ours = 0  # failures that are our doing
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         copied(options.clone.absolute(), options.common, folder, options.families)
@@ -181,7 +178,6 @@ def main(arguments: list[str] | None = None) -> int:
             version, tests = run(folder, [file], "ours", options.backend)
             failed = [name for name, one in tests.items() if one["outcome"] == "failed"]
             stock = run(folder, failed, "stock")[1] if failed else {}
-            rows[family] = row(family, tests, stock)
             found = {
                 "transformers": version,
                 "sources": options.note,
@@ -189,13 +185,25 @@ def main(arguments: list[str] | None = None) -> int:
                 "gqa-kernels": gqa_kernels.__version__,
                 "backend": options.backend,
                 "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-                "families": [rows[name] for name in FAMILIES if name in rows],
+                "families": [row(family, tests, stock)],
             }
-            show({**found, "families": [rows[family]]})
+            show(found)
+            ours += sum(
+                not f["fails with stock SDPA too"] for f in found["families"][0]["failures"]
+            )
             if options.save:
-                options.path.write_text(json.dumps(found, indent=1) + "\n")
-    ours = [f for name in options.families for f in rows[name]["failures"]]
-    return int(any(not failure["fails with stock SDPA too"] for failure in ours))
+                save(found, options.path)
+    return int(ours > 0)
+
+
+def save(found: dict, path: Path) -> None:
+    """Write the one family of ``found``, and keep the others that the file has."""
+    rows = {}
+    if path.exists():
+        rows = {one["family"]: one for one in json.loads(path.read_text())["families"]}
+    rows |= {one["family"]: one for one in found["families"]}
+    kept = [rows[name] for name in FAMILIES if name in rows]
+    path.write_text(json.dumps({**found, "families": kept}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
