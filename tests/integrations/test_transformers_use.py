@@ -267,3 +267,4 @@ def test_documentation_runs():
     rows = 2 * (3 + 3) * (16 + 4)  # bytes of a token: layers, K and V heads, int8 and a scale
     assert names["cache"].nbytes == rows * 64 * 2  # 47 and 22 tokens: a page each
     assert names["tokens"].shape == (2, 48)
+    assert len(names["outputs"]) == 2
