@@ -60,8 +60,9 @@ def test_chunked_prefill(pair):
     torch.testing.assert_close(rest, whole, **CLOSE)
 
 
-def test_gradients(pair):
-    inputs = batch([9, 5], "right")
+@pytest.mark.parametrize("lengths", [[9], [9, 5]], ids=["whole", "padded"])
+def test_gradients(pair, lengths):
+    inputs = batch(lengths, "right")
     grads = []
     for model in pair:
         model.train()
