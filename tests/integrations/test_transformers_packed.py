@@ -105,9 +105,10 @@ def test_positions_of_one_sequence(positions):
     assert packed_attention(module, q, k, v, None, "auto", **options) is None
 
 
-def test_dropout_takes_a_mask():
+@pytest.mark.parametrize("family", ["llama", "gpt_oss"])
+def test_dropout_takes_a_mask(family):
     """The kernels of packed sequences have none; the mask keeps the sequences apart."""
-    model = split(tiny(attention_dropout=0.5), 4).train()
+    model = split(tiny(family, attention_dropout=0.5), 4).train()
     ids, _ = row()
     change = ids.clone()
     change[:, :8] = 5

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...attention import asym_gqa_attention
 from ...varlen import asym_gqa_varlen_attention
 from .masks import SequenceMask, row_offsets
 
@@ -36,11 +37,11 @@ def packed_attention(
         options: of the interface. Flash attention's ``cu_seq_lens_q`` ``[n + 1]`` says where they
             begin, too, and comes first; ``cu_seq_lens_k`` where their keys do, if elsewhere;
             ``max_length_q`` and ``max_length_k`` the most tokens of one. Last come
-            ``position_ids`` ``[B or 1, S]`` that begin again.
+            ``position_ids`` ``[1, S]`` that begin again.
 
     Returns:
-        ``[B, S, Hq, Dv]``; None where the call does not say where sequences begin, or has what
-        needs a mask: a mask of its own, dropout, a position bias.
+        ``[B, S, Hq, Dv]``; None where the call says no more than its mask, or has what needs one:
+        a mask of its own, dropout, a position bias.
     """
     from .attention import attention_call
 
@@ -52,15 +53,22 @@ def packed_attention(
         causal = getattr(module, "is_causal", True)
     if isinstance(attention_mask, SequenceMask):
         window, causal = attention_mask.window, True
-        if begins_q is None:
+        if begins_q is None and attention_mask.offsets is not None:
             begins_q, longest_q = attention_mask.offsets, attention_mask.longest
     elif attention_mask is not None:
         return None
     if begins_k is None:
         if key.shape[2] != query.shape[2]:
             return None
-        if begins_q is None and causal:
-            begins_q = _begins(options.get("position_ids"), query.shape[0], query.shape[2])
+        told = begins_q is not None
+        if not told and causal and query.shape[0] == 1:
+            begins_q = _last.offsets(options.get("position_ids"), query.shape[2])
+        if begins_q is not None and not told and options.get("dropout"):
+            call = attention_call(
+                module, query, key, value, None, is_causal=True, sliding_window=window,
+                cu_seq_lens_q=begins_q, **options,
+            )  # fmt: skip
+            return asym_gqa_attention(**call, backend=backend)
         begins_k, longest_k = begins_q, longest_q
     if begins_q is None or options.get("dropout") or options.get("position_bias") is not None:
         return None
@@ -76,41 +84,35 @@ def packed_attention(
     return out.unflatten(0, (query.shape[0], query.shape[2]))
 
 
-def _begins(positions: Tensor | None, batch: int, tokens: int) -> Tensor | None:
-    """Where sequences begin, by positions that begin again and rise by one otherwise; else None.
+class _LastPositions:
+    """Where sequences begin by the positions that were looked at last: layers share them.
 
     Models that make their masks without the positions (GPT-OSS) tell the layers of them.
     """
-    if positions is None or positions.shape not in ((batch, tokens), (1, tokens)):
-        return None
-    if torch.compiler.is_compiling() or (
-        positions.is_cuda and torch.cuda.is_current_stream_capturing()
-    ):
-        return None  # looking at them would break the graph
-    return _last.of(positions, batch)
-
-
-class _Last:
-    """Offsets of the last positions that were looked at: layers share them."""
 
     def __init__(self) -> None:
         self.key: tuple[Any, ...] = ()
-        self.offsets: Tensor | None = None
+        self.found: Tensor | None = None
 
-    def of(self, positions: Tensor, batch: int) -> Tensor | None:
+    def offsets(self, positions: Tensor | None, tokens: int) -> Tensor | None:
+        """``[n + 1]``, if positions ``[1, tokens]`` begin again and rise by one otherwise."""
+        if positions is None or positions.shape != (1, tokens):
+            return None
+        if positions.is_cuda and torch.cuda.is_current_stream_capturing():
+            return None  # looking at them would break the graph
         version = None if positions.is_inference() else positions._version
-        known = self.key and self.key[0]() is positions and self.key[1:] == (version, batch)
+        known = self.key and self.key[0]() is positions and self.key[1] == version
         if version is None or not known:  # an inference tensor may have changed unseen
             begins = torch.ones_like(positions, dtype=torch.bool)
             begins[:, 1:] = positions.diff() != 1
             first = positions[begins]
-            packed = len(first) > len(positions) and bool((first == first[0]).all())
-            self.offsets = row_offsets(begins.expand(batch, -1)) if packed else None
-            self.key = (weakref.ref(positions), version, batch)
-        return self.offsets
+            packed = len(first) > 1 and bool((first == first[0]).all())
+            self.found = row_offsets(begins) if packed else None
+            self.key = (weakref.ref(positions), version)
+        return self.found
 
 
-_last = _Last()
+_last = _LastPositions()
 
 
 def _longest(given: int | Tensor | None, begins: Tensor) -> int:
