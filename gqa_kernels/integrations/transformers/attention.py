@@ -21,6 +21,9 @@ OLDEST = "4.57"  # first release tested
 def register(name: str = "asym_gqa", backend: str = "auto") -> str:
     """Make ``attn_implementation=name`` available in transformers; returns ``name``.
 
+    A hook of ``torch.nn`` also looks at modules as models are built: a config with uneven maps gets
+    back the field that asks for this implementation, which transformers takes out.
+
     Args:
         name: what models ask for. Register several names to compare backends.
         backend: backend of :func:`gqa_kernels.asym_gqa_attention`.
