@@ -204,6 +204,13 @@ class TestMask:
         assert (mask.window, mask.offsets) == (3, None)
         assert torch.equal(mask.dense[0, 0].sum(1), torch.tensor([1, 2, 3, 3, 3, 3, 3, 3]))
 
+    def test_rows_that_are_one_sequence_each(self):
+        positions = torch.arange(8).expand(2, -1)
+        function = masking_utils.packed_sequence_mask_function(torch.zeros_like(positions))
+        mask = sequence_mask(**self.call(masking_utils.and_masks(self.CAUSAL, function)))
+        assert (mask.window, mask.offsets) == (None, None)
+        assert torch.equal(mask.dense[0, 0], torch.ones(8, 8, dtype=torch.bool).tril())
+
     def test_whatever_looks_into_it_gets_the_mask(self):
         mask = sequence_mask(**self.call(self.WINDOW))
         assert mask.shape == (2, 1, 8, 8)

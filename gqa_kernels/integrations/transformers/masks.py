@@ -98,6 +98,8 @@ def sequence_mask(**call: Any) -> Tensor | SequenceMask | None:
         begins[:, 1:] = sequences.diff() != 0
         offsets = row_offsets(begins)
         longest = int(offsets.diff().max())
+        if len(offsets) == len(begins) + 1:  # transformers 4 says so of every batch
+            offsets = None
     return SequenceMask(pattern.window, offsets, longest, lambda: sdpa_mask(**call))
 
 
