@@ -5,7 +5,8 @@
 CLONE is a clone of huggingface/transformers: its model testers, common and generation tests run
 against the transformers installed here. Where the clone is of another commit, FILE can be
 ``tests/test_modeling_common.py`` from an sdist of just that release (an sdist has no tests of
-models and of generation). Nothing of either is kept in this repository.
+models and of generation). Nothing of either is kept in this repository. The tests import
+parameterized, httpx and timeout-decorator.
 
 What fails is run again with torch's own SDPA: ``fails with stock SDPA too`` is not our doing.
 ``--save`` writes counts, failures and reasons of skips to benchmarks/results; families that are not
