@@ -214,9 +214,11 @@ def test_output_is_contiguous_and_inputs_are_not_copied():
     assert out.is_contiguous()
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt_oss"])
-def test_compiled(family):
-    inputs = batch([17, 9], "left")
+@pytest.mark.parametrize(
+    "family, lengths", [("llama", [17, 9]), ("llama", [17]), ("gpt_oss", [17, 9])]
+)
+def test_compiled(family, lengths):
+    inputs = batch(lengths, "left")
     model = split(tiny(family), num_kv_heads=4)
     eager = logits(model, inputs)
     with warnings.catch_warnings():

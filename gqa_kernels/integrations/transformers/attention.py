@@ -82,10 +82,8 @@ def asym_gqa(
         )
     if options.get("cache") is not None:  # transformers' continuous batching
         return batched_attention(module, query, key, value, backend, **options)
-    # A query alone is never a pack, but for one that comes with offsets.
-    if (
-        query.shape[2] > 1 and not isinstance(attention_mask, Tensor)
-    ) or "cu_seq_lens_q" in options:
+    may_be_packed = query.shape[2] > 1 and not isinstance(attention_mask, Tensor)
+    if (may_be_packed or "cu_seq_lens_q" in options) and not torch.compiler.is_compiling():
         out = packed_attention(module, query, key, value, attention_mask, backend, **options)
         if out is not None:
             return out

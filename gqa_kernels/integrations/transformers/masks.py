@@ -162,13 +162,11 @@ def _pattern_of(call: dict[str, Any]) -> Pattern | None:
     num_keys = call["kv_length"]
     positions = call.get("cache_position")  # transformers 4
     num_queries = len(positions) if positions is not None else call["q_length"]
-    begins = (call.get("q_offset", 0), call.get("kv_offset", 0))
-    if (
-        num_queries != num_keys
-        or num_keys == 1
-        or not all(type(b) is int and b == 0 for b in begins)
-    ):
+    if num_queries != num_keys or num_keys == 1:
         return None
+    for begin in (call.get("q_offset", 0), call.get("kv_offset", 0)):
+        if not isinstance(begin, int) or begin != 0:  # a tensor is on the device
+            return None
     padding = call.get("attention_mask")
     if padding is not None and not (padding.shape[-1] == num_keys and bool(padding.all())):
         return None
