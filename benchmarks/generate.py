@@ -5,9 +5,9 @@
 Every contestant fills a cache of its own with the same text once; then they take turns at decoding
 the same few tokens after it, crop the cache and begin again. The rows have the median and the
 quartiles of tokens/s, and the bytes of the storages behind keys and values after the prompt. Greedy
-tokens are compared with stock SDPA's. The stock model's groups are even; ``uneven`` is the same
-function with its three KV heads split into five, another map in each layer. Contexts in the file
-are not run again (same device, threads and commit).
+tokens, ``--text`` of them, are compared with stock SDPA's. The stock model's groups are even;
+``uneven`` is the same function with its three KV heads split into five, another map in each layer.
+Contexts in the file are not run again (same device, threads and commit).
 """
 
 from __future__ import annotations
@@ -97,24 +97,30 @@ def contestants(stock: nn.Module, backend: str) -> dict[str, Contestant]:
     return {
         STOCK: Contestant(stock, "sdpa", lambda: DynamicCache(config=config)),
         "ours, DynamicCache": Contestant(stock, ours, lambda: DynamicCache(config=config)),
+        "ours, DynamicCache, uneven": Contestant(
+            uneven, ours, lambda: DynamicCache(config=uneven.config)
+        ),
         "ours, PagedCache": Contestant(stock, ours, lambda: PagedCache(config)),
         "ours, PagedCache int8": Contestant(stock, ours, lambda: PagedCache(config, format="int8")),
         "ours, PagedCache, uneven": Contestant(uneven, ours, lambda: PagedCache(uneven.config)),
     }
 
 
-def run(found: dict[str, Contestant], ids: Tensor, steps: int, rounds: int) -> list[dict]:
+def run(
+    found: dict[str, Contestant], ids: Tensor, steps: int, rounds: int, text: int
+) -> list[dict]:
     """Rows of one context.
 
     Args:
         ids: ``[1, context + 1]``: the prompt, and the first token to decode.
         steps: tokens decoded by each contestant in each round.
+        text: greedy tokens to compare, ``steps`` at least.
     """
     context = ids.shape[1] - 1
     prompt, first = ids[:, :-1], ids[:, -1:]
     memory = {name: one.prefill(prompt) for name, one in found.items()}
-    tokens = {name: one.greedy(first, steps) for name, one in found.items()}
-    fed = torch.cat([first, tokens[STOCK][:, :-1]], 1)
+    tokens = {name: one.greedy(first, max(text, steps)) for name, one in found.items()}
+    fed = torch.cat([first, tokens[STOCK][:, : steps - 1]], 1)
     seconds: dict[str, list[float]] = {name: [] for name in found}
     for turn in range(rounds):
         names = list(found)
@@ -134,6 +140,7 @@ def run(found: dict[str, Contestant], ids: Tensor, steps: int, rounds: int) -> l
                 "rounds": rounds,
                 "steps": steps,
                 "kv_bytes": memory[name],
+                "text": tokens[name].shape[1],
                 "tokens_as_stock": int((tokens[name] == tokens[STOCK]).long().cumprod(1).sum()),
             }
         )
@@ -150,7 +157,7 @@ def show(rows: list[dict]) -> None:
             f"  {row['contestant']:26} {row['tokens_per_second']:7.2f} tokens/s "
             f"({row['tokens_per_second'] / stock['tokens_per_second']:.2f}x)  "
             f"KV {row['kv_bytes'] / 2**20:7.1f} MiB  "
-            f"first {row['tokens_as_stock']} of {row['steps']} tokens as stock"
+            f"first {row['tokens_as_stock']} of {row['text']} tokens as stock"
         )
 
 
@@ -160,6 +167,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--steps", type=int, default=16, help="tokens of a turn")
     parser.add_argument("--rounds", type=int, default=9, help="turns of each (2 or more)")
+    parser.add_argument("--text", type=int, default=128, help="greedy tokens to compare")
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--path", type=Path, default=PATH)
@@ -180,7 +188,7 @@ def main(arguments: list[str] | None = None) -> None:
         done = [row for row in results.rows if row["key"].startswith(f"{options.dtype} {context} ")]
         if not done:
             ids = token_rows(loaded.tokenizer, calibration_text(), (1, context + 1))
-            done = run(found, ids, options.steps, options.rounds)
+            done = run(found, ids, options.steps, options.rounds, options.text)
             for row in done:
                 row.update(key=f"{options.dtype} {row['key']}", dtype=options.dtype)
             results.add(done)

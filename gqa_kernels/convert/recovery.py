@@ -35,6 +35,7 @@ from .families import attention_layers
 
 TRAINED = ("all", "attention", "lora")
 STATE = "recovery.pt"
+OLDEST_PEFT = "0.21"  # first release tested
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ def recover(
     Raises:
         ValueError: no batches, a loss that is not finite, a parent that is missing, or a state of
             another recipe.
-        ImportError: LoRA without peft.
+        ImportError: LoRA, and peft is missing or too old.
         NotImplementedError: no next-token loss, no labels and no distillation.
     """
     if not len(batches):
@@ -275,7 +276,10 @@ def _adapted(model: nn.Module, recipe: Recipe) -> nn.Module:
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
-        raise ImportError("trained='lora' needs peft: pip install peft") from error
+        raise ImportError(
+            f"trained='lora' needs peft >= {OLDEST_PEFT} "
+            f"(pip install 'peft>={OLDEST_PEFT}'): {error}"
+        ) from error
     modules = {id(module): name for name, module in model.named_modules()}
     targets = set()
     for layer in attention_layers(model):

@@ -29,11 +29,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.distributed.tensor import Partial, Placement, Replicate, Shard
-from torch.distributed.tensor.experimental import register_sharding
 
 from ..backends.dispatch import BACKENDS
 from ..inputs import UNBOUNDED
+
+OLDEST = "2.10"  # of torch, first release tested
+
+try:
+    from torch.distributed.tensor import Partial, Placement, Replicate, Shard
+    from torch.distributed.tensor.experimental import register_sharding
+except ImportError as error:
+    raise ImportError(
+        f"gqa_kernels.integrations.dtensor needs torch >= {OLDEST}, built with torch.distributed "
+        f"(pip install 'torch>={OLDEST}'): found {torch.__version__}: {error}"
+    ) from error
 
 WHOLE, SUM = Replicate(), Partial()
 

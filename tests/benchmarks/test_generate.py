@@ -6,7 +6,7 @@ from transformers import DynamicCache
 from benchmarks.generate import STOCK, contestants, held_bytes, run
 from tests.tiny_models import batch, tiny
 
-CONTEXT, STEPS = 70, 5
+CONTEXT, STEPS, TEXT = 70, 5, 9
 
 
 def test_rows():
@@ -14,14 +14,14 @@ def test_rows():
     model.set_attn_implementation("sdpa")
     found = contestants(model, "reference")
     ids = batch([CONTEXT + 1], "left")["input_ids"]
-    rows = {row["contestant"]: row for row in run(found, ids, STEPS, rounds=2)}
+    rows = {row["contestant"]: row for row in run(found, ids, STEPS, 2, TEXT)}
     assert list(rows) == list(found)
     assert next(iter(rows)) == STOCK
     for name, row in rows.items():
         assert row["key"] == f"{CONTEXT} {name}"
         assert 0 < row["low"] <= row["tokens_per_second"] <= row["high"]
         if "int8" not in name:
-            assert row["tokens_as_stock"] == STEPS
+            assert row["tokens_as_stock"] == row["text"] == TEXT
     dense = 2 * 2 * 16 * 2 * 4  # bytes of a token: layers, KV heads, dim, K and V, fp32
     assert rows[STOCK]["kv_bytes"] == rows["ours, DynamicCache"]["kv_bytes"] == dense * CONTEXT
     assert rows["ours, PagedCache"]["kv_bytes"] == dense * 128  # two pages

@@ -9,6 +9,7 @@ import torch
 
 from gqa_kernels.convert.lm_harness import run_tasks
 from gqa_kernels.integrations.transformers import register
+from tests.integrations.stand_ins import stand_in
 from tests.tiny_models import split, tiny
 
 needs_lm_eval = pytest.mark.skipif(
@@ -75,4 +76,10 @@ def test_unknown_task(folder, tokenizer):
 def test_lm_eval_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(ImportError, match=r"needs lm-eval >= 0\.4\.13"):
+        run_tasks(None, None, ["words"])
+
+
+def test_lm_eval_too_old(monkeypatch):
+    stand_in(monkeypatch, "lm_eval.models.huggingface")
+    with pytest.raises(ImportError, match=r"needs lm-eval >= 0\.4\.13 .*cannot import name 'HFLM'"):
         run_tasks(None, None, ["words"])

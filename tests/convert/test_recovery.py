@@ -1,6 +1,7 @@
 """recover(): it learns, resumes bit for bit, trains what it is told to, and refuses nonsense."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -61,6 +62,12 @@ def test_learns_and_trains_what_it_is_told_to(family, trained):
     assert moved
     assert bool(others) == (trained == "all")
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_peft_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ImportError, match=r"trained='lora' needs peft >= 0\.21 \(pip install"):
+        recover(child_of(tiny()), texts(), recipe(trained="lora"))
 
 
 def test_resumed_run_gives_the_same(tmp_path):

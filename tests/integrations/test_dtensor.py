@@ -1,5 +1,7 @@
 """DTensors through the attention ops on two ranks: results, gradients and what is communicated."""
 
+import importlib
+import sys
 from itertools import product
 
 import pytest
@@ -74,6 +76,13 @@ def ranks(rank):
     q, k, v = (distribute_tensor(x, mesh, [WHOLE]) for x in tensors)
     with implicit_replication(), pytest.raises(NotImplementedError, match="must be 0 for DTensors"):
         asym_gqa_attention(q, k, v, HEAD_MAP, dropout_p=0.5)
+
+
+def test_torch_without_dtensor(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.distributed.tensor.experimental", None)
+    monkeypatch.delitem(sys.modules, dtensor.__name__)
+    with pytest.raises(ImportError, match=r"needs torch >= 2\.10, built with torch\.distributed"):
+        importlib.import_module(dtensor.__name__)
 
 
 def test_the_plan_of_triton_is_not_cut():

@@ -99,6 +99,11 @@ def test_transformers_takes_it(kernel, monkeypatch, name, family):
         inputs = batch([9, 4], "left")
         ours, theirs = (m.generate(**inputs, **options) for m in (model, expanded(model)))
         assert ours.tolist() == theirs.tolist()
+        row, positions = batch([9], "left")["input_ids"], torch.arange(9)[None] % 5  # packed
+        with torch.no_grad():
+            ours = model(row, position_ids=positions, use_cache=False).logits
+            theirs = [expanded(model)(part, use_cache=False).logits for part in row.split(5, 1)]
+        torch.testing.assert_close(ours, torch.cat(theirs, 1), **CLOSE)
     finally:
         for interface in (AttentionInterface, AttentionMaskInterface):
             interface._global_mapping.pop(name, None)

@@ -11,6 +11,7 @@ import torch
 from gqa_kernels import HeadMap, asym_gqa_attention
 from gqa_kernels.integrations import sglang as integration
 from gqa_kernels.integrations.sglang.attention import Layer, Step, page_tables, pooled_attention
+from tests.integrations.stand_ins import stand_in
 
 HEAD_MAP = HeadMap([0, 2, 0, 1, 0])  # 5 query heads over 3 KV heads
 VALUE_MAP = HeadMap([2, 0, 1, 1, 2])
@@ -122,6 +123,22 @@ def test_options():
 def test_sglang_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "sglang", None)
     with pytest.raises(ImportError, match=r"needs sglang >= 0\.5\.23"):
+        integration.register()
+
+
+def test_sglang_too_old(monkeypatch):
+    """Its backends have another contract."""
+    attention = "sglang.srt.layers.attention"
+    stand_in(
+        monkeypatch, f"{attention}.attention_registry",
+        ATTENTION_BACKENDS={}, register_attention_backend=object,
+    )  # fmt: skip
+    stand_in(monkeypatch, f"{attention}.base_attn_backend", AttentionBackend=object)
+    stand_in(
+        monkeypatch, "sglang.srt.server_args",
+        ATTENTION_BACKEND_CHOICES=[], add_attention_backend_choices=object,
+    )  # fmt: skip
+    with pytest.raises(ImportError, match=r"needs sglang >= 0\.5\.23: this one has another"):
         integration.register()
 
 

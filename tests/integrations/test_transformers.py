@@ -9,7 +9,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from gqa_kernels import HeadMap
 from gqa_kernels.convert import convert
-from gqa_kernels.integrations.transformers import attention_call, register
+from gqa_kernels.integrations.transformers import register
 from tests.tiny_models import FAMILIES, batch, expanded, split, tiny
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}  # logits of two fp32 summation orders, values up to about 5
@@ -60,8 +60,9 @@ def test_chunked_prefill(pair):
     torch.testing.assert_close(rest, whole, **CLOSE)
 
 
-def test_gradients(pair):
-    inputs = batch([9, 5], "right")
+@pytest.mark.parametrize("lengths", [[9], [9, 5]], ids=["whole", "padded"])
+def test_gradients(pair, lengths):
+    inputs = batch(lengths, "right")
     grads = []
     for model in pair:
         model.train()
@@ -224,6 +225,14 @@ def test_compiled(family):
         torch.testing.assert_close(logits(compiled, inputs), eager, **CLOSE)
 
 
+def test_compiled_without_a_mask():
+    ids = batch([17], "left")["input_ids"]
+    model = split(tiny(), num_kv_heads=4)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(ids).logits, model(ids).logits, **CLOSE)
+
+
 def test_named_backend():
     name = register("asym_gqa_reference", backend="reference")
     model = split(tiny(), num_kv_heads=4)
@@ -234,12 +243,6 @@ def test_named_backend():
 
 
 class TestErrors:
-    def test_continuous_batching(self):
-        module = tiny().model.layers[0].self_attn
-        q = torch.zeros(1, 6, 3, 16)
-        with pytest.raises(NotImplementedError, match=r"cache .*must be None .*got a Tensor"):
-            attention_call(module, q, q, q, None, cache=q)
-
     def test_too_few_maps(self):
         model = split(tiny(), num_kv_heads=4)
         model.config.kv_head_map = model.config.kv_head_map[:1]

@@ -9,6 +9,7 @@ import torch
 from gqa_kernels import HeadMap, asym_gqa_attention
 from gqa_kernels.integrations import vllm as integration
 from gqa_kernels.integrations.vllm.attention import Batch, Layer, cached_attention
+from tests.integrations.stand_ins import stand_in
 
 HEAD_MAP = HeadMap([0, 2, 0, 1, 0])  # 5 query heads over 3 KV heads
 HEAD_SIZE = 16
@@ -117,6 +118,17 @@ def test_fp8_cache():
 def test_vllm_missing(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "vllm", None)
     with pytest.raises(ImportError, match=r"needs vllm >= 0\.33"):
+        integration.register()
+
+
+def test_vllm_too_old(monkeypatch):
+    """It has the enumeration of backends, and no way into it."""
+    stand_in(monkeypatch, "vllm.model_executor.models.registry", ModelRegistry=object)
+    stand_in(
+        monkeypatch, "vllm.v1.attention.backends.registry",
+        AttentionBackendEnum=object, register_backend=object,
+    )  # fmt: skip
+    with pytest.raises(ImportError, match=r"needs vllm >= 0\.33: this one can't register"):
         integration.register()
 
 

@@ -2,7 +2,7 @@
 
 The maps come from the model's config (:mod:`gqa_kernels.model_maps`); a model without them runs as
 ordinary GQA. :class:`PagedCache` keeps what ``generate`` has seen in pages of this package's
-caches, quantised if asked for.
+caches, quantised if asked for. :func:`continuous_batching` lets ``generate_batch`` run on it.
 
 :func:`register` and :class:`PagedCache` import transformers when they are first used.
 """
@@ -12,11 +12,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .attention import asym_gqa, attention_call, register
+from .packed import continuous_batching
 
 if TYPE_CHECKING:
     from .cache import PagedCache
 
-__all__ = ["PagedCache", "asym_gqa", "attention_call", "register"]
+__all__ = ["PagedCache", "asym_gqa", "attention_call", "continuous_batching", "register"]
 
 
 def __getattr__(name: str) -> object:

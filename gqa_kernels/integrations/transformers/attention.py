@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from torch import Tensor, nn
 
 from ...attention import asym_gqa_attention
-from ...model_maps import IMPLEMENTATION_FIELD, guard, layer_index, layer_maps
+from ...model_maps import IMPLEMENTATION_FIELD, KEY_FIELD, guard, layer_index, layer_maps
+from .masks import SequenceMask, sequence_mask
+from .packed import batched_attention, packed_attention
 
 OLDEST = "4.57"  # first release tested
 
 
 def register(name: str = "asym_gqa", backend: str = "auto") -> str:
     """Make ``attn_implementation=name`` available in transformers; returns ``name``.
+
+    A hook of ``torch.nn`` also looks at modules as models are built: a config with uneven maps gets
+    back the field that asks for this implementation, which transformers takes out.
 
     Args:
         name: what models ask for. Register several names to compare backends.
@@ -26,7 +33,6 @@ def register(name: str = "asym_gqa", backend: str = "auto") -> str:
     """
     require_transformers()
     from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
 
     def attention(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask, **options
@@ -35,11 +41,12 @@ def register(name: str = "asym_gqa", backend: str = "auto") -> str:
 
     AttentionInterface.register(name, attention)
     # Without a mask function of the same name, models drop the padding mask.
-    AttentionMaskInterface.register(name, sdpa_mask)
+    AttentionMaskInterface.register(name, sequence_mask)
+    _keep_guards()
     return name
 
 
-def require_transformers() -> None:
+def require_transformers(oldest: str = OLDEST) -> None:
     """Raise ImportError, with the version needed, unless transformers is there and new enough."""
     problem = None
     try:
@@ -50,12 +57,12 @@ def require_transformers() -> None:
     except ImportError as error:
         problem = f"{found} can't be imported: {error}"
     else:
-        if tuple(map(int, found.split(".")[:2])) < tuple(map(int, OLDEST.split("."))):
+        if tuple(map(int, found.split(".")[:2])) < tuple(map(int, oldest.split("."))):
             problem = f"found {found}"
     if problem:
         raise ImportError(
-            f"gqa_kernels.integrations.transformers needs transformers >= {OLDEST} "
-            f"(pip install 'transformers>={OLDEST}'): {problem}"
+            f"gqa_kernels.integrations.transformers needs transformers >= {oldest} "
+            f"(pip install 'transformers>={oldest}'): {problem}"
         )
 
 
@@ -64,7 +71,7 @@ def asym_gqa(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | SequenceMask | None,
     backend: str = "auto",
     **options: object,
 ) -> Tensor:
@@ -73,6 +80,13 @@ def asym_gqa(
         return key.layer.attend(
             module, query, key.states, value.states, attention_mask, backend, **options
         )
+    if options.get("cache") is not None:  # transformers' continuous batching
+        return batched_attention(module, query, key, value, backend, **options)
+    may_be_packed = query.shape[2] > 1 and not isinstance(attention_mask, Tensor)
+    if (may_be_packed or "cu_seq_lens_q" in options) and not torch.compiler.is_compiling():
+        out = packed_attention(module, query, key, value, attention_mask, backend, **options)
+        if out is not None:
+            return out
     call = attention_call(module, query, key, value, attention_mask, **options)
     return asym_gqa_attention(**call, backend=backend)
 
@@ -82,7 +96,7 @@ def attention_call(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | SequenceMask | None,
     *,
     scaling: float | None = None,
     dropout: float = 0.0,
@@ -92,7 +106,6 @@ def attention_call(
     s_aux: Tensor | None = None,
     position_bias: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
-    cache: object | None = None,
     **_: object,
 ) -> dict[str, object]:
     """The arguments of :func:`gqa_kernels.asym_gqa_attention` for a call of the interface.
@@ -102,28 +115,25 @@ def attention_call(
         query: ``[B, Hq, Sq, D]``.
         key, value: ``[B, Hkv, Sk, D]``, cached tokens included.
         attention_mask: ``[B, 1 or Hq, Sq, >= Sk]``, boolean or additive, with causality, window and
-            padding in it; None where plain causality is enough.
+            padding in it; or what says so in short; None where plain causality is enough.
         sliding_window: keys a query sees, its own included.
         dropout: part of the probabilities to drop; 0 outside training.
         s_aux: attention sinks ``[Hq]``.
         position_bias: ``[1 or B, Hq, Sq, Sk]``, added to the scores (T5).
         cu_seq_lens_q: ``[n + 1]``, where packed sequences begin in the one row. They don't see each
             other, also where the model makes its mask without regard to position ids (GPT-OSS).
-        cache: transformers' continuous batching; not supported.
     """
-    if cache is not None:
-        raise NotImplementedError(
-            "cache (continuous batching) must be None with attn_implementation='asym_gqa', got a "
-            f"{type(cache).__name__}"
-        )
     q_len = query.shape[2]
     causal = False
     window = None
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    if isinstance(attention_mask, SequenceMask):
+        is_causal, sliding_window = True, attention_mask.window
+        attention_mask = None if attention_mask.offsets is None else attention_mask.dense
     if cu_seq_lens_q is not None and len(cu_seq_lens_q) > 2:
-        attention_mask = _packed(cu_seq_lens_q, q_len, sliding_window, attention_mask)
+        attention_mask = _packed(cu_seq_lens_q, q_len, is_causal, sliding_window, attention_mask)
     if attention_mask is None:
-        if is_causal is None:
-            is_causal = getattr(module, "is_causal", True)
         causal = q_len > 1 and is_causal
         if causal:
             # Prefill into an empty static cache: its slots beyond the prompt hold nothing yet.
@@ -176,11 +186,29 @@ def _guarded(config: object, uneven: bool) -> None:
         guard(config)
 
 
-def _packed(offsets: Tensor, tokens: int, window: int | None, mask: Tensor | None) -> Tensor:
-    """A mask ``[1, 1, tokens, tokens]`` with causal attention inside each packed sequence only."""
+@cache
+def _keep_guards() -> None:
+    """Put the guard back into the config of every model that is built from now on: it may be saved
+    again without having run."""
+
+    def look(_: nn.Module, __: str, part: nn.Module | None) -> None:
+        config = None if part is None else part.__dict__.get("config")
+        if getattr(config, KEY_FIELD, None) is not None:
+            with suppress(ValueError, TypeError):  # wrong maps are told when the model runs
+                _guarded(config, uneven=True)
+
+    nn.modules.module.register_module_module_registration_hook(look)
+
+
+def _packed(
+    offsets: Tensor, tokens: int, causal: bool, window: int | None, mask: Tensor | None
+) -> Tensor:
+    """A mask ``[1, 1, tokens, tokens]`` with attention inside each packed sequence only."""
     position = torch.arange(tokens, device=offsets.device)
     sequence = torch.bucketize(position, offsets[1:-1], right=True)
-    visible = (sequence[:, None] == sequence) & (position[:, None] >= position)
+    visible = sequence[:, None] == sequence
+    if causal:
+        visible &= position[:, None] >= position
     if window is not None:
         visible &= position[:, None] - position < window
     visible = visible[None, None]

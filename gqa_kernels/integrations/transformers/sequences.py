@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...cache.allocator import PageAllocator
 from ...cache.view import KVView
+from .masks import SequenceMask
 
 SPARE = 8  # a full pool grows by an eighth of itself
 
@@ -246,7 +247,7 @@ class SequenceTable:
 
 def _left_padding(mask: Tensor | None, batch: int, new: int) -> list[int]:
     """How many of the first positions no query sees, of each row, by a boolean mask."""
-    if mask is None or mask.dtype != torch.bool:
+    if mask is None or isinstance(mask, SequenceMask) or mask.dtype != torch.bool:
         return [0] * batch
     seen = mask[..., :new].any(1).any(1)  # [B or 1, S]
     hidden = (~seen).cumprod(-1).sum(-1).expand(batch)

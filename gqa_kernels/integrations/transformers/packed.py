@@ -1,0 +1,197 @@
+"""Attention of packed sequences, without a mask, and of transformers' continuous batching."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...attention import asym_gqa_attention
+from ...varlen import asym_gqa_varlen_attention
+from .masks import SequenceMask, row_offsets
+
+BATCHING = "5.23"  # first release whose continuous batching was tested
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | SequenceMask | None,
+    backend: str,
+    **options: Any,
+) -> Tensor | None:
+    """Attention inside each of several sequences, as ``AttentionInterface`` calls it.
+
+    Args:
+        module: the attention layer.
+        query: ``[B, Hq, S, D]``, rows that lie behind each other.
+        key, value: ``[B, Hkv, Sk, D]``, likewise.
+        attention_mask: None, or the mask that says where sequences begin.
+        options: of the interface. Flash attention's ``cu_seq_lens_q`` ``[n + 1]`` says where they
+            begin, too, and comes first; ``cu_seq_lens_k`` where their keys do, if elsewhere;
+            ``max_length_q`` and ``max_length_k`` the most tokens of one. Last come
+            ``position_ids`` ``[1, S]`` that begin again.
+
+    Returns:
+        ``[B, S, Hq, Dv]``; None where the call says no more than its mask, or has what needs one:
+        a mask of its own, dropout, a position bias.
+    """
+    from .attention import attention_call
+
+    window = options.pop("sliding_window", None)
+    begins_q, begins_k = options.pop("cu_seq_lens_q", None), options.pop("cu_seq_lens_k", None)
+    longest_q, longest_k = options.pop("max_length_q", None), options.pop("max_length_k", None)
+    causal = options.pop("is_causal", None)
+    if causal is None:
+        causal = getattr(module, "is_causal", True)
+    if isinstance(attention_mask, SequenceMask):
+        window, causal = attention_mask.window, True
+        if begins_q is None and attention_mask.offsets is not None:
+            begins_q, longest_q = attention_mask.offsets, attention_mask.longest
+    elif attention_mask is not None:
+        return None
+    if begins_k is None:
+        if key.shape[2] != query.shape[2]:
+            return None
+        told = begins_q is not None
+        if not told and causal and query.shape[0] == 1:
+            begins_q = _last.offsets(options.get("position_ids"), query.shape[2])
+        if begins_q is not None and not told and options.get("dropout"):
+            call = attention_call(
+                module, query, key, value, None, is_causal=True, sliding_window=window,
+                cu_seq_lens_q=begins_q, **options,
+            )  # fmt: skip
+            return asym_gqa_attention(**call, backend=backend)
+        begins_k, longest_k = begins_q, longest_q
+    if begins_q is None or options.get("dropout") or options.get("position_bias") is not None:
+        return None
+    call = attention_call(module, query, key, value, None, is_causal=False, **options)
+    for name in ("attn_mask", "dropout_p", "layout"):
+        del call[name]
+    call.update(causal=causal, window=None if window is None else (window - 1, None))
+    rows = (call.pop(name).flatten(0, 1) for name in "qkv")  # [B * S, H, D], views where B is 1
+    out = asym_gqa_varlen_attention(
+        *rows, call.pop("head_map"), begins_q, begins_k, _longest(longest_q, begins_q),
+        _longest(longest_k, begins_k), **call, backend=backend,
+    )  # fmt: skip
+    return out.unflatten(0, (query.shape[0], query.shape[2]))
+
+
+class _LastPositions:
+    """Where sequences begin by the positions that were looked at last: layers share them.
+
+    Models that make their masks without the positions (GPT-OSS) tell the layers of them.
+    """
+
+    def __init__(self) -> None:
+        self.key: tuple[Any, ...] = ()
+        self.found: Tensor | None = None
+
+    def offsets(self, positions: Tensor | None, tokens: int) -> Tensor | None:
+        """``[n + 1]``, if positions ``[1, tokens]`` begin again and rise by one otherwise."""
+        if positions is None or positions.shape != (1, tokens):
+            return None
+        if positions.is_cuda and torch.cuda.is_current_stream_capturing():
+            return None  # looking at them would break the graph
+        version = None if positions.is_inference() else positions._version
+        known = self.key and self.key[0]() is positions and self.key[1] == version
+        if version is None or not known:  # an inference tensor may have changed unseen
+            begins = torch.ones_like(positions, dtype=torch.bool)
+            begins[:, 1:] = positions.diff() != 1
+            first = positions[begins]
+            packed = len(first) > 1 and bool((first == first[0]).all())
+            self.found = row_offsets(begins) if packed else None
+            self.key = (weakref.ref(positions), version)
+        return self.found
+
+
+_last = _LastPositions()
+
+
+def _longest(given: int | Tensor | None, begins: Tensor) -> int:
+    return int(begins.diff().max() if given is None else given)
+
+
+@contextmanager
+def continuous_batching(model: nn.Module, backend: str = "auto") -> Iterator[nn.Module]:
+    """Inside, the model's continuous batching runs on this package, maps and all::
+
+        with continuous_batching(model):
+            outputs = model.generate_batch(prompts, ...)
+
+    transformers' own cache holds the pages and gathers a request's keys for every step, as for its
+    flash attention; no mask is made.
+
+    Args:
+        model: with as many KV heads in every layer, and as many for V as for K.
+        backend: as :func:`.register` takes it.
+
+    Raises:
+        ImportError: transformers is missing or too old.
+    """
+    from .attention import register, require_transformers
+
+    require_transformers(BATCHING)
+    # transformers hands packed queries and no mask to names with "flash" in them; it would also
+    # look for a kernel of that name, were it given to set_attn_implementation.
+    name = register(f"asym_gqa_flash_{backend}", backend)
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    before = [(config, config._attn_implementation) for config in configs.values()]
+    for config, _ in before:
+        config._attn_implementation = name
+    try:
+        yield model
+    finally:
+        for config, implementation in before:
+            config._attn_implementation = implementation
+
+
+def batched_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, backend: str, **options: Any
+) -> Tensor:
+    """A layer's step in continuous batching: store the new keys, attend over each request's.
+
+    Args:
+        module: the attention layer.
+        query: ``[1, Hq, T, D]``, new tokens of all requests; key and value likewise.
+        options: of the interface, with transformers' ``cache`` and where requests lie in it. A mask
+            among them says what the lengths do.
+
+    Returns:
+        ``[1, T, Hq, Dv]``.
+
+    Raises:
+        NotImplementedError: another cache than continuous batching's, or heads that it can't hold.
+    """
+    cache = options.pop("cache")
+    update = getattr(cache, "update", None)
+    if update is None or "kwargs" not in inspect.signature(update).parameters:
+        raise NotImplementedError(
+            f"cache must be that of continuous batching in transformers >= {BATCHING}, got a "
+            f"{type(cache).__name__}"
+        )
+    heads = getattr(module.config, "num_key_value_heads", key.shape[1])
+    if not key.shape[1] == value.shape[1] == heads:
+        raise NotImplementedError(
+            "continuous batching must have config.num_key_value_heads "
+            f"({heads}) key and value heads in every layer, got {key.shape[1]} and "
+            f"{value.shape[1]}: generate() holds any"
+        )
+    if options.get("block_table") is not None:
+        raise NotImplementedError(
+            "block_table must be None in continuous batching: set max_blocks_per_request=0 in the "
+            "ContinuousBatchingConfig"
+        )
+    key, value = cache.update(
+        key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=options
+    )
+    for name in ("read_index", "write_index", "block_table"):
+        options.pop(name, None)
+    return packed_attention(module, query, key, value, None, backend, **options)
