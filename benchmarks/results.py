@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from gqa_kernels import __version__
+from gqa_kernels.device import device_name
 
 from .limits import Limits
 
@@ -107,16 +108,6 @@ def folder_name(header: dict) -> str:
     """Folder of a device's results."""
     threads = f"-{header['threads']}-threads" if header["device_type"] == "cpu" else ""
     return re.sub(r"[^a-z0-9]+", "-", header["device"].lower()).strip("-") + threads
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        found = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
-    except OSError:
-        found = None
-    return found[1].strip() if found else platform.processor() or platform.machine()
 
 
 def versions() -> dict[str, str]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from .autograd import autocast
+from .backends import plain
 from .backends.dispatch import select
 from .inputs import AttentionInputs, HeadMapLike, Layout
 
@@ -87,6 +88,14 @@ def asym_gqa_attention(
         NotImplementedError: the backend asked for can't run this call; the message says why
             (:func:`explain_backend` says so for every backend).
     """
+    if (
+        value_head_map is None and window is None and softcap is None and alibi_slopes is None
+        and sinks is None and attn_mask is None and kv_lengths is None and dropout_p == 0.0
+        and backend in ("auto", "cpu")
+    ):  # fmt: skip
+        found = plain.attend(q, k, v, head_map, causal, scale, layout)
+        if found is not None:
+            return found if return_lse else found[0]
     q, k, v = autocast(q, k, v)
     inputs = AttentionInputs.create(
         q, k, v, head_map, value_head_map=value_head_map, causal=causal, scale=scale,

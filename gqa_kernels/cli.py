@@ -61,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
     )
     train.add_argument(
         "--folder", type=Path, default=Path("train-demo"), metavar="PATH",
-        help="checkpoints, report.json and losses.svg go there (train-demo)",
+        help="checkpoints, report.json, report.md and losses.svg go there (train-demo)",
     )  # fmt: skip
     train.add_argument("--task", action="append", choices=("text", "digits"), help="only this one")
     train.add_argument("--seeds", type=_count, metavar="N", help="(3)")
@@ -119,7 +119,9 @@ def _train_demo(arguments: argparse.Namespace) -> int:
     if arguments.seeds:
         settings = replace(settings, seeds=arguments.seeds)
     try:
-        require("rich", "matplotlib", "scipy", *(["sklearn"] if "digits" in settings.tasks else []))
+        require(
+            "rich", "matplotlib", "scipy", *(["scikit-learn"] if "digits" in settings.tasks else [])
+        )
         from rich.console import Console
 
         from .train_demo.run import run

@@ -143,6 +143,11 @@ class HeadMap:
             device, lambda: torch.tensor(self._entries, dtype=torch.int32, device=device)
         )
 
+    @cached_property
+    def cpu_tensor(self) -> torch.Tensor:
+        """:meth:`tensor` on the CPU."""
+        return self.tensor()
+
     def shard(
         self,
         rank: int,

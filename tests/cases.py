@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+import pytest
 import torch
 
 from gqa_kernels import HeadMap
+from gqa_kernels.backends.dispatch import BACKENDS
 from gqa_kernels.testing import make_inputs
 
 UNEVEN = HeadMap([0, 0, 0, 1, 2, 2])
@@ -197,3 +199,26 @@ DECODE_CASES = [
     if "more-queries" not in case.id
 ]
 CASES = PREFILL_CASES + DECODE_CASES
+
+
+def matrix(backends: list[str], interpreted_every: int = 2) -> list:
+    """(case, backend, dtype) of every case that a backend declares it can run.
+
+    Where Triton is interpreted, each 16-bit type runs one in ``interpreted_every`` cases;
+    the others are slow.
+    """
+    found = []
+    for name in backends:
+        can = BACKENDS[name].capabilities
+        for i, dtype in enumerate(sorted(can.dtypes, key=str)):
+            rows = [case for case in CASES if case.needs() <= can.options]
+            for row, case in enumerate(rows):
+                interpreted = name == "triton" and not torch.cuda.is_available()
+                skipped = interpreted and dtype.itemsize == 2 and (row - i) % interpreted_every
+                found.append(
+                    pytest.param(
+                        case, name, dtype, marks=[pytest.mark.slow] if skipped else [],
+                        id=f"{name}-{str(dtype).removeprefix('torch.')}-{case.id}",
+                    )
+                )  # fmt: skip
+    return found

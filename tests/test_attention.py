@@ -6,18 +6,11 @@ import torch
 from gqa_kernels import asym_gqa_attention, available_backends
 from gqa_kernels.backends.dispatch import BACKENDS
 from gqa_kernels.testing import assert_attention_close, assert_close, make_inputs
-from tests.cases import CASES, DECODE_CASES, PREFILL_CASES, UNEVEN
+from tests.cases import CASES, DECODE_CASES, PREFILL_CASES, UNEVEN, matrix
 from tests.conftest import DEVICE
 from tests.dense import dense_attention
 
 USABLE = [name for name in available_backends() if DEVICE in BACKENDS[name].capabilities.devices]
-MATRIX = [
-    pytest.param(case, name, dtype, id=f"{name}-{str(dtype).removeprefix('torch.')}-{case.id}")
-    for name in USABLE
-    for dtype in sorted(BACKENDS[name].capabilities.dtypes, key=str)
-    for case in CASES
-    if case.needs() <= BACKENDS[name].capabilities.options
-]
 
 
 def widest(backend: str) -> torch.dtype:
@@ -26,7 +19,7 @@ def widest(backend: str) -> torch.dtype:
     return torch.float32 if torch.float32 in dtypes else torch.float16
 
 
-@pytest.mark.parametrize("case, backend, dtype", MATRIX)
+@pytest.mark.parametrize("case, backend, dtype", matrix(USABLE))
 def test_matches_reference(case, backend, dtype, device):
     args, options = case.build(dtype, device)
     before = [x.clone() for x in args[:3]]

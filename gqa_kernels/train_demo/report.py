@@ -11,10 +11,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from ..device import device_name
 from ..version import __version__
 from .settings import Settings
 from .tasks import TASK_CLASSES
 from .training import History
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -37,37 +40,67 @@ class Outcome:
 class Report:
     settings: Settings
     outcomes: list[Outcome]
-    seconds: float
 
     def show(self, console: Console) -> None:
         """A table per task: mean and spread over the seeds, whichever method wins."""
         for task in self.settings.tasks:
-            kind = TASK_CLASSES[task]
-            table = Table(title=f"{task}: {kind.summary}")
-            for column in ("method", "KV heads", "test loss", kind.measure, "group sizes, layer 0"):
+            table = Table(title=f"{task}: {TASK_CLASSES[task].summary}")
+            header, *rows = self._table(task)
+            for column in header:
                 table.add_column(column)
-            for method in self.settings.methods:
-                runs = self._runs(task, method)
-                table.add_row(
+            for row in rows:
+                table.add_row(*row)
+            console.print(table)
+        console.print(f"{len(self.outcomes)} runs, mean ± deviation over the seeds")
+
+    def markdown(self) -> str:
+        """The same tables as text."""
+        settings = self.settings
+        lines = [
+            "# train-demo: one small model, then each way of sharing its KV heads",
+            "",
+            f"From each of {settings.seeds} seeds a model with {settings.num_heads} heads is "
+            f"trained for {settings.pretrain_steps} steps, then every method goes on from it for "
+            f"{settings.steps} more. Mean ± deviation over the seeds.",
+        ]
+        for task in settings.tasks:
+            header, *rows = self._table(task)
+            lines += ["", f"**{task}**: {TASK_CLASSES[task].summary}", ""]
+            for row in (header, ["---"] * len(header), *rows):
+                lines.append(f"| {' | '.join(row)} |")
+        made_with = ", ".join(f"{name} {value}" for name, value in _versions().items())
+        lines += ["", f"On {device_name(CPU)}, {made_with}"]
+        return "\n".join(lines) + "\n"
+
+    def _table(self, task: str) -> list[list[str]]:
+        """The column names, and a row for each method."""
+        rows = [
+            ["method", "KV heads", "test loss", TASK_CLASSES[task].measure, "group sizes, layer 0"]
+        ]
+        for method in self.settings.methods:
+            runs = self._runs(task, method)
+            rows.append(
+                [
                     method,
                     str(runs[0].num_kv_heads),
                     _spread([run.history.losses[-1] for run in runs]),
                     _spread([run.history.measures[-1] for run in runs]),
                     ",".join(map(str, runs[0].group_sizes[0])),
-                )
-            console.print(table)
-        console.print(f"{len(self.outcomes)} runs in {self.seconds:.0f} s, mean ± deviation")
+                ]
+            )
+        return rows
 
     def save(self, path: Path) -> None:
-        """The whole report as JSON."""
+        """The whole report as JSON, and the tables as Markdown beside it."""
         data = {
-            "versions": {"gqa_kernels": __version__, "torch": torch.__version__},
+            "processor": device_name(CPU),
+            "versions": _versions(),
             "threads": torch.get_num_threads(),
             "settings": asdict(self.settings),
-            "seconds": self.seconds,
             "outcomes": [asdict(outcome) for outcome in self.outcomes],
         }
         path.write_text(json.dumps(data, indent=1) + "\n")
+        path.with_suffix(".md").write_text(self.markdown())
 
     def plot(self, path: Path) -> None:
         """Test loss by step, a panel per task: the mean over the seeds, and from least to most."""
@@ -96,6 +129,10 @@ class Report:
 
     def _runs(self, task: str, method: str) -> list[Outcome]:
         return [run for run in self.outcomes if (run.task, run.method) == (task, method)]
+
+
+def _versions() -> dict[str, str]:
+    return {"gqa_kernels": __version__, "torch": torch.__version__}
 
 
 def _spread(values: list[float]) -> str:

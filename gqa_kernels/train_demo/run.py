@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -29,7 +28,6 @@ def run(settings: Settings, folder: Path, console: Console) -> Report:
     Raises:
         DemoError: the folder holds a run with other settings.
     """
-    started = time.perf_counter()
     _claim(folder, settings)
     outcomes = []
     columns = [TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn()]
@@ -42,7 +40,7 @@ def run(settings: Settings, folder: Path, console: Console) -> Report:
             bar = bars.add_task(name, total=settings.seeds * per_seed)
             for seed in range(settings.seeds):
                 outcomes += _seed(task, seed, folder, lambda n, bar=bar: bars.advance(bar, n))
-    return Report(settings, outcomes, time.perf_counter() - started)
+    return Report(settings, outcomes)
 
 
 def _claim(folder: Path, settings: Settings) -> None:

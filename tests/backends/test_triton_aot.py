@@ -26,7 +26,10 @@ def report(*arguments: str) -> None:
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-4000:]}"
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    "target",
+    ["sm_80", "sm_90", *(pytest.param(t, marks=pytest.mark.slow) for t in ("sm_100", "gfx942"))],
+)
 def test_main_configurations(target):
     report(target)
 

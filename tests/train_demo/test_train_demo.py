@@ -36,6 +36,8 @@ def test_quick_command(tmp_path, capsys):
     outcomes = {run["method"]: run for run in report["outcomes"]}
     assert set(outcomes) == set(METHODS) == set(capsys.readouterr().out.split()) & set(METHODS)
     assert (tmp_path / "losses.svg").stat().st_size > 1000
+    rows = [row.split(" | ") for row in (tmp_path / "report.md").read_text().splitlines()]
+    assert {row[0].strip("| ") for row in rows if len(row) == 5} > set(METHODS)
     for method, outcome in outcomes.items():
         heads = report["settings"]["num_heads"]
         kv_heads = heads if method == "mha" else report["settings"]["num_kv_heads"]
