@@ -60,10 +60,10 @@ Sizes sizes_of(const BackwardParams& params) {
   return sizes;
 }
 
-// Whether scores need more than a positive scale.
+// Whether scores need more than a positive scale, or probabilities dropout.
 bool modifies_scores(const AttentionParams& call) {
   return !(call.scale > 0.0f) || call.softcap != 0.0f || call.alibi_slopes != nullptr ||
-         call.attn_mask != nullptr;
+         call.attn_mask != nullptr || call.dropout_threshold != 0;
 }
 
 unsigned count(int64_t ctas) { return static_cast<unsigned>(ctas); }
@@ -149,7 +149,7 @@ void backward(const BackwardParams& params, void* workspace, int, cudaStream_t s
                     in_chunks(call.v, call.v_stride, call.value_head_dim) && dout_in_chunks);
   args.out_elements =
       !(in_chunks(call.out, call.out_stride, call.value_head_dim) && dout_in_chunks);
-  const bool general = args.elements || modifies_scores(call) || call.dropout_threshold != 0;
+  const bool general = args.elements || modifies_scores(call);
   args.softmax_scale = call.scale * kLog2e;
   args.shared = call.value_head_map == nullptr;
 

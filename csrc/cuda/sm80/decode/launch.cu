@@ -102,7 +102,6 @@ std::string decode_unsupported(const AttentionParams& a) {
   if (a.k_dtype != a.v_dtype || (a.k_dtype != a.dtype && !is_quantized(a.k_dtype))) {
     return "k and v must have q's dtype or one quantised dtype";
   }
-  if (a.dropout_threshold != 0) return "dropout_p must be 0";
   if (a.head_dim < 1 || a.head_dim > 256) return is("D", a.head_dim, "1 to 256");
   if (a.value_head_dim < 1 || a.value_head_dim > 256) return is("Dv", a.value_head_dim, "1 to 256");
   if (a.num_heads > kMaxHeads) return is("Hq", a.num_heads, "at most 8192");
@@ -112,6 +111,7 @@ std::string decode_unsupported(const AttentionParams& a) {
   if (a.kv_len + a.q_len > INT32_MAX - kDecodeBlock) {
     return is("Sk + Sq", a.kv_len + a.q_len, "below 2^31 - 64");
   }
+  if (a.dropout_threshold != 0) return "dropout_p must be 0";
   const int64_t ctas = most_group_tiles(a, kDecodeRows) * a.batch;
   if (ctas > INT32_MAX) return is("the number of row tiles", ctas, "below 2^31");
   if (a.batch * a.num_heads * a.q_len > INT32_MAX) {

@@ -52,10 +52,10 @@ bool rows_in_chunks(const AttentionParams& params) {
          in_chunks(params.v, params.v_stride, params.value_head_dim);
 }
 
-// Whether scores need more than a positive scale.
+// Whether scores need more than a positive scale, or probabilities dropout.
 bool modifies_scores(const AttentionParams& params) {
   return !(params.scale > 0.0f) || params.softcap != 0.0f || params.alibi_slopes != nullptr ||
-         params.attn_mask != nullptr;
+         params.attn_mask != nullptr || params.dropout_threshold != 0;
 }
 
 template <class T>
@@ -116,8 +116,7 @@ void prefill(const AttentionParams& params, void*, int, cudaStream_t stream) {
   PrefillArgs args{};
   args.params = params;
   args.elements = !rows_in_chunks(params);
-  const bool general = is_quantized(params.k_dtype) || args.elements || modifies_scores(params) ||
-                       params.dropout_threshold != 0;
+  const bool general = is_quantized(params.k_dtype) || args.elements || modifies_scores(params);
   args.softmax_scale = general ? 1.0f : params.scale * kLog2e;  // the general kernel has scaled
   args.section_pairs = section_pairs(params);
   if (params.dtype == DType::kBFloat16) {
