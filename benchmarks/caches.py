@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gqa_kernels import DenseKVCache, PagedKVCache, asym_gqa_decode, explain_backend, plan_decode
-from gqa_kernels.backends.dispatch import BACKENDS, explain
+from gqa_kernels.backends.dispatch import BACKENDS, explain, select
 from gqa_kernels.backends.reference_cache import gather
 from gqa_kernels.cache.base import KVCache
 from gqa_kernels.cache.decode import decode_inputs
@@ -201,23 +201,24 @@ class AppendContestant(CacheContestant):
 
     def __init__(self, name: str):
         super().__init__(name)
-        self.summary = f"cache.append(..., advance=False, backend={name!r})"
+        self.summary = f"cache.append(..., backend={name!r}), checked before the timing"
 
     def unsupported_reason(self, problem: CacheProblem) -> str | None:
-        cache, new = _shortened(problem.copies[0][1], problem.case), _new_tokens(problem)
-        return "; ".join(explain(AppendInputs.create(new, new, cache.view()))[self.backend]) or None
+        return "; ".join(explain(self._calls(problem)[0])[self.backend]) or None
 
     def prepare(self, problem: CacheProblem) -> Prepared:
-        caches = [_shortened(cache, problem.case) for _, cache in problem.copies]
-        new = _new_tokens(problem)
-
-        def run(i: int) -> None:
-            caches[i].append(new, new, advance=False, backend=self.backend)
-
-        return Prepared(run, lambda _: problem.copies[0][1])
+        calls = self._calls(problem)
+        backend = select(calls[0], self.backend)
+        return Prepared(lambda i: backend.append(calls[i]), lambda _: problem.copies[0][1])
 
     def control(self) -> None:
         return None
+
+    @staticmethod
+    def _calls(problem: CacheProblem) -> list[AppendInputs]:
+        new = _new_tokens(problem)
+        caches = [_shortened(cache, problem.case) for _, cache in problem.copies]
+        return [AppendInputs.create(new, new, cache.view()) for cache in caches]
 
 
 class IndexPutPeer(Contestant):
