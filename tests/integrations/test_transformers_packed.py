@@ -204,6 +204,14 @@ class TestMask:
         assert (mask.window, mask.offsets) == (3, None)
         assert torch.equal(mask.dense[0, 0].sum(1), torch.tensor([1, 2, 3, 3, 3, 3, 3, 3]))
 
+    def test_attention_takes_its_window(self):
+        """Also from a layer that does not name one, in a module that is not causal by itself."""
+        module = split(tiny(), num_kv_heads=4).model.layers[0].self_attn
+        module.is_causal = False
+        q, k, v = (torch.zeros(1, heads, 5, 16) for heads in (6, 4, 4))
+        call = attention_call(module, q, k, v, SequenceMask(3, None, 5, lambda: None))
+        assert (call["causal"], call["window"], call["attn_mask"]) == (True, (2, None), None)
+
     def test_rows_that_are_one_sequence_each(self):
         positions = torch.arange(8).expand(2, -1)
         function = masking_utils.packed_sequence_mask_function(torch.zeros_like(positions))
