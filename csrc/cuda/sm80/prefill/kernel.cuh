@@ -55,7 +55,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinCtas)
   __shared__ float k_scales[C::kQuantized ? C::kBlockN : 1];
   __shared__ int end_key;
 
-  const bool drops = kGeneral && !C::kQuantized && params.dropout_threshold != 0;  // no cache has it
+  // There is no dropout over caches, and only they are quantised.
+  const bool drops = kGeneral && !C::kQuantized && params.dropout_threshold != 0;
   const int warp = static_cast<int>(threadIdx.x / 32);
   const uint32_t base = smem_u32(shared);
   const uint32_t q_base = base + C::kQOffset, ring = base + C::kRingOffset;
