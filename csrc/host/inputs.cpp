@@ -2,7 +2,6 @@
 
 #include <torch/csrc/stable/ops.h>
 
-#include <algorithm>
 #include <cmath>
 #include <initializer_list>
 #include <tuple>
@@ -156,20 +155,6 @@ void set_row_values(const OptionalTensor& x, const float*& data, Strides& stride
   strides = strides_of(*x);
 }
 
-// Uninitialised, on q's device. Past the dispatcher, whose operators found by name cost short calls
-// several microseconds.
-Tensor empty_beside(const Tensor& q, std::initializer_list<int64_t> sizes,
-                    std::initializer_list<int64_t> strides, ScalarType dtype) {
-  int32_t device_type;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(q.get(), &device_type));
-  const auto type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
-  AtenTensorHandle tensor;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides.begin(),
-                               type, device_type, q.get_device_index(), &tensor));
-  return Tensor(tensor);
-}
-
 // After the shapes of q, k and v.
 void set_cache(AttentionParams& params, const Inputs& in, const CacheInputs& cache) {
   params.batch = in.kv_lengths->size(0);
@@ -290,12 +275,11 @@ AttentionParams params_of(const Inputs& in, const CacheInputs* cache) {
 Outputs add_outputs(AttentionParams& params, const Tensor& q, bool bshd) {
   const int64_t batch = q.size(0), heads = q.size(1), tokens = q.size(2);
   const int64_t dim = params.value_head_dim;
-  // As torch has them: of a dim without elements, strides count one.
-  const int64_t h = std::max<int64_t>(heads, 1), t = std::max<int64_t>(tokens, 1);
-  const int64_t head = bshd ? dim : t * dim, token = bshd ? h * dim : dim;
+  using torch::stable::new_empty;
   Outputs outputs{
-      empty_beside(q, {batch, heads, tokens, dim}, {h * t * dim, head, token, 1}, q.scalar_type()),
-      empty_beside(q, {batch, heads, tokens}, {h * t, t, 1}, ScalarType::Float)};
+      bshd ? torch::stable::transpose(new_empty(q, {batch, tokens, heads, dim}), 1, 2)
+           : new_empty(q, {batch, heads, tokens, dim}),
+      new_empty(q, {batch, heads, tokens}, ScalarType::Float)};
   params.out = outputs.out.mutable_data_ptr();
   params.lse = static_cast<float*>(outputs.lse.mutable_data_ptr());
   params.out_stride = strides_of(outputs.out);
