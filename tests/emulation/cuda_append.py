@@ -8,8 +8,9 @@ from gqa_kernels.cache.inputs import AppendInputs
 from gqa_kernels.cache.view import KVView, is_dynamic
 from tests.cache.append_cases import SCALES
 
-from .cuda_harness import DTYPES, AppendParams, AttentionParams, Call, Phase, Result, Strides
+from .cuda_harness import Call, Phase, Result
 from .cuda_harness import compiled as compiled_phase
+from .cuda_params import DTYPES, AppendParams, AttentionParams, Strides
 
 
 def append_phase() -> Phase:

@@ -11,7 +11,8 @@ from gqa_kernels.backends.reference import reference_attention
 from gqa_kernels.inputs import AttentionInputs
 from gqa_kernels.testing import assert_gradients_close
 
-from .cuda_harness import BackwardParams, Call, Phase, Result, Strides, compiled, make_call
+from .cuda_harness import Call, Phase, Result, compiled, make_call
+from .cuda_params import BackwardParams, Strides
 
 UNITS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 GRADIENTS = {"q": "dq", "k": "dk", "v": "dv", "alibi_slopes": "dslopes", "sinks": "dsinks"}

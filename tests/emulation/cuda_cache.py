@@ -6,7 +6,8 @@ from types import SimpleNamespace
 
 from gqa_kernels.cache.inputs import CacheInputs
 
-from .cuda_harness import DTYPES, Call, Strides, make_call
+from .cuda_harness import Call, make_call
+from .cuda_params import DTYPES, Strides
 
 NUMBERS = ("k_scale", "v_scale", "k_zero", "v_zero")
 

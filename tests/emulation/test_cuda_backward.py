@@ -23,7 +23,8 @@ from .cuda_backward import (
     make_backward_call,
     phase_for,
 )  # fmt: skip
-from .cuda_harness import DTYPES, Phase, unavailable_reason
+from .cuda_harness import Phase, unavailable_reason
+from .cuda_params import DTYPES
 from .test_cuda_prefill_sm80 import NEVER, SMALL, ptx_error
 
 pytestmark = pytest.mark.skipif(
