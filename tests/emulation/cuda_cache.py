@@ -20,8 +20,9 @@ def make_cache_call(inputs: CacheInputs) -> Call:
         "scale", "softcap", "window_left", "window_right", "alibi_slopes", "sinks", "attn_mask",
     )  # fmt: skip
     dense = SimpleNamespace(
-        k=view.k, v=view.v, kv_lengths=view.kv_lengths, **{x: getattr(inputs, x) for x in names}
-    )
+        k=view.k, v=view.v, kv_lengths=view.kv_lengths, dropout_seed=None,
+        **{x: getattr(inputs, x) for x in names},
+    )  # fmt: skip
     call = make_call(
         dense, page_table=view.page_table, kv_begin=view.kv_begin, q_offsets=inputs.q_offsets,
         batch=view.batch, max_q_len=inputs.max_q_len,
