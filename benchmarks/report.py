@@ -22,7 +22,7 @@ BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 SUITE_ORDER = ("gpu", "cpu", "quick")  # of which a device's README block shows the first it has
 SCALING = ("scaling", "scaling-gpu")  # whose cases stand in one table of fits
 README_FIGURES = ("roofline", "bandwidth", "scaling")
-OTHER_RESULTS = ("generate", "grouping", "recovery")  # folders of scripts with reports of their own
+OTHER_RESULTS = ("generate", "grouping", "recovery", "train-demo")  # they have their own reports
 TITLES = {
     "decode": "Decode",
     "prefill": "Prefill",
