@@ -169,6 +169,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--path", type=Path, default=PATH)
     parser.add_argument("--save", action="store_true")
     options = parser.parse_args(arguments)
+    if options.save and not options.note:
+        parser.error("--save needs --note: the file says what the sources are")
 
     ours = 0  # failures that are our doing
     with tempfile.TemporaryDirectory() as scratch:
