@@ -328,7 +328,9 @@ def differentiate_and_check(phase: Phase | None) -> None:
         "value_head_map": HeadMap([0, 0, 1]),
     }  # fmt: skip
     drops = {"causal": True, "dropout_p": 0.4}
-    for queries, options in [(q, general), (q, lengths), (q_more, lengths), (q, drops)]:
+    narrow = {"causal": True, "window": (17, None)}  # token 64, alone in its block, sees key 127
+    calls = [(q, general), (q, lengths), (q_more, lengths), (q, narrow), (q, drops)]
+    for queries, options in calls:
         keys, values = k.clone(), v.clone()
         if "kv_lengths" in options:
             keys[:, 0, 149:] = values[:, 0, 149:] = torch.nan
