@@ -29,7 +29,7 @@ class AppendedCache {
  private:
   const AppendInputs& in_;
   OptionalTensor lengths_, none_;
-  Tensor head_map_;  // never read
+  Tensor head_map_;  // of any values: appends have no use for it
 };
 
 // The call, after the checks that memory safety needs beyond those of its cache, whose parameters
