@@ -16,8 +16,9 @@ from gqa_kernels import (
     shared_prefix_attention,
 )
 from gqa_kernels.testing import assert_attention_close
-from tests.cache.test_decode import USABLE, dtype_of, queries
+from tests.cache.test_decode import USABLE, queries
 from tests.cases import UNEVEN
+from tests.test_attention import widest
 
 
 @pytest.mark.parametrize("backend", [name for name in USABLE if name != "triton"])
@@ -26,7 +27,7 @@ def test_a_long_sequence_in_any_number_of_parts(backend, parts, device):
     """100k tokens, each part through its own begin and length of one cache."""
     n, head_map = 100_000, HeadMap([0, 1, 1])
     generator = torch.Generator().manual_seed(0)
-    shape, dtype = (1, 2, n, 16), dtype_of(backend)
+    shape, dtype = (1, 2, n, 16), widest(backend)
     k, v = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(2))
     q = queries(1, head_map, 1, 16, dtype, device)
     cut = [round(n * (i / parts) ** 2) for i in range(parts + 1)]  # uneven parts
@@ -95,7 +96,7 @@ def test_merge_has_gradients():
 def test_shared_prefix(backend, q_len, layout, device):
     prefix_len, suffixes = 21, [4, 9, 3]
     generator = torch.Generator().manual_seed(1)
-    shape, dtype = (3, 3, 30, 16), dtype_of(backend)
+    shape, dtype = (3, 3, 30, 16), widest(backend)
     k, v = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(2))
     for x in (k, v):
         x[:, :, :prefix_len] = x[:1, :, :prefix_len]

@@ -29,28 +29,16 @@ from tests.cache.histories import (
 )
 from tests.cases import INTERLEAVED, UNEVEN, WITH_EMPTY
 from tests.conftest import DEVICE
-
-
-def dtype_of(backend: str) -> torch.dtype:
-    """The type of a backend's tests that are not of types: fp32 where it can."""
-    dtypes = BACKENDS[backend].capabilities.dtypes
-    return torch.float32 if torch.float32 in dtypes else torch.bfloat16
+from tests.test_attention import widest
 
 
 def usable(name: str) -> bool:
     """Whether a backend has cache kernels here."""
     if DEVICE not in BACKENDS[name].capabilities.devices:
         return False
-    cache = DenseKVCache.empty(1, 1, 2, 8, dtype=dtype_of(name), device=DEVICE)
-    q = torch.zeros(1, 1, 1, 8, dtype=dtype_of(name), device=DEVICE)
+    cache = DenseKVCache.empty(1, 1, 2, 8, dtype=widest(name), device=DEVICE)
+    q = torch.zeros(1, 1, 1, 8, dtype=widest(name), device=DEVICE)
     return not explain_backend(q, cache, [0])[name]
-
-
-def require(backend: str, kind: Kind) -> None:
-    """Skip the test where a backend doesn't read a kind of cache."""
-    missing = kind.caches - BACKENDS[backend].capabilities.caches
-    if missing:
-        pytest.skip(f"backend {backend} does not read {', '.join(sorted(missing))}")
 
 
 USABLE = [name for name in available_backends() if usable(name)]
@@ -118,15 +106,14 @@ OPTIONS = {
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options_over_pages(backend, name, device):
     kind = Kind(16, "NHD", format="int8") if name == "value-map" else Kind(3, begin=True)
-    require(backend, kind)
     heads = 2 if name == "value-map" else None
-    cache, _ = filled(kind, dtype_of(backend), device, value_heads=heads)
+    cache, _ = filled(kind, widest(backend), device, value_heads=heads)
     options = {
         key: value(cache.view().capacity) if callable(value) else value
         for key, value in OPTIONS[name].items()
     }
     options = {k: x.to(device) if isinstance(x, torch.Tensor) else x for k, x in options.items()}
-    q = queries(3, UNEVEN, 4, 16, dtype_of(backend), device)
+    q = queries(3, UNEVEN, 4, 16, widest(backend), device)
     out, lse = asym_gqa_decode(q, cache, UNEVEN, return_lse=True, backend=backend, **options)
     assert_decode_close(out, q, cache, UNEVEN, lse=lse, **options)
 
@@ -141,7 +128,7 @@ def test_lengths_and_pages_per_head(backend, head_map, device):
     lengths[0, 0] = 0
     table = torch.randperm(2 * heads * max_pages + 4, generator=generator)[: 2 * heads * max_pages]
     table = table.view(2, heads, max_pages)
-    shape, dtype = (table.numel() + 4, page_size, 16), dtype_of(backend)
+    shape, dtype = (table.numel() + 4, page_size, 16), widest(backend)
     k, v = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
     dense = [x[table].flatten(2, 3).to(device) for x in (k, v)]
     table[torch.arange(max_pages) * page_size >= lengths[..., None]] = -7
@@ -158,9 +145,8 @@ def test_lengths_and_pages_per_head(backend, head_map, device):
 @pytest.mark.parametrize("backend", USABLE)
 @pytest.mark.parametrize("kind", [Kind(), Kind(3), Kind(16, format="fp8_e4m3")], ids=str)
 def test_packed_queries(backend, kind, device):
-    require(backend, kind)
-    cache, _ = filled(kind, dtype_of(backend), device)
-    q = queries(1, UNEVEN, 30, 16, dtype_of(backend), device)[0].transpose(0, 1).contiguous()
+    cache, _ = filled(kind, widest(backend), device)
+    q = queries(1, UNEVEN, 30, 16, widest(backend), device)[0].transpose(0, 1).contiguous()
     offsets = torch.tensor([0, 21, 22, 30], device=device)  # the second sequence has no keys
     options = {"cu_seqlens_q": offsets, "max_seqlen_q": 25, "window": (8, None)}
     out, lse = asym_gqa_decode(q, cache, UNEVEN, return_lse=True, backend=backend, **options)
@@ -187,8 +173,7 @@ HISTORIES = [
 def test_random_histories(backend, kind, device):
     """After allocations, appends, forks and frees every sequence still has its own tokens; garbage
     in slots and page ids that none uses."""
-    require(backend, kind)
-    dtype = dtype_of(backend)
+    dtype = widest(backend)
     history = random_history(HISTORIES.index(kind), kind, backend, dtype, device)
     names = list(history.tokens)
     cache = history.at(history.allocator.batch(names))
@@ -220,7 +205,6 @@ GIVEN = {  # scales for the tensor or for each head, with zeros or without
 @pytest.mark.parametrize("format", GIVEN)
 def test_given_scales(backend, format, device):
     """Of the whole tensor for K and of each head for V, with zeros or without."""
-    require(backend, Kind(4, format=format))
     storage, zeros = GIVEN[format]
     generator = torch.Generator().manual_seed(0)
     width = 8 if format == "int4" else 16
@@ -237,7 +221,7 @@ def test_given_scales(backend, format, device):
     lengths = torch.tensor([11, 6], dtype=torch.int32, device=device)
     cache = PagedKVCache(k, v, table, lengths, **scales)
     head_map = HeadMap([1, 0, 1])
-    q = queries(2, head_map, 3, 16, dtype_of(backend), device)
+    q = queries(2, head_map, 3, 16, widest(backend), device)
     out, lse = asym_gqa_decode(q, cache, head_map, return_lse=True, backend=backend)
     assert_decode_close(out, q, cache, head_map, lse=lse)
 
@@ -246,10 +230,10 @@ def test_given_scales(backend, format, device):
 @pytest.mark.parametrize("kind", [Kind(), Kind(3, begin=True)], ids=str)
 def test_lengths_that_the_host_cant_see_are_clamped(backend, kind, device):
     """To the slots that a sequence has, and to 0: nothing is read out of bounds."""
-    cache, _ = filled(kind, dtype_of(backend), device, room=True)
+    cache, _ = filled(kind, widest(backend), device, room=True)
     for x in (cache.k, cache.v):
         x.nan_to_num_(0)
-    q = queries(3, UNEVEN, 2, 16, dtype_of(backend), device)
+    q = queries(3, UNEVEN, 2, 16, widest(backend), device)
     inputs = CacheInputs.create(q, cache.view(), UNEVEN)
     begin = 0 if cache.begin is None else cache.begin[0]
     results = []
@@ -265,8 +249,8 @@ def test_lengths_that_the_host_cant_see_are_clamped(backend, kind, device):
 @pytest.mark.parametrize("q_len", [1, 20])
 def test_page_out_of_range_that_the_host_cant_see(backend, q_len, device):
     """No read out of bounds, NaN for every row that sees the page, and for no other."""
-    cache, _ = filled(Kind(3), dtype_of(backend), device, lengths=(37, 9, 20))
-    q = queries(3, UNEVEN, q_len, 16, dtype_of(backend), device)
+    cache, _ = filled(Kind(3), widest(backend), device, lengths=(37, 9, 20))
+    q = queries(3, UNEVEN, q_len, 16, widest(backend), device)
     inputs = CacheInputs.create(q, cache.view(), UNEVEN, window=(11, None))
     good, _ = BACKENDS[backend].run_cache(inputs)
     for bad in (-1, 2**31 - 1, cache.k.shape[0]) if q_len == 1 else (-1,):
@@ -287,8 +271,8 @@ def test_page_out_of_range_that_the_host_cant_see(backend, q_len, device):
 
 @pytest.mark.parametrize("backend", USABLE)
 def test_nothing_to_do(backend, device):
-    cache, _ = filled(Kind(3), dtype_of(backend), device)
-    q = queries(3, UNEVEN, 0, 16, dtype_of(backend), device)
+    cache, _ = filled(Kind(3), widest(backend), device)
+    q = queries(3, UNEVEN, 0, 16, widest(backend), device)
     assert asym_gqa_decode(q, cache, UNEVEN, backend=backend).shape == (3, 6, 0, 24)
     none = cache.at(cache.page_table[:0], cache.lengths[:0])
     assert asym_gqa_decode(q[:0], none, UNEVEN, backend=backend).shape == (0, 6, 0, 24)
@@ -296,8 +280,8 @@ def test_nothing_to_do(backend, device):
 
 @pytest.mark.parametrize("backend", USABLE)
 def test_layouts_agree(backend, device):
-    cache, _ = filled(Kind(16), dtype_of(backend), device)
-    q = queries(3, UNEVEN, 3, 16, dtype_of(backend), device)
+    cache, _ = filled(Kind(16), widest(backend), device)
+    q = queries(3, UNEVEN, 3, 16, widest(backend), device)
     expected = asym_gqa_decode(q, cache, UNEVEN, backend=backend)
     q = q.transpose(1, 2).contiguous()
     out = asym_gqa_decode(q, cache, UNEVEN, layout="bshd", backend=backend)

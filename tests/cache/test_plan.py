@@ -20,9 +20,10 @@ from gqa_kernels.cache.inputs import AppendInputs, CacheInputs
 from gqa_kernels.testing import assert_decode_close
 from tests.cache.histories import Kind
 from tests.cache.test_append import rotary_table, stored
-from tests.cache.test_decode import USABLE, dtype_of, filled, queries, require
+from tests.cache.test_decode import USABLE, filled, queries
 from tests.cases import UNEVEN
 from tests.conftest import DEVICE
+from tests.test_attention import widest
 
 
 @pytest.fixture(autouse=True)
@@ -44,13 +45,13 @@ def layers_of(cache, count):
 
 @pytest.mark.parametrize("backend", USABLE)
 def test_one_plan_serves_the_layers_of_a_step(backend, device):
-    cache, _ = filled(Kind(4), dtype_of(backend), device, lengths=(9, 3), room=True)
+    cache, _ = filled(Kind(4), widest(backend), device, lengths=(9, 3), room=True)
     layers = layers_of(cache, 2)
     plan = None
     for step in range(2):
-        new = torch.randn(2, 2, 3, 1, 24, device=device).to(dtype_of(backend))
+        new = torch.randn(2, 2, 3, 1, 24, device=device).to(widest(backend))
         for layer in layers:
-            q = queries(2, UNEVEN, 1, 16, dtype_of(backend), device, seed=step)
+            q = queries(2, UNEVEN, 1, 16, widest(backend), device, seed=step)
             if plan is None:
                 plan = plan_decode(q, layer, UNEVEN, window=(5, None), backend=backend)
             out = plan(q, layer, new[0, ..., :16].contiguous(), new[1])
@@ -63,8 +64,8 @@ def test_one_plan_serves_the_layers_of_a_step(backend, device):
 @pytest.mark.parametrize("backend", USABLE)
 def test_a_plan_reads_lengths_tables_and_maps_when_it_runs(backend, device):
     """As the replays of a CUDA graph do."""
-    cache, _ = filled(Kind(4), dtype_of(backend), device, lengths=(9, 14))
-    q = queries(2, UNEVEN, 1, 16, dtype_of(backend), device)
+    cache, _ = filled(Kind(4), widest(backend), device, lengths=(9, 14))
+    q = queries(2, UNEVEN, 1, 16, widest(backend), device)
     plan = plan_decode(q, cache, UNEVEN, backend=backend)
     before = plan(q, cache)
     cache.lengths.copy_(cache.lengths.flip(0))
@@ -89,7 +90,7 @@ def test_a_plan_looks_at_no_tensor(backend, packed, device, monkeypatch):
     for name, module in list(sys.modules.items()):
         if name.startswith("gqa_kernels") and hasattr(module, "_readable"):
             monkeypatch.setattr(module, "_readable", lambda x: False)
-    dtype = dtype_of(backend)
+    dtype = widest(backend)
     cache, _ = filled(Kind(4), dtype, device, lengths=(9, 3), room=True)
     cos, sin = (x.to(device) for x in rotary_table(12))
     options, rows = {}, (2,)
@@ -113,7 +114,7 @@ def test_a_plan_looks_at_no_tensor(backend, packed, device, monkeypatch):
 @pytest.mark.skipif(DEVICE != "cuda", reason="CUDA graphs need a GPU")
 @pytest.mark.parametrize("backend", [name for name in USABLE if name != "reference"])
 def test_a_captured_plan_follows_lengths_tables_and_maps(backend, device):
-    dtype = dtype_of(backend)
+    dtype = widest(backend)
     cache, _ = filled(Kind(4), dtype, device, lengths=(9, 14), room=True)
     cache.k.normal_(), cache.v.normal_()
     head_map = UNEVEN.tensor(device).clone()
@@ -144,14 +145,13 @@ def test_a_captured_plan_follows_lengths_tables_and_maps(backend, device):
 def test_decode_appends_and_attends(backend, device):
     """Rotary, a packed step, the cache advanced once; against the two calls by themselves."""
     kind = Kind(4, format="int8")
-    require(backend, kind)
     cos, sin = (x.to(device) for x in rotary_table(12))
     results = []
     for fused in (True, False):
-        cache, _ = filled(kind, dtype_of(backend), device, lengths=(9, 0, 3), room=True)
+        cache, _ = filled(kind, widest(backend), device, lengths=(9, 0, 3), room=True)
         generator = torch.Generator().manual_seed(8)
         q, k, v = (
-            torch.randn(7, heads, dim, generator=generator).to(device, dtype_of(backend))
+            torch.randn(7, heads, dim, generator=generator).to(device, widest(backend))
             for heads, dim in ((6, 16), (3, 16), (3, 24))
         )
         offsets = torch.tensor([0, 4, 7, 7], device=device)
@@ -175,8 +175,7 @@ def test_decode_appends_and_attends(backend, device):
 @pytest.mark.parametrize("kind", [Kind(), Kind(4), Kind(4, format="int4", zeros=True)], ids=str)
 def test_compiled_decode(backend, kind, device):
     """One graph, which appends, advances and attends, and sees lengths change."""
-    require(backend, kind)
-    dtype = dtype_of(backend)
+    dtype = widest(backend)
     eager, _ = filled(kind, dtype, device, lengths=(9, 3), room=True)
     cache, _ = filled(kind, dtype, device, lengths=(9, 3), room=True)
 
@@ -196,7 +195,7 @@ def test_compiled_decode(backend, kind, device):
 @pytest.mark.parametrize("backend", USABLE)
 def test_compiled_varlen(backend, device):
     q, k = (
-        torch.randn(*shape, 16, device=device).to(dtype_of(backend)) for shape in ((9, 6), (12, 3))
+        torch.randn(*shape, 16, device=device).to(widest(backend)) for shape in ((9, 6), (12, 3))
     )
     cu_q = torch.tensor([0, 4, 9], dtype=torch.int32, device=device)
     cu_k = torch.tensor([0, 5, 12], dtype=torch.int32, device=device)
@@ -234,8 +233,7 @@ class Recorded(torch.utils._python_dispatch.TorchDispatchMode):
 @pytest.mark.parametrize("backend", [name for name in USABLE if name != "reference"])
 @pytest.mark.parametrize("kind", [Kind(), Kind(4, format="int4", zeros=True)], ids=str)
 def test_opcheck(backend, kind, device):
-    require(backend, kind)
-    dtype = dtype_of(backend)
+    dtype = widest(backend)
     cache, _ = filled(kind, dtype, device, lengths=(9, 3), room=True)
     q = queries(1, UNEVEN, 5, 16, dtype, device)[0].transpose(0, 1).contiguous()
     offsets = torch.tensor([0, 2, 5], device=device)
