@@ -6,7 +6,7 @@
 //
 // Rows are query tokens x heads of one group, token-major: row r is token r / heads, head r %
 // heads. Tasks with few rows (decode) read K and V where they lie, others pack them
-// (products_direct.h, products_packed.h).
+// (products_direct.h, products_integer.h, products_packed.h).
 #pragma once
 
 #include <cmath>
@@ -20,6 +20,7 @@
 #include "kv_rows.h"
 #include "math.h"
 #include "products_direct.h"
+#include "products_integer.h"
 #include "products_packed.h"
 #include "schedule.h"
 #include "softmax.h"
@@ -27,7 +28,9 @@
 
 namespace gqa::cpu::GQA_ISA {
 
-constexpr int kMaxTileKeys = kMaxDirectKeys;
+template <class S>
+inline constexpr bool kInteger = std::is_same_v<S, Int8> || std::is_same_v<S, Int4Pair>;
+
 constexpr int kMaxStrips = kMaxTileRows / kStripRows;
 
 // visit(type of q and out), as a null pointer. Of a plain cache it is the type of K and V, S.
@@ -44,7 +47,8 @@ GQA_INLINE auto with_query_type(const AttentionParams& params, Visit visit) {
   }
 }
 
-// Few, Many: the products of tasks with few rows, and of others.
+// Few, Many: the products of tasks with few rows, and of others. Few rows of int8 and int4 have
+// their own where queries are of 16 bits.
 template <class V, class S, class Few, class Many>
 class AttentionTask {
  public:
@@ -66,7 +70,13 @@ class AttentionTask {
   }
 
   void run() {
-    rows_ <= kMaxDirectRows ? run_tiles<Few>() : run_tiles<Many>();
+    if (rows_ > kMaxDirectRows) {
+      run_tiles<Many>();
+    } else if (tile_.layout.word_ld == 0) {
+      run_tiles<Few>();
+    } else if constexpr (V::kWords && kInteger<S>) {
+      run_tiles<IntegerProducts<V, S>>();
+    }
     if (task_.merge < 0) {
       for (int r = 0; r < rows_; ++r)
         write_row(r, tile_.o + r * tile_.layout.o_ld, tile_.max[r], tile_.sum[r]);
@@ -118,8 +128,9 @@ class AttentionTask {
     constexpr RowBlocks kBlocks = Products::kBlocks;
     with_query_type<S>(params_,
                        [&](auto* type) { load_queries(type, round_up(rows_, kBlocks.padding)); });
-    if (kQuantized<S>) dequantizer_.begin(rows_);
     Products products(params_, tile_);
+    products.begin(rows_);
+    if (kQuantized<S>) dequantizer_.begin(rows_);
     const S* k_rows[2][kMaxTileKeys];  // of this tile and the next
     const S* v_rows[kMaxTileKeys];
     StripKeys strips[kMaxStrips];
@@ -128,7 +139,6 @@ class AttentionTask {
       const int64_t n = first < end ? end - first : 0;
       return static_cast<int>(n < tile_.layout.keys ? n : tile_.layout.keys);
     };
-    products.begin(rows_);
     k_.fetch(task_.key_begin, keys_of_tile(task_.key_begin), k_rows[0]);
     int which = 0;
     for (int64_t first = task_.key_begin; first < end; first += tile_.layout.keys, which ^= 1) {
@@ -149,9 +159,10 @@ class AttentionTask {
           if (strip.begin >= strip.end) continue;
           using P = typename Products::Probability;
           float* s = tile_.s + (r - begin) * tile_.layout.keys;
-          if (kQuantized<S>) dequantizer_.scores(r, strip);
-          bias ? softmax<true, P>(r, s, first, strip) : softmax<false, P>(r, s, first, strip);
-          if (kQuantized<S>) dequantizer_.probabilities(r, strip);
+          const float scale = params_.scale * products.score_unit(r);
+          bias ? softmax<true, P>(r, s, scale, first, strip)
+               : softmax<false, P>(r, s, scale, first, strip);
+          if (kQuantized<S>) dequantizer_.subtract_zeros(r, strip);
         }
         products.accumulate(begin, block_end, strips);
       }
@@ -173,7 +184,7 @@ class AttentionTask {
   }
 
   template <bool kBias, class P>
-  void softmax(int r, float* s, int64_t first, const StripKeys& strip) {
+  void softmax(int r, float* s, float scale, int64_t first, const StripKeys& strip) {
     const KeyRange visible = places_[r].visible;
     const int64_t low = visible.begin - first, high = visible.end - first;
     const RowKeys keys{strip.begin, strip.end,
@@ -204,10 +215,10 @@ class AttentionTask {
                   keys.visible_end, tile_.keep);
       keep = tile_.keep;
     }
-    const float rescale = with_query_type<S>(params_, [&](auto* type) {
-      return softmax_row<V, kBias, P>(type, s, keys, params_.scale, bias, keep, tile_.max[r],
-                                      tile_.sum[r]);
-    });
+    RowScales scales{};
+    if (kQuantized<S>) scales = dequantizer_.row_scales(r);
+    const float rescale = softmax_row<V, kBias, kQuantized<S>, P>(
+        s, keys, scale, bias, scales, keep, tile_.max[r], tile_.sum[r]);
     if (rescale != 1.0f) scale_row(tile_.o + r * tile_.layout.o_ld, rescale);
   }
 

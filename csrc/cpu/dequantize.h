@@ -11,6 +11,7 @@
 #include "../core/params.h"
 #include "isa.h"
 #include "kv_rows.h"
+#include "softmax.h"
 #include "tile.h"
 
 namespace gqa::cpu::GQA_ISA {
@@ -67,25 +68,18 @@ class Dequantizer {
     }
   }
 
-  void scores(int r, StripKeys keys) {
-    float* s = tile_.s + r * tile_.layout.keys;
-    const typename V::F q_sum = V::set1(-tile_.q_sum[r]);
-    for (int i = keys.begin / kW * kW; i < keys.end; i += kW) {
-      typename V::F x = V::load(s + i);
-      if (has_k_zero()) x = V::fma(q_sum, V::load(tile_.k_zero + i), x);
-      V::store(s + i, V::mul(x, V::load(tile_.k_scale + i)));
-    }
+  RowScales row_scales(int r) const {
+    return {tile_.q_sum[r], tile_.k_scale, has_k_zero() ? tile_.k_zero : nullptr, tile_.v_scale};
   }
 
-  void probabilities(int r, StripKeys keys) {
-    float* p = tile_.s + r * tile_.layout.keys;
+  // Zeros of V, given probabilities that are multiplied with its scales.
+  void subtract_zeros(int r, StripKeys keys) {
+    if (!has_v_zero()) return;
+    const float* p = tile_.s + r * tile_.layout.keys;
     typename V::F offset = V::set1(0.0f);
     for (int i = keys.begin / kW * kW; i < keys.end; i += kW) {
-      const typename V::F x = V::mul(V::load(p + i), V::load(tile_.v_scale + i));
-      if (has_v_zero()) offset = V::fma(x, V::load(tile_.v_zero + i), offset);
-      V::store(p + i, x);
+      offset = V::fma(V::load(p + i), V::load(tile_.v_zero + i), offset);
     }
-    if (!has_v_zero()) return;
     float* o = tile_.o + r * tile_.layout.o_ld;
     const typename V::F minus_offset = V::set1(-V::reduce_add(offset));
     for (int64_t d = 0; d < tile_.layout.o_ld; d += kW) {

@@ -10,6 +10,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "direct_loops.h"
 #include "isa.h"
 #include "kv_rows.h"
 #include "math.h"
@@ -129,8 +130,8 @@ GQA_INLINE void dot_keys(const float* q, int64_t ldq, const S* const* rows, int6
 }
 
 // o[r, column block] += sum over keys of p[r, key] * v[key, column block]; the block is kCols
-// vectors wide, `width` numbers of it from V (fewer than all only where kCols is 2).
-template <class V, class S, int kRows, int kCols>
+// vectors wide, `width` numbers of it from V: all of them where kWhole.
+template <class V, class S, int kRows, int kCols, bool kWhole = true>
 GQA_INLINE void add_keys(const float* p, int64_t ldp, const S* const* v, int64_t column,
                          StripKeys keys, int64_t width, float* o, int64_t ldo) {
   using F = typename V::F;
@@ -145,7 +146,7 @@ GQA_INLINE void add_keys(const float* p, int64_t ldp, const S* const* v, int64_t
     GQA_UNROLL(4)
     for (int c = 0; c < kCols; c += 2) {
       F x0, x1;
-      load_block<V>(v[key], column + c * kW, kCols > 2 ? 2 * kW : width, x0, x1);
+      load_block<V>(v[key], column + c * kW, kWhole ? 2 * kW : width, x0, x1);
       GQA_UNROLL(6)
       for (int r = 0; r < kRows; ++r) {
         const F weight = V::set1(p[r * ldp + key]);
@@ -162,21 +163,19 @@ GQA_INLINE void add_keys(const float* p, int64_t ldp, const S* const* v, int64_t
 }
 
 template <class V, class S>
-class DirectProducts {
- public:
-  using Probability = float;
-  static constexpr RowBlocks kBlocks{1, kMaxDirectRows};
-  static constexpr int kStrip = kMaxDirectRows;  // all rows share one StripKeys
+class DirectProducts : public DirectLoops<DirectProducts<V, S>, V, S> {
+  using Loops = DirectLoops<DirectProducts<V, S>, V, S>;
+  friend Loops;
 
-  DirectProducts(const AttentionParams& params, Tile<V>& tile)
-      : tile_(tile), head_dim_(params.head_dim), value_head_dim_(params.value_head_dim) {}
+ public:
+  using Loops::Loops;
 
   // Before the first tile: q in the order of load_block.
   void begin(int rows) {
     if (!V::template kSplits<S>) return;
     for (int r = 0; r < rows; ++r) {
-      float* q = tile_.q + r * tile_.layout.q_ld;
-      for (int64_t d = 0; d < tile_.layout.q_ld; d += 2 * kW) {
+      float* q = this->tile_.q + r * this->tile_.layout.q_ld;
+      for (int64_t d = 0; d < this->tile_.layout.q_ld; d += 2 * kW) {
         typename V::F x0 = V::load(q + d), x1 = V::load(q + d + kW);
         V::split(x0, x1);
         V::store(q + d, x0);
@@ -185,111 +184,42 @@ class DirectProducts {
     }
   }
 
-  // After the last tile: o in its own order again.
-  void end(int rows) {
-    if (!V::template kSplits<S>) return;
-    for (int r = 0; r < rows; ++r) {
-      float* o = tile_.o + r * tile_.layout.o_ld;
-      for (int64_t d = 0; d < tile_.layout.o_ld; d += 2 * kW) {
-        typename V::F x0 = V::load(o + d), x1 = V::load(o + d + kW);
-        V::join(x0, x1);
-        V::store(o + d, x0);
-        V::store(o + d + kW, x1);
-      }
-    }
-  }
-
-  // k_rows: of a whole number of kRowStep keys; next_k_rows: the rows of the tile after this one
-  void begin_tile(const S* const* k_rows, const S* const* v_rows, int, const S* const* next_k_rows,
-                  int next_n) {
-    k_rows_ = k_rows;
-    v_rows_ = v_rows;
-    next_k_rows_ = next_k_rows;
-    next_n_ = next_n;
-  }
-
-  // s = q . k for the keys that are needed; asks for the tile's V rows
-  void scores(int, int rows, const StripKeys* strips) {
-    const StripKeys need = strips[0];
-    const int first = need.begin / kRowStep * kRowStep;
-    Prefetcher<S> ahead(v_rows_ + need.begin, need.end - need.begin, value_head_dim_,
-                        (need.end - first + kRowStep - 1) / kRowStep);
-    const int num_blocks = (rows + kStripRows - 1) / kStripRows;
-    for (int key = first; key < need.end; key += kRowStep) {
-      ahead.step();
-      // Blocks of rows as equal as can be: few rows keep few sums, and widen K no cheaper.
-      for (int r = 0, blocks = num_blocks; blocks > 0; --blocks) {
-        const int n = (rows - r + blocks - 1) / blocks;
-        with_count(n, [&](auto count) { dot_rows<count()>(r, key); });
-        r += n;
-      }
-    }
-  }
-
-  // o += p . v; asks for the next tile's K rows
-  void accumulate(int, int rows, const StripKeys* strips) {
-    const int64_t steps = (rows + kStripRows - 1) / kStripRows * (tile_.layout.o_ld / kW);
-    Prefetcher<S> ahead(next_k_rows_, next_n_, head_dim_, static_cast<int>(steps));
-    for (int r = 0; r < rows; r += kStripRows) {
-      const int n = rows - r < kStripRows ? rows - r : kStripRows;
-      with_count(n, [&](auto count) { add_rows<count()>(r, strips[0], ahead); });
-    }
-  }
-
  private:
   static constexpr int kW = V::kWidth;
-
-  // visit(n as a constant) for n from 1 to kStripRows.
-  template <class Visit>
-  static GQA_INLINE void with_count(int n, Visit visit) {
-    switch (n) {
-      case 1: return visit(std::integral_constant<int, 1>());
-      case 2: return visit(std::integral_constant<int, 2>());
-      case 3: return visit(std::integral_constant<int, 3>());
-      case 4: return visit(std::integral_constant<int, 4>());
-      case 5: return visit(std::integral_constant<int, 5>());
-      case 6: return visit(std::integral_constant<int, 6>());
-    }
-  }
 
   // Two or four keys at a time: as many sums as hide the latency of FMA and fit in registers. A
   // function of its own, and add_rows too: all of them inlined into one, gcc stores the widened
   // numbers of every block to memory that nobody reads.
   template <int kRows>
   GQA_NOINLINE void dot_rows(int r, int key) {
-    const TileLayout<V>& layout = tile_.layout;
-    const float* q = tile_.q + r * layout.q_ld;
-    float* s = tile_.s + r * layout.keys;
+    const TileLayout<V>& layout = this->tile_.layout;
+    const float* q = this->tile_.q + r * layout.q_ld;
+    float* s = this->tile_.s + r * layout.keys;
     constexpr int kKeys = kRows <= 2 ? 4 : 2;
     for (int i = key; i < key + kRowStep; i += kKeys) {
-      dot_keys<V, S, kRows, kKeys>(q, layout.q_ld, k_rows_ + i, head_dim_, s + i, layout.keys);
+      dot_keys<V, S, kRows, kKeys>(q, layout.q_ld, this->k_rows_ + i, this->head_dim_, s + i,
+                                   layout.keys);
     }
   }
 
   template <int kRows>
   GQA_NOINLINE void add_rows(int r, StripKeys keys, Prefetcher<S>& ahead) {
     constexpr int kCols = kRows == 1 ? 8 : kRows == 2 ? 4 : 2;  // 6 to 12 sums, for the same reason
-    const int64_t ldp = tile_.layout.keys, ldo = tile_.layout.o_ld;
-    const float* p = tile_.s + r * ldp;
-    float* o = tile_.o + r * ldo;
+    const int64_t ldp = this->tile_.layout.keys, ldo = this->tile_.layout.o_ld;
+    const int64_t dims = this->value_head_dim_;
+    const float* p = this->tile_.s + r * ldp;
+    float* o = this->tile_.o + r * ldo;
     int64_t d = 0;
-    for (; d + kCols * kW <= value_head_dim_; d += kCols * kW) {
+    for (; d + kCols * kW <= dims; d += kCols * kW) {
       for (int i = 0; i < kCols; ++i) ahead.step();
-      add_keys<V, S, kRows, kCols>(p, ldp, v_rows_, d, keys, kCols * kW, o + d, ldo);
+      add_keys<V, S, kRows, kCols>(p, ldp, this->v_rows_, d, keys, kCols * kW, o + d, ldo);
     }
-    for (; d < value_head_dim_; d += 2 * kW) {
+    for (; d < dims; d += 2 * kW) {
       ahead.step();
       ahead.step();
-      add_keys<V, S, kRows, 2>(p, ldp, v_rows_, d, keys, value_head_dim_ - d, o + d, ldo);
+      add_keys<V, S, kRows, 2, false>(p, ldp, this->v_rows_, d, keys, dims - d, o + d, ldo);
     }
   }
-
-  Tile<V>& tile_;
-  int64_t head_dim_, value_head_dim_;
-  const S* const* k_rows_ = nullptr;
-  const S* const* v_rows_ = nullptr;
-  const S* const* next_k_rows_ = nullptr;
-  int next_n_ = 0;
 };
 
 }  // namespace gqa::cpu::GQA_ISA

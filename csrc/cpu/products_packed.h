@@ -95,6 +95,7 @@ template <class V, class S>
 class PackedProducts {
  public:
   using Probability = float;
+  static constexpr float score_unit(int) { return 1.0f; }
   static constexpr RowBlocks kBlocks{kStripRows, kMaxTileRows};
   static constexpr int kStrip = kStripRows;  // rows that share one StripKeys
 

@@ -30,6 +30,7 @@ template <class V>
 class TileDirectProducts {
  public:
   using Probability = float;
+  static constexpr float score_unit(int) { return 1.0f; }
   static constexpr RowBlocks kBlocks{16, kMaxDirectRows};
   static constexpr int kStrip = kMaxDirectRows;  // all rows share one StripKeys
 

@@ -29,7 +29,7 @@ int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 TileShape tile_shape(const AttentionParams& params, const TileLimits& limits) {
   const int64_t dims = params.head_dim + params.value_head_dim;
-  TileShape tile{limits.rows, 128};
+  TileShape tile{limits.rows, kMaxTileKeys};
   while (tile.rows * dims + tile.keys * dims + tile.rows * tile.keys > limits.floats &&
          tile.rows > kMinTileRows) {
     if (tile.keys > 64) {

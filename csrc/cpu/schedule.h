@@ -14,8 +14,9 @@ namespace gqa::cpu {
 
 // Tasks with so few rows read K and V where they lie (products_direct.h); others pack them.
 constexpr int kMaxDirectRows = 16;
-// Most keys of their tiles.
-constexpr int kMaxDirectKeys = 128;
+// Most keys of their tiles, and of any.
+constexpr int kMaxDirectKeys = 64;
+constexpr int kMaxTileKeys = 128;
 
 // Rows and keys of the tiles that the kernels work on.
 struct TileShape {

@@ -85,14 +85,20 @@ GQA_INLINE typename V::F add_bias(typename V::F score, int key, const RowBias& b
   return score;
 }
 
-// scores[begin, end) become probabilities exp(s - max) rounded to `type`, 0 where the row does not
-// see the key; stored as P, number i at P's place i of the row. `max` and `sum` are the row's
-// state; the returned factor rescales what was accumulated with the old maximum. keep: dropout's
-// factors of the tile's keys, or nullptr; the sum is that without dropout. kBias: whether bias has
-// anything in it.
-template <class V, bool kBias, class P, class T>
-inline float softmax_row(const T* type, float* scores, const RowKeys& keys, float scale,
-                         const RowBias& bias, const float* keep, float& max, float& sum) {
+// What scores and probabilities of a quantised cache are multiplied with: see dequantize.h.
+struct RowScales {
+  float q_sum;
+  const float *k_scale, *k_zero, *v_scale;  // [keys of the tile]; k_zero: or nullptr
+};
+
+// scores[begin, end) become probabilities exp(s - max), 0 where the row does not see the key;
+// stored as P, number i at P's place i of the row. `max` and `sum` are the row's state; the
+// returned factor rescales what was accumulated with the old maximum. keep: dropout's factors of
+// the tile's keys, or nullptr; the sum is that without dropout, and without scales of V. kBias,
+// kScaled: whether bias and scales have anything in them.
+template <class V, bool kBias, bool kScaled, class P>
+inline float softmax_row(float* scores, const RowKeys& keys, float scale, const RowBias& bias,
+                         const RowScales& scales, const float* keep, float& max, float& sum) {
   using F = typename V::F;
   const int begin = keys.begin / V::kWidth * V::kWidth;
   const F factor = V::set1(kBias ? scale : scale * kLog2E);
@@ -100,7 +106,12 @@ inline float softmax_row(const T* type, float* scores, const RowKeys& keys, floa
 
   F most = hidden;
   for (int i = begin; i < keys.end; i += V::kWidth) {
-    F x = V::mul(V::load(scores + i), factor);
+    F x = V::load(scores + i);
+    if (kScaled) {
+      if (scales.k_zero) x = V::fma(V::set1(-scales.q_sum), V::load(scales.k_zero + i), x);
+      x = V::mul(x, V::load(scales.k_scale + i));
+    }
+    x = V::mul(x, factor);
     if (kBias) x = add_bias<V>(x, i, bias);
     if (i < keys.visible_begin || i + V::kWidth > keys.visible_end) {
       const F lane = V::add(V::iota(), V::set1(static_cast<float>(i)));
@@ -125,11 +136,8 @@ inline float softmax_row(const T* type, float* scores, const RowKeys& keys, floa
     F p = exp2<V>(V::add(V::load(scores + i), minus_base));
     total = V::add(total, p);
     if (keep != nullptr) p = V::mul(p, V::load(keep + i));
-    if constexpr (sizeof(P) == sizeof(T)) {
-      V::store(probabilities + i, p);
-    } else {
-      V::store(probabilities + i, V::round_to(p, type));
-    }
+    if (kScaled) p = V::mul(p, V::load(scales.v_scale + i));
+    V::store(probabilities + i, p);
   }
 
   const float rescale = old_max == max ? 1.0f : exp2_scalar<V>(old_max - base);

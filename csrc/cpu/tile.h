@@ -20,6 +20,13 @@ struct RowBlocks {
   bool few_pack = false;
 };
 
+// Whether products_integer.h has the task.
+template <class V>
+bool wants_words(const AttentionParams& params, const TileShape& tile) {
+  return V::kWords && (params.k_dtype == DType::kInt8 || params.k_dtype == DType::kInt4) &&
+         params.dtype != DType::kFloat32 && tile.rows <= kMaxDirectRows;
+}
+
 template <class V>
 struct TileLayout {
   static constexpr int kPanel = 2 * V::kWidth;
@@ -29,6 +36,7 @@ struct TileLayout {
   int64_t keys;         // a whole number of panels
   int64_t q_ld, o_ld;   // row lengths of q and o, padded with zeros
   int64_t packed_keys;  // keys of the packed K and V; 0 where nothing is packed
+  int64_t word_ld;      // row length of q_words; 0 where products are not of integers
 
   TileLayout(const AttentionParams& params, const TileShape& tile, const RowBlocks& blocks)
       : rows(round_up(tile.rows, blocks.padding)),
@@ -36,11 +44,14 @@ struct TileLayout {
         keys(tile.keys),
         q_ld(round_up(params.head_dim, kPanel)),
         o_ld(round_up(params.value_head_dim, kPanel)),
-        packed_keys(tile.rows > kMaxDirectRows || blocks.few_pack ? tile.keys : 0) {}
+        packed_keys(tile.rows > kMaxDirectRows || blocks.few_pack ? tile.keys : 0),
+        word_ld(wants_words<V>(params, tile) ? round_up(params.head_dim, 2 * kPanel) : 0) {}
 
   int64_t scratch_floats() const {
-    return rows * (q_ld + o_ld + 3) + s_rows * keys + packed_keys * (q_ld + o_ld) + 6 * keys;
+    return rows * (q_ld + o_ld + 3) + s_rows * keys + packed_keys * (q_ld + o_ld) + 6 * keys +
+           rows * word_ld + second_s_floats();
   }
+  int64_t second_s_floats() const { return word_ld > 0 ? s_rows * keys : 0; }
 };
 
 template <class V>
@@ -59,6 +70,9 @@ struct Tile {
   float* q_sum;             // [rows]  sums of the rows of q
   float *k_scale, *k_zero;  // [keys]
   float *v_scale, *v_zero;  // [keys]
+  // Of products of integers:
+  int16_t* q_words;  // [2, rows, word_ld]
+  float* second_s;   // [s_rows, keys]  scores of the second words
 
   Tile(const TileLayout<V>& tile_layout, float* scratch) : layout(tile_layout) {
     float* next = scratch;
@@ -81,6 +95,8 @@ struct Tile {
     k_zero = take(layout.keys);
     v_scale = take(layout.keys);
     v_zero = take(layout.keys);
+    q_words = reinterpret_cast<int16_t*>(take(layout.rows * layout.word_ld));
+    second_s = take(layout.second_s_floats());
   }
 };
 

@@ -14,6 +14,7 @@ namespace gqa::cpu::GQA_ISA {
 
 struct Vec {
   using F = __m256;
+  using I = __m256i;  // 16 words, or 8 sums of 32 bits
   using Mask = __m256;
   static constexpr int kWidth = 8;
 
@@ -107,6 +108,44 @@ struct Vec {
     odd = _mm256_permute2f128_ps(low, high, 0x31);
   }
   static GQA_INLINE void pin(F& x) { __asm__("" : "+x"(x)); }
+  static GQA_INLINE void pin(I& x) { __asm__("" : "+x"(x)); }
+
+  static constexpr bool kWords = true;
+  static GQA_INLINE I zero_words() { return _mm256_setzero_si256(); }
+  static GQA_INLINE I load_words(const int16_t* p) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  }
+  static GQA_INLINE void load_words(const Int8* p, I& x0, I& x1) {
+    x0 = _mm256_cvtepi8_epi16(bytes16(p));
+    x1 = _mm256_cvtepi8_epi16(bytes16(p + 16));
+  }
+  static GQA_INLINE void load_words(const Int4Pair* p, I& even, I& odd) {
+    nibbles(_mm256_cvtepu8_epi16(bytes16(p)), even, odd);
+  }
+  static GQA_INLINE void load_pairs(const Int8* a, const Int8* b, I& x0, I& x1) {
+    const __m128i row_a = bytes16(a), row_b = bytes16(b);
+    x0 = _mm256_cvtepi8_epi16(_mm_unpacklo_epi8(row_a, row_b));
+    x1 = _mm256_cvtepi8_epi16(_mm_unpackhi_epi8(row_a, row_b));
+  }
+  static GQA_INLINE void load_pairs(const Int4Pair* a, const Int4Pair* b, I& even, I& odd) {
+    nibbles(_mm256_cvtepu8_epi16(_mm_unpacklo_epi8(bytes8(a), bytes8(b))), even, odd);
+  }
+  static GQA_INLINE I set_pair(const int16_t* p) {
+    int32_t pair;
+    std::memcpy(&pair, p, sizeof pair);
+    return _mm256_set1_epi32(pair);
+  }
+  static GQA_INLINE void add_products(I& sum, I a, I b) {
+    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
+    pin(sum);  // else gcc adds products to each other first, and has no registers for them
+  }
+  static GQA_INLINE F to_float(I x) { return _mm256_cvtepi32_ps(x); }
+  static GQA_INLINE void store_words(int16_t* p, F x) {
+    const __m256i words = _mm256_cvtps_epi32(x);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                     _mm_packs_epi32(_mm256_castsi256_si128(words),
+                                     _mm256_extracti128_si256(words, 1)));
+  }
 
   static GQA_INLINE void store(float* p, F x) { _mm256_storeu_ps(p, x); }
   static GQA_INLINE void store(BFloat16* p, F x) {
@@ -162,8 +201,12 @@ struct Vec {
     most = _mm_max_ps(most, _mm_movehl_ps(most, most));
     return _mm_cvtss_f32(_mm_max_ss(most, _mm_movehdup_ps(most)));
   }
-  static GQA_INLINE void store_sums4(float* out, const F (&x)[4]) { _mm_storeu_ps(out, sums4(x)); }
-  static GQA_INLINE void store_sums2x2(float* a, float* b, const F (&x)[4]) {
+  template <class X>
+  static GQA_INLINE void store_sums4(float* out, const X (&x)[4]) {
+    _mm_storeu_ps(out, sums4(x));
+  }
+  template <class X>
+  static GQA_INLINE void store_sums2x2(float* a, float* b, const X (&x)[4]) {
     const __m128 sums = sums4(x);
     _mm_storel_pi(reinterpret_cast<__m64*>(a), sums);
     _mm_storeh_pi(reinterpret_cast<__m64*>(b), sums);
@@ -190,12 +233,27 @@ struct Vec {
   }
 
  private:
+  // The halves of bytes, which are 16-bit numbers, less the default zero of int4.
+  static GQA_INLINE void nibbles(I bytes, I& even, I& odd) {
+    const I eight = _mm256_set1_epi16(8);
+    even = _mm256_sub_epi16(_mm256_and_si256(bytes, _mm256_set1_epi16(15)), eight);
+    odd = _mm256_sub_epi16(_mm256_srli_epi16(bytes, 4), eight);
+  }
   static GQA_INLINE __m128 sums4(const F (&x)[4]) {
     // Each step adds halves of two vectors: lanes end as x0 x1 x2 x3 in both 128-bit halves.
     const F ab = add(_mm256_unpacklo_ps(x[0], x[1]), _mm256_unpackhi_ps(x[0], x[1]));
     const F cd = add(_mm256_unpacklo_ps(x[2], x[3]), _mm256_unpackhi_ps(x[2], x[3]));
     const F sums = add(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xee));
     return _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1));
+  }
+  static GQA_INLINE __m128 sums4(const I (&x)[4]) {
+    const I ab = _mm256_add_epi32(_mm256_unpacklo_epi32(x[0], x[1]),
+                                  _mm256_unpackhi_epi32(x[0], x[1]));
+    const I cd = _mm256_add_epi32(_mm256_unpacklo_epi32(x[2], x[3]),
+                                  _mm256_unpackhi_epi32(x[2], x[3]));
+    const I sums = _mm256_add_epi32(_mm256_unpacklo_epi64(ab, cd), _mm256_unpackhi_epi64(ab, cd));
+    return _mm_cvtepi32_ps(_mm_add_epi32(_mm256_castsi256_si128(sums),
+                                         _mm256_extracti128_si256(sums, 1)));
   }
   template <class S>
   static GQA_INLINE __m128i bytes8(const S* p) {

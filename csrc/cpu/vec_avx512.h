@@ -14,6 +14,7 @@ namespace gqa::cpu::GQA_ISA {
 
 struct Vec {
   using F = __m512;
+  using I = __m512i;  // 32 words, or 16 sums of 32 bits
   using Mask = __mmask16;
   static constexpr int kWidth = 16;
 
@@ -23,8 +24,8 @@ struct Vec {
   }
 
   static GQA_INLINE F load(const float* p) { return _mm512_loadu_ps(p); }
-  static GQA_INLINE F load(const BFloat16* p) { return widen(halves16(p), p); }
-  static GQA_INLINE F load(const Float16* p) { return widen(halves16(p), p); }
+  static GQA_INLINE F load(const BFloat16* p) { return widen(bytes32(p), p); }
+  static GQA_INLINE F load(const Float16* p) { return widen(bytes32(p), p); }
   static GQA_INLINE F load(const Float8E4M3* p) {
     // Sign-extended e4m3 to fp16 of 1/256 of the value: the exponents' biases differ by 8, and so
     // subnormals stay exact. NaN keeps all its magnitude's bits.
@@ -110,6 +111,39 @@ struct Vec {
     odd = _mm512_permutex2var_ps(low, quarters(8), high);
   }
   static GQA_INLINE void pin(F& x) { GQA_PIN(x); }
+  static GQA_INLINE void pin(I& x) { GQA_PIN(x); }
+
+  static constexpr bool kWords = true;
+  static GQA_INLINE I zero_words() { return _mm512_setzero_si512(); }
+  static GQA_INLINE I load_words(const int16_t* p) { return _mm512_loadu_si512(p); }
+  static GQA_INLINE void load_words(const Int8* p, I& x0, I& x1) {
+    x0 = _mm512_cvtepi8_epi16(bytes32(p));
+    x1 = _mm512_cvtepi8_epi16(bytes32(p + 32));
+  }
+  static GQA_INLINE void load_words(const Int4Pair* p, I& even, I& odd) {
+    nibbles(_mm512_cvtepu8_epi16(bytes32(p)), even, odd);
+  }
+  static GQA_INLINE void load_pairs(const Int8* a, const Int8* b, I& x0, I& x1) {
+    x0 = _mm512_cvtepi8_epi16(interleave(bytes16(a), bytes16(b)));
+    x1 = _mm512_cvtepi8_epi16(interleave(bytes16(a + 16), bytes16(b + 16)));
+  }
+  static GQA_INLINE void load_pairs(const Int4Pair* a, const Int4Pair* b, I& even, I& odd) {
+    nibbles(_mm512_cvtepu8_epi16(interleave(bytes16(a), bytes16(b))), even, odd);
+  }
+  static GQA_INLINE I set_pair(const int16_t* p) {
+    int32_t pair;
+    std::memcpy(&pair, p, sizeof pair);
+    return _mm512_set1_epi32(pair);
+  }
+  static GQA_INLINE void add_products(I& sum, I a, I b) {
+    sum = _mm512_add_epi32(sum, _mm512_madd_epi16(a, b));
+    pin(sum);  // else gcc adds products to each other first, and has no registers for them
+  }
+  static GQA_INLINE F to_float(I x) { return _mm512_cvtepi32_ps(x); }
+  static GQA_INLINE void store_words(int16_t* p, F x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(x)));
+  }
 
   static GQA_INLINE void store(float* p, F x) { _mm512_storeu_ps(p, x); }
 #if defined(GQA_VEC_BF16)
@@ -170,6 +204,14 @@ struct Vec {
     std::memcpy(a, sums, 2 * sizeof(float));
     std::memcpy(b, sums + 2, 2 * sizeof(float));
   }
+  static GQA_INLINE void store_sums4(float* out, const I (&x)[4]) {
+    const F sums[4] = {to_float(x[0]), to_float(x[1]), to_float(x[2]), to_float(x[3])};
+    store_sums4(out, sums);
+  }
+  static GQA_INLINE void store_sums2x2(float* a, float* b, const I (&x)[4]) {
+    const F sums[4] = {to_float(x[0]), to_float(x[1]), to_float(x[2]), to_float(x[3])};
+    store_sums2x2(a, b, sums);
+  }
   // Four rounds, each of which doubles the runs of lanes that are where they belong.
   static GQA_INLINE void transpose(F (&x)[kWidth]) {
     F a[16], b[16];
@@ -215,7 +257,7 @@ struct Vec {
     return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   }
   template <class S>
-  static GQA_INLINE __m256i halves16(const S* p) {
+  static GQA_INLINE __m256i bytes32(const S* p) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   }
   static GQA_INLINE F widen(__m256i bits, const BFloat16*) {
@@ -225,6 +267,17 @@ struct Vec {
   static GQA_INLINE void split_pairs(__m512i pairs, F& even, F& odd) {
     even = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
     odd = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(-0x10000)));
+  }
+  // a[0] b[0] a[1] b[1] ...
+  static GQA_INLINE __m256i interleave(__m128i a, __m128i b) {
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_unpacklo_epi8(a, b)),
+                                   _mm_unpackhi_epi8(a, b), 1);
+  }
+  // The halves of bytes, which are 16-bit numbers, less the default zero of int4.
+  static GQA_INLINE void nibbles(I bytes, I& even, I& odd) {
+    const I eight = _mm512_set1_epi16(8);
+    even = _mm512_sub_epi16(_mm512_and_si512(bytes, _mm512_set1_epi16(15)), eight);
+    odd = _mm512_sub_epi16(_mm512_srli_epi16(bytes, 4), eight);
   }
   static GQA_INLINE F less_8(__m512i x) {
     return _mm512_cvtepi32_ps(_mm512_sub_epi32(x, _mm512_set1_epi32(8)));

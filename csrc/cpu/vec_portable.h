@@ -43,6 +43,15 @@ struct Vec {
   static constexpr bool kMasks = false;
 
   // Whether load_block gives even and odd numbers apart.
+  // Whether there are products of 16-bit integers ("words"), as products_integer.h uses them:
+  //   I                        2 * kWidth words, or kWidth sums of 32 bits
+  //   load_words(p, x0, x1)    4 * kWidth int8 or int4 numbers; of int4 even and odd ones apart
+  //   load_pairs(a, b, x0, x1) pairs (a[i], b[i]) of 2 * kWidth numbers, likewise
+  //   set_pair(p)              a pair of words again and again
+  //   add_products(sum, a, b)  sum[i] += a[2i] * b[2i] + a[2i + 1] * b[2i + 1]
+  //   store_words(p, x)        kWidth floats, rounded to nearest
+  static constexpr bool kWords = false;
+
   template <class S>
   static constexpr bool kSplits = false;
   // 2 * kWidth numbers.

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..backends.dispatch import select
 from ..inputs import Layout
 from .inputs import AppendInputs
+from .memory import empty
 from .quantized import FORMAT_OF_NAME
 from .view import KVView
 
@@ -125,8 +126,8 @@ def empty_storage(
             raise ValueError(f"the head dim must be even for format {format!r}, got {dim}")
         dtype, dim = found.storage, dim // found.per_byte
     if tokens_first:
-        return torch.empty(pages, slots, heads, dim, dtype=dtype, device=device).transpose(1, 2)
-    return torch.empty(pages, heads, slots, dim, dtype=dtype, device=device)
+        return empty(pages, slots, heads, dim, dtype=dtype, device=device).transpose(1, 2)
+    return empty(pages, heads, slots, dim, dtype=dtype, device=device)
 
 
 def empty_scales(k: Tensor, v: Tensor, format: str | None, zeros: bool) -> dict[str, Tensor]:

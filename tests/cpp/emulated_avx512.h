@@ -61,6 +61,7 @@ struct Lanes {
 using Words32 = Lanes<uint16_t, 32, __m512i>;
 using Words16 = Lanes<uint16_t, 16, __m256i>;
 using Bytes16 = Lanes<uint8_t, 16, __m128i>;
+using Bytes32 = Lanes<uint8_t, 32, __m256i>;
 
 template <class V>
 inline V load(const void* p) {
@@ -333,12 +334,6 @@ inline __m512i unpack_words(__m512i a, __m512i b, int first) {
 }
 inline __m512i _mm512_unpacklo_epi16(__m512i a, __m512i b) { return unpack_words(a, b, 0); }
 inline __m512i _mm512_unpackhi_epi16(__m512i a, __m512i b) { return unpack_words(a, b, 4); }
-inline __m128i _mm_unpacklo_epi8(__m128i a, __m128i b) {
-  const emulated::Bytes16 x(a), y(b);
-  emulated::Bytes16 z;
-  for (int i = 0; i < 16; ++i) z.x[i] = (i & 1 ? y : x).x[i / 2];
-  return z.vector();
-}
 
 // ---- AVX512_BF16. Volume 2, VDPBF16PS: the odd products first, each a fused multiply-add.
 inline __m512 _mm512_dpbf16_ps(__m512 sum, __m512bh a, __m512bh b) {

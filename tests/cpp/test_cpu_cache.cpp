@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <limits>
 #include <numeric>
 #include <random>
@@ -250,6 +251,37 @@ int check_attention(Case& c, int threads) {
   return differences(c.out, c.dense_out, 1e-4f) + differences(c.lse, c.dense_lse, 1e-4f);
 }
 
+// Queries of 16 bits, for which int8 and int4 are multiplied as integers.
+int check_rounded(Case& c, int threads) {
+  std::vector<uint16_t> q, out(c.out.size());
+  for (float& x : c.q) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    q.push_back(static_cast<uint16_t>(bits >> 16));
+    bits &= 0xffff0000u;
+    std::memcpy(&x, &bits, sizeof x);
+  }
+  gqa::cpu::attention_forward(dense_params(c), {threads, run_on_threads});
+  int wrong = 0;
+  for (bool lse_wanted : {false, true}) {
+    AttentionParams p = cache_params(c);
+    p.q = q.data();
+    p.out = out.data();
+    p.dtype = DType::kBFloat16;
+    p.lse_wanted = lse_wanted;
+    gqa::cpu::attention_forward(p, {threads, run_on_threads});
+    for (size_t i = 0; i < out.size(); ++i) {
+      const uint32_t bits = static_cast<uint32_t>(out[i]) << 16;
+      float got;
+      std::memcpy(&got, &bits, sizeof got);
+      const float expected = c.dense_out[i];
+      wrong += !(std::fabs(got - expected) <= 0x1p-8f * std::fabs(expected) + 1e-3f);
+    }
+    wrong += differences(c.lse, c.dense_lse, lse_wanted ? 1e-5f : 1e-3f);
+  }
+  return wrong;
+}
+
 // Appends the dense values behind the lengths, with scales of each row, and reads them back: no
 // number may be farther away than half a step of its row.
 int check_append(Case& c, int threads) {
@@ -325,7 +357,9 @@ int main(int argc, char** argv) {
       std::mt19937 random(seed);
       Case c = make_case(random);
       const int threads = seed % 3 == 0 ? 1 : 4;
-      const int attention = check_attention(c, threads), append = check_append(c, threads);
+      int attention = check_attention(c, threads);
+      if (c.format != DType::kFloat32) attention += check_rounded(c, threads);
+      const int append = check_append(c, threads);
       if (attention + append > 0) {
         std::printf("%s seed %u, format %d: %d wrong in attention, %d after an append\n", isa, seed,
                     static_cast<int>(c.format), attention, append);

@@ -94,6 +94,55 @@ void test_int4() {
   expect_parts("int4", numbers, expected);
 }
 
+// Products of words, by the definitions in vec_portable.h.
+void test_words() {
+  Int8 bytes[2][64];
+  Int4Pair nibbles[2][32];
+  const auto nibble = [&](int row, int i) {
+    const int bits = nibbles[row][i / 2].bits;
+    return (i % 2 ? bits >> 4 : bits & 15) - 8;
+  };
+  for (int row = 0; row < 2; ++row) {
+    for (int i = 0; i < 64; ++i) bytes[row][i].value = static_cast<int8_t>(i * 37 + row * 91);
+    for (int i = 0; i < 32; ++i) nibbles[row][i].bits = static_cast<uint8_t>(i * 53 + row * 17);
+  }
+  const auto word = [](Vec::I x, int i) {
+    int16_t words[32];
+    std::memcpy(words, &x, sizeof words);
+    return words[i];
+  };
+  const auto check = [](const char* what, int got, int expected) {
+    expect(got == expected, what, got, expected);
+  };
+  Vec::I x[2];
+  Vec::load_words(bytes[0], x[0], x[1]);
+  for (int i = 0; i < 64; ++i) check("int8", word(x[i / 32], i % 32), bytes[0][i].value);
+  Vec::load_words(nibbles[0], x[0], x[1]);
+  for (int i = 0; i < 64; ++i) check("int4", word(x[i % 2], i / 2), nibble(0, i));
+  Vec::load_pairs(bytes[0], bytes[1], x[0], x[1]);
+  for (int i = 0; i < 64; ++i) {
+    check("pairs of int8", word(x[i / 32], i % 32), bytes[i % 2][i / 2].value);
+  }
+  Vec::load_pairs(nibbles[0], nibbles[1], x[0], x[1]);
+  for (int i = 0; i < 64; ++i) {
+    check("pairs of int4", word(x[i / 2 % 2], i / 4 * 2 + i % 2), nibble(i % 2, i / 2));
+  }
+  int16_t words[32];
+  Vec::store_words(words, Vec::add(Vec::iota(), Vec::set1(-32767.4f)));
+  check("words of floats", words[1], -32766);
+  Vec::store_words(words, Vec::set1(40000.0f));
+  check("words of large floats", words[3], 32767);
+  for (int i = 0; i < 32; ++i) words[i] = static_cast<int16_t>(i * 1000 - 16000);
+  Vec::I sum = Vec::zero_words();
+  Vec::add_products(sum, Vec::load_words(words), Vec::set_pair(words + 4));
+  Vec::add_products(sum, Vec::load_words(words), Vec::set_pair(words + 4));
+  const Vec::F sums = Vec::to_float(sum);
+  for (int i = 0; i < 16; ++i) {
+    const int expected = 2 * (words[2 * i] * words[4] + words[2 * i + 1] * words[5]);
+    expect(sums[i] == static_cast<float>(expected), "products", sums[i], expected);
+  }
+}
+
 float float_of(uint32_t bits) {
   float x;
   std::memcpy(&x, &bits, sizeof x);
@@ -240,6 +289,7 @@ int main() {
   test_loads<Float8E5M2, uint8_t>("e5m2", 0x100);
   test_loads<Int8, uint8_t>("int8", 0x100);
   test_int4();
+  test_words();
   test_rounding();
   test_lanes();
   test_dot_products();

@@ -1,0 +1,110 @@
+// The loops of the two products of a tile with few rows (decode): which rows and keys are taken
+// together, and when the next rows of K and V are asked for. What is done with them is the derived
+// class's: products_direct.h multiplies floats, products_integer.h integers.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "isa.h"
+#include "kv_rows.h"
+#include "tile.h"
+
+namespace gqa::cpu::GQA_ISA {
+
+// Derived has
+//   dot_rows<kRows>(r, key)          s[r + i, key + j] = q[r + i] . k[key + j], for j < kRowStep
+//   add_rows<kRows>(r, keys, ahead)  o[r + i] += sum over keys of p[r + i, key] * v[key], calling
+//                                    ahead.step() for every vector of columns
+// and leaves o, where V::kSplits<S>, with even and odd columns of every two vectors apart.
+template <class Derived, class V, class S>
+class DirectLoops {
+ public:
+  using Probability = float;
+  static constexpr float score_unit(int) { return 1.0f; }
+  static constexpr RowBlocks kBlocks{1, kMaxDirectRows};
+  static constexpr int kStrip = kMaxDirectRows;  // all rows share one StripKeys
+
+  DirectLoops(const AttentionParams& params, Tile<V>& tile)
+      : tile_(tile), head_dim_(params.head_dim), value_head_dim_(params.value_head_dim) {}
+
+  // After the last tile: o in its own order again.
+  void end(int rows) {
+    if (!V::template kSplits<S>) return;
+    for (int r = 0; r < rows; ++r) {
+      float* o = tile_.o + r * tile_.layout.o_ld;
+      for (int64_t d = 0; d < tile_.layout.o_ld; d += 2 * kW) {
+        typename V::F x0 = V::load(o + d), x1 = V::load(o + d + kW);
+        V::join(x0, x1);
+        V::store(o + d, x0);
+        V::store(o + d + kW, x1);
+      }
+    }
+  }
+
+  // k_rows: of a whole number of kRowStep keys; next_k_rows: the rows of the tile after this one
+  void begin_tile(const S* const* k_rows, const S* const* v_rows, int, const S* const* next_k_rows,
+                  int next_n) {
+    k_rows_ = k_rows;
+    v_rows_ = v_rows;
+    next_k_rows_ = next_k_rows;
+    next_n_ = next_n;
+  }
+
+  // s = q . k for the keys that are needed; asks for the tile's V rows
+  void scores(int, int rows, const StripKeys* strips) {
+    const StripKeys need = strips[0];
+    const int first = need.begin / kRowStep * kRowStep;
+    Prefetcher<S> ahead(v_rows_ + need.begin, need.end - need.begin, value_head_dim_,
+                        (need.end - first + kRowStep - 1) / kRowStep);
+    const int num_blocks = (rows + kStripRows - 1) / kStripRows;
+    for (int key = first; key < need.end; key += kRowStep) {
+      ahead.step();
+      // Blocks of rows as equal as can be: few rows keep few sums, and widen K no cheaper.
+      for (int r = 0, blocks = num_blocks; blocks > 0; --blocks) {
+        const int n = (rows - r + blocks - 1) / blocks;
+        with_count(n, [&](auto count) { derived().template dot_rows<count()>(r, key); });
+        r += n;
+      }
+    }
+  }
+
+  // o += p . v; asks for the next tile's K rows
+  void accumulate(int, int rows, const StripKeys* strips) {
+    const int64_t steps = (rows + kStripRows - 1) / kStripRows * (tile_.layout.o_ld / kW);
+    Prefetcher<S> ahead(next_k_rows_, next_n_, head_dim_, static_cast<int>(steps));
+    for (int r = 0; r < rows; r += kStripRows) {
+      const int n = rows - r < kStripRows ? rows - r : kStripRows;
+      with_count(n, [&](auto count) { derived().template add_rows<count()>(r, strips[0], ahead); });
+    }
+  }
+
+ protected:
+  Tile<V>& tile_;
+  int64_t head_dim_, value_head_dim_;
+  const S* const* k_rows_ = nullptr;
+  const S* const* v_rows_ = nullptr;
+
+ private:
+  static constexpr int kW = V::kWidth;
+
+  Derived& derived() { return static_cast<Derived&>(*this); }
+
+  // visit(n as a constant) for n from 1 to kStripRows.
+  template <class Visit>
+  static GQA_INLINE void with_count(int n, Visit visit) {
+    switch (n) {
+      case 1: return visit(std::integral_constant<int, 1>());
+      case 2: return visit(std::integral_constant<int, 2>());
+      case 3: return visit(std::integral_constant<int, 3>());
+      case 4: return visit(std::integral_constant<int, 4>());
+      case 5: return visit(std::integral_constant<int, 5>());
+      case 6: return visit(std::integral_constant<int, 6>());
+    }
+  }
+
+  const S* const* next_k_rows_ = nullptr;
+  int next_n_ = 0;
+};
+
+}  // namespace gqa::cpu::GQA_ISA
