@@ -18,6 +18,7 @@
 #include "../../common/mma.cuh"
 #include "../../common/ptx.cuh"
 #include "../../common/softmax.cuh"
+#include "../../common/state.cuh"
 #include "../hidden_keys.cuh"
 #include "../products.cuh"
 #include "../query_tile.cuh"
@@ -51,6 +52,35 @@ template <class C>
 __device__ __forceinline__ float* slope_sum_of(const BackwardArgs& args, const QueryTile& tile) {
   const int64_t pair = tile.b * args.params.call.num_heads + tile.head;
   return args.slope_sums + pair * args.slope_blocks + tile.token / C::kBlockM;
+}
+
+// A lane's part of the gradient of the slope, of the warp's rows.
+template <class C>
+__device__ __forceinline__ float slope_gradient(const BackwardArgs& args, const QueryTile& tile,
+                                                int warp_token,
+                                                const RowSums (&sums)[C::kRowTiles][2]) {
+  const Queries queries{tile.q_batch, tile.first_token, tile.q_len};
+  float gradient = 0.0f;
+#pragma unroll
+  for (int m = 0; m < C::kRowTiles; ++m) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      RowSums row = sums[m][h];
+#pragma unroll
+      for (int lanes = 2; lanes > 0; lanes /= 2) {  // the four lanes that share a row
+        row.dp += __shfl_xor_sync(~0u, row.dp, lanes);
+        row.distance += __shfl_xor_sync(~0u, row.distance, lanes);
+        row.dp_distance += __shfl_xor_sync(~0u, row.dp_distance, lanes);
+      }
+      // Rows that see no key, or are past the last token, have no LSE to take a gradient of.
+      if (threadIdx.x % 4 != 0 || row.distance == 0.0f) continue;
+      const int64_t at =
+          lse_offset(args.params.call, queries, tile.head, lane_token(warp_token, m, h));
+      const float dlse = args.params.dlse == nullptr ? 0.0f : args.params.dlse[at];
+      gradient += fmaf(row.dp - dlse, row.distance, -row.dp_distance);
+    }
+  }
+  return gradient;
 }
 
 // The rows of the sequence's first key in the tile's heads of K and V.
@@ -173,7 +203,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinCtas)
   __syncthreads();  // Q and dO
   const OwnRows<C> q(q_base + own_rows, offsets), dout(dout_base + own_rows, offsets);
   Output<C> dq = {};
-  float slope_sum = 0.0f;
+  RowSums sums[C::kRowTiles][2] = {};
   for (int turn = 0; first_key < end_key; turn ^= 1, first_key += C::kBlockN) {
     cp_async_wait<0>();
     __syncthreads();  // this step's tiles; and every warp is done with those before it
@@ -196,8 +226,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinCtas)
           hide_keys<C>(scores, call, tile.length, tile.q_len, warp_token, first_key);
         }
       }
-      gradients_by_token<T, C, kGeneral>(ds, slope_sum, scores, dp, args, tile, warp_token,
-                                         first_key, numbers);
+      gradients_by_token<T, C, kGeneral>(ds, sums, scores, dp, args, tile, warp_token, first_key,
+                                         numbers);
     }
     add_weighted_rows<T, C>(dq, ds, TileFragments(k_slot, offsets.qv));
   }
@@ -207,15 +237,13 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinCtas)
                        params.dq_stride.s, min(C::kWarpRows, tile.q_len - warp_token),
                        call.head_dim, q_base + own_rows, dq, call.scale);
   if (kGeneral && args.slope_sums != nullptr) {
+    float sum = slope_gradient<C>(args, tile, warp_token, sums);
 #pragma unroll
-    for (int lanes = 16; lanes > 0; lanes /= 2) {
-      slope_sum += __shfl_xor_sync(~0u, slope_sum, lanes);
-    }
-    if (threadIdx.x % 32 == 0) warp_sums[warp] = slope_sum;
+    for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(~0u, sum, lanes);
+    if (threadIdx.x % 32 == 0) warp_sums[warp] = sum;
     __syncthreads();  // warp_sums
     if (threadIdx.x == 0) {
-      float sum = 0.0f;
-      for (int w = 0; w < C::kWarps; ++w) sum += warp_sums[w];
+      for (int w = 1; w < C::kWarps; ++w) sum += warp_sums[w];
       *slope_sum_of<C>(args, tile) = sum;
     }
   }
