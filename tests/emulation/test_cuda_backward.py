@@ -223,6 +223,18 @@ def test_invalid_map_entries(value_map: list[int] | None):
     check_gradients(found, q[:, :1], k, v, HeadMap([1], num_kv_heads=3), **options, **one)
 
 
+@pytest.mark.parametrize("seed, names", [(37, ("alibi_slopes", "sinks")), (12, ("sinks",))])
+def test_gradients_of_one_slope_and_one_sink(seed: int, names: tuple[str, ...]):
+    """Draws in which these were too wrong with the delta of the output, which is rounded."""
+    one = HeadMap([0])
+    q, k, v = make_inputs(1, one, 20, 70, 64, dtype=torch.bfloat16, seed=seed)
+    drawn = torch.rand(2, 1, generator=torch.Generator().manual_seed(seed))
+    options = dict(zip(("alibi_slopes", "sinks"), drawn, strict=True))
+    options = {"causal": True, **{name: options[name] for name in names}}
+    found = differentiate(AttentionInputs.create(q, k, v, one, **options))
+    check_gradients(found, q, k, v, one, **options)
+
+
 def test_what_it_declines():
     q, k, v = make_inputs(1, SMALL, 3, 5, 16, dtype=torch.bfloat16)
     inputs = AttentionInputs.create(q, k, v, SMALL)
@@ -293,6 +305,7 @@ def test_main_loop_counters(head_dim: int, dtype: torch.dtype):
             ("delta-dropped", "gradients.cuh", "dp - numbers.delta", "dp"),
             ("cap-without-slope", "gradients.cuh", "fmaf(-tanh, tanh, 1.0f)", "1.0f"),
             ("lse-gradient-dropped", "numbers.cu", "delta -= params.dlse[at]", "delta -= 0"),
+            ("lse-gradient-not-in-sums", "q_kernel.cuh", "delta -= args.params", "args.params"),
             ("unseen-rows-kept", "numbers.cu", "lse != minus_infinity()", "true"),
             ("a-head-skipped", "kv_walk.cuh", "step.head + 1)", "step.head + 2)"),
             ("tokens-cut-short", "kv_walk.cuh", "window_left + 1", "window_left"),

@@ -29,10 +29,10 @@ struct ElementGradient {
   float p, ds;
 };
 
-// A lane's sums over a token's keys, for the gradient of the head's ALiBi slope: sum of dS *
-// -distance, dS before the softcap's derivative. delta in it is summed anew. RowNumbers' comes from
-// the output as it was stored, and that rounding would show where a row's dS, which sum to about 0,
-// are added up.
+// A lane's sums over a token's keys, for the gradients of the head's ALiBi slope (sum of dS *
+// -distance, dS before the softcap's derivative) and its sink (minus its probability times delta).
+// delta in them is summed anew. RowNumbers' comes from the output as it was stored, and that
+// rounding would show in them, which have whole rows, whose dS sum to about 0, in one number.
 struct RowSums {
   float dp;           // P * dP
   float distance;     // P * distance
@@ -156,8 +156,8 @@ __device__ __forceinline__ void gradients_by_key(Probabilities<C>& p, Probabilit
 }
 
 // Rows are tokens, `warp_token` on; columns keys, `first_key` on, hidden ones already -inf in the
-// plain kernel. Adds to `sums` in the general one.
-template <class T, class C, bool kGeneral>
+// plain kernel. kSums: adds to `sums`; in the plain kernel, which has no slopes, to dp.
+template <class T, class C, bool kGeneral, bool kSums>
 __device__ __forceinline__ void gradients_by_token(Probabilities<C>& ds,
                                                    RowSums (&sums)[C::kRowTiles][2],
                                                    const Scores<C>& scores, const Scores<C>& dp,
@@ -193,6 +193,7 @@ __device__ __forceinline__ void gradients_by_token(Probabilities<C>& ds,
             sums[m][h].add(of[e].p, dp_e, static_cast<float>(abs(row.position - key)));
           } else {
             of[e] = plain_gradient(args, dot, dp_e, numbers[m][h]);
+            if constexpr (kSums) sums[m][h].dp = fmaf(of[e].p, dp_e, sums[m][h].dp);
           }
         }
         ds[m][n / 2][n % 2 * 2 + h] = pack<T>(of[0].ds, of[1].ds);
