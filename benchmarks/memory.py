@@ -1,10 +1,13 @@
 """Peak memory of a training step's attention, forward and backward: ours against expand + SDPA.
 
-    python -m benchmarks.memory [--model llama-3.2-1b] [--map 9-7-5-4-3-2-1-1] [--length 4096]
+    python -m benchmarks.memory [--save]
+    python -m benchmarks.memory --model llama-3.2-1b [--map 9-7-5-4-3-2-1-1] [--length 4096]
 
 Each runs in a process of its own on the CPU; what counts is how far its resident memory rises above
 where it was with the inputs made. Expand + SDPA keeps K and V expanded for its backward, and makes
 gradients of the same size before they come down to the KV heads.
+
+``--save`` writes results/DEVICE/memory.json; ``python -m benchmarks.report`` makes a table of it.
 """
 
 from __future__ import annotations
@@ -20,12 +23,15 @@ import torch
 
 from .backward import BackwardBackend, BackwardProblem, BackwardSdpa
 from .cases import Case
+from .harness import row_key
 from .models import MODELS, SKEWED
+from .results import FOLDER, Results, Row, folder_name, header
 
 CONTESTANTS = {
     "cpu": lambda: BackwardBackend("cpu"),
     "expand+sdpa": lambda: BackwardSdpa("expand+sdpa"),
 }
+MODELS_AND_TYPES = (("llama-3.2-1b", "float32"), ("llama-3-8b", "bfloat16"))  # unless given
 MIB = 2**20
 
 
@@ -45,6 +51,21 @@ def rise(case: Case, contestant: str) -> int:
     if result.returncode != 0:
         raise RuntimeError(result.stderr[-2000:])
     return int(result.stdout.split()[-1])
+
+
+def measure(case: Case) -> list[Row]:
+    """A row for each contestant."""
+    return [
+        {
+            "key": row_key(case, name),
+            "case_key": case.key,
+            "case": case.facts,
+            "contestant": name,
+            "peak_bytes": rise(case, name),
+            "expanded_bytes": expanded_bytes(case),
+        }
+        for name in CONTESTANTS
+    ]
 
 
 def _child(model: str, head_map: str, length: str, dtype: str, contestant: str) -> int:
@@ -76,15 +97,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[:1] == ["--child"]:
         return _child(*argv[1:])
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__)
-    parser.add_argument("--model", choices=MODELS, default="llama-3.2-1b")
+    parser.add_argument("--model", choices=MODELS, help="default: two of them, 4,096 tokens")
     parser.add_argument("--map", default=SKEWED)
     parser.add_argument("--length", type=int, default=4096)
-    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--dtype", default="float32", help="of --model")
+    parser.add_argument("--save", action="store_true", help="write results/DEVICE/memory.json")
     arguments = parser.parse_args(argv)
-    case = _case(arguments.model, arguments.map, arguments.length, arguments.dtype)
-    print(f"{case.key}: expanded K, V and their gradients {expanded_bytes(case) / MIB:.0f} MiB")
-    for name in CONTESTANTS:
-        print(f"{name}: peak rises by {rise(case, name) / MIB:.0f} MiB", flush=True)
+    chosen = [(arguments.model, arguments.dtype)] if arguments.model else MODELS_AND_TYPES
+    about = header(torch.device("cpu"), "memory", dict.fromkeys(CONTESTANTS, "available"))
+    results = Results(about)
+    for model, dtype in chosen:
+        case = _case(model, arguments.map, arguments.length, dtype)
+        expanded = expanded_bytes(case) / MIB
+        print(f"{case.key}: expanded K, V and their gradients {expanded:.0f} MiB", flush=True)
+        rows = measure(case)
+        for row in rows:
+            print(f"{row['contestant']}: peak rises by {row['peak_bytes'] / MIB:.0f} MiB")
+        results.add(rows)
+        if arguments.save:
+            results.save(FOLDER / folder_name(about) / "memory.json")
     return 0
 
 

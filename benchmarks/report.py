@@ -22,6 +22,7 @@ BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 SUITE_ORDER = ("gpu", "cpu", "quick")  # of which a device's README block shows the first it has
 SCALING = ("scaling", "scaling-gpu")  # whose cases stand in one table of fits
 README_FIGURES = ("roofline", "bandwidth", "scaling")
+MEMORY = "memory"  # results without times
 OTHER_RESULTS = ("generate", "grouping", "recovery", "train-demo")  # they have their own reports
 TITLES = {
     "decode": "Decode",
@@ -51,18 +52,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def load_all(folder: Path) -> dict[str, dict[str, Results]]:
-    """By device folder and suite."""
+    """By device folder and suite, what was timed."""
     found: dict[str, dict[str, Results]] = {}
     for path in sorted(folder.glob("*/*.json")):
-        if path.parent.name in OTHER_RESULTS:
+        if path.parent.name in OTHER_RESULTS or path.stem == MEMORY:
             continue
         found.setdefault(path.parent.name, {})[path.stem] = Results.load(path)
     return found
 
 
+def load_memory(folder: Path) -> Results | None:
+    """Of a device's folder."""
+    path = folder / f"{MEMORY}.json"
+    return Results.load(path) if path.exists() else None
+
+
 def write(devices: dict[str, dict[str, Results]], folder: Path, readme: Path) -> None:
     for name, suites in devices.items():
-        (folder / name / "report.md").write_text(device_report(name, suites), encoding="utf-8")
+        text = device_report(suites, load_memory(folder / name))
+        (folder / name / "report.md").write_text(text, encoding="utf-8")
         drawn = figures(newest_suite(suites), suites.values())
         for figure in drawn:
             if not is_current(figure, folder / name):
@@ -77,8 +85,8 @@ def find_stale(devices: dict[str, dict[str, Results]], folder: Path, readme: Pat
     """Files that :func:`write` would change."""
     stale = []
     for name, suites in devices.items():
-        path = folder / name / "report.md"
-        if not path.exists() or path.read_text(encoding="utf-8") != device_report(name, suites):
+        path, text = folder / name / "report.md", device_report(suites, load_memory(folder / name))
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
             stale.append(f"{name}/{path.name}")
         drawn = figures(newest_suite(suites), suites.values())
         stale += [f"{name}/{f.file}" for f in drawn if not is_current(f, folder / name)]
@@ -120,14 +128,16 @@ def readme_block(devices: dict[str, dict[str, Results]], folder: Path, readme: P
             parts.append("Peers' times are in multiples of ours; bold: faster than ours.")
             parts.append(table)
         parts.append(tables.score(results))
+        memory = load_memory(folder / name)
+        parts += [tables.peaks(memory)] if memory else []
         drawn = [f for f in figures(results, suites.values()) if f.name in README_FIGURES]
         parts.append("\n".join(f"![{f.title}]({where.as_posix()}/{f.file})" for f in drawn))
         parts.append(f"[All cases]({where.as_posix()}/report.md)")
     return "".join(f"\n{part}\n" for part in parts if part) + "\n"
 
 
-def device_report(name: str, suites: dict[str, Results]) -> str:
-    """All cases of all suites of a device."""
+def device_report(suites: dict[str, Results], memory: Results | None) -> str:
+    """All cases of all suites of a device, and of its memory."""
     parts = [
         f"# {suites[next(iter(suites))].header['device']}",
         "Written by `python -m benchmarks.report` from the JSON files beside it. Columns: "
@@ -151,6 +161,8 @@ def device_report(name: str, suites: dict[str, Results]) -> str:
         parts.append(
             "\n".join(f"- {', '.join(names)}: {reason}" for reason, names in absent.items())
         )
+    if memory:
+        parts += ["## Peak memory", tables.provenance(memory.header), tables.peaks(memory)]
     drawn = figures(newest_suite(suites), suites.values())
     parts += ["## Figures"] if drawn else []
     parts += [f"![{figure.title}]({figure.file})" for figure in drawn]

@@ -67,18 +67,20 @@ def provenance(header: dict) -> str:
     """Device, threads, versions, commit and limits, in a line or two."""
     versions = ", ".join(f"{name} {version}" for name, version in header["versions"].items())
     driver = f", driver {header['driver']}" if header.get("driver") else ""
-    limits = header.get("limits") or {"memory": [], "compute": {}}
+    took = f", {header['seconds'] / 60:.1f} minutes" if header.get("seconds") else ""
+    about = (
+        f"{header['device']}{driver}, {header['threads']} CPU threads; {versions}; "
+        f"commit {header['commit']}; {header['date']}{took}."
+    )
+    if not header.get("limits"):
+        return about
+    limits = header["limits"]
     memory = ", ".join(
         f"{entry['rate'] / 1e9:.1f} GB/s ({size(entry['bytes'])})"
         for entry in limits["memory"][-1:]
     )
     compute = ", ".join(f"{name} {flops(value)}" for name, value in limits["compute"].items())
-    took = f", {header['seconds'] / 60:.1f} minutes" if header.get("seconds") else ""
-    return (
-        f"{header['device']}{driver}, {header['threads']} CPU threads; {versions}; "
-        f"commit {header['commit']}; {header['date']}{took}. "
-        f"Limits measured in the run: memory {memory}; matrix product {compute}."
-    )
+    return f"{about} Limits measured in the run: memory {memory}; matrix product {compute}."
 
 
 def comparison(
@@ -248,6 +250,18 @@ def fits(results: Results) -> dict[tuple[str, str], Fit]:
         ).items()
     }
     return dict(sorted(found.items(), key=lambda item: list(AXES).index(item[0][0])))
+
+
+def peaks(results: Results) -> str:
+    """Table of how far a training step's attention raises the peak of memory, and what K
+    and V expanded to all query heads, and their gradients, take."""
+    heads = ["ours", "expand + SDPA", "less", "K, V, dK, dV expanded"]
+    lines = [_line(["peak memory of forward and backward", *heads]), _line(["---"] + ["---:"] * 4)]
+    for c in by_case(results):
+        ours, expanded = c.rows["cpu"], c.rows["expand+sdpa"]["peak_bytes"]
+        sizes = [ours["peak_bytes"], expanded, expanded - ours["peak_bytes"]]
+        lines.append(_line([describe(c.case), *map(size, [*sizes, ours["expanded_bytes"]])]))
+    return "\n".join(lines)
 
 
 def refusals(results: Results) -> str:

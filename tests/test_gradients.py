@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from gqa_kernels import HeadMap, asym_gqa_attention, explain_backend
 from gqa_kernels.backends.dispatch import BACKENDS
@@ -213,6 +214,24 @@ def test_torch_func_needs_the_reference(backend, device):
 
 
 @pytest.mark.parametrize("backend", FUSED)
+def test_what_is_kept_for_the_backward(backend, device):
+    """q, k, v, out and LSE, no copies of them, and what is as small as a map."""
+    args = make_inputs(
+        1, UNEVEN, 33, 65, 16, dtype=widest(backend), device=device, requires_grad=True
+    )
+    kept = {}
+
+    def pack(x):
+        kept[x.untyped_storage().data_ptr()] = x.numel()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        results = asym_gqa_attention(*args, UNEVEN, causal=True, return_lse=True, backend=backend)
+    large = {storage for storage, numel in kept.items() if numel > 8 * UNEVEN.num_heads}
+    assert large == {x.untyped_storage().data_ptr() for x in (*args, *results)}
+
+
+@pytest.mark.parametrize("backend", FUSED)
 def test_activation_checkpointing(backend, device):
     q, k, v = make_inputs(
         1, UNEVEN, 12, 12, 16, dtype=widest(backend), device=device, requires_grad=True
@@ -240,7 +259,9 @@ def test_autocast_is_sdpas(backend, device):
     with torch.autocast(device, dtype=torch.bfloat16):
         out = asym_gqa_attention(q, k.bfloat16(), v, UNEVEN, backend=backend)
         double = asym_gqa_attention(q.double(), k.double(), v.double(), UNEVEN)
-    assert out.dtype == torch.bfloat16 and double.dtype == torch.float64
+        expanded = q, k.bfloat16()[:, UNEVEN.entries], v[:, UNEVEN.entries]
+        assert out.dtype == sdpa(*expanded).dtype == torch.bfloat16
+        assert double.dtype == sdpa(*(x.double() for x in expanded)).dtype == torch.float64
     expected = asym_gqa_attention(*(x.bfloat16() for x in (q, k, v)), UNEVEN, backend=backend)
     assert torch.equal(out, expected)
     out.float().sum().backward()

@@ -2,10 +2,10 @@
 
 import pytest
 
-from benchmarks import report
+from benchmarks import memory, report
 from benchmarks.cases import decode, prefill
 from benchmarks.harness import row_key
-from benchmarks.models import MILD
+from benchmarks.models import MILD, SKEWED
 from benchmarks.results import FOLDER, Results
 from benchmarks.search import SearchCase
 from benchmarks.suites import BOTH
@@ -122,6 +122,26 @@ def test_tables_show_wins_and_losses_and_where_they_were_measured(place, tmp_pat
     assert "| exact | 1.00 ms, proved optimal |" in written and "objective" not in readme
     assert "sdpa-per-size wrong: out: error 1 exceeds 0.1" in written
     assert "- fa3-rows: needs a CUDA GPU" in written
+
+
+def test_peak_memory_has_a_table(place, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    case = memory._case("llama-3.2-1b", SKEWED, 4096, "float32")
+    facts = {"case_key": case.key, "case": case.facts, "expanded_bytes": 128 << 20}
+    peaks = {"cpu": 83 << 20, "expand+sdpa": 226 << 20}
+    rows = [
+        {"key": row_key(case, name), "contestant": name, "peak_bytes": peak, **facts}
+        for name, peak in peaks.items()
+    ]
+    about = {**HEADER, "suite": "memory", "limits": None}
+    Results(about, rows).save(tmp_path / "results" / "test-cpu" / "memory.json")
+    assert report.main(place) == 0 and report.main([*place, "--check"]) == 0
+    cells = "4096 keys, float32 | 83 MiB | 226 MiB | 143 MiB | 128 MiB |"
+    for path in (tmp_path / "README.md", tmp_path / "results" / "test-cpu" / "report.md"):
+        assert cells in path.read_text() and "faster on 9 of 9 cases" in path.read_text()
+    (tmp_path / "results" / "test-cpu" / "memory.json").unlink()
+    assert report.main([*place, "--check"]) == 1
+    assert "test-cpu/report.md is stale" in capsys.readouterr().err
 
 
 def test_markers_are_required():

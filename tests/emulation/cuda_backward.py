@@ -39,15 +39,16 @@ def phase_for(inputs: AttentionInputs) -> Phase:
 def make_backward_call(
     inputs: AttentionInputs, use_lse: bool = True, head_map: Tensor | None = None
 ) -> Call:
-    """What the host code passes for these inputs: out and LSE are eager's, dout (in the inputs'
-    layout) and dlse random, gradients full of NaN.
+    """What the host code passes for these inputs: out and LSE as a forward kernel gives them (fp32
+    but for P and out, which are rounded), dout (in the inputs' layout) and dlse random, gradients
+    full of NaN.
 
     Args:
         use_lse: whether the LSE has a gradient.
         head_map: int32 in place of the inputs' map, which can't hold invalid entries.
     """
     forward = make_call(inputs, head_map=head_map)
-    out, lse = reference_attention(inputs, inputs.dtype, True)
+    out, lse = reference_attention(inputs, base2=True)
     forward.out.copy_(out)
     forward.lse.copy_(lse)
     return _with_gradients(forward, inputs, use_lse, inputs.k.shape[2])
@@ -101,7 +102,7 @@ def make_packed_call(packed: Packed) -> Call:
         rows, _ = packed.tokens(b)
         part = packed.sequence(b)
         if part.q_len:
-            out, lse = reference_attention(part, inputs.dtype, True)
+            out, lse = reference_attention(part, base2=True)
             forward.out[:, :, rows], forward.lse[:, :, rows] = out, lse
     call = _with_gradients(forward, inputs, True, int(k_offsets.diff().max()) + 100)
     for name in ("dout", "dlse"):

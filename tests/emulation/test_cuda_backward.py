@@ -208,8 +208,7 @@ def test_invalid_map_entries(value_map: list[int] | None):
     """As a device tensor may hold them: NaN in dQ of these heads and nowhere else, nothing read."""
     value_map = None if value_map is None else HeadMap(value_map, num_kv_heads=3)
     q, k, v = make_inputs(1, SMALL, 20, 70, 64, dtype=torch.bfloat16, value_head_map=value_map)
-    slopes, sinks = torch.rand(2, 3, generator=torch.Generator().manual_seed(0))
-    options = {"causal": True, "alibi_slopes": slopes, "sinks": sinks}
+    options = {"causal": True, "alibi_slopes": torch.rand(3), "sinks": torch.rand(3)}
     inputs = AttentionInputs.create(q, k, v, SMALL, value_head_map=value_map, **options)
     found = differentiate(inputs, head_map=torch.tensor([1, -1, 3], dtype=torch.int32))
     assert found.gradients["q"][:, 1:].isnan().all()
@@ -222,6 +221,18 @@ def test_invalid_map_entries(value_map: list[int] | None):
     one = {"value_head_map": HeadMap([0], num_kv_heads=3)} if value_map else {}
     found = replace(found, dout=found.dout[:, :1], dlse=found.dlse[:, :1])
     check_gradients(found, q[:, :1], k, v, HeadMap([1], num_kv_heads=3), **options, **one)
+
+
+@pytest.mark.parametrize("seed, names", [(37, ("alibi_slopes", "sinks")), (12, ("sinks",))])
+def test_gradients_of_one_slope_and_one_sink(seed: int, names: tuple[str, ...]):
+    """Draws in which these were too wrong with the delta of the output, which is rounded."""
+    one = HeadMap([0])
+    q, k, v = make_inputs(1, one, 20, 70, 64, dtype=torch.bfloat16, seed=seed)
+    drawn = torch.rand(2, 1, generator=torch.Generator().manual_seed(seed))
+    options = dict(zip(("alibi_slopes", "sinks"), drawn, strict=True))
+    options = {"causal": True, **{name: options[name] for name in names}}
+    found = differentiate(AttentionInputs.create(q, k, v, one, **options))
+    check_gradients(found, q, k, v, one, **options)
 
 
 def test_what_it_declines():
@@ -294,6 +305,7 @@ def test_main_loop_counters(head_dim: int, dtype: torch.dtype):
             ("delta-dropped", "gradients.cuh", "dp - numbers.delta", "dp"),
             ("cap-without-slope", "gradients.cuh", "fmaf(-tanh, tanh, 1.0f)", "1.0f"),
             ("lse-gradient-dropped", "numbers.cu", "delta -= params.dlse[at]", "delta -= 0"),
+            ("lse-gradient-not-in-sums", "q_kernel.cuh", "delta -= args.params", "args.params"),
             ("unseen-rows-kept", "numbers.cu", "lse != minus_infinity()", "true"),
             ("a-head-skipped", "kv_walk.cuh", "step.head + 1)", "step.head + 2)"),
             ("tokens-cut-short", "kv_walk.cuh", "window_left + 1", "window_left"),

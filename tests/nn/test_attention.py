@@ -122,18 +122,43 @@ def test_changing_the_map_compiles_once():
 
 
 @pytest.mark.parametrize("kind", ALLOCATIONS)
-def test_allocations_compile(kind):
+def test_allocations_compile_once(kind):
     torch._dynamo.reset()
     attention, eager = module(allocation=kind, window=1), module(allocation=kind, window=1)
-    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(attention, fullgraph=True, backend=counter)
     x = torch.randn(2, 5, 24)
-    for _ in range(3):
+    for _ in range(4):
         torch.testing.assert_close(compiled(x), eager(x))
         step_allocations(attention)
         step_allocations(eager)
         assert torch.equal(attention.head_map, eager.head_map)
         x = x.flip(-1)
+    assert counter.frame_count == 1
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("kind", ALLOCATIONS)
+def test_allocations_with_activation_checkpointing(kind):
+    """The forward that is run again has the map of the first, and writes the same one."""
+    results = []
+    for recompute in (False, True):
+        attention, x = module(allocation=kind, window=1, dropout=0.2), torch.randn(2, 5, 24)
+        gradients = []
+        for _ in range(3):
+            attention.zero_grad()
+            if recompute:
+                out = torch.utils.checkpoint.checkpoint(attention, x, use_reentrant=False)
+            else:
+                out = attention(x)
+            out.square().sum().backward()
+            gradients += [p.grad for p in attention.parameters()]
+            step_allocations(attention)
+            x = x.flip(-1)
+        results.append((gradients, attention.state_dict()))
+    (expected, state), (found, state_again) = results
+    assert all(map(torch.equal, found, expected))
+    assert all(map(torch.equal, state_again.values(), state.values()))
 
 
 @pytest.mark.parametrize(

@@ -19,13 +19,18 @@ struct alignas(8) RowNumbers {
   float lse, delta;
 };
 
+// What rows of a head add to the gradients of its ALiBi slope and its sink.
+struct HeadSums {
+  float slope, sink;
+};
+
 struct BackwardArgs {
   BackwardParams params;
   RowNumbers* numbers;    // [B, Hq, padded_len]; packed sequences: [Hq, padded_len]
   int64_t padded_len;     // Sq, or the tokens of all sequences, in whole blocks
   int64_t number_blocks;  // of a sequence's tokens, at most
-  float* slope_sums;      // [B, Hq, slope_blocks]: gradients of slopes, not yet summed; or nullptr
-  int64_t slope_blocks;   // CTAs that the kernel for dQ has for each query head
+  HeadSums* head_sums;    // [B, Hq, sum_blocks]: of a CTA of the kernel for dQ each; or nullptr
+  int64_t sum_blocks;     // CTAs that the kernel for dQ has for each query head
   float softmax_scale;    // from dot products to base-2 scores
   bool elements;  // rows of q, k, v or dO are not whole 16-byte chunks; the general kernels only
   bool out_elements;  // likewise of out or dO

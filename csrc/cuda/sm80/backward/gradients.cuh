@@ -27,7 +27,23 @@ namespace gqa::cuda::sm80 {
 
 struct ElementGradient {
   float p, ds;
-  float bias;  // dS before the softcap's derivative
+};
+
+// A lane's sums over a token's keys, for the gradients of the head's ALiBi slope (sum of dS *
+// -distance, dS before the softcap's derivative) and its sink (minus its probability times delta).
+// delta in them is summed anew. RowNumbers' comes from the output as it was stored, and that
+// rounding would show in them, which have whole rows, whose dS sum to about 0, in one number.
+struct RowSums {
+  float dp;           // P * dP
+  float distance;     // P * distance
+  float dp_distance;  // P * dP * distance
+
+  __device__ __forceinline__ void add(float p, float dp_of_key, float distance_to_key) {
+    const float p_dp = p * dp_of_key;
+    dp += p_dp;
+    distance = fmaf(p, distance_to_key, distance);
+    dp_distance = fmaf(p_dp, distance_to_key, dp_distance);
+  }
 };
 
 // What one score has, of a row whose softmax needs no more than a scale; `dot` is -inf where the
@@ -35,8 +51,7 @@ struct ElementGradient {
 __device__ __forceinline__ ElementGradient plain_gradient(const BackwardArgs& args, float dot,
                                                           float dp, const RowNumbers& numbers) {
   const float p = exp2_approx(fmaf(dot, args.softmax_scale, -numbers.lse));
-  const float ds = p * (dp - numbers.delta);
-  return {p, ds, ds};
+  return {p, p * (dp - numbers.delta)};
 }
 
 // The same with softcap, ALiBi, masks and any scale.
@@ -47,7 +62,7 @@ __device__ __forceinline__ ElementGradient general_gradient(const BackwardArgs& 
   const AttentionParams& call = args.params.call;
   ElementGradient x;
   x.p = exp2_approx(modified_score<T>(call, row, key, dot) - numbers.lse);
-  x.ds = x.bias = x.p * (dp - numbers.delta);
+  x.ds = x.p * (dp - numbers.delta);
   if (call.softcap != 0.0f) {
     const float tanh = tanh_fast(dot * (call.scale / call.softcap));
     x.ds *= fmaf(-tanh, tanh, 1.0f);
@@ -141,9 +156,10 @@ __device__ __forceinline__ void gradients_by_key(Probabilities<C>& p, Probabilit
 }
 
 // Rows are tokens, `warp_token` on; columns keys, `first_key` on, hidden ones already -inf in the
-// plain kernel. Adds to `slope_sum` the gradient of the head's slope.
-template <class T, class C, bool kGeneral>
-__device__ __forceinline__ void gradients_by_token(Probabilities<C>& ds, float& slope_sum,
+// plain kernel. kSums: adds to `sums`; in the plain kernel, which has no slopes, to dp.
+template <class T, class C, bool kGeneral, bool kSums>
+__device__ __forceinline__ void gradients_by_token(Probabilities<C>& ds,
+                                                   RowSums (&sums)[C::kRowTiles][2],
                                                    const Scores<C>& scores, const Scores<C>& dp,
                                                    const BackwardArgs& args, const QueryTile& tile,
                                                    int warp_token, int first_key,
@@ -174,9 +190,10 @@ __device__ __forceinline__ void gradients_by_token(Probabilities<C>& ds, float& 
           if constexpr (kGeneral) {
             const int key = first_key + lane_key(n, e);
             of[e] = general_gradient<T>(args, dot, dp_e, numbers[m][h], row, key);
-            slope_sum -= of[e].bias * static_cast<float>(abs(row.position - key));
+            sums[m][h].add(of[e].p, dp_e, static_cast<float>(abs(row.position - key)));
           } else {
             of[e] = plain_gradient(args, dot, dp_e, numbers[m][h]);
+            if constexpr (kSums) sums[m][h].dp = fmaf(of[e].p, dp_e, sums[m][h].dp);
           }
         }
         ds[m][n / 2][n % 2 * 2 + h] = pack<T>(of[0].ds, of[1].ds);

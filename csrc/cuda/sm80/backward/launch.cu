@@ -66,6 +66,10 @@ bool modifies_scores(const AttentionParams& call) {
          call.attn_mask != nullptr || call.dropout_threshold != 0;
 }
 
+bool wants_sums(const BackwardParams& params) {
+  return params.dslopes != nullptr || params.dsinks != nullptr;
+}
+
 unsigned count(int64_t ctas) { return static_cast<unsigned>(ctas); }
 
 // One launch over the groups of the key heads, or of the value heads; dk or dv may be nullptr.
@@ -125,8 +129,8 @@ bool backward_supported(const BackwardParams& params) {
 
 size_t backward_workspace_bytes(const BackwardParams& params, int) {
   const Sizes sizes = sizes_of(params);
-  const int64_t slope_sums = params.dslopes != nullptr ? sizes.q_ctas : 0;
-  return sizes.numbers * sizeof(RowNumbers) + slope_sums * sizeof(float);
+  const int64_t head_sums = wants_sums(params) ? sizes.q_ctas : 0;
+  return sizes.numbers * sizeof(RowNumbers) + head_sums * sizeof(HeadSums);
 }
 
 void backward(const BackwardParams& params, void* workspace, int, cudaStream_t stream) {
@@ -139,10 +143,10 @@ void backward(const BackwardParams& params, void* workspace, int, cudaStream_t s
   args.numbers = static_cast<RowNumbers*>(workspace);
   args.padded_len = sizes.padded_len;
   args.number_blocks = sizes.number_blocks;
-  if (params.dslopes != nullptr) {
-    args.slope_sums = reinterpret_cast<float*>(args.numbers + sizes.numbers);
+  if (wants_sums(params)) {
+    args.head_sums = reinterpret_cast<HeadSums*>(args.numbers + sizes.numbers);
   }
-  args.slope_blocks = sizes.q_blocks;
+  args.sum_blocks = sizes.q_blocks;
   const bool dout_in_chunks = in_chunks(params.dout, params.dout_stride, call.value_head_dim);
   args.elements = !(in_chunks(call.q, call.q_stride, call.head_dim) &&
                     in_chunks(call.k, call.k_stride, call.head_dim) &&

@@ -91,30 +91,25 @@ __device__ __forceinline__ float sum_of_threads(float x) {
   return x;
 }
 
-// dsinks: each row adds minus its sink's probability times delta. One CTA for each query head; one
-// without KV heads has no gradient.
+// dsinks: the sums of the kernel for dQ. One CTA for each query head.
 __global__ void __launch_bounds__(kSumThreads)
     backward_sinks_kernel(const __grid_constant__ BackwardArgs args) {
   const AttentionParams& call = args.params.call;
-  const int head = blockIdx.x;
-  const float logit = call.sinks[head] * kLog2e;
   float sum = 0.0f;
   for (int64_t b = 0; b < call.batch; ++b) {
-    const RowNumbers* rows = args.numbers + first_numbers(args, b) + head * args.padded_len;
-    for (int64_t i = threadIdx.x; i < queries_of(call, b).count; i += kSumThreads) {
-      sum = fmaf(-exp2_approx(logit - rows[i].lse), rows[i].delta, sum);
-    }
+    const HeadSums* sums = args.head_sums + (b * call.num_heads + blockIdx.x) * args.sum_blocks;
+    for (int64_t i = threadIdx.x; i < args.sum_blocks; i += kSumThreads) sum += sums[i].sink;
   }
   sum = sum_of_threads(sum);
-  if (threadIdx.x == 0) args.params.dsinks[head] = group_key(call, head) < 0 ? 0.0f : sum;
+  if (threadIdx.x == 0) args.params.dsinks[blockIdx.x] = sum;
 }
 
-// dslopes: the sums of the kernel for dQ. One CTA for each (sequence, query head).
+// dslopes, likewise. One CTA for each (sequence, query head).
 __global__ void __launch_bounds__(kSumThreads)
     backward_slopes_kernel(const __grid_constant__ BackwardArgs args) {
-  const float* sums = args.slope_sums + blockIdx.x * args.slope_blocks;
+  const HeadSums* sums = args.head_sums + blockIdx.x * args.sum_blocks;
   float sum = 0.0f;
-  for (int64_t i = threadIdx.x; i < args.slope_blocks; i += kSumThreads) sum += sums[i];
+  for (int64_t i = threadIdx.x; i < args.sum_blocks; i += kSumThreads) sum += sums[i].slope;
   sum = sum_of_threads(sum);
   if (threadIdx.x == 0) args.params.dslopes[blockIdx.x] = sum;
 }

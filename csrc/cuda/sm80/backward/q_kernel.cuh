@@ -1,11 +1,12 @@
-// Gradient of Q, and of the ALiBi slopes: FlashAttention-2's backward (Dao 2023, algorithm 2) in a
-// second pass, so that nothing is summed through memory.
+// Gradient of Q, and of ALiBi slopes and sinks: FlashAttention-2's backward (Dao 2023, algorithm 2)
+// in a second pass, so that nothing is summed through memory.
 //
 // Grid      one CTA for each (block of kBlockM query tokens, query head, sequence), in the order of
 //           the prefill's; see query_tile.cuh.
 // CTA       walks over the keys that its rows see, kBlockN at a time; recomputes P and dS, and adds
-//           up dQ += dS K in fp32 registers. A head whose map entry is out of range gets NaN. The
-//           slope's gradient is left as one sum per CTA, to be added up in a fixed order.
+//           up dQ += dS K in fp32 registers. A head whose map entry is out of range gets NaN. Of
+//           the slope's and the sink's gradients each CTA leaves a sum, to be added up in a fixed
+//           order.
 // Warp      kWarpRows rows, all keys of a step; dS is the first operand of its product as it comes
 //           out of the registers.
 // Shared    Q and dO, and two slots for K and V, requested as in the kernel for dK and dV.
@@ -18,6 +19,7 @@
 #include "../../common/mma.cuh"
 #include "../../common/ptx.cuh"
 #include "../../common/softmax.cuh"
+#include "../../common/state.cuh"
 #include "../hidden_keys.cuh"
 #include "../products.cuh"
 #include "../query_tile.cuh"
@@ -46,11 +48,49 @@ __device__ __forceinline__ void fill_dq(const BackwardArgs& args, const QueryTil
   }
 }
 
-// Where the CTA leaves its sum for the slope's gradient.
+// Leaves the CTA's sums; by its first thread.
 template <class C>
-__device__ __forceinline__ float* slope_sum_of(const BackwardArgs& args, const QueryTile& tile) {
+__device__ __forceinline__ void store_sums(const BackwardArgs& args, const QueryTile& tile,
+                                           HeadSums sums) {
+  if (args.head_sums == nullptr || threadIdx.x != 0) return;
   const int64_t pair = tile.b * args.params.call.num_heads + tile.head;
-  return args.slope_sums + pair * args.slope_blocks + tile.token / C::kBlockM;
+  args.head_sums[pair * args.sum_blocks + tile.token / C::kBlockM] = sums;
+}
+
+// A lane's part of what the warp's rows add.
+template <class C>
+__device__ __forceinline__ HeadSums sum_rows(const BackwardArgs& args, const QueryTile& tile,
+                                             int warp_token,
+                                             const RowNumbers (&numbers)[C::kRowTiles][2],
+                                             const RowSums (&sums)[C::kRowTiles][2]) {
+  const AttentionParams& call = args.params.call;
+  const Queries queries{tile.q_batch, tile.first_token, tile.q_len};
+  const float sink = call.sinks == nullptr ? minus_infinity() : call.sinks[tile.head] * kLog2e;
+  HeadSums of_rows{0.0f, 0.0f};
+#pragma unroll
+  for (int m = 0; m < C::kRowTiles; ++m) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      RowSums row = sums[m][h];
+#pragma unroll
+      for (int lanes = 2; lanes > 0; lanes /= 2) {  // the four lanes that share a row
+        row.dp += __shfl_xor_sync(~0u, row.dp, lanes);
+        row.distance += __shfl_xor_sync(~0u, row.distance, lanes);
+        row.dp_distance += __shfl_xor_sync(~0u, row.dp_distance, lanes);
+      }
+      const int token = lane_token(warp_token, m, h);
+      const float lse = numbers[m][h].lse;
+      // A row that sees no key adds nothing, and its LSE may have any gradient.
+      if (threadIdx.x % 4 != 0 || token >= tile.q_len || lse == -minus_infinity()) continue;
+      float delta = row.dp;
+      if (args.params.dlse != nullptr) {
+        delta -= args.params.dlse[lse_offset(call, queries, tile.head, token)];
+      }
+      of_rows.slope += fmaf(delta, row.distance, -row.dp_distance);
+      of_rows.sink = fmaf(-exp2_approx(sink - lse), delta, of_rows.sink);
+    }
+  }
+  return of_rows;
 }
 
 // The rows of the sequence's first key in the tile's heads of K and V.
@@ -97,7 +137,8 @@ struct OwnRows {
   }
 };
 
-template <class T, class C, bool kGeneral>
+// kSums: whether the kernel can sum gradients of slopes and sinks.
+template <class T, class C, bool kGeneral, bool kSums>
 __global__ void __launch_bounds__(C::kThreads, C::kMinCtas)
     backward_q_kernel(const __grid_constant__ BackwardArgs args) {
   const BackwardParams& params = args.params;
@@ -107,7 +148,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinCtas)
   __shared__ QueryTile tile;
   __shared__ FirstRows<T> first_rows;
   __shared__ TokenRange warp_keys[C::kWarps];
-  __shared__ float warp_sums[C::kWarps];
+  __shared__ HeadSums warp_sums[C::kWarps];
   __shared__ int end_key;
 
   const int warp = static_cast<int>(threadIdx.x / 32);
@@ -119,14 +160,14 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinCtas)
         find_query_tile<C>(call, args.section_pairs, reinterpret_cast<int*>(shared));
     // Of packed sequences, shorter ones have no such tokens.
     if (t.token >= t.q_len) {
-      if (args.slope_sums != nullptr && threadIdx.x == 0) *slope_sum_of<C>(args, t) = 0.0f;
+      store_sums<C>(args, t, {0.0f, 0.0f});
       return;
     }
     const TokenRange keys = token_range(call, t.length, t.q_len, t.token, C::kBlockM);
     first_key = max(0, keys.begin) / C::kBlockN * C::kBlockN;
     if (!t.valid || first_key >= keys.end) {
       fill_dq<T, C>(args, t, t.valid ? 0.0f : not_a_number());
-      if (args.slope_sums != nullptr && threadIdx.x == 0) *slope_sum_of<C>(args, t) = 0.0f;
+      store_sums<C>(args, t, {0.0f, 0.0f});
       return;
     }
     const int64_t slot = first_slot(call, t.b);
@@ -173,7 +214,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinCtas)
   __syncthreads();  // Q and dO
   const OwnRows<C> q(q_base + own_rows, offsets), dout(dout_base + own_rows, offsets);
   Output<C> dq = {};
-  float slope_sum = 0.0f;
+  RowSums sums[C::kRowTiles][2] = {};
   for (int turn = 0; first_key < end_key; turn ^= 1, first_key += C::kBlockN) {
     cp_async_wait<0>();
     __syncthreads();  // this step's tiles; and every warp is done with those before it
@@ -196,8 +237,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinCtas)
           hide_keys<C>(scores, call, tile.length, tile.q_len, warp_token, first_key);
         }
       }
-      gradients_by_token<T, C, kGeneral>(ds, slope_sum, scores, dp, args, tile, warp_token,
-                                         first_key, numbers);
+      gradients_by_token<T, C, kGeneral, kSums>(ds, sums, scores, dp, args, tile, warp_token,
+                                                first_key, numbers);
     }
     add_weighted_rows<T, C>(dq, ds, TileFragments(k_slot, offsets.qv));
   }
@@ -206,18 +247,20 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinCtas)
                                  tile.first_token + warp_token),
                        params.dq_stride.s, min(C::kWarpRows, tile.q_len - warp_token),
                        call.head_dim, q_base + own_rows, dq, call.scale);
-  if (kGeneral && args.slope_sums != nullptr) {
+  if (kSums && args.head_sums != nullptr) {
+    HeadSums sum = sum_rows<C>(args, tile, warp_token, numbers, sums);
 #pragma unroll
     for (int lanes = 16; lanes > 0; lanes /= 2) {
-      slope_sum += __shfl_xor_sync(~0u, slope_sum, lanes);
+      sum.slope += __shfl_xor_sync(~0u, sum.slope, lanes);
+      sum.sink += __shfl_xor_sync(~0u, sum.sink, lanes);
     }
-    if (threadIdx.x % 32 == 0) warp_sums[warp] = slope_sum;
+    if (threadIdx.x % 32 == 0) warp_sums[warp] = sum;
     __syncthreads();  // warp_sums
-    if (threadIdx.x == 0) {
-      float sum = 0.0f;
-      for (int w = 0; w < C::kWarps; ++w) sum += warp_sums[w];
-      *slope_sum_of<C>(args, tile) = sum;
+    for (int w = 1; w < C::kWarps; ++w) {
+      sum.slope += warp_sums[w].slope;
+      sum.sink += warp_sums[w].sink;
     }
+    store_sums<C>(args, tile, sum);
   }
 }
 

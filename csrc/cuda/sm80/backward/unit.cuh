@@ -31,9 +31,17 @@ void launch_backward_kv(const BackwardArgs& args, bool general, unsigned ctas,
 template <class T, int kD>
 void launch_backward_q(const BackwardArgs& args, bool general, unsigned ctas, cudaStream_t stream) {
   using C = BackwardConfig<kD>;
-  const auto kernel = general ? backward_q_kernel<T, C, true> : backward_q_kernel<T, C, false>;
-  launch_kernel("sm80 backward, dQ", kernel, dim3(ctas), C::kThreads, C::kSharedBytes, stream,
-                args);
+  const auto start = [&](auto kernel) {
+    launch_kernel("sm80 backward, dQ", kernel, dim3(ctas), C::kThreads, C::kSharedBytes, stream,
+                  args);
+  };
+  if (general) {
+    start(backward_q_kernel<T, C, true, true>);
+  } else if (args.head_sums != nullptr) {
+    start(backward_q_kernel<T, C, false, true>);
+  } else {
+    start(backward_q_kernel<T, C, false, false>);
+  }
 }
 
 }  // namespace gqa::cuda::sm80
