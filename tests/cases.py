@@ -201,11 +201,24 @@ DECODE_CASES = [
 CASES = PREFILL_CASES + DECODE_CASES
 
 
-def matrix(backends: list[str], interpreted_every: int = 2) -> list:
+def interpreted(backend: str) -> bool:
+    """Whether this is Triton's interpreter, which is slow, and runs programs one after another."""
+    return backend == "triton" and not torch.cuda.is_available()
+
+
+def racing(backends: list[str]) -> list:
+    """Backends whose results could differ from run to run; interpreted Triton's can't: slow."""
+    return [
+        pytest.param(name, marks=[pytest.mark.slow] if interpreted(name) else [])
+        for name in backends
+    ]
+
+
+def matrix(backends: list[str], interpreted_every: int = 2, all_few: bool = True) -> list:
     """(case, backend, dtype) of every case that a backend declares it can run.
 
-    Where Triton is interpreted, each 16-bit type runs one in ``interpreted_every`` cases;
-    the others are slow.
+    Where Triton is interpreted, each 16-bit type runs one in ``interpreted_every`` cases, and fp32
+    all, of few queries only if ``all_few``; the others are slow.
     """
     found = []
     for name in backends:
@@ -213,8 +226,8 @@ def matrix(backends: list[str], interpreted_every: int = 2) -> list:
         for i, dtype in enumerate(sorted(can.dtypes, key=str)):
             rows = [case for case in CASES if case.needs() <= can.options]
             for row, case in enumerate(rows):
-                interpreted = name == "triton" and not torch.cuda.is_available()
-                skipped = interpreted and dtype.itemsize == 2 and (row - i) % interpreted_every
+                some = dtype.itemsize == 2 or (case in DECODE_CASES and not all_few)
+                skipped = interpreted(name) and some and (row - i) % interpreted_every
                 found.append(
                     pytest.param(
                         case, name, dtype, marks=[pytest.mark.slow] if skipped else [],

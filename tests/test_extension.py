@@ -15,7 +15,7 @@ import pytest
 from gqa_kernels import cuda_build, extension
 
 ROOT = Path(__file__).parent.parent
-STAND_IN = """#!{python}
+STAND_IN = """#!{python} -IS
 import os, shutil, sys, time
 args = sys.argv[1:]
 if args == ["--version"]:
@@ -116,7 +116,7 @@ def test_real_build(machine):
 
 
 def test_processes_that_start_together_build_once(machine):
-    cxx = machine.compiler(seconds=0.5)
+    cxx = machine.compiler(seconds=0.2)
     processes = [machine.start(CALL.format(backend="cpu"), CXX=cxx) for _ in range(2)]
     errors = [process.communicate(timeout=300)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], errors
