@@ -214,20 +214,21 @@ def racing(backends: list[str]) -> list:
     ]
 
 
-def matrix(backends: list[str], interpreted_every: int = 2, all_few: bool = True) -> list:
+def matrix(backends: list[str], once: bool = False) -> list:
     """(case, backend, dtype) of every case that a backend declares it can run.
 
-    Where Triton is interpreted, each 16-bit type runs one in ``interpreted_every`` cases, and fp32
-    all, of few queries only if ``all_few``; the others are slow.
+    Where Triton is interpreted, a case runs in fp32 and, in turn, in one 16-bit type, or, if
+    ``once``, in one type only; the others are slow.
     """
+    turns = (torch.bfloat16, torch.float16, torch.float32, torch.float32)
     found = []
     for name in backends:
         can = BACKENDS[name].capabilities
-        for i, dtype in enumerate(sorted(can.dtypes, key=str)):
+        for dtype in sorted(can.dtypes, key=str):
             rows = [case for case in CASES if case.needs() <= can.options]
             for row, case in enumerate(rows):
-                some = dtype.itemsize == 2 or (case in DECODE_CASES and not all_few)
-                skipped = interpreted(name) and some and (row - i) % interpreted_every
+                wanted = {turns[row % 4]} if once else {turns[row % 2], torch.float32}
+                skipped = interpreted(name) and dtype not in wanted
                 found.append(
                     pytest.param(
                         case, name, dtype, marks=[pytest.mark.slow] if skipped else [],
