@@ -57,7 +57,9 @@ def source_root() -> Path:
 def cpu_sources(root: Path) -> list[Path]:
     """The translation units of the CPU library."""
     paths = [path for name in CPU_SOURCE_DIRS for path in sorted((root / name).glob("*.cpp"))]
-    return [path for path in paths if not path.stem.endswith("_cuda")]
+    paths = [path for path in paths if not path.stem.endswith("_cuda")]
+    # First those that take longest, for processors to be done at the same time.
+    return sorted(paths, key=lambda path: path.stem.startswith("kernels_"), reverse=True)
 
 
 def load(part: str = "cpu") -> None:

@@ -201,20 +201,34 @@ DECODE_CASES = [
 CASES = PREFILL_CASES + DECODE_CASES
 
 
-def matrix(backends: list[str], interpreted_every: int = 2) -> list:
+def interpreted(backend: str) -> bool:
+    """Whether this is Triton's interpreter, which is slow, and runs programs one after another."""
+    return backend == "triton" and not torch.cuda.is_available()
+
+
+def racing(backends: list[str]) -> list:
+    """Backends whose results could differ from run to run; interpreted Triton's can't: slow."""
+    return [
+        pytest.param(name, marks=[pytest.mark.slow] if interpreted(name) else [])
+        for name in backends
+    ]
+
+
+def matrix(backends: list[str], once: bool = False) -> list:
     """(case, backend, dtype) of every case that a backend declares it can run.
 
-    Where Triton is interpreted, each 16-bit type runs one in ``interpreted_every`` cases;
-    the others are slow.
+    Where Triton is interpreted, a case runs in fp32 and, in turn, in one 16-bit type, or, if
+    ``once``, in one type only; the others are slow.
     """
+    turns = (torch.bfloat16, torch.float16, torch.float32, torch.float32)
     found = []
     for name in backends:
         can = BACKENDS[name].capabilities
-        for i, dtype in enumerate(sorted(can.dtypes, key=str)):
+        for dtype in sorted(can.dtypes, key=str):
             rows = [case for case in CASES if case.needs() <= can.options]
             for row, case in enumerate(rows):
-                interpreted = name == "triton" and not torch.cuda.is_available()
-                skipped = interpreted and dtype.itemsize == 2 and (row - i) % interpreted_every
+                wanted = {turns[row % 4]} if once else {turns[row % 2], torch.float32}
+                skipped = interpreted(name) and dtype not in wanted
                 found.append(
                     pytest.param(
                         case, name, dtype, marks=[pytest.mark.slow] if skipped else [],

@@ -5,6 +5,7 @@ is told, and "links" by copying a library that was built before.
 """
 
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -15,18 +16,17 @@ import pytest
 from gqa_kernels import cuda_build, extension
 
 ROOT = Path(__file__).parent.parent
-STAND_IN = """#!{python}
-import os, shutil, sys, time
-args = sys.argv[1:]
-if args == ["--version"]:
-    sys.exit(print("stand-in 1.0"))
-with open({log!r}, "a") as log:
-    log.write(" ".join(args) + "\\n")
-if {failure!r}:
-    sys.exit(print({failure!r}, file=sys.stderr) or 1)
-time.sleep({seconds})
-target = args[args.index("-o") + 1]
-shutil.copy({library!r}, target) if "-shared" in args else open(target, "w").close()
+STAND_IN = """#!/bin/sh
+[ "$*" = --version ] && exec echo stand-in 1.0
+echo "$*" >> {log}
+[ -n {failure} ] && {{ echo {failure} >&2; exit 1; }}
+sleep {seconds}
+from=/dev/null
+while [ "$1" != -o ]; do
+  [ "$1" = -shared ] && from={library}
+  shift
+done
+exec cp "$from" "$2"
 """
 CALL = """
 import torch, warnings
@@ -65,12 +65,9 @@ class Machine:
         self.without_ahead = "from gqa_kernels import extension; extension.LIBRARY = 'none'\n"
 
     def compiler(self, failure: str = "", seconds: float = 0.0) -> str:
-        self.script.write_text(
-            STAND_IN.format(
-                python=sys.executable, log=str(self.log), failure=failure, seconds=seconds,
-                library=self.library,
-            )
-        )  # fmt: skip
+        words = {"log": str(self.log), "failure": failure, "library": self.library}
+        words = {name: shlex.quote(word) for name, word in words.items()}
+        self.script.write_text(STAND_IN.format(seconds=seconds, **words))
         self.script.chmod(0o755)
         return str(self.script)
 
@@ -116,7 +113,7 @@ def test_real_build(machine):
 
 
 def test_processes_that_start_together_build_once(machine):
-    cxx = machine.compiler(seconds=0.5)
+    cxx = machine.compiler(seconds=0.2)
     processes = [machine.start(CALL.format(backend="cpu"), CXX=cxx) for _ in range(2)]
     errors = [process.communicate(timeout=300)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], errors

@@ -21,7 +21,7 @@ from gqa_kernels.testing import assert_decode_close
 from tests.cache.histories import Kind
 from tests.cache.test_append import rotary_table, stored
 from tests.cache.test_decode import USABLE, filled, queries
-from tests.cases import UNEVEN
+from tests.cases import UNEVEN, interpreted
 from tests.conftest import DEVICE
 from tests.test_attention import widest
 
@@ -171,8 +171,22 @@ def test_decode_appends_and_attends(backend, device):
         assert torch.equal(x, y)
 
 
-@pytest.mark.parametrize("backend", USABLE)
-@pytest.mark.parametrize("kind", [Kind(), Kind(4), Kind(4, format="int4", zeros=True)], ids=str)
+COMPILED = [Kind(4, format="int4", zeros=True), Kind(4), Kind()]
+
+
+@pytest.mark.parametrize(
+    "kind, backend",
+    [  # every kind on the CPU's kernels, the one with most tensors on all
+        pytest.param(
+            kind,
+            name,
+            marks=pytest.mark.slow if i and (name == "reference" or interpreted(name)) else (),
+        )
+        for name in USABLE
+        for i, kind in enumerate(COMPILED)
+    ],
+    ids=str,
+)
 def test_compiled_decode(backend, kind, device):
     """One graph, which appends, advances and attends, and sees lengths change."""
     dtype = widest(backend)

@@ -196,6 +196,7 @@ def test_host_code_says_what_it_cannot_run():
         ("v_dtype", 6, "k and v must have the same dtype"),
         ("head_dim", 257, "D must be 1 to 256, got 257"),
         ("value_head_dim", 0, "Dv must be 1 to 256, got 0"),
+        ("num_k_heads", 0, "Hk must be at least 1, got 0"),
         ("kv_len", 1 << 31, "Sk must be below 2^31, got 2147483648"),
         ("num_v_heads", 1 << 29, "the number of new rows must be below 2^31, got 4831838235"),
     ]:

@@ -1,5 +1,8 @@
 """Packed sequences and sliding windows without masks; transformers' continuous batching."""
 
+import weakref
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -10,6 +13,7 @@ from gqa_kernels import asym_gqa_attention
 from gqa_kernels.integrations.transformers import (
     attention_call,
     continuous_batching,
+    packed,
     register,
 )
 from gqa_kernels.integrations.transformers.masks import Pattern, SequenceMask, read, sequence_mask
@@ -103,6 +107,21 @@ def test_positions_of_one_sequence(positions):
     q, k, v = (torch.randn(1, heads, 8, 16) for heads in (6, 4, 4))
     options = {"position_ids": torch.tensor([list(positions)])}
     assert packed_attention(module, q, k, v, None, "auto", **options) is None
+
+
+def test_positions_of_a_model_in_another_thread(monkeypatch):
+    """It may come in between at any point, here where the first thread's are remembered."""
+    known = packed._LastPositions()
+    other = torch.tensor([[0, 1, 0, 1, 2]])
+    expected = known.offsets(other, 5)
+
+    def interrupted(positions):
+        if positions is not other:
+            assert torch.equal(known.offsets(other, 5), expected)
+        return weakref.ref(positions)
+
+    monkeypatch.setattr(packed, "weakref", SimpleNamespace(ref=interrupted))
+    assert known.offsets(POSITIONS, sum(LENGTHS)).tolist() == OFFSETS.tolist()
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_oss"])

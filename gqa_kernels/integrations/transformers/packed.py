@@ -91,8 +91,8 @@ class _LastPositions:
     """
 
     def __init__(self) -> None:
-        self.key: tuple[Any, ...] = ()
-        self.found: Tensor | None = None
+        # One tuple, (positions, their version, offsets), for threads of other models to replace.
+        self.last: tuple[Any, ...] = (lambda: None, None, None)
 
     def offsets(self, positions: Tensor | None, tokens: int) -> Tensor | None:
         """``[n + 1]``, if positions ``[1, tokens]`` begin again and rise by one otherwise."""
@@ -101,15 +101,16 @@ class _LastPositions:
         if positions.is_cuda and torch.cuda.is_current_stream_capturing():
             return None  # looking at them would break the graph
         version = None if positions.is_inference() else positions._version
-        known = self.key and self.key[0]() is positions and self.key[1] == version
-        if version is None or not known:  # an inference tensor may have changed unseen
-            begins = torch.ones_like(positions, dtype=torch.bool)
-            begins[:, 1:] = positions.diff() != 1
-            first = positions[begins]
-            packed = len(first) > 1 and bool((first == first[0]).all())
-            self.found = row_offsets(begins) if packed else None
-            self.key = (weakref.ref(positions), version)
-        return self.found
+        last, last_version, found = self.last
+        if version is not None and last() is positions and last_version == version:
+            return found  # an inference tensor may have changed unseen
+        begins = torch.ones_like(positions, dtype=torch.bool)
+        begins[:, 1:] = positions.diff() != 1
+        first = positions[begins]
+        packed = len(first) > 1 and bool((first == first[0]).all())
+        found = row_offsets(begins) if packed else None
+        self.last = (weakref.ref(positions), version, found)
+        return found
 
 
 _last = _LastPositions()

@@ -61,13 +61,11 @@ class Swap:
         self.calls = 0
         self.found: dict[str, dict] = {}
         self.before: list[tuple[object, str, object]] = []
+        self._restore_functions_later()
         if self.ours:
             from gqa_kernels.integrations.transformers import register
 
-            self._restore_functions_later()
             register("sdpa", config.getoption("--backend"))
-        else:
-            self._restore_functions_later()
         self._count_calls()
         self._flash_is_sdpa()
         self._run_all()

@@ -122,6 +122,7 @@ std::string append_unsupported(const AppendParams& p) {
   for (const auto& [name, dim] : {std::pair{"D", c.head_dim}, {"Dv", c.value_head_dim}}) {
     if (dim < 1 || dim > kMaxDim) return is(name, dim, "1 to 256");
   }
+  if (c.num_k_heads < 1) return is("Hk", c.num_k_heads, "at least 1");
   if (c.kv_len > INT32_MAX) return is("Sk", c.kv_len, "below 2^31");
   if (c.batch > INT32_MAX) return is("B", c.batch, "below 2^31");
   const int64_t rows = all_tokens(p) * heads_of_token(p);

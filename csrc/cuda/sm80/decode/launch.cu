@@ -108,8 +108,9 @@ std::string decode_unsupported(const AttentionParams& a) {
   if (a.num_k_heads * a.num_v_heads > INT32_MAX) {
     return is("Hk * Hv", a.num_k_heads * a.num_v_heads, "below 2^31");
   }
-  if (a.kv_len + a.q_len > INT32_MAX - kDecodeBlock) {
-    return is("Sk + Sq", a.kv_len + a.q_len, "below 2^31 - 64");
+  // Pages are asked for up to seven blocks beyond the last key.
+  if (a.kv_len + a.q_len > INT32_MAX - 1024) {
+    return is("Sk + Sq", a.kv_len + a.q_len, "below 2^31 - 1024");
   }
   if (a.dropout_threshold != 0) return "dropout_p must be 0";
   const int64_t ctas = most_group_tiles(a, kDecodeRows) * a.batch;
