@@ -141,6 +141,7 @@ def device_report(name: str, suites: dict[str, Results]) -> str:
             parts += [f"### {title}", table] if table else []
         for title, table in (
             ("Search", tables.searches(results)),
+            ("Cost of a call", tables.overhead(results)),
             ("Scaling", tables.scaling(results) if suite in SCALING else ""),
         ):
             parts += [f"### {title}", table] if table else []
