@@ -95,6 +95,7 @@ def append(view: KVView, k_new: Tensor, v_new: Tensor) -> bool:
     if not (
         type(k_new) is type(v_new) is type(k) is Tensor
         and k_new.is_cpu
+        and v_new.is_cpu
         and k_new.dim() == 4
         and k.shape[1] == view.v.shape[1]
         and extension.library_path() is not None
@@ -123,6 +124,7 @@ def attend_cache(
         type(q) is type(k) is Tensor
         and type(head_map) is HeadMap
         and q.is_cpu
+        and k.is_cpu
         and extension.library_path() is not None
         and (scale is None or (type(scale) is float and math.isfinite(scale)))
         and not _is_recorded(q, k, v)

@@ -110,7 +110,7 @@ def _plain_step(
 ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
     """Append and attend the short way. None where that can't be: then nothing was written but
     where a later append writes anyway, beyond the lengths."""
-    if not isinstance(q, Tensor):
+    if not isinstance(q, Tensor) or not isinstance(head_map, HeadMap):
         return None
     if k_new is not None:
         if not isinstance(k_new, Tensor) or q.dtype != k_new.dtype:

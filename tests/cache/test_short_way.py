@@ -1,4 +1,4 @@
-"""Plain calls over caches on the CPU: the short way, its checks, and the view that a cache keeps."""
+"""Plain calls over caches on the CPU: the short way, its checks, and the view that is kept."""
 
 import copy
 
@@ -228,7 +228,7 @@ def test_the_view_is_kept_while_it_shares_the_memory():
     cache.lengths[1] = 4
     assert cache.view().kv_lengths[:, 0].tolist() == [2, 4]
     cache.k = cache.k.double()
-    with pytest.raises(NotImplementedError, match="v.dtype must equal k.dtype"):
+    with pytest.raises(NotImplementedError, match=r"v\.dtype must equal k\.dtype"):
         cache.view()
 
     other = copy.deepcopy(paged())
