@@ -1,5 +1,6 @@
 #include "attention.h"
 
+#include <algorithm>
 #include <cmath>
 #include <memory>
 
@@ -41,9 +42,10 @@ Tensor plain_attention_forward_cpu(const Tensor& q, const Tensor& k, const Tenso
   params.scale = static_cast<float>(scale ? *scale : std::pow(params.head_dim, -0.5));
 
   const int64_t heads = params.num_heads, tokens = params.q_len, dim = params.value_head_dim;
+  const int64_t rows = std::max<int64_t>(tokens, 1);  // strides of an empty tensor as torch's
   const Tensor out = empty_beside(
       q, q.scalar_type(), {params.batch, heads, tokens, dim},
-      {heads * tokens * dim, bshd ? dim : tokens * dim, bshd ? heads * dim : dim, 1});
+      {heads * rows * dim, bshd ? dim : rows * dim, bshd ? heads * dim : dim, 1});
   const std::unique_ptr<float[]> lse(new float[params.batch * heads * tokens]);
   params.out = out.mutable_data_ptr();
   params.out_stride = strides_of(out);

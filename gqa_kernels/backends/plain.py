@@ -66,8 +66,9 @@ def attend(
                 )  # fmt: skip
             else:
                 out = torch.ops.gqa_kernels.plain_attention_forward.default(
-                    q, k, v, head_map.cpu_tensor, heads, scale, bool(causal), bshd
-                )
+                    q, k, v, head_map.cpu_tensor, heads, scale, bool(causal),
+                    bshd and q.shape[2] > 1,
+                )  # fmt: skip
             return out.transpose(1, 2) if bshd else out, lse
     except REFUSALS:
         return None
