@@ -131,6 +131,7 @@ class KVCache(ABC):
         if (
             q is None and cu_seqlens is None and rotary_cos is None and rotary_sin is None
             and layout == "bhsd" and backend in ("auto", "cpu")
+            and not torch.compiler.is_compiling()
             and plain.append(self.unchecked_view(), k_new, v_new)
         ):  # fmt: skip
             if advance:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from ..backends import plain
@@ -80,7 +80,7 @@ def asym_gqa_decode(
         cu_seqlens_q is None and rotary_cos is None and rotary_sin is None
         and value_head_map is None and window is None and softcap is None and alibi_slopes is None
         and sinks is None and attn_mask is None and layout == "bhsd" and backend in ("auto", "cpu")
-        and isinstance(cache, KVCache)
+        and isinstance(cache, KVCache) and not torch.compiler.is_compiling()
     ):  # fmt: skip
         view = cache.unchecked_view()
         if k_new is not None or plain.slots_exist(view, 0):
@@ -136,23 +136,13 @@ class DecodePlan:
         inputs: the checked call; lengths are those before an append.
         layout: of q, k_new, v_new and out.
         backend: what runs it.
+        is_plain: whether layers may take the short way (:mod:`gqa_kernels.backends.plain`).
     """
 
     inputs: CacheInputs
     layout: Layout
     backend: Backend
-
-    @cached_property
-    def _is_plain(self) -> bool:
-        """Whether layers may take the short way."""
-        inputs = self.inputs
-        return (
-            self.backend.name == "cpu" and self.layout == "bhsd" and inputs.q_offsets is None
-            and isinstance(inputs.head_map, HeadMap) and inputs.value_head_map is None
-            and inputs.window_left == UNBOUNDED and inputs.window_right in (0, UNBOUNDED)
-            and inputs.softcap == 0.0 and inputs.alibi_slopes is None and inputs.sinks is None
-            and inputs.attn_mask is None
-        )  # fmt: skip
+    is_plain: bool = False
 
     @property
     def new_tokens(self) -> int | Tensor:
@@ -179,7 +169,10 @@ class DecodePlan:
             cache: memory of the planned shapes; lengths and page table are those of the plan.
         """
         inputs = self.inputs
-        if self._is_plain and rotary_cos is None and rotary_sin is None and isinstance(q, Tensor):
+        if (
+            self.is_plain and rotary_cos is None and rotary_sin is None and isinstance(q, Tensor)
+            and not torch.compiler.is_compiling()
+        ):  # fmt: skip
             layer, planned = cache.unchecked_view(), inputs.view
             if (
                 layer.k.shape == planned.k.shape and layer.v.shape == planned.v.shape
@@ -234,7 +227,18 @@ def plan_decode(
             without those of the append and of the result.
     """
     inputs = decode_inputs(q, cache, head_map, **options)
-    return DecodePlan(inputs, options.get("layout", "bhsd"), select(inputs, backend))
+    layout, chosen = options.get("layout", "bhsd"), select(inputs, backend)
+    return DecodePlan(inputs, layout, chosen, chosen.name == "cpu" and _is_plain(inputs))
+
+
+def _is_plain(inputs: CacheInputs) -> bool:
+    """Whether a call has none of the options that the short way leaves out."""
+    return (
+        inputs.layout == "bhsd" and inputs.q_offsets is None and inputs.value_head_map is None
+        and inputs.window_left == UNBOUNDED and inputs.window_right in (0, UNBOUNDED)
+        and inputs.softcap == 0.0 and inputs.alibi_slopes is None and inputs.sinks is None
+        and inputs.attn_mask is None
+    )  # fmt: skip
 
 
 def decode_inputs(
