@@ -151,6 +151,7 @@ def device_report(suites: dict[str, Results], memory: Results | None) -> str:
             parts += [f"### {title}", table] if table else []
         for title, table in (
             ("Search", tables.searches(results)),
+            ("Cost of a call", tables.overhead(results)),
             ("Scaling", tables.scaling(results) if suite in SCALING else ""),
         ):
             parts += [f"### {title}", table] if table else []

@@ -72,9 +72,9 @@ def provenance(header: dict) -> str:
         f"{header['device']}{driver}, {header['threads']} CPU threads; {versions}; "
         f"commit {header['commit']}; {header['date']}{took}."
     )
-    if not header.get("limits"):
+    limits = header.get("limits")
+    if not limits or not limits["memory"]:
         return about
-    limits = header["limits"]
     memory = ", ".join(
         f"{entry['rate'] / 1e9:.1f} GB/s ({size(entry['bytes'])})"
         for entry in limits["memory"][-1:]
@@ -210,6 +210,20 @@ def _search_cell(c: CaseRows, name: str) -> str:
     left = (row["objective"] - best) / gain if gain > 0 else 0.0
     state = "proved optimal" if row["proved"] else f"{100 * left:.1f} % left"
     return f"{seconds(row['median'])}, {state}"
+
+
+def overhead(results: Results) -> str:
+    """Table of what calls cost beside their work, and over SDPA's call where there is one."""
+    cases = [c for c in by_case(results) if c.case["op"] == "overhead"]
+    lines = []
+    for c in cases:
+        sdpa = c.rows.get("SDPA")
+        for name, row in c.rows.items():
+            ratio = f"{row['median'] / sdpa['median']:.2f}" if sdpa else ""
+            lines.append(_line([c.case["group"], name, seconds(row["median"]), ratio]))
+    if not lines:
+        return ""
+    return "\n".join([_line(["", "call", "time", "/ SDPA"]), "| --- | --- | ---: | ---: |", *lines])
 
 
 def scaling(results: Results) -> str:

@@ -5,6 +5,7 @@
 #include "host/append.h"
 #include "host/attention.h"
 #include "host/backward.h"
+#include "host/slots.h"
 
 // Tensors as AttentionInputs (gqa_kernels/inputs.py) normalises them; head maps int32. bshd: out's
 // memory is [B, Sq, Hq, Dv]. dropout_seed: int64 [2], seed and offset, see core/dropout.h. Returns
@@ -15,6 +16,10 @@ STABLE_TORCH_LIBRARY(gqa_kernels, library) {
       "Tensor? alibi_slopes, Tensor? sinks, Tensor? attn_mask, Tensor? kv_lengths, float scale, "
       "int window_left, int window_right, float softcap, bool bshd, float dropout_p=0.0, "
       "Tensor? dropout_seed=None) -> (Tensor out, Tensor lse)");
+  // The same of a call without options, on the CPU: host/attention.h says why. Without a gradient.
+  library.def(
+      "plain_attention_forward(Tensor q, Tensor k, Tensor v, Tensor head_map, int num_kv_heads, "
+      "float? scale, bool causal, bool bshd) -> Tensor");
   // out and lse: the forward's. dq, dk and dv have the dtype and shape of q, k and v; dslopes is
   // fp32 [B, Hq], dsinks fp32 [Hq], both empty where not needed.
   library.def(
@@ -43,6 +48,12 @@ STABLE_TORCH_LIBRARY(gqa_kernels, library) {
       "Tensor? k_scale, Tensor? v_scale, Tensor? k_zero, Tensor? v_zero, float scale, "
       "int window_left, int window_right, float softcap, bool bshd) -> (Tensor out, Tensor lse)");
 
+  // Whether every key of a cache on the CPU, and each new token behind them, has a slot inside its
+  // sequence's capacity, in a page that is one. Looks at values, so it has no fake kernel.
+  library.def(
+      "cache_slots_exist(Tensor kv_lengths, Tensor? page_table, Tensor? kv_begin, "
+      "Tensor? new_offsets, int new_tokens, int num_pages, int page_size) -> bool");
+
   // Writes new tokens behind the kv_lengths [B, Hk] there are, rotated and quantised where asked
   // for, and returns q rotated.
   library.def(
@@ -55,6 +66,8 @@ STABLE_TORCH_LIBRARY(gqa_kernels, library) {
 STABLE_TORCH_LIBRARY_IMPL(gqa_kernels, CPU, library) {
   library.impl("attention_forward", TORCH_BOX(&gqa::host::attention_forward_cpu));
   library.impl("cache_attention_forward", TORCH_BOX(&gqa::host::cache_attention_forward_cpu));
+  library.impl("plain_attention_forward", TORCH_BOX(&gqa::host::plain_attention_forward_cpu));
+  library.impl("cache_slots_exist", TORCH_BOX(&gqa::host::cache_slots_exist_cpu));
   library.impl("cache_append", TORCH_BOX(&gqa::host::cache_append_cpu));
   library.impl("attention_backward", TORCH_BOX(&gqa::host::attention_backward_cpu));
 }

@@ -93,7 +93,7 @@ def asym_gqa_attention(
         and sinks is None and attn_mask is None and kv_lengths is None and dropout_p == 0.0
         and backend in ("auto", "cpu")
     ):  # fmt: skip
-        found = plain.attend(q, k, v, head_map, causal, scale, layout)
+        found = plain.attend(q, k, v, head_map, causal, scale, layout, return_lse)
         if found is not None:
             return found if return_lse else found[0]
     q, k, v = autocast(q, k, v)

@@ -18,6 +18,11 @@ def _(
     return out, q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
+@torch.library.register_fake("gqa_kernels::plain_attention_forward")
+def _(q, k, v, head_map, num_kv_heads, scale, causal, bshd) -> Tensor:
+    return empty_output_like(q, v.shape[3], bshd)
+
+
 @torch.library.register_fake("gqa_kernels::attention_backward")
 def _(
     dout, dlse, q, k, v, out, lse, head_map, value_head_map, alibi_slopes, sinks, attn_mask,

@@ -52,8 +52,8 @@ bool one_for_each_row(const OptionalTensor& x) { return x && x->stride(2) != 0; 
 AppendedCache::AppendedCache(const AppendInputs& in)
     : in_(in),
       lengths_(in.kv_lengths),
-      head_map_(
-          torch::stable::new_empty(in.kv_lengths, {in.k_new.dim() == 4 ? in.k_new.size(1) : 0})) {}
+      head_map_(empty_beside(in.kv_lengths, ScalarType::Int,
+                             {in.k_new.dim() == 4 ? in.k_new.size(1) : 0}, {1})) {}
 
 Inputs AppendedCache::inputs() const {
   return {in_.k_new, in_.k, in_.v, head_map_, none_, none_, none_, none_,
@@ -113,7 +113,7 @@ AppendParams params_of(const AppendInputs& in, const AttentionParams& cache,
 }
 
 Tensor add_rotated(AppendParams& params, const AppendInputs& in) {
-  if (!in.q) return torch::stable::new_empty(in.k_new, {0});
+  if (!in.q) return empty_beside(in.k_new, in.k_new.scalar_type(), {0}, {1});
   Tensor rotated = torch::stable::empty_like(*in.q);
   params.q = in.q->const_data_ptr();
   params.q_rotated = rotated.mutable_data_ptr();

@@ -14,6 +14,12 @@ std::tuple<Tensor, Tensor> attention_forward_cpu(
     double scale, int64_t window_left, int64_t window_right, double softcap, bool bshd,
     double dropout_p, const OptionalTensor& dropout_seed);
 
+// A plain call in as few arguments as can be: converting one costs about as much as checking it.
+// num_kv_heads: of K and of V. Without a scale, D ** -0.5. The LSE is not kept.
+Tensor plain_attention_forward_cpu(const Tensor& q, const Tensor& k, const Tensor& v,
+                                   const Tensor& head_map, int64_t num_kv_heads,
+                                   std::optional<double> scale, bool causal, bool bshd);
+
 std::tuple<Tensor, Tensor> attention_forward_cuda(
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& head_map,
     const OptionalTensor& value_head_map, const OptionalTensor& alibi_slopes,

@@ -183,6 +183,18 @@ void set_cache(AttentionParams& params, const Inputs& in, const CacheInputs& cac
 
 Strides strides_of(const Tensor& x) { return {x.stride(0), x.stride(1), x.stride(2)}; }
 
+Tensor empty_beside(const Tensor& x, ScalarType dtype, std::initializer_list<int64_t> sizes,
+                    std::initializer_list<int64_t> strides) {
+  int32_t device;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.begin(), strides.begin(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device,
+      x.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
 void check_inputs(const Inputs& in, const CacheInputs* cache,
                   void (*check_device)(const char* name, const Tensor& x, const Tensor& q)) {
   check_dtypes(in, cache);

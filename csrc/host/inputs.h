@@ -4,6 +4,7 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <initializer_list>
 #include <optional>
 
 #include "../core/params.h"
@@ -36,6 +37,11 @@ struct Outputs {
 };
 
 Strides strides_of(const Tensor& x);
+
+// Uninitialised memory on x's device. Past the dispatcher, and so three times as fast as new_empty;
+// torch's deterministic mode does not fill it.
+Tensor empty_beside(const Tensor& x, ScalarType dtype, std::initializer_list<int64_t> sizes,
+                    std::initializer_list<int64_t> strides);
 
 // Throw with name, rule and value where the arguments break a rule that memory safety needs: dtype,
 // device (for each tensor `check_device` is called), layout, sizes, shapes, in this order. Values

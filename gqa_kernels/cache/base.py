@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import operator
 from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
 
+from ..backends import plain
 from ..backends.dispatch import select
 from ..inputs import Layout
 from .inputs import AppendInputs
@@ -34,13 +36,57 @@ class KVCache(ABC):
     k_zero: Tensor | float | None
     v_zero: Tensor | float | None
 
+    _kept: tuple[tuple, list, KVView] | None = None
+
     @abstractmethod
+    def _parts(self) -> tuple[Tensor | float | None, ...]:
+        """Everything that the view is made of, K and V first."""
+
+    @abstractmethod
+    def _create_view(self) -> KVView:
+        """A new view, whose values are not looked at."""
+
     def view(self) -> KVView:
         """The normalised form; checks every value that the host can see.
 
         Raises:
             ValueError, TypeError: as :meth:`KVView.create`.
         """
+        view = self.unchecked_view()
+        view.check_slots(0)
+        return view
+
+    def unchecked_view(self) -> KVView:
+        """:meth:`view` without a look at lengths, begins and page ids.
+
+        It is made once: the view shares the memory of the cache's tensors, and so sees what is
+        written to them. Another tensor or number in their place, or a tensor that was resized or
+        set to other memory, makes a new one. A view that holds copies (of 64-bit integers) is
+        never kept.
+        """
+        if torch.compiler.is_compiling():
+            return self._create_view()
+        parts = self._parts()
+        tensors = [x for x in parts if isinstance(x, Tensor)]
+        kept = self._kept
+        if kept is not None and all(map(operator.is_, parts, kept[0])) and all(
+            _place(x) == place for x, place in zip(tensors, kept[1], strict=True)
+        ):  # fmt: skip
+            return kept[2]
+        view = self._create_view()
+        shared = all(
+            type(x) is Tensor and x.dtype != torch.int64 for x in (*tensors, view.kv_lengths)
+        )
+        # Made here and now: what inference mode makes of a number, and a view without gradients.
+        number = any(isinstance(x, (int, float)) for x in parts)
+        differentiable = any(x.requires_grad for x in tensors[2:])
+        if shared and not (number and torch.is_inference_mode_enabled()) and not differentiable:
+            self._kept = parts, [_place(x) for x in tensors], view
+        return view
+
+    def __getstate__(self) -> dict:
+        """Without the view, which a copy makes of its own tensors."""
+        return {name: value for name, value in self.__dict__.items() if name != "_kept"}
 
     @property
     def scales(self) -> dict[str, Tensor | float | None]:
@@ -83,6 +129,15 @@ class KVCache(ABC):
         Returns:
             the rotated queries (q itself without a rotary table), or None without queries.
         """
+        if (
+            q is None and cu_seqlens is None and rotary_cos is None and rotary_sin is None
+            and layout == "bhsd" and backend in ("auto", "cpu")
+            and not torch.compiler.is_compiling()
+            and plain.append(self.unchecked_view(), k_new, v_new)
+        ):  # fmt: skip
+            if advance:
+                self.advance(k_new.shape[2])
+            return None
         inputs = AppendInputs.create(
             k_new, v_new, self.view(), q=q, new_offsets=cu_seqlens, max_new=max_seqlen,
             rotary_cos=rotary_cos, rotary_sin=rotary_sin, rotary_interleaved=rotary_interleaved,
@@ -98,6 +153,11 @@ class KVCache(ABC):
         if isinstance(tokens, Tensor) and self.lengths.dim() == 2:
             tokens = tokens[:, None]
         self.lengths.add_(tokens)
+
+
+def _place(x: Tensor) -> tuple:
+    """What changes where a tensor comes to lie elsewhere or in another form."""
+    return x.data_ptr(), x.shape, x.stride(), x.dtype
 
 
 def from_heads_first(x: Tensor, layout: Layout, packed: bool) -> Tensor:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
+from ..backends import plain
 from ..backends.base import Backend
 from ..backends.dispatch import select
-from ..inputs import HeadMapLike, Layout
+from ..head_map import HeadMap
+from ..inputs import UNBOUNDED, HeadMapLike, Layout
 from .base import KVCache, from_heads_first
 from .inputs import AppendInputs, CacheInputs, to_heads_first
+from .view import KVView
 
 
 def asym_gqa_decode(
@@ -72,6 +76,19 @@ def asym_gqa_decode(
     Raises:
         ValueError, TypeError, NotImplementedError: as ``asym_gqa_attention``; nothing was appended.
     """
+    if (
+        cu_seqlens_q is None and rotary_cos is None and rotary_sin is None
+        and value_head_map is None and window is None and softcap is None and alibi_slopes is None
+        and sinks is None and attn_mask is None and layout == "bhsd" and backend in ("auto", "cpu")
+        and isinstance(cache, KVCache) and not torch.compiler.is_compiling()
+    ):  # fmt: skip
+        view = cache.unchecked_view()
+        if k_new is not None or plain.slots_exist(view, 0):
+            found = _plain_step(q, view, head_map, k_new, v_new, causal, scale)
+            if found is not None:
+                if k_new is not None and advance:
+                    cache.advance(k_new.shape[2])
+                return found if return_lse else found[0]
     plan = plan_decode(
         q, cache, head_map, cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q,
         value_head_map=value_head_map, causal=causal, scale=scale, window=window, softcap=softcap,
@@ -87,6 +104,25 @@ def asym_gqa_decode(
     return result
 
 
+def _plain_step(
+    q: Tensor, view: KVView, head_map: object, k_new: Tensor | None, v_new: Tensor | None,
+    causal: bool, scale: float | None,
+) -> tuple[Tensor, Tensor] | None:  # fmt: skip
+    """Append and attend the short way. None where that can't be: then nothing was written but
+    where a later append writes anyway, beyond the lengths."""
+    if not isinstance(q, Tensor) or not isinstance(head_map, HeadMap):
+        return None
+    if k_new is not None:
+        if not isinstance(k_new, Tensor) or q.dtype != k_new.dtype:
+            return None
+        if q.shape[2:3] != k_new.shape[2:3] or not plain.append(view, k_new, v_new):
+            return None
+        view = replace(view, kv_lengths=view.kv_lengths + k_new.shape[2])
+    elif v_new is not None:
+        return None
+    return plain.attend_cache(q, view, head_map, causal, scale)
+
+
 @dataclass(frozen=True)
 class DecodePlan:
     """What the layers of a decode step have in common; made by :func:`plan_decode`.
@@ -100,11 +136,13 @@ class DecodePlan:
         inputs: the checked call; lengths are those before an append.
         layout: of q, k_new, v_new and out.
         backend: what runs it.
+        is_plain: whether layers may take the short way (:mod:`gqa_kernels.backends.plain`).
     """
 
     inputs: CacheInputs
     layout: Layout
     backend: Backend
+    is_plain: bool = False
 
     @property
     def new_tokens(self) -> int | Tensor:
@@ -131,6 +169,25 @@ class DecodePlan:
             cache: memory of the planned shapes; lengths and page table are those of the plan.
         """
         inputs = self.inputs
+        if (
+            self.is_plain and rotary_cos is None and rotary_sin is None and isinstance(q, Tensor)
+            and not torch.compiler.is_compiling()
+        ):  # fmt: skip
+            layer, planned = cache.unchecked_view(), inputs.view
+            if (
+                layer.k.shape == planned.k.shape and layer.v.shape == planned.v.shape
+                and layer.k.dtype == planned.k.dtype and q.shape == inputs.q.shape
+            ):  # fmt: skip
+                if layer is not planned:
+                    layer = KVView(
+                        layer.k, layer.v, planned.kv_lengths, planned.page_table, planned.kv_begin,
+                        layer.k_scale, layer.v_scale, layer.k_zero, layer.v_zero,
+                    )  # fmt: skip
+                found = _plain_step(
+                    q, layer, inputs.head_map, k_new, v_new, inputs.window_right == 0, inputs.scale
+                )
+                if found is not None:
+                    return found if return_lse else found[0]
         packed = inputs.q_offsets is not None
         view = inputs.view.with_storage(cache.k, cache.v, **cache.scales)
         if (k_new is None) != (v_new is None):
@@ -170,7 +227,18 @@ def plan_decode(
             without those of the append and of the result.
     """
     inputs = decode_inputs(q, cache, head_map, **options)
-    return DecodePlan(inputs, options.get("layout", "bhsd"), select(inputs, backend))
+    layout, chosen = options.get("layout", "bhsd"), select(inputs, backend)
+    return DecodePlan(inputs, layout, chosen, chosen.name == "cpu" and _is_plain(inputs))
+
+
+def _is_plain(inputs: CacheInputs) -> bool:
+    """Whether a call has none of the options that the short way leaves out."""
+    return (
+        inputs.layout == "bhsd" and inputs.q_offsets is None and inputs.value_head_map is None
+        and inputs.window_left == UNBOUNDED and inputs.window_right in (0, UNBOUNDED)
+        and inputs.softcap == 0.0 and inputs.alibi_slopes is None and inputs.sinks is None
+        and inputs.attn_mask is None
+    )  # fmt: skip
 
 
 def decode_inputs(

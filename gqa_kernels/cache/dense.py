@@ -81,8 +81,15 @@ class DenseKVCache(KVCache):
         lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         return cls(k, v, lengths, **empty_scales(k, v, format, zeros))
 
-    def view(self) -> KVView:
+    def _parts(self) -> tuple[Tensor | float | None, ...]:
+        return (
+            self.k, self.v, self.lengths, self.batch_index, self.begin, self.k_scale, self.v_scale,
+            self.k_zero, self.v_zero,
+        )  # fmt: skip
+
+    def _create_view(self) -> KVView:
         table = None if self.batch_index is None else self.batch_index[:, None]
         return KVView.create(
-            self.k, self.v, self.lengths, page_table=table, kv_begin=self.begin, **self.scales
-        )
+            self.k, self.v, self.lengths, page_table=table, kv_begin=self.begin, **self.scales,
+            check_values=False,
+        )  # fmt: skip

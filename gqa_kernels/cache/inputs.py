@@ -329,7 +329,7 @@ class AppendInputs:
                     "append: with lengths per head a query has no one position; rotate q and k_new "
                     "before the call"
                 )
-        view.check_slots(k_new.shape[2] if new_offsets is None else new_offsets.diff()[:, None])
+        view.check_slots(k_new.shape[2] if new_offsets is None else new_offsets)
         return cls(
             q, k_new, v_new, view, new_offsets, max_new, rotary_cos, rotary_sin,
             bool(rotary_interleaved),

@@ -180,10 +180,16 @@ class PagedKVCache(KVCache):
             if isinstance(x, Tensor) and x.dim() == 3:
                 x[target] = x[source]
 
-    def view(self) -> KVView:
+    def _parts(self) -> tuple[Tensor | float | None, ...]:
+        return (
+            self.k, self.v, self.lengths, self.page_table, self.begin, self.k_scale, self.v_scale,
+            self.k_zero, self.v_zero,
+        )  # fmt: skip
+
+    def _create_view(self) -> KVView:
         return KVView.create(
             self.k, self.v, self.lengths, page_table=self.page_table, kv_begin=self.begin,
-            **self.scales,
+            **self.scales, check_values=False,
         )  # fmt: skip
 
 

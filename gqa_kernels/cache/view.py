@@ -26,6 +26,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..backends import plain
 from ..inputs import DTYPES, _readable
 from .quantized import FORMATS, Format
 
@@ -77,6 +78,7 @@ class KVView:
         v_scale: Tensor | float | None = None,
         k_zero: Tensor | float | None = None,
         v_zero: Tensor | float | None = None,
+        check_values: bool = True,
     ) -> KVView:
         """Check and normalise.
 
@@ -88,6 +90,7 @@ class KVView:
             k_scale, v_scale, k_zero, v_zero: a number or tensor of one element for the whole
                 tensor, ``[H]`` per head, or fp32 ``[P, H, page_size]`` per token and head; only the
                 last is written by an append.
+            check_values: look at lengths, begins and page ids too.
 
         Raises:
             ValueError, TypeError: the message names the argument, the rule and the value. Values
@@ -149,7 +152,8 @@ class KVView:
                     "neither"
                 )
         view = cls(k, v, lengths.expand(batch, heads), page_table, kv_begin, **scales)
-        view._check_values()
+        if check_values:
+            view.check_slots(0)
         return view
 
     def with_storage(
@@ -180,8 +184,19 @@ class KVView:
             v_zero=_rows("v_zero", v_zero, v),
         )
 
-    def _check_values(self) -> None:
-        """Lengths, begins and page ids, where the host can see them."""
+    def check_slots(self, new: int | Tensor) -> None:
+        """There must be a slot for every key, and for ``new`` more per sequence (a number, or
+        offsets ``[B + 1]``): inside the capacity, in pages that exist. Where the host can see it.
+
+        Raises:
+            ValueError: naming what is wrong.
+        """
+        if plain.slots_exist(self, new):
+            return
+        self._check_lengths()
+        self._check_slots(new.diff()[:, None] if isinstance(new, Tensor) else new)
+
+    def _check_lengths(self) -> None:
         if self.kv_lengths.numel() and _readable(self.kv_lengths):
             low, high = (int(x) for x in self.kv_lengths.aminmax())
             if low < 0:
@@ -193,11 +208,8 @@ class KVView:
                     f"kv_lengths must be at most the capacity of a sequence ({self.capacity} = "
                     f"{self.max_pages} pages of {self.page_size}), got {high}"
                 )
-            self.check_slots(0)
 
-    def check_slots(self, new: int | Tensor) -> None:
-        """There must be a slot for every key, and for ``new`` more per sequence (or ``[B, 1]``):
-        inside the capacity, in pages that exist. Where the host can see it."""
+    def _check_slots(self, new: int | Tensor) -> None:
         seen = (self.kv_lengths, self.kv_begin, new if isinstance(new, Tensor) else None)
         if not self.kv_lengths.numel() or not all(_readable(x) for x in seen if x is not None):
             return

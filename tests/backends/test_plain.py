@@ -15,7 +15,9 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture
 def long_way(monkeypatch):
-    """A list that grows by one with every call that goes the long way."""
+    """A list that grows by one with every call that goes the long way. Outside deterministic mode,
+    where the shortest op is taken."""
+    torch.use_deterministic_algorithms(False)
     calls, select = [], dispatch.select
 
     def counted(inputs, backend):
@@ -42,7 +44,9 @@ def test_same_results_and_strides(long_way, layout, q_len, dtype):
         for x, y in zip(found, want, strict=True):
             assert torch.equal(x, y) and x.shape == y.shape and x.dtype == y.dtype
             assert x.is_contiguous() == y.is_contiguous()
-        assert torch.equal(asym_gqa_attention(*tensors, MAP, layout=layout, **options), want[0])
+        short = asym_gqa_attention(*tensors, MAP, layout=layout, **options)
+        assert torch.equal(short, want[0]) and short.stride() == found[0].stride()
+        assert not long_way
 
 
 def test_what_is_not_plain_goes_the_long_way(long_way):
@@ -68,9 +72,12 @@ def test_what_is_not_plain_goes_the_long_way(long_way):
     assert torch.equal(compiled(q, k, v), asym_gqa_attention(q, k, v, MAP))
 
 
-def test_refused_calls_are_left_to_the_long_way():
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_refused_calls_are_left_to_the_long_way(deterministic):
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
     q, k, v = make_inputs(1, MAP, 2, 3, 8)
-    plain_call = (MAP, False, None, "bhsd")
+    plain_call = (MAP, False, None, "bhsd", False)
+    asym_gqa_attention(q, k, v, MAP, softcap=1.0)  # the kernels are loaded
     assert plain.attend(q, k, v, *plain_call) is not None
     for bad in (
         (q, k[0], v), (q[0, 0], k, v), (q, k.half(), v), (q, k.to("meta"), v), (q, k[:, :2], v),
@@ -80,4 +87,25 @@ def test_refused_calls_are_left_to_the_long_way():
     ):  # fmt: skip
         assert plain.attend(*bad, *plain_call) is None
     for scale, layout in ((float("nan"), "bhsd"), ("1", "bhsd"), (None, "sbhd")):
-        assert plain.attend(q, k, v, MAP, False, scale, layout) is None
+        assert plain.attend(q, k, v, MAP, False, scale, layout, False) is None
+
+
+def test_opcheck():
+    q, k, v = make_inputs(2, MAP, 3, 5, 8, value_head_dim=16)
+    asym_gqa_attention(q, k, v, MAP, softcap=1.0)
+    op = torch.ops.gqa_kernels.plain_attention_forward.default
+    for scale, bshd in ((None, False), (0.5, True)):
+        torch.library.opcheck(op, (q, k, v, MAP.cpu_tensor, 3, scale, True, bshd))
+
+
+def test_the_op_refuses_what_would_be_read_elsewhere():
+    """Entries out of range give NaN, as everywhere; other heads than the map's are an error."""
+    q, k, v = make_inputs(1, MAP, 2, 3, 8)
+    op = torch.ops.gqa_kernels.plain_attention_forward
+    wrong = MAP.cpu_tensor.clone()
+    wrong[1], wrong[4] = 3, -1
+    out = op(q, k, v, wrong, 3, None, False, False)
+    assert out.isnan().flatten(2).all(2).tolist() == [[False, True, False, False, True, False]]
+    for bad in ((q, k, v, wrong, 2), (q, k, v[:, :2], wrong, 3), (q, k, v, wrong.long(), 3)):
+        with pytest.raises(RuntimeError, match="must have"):
+            op(*bad, None, False, False)
