@@ -40,13 +40,15 @@ STABLE_TORCH_LIBRARY(gqa_kernels, library) {
       "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dslopes, Tensor dsinks)");
 
   // K and V in pages of a cache: AttentionParams (core/params.h) says how. kv_lengths [B, Hk]; with
-  // q_offsets, q is [1, Hq, tokens, D]. Returns out and the LSE in q's shape.
+  // q_offsets, q is [1, Hq, tokens, D]. Returns out and the LSE in q's shape. lse_wanted: false
+  // where the LSE won't be read, which then may be rounded as the output is.
   library.def(
       "cache_attention_forward(Tensor q, Tensor k, Tensor v, Tensor head_map, "
       "Tensor? value_head_map, Tensor? alibi_slopes, Tensor? sinks, Tensor? attn_mask, "
       "Tensor kv_lengths, Tensor? page_table, Tensor? kv_begin, Tensor? q_offsets, int max_q_len, "
       "Tensor? k_scale, Tensor? v_scale, Tensor? k_zero, Tensor? v_zero, float scale, "
-      "int window_left, int window_right, float softcap, bool bshd) -> (Tensor out, Tensor lse)");
+      "int window_left, int window_right, float softcap, bool bshd, bool lse_wanted=True) "
+      "-> (Tensor out, Tensor lse)");
 
   // Whether every key of a cache on the CPU, and each new token behind them, has a slot inside its
   // sequence's capacity, in a page that is one. Looks at values, so it has no fake kernel.

@@ -49,7 +49,7 @@ autograd.register("gqa_kernels::attention_forward", "gqa_kernels::attention_back
 def _(
     q, k, v, head_map, value_head_map, alibi_slopes, sinks, attn_mask, kv_lengths, page_table,
     kv_begin, q_offsets, max_q_len, k_scale, v_scale, k_zero, v_zero, scale, window_left,
-    window_right, softcap, bshd,
+    window_right, softcap, bshd, lse_wanted=True,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     value_head_dim = v.shape[3] * (2 if v.dtype == torch.uint8 else 1)  # int4: two in a byte
     out = empty_output_like(q, value_head_dim, bshd)

@@ -153,7 +153,7 @@ class Problem {
     }
   }
 
-  void attend() { cpu::attention_forward(params_, kOneThread); }
+  void attend() { cpu::attention_forward(params_, kOneThread, false); }
 
   // Reads what attend() reads, head after head, page after page.
   void read() {

@@ -71,7 +71,6 @@ struct AttentionParams {
   const void* v;  // [P, Hv, page_size, Dv], in v_dtype
   void* out;      // [B, Hq, Sq, Dv]
   float* lse;     // [B, Hq, Sq], contiguous; natural log
-  bool lse_wanted;  // to fp32; else 1e-4 will do
   Strides q_stride, k_stride, v_stride, out_stride;
 
   const int32_t* head_map;        // [Hq]: key head of each query head

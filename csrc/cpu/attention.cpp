@@ -92,7 +92,7 @@ struct Work {
 
 }  // namespace
 
-void attention_forward(const AttentionParams& params, const ThreadPool& pool) {
+void attention_forward(const AttentionParams& params, const ThreadPool& pool, bool lse_wanted) {
   const Kernels& kernels = select(params.k_dtype);
   const Schedule schedule = make_schedule(params, kernels.limits, pool.num_threads);
   if (params.q_offsets != nullptr) fill_tokens_of_no_sequence(params);
@@ -107,7 +107,7 @@ void attention_forward(const AttentionParams& params, const ThreadPool& pool) {
   const int64_t lines = kernels.scratch_floats(params, schedule.tile) / kFloatsPerLine + 1;
   AlignedFloats scratch(schedule.num_workers * lines * kFloatsPerLine);
 
-  const CallState call{params, schedule, partials.get(), unfinished.get()};
+  const CallState call{params, schedule, partials.get(), unfinished.get(), lse_wanted};
   Work work{call, kernels.run_task[static_cast<int>(params.k_dtype)], scratch.get(),
             lines * kFloatsPerLine};
   pool.run(

@@ -75,7 +75,7 @@ class AttentionTask {
     } else if (tile_.layout.word_ld == 0) {
       run_tiles<Few>();
     } else if constexpr (V::kWords && kInteger<S>) {
-      run_tiles<IntegerProducts<V, S>>();
+      run_tiles<IntegerProducts<V, S>>(call_.lse_wanted);
     }
     if (task_.merge < 0) {
       for (int r = 0; r < rows_; ++r)
@@ -122,13 +122,13 @@ class AttentionTask {
     for (int64_t key = 0; key < layout.keys; ++key) tile_.keep[key] = 0.0f;
   }
 
-  template <class Products>
-  void run_tiles() {
+  template <class Products, class... More>
+  void run_tiles(More... more) {
     const bool bias = params_.softcap != 0.0f || params_.alibi_slopes || params_.attn_mask;
     constexpr RowBlocks kBlocks = Products::kBlocks;
     with_query_type<S>(params_,
                        [&](auto* type) { load_queries(type, round_up(rows_, kBlocks.padding)); });
-    Products products(params_, tile_);
+    Products products(params_, tile_, more...);
     products.begin(rows_);
     if (kQuantized<S>) dequantizer_.begin(rows_);
     const S* k_rows[2][kMaxTileKeys];  // of this tile and the next

@@ -16,6 +16,7 @@ struct CallState {
   const Schedule& schedule;
   float* partials;                   // [schedule.partial_floats]
   std::atomic<int32_t>* unfinished;  // [schedule.num_merges] splits still at work
+  bool lse_wanted;
 };
 
 // Runs one task with scratch_floats(...) floats of memory of its own.

@@ -151,8 +151,8 @@ class IntegerProducts : public DirectLoops<IntegerProducts<V, S>, V, S> {
   friend Loops;
 
  public:
-  IntegerProducts(const AttentionParams& params, Tile<V>& tile)
-      : Loops(params, tile), two_words_(params.lse_wanted) {}
+  IntegerProducts(const AttentionParams& params, Tile<V>& tile, bool two_words)
+      : Loops(params, tile), two_words_(two_words) {}
 
   // What scores are counted in.
   float score_unit(int r) const { return q_step_[r]; }

@@ -10,9 +10,9 @@
 namespace gqa::host {
 namespace {
 
-std::tuple<Tensor, Tensor> run(Call& call, const Tensor& q, bool bshd) {
+std::tuple<Tensor, Tensor> run(Call& call, const Tensor& q, bool bshd, bool lse_wanted) {
   Outputs outputs = add_outputs(call.params, q, bshd);
-  cpu::attention_forward(call.params, torch_threads());
+  cpu::attention_forward(call.params, torch_threads(), lse_wanted);
   return {outputs.out, outputs.lse};
 }
 
@@ -26,7 +26,7 @@ std::tuple<Tensor, Tensor> attention_forward_cpu(
     double dropout_p, const OptionalTensor& dropout_seed) {
   Call call({q, k, v, head_map, value_head_map, alibi_slopes, sinks, attn_mask, kv_lengths, scale,
              window_left, window_right, softcap, dropout_p, dropout_seed});
-  return run(call, q, bshd);
+  return run(call, q, bshd, true);
 }
 
 Tensor plain_attention_forward_cpu(const Tensor& q, const Tensor& k, const Tensor& v,
@@ -50,7 +50,7 @@ Tensor plain_attention_forward_cpu(const Tensor& q, const Tensor& k, const Tenso
   params.out = out.mutable_data_ptr();
   params.out_stride = strides_of(out);
   params.lse = lse.get();
-  cpu::attention_forward(params, torch_threads());
+  cpu::attention_forward(params, torch_threads(), false);
   return out;
 }
 
@@ -61,14 +61,15 @@ std::tuple<Tensor, Tensor> cache_attention_forward_cpu(
     const OptionalTensor& page_table, const OptionalTensor& kv_begin,
     const OptionalTensor& q_offsets, int64_t max_q_len, const OptionalTensor& k_scale,
     const OptionalTensor& v_scale, const OptionalTensor& k_zero, const OptionalTensor& v_zero,
-    double scale, int64_t window_left, int64_t window_right, double softcap, bool bshd) {
+    double scale, int64_t window_left, int64_t window_right, double softcap, bool bshd,
+    bool lse_wanted) {
   const OptionalTensor lengths = kv_lengths, no_seed;
   const CacheInputs cache{page_table, kv_begin, q_offsets, max_q_len,
                           k_scale,    v_scale,  k_zero,    v_zero};
   Call call({q, k, v, head_map, value_head_map, alibi_slopes, sinks, attn_mask, lengths, scale,
              window_left, window_right, softcap, 0.0, no_seed},
             &cache);
-  return run(call, q, bshd);
+  return run(call, q, bshd, lse_wanted);
 }
 
 }  // namespace gqa::host

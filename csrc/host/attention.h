@@ -27,7 +27,7 @@ std::tuple<Tensor, Tensor> attention_forward_cuda(
     double scale, int64_t window_left, int64_t window_right, double softcap, bool bshd,
     double dropout_p, const OptionalTensor& dropout_seed);
 
-// On the CPU max_q_len is not needed: q_offsets says it.
+// On the CPU max_q_len is not needed: q_offsets says it. On CUDA devices lse_wanted is not.
 std::tuple<Tensor, Tensor> cache_attention_forward_cpu(
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& head_map,
     const OptionalTensor& value_head_map, const OptionalTensor& alibi_slopes,
@@ -35,7 +35,8 @@ std::tuple<Tensor, Tensor> cache_attention_forward_cpu(
     const OptionalTensor& page_table, const OptionalTensor& kv_begin,
     const OptionalTensor& q_offsets, int64_t max_q_len, const OptionalTensor& k_scale,
     const OptionalTensor& v_scale, const OptionalTensor& k_zero, const OptionalTensor& v_zero,
-    double scale, int64_t window_left, int64_t window_right, double softcap, bool bshd);
+    double scale, int64_t window_left, int64_t window_right, double softcap, bool bshd,
+    bool lse_wanted);
 
 std::tuple<Tensor, Tensor> cache_attention_forward_cuda(
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& head_map,
@@ -44,6 +45,7 @@ std::tuple<Tensor, Tensor> cache_attention_forward_cuda(
     const OptionalTensor& page_table, const OptionalTensor& kv_begin,
     const OptionalTensor& q_offsets, int64_t max_q_len, const OptionalTensor& k_scale,
     const OptionalTensor& v_scale, const OptionalTensor& k_zero, const OptionalTensor& v_zero,
-    double scale, int64_t window_left, int64_t window_right, double softcap, bool bshd);
+    double scale, int64_t window_left, int64_t window_right, double softcap, bool bshd,
+    bool lse_wanted);
 
 }  // namespace gqa::host

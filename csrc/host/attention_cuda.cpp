@@ -40,7 +40,7 @@ std::tuple<Tensor, Tensor> cache_attention_forward_cuda(
     const OptionalTensor& page_table, const OptionalTensor& kv_begin,
     const OptionalTensor& q_offsets, int64_t max_q_len, const OptionalTensor& k_scale,
     const OptionalTensor& v_scale, const OptionalTensor& k_zero, const OptionalTensor& v_zero,
-    double scale, int64_t window_left, int64_t window_right, double softcap, bool bshd) {
+    double scale, int64_t window_left, int64_t window_right, double softcap, bool bshd, bool) {
   const OptionalTensor lengths = kv_lengths, no_seed;
   const CacheInputs cache{page_table, kv_begin, q_offsets, max_q_len,
                           k_scale,    v_scale,  k_zero,    v_zero};

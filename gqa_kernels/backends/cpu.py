@@ -101,6 +101,7 @@ class CPUBackend(Backend):
             inputs.window_right,
             inputs.softcap,
             inputs.layout == "bshd",
+            inputs.lse_wanted,
         )
 
     def append(self, inputs: AppendInputs) -> Tensor | None:

@@ -116,7 +116,12 @@ def append(view: KVView, k_new: Tensor, v_new: Tensor) -> bool:
 
 
 def attend_cache(
-    q: Tensor, view: KVView, head_map: object, causal: bool, scale: float | None
+    q: Tensor,
+    view: KVView,
+    head_map: object,
+    causal: bool,
+    scale: float | None,
+    lse_wanted: bool,
 ) -> tuple[Tensor, Tensor] | None:
     """Out and LSE of queries ``[B, Hq, S, D]`` over a view whose values were checked, as the CPU
     backend gives them; None where the call is not a plain one."""
@@ -139,7 +144,7 @@ def attend_cache(
                 q, k, v, head_map.cpu_tensor, None, None, None, None, view.kv_lengths,
                 view.page_table, view.kv_begin, None, q.shape[2], view.k_scale, view.v_scale,
                 view.k_zero, view.v_zero, q.shape[3] ** -0.5 if scale is None else scale,
-                UNBOUNDED, 0 if causal else UNBOUNDED, 0.0, False,
+                UNBOUNDED, 0 if causal else UNBOUNDED, 0.0, False, lse_wanted,
             )  # fmt: skip
     except REFUSALS:
         return None

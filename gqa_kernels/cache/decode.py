@@ -84,7 +84,7 @@ def asym_gqa_decode(
     ):  # fmt: skip
         view = cache.unchecked_view()
         if k_new is not None or plain.slots_exist(view, 0):
-            found = _plain_step(q, view, head_map, k_new, v_new, causal, scale)
+            found = _plain_step(q, view, head_map, k_new, v_new, causal, scale, return_lse)
             if found is not None:
                 if k_new is not None and advance:
                     cache.advance(k_new.shape[2])
@@ -106,7 +106,7 @@ def asym_gqa_decode(
 
 def _plain_step(
     q: Tensor, view: KVView, head_map: object, k_new: Tensor | None, v_new: Tensor | None,
-    causal: bool, scale: float | None,
+    causal: bool, scale: float | None, lse_wanted: bool,
 ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
     """Append and attend the short way. None where that can't be: then nothing was written but
     where a later append writes anyway, beyond the lengths."""
@@ -120,7 +120,7 @@ def _plain_step(
         view = replace(view, kv_lengths=view.kv_lengths + k_new.shape[2])
     elif v_new is not None:
         return None
-    return plain.attend_cache(q, view, head_map, causal, scale)
+    return plain.attend_cache(q, view, head_map, causal, scale, lse_wanted)
 
 
 @dataclass(frozen=True)
@@ -184,8 +184,9 @@ class DecodePlan:
                         layer.k_scale, layer.v_scale, layer.k_zero, layer.v_zero,
                     )  # fmt: skip
                 found = _plain_step(
-                    q, layer, inputs.head_map, k_new, v_new, inputs.window_right == 0, inputs.scale
-                )
+                    q, layer, inputs.head_map, k_new, v_new, inputs.window_right == 0,
+                    inputs.scale, return_lse,
+                )  # fmt: skip
                 if found is not None:
                     return found if return_lse else found[0]
         packed = inputs.q_offsets is not None
@@ -210,7 +211,7 @@ class DecodePlan:
                 f"q must be as planned, {tuple(inputs.q.shape)} in {inputs.dtype} as [B, Hq, S, "
                 f"D], got {tuple(q.shape)} in {q.dtype}"
             )
-        out, lse = self.backend.run_cache(replace(inputs, q=q, view=view))
+        out, lse = self.backend.run_cache(replace(inputs, q=q, view=view, lse_wanted=return_lse))
         out = from_heads_first(out, self.layout, packed)
         return (out, lse[0] if packed else lse) if return_lse else out
 

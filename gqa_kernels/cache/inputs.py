@@ -55,6 +55,7 @@ class CacheInputs:
             ``q_offsets[b]`` up to ``q_offsets[b + 1]``.
         max_q_len: most query tokens of a sequence: sizes grids and nothing else.
         max_kv_len: likewise of keys, for the choice of splits.
+        lse_wanted: false where the LSE won't be read, which then may be rounded as out is.
         packed_kv: what the view is of, where it is of packed sequences: what gradients are of.
         head_map, value_head_map, scale, window_left, window_right, softcap, alibi_slopes, sinks,
         attn_mask, layout, deterministic: as in :class:`~gqa_kernels.inputs.AttentionInputs`; the
@@ -79,6 +80,7 @@ class CacheInputs:
     layout: Layout
     deterministic: bool
     packed_kv: PackedKV | None = None
+    lse_wanted: bool = True
 
     @classmethod
     def create(

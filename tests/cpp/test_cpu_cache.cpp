@@ -268,8 +268,7 @@ int check_rounded(Case& c, int threads) {
     p.q = q.data();
     p.out = out.data();
     p.dtype = DType::kBFloat16;
-    p.lse_wanted = lse_wanted;
-    gqa::cpu::attention_forward(p, {threads, run_on_threads});
+    gqa::cpu::attention_forward(p, {threads, run_on_threads}, lse_wanted);
     for (size_t i = 0; i < out.size(); ++i) {
       const uint32_t bits = static_cast<uint32_t>(out[i]) << 16;
       float got;
