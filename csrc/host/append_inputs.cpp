@@ -79,6 +79,8 @@ AppendParams params_of(const AppendInputs& in, const AttentionParams& cache,
   check_last_dim_contiguous("v_new", in.v_new);
   check_shape("k_new", in.k_new, {batch, in.k.size(1), params.num_tokens, head_dim});
   check_shape("v_new", in.v_new, {batch, in.v.size(1), params.num_tokens, cache.value_head_dim});
+  // The length of a sequence is that of its first key head.
+  STD_TORCH_CHECK(in.k.size(1) >= 1, "k must have at least 1 head, got 0");
   STD_TORCH_CHECK(!in.rotary_cos == !in.rotary_sin,
                   "rotary_cos and rotary_sin must be given together");
   if (in.q) {

@@ -96,10 +96,57 @@ def test_every_instruction_set_on_random_views(isa, name):  # noqa: F811
     for seed in range(24):
         inputs = random_call(seed, DTYPES[seed % 3], name)
         out, lse = CPU.run_cache(inputs)
+        alone, _ = CPU.run_cache(replace(inputs, lse_wanted=False))
         try:
             assert_cache_close(out, inputs, lse)
+            assert_cache_close(alone, inputs)
         except AssertionError as error:
             raise AssertionError(f"seed {seed}: {error}") from error
+
+
+def decode_of(q, k, v, name, zeros=False):
+    """Out of a decode step over dense int8 or int4, which reads no LSE; and the call."""
+    (k, ks, kz), (v, vs, vz) = (stored_rows(x, q.dtype, name, zeros) for x in (k, v))
+    lengths = torch.full((q.shape[0],), k.shape[2]).int()
+    view = KVView.create(k, v, lengths, k_scale=ks, v_scale=vs, k_zero=kz, v_zero=vz)
+    inputs = replace(CacheInputs.create(q, view, HeadMap([0, 0, 1, 0, 1])), lse_wanted=False)
+    return CPU.run_cache(inputs)[0], inputs
+
+
+@pytest.mark.parametrize("name, zeros", [("int8", False), ("int8", True), ("int4", True)])
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_products_of_words(isa, name, zeros, dtype):  # noqa: F811
+    """Queries with outlier channels, as models have them, leave few bits of a word to the other
+    channels; sharp and flat distributions over many keys."""
+    for seed, sharpness in enumerate((0.1, 1.0, 4.0)):
+        generator = torch.Generator().manual_seed(seed)
+        q = torch.randn(2, 5, 1, 96, generator=generator) * sharpness
+        k, v = (torch.randn(2, 2, 700, 96, generator=generator) for _ in range(2))
+        q[..., 3] *= 40
+        k[..., 3] *= 0.1
+        assert_cache_close(*decode_of(q.to(dtype), k, v, name, zeros))
+
+
+def test_numbers_that_words_lack(isa):  # noqa: F811
+    """NaN and infinities of queries and scales show; rows of zeros, and numbers whose step would be
+    none, stay finite."""
+    k, v = (torch.randn(2, 2, 40, 32, generator=torch.Generator().manual_seed(0)) for _ in "kv")
+    q = torch.ones(2, 5, 1, 32, dtype=torch.bfloat16)
+    for bad in (float("nan"), float("inf")):
+        wrong = q.clone()
+        wrong[0, 2, 0, 9] = bad
+        out, _ = decode_of(wrong, k, v, "int8")
+        rows = torch.zeros(2, 5, dtype=torch.bool)
+        rows[0, 2] = True
+        assert torch.equal(out.isnan().all(-1)[..., 0], rows)
+        assert torch.equal(out.isnan().any(-1)[..., 0], rows)
+    for tiny in (0.0, 1e-38, 1e-30):
+        assert_cache_close(*decode_of(q * tiny, k, v, "int8"))
+    out, inputs = decode_of(q, k, v, "int8")
+    inputs.view.v_scale[1, 0, 5] = float("nan")
+    out, _ = CPU.run_cache(inputs)
+    heads = torch.tensor([True, True, False, True, False])  # those of KV head 0
+    assert torch.equal(out[1, :, 0].isnan().all(-1), heads) and not out[0].isnan().any()
 
 
 def paged_call(dtype, name=None, q_len=1, length=300, page_size=16, dim=64):
@@ -387,3 +434,12 @@ def test_op_refuses_what_memory_safety_forbids(changes, message):
     arguments = {**forward_arguments(paged), **changes}
     with pytest.raises(RuntimeError, match=message):
         torch.ops.gqa_kernels.cache_attention_forward.default(*arguments.values())
+
+
+def test_append_needs_a_key_head():
+    x = torch.zeros(1, 1, 4, 8)
+    with pytest.raises(RuntimeError, match="k must have at least 1 head, got 0"):
+        torch.ops.gqa_kernels.cache_append.default(
+            None, x[:, :0, :1], x[:, :, :1], x[:, :0].clone(), x, torch.zeros(1, 0).int(),
+            *[None] * 9, False,
+        )  # fmt: skip
