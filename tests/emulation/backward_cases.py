@@ -31,7 +31,7 @@ def dense_case(
         q_len, kv_len, head_dim, dtype, value_head_dim=value_head_dim, batch=1, head_map=UNEVEN,
         **options,
     )  # fmt: skip
-    out, lse = reference_attention(inputs, dtype)
+    out, lse = reference_attention(inputs)
     forward.out.copy_(out)
     forward.lse.copy_(lse)
     call = make_backward(forward)
@@ -70,7 +70,7 @@ def backward_packed(arch: str) -> Case:
         for n, m in zip(q_lens, k_lens, strict=True)
     ]
     for inputs, forward in parts:
-        out, lse = reference_attention(inputs, torch.bfloat16)
+        out, lse = reference_attention(inputs)
         forward.out.copy_(out)
         forward.lse.copy_(lse)
 

@@ -25,18 +25,17 @@ def probabilities(b_score, b_lse, EXACT: tl.constexpr):
 
 
 @triton.jit
-def score_gradient(
-    b_p,  # probabilities of a tile, before dropout
+def through_dropout(
     b_dp,  # gradient of what multiplied V
-    b_delta,  # `delta_kernel`'s, broadcast along the keys
     m_keep,  # what dropout kept, or None
     dropout_scale,
     HAS_DROPOUT: tl.constexpr,
 ):
-    """Gradient of the scores as softmax takes them: capped, biased, masked."""
+    """Gradient of the probabilities; from it that of the scores as softmax takes them (capped,
+    biased, masked) is ``P * (dP - delta)``, with the delta of `delta_kernel`."""
     if HAS_DROPOUT:
         b_dp = tl.where(m_keep, b_dp * dropout_scale, 0.0)
-    return b_p * (b_dp - b_delta)
+    return b_dp
 
 
 @triton.jit

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from . import common, kv
-from .backward_common import load_lse, probabilities, score_gradient, through_cap
+from .backward_common import load_lse, probabilities, through_cap, through_dropout
 from .dropout import keep_tile_keys_first
 
 
@@ -246,9 +246,8 @@ def backward_kv_kernel(
             if HAS_DK:
                 b_delta = tl.load(p_delta + i_row + o_m64, mask=m_m, other=0.0)
                 b_dp = tl.dot(b_v, tl.trans(b_dout), input_precision="ieee")
-                b_ds = score_gradient(
-                    b_p, b_dp, b_delta[None, :], m_keep, dropout_scale, HAS_DROPOUT
-                )
+                b_dp = through_dropout(b_dp, m_keep, dropout_scale, HAS_DROPOUT)
+                b_ds = b_p * (b_dp - b_delta[None, :])
                 b_ds = through_cap(b_ds, b_capped, softcap, HAS_SOFTCAP)
                 b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision="ieee")
 

@@ -34,10 +34,12 @@ class BackwardCall:
         shared: V is grouped as K is.
         dout: ``[B, Hq, Sq, Dv]``.
         dlse: fp32 ``[B, Hq, Sq]``, contiguous, or None.
-        delta: fp32 ``[B, Hq, Sq]``, contiguous, scratch.
+        delta: fp32 ``[B, Hq, Sq]``, contiguous, scratch; with ``dslopes`` or ``sinks`` in the end
+            that of P and dP, not of the rounded output.
         dq, dk, dv: in the shapes of q, k, v. Of packed sequences all of q, k, v and what has their
             shapes are ``[1, H, tokens, ...]``, and dq, dk, dv zeros.
         dslopes: fp32 ``[B, Hq, num_blocks]``, one sum per block of query tokens, or None.
+        sinks: the sinks' gradient will be taken of delta.
     """
 
     forward: ForwardCall
@@ -49,11 +51,13 @@ class BackwardCall:
     dk: Tensor
     dv: Tensor
     dslopes: Tensor | None
+    sinks: bool = False
 
     def arguments(self) -> dict[str, Tensor | int | float | None]:
         """What the kernels of dQ and of dK and dV take, and more."""
         arguments = self.forward.forward_arguments() | {
             "p_dout": self.dout,
+            "p_dlse": self.dlse,
             "p_delta": self.delta,
             "p_dq": self.dq,
             "p_dslopes": self.dslopes,
@@ -62,6 +66,8 @@ class BackwardCall:
             **strides_of("dk", self.dk, "bhn"),
             **strides_of("dv", self.dv, "bhn"),
             "HAS_DSLOPES": self.dslopes is not None,
+            "HAS_SUMS": self.dslopes is not None or self.sinks,
+            "HAS_DLSE": self.dlse is not None,
         }
         if self.forward.cache is not None:  # the offsets say where a sequence begins
             names = ("stride_dob", "stride_dqb", "stride_dkb", "stride_dvb")

@@ -55,8 +55,9 @@ def triton_attention_backward(
         softcap, dropout_p, dropout_seed, out, lse,
     )  # fmt: skip
     call = BackwardCall(
-        forward, value_head_map is None, dout, dlse, torch.empty_like(lse), dq, dk, dv, None
-    )
+        forward, value_head_map is None, dout, dlse, torch.empty_like(lse), dq, dk, dv, None,
+        need_sinks,
+    )  # fmt: skip
     with torch.cuda.device_of(q):
         slopes = run_backward(call, device_facts(q.device), need_slopes)
     dslopes = slopes if need_slopes else dslopes

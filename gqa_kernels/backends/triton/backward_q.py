@@ -1,11 +1,12 @@
-"""Backward, gradients of Q and of the ALiBi slopes.
+"""Backward, gradients of Q and of the ALiBi slopes, and what those of the sinks need.
 
 Grid    as prefill's: one program per (sequence, query head, block of BLOCK_M query tokens), heads
         in the plan's order in sections whose K and V fit the L2 cache, last block first.
 Program keeps its block of Q and dO, and walks over the key blocks that some row can see:
         recomputes P from the LSE and adds up dQ += dS K in fp32. A head whose map entry is out of
         range gives NaN. The slope's gradient is left as one sum per program, for the caller to add
-        up in a fixed order.
+        up in a fixed order. It and the sink's have whole rows in one number, where it would show
+        that delta comes from the output, which is rounded: for them, delta is summed anew.
 
 Source: FlashAttention-2 (arXiv 2307.08691), algorithm 2 in two passes, so that nothing is summed
 through memory; own code.
@@ -15,7 +16,7 @@ import triton
 import triton.language as tl
 
 from . import common, kv
-from .backward_common import load_lse, probabilities, score_gradient, through_cap
+from .backward_common import load_lse, probabilities, through_cap, through_dropout
 from .dropout import keep_tile
 from .prefill import find_query_block
 
@@ -40,7 +41,8 @@ def backward_q_kernel(
     p_v,  # [B, Hv, Sk, Dv]
     p_dout,  # [B, Hq, Sq, Dv]
     p_lse,  # [B, Hq, Sq] fp32, contiguous
-    p_delta,  # [B, Hq, Sq] fp32, contiguous
+    p_dlse,  # [B, Hq, Sq] fp32, contiguous, or None
+    p_delta,  # [B, Hq, Sq] fp32, contiguous; with HAS_SUMS replaced by its sum over the keys
     p_plan,  # perm [Hq], k_head [Hq], v_head [Hq], offsets [G + 2]
     p_slopes,  # [B, Hq] fp32 or None
     p_mask,  # [B, Hq, Sq, Sk] uint8 or floating, or None
@@ -100,6 +102,8 @@ def backward_q_kernel(
     HAS_DROPOUT: tl.constexpr,
     MASK_KIND: tl.constexpr,
     HAS_DSLOPES: tl.constexpr,
+    HAS_SUMS: tl.constexpr,  # with gradients of slopes or sinks
+    HAS_DLSE: tl.constexpr,
 ):
     i_b, i_sorted, i_block = find_query_block(num_heads, num_blocks, heads_per_section)
     i_head = tl.load(p_plan + i_sorted).to(tl.int64)
@@ -163,7 +167,10 @@ def backward_q_kernel(
         i_first, i_last, shift, n, window_left, window_right, HAS_LEFT, HAS_RIGHT, BLOCK_N
     )
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    b_dslope = tl.zeros([BLOCK_M], tl.float32)
+    # Over the keys: P * dP, P * distance and P * dP * distance.
+    b_dp_sum = tl.zeros([BLOCK_M], tl.float32)
+    b_distance_sum = tl.zeros([BLOCK_M], tl.float32)
+    b_dp_distance_sum = tl.zeros([BLOCK_M], tl.float32)
     o_block = tl.arange(0, BLOCK_N)
     for part in tl.static_range(
         common.LEFT_EDGE if HAS_LEFT else common.INNER, common.RIGHT_EDGE + 1
@@ -208,16 +215,26 @@ def backward_q_kernel(
                     p_seed, i_n, o_m, o_dropout_head, dropout_threshold, BLOCK_M, BLOCK_N
                 )
             b_dp = tl.dot(b_dout, tl.trans(b_v), input_precision="ieee")
-            b_ds = score_gradient(b_p, b_dp, b_delta[:, None], m_keep, dropout_scale, HAS_DROPOUT)
+            b_dp = through_dropout(b_dp, m_keep, dropout_scale, HAS_DROPOUT)
+            if HAS_SUMS:
+                b_dp_sum += tl.sum(b_p * b_dp, 1)
             if HAS_DSLOPES:
                 b_distance = tl.abs(b_pos[:, None] - o_n[None, :]).to(tl.float32)
-                b_dslope -= tl.sum(b_ds * b_distance, 1)
+                b_distance_sum += tl.sum(b_p * b_distance, 1)
+                b_dp_distance_sum += tl.sum(b_p * b_dp * b_distance, 1)
+            b_ds = b_p * (b_dp - b_delta[:, None])
             b_ds = through_cap(b_ds, b_capped, softcap, HAS_SOFTCAP)
             b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision="ieee")
 
     p_dq_rows = p_dq + i_b * stride_dqb + i_head * stride_dqh + o_token * stride_dqm
     b_dq = tl.where(valid, b_dq * scale, float("nan"))
     common.store_rows(p_dq_rows, b_dq, m_rows, HEAD_DIM, BLOCK_D)
+    if HAS_SUMS:
+        b_delta = b_dp_sum
+        if HAS_DLSE:
+            b_delta -= tl.load(p_dlse + i_row + o_m64, mask=m_rows, other=0.0)
+        tl.store(p_delta + i_row + o_m64, b_delta, mask=m_rows)
     if HAS_DSLOPES:
+        b_dslope = tl.where(b_lse < float("inf"), b_delta * b_distance_sum - b_dp_distance_sum, 0.0)
         p_dslope = p_dslopes + (i_b * num_heads + i_head) * num_blocks + i_block
         tl.store(p_dslope, tl.sum(b_dslope, 0))
