@@ -72,6 +72,21 @@ def test_random_calls(backend):
 
 
 @pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("seed", [6, 17, 49, 50])
+def test_one_slope_and_one_sink(backend, seed, device):
+    """One number each has the rounding of all rows: with delta of the rounded output, these draws
+    fail."""
+    head_map = HeadMap([0])
+    args = (
+        *make_inputs(1, head_map, 20, 70, 64, dtype=torch.bfloat16, device=device, seed=seed),
+        head_map,
+    )
+    drawn = torch.rand(2, 1, generator=torch.Generator().manual_seed(seed)).to(device)
+    options = dict(zip(("alibi_slopes", "sinks"), drawn, strict=True))
+    check(args, options | {"causal": True}, backend)
+
+
+@pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize("layout", ["bhsd", "bshd"])
 def test_long_sequences(backend, layout, device):
     """Many tiles in both directions, several parts of a KV head, an interleaved map."""
