@@ -142,7 +142,7 @@ class TileDirectProducts {
         V::store(low_ + r * ldp + key, _mm512_castsi512_ps(_mm512_srli_epi32(p, 16)));
       }
     }
-    Operand v[kMaxDirectKeys / kKeys];
+    Operand v[kMaxTileKeys / kKeys];
     for (int key = first; key < end; key += kKeys) {
       v[key / kKeys] = operand(v_rows_, key, value_head_dim_, ldo, v_copies_ + key * ldo);
     }

@@ -14,7 +14,7 @@ namespace gqa::cpu {
 
 // Tasks with so few rows read K and V where they lie (products_direct.h); others pack them.
 constexpr int kMaxDirectRows = 16;
-// Most keys of their tiles, and of any.
+// Most keys of a tile where all tasks are such, and of any tile.
 constexpr int kMaxDirectKeys = 64;
 constexpr int kMaxTileKeys = 128;
 
