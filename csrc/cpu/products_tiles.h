@@ -138,8 +138,11 @@ class TileDirectProducts {
     Prefetcher<BFloat16> ahead(next_k_rows_, next_n_, head_dim_, static_cast<int>(ldo / kChunk));
     for (int r = 0; r < rows; ++r) {
       for (int key = first; key < end; key += V::kWidth) {
-        const __m512i p = _mm512_castps_si512(V::load(tile_.s + r * ldp + key));
-        V::store(low_ + r * ldp + key, _mm512_castsi512_ps(_mm512_srli_epi32(p, 16)));
+        float* place = tile_.s + r * ldp + key;
+        const typename V::F p = V::round_to(V::load(place), static_cast<BFloat16*>(nullptr));
+        V::store(place, p);
+        const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(p), 16);
+        V::store(low_ + r * ldp + key, _mm512_castsi512_ps(low));
       }
     }
     Operand v[kMaxTileKeys / kKeys];
