@@ -244,7 +244,9 @@ int main(int argc, char** argv) {
   }
   std::printf("kernels: %s, one thread, head dim %d, %s pages\n",
               cpu::isa_name(cpu::chosen_isa()), kHeadDim, huge_pages ? "huge" : "small");
-  for (const auto& [heads, keys] : {std::pair<int64_t, int64_t>{1, 512}, {8, 8192}}) {
+  // In a second-level cache, a third-level one, and in memory alone.
+  for (const auto& [heads, keys] :
+       {std::pair<int64_t, int64_t>{1, 512}, {8, 8192}, {8, 65536}}) {
     for (int group : {1, 2, 4, 9}) {
       for (const Format& format : kFormats) measure(only, format, group, heads, keys, 0);
     }

@@ -31,7 +31,7 @@ const Kernels* const kAllKernels[] = {
 
 const Kernels& select(DType dtype) {
   return select_kernels(kAllKernels, chosen_isa(), [dtype](const Kernels& kernels) {
-    return kernels.run_task[static_cast<int>(dtype)] != nullptr;
+    return kernels.run_bundle[static_cast<int>(dtype)] != nullptr;
   });
 }
 
@@ -77,15 +77,15 @@ void fill_tokens_of_no_sequence(const AttentionParams& params) {
 // speed.
 struct Work {
   const CallState& call;
-  TaskFunction run_task;
+  BundleFunction run_bundle;
   float* scratch;
   int64_t scratch_stride;  // floats per worker
   std::atomic<size_t> next{0};
 
   void run_worker(int64_t worker) {
-    const std::vector<Task>& tasks = call.schedule.tasks;
-    for (size_t i = next.fetch_add(1); i < tasks.size(); i = next.fetch_add(1)) {
-      run_task(call, tasks[i], scratch + worker * scratch_stride);
+    const std::vector<Bundle>& bundles = call.schedule.bundles;
+    for (size_t i = next.fetch_add(1); i < bundles.size(); i = next.fetch_add(1)) {
+      run_bundle(call, bundles[i], scratch + worker * scratch_stride);
     }
   }
 };
@@ -104,12 +104,14 @@ void attention_forward(const AttentionParams& params, const ThreadPool& pool, bo
   for (const Task& task : schedule.tasks) {
     if (task.merge >= 0) unfinished[task.merge].store(task.num_splits, std::memory_order_relaxed);
   }
-  const int64_t lines = kernels.scratch_floats(params, schedule.tile) / kFloatsPerLine + 1;
-  AlignedFloats scratch(schedule.num_workers * lines * kFloatsPerLine);
+  int64_t floats = 0;  // a whole number of cache lines
+  for (const Bundle& bundle : schedule.bundles) {
+    floats = std::max(floats, kernels.scratch_floats(params, schedule, bundle));
+  }
+  AlignedFloats scratch(schedule.num_workers * floats);
 
   const CallState call{params, schedule, partials.get(), unfinished.get(), lse_wanted};
-  Work work{call, kernels.run_task[static_cast<int>(params.k_dtype)], scratch.get(),
-            lines * kFloatsPerLine};
+  Work work{call, kernels.run_bundle[static_cast<int>(params.k_dtype)], scratch.get(), floats};
   pool.run(
       schedule.num_workers,
       [](void* context, int64_t worker) { static_cast<Work*>(context)->run_worker(worker); },

@@ -1,4 +1,4 @@
-// One task: the online softmax over its keys, tile after tile, for all its rows.
+// Tasks: the online softmax over their keys, tile after tile, for all their rows.
 //
 //   for every tile of keys:  S = Q K^T;  P = exp(S - max);  O = O * exp(old max - max) + P V
 //   then:                    out = O / sum, or a partial result, which the last split to finish
@@ -6,11 +6,14 @@
 //
 // Rows are query tokens x heads of one group, token-major: row r is token r / heads, head r %
 // heads. Tasks with few rows (decode) read K and V where they lie, others pack them
-// (products_direct.h, products_integer.h, products_packed.h).
+// (products_direct.h, products_integer.h, products_packed.h). Tasks of one bundle take turns, a
+// tile of keys each.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
+#include <deque>
+#include <vector>
 
 #include "../core/dropout.h"
 #include "../core/visible.h"
@@ -31,8 +34,6 @@ namespace gqa::cpu::GQA_ISA {
 template <class S>
 inline constexpr bool kInteger = std::is_same_v<S, Int8> || std::is_same_v<S, Int4Pair>;
 
-constexpr int kMaxStrips = kMaxTileRows / kStripRows;
-
 // visit(type of q and out), as a null pointer. Of a plain cache it is the type of K and V, S.
 template <class S, class Visit>
 GQA_INLINE auto with_query_type(const AttentionParams& params, Visit visit) {
@@ -47,20 +48,29 @@ GQA_INLINE auto with_query_type(const AttentionParams& params, Visit visit) {
   }
 }
 
-// Few, Many: the products of tasks with few rows, and of others. Few rows of int8 and int4 have
-// their own where queries are of 16 bits.
-template <class V, class S, class Few, class Many>
+// The rows of K of a tile to come, which are asked for ahead of their use.
+template <class S>
+struct RowsAhead {
+  const S* const* rows;
+  int n;
+};
+
+template <class V, class S, class Products>
 class AttentionTask {
  public:
-  AttentionTask(const CallState& call, const Task& task, float* scratch)
+  // own, shared: memory as TileLayout says. more: what Products wants besides.
+  template <class... More>
+  AttentionTask(const CallState& call, const Task& task, const TileLayout<V>& layout, float* own,
+                float* shared, More... more)
       : call_(call),
         params_(call.params),
         task_(task),
-        tile_(TileLayout<V>(call.params, call.schedule.tile, Many::kBlocks), scratch),
+        tile_(layout, own, shared),
         pages_(params_, task.batch, task.k_head),
         k_(KVRows<S>::k(params_, pages_, task.k_head)),
         v_(KVRows<S>::v(params_, pages_, task.v_head)),
         dequantizer_(params_, pages_, task.k_head, task.v_head, tile_),
+        products_(params_, tile_, more...),
         rows_(task.num_rows()) {
     for (int r = 0; r < rows_; ++r) {
       const int64_t t = task.token_begin + r / task.num_heads();
@@ -68,15 +78,57 @@ class AttentionTask {
                     visible_keys(params_, task.kv_length, t)};
     }
   }
+  AttentionTask(const AttentionTask&) = delete;  // parts point to each other
+  AttentionTask& operator=(const AttentionTask&) = delete;
 
-  void run() {
-    if (rows_ > kMaxDirectRows) {
-      run_tiles<Many>();
-    } else if (tile_.layout.word_ld == 0) {
-      run_tiles<Few>();
-    } else if constexpr (V::kWords && kInteger<S>) {
-      run_tiles<IntegerProducts<V, S>>(call_.lse_wanted);
+  void begin() {
+    with_query_type<S>(params_, [&](auto* type) {
+      load_queries(type, round_up(rows_, Products::kBlocks.padding));
+    });
+    products_.begin(rows_);
+    if (kQuantized<S>) dequantizer_.begin(rows_);
+  }
+
+  // The rows of K of keys first to first + n - 1; asks for what else the tile will want.
+  void prepare(int64_t first, int n, const S** k_rows) const {
+    k_.fetch(first, n, k_rows);
+    if (kQuantized<S>) dequantizer_.prefetch(first, n);
+  }
+
+  // Keys first to first + n - 1, at most a tile; k_rows: as prepared.
+  void add_tile(int64_t first, int n, const S* const* k_rows, const RowsAhead<S>& ahead) {
+    const bool bias = params_.softcap != 0.0f || params_.alibi_slopes || params_.attn_mask;
+    constexpr RowBlocks kBlocks = Products::kBlocks;
+    const S* v_rows[kMaxTileKeys];
+    StripKeys strips[(Products::kMaxRows + Products::kStrip - 1) / Products::kStrip];
+    v_.fetch(first, n, v_rows);
+    for (int r = 0; r < rows_; r += Products::kStrip) {
+      strips[r / Products::kStrip] = strip_keys(r, r + Products::kStrip, first, n);
     }
+    products_.begin_tile(k_rows, v_rows, n, ahead.rows, ahead.n);
+    if (kQuantized<S>) dequantizer_.begin_tile(first, n);
+    for (int begin = 0; begin < rows_; begin += kBlocks.rows) {
+      const int block_end = rows_ - begin < kBlocks.rows ? rows_ : begin + kBlocks.rows;
+      products_.scores(begin, block_end, strips);
+      // Two loops: what a row waits for, others compute meanwhile.
+      float block_max[Products::kMaxRows];
+      for (int r = begin; r < block_end; ++r) {
+        const StripKeys& strip = strips[r / Products::kStrip];
+        block_max[r - begin] = bias ? finish_scores<true>(r, row_scores(r - begin), first, strip)
+                                    : finish_scores<false>(r, row_scores(r - begin), first, strip);
+      }
+      for (int r = begin; r < block_end; ++r) {
+        const StripKeys& strip = strips[r / Products::kStrip];
+        if (strip.begin < strip.end) {
+          exponentiate(r, row_scores(r - begin), block_max[r - begin], first, strip);
+        }
+      }
+      products_.accumulate(begin, block_end, strips);
+    }
+  }
+
+  void end() {
+    products_.end(rows_);
     if (task_.merge < 0) {
       for (int r = 0; r < rows_; ++r)
         write_row(r, tile_.o + r * tile_.layout.o_ld, tile_.max[r], tile_.sum[r]);
@@ -122,54 +174,6 @@ class AttentionTask {
     for (int64_t key = 0; key < layout.keys; ++key) tile_.keep[key] = 0.0f;
   }
 
-  template <class Products, class... More>
-  void run_tiles(More... more) {
-    const bool bias = params_.softcap != 0.0f || params_.alibi_slopes || params_.attn_mask;
-    constexpr RowBlocks kBlocks = Products::kBlocks;
-    with_query_type<S>(params_,
-                       [&](auto* type) { load_queries(type, round_up(rows_, kBlocks.padding)); });
-    Products products(params_, tile_, more...);
-    products.begin(rows_);
-    if (kQuantized<S>) dequantizer_.begin(rows_);
-    const S* k_rows[2][kMaxTileKeys];  // of this tile and the next
-    const S* v_rows[kMaxTileKeys];
-    StripKeys strips[kMaxStrips];
-    const int64_t end = task_.key_end;
-    const auto keys_of_tile = [&](int64_t first) {
-      const int64_t n = first < end ? end - first : 0;
-      return static_cast<int>(n < tile_.layout.keys ? n : tile_.layout.keys);
-    };
-    k_.fetch(task_.key_begin, keys_of_tile(task_.key_begin), k_rows[0]);
-    int which = 0;
-    for (int64_t first = task_.key_begin; first < end; first += tile_.layout.keys, which ^= 1) {
-      const int n = keys_of_tile(first);
-      const int64_t next = first + n;
-      v_.fetch(first, n, v_rows);
-      k_.fetch(next, keys_of_tile(next), k_rows[which ^ 1]);
-      for (int r = 0; r < rows_; r += Products::kStrip) {
-        strips[r / Products::kStrip] = strip_keys(r, r + Products::kStrip, first, n);
-      }
-      products.begin_tile(k_rows[which], v_rows, n, k_rows[which ^ 1], keys_of_tile(next));
-      if (kQuantized<S>) dequantizer_.begin_tile(first, n, keys_of_tile(next));
-      for (int begin = 0; begin < rows_; begin += kBlocks.rows) {
-        const int block_end = rows_ - begin < kBlocks.rows ? rows_ : begin + kBlocks.rows;
-        products.scores(begin, block_end, strips);
-        for (int r = begin; r < block_end; ++r) {
-          const StripKeys& strip = strips[r / Products::kStrip];
-          if (strip.begin >= strip.end) continue;
-          using P = typename Products::Probability;
-          float* s = tile_.s + (r - begin) * tile_.layout.keys;
-          const float scale = params_.scale * products.score_unit(r);
-          bias ? softmax<true, P>(r, s, scale, first, strip)
-               : softmax<false, P>(r, s, scale, first, strip);
-          if (kQuantized<S>) dequantizer_.subtract_zeros(r, strip);
-        }
-        products.accumulate(begin, block_end, strips);
-      }
-    }
-    products.end(rows_);
-  }
-
   // Keys of the tile that rows [begin, end) see between them.
   StripKeys strip_keys(int begin, int end, int64_t first, int n) const {
     if (end > rows_) end = rows_;
@@ -183,17 +187,18 @@ class AttentionTask {
                                         : n)};
   }
 
-  template <bool kBias, class P>
-  void softmax(int r, float* s, float scale, int64_t first, const StripKeys& strip) {
-    const KeyRange visible = places_[r].visible;
-    const int64_t low = visible.begin - first, high = visible.end - first;
-    const RowKeys keys{strip.begin, strip.end,
-                       static_cast<int>(low < strip.begin ? strip.begin
-                                        : low < strip.end ? low
-                                                          : strip.end),
-                       static_cast<int>(high < strip.begin ? strip.begin
-                                        : high < strip.end ? high
-                                                           : strip.end)};
+  float* row_scores(int r) const { return tile_.s + r * tile_.layout.keys; }
+
+  RowKeys row_keys(int r, int64_t first, const StripKeys& strip) const {
+    const int64_t low = places_[r].visible.begin - first, high = places_[r].visible.end - first;
+    const auto within = [&strip](int64_t key) {
+      return static_cast<int>(key < strip.begin ? strip.begin : key < strip.end ? key : strip.end);
+    };
+    return {strip.begin, strip.end, within(low), within(high)};
+  }
+
+  template <bool kBias>
+  float finish_scores(int r, float* s, int64_t first, const StripKeys& strip) {
     RowBias bias{};
     if (kBias) {
       bias.softcap = params_.softcap;
@@ -209,17 +214,30 @@ class AttentionTask {
         bias.additive = tile_.bias;
       }
     }
+    return gqa::cpu::GQA_ISA::finish_scores<V, kBias, kQuantized<S>>(
+        s, row_keys(r, first, strip), params_.scale * products_.score_unit(r), bias,
+        row_scales(r));
+  }
+
+  void exponentiate(int r, float* s, float block_max, int64_t first, const StripKeys& strip) {
+    const RowKeys keys = row_keys(r, first, strip);
     const float* keep = nullptr;
     if (params_.dropout_threshold != 0) {
       dropout_row(params_, task_.batch, head(r), token(r), first, keys.visible_begin,
                   keys.visible_end, tile_.keep);
       keep = tile_.keep;
     }
-    RowScales scales{};
-    if (kQuantized<S>) scales = dequantizer_.row_scales(r);
-    const float rescale = softmax_row<V, kBias, kQuantized<S>, P>(
-        s, keys, scale, bias, scales, keep, tile_.max[r], tile_.sum[r]);
+    float most = 0.0f;
+    const float rescale =
+        gqa::cpu::GQA_ISA::exponentiate<V, kQuantized<S>, typename Products::Probability>(
+            s, keys, block_max, row_scales(r), keep, tile_.max[r], tile_.sum[r], most);
     if (rescale != 1.0f) scale_row(tile_.o + r * tile_.layout.o_ld, rescale);
+    if (kQuantized<S>) dequantizer_.subtract_zeros(r, strip);
+    if constexpr (Products::kRoundsProbabilities) products_.round_probabilities(r, strip, most);
+  }
+
+  RowScales row_scales(int r) const {
+    return kQuantized<S> ? dequantizer_.row_scales(r) : RowScales{};
   }
 
   void scale_row(float* o, float factor) {
@@ -305,19 +323,87 @@ class AttentionTask {
   Pages pages_;
   KVRows<S> k_, v_;
   Dequantizer<V, S> dequantizer_;
+  Products products_;
   int rows_;
-  Place places_[kMaxTileRows];
+  Place places_[Products::kMaxRows];
 };
 
-// Of K and V in type S.
-template <class V, class S, class Few = DirectProducts<V, S>, class Many = PackedProducts<V, S>>
-void run_task(const CallState& call, const Task& task, float* scratch) {
-  AttentionTask<V, S, Few, Many>(call, task, scratch).run();
+// Tasks of one bundle take turns, tile after tile of the keys that they all have.
+template <class S, class Running>
+void take_turns(Running* const* tasks, int count, int64_t key_begin, int64_t key_end,
+                int tile_keys) {
+  const S* k_rows[2][kMaxTileKeys];  // of this turn and the next
+  const auto keys_of_tile = [&](int64_t first) {
+    const int64_t n = first < key_end ? key_end - first : 0;
+    return static_cast<int>(n < tile_keys ? n : tile_keys);
+  };
+  for (int i = 0; i < count; ++i) tasks[i]->begin();
+  tasks[0]->prepare(key_begin, keys_of_tile(key_begin), k_rows[0]);
+  int which = 0;
+  for (int64_t first = key_begin; first < key_end; first += tile_keys) {
+    const int n = keys_of_tile(first);
+    for (int i = 0; i < count; ++i, which ^= 1) {
+      const bool last = i + 1 == count;
+      const int64_t next = last ? first + n : first;
+      const RowsAhead<S> ahead{k_rows[which ^ 1], keys_of_tile(next)};
+      tasks[last ? 0 : i + 1]->prepare(next, ahead.n, k_rows[which ^ 1]);
+      tasks[i]->add_tile(first, n, k_rows[which], ahead);
+    }
+  }
+  for (int i = 0; i < count; ++i) tasks[i]->end();
 }
 
+template <class V, class S, class Products, class... More>
+void run_with(const CallState& call, const Bundle& bundle, const RowBlocks& blocks, float* scratch,
+              More... more) {
+  using Running = AttentionTask<V, S, Products>;
+  const TileShape& tile = call.schedule.tile;
+  const Task* tasks = call.schedule.tasks.data() + bundle.first;
+  const auto layout = [&](int i) {
+    return TileLayout<V>(call.params, tile, blocks, tasks[i].num_rows());
+  };
+  const int64_t begin = tasks[0].key_begin, end = tasks[0].key_end;
+  float* own = scratch + layout(0).shared_floats();
+  if (bundle.count == 1) {  // without asking for memory
+    Running task(call, tasks[0], layout(0), own, scratch, more...);
+    Running* only = &task;
+    return take_turns<S>(&only, 1, begin, end, tile.keys);
+  }
+  std::deque<Running> running;  // which never moves them
+  std::vector<Running*> places;
+  for (int i = 0; i < bundle.count; ++i) {
+    places.push_back(&running.emplace_back(call, tasks[i], layout(i), own, scratch, more...));
+    own += layout(i).own_floats();
+  }
+  take_turns<S>(places.data(), bundle.count, begin, end, tile.keys);
+}
+
+// K and V in type S. Few, Many: the products of tasks with few rows, and of others. Few rows of
+// int8 and int4 have their own where queries are of 16 bits.
+template <class V, class S, class Few = DirectProducts<V, S>, class Many = PackedProducts<V, S>>
+void run_bundle(const CallState& call, const Bundle& bundle, float* scratch) {
+  constexpr RowBlocks kBlocks = Many::kBlocks;
+  if (call.schedule.tasks[bundle.first].num_rows() > kMaxDirectRows) {
+    run_with<V, S, Many>(call, bundle, kBlocks, scratch);
+  } else if (!wants_words<V>(call.params, call.schedule.tile)) {
+    run_with<V, S, Few>(call, bundle, kBlocks, scratch);
+  } else if constexpr (V::kWords && kInteger<S>) {
+    run_with<V, S, IntegerProducts<V, S>>(call, bundle, kBlocks, scratch, call.lse_wanted);
+  }
+}
+
+// What run_bundle wants.
 template <class V, class Many = PackedProducts<V, float>>
-int64_t scratch_floats(const AttentionParams& params, const TileShape& tile) {
-  return TileLayout<V>(params, tile, Many::kBlocks).scratch_floats();
+int64_t scratch_floats(const AttentionParams& params, const Schedule& schedule,
+                       const Bundle& bundle) {
+  int64_t floats = 0;
+  for (int i = 0; i < bundle.count; ++i) {
+    const TileLayout<V> layout(params, schedule.tile, Many::kBlocks,
+                               schedule.tasks[bundle.first + i].num_rows());
+    if (i == 0) floats += layout.shared_floats();
+    floats += layout.own_floats();
+  }
+  return floats;
 }
 
 }  // namespace gqa::cpu::GQA_ISA

@@ -46,13 +46,15 @@ class Dequantizer {
     }
   }
 
-  // first, n: the tile's keys; next_n: those of the next tile, whose scales and zeros are asked for
-  void begin_tile(int64_t first, int n, int next_n) {
-    const int64_t next = first + n;
-    prefetch(params_.k_scale, params_.k_scale_stride, k_head_, next, next_n);
-    prefetch(params_.v_scale, params_.v_scale_stride, v_head_, next, next_n);
-    prefetch(params_.k_zero, params_.k_zero_stride, k_head_, next, next_n);
-    prefetch(params_.v_zero, params_.v_zero_stride, v_head_, next, next_n);
+  // Asks for the scales and zeros of a tile to come.
+  void prefetch(int64_t first, int n) const {
+    prefetch_row_values(pages_, params_.k_scale, params_.k_scale_stride, k_head_, first, n);
+    prefetch_row_values(pages_, params_.v_scale, params_.v_scale_stride, v_head_, first, n);
+    prefetch_row_values(pages_, params_.k_zero, params_.k_zero_stride, k_head_, first, n);
+    prefetch_row_values(pages_, params_.v_zero, params_.v_zero_stride, v_head_, first, n);
+  }
+
+  void begin_tile(int64_t first, int n) {
     // A key of no page must make its score NaN, whatever its row was read as.
     constexpr float kPart = kLoadedPart<S>;
     fetch(params_.k_scale, params_.k_scale_stride, k_head_, first, n, {kPart, 0.0f, kPart, NAN},
@@ -92,10 +94,6 @@ class Dequantizer {
 
   bool has_k_zero() const { return params_.k_zero != nullptr; }
   bool has_v_zero() const { return params_.v_zero != nullptr; }
-
-  void prefetch(const float* data, const Strides& strides, int64_t head, int64_t first, int n) {
-    prefetch_row_values(pages_, data, strides, head, first, n);
-  }
 
   // Up to the end of the last vector: what is beyond the keys is 0.
   void fetch(const float* data, const Strides& strides, int64_t head, int64_t first, int n,

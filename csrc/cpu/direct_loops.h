@@ -12,8 +12,21 @@
 
 namespace gqa::cpu::GQA_ISA {
 
+// The same address, of which compilers know nothing: what lies there is loaded again in place of
+// being kept in a register, and places beside it are counted from it in place of getting addresses
+// of their own.
+template <class S>
+GQA_INLINE const S* again(const S* p) {
+  __asm__("" : "+r"(p));
+  return p;
+}
+
+// The head dim whose loops are unrolled whole.
+constexpr int kUsualDims = 128;
+
 // Derived has
-//   dot_rows<kRows>(r, key)          s[r + i, key + j] = q[r + i] . k[key + j], for j < kRowStep
+//   dot_rows<kRows>(r, keys, ahead)  s[r + i, key] = q[r + i] . k[key], a whole number of kRowStep
+//                                    keys, calling ahead.step() for every kRowStep
 //   add_rows<kRows>(r, keys, ahead)  o[r + i] += sum over keys of p[r + i, key] * v[key], calling
 //                                    ahead.step() for every vector of columns
 // and leaves o, where V::kSplits<S>, with even and odd columns of every two vectors apart.
@@ -22,7 +35,9 @@ class DirectLoops {
  public:
   using Probability = float;
   static constexpr float score_unit(int) { return 1.0f; }
+  static constexpr bool kRoundsProbabilities = false;
   static constexpr RowBlocks kBlocks{1, kMaxDirectRows};
+  static constexpr int kMaxRows = kMaxDirectRows;
   static constexpr int kStrip = kMaxDirectRows;  // all rows share one StripKeys
 
   DirectLoops(const AttentionParams& params, Tile<V>& tile)
@@ -54,18 +69,16 @@ class DirectLoops {
   // s = q . k for the keys that are needed; asks for the tile's V rows
   void scores(int, int rows, const StripKeys* strips) {
     const StripKeys need = strips[0];
-    const int first = need.begin / kRowStep * kRowStep;
+    const StripKeys steps{need.begin / kRowStep * kRowStep,
+                          (need.end + kRowStep - 1) / kRowStep * kRowStep};
+    int blocks = (rows + kStripRows - 1) / kStripRows;
     Prefetcher<S> ahead(v_rows_ + need.begin, need.end - need.begin, value_head_dim_,
-                        (need.end - first + kRowStep - 1) / kRowStep);
-    const int num_blocks = (rows + kStripRows - 1) / kStripRows;
-    for (int key = first; key < need.end; key += kRowStep) {
-      ahead.step();
-      // Blocks of rows as equal as can be: few rows keep few sums, and widen K no cheaper.
-      for (int r = 0, blocks = num_blocks; blocks > 0; --blocks) {
-        const int n = (rows - r + blocks - 1) / blocks;
-        with_count(n, [&](auto count) { derived().template dot_rows<count()>(r, key); });
-        r += n;
-      }
+                        blocks * (steps.end - steps.begin) / kRowStep);
+    // Blocks of rows as equal as can be: few rows keep few sums, and widen K no cheaper.
+    for (int r = 0; blocks > 0; --blocks) {
+      const int n = (rows - r + blocks - 1) / blocks;
+      with_count(n, [&](auto count) { derived().template dot_rows<count()>(r, steps, ahead); });
+      r += n;
     }
   }
 

@@ -19,15 +19,16 @@ struct CallState {
   bool lse_wanted;
 };
 
-// Runs one task with scratch_floats(...) floats of memory of its own.
-using TaskFunction = void (*)(const CallState& call, const Task& task, float* scratch);
+// Runs the tasks of one bundle with scratch_floats(...) floats of memory of its own.
+using BundleFunction = void (*)(const CallState& call, const Bundle& bundle, float* scratch);
 
 struct Kernels {
   Isa isa;
   TileLimits limits;
-  int64_t (*scratch_floats)(const AttentionParams& params, const TileShape& tile);
+  int64_t (*scratch_floats)(const AttentionParams& params, const Schedule& schedule,
+                            const Bundle& bundle);
   // By DType of K and V. nullptr: this instruction set has nothing better than the one below it.
-  TaskFunction run_task[kNumDTypes];
+  BundleFunction run_bundle[kNumDTypes];
 };
 
 extern const Kernels kPortableKernels;

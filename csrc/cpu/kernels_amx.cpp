@@ -8,8 +8,10 @@
 
 #if defined(GQA_HAVE_AMX)
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <deque>
 #include <type_traits>
 
 #include "intrinsics_avx512.h"
@@ -42,16 +44,18 @@ using Many = PairProducts<Vec, TileEngine<Vec>>;
 // Fewer rows take as many instructions without tiles, and their scores need not be transposed.
 constexpr int kMinTileRows = 5;
 
-void run_with_tiles(const CallState& call, const Task& task, float* scratch) {
-  if (task.num_rows() < kMinTileRows) {
-    return run_task<Vec, BFloat16, Few, Few>(call, task, scratch);
+void run_with_tiles(const CallState& call, const Bundle& bundle, float* scratch) {
+  int most_rows = 0;
+  for (int i = 0; i < bundle.count; ++i) {
+    most_rows = std::max(most_rows, call.schedule.tasks[bundle.first + i].num_rows());
   }
+  if (most_rows < kMinTileRows) return run_bundle<Vec, BFloat16, Few, Few>(call, bundle, scratch);
   const TileScope tiles;
-  run_task<Vec, BFloat16, FewOnTiles, Many>(call, task, scratch);
+  run_bundle<Vec, BFloat16, FewOnTiles, Many>(call, bundle, scratch);
 }
 
 // Explicit instantiations, inside the switch.
-constexpr TaskFunction kRunTask = run_with_tiles;
+constexpr BundleFunction kRunBundle = run_with_tiles;
 constexpr auto kScratchFloats = scratch_floats<Vec, Many>;
 
 }  // namespace
@@ -70,7 +74,7 @@ const Kernels kAmxKernels = {
     Isa::kAmx,
     kAmxTiles,
     amx::kScratchFloats,
-    {nullptr, amx::kRunTask},
+    {nullptr, amx::kRunBundle},
 };
 
 }  // namespace gqa::cpu

@@ -13,6 +13,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <deque>
 #include <type_traits>
 
 #if defined(__clang__)
@@ -29,11 +30,11 @@ namespace gqa::cpu::avx2 {
 namespace {
 
 // Explicit instantiations, inside the switch.
-constexpr TaskFunction kRunTask[kNumDTypes] = {
-    run_task<Vec, float>,      run_task<Vec, BFloat16>,
-    run_task<Vec, Float16>,    nullptr,
-    run_task<Vec, Float8E4M3>, run_task<Vec, Float8E5M2>,
-    run_task<Vec, Int8>,       run_task<Vec, Int4Pair>,
+constexpr BundleFunction kRunBundle[kNumDTypes] = {
+    run_bundle<Vec, float>,      run_bundle<Vec, BFloat16>,
+    run_bundle<Vec, Float16>,    nullptr,
+    run_bundle<Vec, Float8E4M3>, run_bundle<Vec, Float8E5M2>,
+    run_bundle<Vec, Int8>,       run_bundle<Vec, Int4Pair>,
 };
 constexpr auto kScratchFloats = scratch_floats<Vec>;
 
@@ -52,8 +53,8 @@ const Kernels kAvx2Kernels = {
     Isa::kAvx2,
     kSmallCacheTiles,
     avx2::kScratchFloats,
-    {avx2::kRunTask[0], avx2::kRunTask[1], avx2::kRunTask[2], avx2::kRunTask[3], avx2::kRunTask[4],
-     avx2::kRunTask[5], avx2::kRunTask[6], avx2::kRunTask[7]},
+    {avx2::kRunBundle[0], avx2::kRunBundle[1], avx2::kRunBundle[2], avx2::kRunBundle[3], avx2::kRunBundle[4],
+     avx2::kRunBundle[5], avx2::kRunBundle[6], avx2::kRunBundle[7]},
 };
 
 }  // namespace gqa::cpu

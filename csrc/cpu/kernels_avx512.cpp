@@ -9,6 +9,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <deque>
 #include <type_traits>
 
 #include "intrinsics_avx512.h"
@@ -31,11 +32,11 @@ namespace gqa::cpu::avx512 {
 namespace {
 
 // Explicit instantiations, inside the switch.
-constexpr TaskFunction kRunTask[kNumDTypes] = {
-    run_task<Vec, float>,      run_task<Vec, BFloat16>,
-    run_task<Vec, Float16>,    nullptr,
-    run_task<Vec, Float8E4M3>, run_task<Vec, Float8E5M2>,
-    run_task<Vec, Int8>,       run_task<Vec, Int4Pair>,
+constexpr BundleFunction kRunBundle[kNumDTypes] = {
+    run_bundle<Vec, float>,      run_bundle<Vec, BFloat16>,
+    run_bundle<Vec, Float16>,    nullptr,
+    run_bundle<Vec, Float8E4M3>, run_bundle<Vec, Float8E5M2>,
+    run_bundle<Vec, Int8>,       run_bundle<Vec, Int4Pair>,
 };
 constexpr auto kScratchFloats = scratch_floats<Vec>;
 
@@ -55,8 +56,8 @@ const Kernels kAvx512Kernels = {
     Isa::kAvx512,
     kLargeCacheTiles,
     avx512::kScratchFloats,
-    {avx512::kRunTask[0], avx512::kRunTask[1], avx512::kRunTask[2], avx512::kRunTask[3],
-     avx512::kRunTask[4], avx512::kRunTask[5], avx512::kRunTask[6], avx512::kRunTask[7]},
+    {avx512::kRunBundle[0], avx512::kRunBundle[1], avx512::kRunBundle[2], avx512::kRunBundle[3],
+     avx512::kRunBundle[4], avx512::kRunBundle[5], avx512::kRunBundle[6], avx512::kRunBundle[7]},
 };
 
 }  // namespace gqa::cpu

@@ -10,6 +10,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <deque>
 #include <type_traits>
 
 #include "intrinsics_avx512.h"
@@ -37,7 +38,7 @@ using Few = DirectProducts<Vec, BFloat16>;
 using Many = PairProducts<Vec, DotProductEngine<Vec>>;
 
 // Explicit instantiations, inside the switch.
-constexpr TaskFunction kRunTask = run_task<Vec, BFloat16, Few, Many>;
+constexpr BundleFunction kRunBundle = run_bundle<Vec, BFloat16, Few, Many>;
 constexpr auto kScratchFloats = scratch_floats<Vec, Many>;
 
 }  // namespace
@@ -56,7 +57,7 @@ const Kernels kAvx512Bf16Kernels = {
     Isa::kAvx512Bf16,
     kLargeCacheTiles,
     avx512_bf16::kScratchFloats,
-    {nullptr, avx512_bf16::kRunTask},
+    {nullptr, avx512_bf16::kRunBundle},
 };
 
 }  // namespace gqa::cpu

@@ -11,14 +11,14 @@ const Kernels kPortableKernels = {
     kSmallCacheTiles,
     portable::scratch_floats<portable::Vec>,
     {
-        portable::run_task<portable::Vec, float>,
-        portable::run_task<portable::Vec, BFloat16>,
-        portable::run_task<portable::Vec, Float16>,
+        portable::run_bundle<portable::Vec, float>,
+        portable::run_bundle<portable::Vec, BFloat16>,
+        portable::run_bundle<portable::Vec, Float16>,
         nullptr,
-        portable::run_task<portable::Vec, Float8E4M3>,
-        portable::run_task<portable::Vec, Float8E5M2>,
-        portable::run_task<portable::Vec, Int8>,
-        portable::run_task<portable::Vec, Int4Pair>,
+        portable::run_bundle<portable::Vec, Float8E4M3>,
+        portable::run_bundle<portable::Vec, Float8E5M2>,
+        portable::run_bundle<portable::Vec, Int8>,
+        portable::run_bundle<portable::Vec, Int4Pair>,
     },
 };
 

@@ -166,38 +166,40 @@ class Prefetcher {
   Prefetcher(const S* const* rows, int n, int64_t dims, int steps)
       : rows_(rows),
         n_(n),
+        per_step_((n + steps - 1) / (steps > 0 ? steps : 1)),
         bytes_(dims * static_cast<int64_t>(sizeof(S)) / kNumbersPerElement<S>),
-        steps_(steps) {}
+        in_pieces_(n > 1 && distance(n - 1, 0) != (n - 1) * distance(1, 0)) {}
 
   GQA_INLINE void step() {
-    progress_ += n_;
-    for (; next_ * steps_ < progress_ && next_ < n_; ++next_) {
+    const int end = n_ - next_ < per_step_ ? n_ : next_ + per_step_;
+    for (; next_ < end; ++next_) {
       ask_for(next_);
-      const int64_t later = next_ + kLead;
-      if (later < n_ && step_to(later) != step_to(later - 1) &&
-          step_to(later - 1) == step_to(next_ + 1)) {
-        ask_for(later);
-      }
+      if (in_pieces_ && next_ + kLead < n_ && begins_piece(next_ + kLead)) ask_for(next_ + kLead);
     }
   }
 
  private:
   // The first row of a page is asked for so many rows earlier: it takes as long as memory does, and
   // the processor's own prefetching of what follows starts with it.
-  static constexpr int64_t kLead = 8;
+  static constexpr int kLead = 8;
 
-  GQA_INLINE void ask_for(int64_t i) const {
+  GQA_INLINE void ask_for(int i) const {
     const char* row = reinterpret_cast<const char*>(rows_[i]);
     for (int64_t at = 0; at < bytes_; at += kLineBytes) __builtin_prefetch(row + at);
   }
-  // Bytes from the row before; they change where a page begins.
-  GQA_INLINE intptr_t step_to(int64_t i) const {
-    return reinterpret_cast<intptr_t>(rows_[i]) - reinterpret_cast<intptr_t>(rows_[i - 1]);
+  intptr_t distance(int i, int j) const {
+    return reinterpret_cast<intptr_t>(rows_[i]) - reinterpret_cast<intptr_t>(rows_[j]);
+  }
+  // Bytes from the row before change where a page begins.
+  GQA_INLINE bool begins_piece(int i) const {
+    const intptr_t step = distance(i - 1, i - 2);
+    return distance(i, i - 1) != step && distance(i - kLead + 1, i - kLead) == step;
   }
 
   const S* const* rows_;
-  int64_t n_, bytes_, steps_;
-  int64_t next_ = 0, progress_ = 0;
+  int n_, per_step_, next_ = 0;
+  int64_t bytes_;
+  bool in_pieces_;
 };
 
 }  // namespace gqa::cpu::GQA_ISA

@@ -35,14 +35,6 @@ GQA_INLINE void load_block(const S* row, int64_t d, int64_t n, typename V::F& x0
 template <class S>
 inline constexpr bool kWidens = !std::is_same_v<S, float>;
 
-// The same address, of which compilers know nothing: what lies there is loaded again in place of
-// being kept in a register.
-template <class S>
-GQA_INLINE const S* again(const S* p) {
-  __asm__("" : "+r"(p));
-  return p;
-}
-
 // sum[r, c] += q[r] . x[c], a vector of each.
 template <class V, int kRows, int kKeys>
 GQA_INLINE void multiply_vectors(const float* q, int64_t ldq, typename V::F (&x)[kKeys],
@@ -88,6 +80,7 @@ template <class V, class S, int kRows, int kKeys>
 GQA_INLINE void dot_keys(const float* q, int64_t ldq, const S* const* rows, int64_t head_dim,
                          float* s, int64_t lds) {
   using F = typename V::F;
+  q = again(q);
   const S* k[kKeys];
   GQA_UNROLL(4)
   for (int c = 0; c < kKeys; ++c) k[c] = rows[c];
@@ -105,6 +98,7 @@ GQA_INLINE void dot_keys(const float* q, int64_t ldq, const S* const* rows, int6
     }
   }
   int64_t d = 0;
+  GQA_UNROLL(8)
   for (; d + kBlock <= head_dim; d += kBlock) multiply_block<V>(q, ldq, k, d, kBlock, sum);
   if (d < head_dim) multiply_block<V>(q, ldq, k, d, head_dim - d, sum);
   GQA_UNROLL(6)
@@ -191,14 +185,23 @@ class DirectProducts : public DirectLoops<DirectProducts<V, S>, V, S> {
   // function of its own, and add_rows too: all of them inlined into one, gcc stores the widened
   // numbers of every block to memory that nobody reads.
   template <int kRows>
-  GQA_NOINLINE void dot_rows(int r, int key) {
+  GQA_NOINLINE void dot_rows(int r, StripKeys keys, Prefetcher<S>& ahead) {
+    if (this->head_dim_ == kUsualDims) return dot_rows<kRows, kUsualDims>(r, keys, ahead);
+    dot_rows<kRows, 0>(r, keys, ahead);
+  }
+  // kDims: the head dim, or 0 for any.
+  template <int kRows, int kDims>
+  GQA_INLINE void dot_rows(int r, StripKeys keys, Prefetcher<S>& ahead) {
     const TileLayout<V>& layout = this->tile_.layout;
-    const float* q = this->tile_.q + r * layout.q_ld;
-    float* s = this->tile_.s + r * layout.keys;
+    const int64_t dims = kDims ? kDims : this->head_dim_;
+    const int64_t ldq = kDims ? kDims : layout.q_ld, lds = layout.keys;
+    const float* q = this->tile_.q + r * ldq;
+    const S* const* rows = this->k_rows_;
+    float* s = this->tile_.s + r * lds;
     constexpr int kKeys = kRows <= 2 ? 4 : 2;
-    for (int i = key; i < key + kRowStep; i += kKeys) {
-      dot_keys<V, S, kRows, kKeys>(q, layout.q_ld, this->k_rows_ + i, this->head_dim_, s + i,
-                                   layout.keys);
+    for (int i = keys.begin; i < keys.end; i += kKeys) {
+      if (i % kRowStep == 0) ahead.step();
+      dot_keys<V, S, kRows, kKeys>(q, ldq, rows + i, dims, s + i, lds);
     }
   }
 

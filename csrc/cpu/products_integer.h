@@ -10,7 +10,6 @@
 // every type: for a call that wants it q has a second word, what the first one rounded off.
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <utility>
@@ -83,6 +82,7 @@ template <class V, class S, int kRows, int kKeys>
 GQA_INLINE void dot_words(const int16_t* q, int64_t ldq, const S* const* rows, int64_t head_dim,
                           float* s, int64_t lds) {
   constexpr int64_t kBlock = 4 * V::kWidth;
+  q = again(q);
   const S* k[kKeys];
   typename V::I sum[kRows][kKeys];
   GQA_UNROLL(4)
@@ -93,6 +93,7 @@ GQA_INLINE void dot_words(const int16_t* q, int64_t ldq, const S* const* rows, i
     for (int c = 0; c < kKeys; ++c) sum[r][c] = V::zero_words();
   }
   int64_t d = 0;
+  GQA_UNROLL(8)
   for (; d + kBlock <= head_dim; d += kBlock) multiply_words<V>(q, ldq, k, d, kBlock, sum);
   if (d < head_dim) multiply_words<V>(q, ldq, k, d, head_dim - d, sum);
   GQA_UNROLL(6)
@@ -137,10 +138,13 @@ GQA_INLINE void add_words(const int16_t* p, int64_t ldp, const float* step, cons
   GQA_UNROLL(6)
   for (int r = 0; r < kRows; ++r) {
     const typename V::F factor = V::set1(step[r]);
-    GQA_UNROLL(8)
-    for (int c = 0; c < kCols; ++c) {
+    GQA_UNROLL(4)
+    for (int c = 0; c < kCols; c += 2) {
       float* to = o + r * ldo + c * kW;
-      V::store(to, V::fma(V::to_float(sum[r][c]), factor, V::load(to)));
+      typename V::F x0 = V::to_float(sum[r][c]), x1 = V::to_float(sum[r][c + 1]);
+      V::template order_pairs<S>(x0, x1);
+      V::store(to, V::fma(x0, factor, V::load(to)));
+      V::store(to + kW, V::fma(x1, factor, V::load(to + kW)));
     }
   }
 }
@@ -151,6 +155,8 @@ class IntegerProducts : public DirectLoops<IntegerProducts<V, S>, V, S> {
   friend Loops;
 
  public:
+  static constexpr bool kRoundsProbabilities = true;
+
   IntegerProducts(const AttentionParams& params, Tile<V>& tile, bool two_words)
       : Loops(params, tile), two_words_(two_words) {}
 
@@ -203,9 +209,17 @@ class IntegerProducts : public DirectLoops<IntegerProducts<V, S>, V, S> {
     }
   }
 
-  void accumulate(int begin, int rows, const StripKeys* strips) {
-    for (int r = 0; r < rows; ++r) round_probabilities(r, strips[0]);
-    Loops::accumulate(begin, rows, strips);
+  // A row of p, the largest magnitude of which is `most`, becomes words, which take the first half
+  // of its place.
+  void round_probabilities(int r, StripKeys keys, float most) {
+    float* p = this->tile_.s + r * this->tile_.layout.keys;
+    const WordScale scale(most);
+    p_step_[r] = scale.step;
+    const typename V::F inverse = V::set1(scale.inverse);
+    int16_t* words = reinterpret_cast<int16_t*>(p);
+    for (int i = keys.begin / kW * kW; i < keys.end; i += kW) {
+      V::store_words(words + i, V::mul(V::load(p + i), inverse));
+    }
   }
 
  private:
@@ -227,33 +241,25 @@ class IntegerProducts : public DirectLoops<IntegerProducts<V, S>, V, S> {
     return this->tile_.q_words + (word * layout.rows + r) * layout.word_ld;
   }
 
-  // A row of p becomes words, which take the first half of its place.
-  void round_probabilities(int r, StripKeys keys) {
-    float* p = this->tile_.s + r * this->tile_.layout.keys;
-    typename V::F most = V::set1(0.0f), bad = most;
-    const int first = keys.begin / kW * kW;
-    for (int i = first; i < keys.end; i += kW) {
-      const typename V::F x = V::load(p + i);
-      most = V::max(V::abs(x), most);
-      bad = V::fma(x, V::set1(0.0f), bad);
-    }
-    const WordScale scale(V::reduce_max(most) + V::reduce_add(bad));
-    p_step_[r] = scale.step;
-    const typename V::F inverse = V::set1(scale.inverse);
-    int16_t* words = reinterpret_cast<int16_t*>(p);
-    for (int i = first; i < keys.end; i += kW) {
-      V::store_words(words + i, V::mul(V::load(p + i), inverse));
-    }
-  }
-
   template <int kRows>
-  GQA_NOINLINE void dot_rows(int r, int key) {
+  GQA_NOINLINE void dot_rows(int r, StripKeys keys, Prefetcher<S>& ahead) {
+    if (this->head_dim_ == kUsualDims) return dot_rows<kRows, kUsualDims>(r, keys, ahead);
+    dot_rows<kRows, 0>(r, keys, ahead);
+  }
+  // kDims: the head dim, or 0 for any.
+  template <int kRows, int kDims>
+  GQA_INLINE void dot_rows(int r, StripKeys keys, Prefetcher<S>& ahead) {
     const TileLayout<V>& layout = this->tile_.layout;
+    const int64_t dims = kDims ? kDims : this->head_dim_;
+    const int64_t ldq = kDims ? kDims : layout.word_ld;
+    const int16_t* q = row_words(word_, r);
+    const S* const* rows = this->k_rows_;
     float* s = (word_ == 0 ? this->tile_.s : this->tile_.second_s) + r * layout.keys;
+    const int64_t lds = layout.keys;
     constexpr int kKeys = kRows <= 2 ? 4 : 2;
-    for (int i = key; i < key + kRowStep; i += kKeys) {
-      dot_words<V, S, kRows, kKeys>(row_words(word_, r), layout.word_ld, this->k_rows_ + i,
-                                    this->head_dim_, s + i, layout.keys);
+    for (int i = keys.begin; i < keys.end; i += kKeys) {
+      if (i % kRowStep == 0) ahead.step();
+      dot_words<V, S, kRows, kKeys>(q, ldq, rows + i, dims, s + i, lds);
     }
   }
 

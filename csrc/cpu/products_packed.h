@@ -96,7 +96,9 @@ class PackedProducts {
  public:
   using Probability = float;
   static constexpr float score_unit(int) { return 1.0f; }
+  static constexpr bool kRoundsProbabilities = false;
   static constexpr RowBlocks kBlocks{kStripRows, kMaxTileRows};
+  static constexpr int kMaxRows = kMaxTileRows;
   static constexpr int kStrip = kStripRows;  // rows that share one StripKeys
 
   PackedProducts(const AttentionParams& params, Tile<V>& tile)

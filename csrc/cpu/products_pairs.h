@@ -19,7 +19,9 @@ class PairProducts {
  public:
   using Probability = BFloat16;  // in the first half of its row of scores
   static constexpr float score_unit(int) { return 1.0f; }
+  static constexpr bool kRoundsProbabilities = false;
   static constexpr RowBlocks kBlocks{Engine::kRows, Engine::kBlockRows, Engine::kFewPack};
+  static constexpr int kMaxRows = kMaxTileRows;
   static constexpr int kStrip = Engine::kRows;
 
   PairProducts(const AttentionParams& params, Tile<V>& tile)

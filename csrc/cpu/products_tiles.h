@@ -31,7 +31,9 @@ class TileDirectProducts {
  public:
   using Probability = float;
   static constexpr float score_unit(int) { return 1.0f; }
+  static constexpr bool kRoundsProbabilities = false;
   static constexpr RowBlocks kBlocks{16, kMaxDirectRows};
+  static constexpr int kMaxRows = kMaxDirectRows;
   static constexpr int kStrip = kMaxDirectRows;  // all rows share one StripKeys
 
   TileDirectProducts(const AttentionParams& params, Tile<V>& tile)

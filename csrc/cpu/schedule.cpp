@@ -25,6 +25,12 @@ constexpr int kMinTileRows = 48;
 constexpr int64_t kDirectTileBytes = 32 * 1024;
 constexpr int kMinDirectKeys = 32;
 
+// Shorter pieces of memory than this make tasks a bundle; longer ones the processor's own
+// prefetching gets along with.
+constexpr int64_t kMinPieceBytes = 32 * 1024;
+// Most rows of a bundle's tasks: its q and o stay in a second-level cache.
+constexpr int64_t kMaxBundleRows = 64;
+
 int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 TileShape tile_shape(const AttentionParams& params, const TileLimits& limits) {
@@ -41,14 +47,18 @@ TileShape tile_shape(const AttentionParams& params, const TileLimits& limits) {
   return tile;
 }
 
-int64_t row_bytes(DType dtype, int64_t dims) {
+// Of an element of storage, which holds two numbers of int4.
+int64_t element_bytes(DType dtype) {
   switch (dtype) {
-    case DType::kFloat32: return dims * 4;
+    case DType::kFloat32: return 4;
     case DType::kBFloat16:
-    case DType::kFloat16: return dims * 2;
-    case DType::kInt4: return dims / 2;
-    default: return dims;
+    case DType::kFloat16: return 2;
+    default: return 1;
   }
+}
+
+int64_t row_bytes(DType dtype, int64_t dims) {
+  return dims * element_bytes(dtype) / (dtype == DType::kInt4 ? 2 : 1);
 }
 
 // Keys of a tile that are read where they lie: K and V stay in the first-level cache from their
@@ -134,36 +144,87 @@ void add_row_blocks(const AttentionParams& params, const std::vector<Group>& gro
 
 namespace {
 
-// Splits the keys of tasks that are longer than `target`.
-void split_keys(const AttentionParams& params, int64_t target, Schedule& schedule) {
-  std::vector<Task> split_tasks;
+// Whether one head's keys lie in short pieces among those of other heads.
+bool lies_in_pieces(const AttentionParams& params) {
+  if (params.page_table != nullptr && params.page_table_stride_h != 0) return false;
+  const int64_t row = row_bytes(params.k_dtype, params.head_dim);
+  const bool rows_adjoin = params.k_stride.s * element_bytes(params.k_dtype) == row;
+  return row * (rows_adjoin ? params.page_size : 1) < kMinPieceBytes;
+}
+
+// Most rows of a bundle: so many that there are still bundles for all workers.
+int64_t most_rows_of_bundle(const AttentionParams& params, const Schedule& schedule,
+                            int64_t workers) {
+  if (schedule.tile.rows > kMaxDirectRows || !lies_in_pieces(params)) return 0;
+  int64_t rows = 0, runs = 0;  // of one group: what could be a task each
+  const int32_t group = schedule.tasks[0].head_begin;
   for (const Task& task : schedule.tasks) {
-    const int64_t keys = task.key_end - task.key_begin;
-    const int64_t wanted = std::min(div_up(task.cost, target), keys / kMinSplitKeys);
-    if (wanted <= 1) {
-      split_tasks.push_back(task);
-      continue;
-    }
-    const int64_t split_keys =
-        div_up(div_up(keys, wanted), schedule.tile.keys) * schedule.tile.keys;
-    const int64_t num_splits = div_up(keys, split_keys);
-    for (int64_t i = 0; i < num_splits; ++i) {
-      Task split = task;
-      split.key_begin = task.key_begin + i * split_keys;
-      split.key_end = std::min(split.key_begin + split_keys, task.key_end);
-      split.cost = task.cost * (split.key_end - split.key_begin) / keys;
-      split.split = static_cast<int32_t>(i);
-      split.num_splits = static_cast<int32_t>(num_splits);
-      split.merge = num_splits > 1 ? schedule.num_merges : -1;
-      split.partial = schedule.partial_floats;
-      split_tasks.push_back(split);
-    }
-    if (num_splits > 1) {
-      ++schedule.num_merges;
-      schedule.partial_floats += num_splits * task.num_rows() * partial_row_floats(params);
+    rows += task.num_rows();
+    if (task.head_begin == group) {
+      runs += std::max<int64_t>(1, (task.key_end - task.key_begin) / kMinSplitKeys);
     }
   }
-  schedule.tasks.swap(split_tasks);
+  const int64_t per_run = workers == 1 ? 1 : div_up(workers * kTasksPerWorker, runs);
+  return std::min(kMaxBundleRows, div_up(params.num_heads * params.q_len, per_run));
+}
+
+// Each task by itself, or with its neighbours of the same sequence and keys.
+void make_bundles(int64_t most_rows, Schedule& schedule) {
+  int64_t rows = 0;
+  for (int64_t i = 0; i < static_cast<int64_t>(schedule.tasks.size()); ++i) {
+    const Task& task = schedule.tasks[i];
+    const Task& before = schedule.tasks[i > 0 ? i - 1 : 0];
+    rows += task.num_rows();
+    if (i > 0 && rows <= most_rows && task.batch == before.batch &&
+        task.key_begin == before.key_begin && task.key_end == before.key_end) {
+      schedule.bundles.back().count += 1;
+      schedule.bundles.back().cost += task.cost;
+    } else {
+      schedule.bundles.push_back({i, 1, task.cost});
+      rows = task.num_rows();
+    }
+  }
+}
+
+// Split i of a task's keys.
+Task split_of(const Task& task, int64_t i, int64_t split_keys, int64_t num_splits) {
+  Task split = task;
+  split.key_begin = task.key_begin + i * split_keys;
+  split.key_end = std::min(split.key_begin + split_keys, task.key_end);
+  split.cost = task.cost * (split.key_end - split.key_begin) / (task.key_end - task.key_begin);
+  split.split = static_cast<int32_t>(i);
+  split.num_splits = static_cast<int32_t>(num_splits);
+  return split;
+}
+
+// Splits the keys of bundles that are longer than `target`.
+void split_keys(const AttentionParams& params, int64_t target, Schedule& schedule) {
+  std::vector<Task> tasks;
+  std::vector<Bundle> bundles;
+  for (const Bundle& bundle : schedule.bundles) {
+    Task* const begin = schedule.tasks.data() + bundle.first;
+    const int64_t keys = begin->key_end - begin->key_begin;
+    const int64_t wanted = std::min(div_up(bundle.cost, target), keys / kMinSplitKeys);
+    const int64_t split_keys =
+        wanted <= 1 ? keys : div_up(div_up(keys, wanted), schedule.tile.keys) * schedule.tile.keys;
+    const int64_t num_splits = wanted <= 1 ? 1 : div_up(keys, split_keys);
+    if (num_splits > 1) {
+      for (Task* task = begin; task < begin + bundle.count; ++task) {
+        task->merge = schedule.num_merges++;
+        task->partial = schedule.partial_floats;
+        schedule.partial_floats += num_splits * task->num_rows() * partial_row_floats(params);
+      }
+    }
+    for (int64_t i = 0; i < num_splits; ++i) {
+      bundles.push_back({static_cast<int64_t>(tasks.size()), bundle.count, 0});
+      for (const Task* task = begin; task < begin + bundle.count; ++task) {
+        tasks.push_back(num_splits == 1 ? *task : split_of(*task, i, split_keys, num_splits));
+        bundles.back().cost += tasks.back().cost;
+      }
+    }
+  }
+  schedule.tasks.swap(tasks);
+  schedule.bundles.swap(bundles);
 }
 
 int64_t total_cost(const std::vector<Task>& tasks) {
@@ -198,14 +259,15 @@ Schedule make_schedule(const AttentionParams& params, const TileLimits& limits, 
   }
   schedule.tile.rows = most_rows(schedule.tasks);
   if (schedule.tile.rows <= kMaxDirectRows) schedule.tile.keys = direct_tile_keys(params);
+  make_bundles(most_rows_of_bundle(params, schedule, workers), schedule);
   if (workers > 1) split_keys(params, div_up(cost, workers * kTasksPerWorker), schedule);
 
-  const auto longer = [](const Task& x, const Task& y) { return x.cost > y.cost; };
-  if (!std::is_sorted(schedule.tasks.begin(), schedule.tasks.end(), longer)) {
-    std::stable_sort(schedule.tasks.begin(), schedule.tasks.end(), longer);
+  const auto longer = [](const Bundle& x, const Bundle& y) { return x.cost > y.cost; };
+  if (!std::is_sorted(schedule.bundles.begin(), schedule.bundles.end(), longer)) {
+    std::stable_sort(schedule.bundles.begin(), schedule.bundles.end(), longer);
   }
   schedule.num_workers =
-      static_cast<int>(std::min<int64_t>(workers, static_cast<int64_t>(schedule.tasks.size())));
+      static_cast<int>(std::min<int64_t>(workers, static_cast<int64_t>(schedule.bundles.size())));
   return schedule;
 }
 

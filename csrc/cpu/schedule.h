@@ -3,6 +3,11 @@
 // A group is the query heads that read one (key head, value head) pair. The rows of a task are
 // query tokens x heads of the group (token-major), so that each K and V element is read once for
 // all of them. Shapes and lengths decide everything here; no K, V or Q element is looked at.
+//
+// A worker takes a bundle of tasks at a time: one task, or those of several groups over the same
+// keys where one head's keys lie in short pieces among those of others (pages of few slots, heads
+// within tokens), so that pieces are read as they lie and not head after head: memory that is read
+// so takes half the time.
 #pragma once
 
 #include <cstdint>
@@ -53,12 +58,20 @@ struct Task {
   int num_rows() const { return static_cast<int>(token_end - token_begin) * num_heads(); }
 };
 
+// Tasks that one worker runs together: of one sequence, over the same keys.
+struct Bundle {
+  int64_t first;  // of Schedule::tasks
+  int count;
+  int64_t cost;  // of all of them
+};
+
 struct Schedule {
   std::vector<int32_t> heads;          // query heads, group after group
   std::vector<int32_t> invalid_heads;  // query heads whose map entry names no KV head
-  std::vector<Task> tasks;             // longest first
+  std::vector<Task> tasks;             // those of a bundle one after the other
+  std::vector<Bundle> bundles;         // longest first
   TileShape tile;
-  int num_workers;         // tasks worth running at the same time
+  int num_workers;         // bundles worth running at the same time
   int num_merges;          // tasks whose keys are split
   int64_t partial_floats;  // room for the partial results of all splits
 };

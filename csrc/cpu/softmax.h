@@ -91,21 +91,16 @@ struct RowScales {
   const float *k_scale, *k_zero, *v_scale;  // [keys of the tile]; k_zero: or nullptr
 };
 
-// scores[begin, end) become probabilities exp(s - max), 0 where the row does not see the key;
-// stored as P, number i at P's place i of the row. `max` and `sum` are the row's state; the
-// returned factor rescales what was accumulated with the old maximum. keep: dropout's factors of
-// the tile's keys, or nullptr; the sum is that without dropout, and without scales of V. kBias,
-// kScaled: whether bias and scales have anything in them.
-template <class V, bool kBias, bool kScaled, class P>
-inline float softmax_row(float* scores, const RowKeys& keys, float scale, const RowBias& bias,
-                         const RowScales& scales, const float* keep, float& max, float& sum) {
+// scores[begin, end) get their scale, bias and, where the row does not see the key, -inf. Returns
+// their maximum. kBias, kScaled: whether bias and scales have anything in them.
+template <class V, bool kBias, bool kScaled>
+GQA_INLINE float finish_scores(float* scores, const RowKeys& keys, float scale,
+                               const RowBias& bias, const RowScales& scales) {
   using F = typename V::F;
-  const int begin = keys.begin / V::kWidth * V::kWidth;
   const F factor = V::set1(kBias ? scale : scale * kLog2E);
   const F hidden = V::set1(-INFINITY);
-
   F most = hidden;
-  for (int i = begin; i < keys.end; i += V::kWidth) {
+  for (int i = keys.begin / V::kWidth * V::kWidth; i < keys.end; i += V::kWidth) {
     F x = V::load(scores + i);
     if (kScaled) {
       if (scales.k_zero) x = V::fma(V::set1(-scales.q_sum), V::load(scales.k_zero + i), x);
@@ -122,23 +117,39 @@ inline float softmax_row(float* scores, const RowKeys& keys, float scale, const 
     V::store(scores + i, x);
     most = V::max(x, most);
   }
+  return V::reduce_max(most);
+}
 
+// Scores become probabilities exp(s - max), stored as P, number i at P's place i of the row. `max`
+// and `sum` are the row's state, block_max the scores' maximum; the returned factor rescales what
+// was accumulated with the old maximum. keep: dropout's factors of the tile's keys, or nullptr; the
+// sum is that without dropout, and without scales of V. A product of probability and scale adds to
+// `most`, their largest magnitude, NaN where there is one.
+template <class V, bool kScaled, class P>
+GQA_INLINE float exponentiate(float* scores, const RowKeys& keys, float block_max,
+                              const RowScales& scales, const float* keep, float& max, float& sum,
+                              float& most) {
+  using F = typename V::F;
   const float old_max = max;
-  const float block_max = V::reduce_max(most);
   if (block_max > max) max = block_max;
   // Where nothing is visible yet, 0 stands in for the maximum: exp2(-inf - 0) = 0.
   const float base = max == -INFINITY ? 0.0f : max;
   const F minus_base = V::set1(-base);
 
-  F total = V::set1(0.0f);
+  F total = V::set1(0.0f), largest = total, bad = total;
   P* probabilities = reinterpret_cast<P*>(scores);  // P is no wider: not ahead of the scores
-  for (int i = begin; i < keys.end; i += V::kWidth) {
+  for (int i = keys.begin / V::kWidth * V::kWidth; i < keys.end; i += V::kWidth) {
     F p = exp2<V>(V::add(V::load(scores + i), minus_base));
     total = V::add(total, p);
     if (keep != nullptr) p = V::mul(p, V::load(keep + i));
-    if (kScaled) p = V::mul(p, V::load(scales.v_scale + i));
+    if (kScaled) {
+      p = V::mul(p, V::load(scales.v_scale + i));
+      largest = V::max(V::abs(p), largest);
+      bad = V::fma(p, V::set1(0.0f), bad);  // NaN of infinities and NaN
+    }
     V::store(probabilities + i, p);
   }
+  if (kScaled) most = V::reduce_max(largest) + V::reduce_add(bad);
 
   const float rescale = old_max == max ? 1.0f : exp2_scalar<V>(old_max - base);
   sum = sum * rescale + V::reduce_add(total);

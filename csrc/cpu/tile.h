@@ -1,8 +1,10 @@
-// The working set of one task, carved out of its worker's scratch memory.
+// The working set of a task, carved out of its worker's scratch memory: what lasts from its first
+// tile of keys to its last, and what tasks that take turns can share.
 #pragma once
 
 #include <cstdint>
 
+#include "aligned.h"
 #include "isa.h"
 #include "schedule.h"
 
@@ -31,72 +33,83 @@ template <class V>
 struct TileLayout {
   static constexpr int kPanel = 2 * V::kWidth;
 
-  int64_t rows;         // a multiple of RowBlocks::padding
+  int64_t rows;         // of the task, padded to a multiple of RowBlocks::padding
   int64_t s_rows;       // rows of s
   int64_t keys;         // a whole number of panels
   int64_t q_ld, o_ld;   // row lengths of q and o, padded with zeros
   int64_t packed_keys;  // keys of the packed K and V; 0 where nothing is packed
   int64_t word_ld;      // row length of q_words; 0 where products are not of integers
 
-  TileLayout(const AttentionParams& params, const TileShape& tile, const RowBlocks& blocks)
-      : rows(round_up(tile.rows, blocks.padding)),
-        s_rows(rows < blocks.rows ? rows : blocks.rows),
+  // task_rows: at most tile.rows
+  TileLayout(const AttentionParams& params, const TileShape& tile, const RowBlocks& blocks,
+             int task_rows)
+      : rows(round_up(task_rows, blocks.padding)),
+        s_rows(most_score_rows(tile, blocks)),
         keys(tile.keys),
         q_ld(round_up(params.head_dim, kPanel)),
         o_ld(round_up(params.value_head_dim, kPanel)),
         packed_keys(tile.rows > kMaxDirectRows || blocks.few_pack ? tile.keys : 0),
         word_ld(wants_words<V>(params, tile) ? round_up(params.head_dim, 2 * kPanel) : 0) {}
 
-  int64_t scratch_floats() const {
-    return rows * (q_ld + o_ld + 3) + s_rows * keys + packed_keys * (q_ld + o_ld) + 6 * keys +
-           rows * word_ld + second_s_floats();
+  // Each a whole number of cache lines.
+  int64_t own_floats() const {
+    return round_up(rows * (q_ld + o_ld + 3) + rows * word_ld, kFloatsPerLine);
+  }
+  int64_t shared_floats() const {
+    return round_up(s_rows * keys + packed_keys * (q_ld + o_ld) + 6 * keys + second_s_floats(),
+                    kFloatsPerLine);
   }
   int64_t second_s_floats() const { return word_ld > 0 ? s_rows * keys : 0; }
+
+ private:
+  static int64_t most_score_rows(const TileShape& tile, const RowBlocks& blocks) {
+    const int64_t most = round_up(tile.rows, blocks.padding);
+    return most < blocks.rows ? most : blocks.rows;
+  }
 };
 
 template <class V>
 struct Tile {
   TileLayout<V> layout;
-  float* q;         // [rows, q_ld]  queries in fp32
+  // The task's own:
+  float* q;          // [rows, q_ld]  queries in fp32
+  float* o;          // [rows, o_ld]  output, not yet divided by the sum
+  float* max;        // [rows]  running maximum of the scores, log2 units
+  float* sum;        // [rows]  running sum of exp(score - max)
+  float* q_sum;      // [rows]  sums of the rows of q; of a quantised cache
+  int16_t* q_words;  // [2, rows, word_ld]; of products of integers
+  // Of one tile of keys, of no use after it:
   float* s;         // [s_rows, keys]  scores, then probabilities
-  float* o;         // [rows, o_ld]  output, not yet divided by the sum
+  float* second_s;  // [s_rows, keys]  scores of the second words
   float* k_panels;  // [keys / kPanel, D, kPanel]    packed K
   float* v_panels;  // [o_ld / kPanel, keys, kPanel]  packed V
-  float* max;       // [rows]  running maximum of the scores, log2 units
-  float* sum;       // [rows]  running sum of exp(score - max)
   float* bias;      // [keys]  additive mask of one row
   float* keep;      // [keys]  dropout's factors of one row
-  // Of a quantised cache:
-  float* q_sum;             // [rows]  sums of the rows of q
-  float *k_scale, *k_zero;  // [keys]
+  float *k_scale, *k_zero;  // [keys]  of a quantised cache
   float *v_scale, *v_zero;  // [keys]
-  // Of products of integers:
-  int16_t* q_words;  // [2, rows, word_ld]
-  float* second_s;   // [s_rows, keys]  scores of the second words
 
-  Tile(const TileLayout<V>& tile_layout, float* scratch) : layout(tile_layout) {
-    float* next = scratch;
-    const auto take = [&next](int64_t floats) {
+  Tile(const TileLayout<V>& tile_layout, float* own, float* shared) : layout(tile_layout) {
+    const auto take = [](float*& next, int64_t floats) {
       float* taken = next;
       next += floats;
       return taken;
     };
-    q = take(layout.rows * layout.q_ld);
-    s = take(layout.s_rows * layout.keys);
-    o = take(layout.rows * layout.o_ld);
-    k_panels = take(layout.packed_keys * layout.q_ld);
-    v_panels = take(layout.packed_keys * layout.o_ld);
-    max = take(layout.rows);
-    sum = take(layout.rows);
-    bias = take(layout.keys);
-    keep = take(layout.keys);
-    q_sum = take(layout.rows);
-    k_scale = take(layout.keys);
-    k_zero = take(layout.keys);
-    v_scale = take(layout.keys);
-    v_zero = take(layout.keys);
-    q_words = reinterpret_cast<int16_t*>(take(layout.rows * layout.word_ld));
-    second_s = take(layout.second_s_floats());
+    q = take(own, layout.rows * layout.q_ld);
+    o = take(own, layout.rows * layout.o_ld);
+    max = take(own, layout.rows);
+    sum = take(own, layout.rows);
+    q_sum = take(own, layout.rows);
+    q_words = reinterpret_cast<int16_t*>(take(own, layout.rows * layout.word_ld));
+    s = take(shared, layout.s_rows * layout.keys);
+    second_s = take(shared, layout.second_s_floats());
+    k_panels = take(shared, layout.packed_keys * layout.q_ld);
+    v_panels = take(shared, layout.packed_keys * layout.o_ld);
+    bias = take(shared, layout.keys);
+    keep = take(shared, layout.keys);
+    k_scale = take(shared, layout.keys);
+    k_zero = take(shared, layout.keys);
+    v_scale = take(shared, layout.keys);
+    v_zero = take(shared, layout.keys);
   }
 };
 

@@ -123,12 +123,19 @@ struct Vec {
     nibbles(_mm256_cvtepu8_epi16(bytes16(p)), even, odd);
   }
   static GQA_INLINE void load_pairs(const Int8* a, const Int8* b, I& x0, I& x1) {
-    const __m128i row_a = bytes16(a), row_b = bytes16(b);
-    x0 = _mm256_cvtepi8_epi16(_mm_unpacklo_epi8(row_a, row_b));
-    x1 = _mm256_cvtepi8_epi16(_mm_unpackhi_epi8(row_a, row_b));
+    const I row_a = _mm256_cvtepi8_epi16(bytes16(a)), row_b = _mm256_cvtepi8_epi16(bytes16(b));
+    x0 = _mm256_unpacklo_epi16(row_a, row_b);  // 0 to 3 and 8 to 11, which order_pairs mends
+    x1 = _mm256_unpackhi_epi16(row_a, row_b);
   }
   static GQA_INLINE void load_pairs(const Int4Pair* a, const Int4Pair* b, I& even, I& odd) {
     nibbles(_mm256_cvtepu8_epi16(_mm_unpacklo_epi8(bytes8(a), bytes8(b))), even, odd);
+  }
+  template <class S>
+  static GQA_INLINE void order_pairs(F& x0, F& x1) {
+    if (!std::is_same_v<S, Int8>) return;
+    const F low = x0, high = x1;
+    x0 = _mm256_permute2f128_ps(low, high, 0x20);
+    x1 = _mm256_permute2f128_ps(low, high, 0x31);
   }
   static GQA_INLINE I set_pair(const int16_t* p) {
     int32_t pair;

@@ -130,6 +130,8 @@ struct Vec {
   static GQA_INLINE void load_pairs(const Int4Pair* a, const Int4Pair* b, I& even, I& odd) {
     nibbles(_mm512_cvtepu8_epi16(interleave(bytes16(a), bytes16(b))), even, odd);
   }
+  template <class S>
+  static GQA_INLINE void order_pairs(F&, F&) {}
   static GQA_INLINE I set_pair(const int16_t* p) {
     int32_t pair;
     std::memcpy(&pair, p, sizeof pair);
