@@ -155,14 +155,18 @@ class Problem {
 
   void attend() { cpu::attention_forward(params_, kOneThread, false); }
 
-  // Reads what attend() reads, head after head, page after page.
+  // Reads what attend() reads: for 64 keys, or a page, head after head.
   void read() {
     const int64_t page_bytes = params_.page_size * format_.row_bytes;
+    const int64_t pages = params_.num_pages;
+    const int64_t turn = params_.page_size < 64 ? 64 / params_.page_size : 1;
     uint64_t sum = 0;
-    for (int64_t h = 0; h < heads_; ++h) {
-      for (int64_t p = 0; p < params_.num_pages; ++p) {
-        const int64_t offset = (table_[p] * heads_ + h) * page_bytes;
-        sum += sum_of(k_.data() + offset, page_bytes) + sum_of(v_.data() + offset, page_bytes);
+    for (int64_t first = 0; first < pages; first += turn) {
+      for (int64_t h = 0; h < heads_; ++h) {
+        for (int64_t p = first; p < std::min(first + turn, pages); ++p) {
+          const int64_t offset = (table_[p] * heads_ + h) * page_bytes;
+          sum += sum_of(k_.data() + offset, page_bytes) + sum_of(v_.data() + offset, page_bytes);
+        }
       }
     }
     volatile uint64_t sink = sum;
@@ -225,9 +229,8 @@ void measure(const std::string& only, const Format& format, int group, int64_t h
   Problem problem(format, group, heads, keys, page_size);
   const auto t = time_in_turn({[&] { problem.attend(); }, [&] { problem.read(); }});
   std::printf("%s  %7.1f MiB %7.2f ns/key  read %6.2f  %5.1f GB/s of %5.1f\n", line,
-              problem.bytes() / (1 << 20), t[0] / problem.keys() * 1e9,
-              t[1] / problem.keys() * 1e9, problem.bytes() / t[0] / 1e9,
-              problem.bytes() / t[1] / 1e9);
+              problem.bytes() / (1 << 20), t[0] / problem.keys() * 1e9, t[1] / problem.keys() * 1e9,
+              problem.bytes() / t[0] / 1e9, problem.bytes() / t[1] / 1e9);
   std::fflush(stdout);
 }
 
@@ -242,11 +245,10 @@ int main(int argc, char** argv) {
       only = argv[i];
     }
   }
-  std::printf("kernels: %s, one thread, head dim %d, %s pages\n",
-              cpu::isa_name(cpu::chosen_isa()), kHeadDim, huge_pages ? "huge" : "small");
+  std::printf("kernels: %s, one thread, head dim %d, %s pages\n", cpu::isa_name(cpu::chosen_isa()),
+              kHeadDim, huge_pages ? "huge" : "small");
   // In a second-level cache, a third-level one, and in memory alone.
-  for (const auto& [heads, keys] :
-       {std::pair<int64_t, int64_t>{1, 512}, {8, 8192}, {8, 65536}}) {
+  for (const auto& [heads, keys] : {std::pair<int64_t, int64_t>{1, 512}, {8, 8192}, {8, 65536}}) {
     for (int group : {1, 2, 4, 9}) {
       for (const Format& format : kFormats) measure(only, format, group, heads, keys, 0);
     }

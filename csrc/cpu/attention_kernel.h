@@ -110,18 +110,10 @@ class AttentionTask {
     for (int begin = 0; begin < rows_; begin += kBlocks.rows) {
       const int block_end = rows_ - begin < kBlocks.rows ? rows_ : begin + kBlocks.rows;
       products_.scores(begin, block_end, strips);
-      // Two loops: what a row waits for, others compute meanwhile.
-      float block_max[Products::kMaxRows];
-      for (int r = begin; r < block_end; ++r) {
-        const StripKeys& strip = strips[r / Products::kStrip];
-        block_max[r - begin] = bias ? finish_scores<true>(r, row_scores(r - begin), first, strip)
-                                    : finish_scores<false>(r, row_scores(r - begin), first, strip);
-      }
-      for (int r = begin; r < block_end; ++r) {
-        const StripKeys& strip = strips[r / Products::kStrip];
-        if (strip.begin < strip.end) {
-          exponentiate(r, row_scores(r - begin), block_max[r - begin], first, strip);
-        }
+      for (int r = begin; r < block_end; r += kSoftmaxRows) {
+        const int n = block_end - r < kSoftmaxRows ? block_end - r : kSoftmaxRows;
+        bias ? softmax<true>(r, n, row_scores(r - begin), first, strips)
+             : softmax<false>(r, n, row_scores(r - begin), first, strips);
       }
       products_.accumulate(begin, block_end, strips);
     }
@@ -141,6 +133,8 @@ class AttentionTask {
   }
 
  private:
+  static constexpr int kSoftmaxRows = kMaxDirectRows;  // at a time: their scores fit L1
+
   struct Place {
     int64_t token;
     int32_t head;
@@ -187,6 +181,23 @@ class AttentionTask {
                                         : n)};
   }
 
+  // Rows [r, r + n), whose scores lie at s. In two loops: what one row waits for, others compute
+  // meanwhile.
+  template <bool kBias>
+  void softmax(int r, int n, float* s, int64_t first, const StripKeys* strips) {
+    float block_max[kSoftmaxRows];
+    for (int i = 0; i < n; ++i) {
+      const StripKeys& strip = strips[(r + i) / Products::kStrip];
+      if (strip.begin >= strip.end) continue;
+      block_max[i] = finish_scores<kBias>(r + i, s + i * tile_.layout.keys, first, strip);
+    }
+    for (int i = 0; i < n; ++i) {
+      const StripKeys& strip = strips[(r + i) / Products::kStrip];
+      if (strip.begin >= strip.end) continue;
+      exponentiate(r + i, s + i * tile_.layout.keys, block_max[i], first, strip);
+    }
+  }
+
   float* row_scores(int r) const { return tile_.s + r * tile_.layout.keys; }
 
   RowKeys row_keys(int r, int64_t first, const StripKeys& strip) const {
@@ -214,9 +225,8 @@ class AttentionTask {
         bias.additive = tile_.bias;
       }
     }
-    return gqa::cpu::GQA_ISA::finish_scores<V, kBias, kQuantized<S>>(
-        s, row_keys(r, first, strip), params_.scale * products_.score_unit(r), bias,
-        row_scales(r));
+    return finish_row_scores<V, kBias, kQuantized<S>>(
+        s, row_keys(r, first, strip), params_.scale * products_.score_unit(r), bias, row_scales(r));
   }
 
   void exponentiate(int r, float* s, float block_max, int64_t first, const StripKeys& strip) {
@@ -228,9 +238,8 @@ class AttentionTask {
       keep = tile_.keep;
     }
     float most = 0.0f;
-    const float rescale =
-        gqa::cpu::GQA_ISA::exponentiate<V, kQuantized<S>, typename Products::Probability>(
-            s, keys, block_max, row_scales(r), keep, tile_.max[r], tile_.sum[r], most);
+    const float rescale = exponentiate_row<V, kQuantized<S>, typename Products::Probability>(
+        s, keys, block_max, row_scales(r), keep, tile_.max[r], tile_.sum[r], most);
     if (rescale != 1.0f) scale_row(tile_.o + r * tile_.layout.o_ld, rescale);
     if (kQuantized<S>) dequantizer_.subtract_zeros(r, strip);
     if constexpr (Products::kRoundsProbabilities) products_.round_probabilities(r, strip, most);

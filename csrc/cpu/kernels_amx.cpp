@@ -8,7 +8,6 @@
 
 #if defined(GQA_HAVE_AMX)
 
-#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <deque>
@@ -41,15 +40,14 @@ using Few = DirectProducts<Vec, BFloat16>;
 using FewOnTiles = TileDirectProducts<Vec>;
 using Many = PairProducts<Vec, TileEngine<Vec>>;
 
-// Fewer rows take as many instructions without tiles, and their scores need not be transposed.
+// Fewer rows take as many instructions without tiles, and their scores need not be transposed. All
+// tasks of a call do the same, so that its results do not depend on how its tasks are bundled.
 constexpr int kMinTileRows = 5;
 
 void run_with_tiles(const CallState& call, const Bundle& bundle, float* scratch) {
-  int most_rows = 0;
-  for (int i = 0; i < bundle.count; ++i) {
-    most_rows = std::max(most_rows, call.schedule.tasks[bundle.first + i].num_rows());
+  if (call.schedule.tile.rows < kMinTileRows) {
+    return run_bundle<Vec, BFloat16, Few, Few>(call, bundle, scratch);
   }
-  if (most_rows < kMinTileRows) return run_bundle<Vec, BFloat16, Few, Few>(call, bundle, scratch);
   const TileScope tiles;
   run_bundle<Vec, BFloat16, FewOnTiles, Many>(call, bundle, scratch);
 }

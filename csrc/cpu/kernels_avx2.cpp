@@ -53,8 +53,8 @@ const Kernels kAvx2Kernels = {
     Isa::kAvx2,
     kSmallCacheTiles,
     avx2::kScratchFloats,
-    {avx2::kRunBundle[0], avx2::kRunBundle[1], avx2::kRunBundle[2], avx2::kRunBundle[3], avx2::kRunBundle[4],
-     avx2::kRunBundle[5], avx2::kRunBundle[6], avx2::kRunBundle[7]},
+    {avx2::kRunBundle[0], avx2::kRunBundle[1], avx2::kRunBundle[2], avx2::kRunBundle[3],
+     avx2::kRunBundle[4], avx2::kRunBundle[5], avx2::kRunBundle[6], avx2::kRunBundle[7]},
 };
 
 }  // namespace gqa::cpu

@@ -20,14 +20,14 @@ constexpr int64_t kMinSplitKeys = 256;
 constexpr int kMinTileRows = 48;
 
 // K and V of a tile that is not packed, in a first-level cache of 32 KiB: V is asked for as K is
-// used up. Half of it, and what a tile costs whatever its keys (the softmax's horizontal maximum and
-// sum, loads and stores of the output) shows in 16-bit decode.
+// used up. Half of it, and what a tile costs whatever its keys (the softmax's horizontal maximum
+// and sum, loads and stores of the output) shows in 16-bit decode.
 constexpr int64_t kDirectTileBytes = 32 * 1024;
 constexpr int kMinDirectKeys = 32;
 
-// Shorter pieces of memory than this make tasks a bundle; longer ones the processor's own
+// Shorter runs of one head's keys than this make tasks a bundle; longer ones the processor's own
 // prefetching gets along with.
-constexpr int64_t kMinPieceBytes = 32 * 1024;
+constexpr int64_t kMinPieceBytes = 64 * 1024;
 // Most rows of a bundle's tasks: its q and o stay in a second-level cache.
 constexpr int64_t kMaxBundleRows = 64;
 
@@ -144,12 +144,13 @@ void add_row_blocks(const AttentionParams& params, const std::vector<Group>& gro
 
 namespace {
 
-// Whether one head's keys lie in short pieces among those of other heads.
+// Whether one head's keys lie in short pieces among those of other heads, which have the same
+// pages.
 bool lies_in_pieces(const AttentionParams& params) {
   if (params.page_table != nullptr && params.page_table_stride_h != 0) return false;
-  const int64_t row = row_bytes(params.k_dtype, params.head_dim);
-  const bool rows_adjoin = params.k_stride.s * element_bytes(params.k_dtype) == row;
-  return row * (rows_adjoin ? params.page_size : 1) < kMinPieceBytes;
+  if (params.k_stride.h < params.k_stride.s) return true;  // heads within tokens
+  return params.page_table != nullptr &&
+         params.page_size * params.k_stride.s * element_bytes(params.k_dtype) < kMinPieceBytes;
 }
 
 // Most rows of a bundle: so many that there are still bundles for all workers.

@@ -94,8 +94,8 @@ struct RowScales {
 // scores[begin, end) get their scale, bias and, where the row does not see the key, -inf. Returns
 // their maximum. kBias, kScaled: whether bias and scales have anything in them.
 template <class V, bool kBias, bool kScaled>
-GQA_INLINE float finish_scores(float* scores, const RowKeys& keys, float scale,
-                               const RowBias& bias, const RowScales& scales) {
+GQA_INLINE float finish_row_scores(float* scores, const RowKeys& keys, float scale,
+                                   const RowBias& bias, const RowScales& scales) {
   using F = typename V::F;
   const F factor = V::set1(kBias ? scale : scale * kLog2E);
   const F hidden = V::set1(-INFINITY);
@@ -123,12 +123,12 @@ GQA_INLINE float finish_scores(float* scores, const RowKeys& keys, float scale,
 // Scores become probabilities exp(s - max), stored as P, number i at P's place i of the row. `max`
 // and `sum` are the row's state, block_max the scores' maximum; the returned factor rescales what
 // was accumulated with the old maximum. keep: dropout's factors of the tile's keys, or nullptr; the
-// sum is that without dropout, and without scales of V. A product of probability and scale adds to
-// `most`, their largest magnitude, NaN where there is one.
+// sum is that without dropout, and without scales of V. `most` becomes the largest magnitude of
+// what scales of V have made of probabilities, NaN where there is one.
 template <class V, bool kScaled, class P>
-GQA_INLINE float exponentiate(float* scores, const RowKeys& keys, float block_max,
-                              const RowScales& scales, const float* keep, float& max, float& sum,
-                              float& most) {
+GQA_INLINE float exponentiate_row(float* scores, const RowKeys& keys, float block_max,
+                                  const RowScales& scales, const float* keep, float& max,
+                                  float& sum, float& most) {
   using F = typename V::F;
   const float old_max = max;
   if (block_max > max) max = block_max;

@@ -79,12 +79,12 @@ struct Tile {
   float* q_sum;      // [rows]  sums of the rows of q; of a quantised cache
   int16_t* q_words;  // [2, rows, word_ld]; of products of integers
   // Of one tile of keys, of no use after it:
-  float* s;         // [s_rows, keys]  scores, then probabilities
-  float* second_s;  // [s_rows, keys]  scores of the second words
-  float* k_panels;  // [keys / kPanel, D, kPanel]    packed K
-  float* v_panels;  // [o_ld / kPanel, keys, kPanel]  packed V
-  float* bias;      // [keys]  additive mask of one row
-  float* keep;      // [keys]  dropout's factors of one row
+  float* s;                 // [s_rows, keys]  scores, then probabilities
+  float* second_s;          // [s_rows, keys]  scores of the second words
+  float* k_panels;          // [keys / kPanel, D, kPanel]    packed K
+  float* v_panels;          // [o_ld / kPanel, keys, kPanel]  packed V
+  float* bias;              // [keys]  additive mask of one row
+  float* keep;              // [keys]  dropout's factors of one row
   float *k_scale, *k_zero;  // [keys]  of a quantised cache
   float *v_scale, *v_zero;  // [keys]
 

@@ -149,9 +149,9 @@ struct Vec {
   static GQA_INLINE F to_float(I x) { return _mm256_cvtepi32_ps(x); }
   static GQA_INLINE void store_words(int16_t* p, F x) {
     const __m256i words = _mm256_cvtps_epi32(x);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
-                     _mm_packs_epi32(_mm256_castsi256_si128(words),
-                                     _mm256_extracti128_si256(words, 1)));
+    _mm_storeu_si128(
+        reinterpret_cast<__m128i*>(p),
+        _mm_packs_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
   }
 
   static GQA_INLINE void store(float* p, F x) { _mm256_storeu_ps(p, x); }
@@ -254,13 +254,13 @@ struct Vec {
     return _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1));
   }
   static GQA_INLINE __m128 sums4(const I (&x)[4]) {
-    const I ab = _mm256_add_epi32(_mm256_unpacklo_epi32(x[0], x[1]),
-                                  _mm256_unpackhi_epi32(x[0], x[1]));
-    const I cd = _mm256_add_epi32(_mm256_unpacklo_epi32(x[2], x[3]),
-                                  _mm256_unpackhi_epi32(x[2], x[3]));
+    const I ab =
+        _mm256_add_epi32(_mm256_unpacklo_epi32(x[0], x[1]), _mm256_unpackhi_epi32(x[0], x[1]));
+    const I cd =
+        _mm256_add_epi32(_mm256_unpacklo_epi32(x[2], x[3]), _mm256_unpackhi_epi32(x[2], x[3]));
     const I sums = _mm256_add_epi32(_mm256_unpacklo_epi64(ab, cd), _mm256_unpackhi_epi64(ab, cd));
-    return _mm_cvtepi32_ps(_mm_add_epi32(_mm256_castsi256_si128(sums),
-                                         _mm256_extracti128_si256(sums, 1)));
+    return _mm_cvtepi32_ps(
+        _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1)));
   }
   template <class S>
   static GQA_INLINE __m128i bytes8(const S* p) {

@@ -67,6 +67,7 @@ struct Case {
   std::vector<int32_t> table, lengths, begin, map;  // table [B, H, max_pages]
   Side side[2];                                     // K, V
   bool zeros;
+  bool shared;  // all heads have the same pages and lengths: tasks of a sequence run together
   std::vector<float> q, out, lse, dense_out, dense_lse;
   int64_t q_len, num_heads;
 
@@ -96,8 +97,9 @@ Case make_case(std::mt19937& random) {
   c.page_size = pick(1, 3) == 1 ? 1 : pick(1, 40);
   c.max_pages = pick(1, 9);
   c.num_pages = c.batch * c.heads * c.max_pages + 2;
-  for (int64_t& dims : c.dims) dims = 2 * pick(1, 70);
+  for (int64_t& dims : c.dims) dims = pick(1, 4) == 1 ? 128 : 2 * pick(1, 70);
   c.zeros = pick(0, 1) && c.format != DType::kFloat32;
+  c.shared = pick(0, 1);
   c.num_heads = pick(1, 7);
   c.q_len = pick(1, 2) == 1 ? 1 : pick(1, 30);
 
@@ -108,6 +110,12 @@ Case make_case(std::mt19937& random) {
   for (int64_t b = 0; b < c.batch; ++b) {
     c.begin.push_back(static_cast<int32_t>(pick(0, c.slots())));
     for (int64_t h = 0; h < c.heads; ++h) {
+      if (c.shared && h > 0) {
+        const auto first = c.table.begin() + b * c.heads * c.max_pages;
+        c.lengths.push_back(c.lengths.back());
+        std::copy(first, first + c.max_pages, first + h * c.max_pages);
+        continue;
+      }
       c.lengths.push_back(static_cast<int32_t>(pick(0, c.slots() - c.begin[b])));
       // Beyond the length lie ids of no page.
       for (int64_t p = 0; p < c.max_pages; ++p) {
@@ -194,7 +202,7 @@ AttentionParams dense_params(Case& c) {
   p.head_map = c.map.data();
   p.kv_lengths = c.lengths.data();
   p.kv_lengths_stride_b = c.heads;
-  p.kv_lengths_stride_h = 1;
+  p.kv_lengths_stride_h = c.shared ? 0 : 1;
   p.scale = 0.1f;
   p.window_left = -1;
   p.window_right = 0;
@@ -214,7 +222,7 @@ AttentionParams cache_params(Case& c) {
   }
   p.page_table = c.table.data();
   p.page_table_stride_b = c.heads * c.max_pages;
-  p.page_table_stride_h = c.max_pages;
+  p.page_table_stride_h = c.shared ? 0 : c.max_pages;
   p.page_table_stride_p = 1;
   p.num_pages = c.num_pages;
   p.page_size = c.page_size;
