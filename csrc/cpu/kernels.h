@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "../core/params.h"
+#include "aligned.h"
 #include "cpu_features.h"
 #include "schedule.h"
 
