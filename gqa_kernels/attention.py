@@ -47,8 +47,8 @@ def asym_gqa_attention(
     through their strides, never copied or modified; the last dim must be contiguous.
 
     Differentiable in q, k, v, slopes and sinks, through the LSE too. Gradients of an additive mask,
-    second derivatives, ``torch.func`` and forward mode are for the reference alone. Under autocast
-    q, k and v take its type, as SDPA's do.
+    second derivatives, ``torch.func`` and forward mode are for the reference alone; ``vmap`` runs
+    the fused kernels once per sample. Under autocast q, k and v take its type, as SDPA's do.
 
     Args:
         q: ``[B, Hq, Sq, D]``, fp16, bf16, fp32 or fp64 (the reference only).

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
 
 NUM_BIASES = 4  # alibi_slopes, sinks, and attn_mask and kv_lengths or offsets of both sides
 
@@ -76,12 +77,35 @@ def call(op: Callable[..., Any], requires_grad: bool, *arguments: Any) -> Any:
 def is_transformed(*tensors: Tensor | None) -> bool:
     """Whether torch.func or forward-mode differentiation goes through one of the tensors. Ops with
     a registered backward refuse the first and drop the tangents of the second silently."""
-    given = [x for x in tensors if x is not None]
     if torch.compiler.is_compiling():
         return False
-    if torch.autograd.forward_ad._current_level >= 0:
-        return any(torch.autograd.forward_ad.unpack_dual(x).tangent is not None for x in given)
-    return any(torch._C._functorch.is_gradtrackingtensor(x) for x in given)
+    forward = torch.autograd.forward_ad._current_level >= 0
+    if not forward and _functorch.maybe_current_level() is None:
+        return False
+    return any(_is_tracked(x, forward) for x in tensors if x is not None)
+
+
+def _is_tracked(x: Tensor, forward: bool) -> bool:
+    """Whether torch.func differentiates ``x``, or forward mode does; either may be below vmap."""
+    while _functorch.is_batchedtensor(x):
+        x = _functorch.get_unwrapped(x)
+    if _functorch.is_gradtrackingtensor(x):
+        return True
+    return forward and torch.autograd.forward_ad.unpack_dual(x).tangent is not None
+
+
+def requires_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd records what is made of one of the tensors. Those inside of vmap say that
+    they need no gradient, whatever is below."""
+    if not torch.is_grad_enabled():
+        return False
+    mapped = not torch.compiler.is_compiling() and _functorch.maybe_current_level() is not None
+    for x in tensors:
+        while mapped and x is not None and _functorch.is_batchedtensor(x):
+            x = _functorch.get_unwrapped(x)
+        if x is not None and x.requires_grad:
+            return True
+    return False
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .autograd import is_transformed
+from .autograd import is_transformed, requires_grad
 from .dropout import draw_seed
 from .head_map import HeadMap
 
@@ -188,7 +188,7 @@ class AttentionInputs:
     @property
     def requires_grad(self) -> bool:
         tensors = (self.q, self.k, self.v, self.alibi_slopes, self.sinks, self.attn_mask)
-        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        return requires_grad(*tensors)
 
     @property
     def options(self) -> list[str]:
@@ -212,7 +212,7 @@ class AttentionInputs:
             used.append("device_map")
         if self.dropout_p:
             used.append("dropout")
-        if self.attn_mask is not None and self.attn_mask.requires_grad and torch.is_grad_enabled():
+        if requires_grad(self.attn_mask):
             used.append("mask_gradient")
         if is_transformed(self.q, self.k, self.v, self.alibi_slopes, self.sinks, self.attn_mask):
             used.append("torch_func")

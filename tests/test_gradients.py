@@ -208,7 +208,7 @@ def test_gradient_of_a_mask_needs_the_reference(backend, device):
 
 @pytest.mark.parametrize("backend", FUSED)
 def test_torch_func_needs_the_reference(backend, device):
-    """Where a fused op would drop a derivative silently it is not taken; vmap alone works."""
+    """Where a fused op would drop a derivative silently it is not taken."""
     q, k, v = make_inputs(2, UNEVEN, 5, 7, 16, dtype=widest(backend), device=device)
 
     def call(q, backend="auto"):
@@ -223,9 +223,35 @@ def test_torch_func_needs_the_reference(backend, device):
         torch.func.grad(lambda q: call(q, backend))(q)
     with pytest.raises(NotImplementedError, match="torch_func"):
         torch.func.jvp(lambda q: call(q, backend), (q,), (q,))
-    mapped = torch.vmap(lambda q, k, v: asym_gqa_attention(q, k, v, UNEVEN, backend=backend))
-    out = mapped(q[:, None], k[:, None], v[:, None])
-    torch.testing.assert_close(out[:, 0], asym_gqa_attention(q, k, v, UNEVEN, backend=backend))
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_vmap(backend, device):
+    """Values and gradients; what torch.func differentiates is seen below vmap, too."""
+    q, k, v = make_inputs(2, UNEVEN, 5, 7, 16, dtype=widest(backend), device=device)
+
+    def call(q, backend="auto"):
+        mapped = torch.vmap(lambda q, k, v: asym_gqa_attention(q, k, v, UNEVEN, backend=backend))
+        return mapped(q[:, None], k[:, None], v[:, None])[:, 0]
+
+    def square(q):
+        return call(q).square().sum()
+
+    torch.testing.assert_close(
+        call(q, backend), asym_gqa_attention(q, k, v, UNEVEN, backend=backend)
+    )
+    leaf = q.clone().requires_grad_()
+    out = call(leaf, backend)
+    (found,) = torch.autograd.grad(out, leaf, 2 * out.detach())
+    transformed = torch.func.grad(square)(q)
+    for gradient in (found, transformed):
+        assert_gradients_close({"q": gradient}, q, k, v, UNEVEN, dout=2 * out.detach())
+    _, tangent = torch.func.jvp(square, (q,), (torch.ones_like(q),))
+    torch.testing.assert_close(tangent, transformed.sum())
+    with pytest.raises(NotImplementedError, match="torch_func"):
+        torch.func.grad(lambda q: call(q, backend).sum())(q)
+    with pytest.raises(NotImplementedError, match="torch_func"):
+        torch.func.jvp(lambda q: call(q, backend), (q,), (q,))
 
 
 @pytest.mark.parametrize("backend", FUSED)

@@ -1,8 +1,8 @@
 #include "backward.h"
 
 #include <algorithm>
+#include <atomic>
 #include <limits>
-#include <memory>
 #include <vector>
 
 #include "aligned.h"
@@ -49,7 +49,7 @@ void fill_rest(const BackwardParams& params, const BackwardSchedule& schedule) {
   const AttentionParams& call = params.call;
   std::vector<char> k_written(call.batch * call.num_k_heads);
   std::vector<char> v_written(call.batch * call.num_v_heads);
-  for (const BackwardTask& task : schedule.parts) {
+  for (const BackwardTask& task : schedule.tasks) {
     if (task.k_head >= 0) k_written[task.batch * call.num_k_heads + task.k_head] = 1;
     if (task.v_head >= 0) v_written[task.batch * call.num_v_heads + task.v_head] = 1;
   }
@@ -96,24 +96,29 @@ void sum_slopes_and_sinks(const BackwardParams& params, const std::vector<float>
 // Workers take the next task until none is left.
 struct Work {
   const BackwardState& state;
-  BackwardFunction run_task;
-  float* memory;
-  int64_t memory_stride;  // floats per worker: scratch, then its sums
-  int64_t scratch_floats;
+  const BackwardKernels& kernels;
+  std::vector<PartSums>& heads;  // KV heads in parts, by BackwardTask::merge
   std::atomic<size_t> next{0};
 
-  void run_worker(int64_t worker) {
-    const BackwardSchedule& schedule = state.schedule;
-    float* scratch = memory + worker * memory_stride;
-    for (size_t i = next.fetch_add(1); i < schedule.order.size(); i = next.fetch_add(1)) {
-      run_task(state, schedule.parts[schedule.order[i]], scratch, scratch + scratch_floats);
+  void run_worker() {
+    const AttentionParams& call = state.params.call;
+    const std::vector<BackwardTask>& tasks = state.schedule.tasks;
+    const SumWidths widths = kernels.sum_widths(call);
+    const int type = static_cast<int>(call.dtype);
+    AlignedFloats scratch(kernels.scratch_floats(call, state.schedule.tile)), sums;
+    for (size_t i = next.fetch_add(1); i < tasks.size(); i = next.fetch_add(1)) {
+      const BackwardTask& task = tasks[i];
+      sums.reserve(sum_floats(task, widths));
+      kernels.run_task[type](state, task, scratch.get(), sums.get());
+      if (task.merge < 0) {
+        kernels.store_sums[type](state.params, task, sums.get());
+      } else if (heads[task.merge].add(task, sums)) {
+        AlignedFloats total = std::move(heads[task.merge].total());
+        kernels.store_sums[type](state.params, tasks[i - task.part], total.get());
+      }
     }
   }
 };
-
-int64_t whole_lines(int64_t floats) {
-  return (floats + kFloatsPerLine - 1) / kFloatsPerLine * kFloatsPerLine;
-}
 
 }  // namespace
 
@@ -127,29 +132,16 @@ void attention_backward(const BackwardParams& params, const ThreadPool& pool) {
   const int64_t row_count = call.batch * call.num_heads * call.q_len;
   std::vector<float> slope_rows(params.dslopes ? row_count : 0);
   std::vector<float> sink_rows(params.dsinks ? row_count : 0);
-  if (!schedule.parts.empty()) {
-    const int64_t sum_floats = kernels.sum_floats(call);
-    const int64_t scratch_floats = whole_lines(kernels.scratch_floats(call, schedule.tile));
-    const int64_t stride = scratch_floats + whole_lines(schedule.worker_keys * sum_floats);
-    AlignedFloats memory(schedule.num_workers * stride);
-    AlignedFloats part_sums(schedule.part_keys * sum_floats);
-    const auto unfinished = std::make_unique<std::atomic<int32_t>[]>(schedule.num_merges);
-    for (const BackwardTask& task : schedule.parts) {
-      if (task.merge >= 0) unfinished[task.merge].store(task.num_parts, std::memory_order_relaxed);
-    }
-    const BackwardState state{params,
-                              schedule,
-                              part_sums.get(),
-                              unfinished.get(),
-                              params.dslopes ? slope_rows.data() : nullptr,
-                              params.dsinks ? sink_rows.data() : nullptr};
-    Work work{state, kernels.run_task[static_cast<int>(call.dtype)], memory.get(), stride,
-              scratch_floats};
-    pool.run(
-        schedule.num_workers,
-        [](void* context, int64_t worker) { static_cast<Work*>(context)->run_worker(worker); },
-        &work);
+  std::vector<PartSums> heads(schedule.num_merges);
+  for (const BackwardTask& task : schedule.tasks) {
+    if (task.merge >= 0 && task.part == 0) heads[task.merge].start(&task, kernels.sum_widths(call));
   }
+  const BackwardState state{params, schedule, params.dslopes ? slope_rows.data() : nullptr,
+                            params.dsinks ? sink_rows.data() : nullptr};
+  Work work{state, kernels, heads};
+  pool.run(
+      schedule.num_workers,
+      [](void* context, int64_t) { static_cast<Work*>(context)->run_worker(); }, &work);
   sum_slopes_and_sinks(params, slope_rows, sink_rows);
 }
 

@@ -29,8 +29,11 @@ namespace {
 constexpr BackwardFunction kRunTask[3] = {run_backward_task<Vec, float>,
                                           run_backward_task<Vec, BFloat16>,
                                           run_backward_task<Vec, Float16>};
+constexpr StoreSumsFunction kStoreSums[3] = {store_backward_sums<Vec, float>,
+                                             store_backward_sums<Vec, BFloat16>,
+                                             store_backward_sums<Vec, Float16>};
 constexpr auto kScratchFloats = backward_scratch_floats<Vec>;
-constexpr auto kSumFloats = backward_sum_floats<Vec>;
+constexpr auto kSumWidths = backward_sum_widths<Vec>;
 
 }  // namespace
 }  // namespace gqa::cpu::avx2
@@ -46,8 +49,9 @@ namespace gqa::cpu {
 const BackwardKernels kAvx2Backward = {
     Isa::kAvx2,
     avx2::kScratchFloats,
-    avx2::kSumFloats,
+    avx2::kSumWidths,
     {avx2::kRunTask[0], avx2::kRunTask[1], avx2::kRunTask[2]},
+    {avx2::kStoreSums[0], avx2::kStoreSums[1], avx2::kStoreSums[2]},
 };
 
 }  // namespace gqa::cpu

@@ -34,8 +34,11 @@ namespace {
 constexpr BackwardFunction kRunTask[3] = {run_backward_task<Vec, float>,
                                           run_backward_task<Vec, BFloat16>,
                                           run_backward_task<Vec, Float16>};
+constexpr StoreSumsFunction kStoreSums[3] = {store_backward_sums<Vec, float>,
+                                             store_backward_sums<Vec, BFloat16>,
+                                             store_backward_sums<Vec, Float16>};
 constexpr auto kScratchFloats = backward_scratch_floats<Vec>;
-constexpr auto kSumFloats = backward_sum_floats<Vec>;
+constexpr auto kSumWidths = backward_sum_widths<Vec>;
 
 }  // namespace
 }  // namespace gqa::cpu::avx512
@@ -52,8 +55,9 @@ namespace gqa::cpu {
 const BackwardKernels kAvx512Backward = {
     Isa::kAvx512,
     avx512::kScratchFloats,
-    avx512::kSumFloats,
+    avx512::kSumWidths,
     {avx512::kRunTask[0], avx512::kRunTask[1], avx512::kRunTask[2]},
+    {avx512::kStoreSums[0], avx512::kStoreSums[1], avx512::kStoreSums[2]},
 };
 
 }  // namespace gqa::cpu

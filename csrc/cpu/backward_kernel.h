@@ -3,7 +3,7 @@
 //   for every block of rows, for every tile of keys:
 //     S = Q K^T;  dP = dO V^T;  P, dS = backward_row(S, dP)
 //     dV += P^T dO;  dK += dS^T Q;  dQ += dS K
-//   then: dK and dV of the task's keys, or a part that the last task of the KV head adds up
+//   then, of all keys of the KV head, its parts added up (backward_sums.h): dK, dV
 //
 // All five products go through the packed micro-kernel of the forward (products_packed.h). dQ of a
 // block stays in the caches; dK and dV of all keys are summed in fp32 in memory that is the task's
@@ -26,9 +26,9 @@
 namespace gqa::cpu::GQA_ISA {
 
 template <class V>
-int64_t backward_sum_floats(const AttentionParams& params) {
+SumWidths backward_sum_widths(const AttentionParams& params) {
   const BackwardLayout<V> layout(params, TileShape{0, 0});
-  return layout.dk_ld + layout.dv_ld;
+  return {layout.dk_ld, layout.dv_ld};
 }
 
 // out[c][r] = in[r][c] for whole vectors of both; rows of `ld_in` and `ld_out`.
@@ -48,24 +48,30 @@ inline void transpose_tile(const float* in, int64_t ld_in, int64_t rows, int64_t
   }
 }
 
+// to[i] = factor * from[i]
+template <class V, class T>
+inline void store_scaled(const float* from, int64_t n, float factor, T* to) {
+  const typename V::F scale = V::set1(factor);
+  int64_t d = 0;
+  for (; d + V::kWidth <= n; d += V::kWidth) V::store(to + d, V::mul(V::load(from + d), scale));
+  if (d < n) store_partial<V>(to + d, V::mul(V::load(from + d), scale), n - d);
+}
+
 template <class V, class T>
 class BackwardRun {
  public:
-  BackwardRun(const BackwardState& state, const BackwardTask& task, float* scratch,
-              float* worker_sums)
+  BackwardRun(const BackwardState& state, const BackwardTask& task, float* scratch, float* sums)
       : state_(state),
         params_(state.params),
         call_(state.params.call),
         task_(task),
-        tile_(BackwardLayout<V>(state.params.call, state.schedule.tile), scratch) {
-    const int64_t sum_floats = tile_.layout.dk_ld + tile_.layout.dv_ld;
-    dk_ = task.merge < 0 ? worker_sums : state.part_sums + task.sums * sum_floats;
-    dv_ = dk_ + sum_keys(task) * tile_.layout.dk_ld;
-  }
+        tile_(BackwardLayout<V>(state.params.call, state.schedule.tile), scratch),
+        widths_(SumWidths{tile_.layout.dk_ld, tile_.layout.dv_ld}),
+        dk_(sums),
+        dv_(sums + sum_keys(task) * widths_.of(task).dk) {}
 
   void run() {
-    const int64_t floats = sum_keys(task_) * (tile_.layout.dk_ld + tile_.layout.dv_ld);
-    for (int64_t i = 0; i < floats; ++i) dk_[i] = 0.0f;
+    for (int64_t i = 0; i < sum_floats(task_, widths_); ++i) dk_[i] = 0.0f;
     const bool bias = call_.softcap != 0.0f || call_.alibi_slopes || call_.attn_mask;
     for (int32_t i = task_.block_begin; i < task_.block_end; ++i) {
       block_ = &state_.schedule.blocks[i];
@@ -73,12 +79,6 @@ class BackwardRun {
       load_rows();
       bias ? run_tiles<true>() : run_tiles<false>();
       if (wants_keys()) store_rows();
-    }
-    if (task_.merge < 0) {
-      store_sums(&task_, 1);
-    } else if (state_.unfinished[task_.merge].fetch_sub(1, std::memory_order_acq_rel) == 1) {
-      // The last part to finish sees all others' sums: acquire pairs with their release.
-      store_sums(&state_.schedule.parts[task_.first_task], task_.num_parts);
     }
   }
 
@@ -313,8 +313,8 @@ class BackwardRun {
   void store_rows() {
     T* dq = static_cast<T*>(params_.dq) + block_->batch * params_.dq_stride.b;
     for (int r = 0; r < rows_; ++r) {
-      store_row(tile_.dq + r * tile_.layout.dk_ld, call_.head_dim, call_.scale,
-                dq + head(r) * params_.dq_stride.h + token(r) * params_.dq_stride.s);
+      store_scaled<V>(tile_.dq + r * tile_.layout.dk_ld, call_.head_dim, call_.scale,
+                      dq + head(r) * params_.dq_stride.h + token(r) * params_.dq_stride.s);
       const float dlse = params_.dlse ? params_.dlse[row_index(r)] : 0.0f;
       if (state_.slope_rows) state_.slope_rows[row_index(r)] = sums_[r].slope(dlse);
       if (state_.sink_rows) {
@@ -322,49 +322,6 @@ class BackwardRun {
         state_.sink_rows[row_index(r)] = sums_[r].sink(probability, dlse);
       }
     }
-  }
-
-  void store_row(const float* from, int64_t n, float factor, T* to) const {
-    const typename V::F scale = V::set1(factor);
-    int64_t d = 0;
-    for (; d + kW <= n; d += kW) V::store(to + d, V::mul(V::load(from + d), scale));
-    if (d < n) store_partial<V>(to + d, V::mul(V::load(from + d), scale), n - d);
-  }
-
-  // dK and dV of all keys of the KV head: the sums of its parts, added in their order; zeros for
-  // the keys that no part sees.
-  void store_sums(const BackwardTask* parts, int num_parts) {
-    if (wants_keys()) {
-      T* dk = static_cast<T*>(params_.dk) + task_.batch * params_.dk_stride.b +
-              task_.k_head * params_.dk_stride.h;
-      store_keys(parts, num_parts, false, call_.head_dim, call_.scale, dk, params_.dk_stride.s);
-    }
-    if (wants_values()) {
-      T* dv = static_cast<T*>(params_.dv) + task_.batch * params_.dv_stride.b +
-              task_.v_head * params_.dv_stride.h;
-      store_keys(parts, num_parts, true, call_.value_head_dim, 1.0f, dv, params_.dv_stride.s);
-    }
-  }
-
-  void store_keys(const BackwardTask* parts, int num_parts, bool values, int64_t dims, float factor,
-                  T* to, int64_t stride) {
-    float* row = values ? tile_.dout : tile_.q;  // no longer needed
-    const int64_t ld = values ? tile_.layout.dv_ld : tile_.layout.dk_ld;
-    for (int64_t key = 0; key < call_.kv_len; ++key) {
-      for (int64_t d = 0; d < dims; ++d) row[d] = 0.0f;
-      for (int i = 0; i < num_parts; ++i) {
-        if (key < parts[i].key_begin || key >= parts[i].key_end) continue;
-        const float* sums = part_sums(parts[i], values) + (key - parts[i].key_begin) * ld;
-        for (int64_t d = 0; d < dims; ++d) row[d] += sums[d];
-      }
-      store_row(row, dims, factor, to + key * stride);
-    }
-  }
-
-  const float* part_sums(const BackwardTask& part, bool values) const {
-    const int64_t sum_floats = tile_.layout.dk_ld + tile_.layout.dv_ld;
-    const float* sums = part.merge < 0 ? dk_ : state_.part_sums + part.sums * sum_floats;
-    return values ? sums + sum_keys(part) * tile_.layout.dk_ld : sums;
   }
 
   const BackwardState& state_;
@@ -375,14 +332,47 @@ class BackwardRun {
   const Task* block_ = nullptr;
   int rows_ = 0;
   RowSums sums_[kMaxBackwardRows];
+  SumWidths widths_;
   float* dk_;  // [sum_keys, dk_ld]  this task's sums
   float* dv_;  // [sum_keys, dv_ld]
 };
 
 template <class V, class T>
 void run_backward_task(const BackwardState& state, const BackwardTask& task, float* scratch,
-                       float* worker_sums) {
-  BackwardRun<V, T>(state, task, scratch, worker_sums).run();
+                       float* sums) {
+  BackwardRun<V, T>(state, task, scratch, sums).run();
+}
+
+// One gradient of all keys of a KV head: what the sums [keys of the task, ld] say, or zeros.
+template <class V, class T>
+void store_keys(const BackwardTask& task, const float* sums, int64_t ld, int64_t num_keys,
+                int64_t dims, float factor, T* to, int64_t stride) {
+  for (int64_t key = 0; key < num_keys; ++key, to += stride) {
+    if (key < task.key_begin || key >= task.key_end) {
+      for (int64_t d = 0; d < dims; ++d) to[d] = T{};
+    } else {
+      store_scaled<V>(sums + (key - task.key_begin) * ld, dims, factor, to);
+    }
+  }
+}
+
+template <class V, class T>
+void store_backward_sums(const BackwardParams& params, const BackwardTask& task,
+                         const float* sums) {
+  const AttentionParams& call = params.call;
+  const SumWidths widths = backward_sum_widths<V>(call).of(task);
+  if (task.k_head >= 0) {
+    T* dk = static_cast<T*>(params.dk) + task.batch * params.dk_stride.b +
+            task.k_head * params.dk_stride.h;
+    store_keys<V>(task, sums, widths.dk, call.kv_len, call.head_dim, call.scale, dk,
+                  params.dk_stride.s);
+  }
+  if (task.v_head >= 0) {
+    T* dv = static_cast<T*>(params.dv) + task.batch * params.dv_stride.b +
+            task.v_head * params.dv_stride.h;
+    store_keys<V>(task, sums + sum_keys(task) * widths.dk, widths.dv, call.kv_len,
+                  call.value_head_dim, 1.0f, dv, params.dv_stride.s);
+  }
 }
 
 template <class V>

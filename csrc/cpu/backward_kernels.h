@@ -1,11 +1,11 @@
 // What one instruction set offers to backward.cpp.
 #pragma once
 
-#include <atomic>
 #include <cstdint>
 
 #include "../core/backward_params.h"
 #include "backward_schedule.h"
+#include "backward_sums.h"
 #include "cpu_features.h"
 
 namespace gqa::cpu {
@@ -14,21 +14,24 @@ namespace gqa::cpu {
 struct BackwardState {
   const BackwardParams& params;
   const BackwardSchedule& schedule;
-  float* part_sums;                  // [schedule.part_keys, sum_floats]
-  std::atomic<int32_t>* unfinished;  // [schedule.num_merges] parts still at work
-  float* slope_rows;                 // [B, Hq, Sq] or nullptr: gradient of the slope by query
-  float* sink_rows;                  // [B, Hq, Sq] or nullptr: gradient of the sink by query
+  float* slope_rows;  // [B, Hq, Sq] or nullptr: gradient of the slope by query
+  float* sink_rows;   // [B, Hq, Sq] or nullptr: gradient of the sink by query
 };
 
-// Runs one task with scratch_floats(...) floats and schedule.worker_keys sums of its own.
+// Writes dQ of one task's rows, and its sums of dK and dV; with scratch_floats(...) floats.
 using BackwardFunction = void (*)(const BackwardState& state, const BackwardTask& task,
-                                  float* scratch, float* worker_sums);
+                                  float* scratch, float* sums);
+// Writes dK and dV of the KV head of a task that has the sums of all: zeros for keys that no query
+// sees.
+using StoreSumsFunction = void (*)(const BackwardParams& params, const BackwardTask& task,
+                                   const float* sums);
 
 struct BackwardKernels {
   Isa isa;
   int64_t (*scratch_floats)(const AttentionParams& params, const TileShape& tile);
-  int64_t (*sum_floats)(const AttentionParams& params);  // of dK and dV of one key
-  BackwardFunction run_task[3];                          // by DType of q: fp32, bf16, fp16
+  SumWidths (*sum_widths)(const AttentionParams& params);
+  BackwardFunction run_task[3];  // by DType of q: fp32, bf16, fp16
+  StoreSumsFunction store_sums[3];
 };
 
 extern const BackwardKernels kPortableBackward;

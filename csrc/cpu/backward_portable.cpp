@@ -9,10 +9,13 @@ namespace gqa::cpu {
 const BackwardKernels kPortableBackward = {
     Isa::kPortable,
     portable::backward_scratch_floats<portable::Vec>,
-    portable::backward_sum_floats<portable::Vec>,
+    portable::backward_sum_widths<portable::Vec>,
     {portable::run_backward_task<portable::Vec, float>,
      portable::run_backward_task<portable::Vec, BFloat16>,
      portable::run_backward_task<portable::Vec, Float16>},
+    {portable::store_backward_sums<portable::Vec, float>,
+     portable::store_backward_sums<portable::Vec, BFloat16>,
+     portable::store_backward_sums<portable::Vec, Float16>},
 };
 
 }  // namespace gqa::cpu

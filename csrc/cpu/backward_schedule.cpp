@@ -44,7 +44,7 @@ void add_parts(const AttentionParams& params, int32_t begin, int32_t end, int64_
   int64_t total = 0;
   for (int32_t i = begin; i < end; ++i) total += block_cost(params, blocks[i]);
   const int64_t wanted = target > 0 ? (total + target - 1) / target : 1;
-  const int32_t first_task = static_cast<int32_t>(schedule.parts.size());
+  const size_t first_task = schedule.tasks.size();
   int64_t before = 0;  // cost of the blocks that have a task
   int32_t next = begin;
   for (int64_t i = 0; next < end; ++i) {
@@ -61,20 +61,17 @@ void add_parts(const AttentionParams& params, int32_t begin, int32_t end, int64_
     task.block_end = next;
     before += task.cost;
     task.part = static_cast<int32_t>(i);
-    schedule.parts.push_back(task);
+    schedule.tasks.push_back(task);
   }
-  const int32_t num_parts = static_cast<int32_t>(schedule.parts.size()) - first_task;
-  for (int32_t i = first_task; i < first_task + num_parts; ++i) {
-    BackwardTask& task = schedule.parts[i];
+  const int32_t num_parts = static_cast<int32_t>(schedule.tasks.size() - first_task);
+  BackwardTask& first = schedule.tasks[first_task];
+  for (size_t i = first_task; i < schedule.tasks.size(); ++i) {
+    BackwardTask& task = schedule.tasks[i];
     task.num_parts = num_parts;
-    task.first_task = first_task;
     task.merge = num_parts > 1 ? schedule.num_merges : -1;
-    if (num_parts > 1) {
-      task.sums = schedule.part_keys;
-      schedule.part_keys += sum_keys(task);
-    } else {
-      schedule.worker_keys = std::max(schedule.worker_keys, sum_keys(task));
-    }
+    task.cost = total / num_parts;
+    first.key_begin = std::min(first.key_begin, task.key_begin);
+    first.key_end = std::max(first.key_end, task.key_end);
   }
   if (num_parts > 1) ++schedule.num_merges;
 }
@@ -128,13 +125,10 @@ BackwardSchedule make_backward_schedule(const AttentionParams& params, int num_t
     add_tasks(params, begin, false, true, target, schedule);
   }
 
-  for (size_t i = 0; i < schedule.parts.size(); ++i)
-    schedule.order.push_back(static_cast<int32_t>(i));
-  std::stable_sort(schedule.order.begin(), schedule.order.end(), [&](int32_t x, int32_t y) {
-    return schedule.parts[x].cost > schedule.parts[y].cost;
-  });
+  std::stable_sort(schedule.tasks.begin(), schedule.tasks.end(),
+                   [](const BackwardTask& x, const BackwardTask& y) { return x.cost > y.cost; });
   schedule.num_workers =
-      static_cast<int>(std::min<int64_t>(workers, static_cast<int64_t>(schedule.parts.size())));
+      static_cast<int>(std::min<int64_t>(workers, static_cast<int64_t>(schedule.tasks.size())));
   return schedule;
 }
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..autograd import is_transformed
+from ..autograd import is_transformed, requires_grad
 from ..head_map import HeadMap
 from ..inputs import (
     DTYPES,
@@ -205,7 +205,7 @@ class CacheInputs:
     @property
     def requires_grad(self) -> bool:
         tensors = (self.q, self.view.k, self.view.v, self.alibi_slopes, self.sinks, self.attn_mask)
-        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        return requires_grad(*tensors)
 
     @property
     def options(self) -> list[str]:
@@ -356,7 +356,7 @@ class AppendInputs:
     @property
     def requires_grad(self) -> bool:
         tensors = (self.q, self.k_new, self.v_new)
-        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        return requires_grad(*tensors)
 
     @property
     def options(self) -> list[str]:

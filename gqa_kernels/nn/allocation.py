@@ -13,6 +13,8 @@ map stays, so that an output never depends on what else is in the batch.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -57,6 +59,8 @@ def allocate(shares: Tensor, num_heads: int) -> Tensor:
 class KeyNormAllocation(nn.Module):
     """State of an allocation: the norms last seen, those of the last window, and its length.
 
+    Norms stay fp32 where the module goes to a 16-bit type: their differences would be rounding.
+
     Args:
         kind: name out of ``ALLOCATIONS``.
         window: steps between two allocations of the DGQA kinds.
@@ -72,6 +76,16 @@ class KeyNormAllocation(nn.Module):
         self.register_buffer("norms", torch.zeros(num_kv_heads))
         self.register_buffer("last_norms", torch.zeros(num_kv_heads))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KeyNormAllocation:
+        """As of every module (``to``, ``bfloat16``, ``cuda``), but for the type of the norms."""
+        before = {name: getattr(self, name) for name in ("norms", "last_norms")}
+        super()._apply(fn, recurse)
+        for name, norms in before.items():
+            moved = getattr(self, name)
+            if moved.dtype != norms.dtype:
+                setattr(self, name, norms.to(moved.device))
+        return self
 
     @torch.no_grad()
     def observe(self, k: Tensor, head_map: Tensor) -> None:

@@ -44,6 +44,16 @@ def test_default_map_and_state_dict():
     assert fresh.head_map.tolist() == MAP and fresh.allocation.steps == 7
 
 
+def test_allocation_keeps_norms_in_fp32():
+    """Two norms that bf16 takes for one: their order decides who gets the odd head."""
+    attention = AsymGroupedQueryAttention(20, 5, 2, allocation="dgqa-ema", window=1).bfloat16()
+    assert attention.k_proj.weight.dtype == torch.bfloat16
+    attention(torch.randn(1, 4, 20, dtype=torch.bfloat16)).sum().backward()
+    attention.allocation.norms.copy_(torch.tensor([1.0, 1.001]))
+    step_allocations(attention)
+    assert attention.head_map.tolist() == [0, 0, 1, 1, 1]
+
+
 @pytest.mark.parametrize("kind", ALLOCATIONS)
 def test_allocation_moves_in_training_and_stays_in_evaluation(kind):
     attention = module(allocation=kind, window=2)
