@@ -181,7 +181,7 @@ class Prefetcher {
  private:
   // The first row of a page is asked for so many rows earlier: it takes as long as memory does, and
   // the processor's own prefetching of what follows starts with it.
-  static constexpr int kLead = 8;
+  static constexpr int kLead = 15;
 
   GQA_INLINE void ask_for(int i) const {
     const char* row = reinterpret_cast<const char*>(rows_[i]);
