@@ -133,7 +133,8 @@ class AttentionTask {
   }
 
  private:
-  static constexpr int kSoftmaxRows = kMaxDirectRows;  // at a time: their scores fit L1
+  // Rows of a softmax at a time. One has keys enough to hide what it waits for, where they are many.
+  static constexpr int kSoftmaxRows = Products::kMaxRows > kMaxDirectRows ? 1 : kMaxDirectRows;
 
   struct Place {
     int64_t token;
