@@ -133,7 +133,8 @@ class AttentionTask {
   }
 
  private:
-  // Rows of a softmax at a time. One has keys enough to hide what it waits for, where they are many.
+  // Rows of a softmax at a time. Where they are many, others' scores would push packed K and V out
+  // of the first-level cache.
   static constexpr int kSoftmaxRows = Products::kMaxRows > kMaxDirectRows ? 1 : kMaxDirectRows;
 
   struct Place {
