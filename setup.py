@@ -46,7 +46,9 @@ def compiled_part() -> dict:
     extension, toolkit = module("extension"), cuda_toolkit()
     archs = module("env").cuda_arch_list()
     archs = cuda.parse_archs(archs) if archs else cuda.DEFAULT_ARCHS
-    sources, flags, link = extension.cpu_sources(CSRC), list(extension.COMPILE_FLAGS), {}
+    # The interpreter's own flags come first, -g among them: most of the library would be that.
+    flags = [*extension.COMPILE_FLAGS, "-g0"]
+    sources, link = extension.cpu_sources(CSRC), {}
     if toolkit:
         sources += cuda.host_sources(CSRC)
         flags += cuda.host_flags(toolkit, archs)
