@@ -249,6 +249,7 @@ Schedule make_schedule(const AttentionParams& params, const TileLimits& limits, 
   if (params.q_len == 0) return schedule;
 
   add_row_blocks(params, groups, schedule.tile.rows, schedule.tasks);
+  if (schedule.tasks.empty()) return schedule;  // no sequence, or no head whose map entry is valid
   const int64_t cost = total_cost(schedule.tasks);
   const int64_t workers =
       std::min<int64_t>(num_threads, std::max<int64_t>(1, cost / kMinCostPerWorker));

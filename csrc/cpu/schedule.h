@@ -6,8 +6,7 @@
 //
 // A worker takes a bundle of tasks at a time: one task, or those of several groups over the same
 // keys where one head's keys lie in short pieces among those of others (pages of few slots, heads
-// within tokens), so that pieces are read as they lie and not head after head: memory that is read
-// so takes half the time.
+// within tokens), so that pieces are read as they lie and not head after head.
 #pragma once
 
 #include <cstdint>

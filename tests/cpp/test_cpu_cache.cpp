@@ -289,6 +289,24 @@ int check_rounded(Case& c, int threads) {
   return wrong;
 }
 
+// Calls without work, over pages that would make a bundle: no sequence; maps that name no KV head,
+// whose rows are NaN.
+int check_no_tasks(Case& c, int threads) {
+  AttentionParams p = cache_params(c);
+  p.q_len = p.q_tokens = 1;
+  p.page_table_stride_h = 0;
+  p.batch = 0;
+  gqa::cpu::attention_forward(p, {threads, run_on_threads});
+  p.batch = c.batch;
+  const std::vector<int32_t> nowhere(c.num_heads, -1);
+  p.head_map = nowhere.data();
+  std::fill(c.lse.begin(), c.lse.end(), 0.0f);
+  gqa::cpu::attention_forward(p, {threads, run_on_threads});
+  int wrong = 0;
+  for (int64_t i = 0; i < c.batch * c.num_heads; ++i) wrong += !std::isnan(c.lse[i]);
+  return wrong;
+}
+
 // Appends the dense values behind the lengths, with scales of each row, and reads them back: no
 // number may be farther away than half a step of its row.
 int check_append(Case& c, int threads) {
@@ -366,6 +384,7 @@ int main(int argc, char** argv) {
       const int threads = seed % 3 == 0 ? 1 : 4;
       int attention = check_attention(c, threads);
       if (c.format != DType::kFloat32) attention += check_rounded(c, threads);
+      attention += check_no_tasks(c, threads);
       const int append = check_append(c, threads);
       if (attention + append > 0) {
         std::printf("%s seed %u, format %d: %d wrong in attention, %d after an append\n", isa, seed,
