@@ -10,6 +10,8 @@
 | ``TORCH_CUDA_ARCH_LIST`` | devices to compile for, ``8.0;9.0`` (at first use: those at hand) |
 | ``GQA_KERNELS_CPU_ISA`` | of the CPU kernels: ``portable``, ``avx2``, ``avx512``, \
 ``avx512_bf16`` or ``amx`` (the best one here) |
+| ``GQA_KERNELS_CPU_SUBNORMALS`` | ``cheap`` or ``costly``: what they cost the AVX2 kernels as \
+operands, by which these read fp8 (``cheap`` on AMD) |
 | ``TRITON_INTERPRET`` | Triton's: ``1`` runs its kernels on the CPU, slowly, for tests (``0``) |
 | ``OMP_WAIT_POLICY`` | OpenMP's; the command line sets ``PASSIVE`` where it is unset |
 """

@@ -110,7 +110,8 @@ void attention_forward(const AttentionParams& params, const ThreadPool& pool, bo
   }
   AlignedFloats scratch(schedule.num_workers * floats);
 
-  const CallState call{params, schedule, partials.get(), unfinished.get(), lse_wanted};
+  const CallState call{params,           schedule,   partials.get(),
+                       unfinished.get(), lse_wanted, cheap_subnormals()};
   Work work{call, kernels.run_bundle[static_cast<int>(params.k_dtype)], scratch.get(), floats};
   pool.run(
       schedule.num_workers,

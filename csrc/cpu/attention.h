@@ -14,8 +14,8 @@ struct ThreadPool {
   void (*run)(int64_t n, void (*body)(void* context, int64_t i), void* context);
 };
 
-// Writes params.out and params.lse. lse_wanted: false where nobody will read the LSE, which then may
-// be rounded as the output is. Throws std::invalid_argument for a bad GQA_KERNELS_CPU_ISA.
+// Writes params.out and params.lse. lse_wanted: false where nobody will read the LSE, which then
+// may be rounded as the output is. Throws std::invalid_argument for a bad GQA_KERNELS_CPU_ISA.
 void attention_forward(const AttentionParams& params, const ThreadPool& pool,
                        bool lse_wanted = true);
 

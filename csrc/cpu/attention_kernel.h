@@ -6,8 +6,8 @@
 //
 // Rows are query tokens x heads of one group, token-major: row r is token r / heads, head r %
 // heads. Tasks with few rows (decode) read K and V where they lie, others pack them
-// (products_direct.h, products_integer.h, products_packed.h). Tasks of one bundle take turns, a
-// tile of keys each.
+// (products_direct.h, products_float8.h, products_integer.h, products_packed.h). Tasks of one
+// bundle take turns, a tile of keys each.
 #pragma once
 
 #include <cmath>
@@ -23,6 +23,7 @@
 #include "kv_rows.h"
 #include "math.h"
 #include "products_direct.h"
+#include "products_float8.h"
 #include "products_integer.h"
 #include "products_packed.h"
 #include "schedule.h"
@@ -33,6 +34,8 @@ namespace gqa::cpu::GQA_ISA {
 
 template <class S>
 inline constexpr bool kInteger = std::is_same_v<S, Int8> || std::is_same_v<S, Int4Pair>;
+template <class S>
+inline constexpr bool kFloat8 = std::is_same_v<S, Float8E4M3> || std::is_same_v<S, Float8E5M2>;
 
 // visit(type of q and out), as a null pointer. Of a plain cache it is the type of K and V, S.
 template <class S, class Visit>
@@ -137,6 +140,9 @@ class AttentionTask {
   // of the first-level cache.
   static constexpr int kSoftmaxRows = Products::kMaxRows > kMaxDirectRows ? 1 : kMaxDirectRows;
 
+  // Rows of a mask lie apart, and processors foresee lines only within a page.
+  static constexpr int kMaskRowsAhead = 2;
+
   struct Place {
     int64_t token;
     int32_t head;
@@ -222,9 +228,12 @@ class AttentionTask {
                                                    head(r) * params_.alibi_stride_h];
       }
       if (params_.attn_mask) {
-        load_mask_row<V>(params_, task_.batch, head(r), token(r), first, strip.begin, strip.end,
-                         tile_.bias);
-        bias.additive = tile_.bias;
+        if (r + kMaskRowsAhead < rows_) {
+          prefetch_mask_row(params_, task_.batch, head(r + kMaskRowsAhead),
+                            token(r + kMaskRowsAhead), first, strip.begin, strip.end);
+        }
+        bias.additive = mask_row<V>(params_, task_.batch, head(r), token(r), first, strip.begin,
+                                    strip.end, tile_.bias);
       }
     }
     return finish_row_scores<V, kBias, kQuantized<S>>(
@@ -396,6 +405,10 @@ void run_bundle(const CallState& call, const Bundle& bundle, float* scratch) {
   constexpr RowBlocks kBlocks = Many::kBlocks;
   if (call.schedule.tasks[bundle.first].num_rows() > kMaxDirectRows) {
     run_with<V, S, Many>(call, bundle, kBlocks, scratch);
+  } else if constexpr (V::kMovesFloat8 && kFloat8<S>) {
+    call.cheap_subnormals
+        ? run_with<V, Moved<S>, Float8Products<V, S>>(call, bundle, kBlocks, scratch)
+        : run_with<V, S, Few>(call, bundle, kBlocks, scratch);
   } else if (!wants_words<V>(call.params, call.schedule.tile)) {
     run_with<V, S, Few>(call, bundle, kBlocks, scratch);
   } else if constexpr (V::kWords && kInteger<S>) {

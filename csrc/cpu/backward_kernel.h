@@ -242,9 +242,8 @@ class BackwardRun {
                                                  head(r) * call_.alibi_stride_h];
       }
       if (call_.attn_mask) {
-        load_mask_row<V>(call_, block_->batch, head(r), token(r), first, strip.begin, strip.end,
-                         tile_.bias);
-        bias.additive = tile_.bias;
+        bias.additive = mask_row<V>(call_, block_->batch, head(r), token(r), first, strip.begin,
+                                    strip.end, tile_.bias);
       }
     }
     const float rest = std::fma(call_.lse[row_index(r)], kLog2E, -tile_.lse[r]);

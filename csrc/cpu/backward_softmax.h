@@ -43,11 +43,9 @@ inline void backward_row(float* p, float* ds, const RowKeys& keys, float scale, 
   const T* type = nullptr;
   const int begin = keys.begin / V::kWidth * V::kWidth;
   const F zero = V::set1(0.0f);
-  const F factor = V::set1(kBias ? scale : scale * kLog2E);
+  const F factor = V::set1(kBias && bias.softcap != 0.0f ? scale : scale * kLog2E);
   const F minus_lse = V::set1(-row.lse), minus_rest = V::set1(-row.lse_rest);
   const F minus_delta = V::set1(-row.delta);
-  RowBias uncapped = bias;
-  uncapped.softcap = 0.0f;
   F dp_distance_sum = zero, distance_sum = zero, dp_sum = zero;
 
   for (int i = begin; i < keys.end; i += V::kWidth) {
@@ -58,7 +56,7 @@ inline void backward_row(float* p, float* ds, const RowKeys& keys, float scale, 
         derivative = tanh_derivative<V>(V::div(x, V::set1(bias.softcap)));
         x = soft_cap<V>(x, bias.softcap);
       }
-      x = add_bias<V>(x, i, uncapped);
+      x = add_bias<V>(x, i, bias);
     }
     F probability = exp2<V>(V::add(V::add(x, minus_lse), minus_rest));
     if (i < keys.visible_begin || i + V::kWidth > keys.visible_end) {

@@ -127,6 +127,21 @@ Isa chosen_isa() {
   throw std::invalid_argument("GQA_KERNELS_CPU_ISA must be one of " + names + ", got " + forced);
 }
 
+bool cheap_subnormals() {
+  static const bool amd = [] {
+    char vendor[13] = {};
+#if defined(__x86_64__)
+    uint32_t eax, registers[3];
+    if (__get_cpuid(0, &eax, &registers[0], &registers[2], &registers[1])) {
+      std::memcpy(vendor, registers, sizeof registers);
+    }
+#endif
+    return std::strcmp(vendor, "AuthenticAMD") == 0 || std::strcmp(vendor, "HygonGenuine") == 0;
+  }();
+  const char* forced = std::getenv("GQA_KERNELS_CPU_SUBNORMALS");
+  return forced == nullptr || *forced == '\0' ? amd : std::strcmp(forced, "cheap") == 0;
+}
+
 }  // namespace gqa::cpu
 
 // For callers without a header (gqa_kernels/extension.py): the name of what chosen_isa() gives, or

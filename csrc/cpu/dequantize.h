@@ -11,16 +11,25 @@
 #include "../core/params.h"
 #include "isa.h"
 #include "kv_rows.h"
+#include "scalars.h"
 #include "softmax.h"
 #include "tile.h"
 
 namespace gqa::cpu::GQA_ISA {
 
-// Loads give 1 / kLoadedPart of a value.
+// Loads give 1 / all of a value. Scales of K and V make up for it, together with what Products do
+// to q and o, if anything.
+struct LoadedPart {
+  float all, k_scale, v_scale;
+};
 template <class S>
-inline constexpr float kLoadedPart = 1.0f;
+inline constexpr LoadedPart kLoadedPart{1.0f, 1.0f, 1.0f};
 template <>
-inline constexpr float kLoadedPart<Float8E4M3> = 256.0f;
+inline constexpr LoadedPart kLoadedPart<Float8E4M3>{256.0f, 256.0f, 256.0f};
+template <>
+inline constexpr LoadedPart kLoadedPart<Moved<Float8E4M3>>{0x1p120f, 0x1p56f, 0x1p64f};
+template <>
+inline constexpr LoadedPart kLoadedPart<Moved<Float8E5M2>>{0x1p112f, 0x1p48f, 0x1p64f};
 
 // Loads take the default zero of a format off; zeros count from there, and so without any there is
 // nothing to do, and with some little to cancel.
@@ -56,12 +65,12 @@ class Dequantizer {
 
   void begin_tile(int64_t first, int n) {
     // A key of no page must make its score NaN, whatever its row was read as.
-    constexpr float kPart = kLoadedPart<S>;
-    fetch(params_.k_scale, params_.k_scale_stride, k_head_, first, n, {kPart, 0.0f, kPart, NAN},
-          tile_.k_scale);
-    fetch(params_.v_scale, params_.v_scale_stride, v_head_, first, n, {kPart, 0.0f, kPart, 1.0f},
-          tile_.v_scale);
-    constexpr RowValueUse kZero{1.0f / kPart, -kLoadedZero<S>, 0.0f, 0.0f};
+    constexpr LoadedPart kPart = kLoadedPart<S>;
+    fetch(params_.k_scale, params_.k_scale_stride, k_head_, first, n,
+          {kPart.k_scale, 0.0f, kPart.k_scale, NAN}, tile_.k_scale);
+    fetch(params_.v_scale, params_.v_scale_stride, v_head_, first, n,
+          {kPart.v_scale, 0.0f, kPart.v_scale, 1.0f}, tile_.v_scale);
+    constexpr RowValueUse kZero{1.0f / kPart.all, -kLoadedZero<S>, 0.0f, 0.0f};
     if (has_k_zero()) {
       fetch(params_.k_zero, params_.k_zero_stride, k_head_, first, n, kZero, tile_.k_zero);
     }

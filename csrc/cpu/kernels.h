@@ -18,6 +18,7 @@ struct CallState {
   float* partials;                   // [schedule.partial_floats]
   std::atomic<int32_t>* unfinished;  // [schedule.num_merges] splits still at work
   bool lse_wanted;
+  bool cheap_subnormals;
 };
 
 // Runs the tasks of one bundle with scratch_floats(...) floats of memory of its own.

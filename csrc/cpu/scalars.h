@@ -84,4 +84,14 @@ GQA_INLINE float to_float(Float8E4M3 x) {
 }
 GQA_INLINE float to_float(Int8 x) { return x.value; }
 
+// fp8 numbers S that loads take for finite ones without an exponent's bias: products_float8.h.
+template <class S>
+struct Moved {
+  uint8_t bits;
+};
+template <class S>
+inline constexpr bool kMoved = false;
+template <class S>
+inline constexpr bool kMoved<Moved<S>> = true;
+
 }  // namespace gqa::cpu::GQA_ISA

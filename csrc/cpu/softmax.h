@@ -7,16 +7,18 @@
 
 #include "../core/params.h"
 #include "isa.h"
+#include "kv_rows.h"
 #include "math.h"
+#include "schedule.h"
 
 namespace gqa::cpu::GQA_ISA {
 
-// What is added to a row's scores, other than visibility.
+// What is done to a row's scores, other than scale and visibility.
 struct RowBias {
   float softcap;          // 0: off
   float slope;            // ALiBi, times log2(e)
   float position;         // of the query, counted from the tile's first key
-  const float* additive;  // [keys of the tile], times log2(e); nullptr: none
+  const float* additive;  // [keys of the tile]; nullptr: none
 };
 
 // Keys of the tile: those computed, and those this row sees among them.
@@ -26,52 +28,71 @@ struct RowKeys {
 };
 
 template <class V, class T>
-inline void load_additive_row(const void* data, int64_t offset, int64_t stride, int begin, int end,
-                              float* out) {
+inline void widen_mask(const void* data, int64_t offset, int64_t stride, int begin, int end,
+                       float* out) {
   const T* mask = static_cast<const T*>(data) + offset;
-  if (stride == 1) {
-    widen_row<V>(mask + begin, end - begin, out + begin);
-  } else {
-    for (int i = begin; i < end; ++i) widen_row<V>(mask + i * stride, 1, out + i);
-  }
-  for (int i = begin; i < end; ++i) out[i] *= kLog2E;
+  if (stride == 1) return widen_row<V>(mask + begin, end - begin, out + begin);
+  for (int i = begin; i < end; ++i) widen_row<V>(mask + i * stride, 1, out + i);
 }
 
-// attn_mask[b, h, token, first + i] -> out[i], in log2 units, for i in [begin, end); hidden keys
-// get -inf.
+// The element of attn_mask where key `first` of the row is.
+inline int64_t mask_offset(const AttentionParams& params, int64_t b, int64_t h, int64_t token,
+                           int64_t first) {
+  return b * params.mask_stride_b + h * params.mask_stride_h + token * params.mask_stride_q +
+         first * params.mask_stride_k;
+}
+
+// Asks for what mask_row will read.
+inline void prefetch_mask_row(const AttentionParams& params, int64_t b, int64_t h, int64_t token,
+                              int64_t first, int begin, int end) {
+  if (params.mask_stride_k != 1) return;
+  const int64_t size = element_bytes(params.mask_dtype);
+  const char* row = static_cast<const char*>(params.attn_mask) +
+                    (mask_offset(params, b, h, token, first) + begin) * size;
+  for (int64_t at = 0; at < (end - begin) * size; at += kLineBytes) __builtin_prefetch(row + at);
+}
+
+// attn_mask[b, h, token, first + i], number i of what is returned for i in [begin, end), which may
+// be `out`; hidden keys have -inf. Whole vectors may be read.
 template <class V>
-inline void load_mask_row(const AttentionParams& params, int64_t b, int64_t h, int64_t token,
-                          int64_t first, int begin, int end, float* out) {
-  const int64_t offset = b * params.mask_stride_b + h * params.mask_stride_h +
-                         token * params.mask_stride_q + first * params.mask_stride_k;
+inline const float* mask_row(const AttentionParams& params, int64_t b, int64_t h, int64_t token,
+                             int64_t first, int begin, int end, float* out) {
+  const int64_t offset = mask_offset(params, b, h, token, first);
   const int64_t stride = params.mask_stride_k;
   switch (params.mask_dtype) {
     case DType::kBool: {
       const uint8_t* mask = static_cast<const uint8_t*>(params.attn_mask) + offset;
       for (int i = begin; i < end; ++i) out[i] = mask[i * stride] ? 0.0f : -INFINITY;
-      return;
+      break;
     }
     case DType::kFloat32:
-      return load_additive_row<V, float>(params.attn_mask, offset, stride, begin, end, out);
+      if (stride == 1 && begin % V::kWidth == 0 && end % V::kWidth == 0) {
+        return static_cast<const float*>(params.attn_mask) + offset;
+      }
+      widen_mask<V, float>(params.attn_mask, offset, stride, begin, end, out);
+      break;
     case DType::kBFloat16:
-      return load_additive_row<V, BFloat16>(params.attn_mask, offset, stride, begin, end, out);
+      widen_mask<V, BFloat16>(params.attn_mask, offset, stride, begin, end, out);
+      break;
     case DType::kFloat16:
-      return load_additive_row<V, Float16>(params.attn_mask, offset, stride, begin, end, out);
-    default: return;  // no mask has another type
+      widen_mask<V, Float16>(params.attn_mask, offset, stride, begin, end, out);
+      break;
+    default: break;  // no mask has another type
   }
+  return out;
 }
 
+// The cap of a score, which comes without log2(e) and gets it here.
 template <class V>
 GQA_INLINE typename V::F soft_cap(typename V::F score, float softcap) {
   const typename V::F cap = V::set1(softcap);
-  return V::mul(cap, tanh<V>(V::div(score, cap)));
+  return V::mul(V::mul(cap, tanh<V>(V::div(score, cap))), V::set1(kLog2E));
 }
 
+// score: capped, in units of log2(e)
 template <class V>
 GQA_INLINE typename V::F add_bias(typename V::F score, int key, const RowBias& bias) {
   using F = typename V::F;
-  if (bias.softcap != 0.0f) score = soft_cap<V>(score, bias.softcap);
-  score = V::mul(score, V::set1(kLog2E));
   if (bias.slope != 0.0f) {
     const F keys = V::add(V::iota(), V::set1(static_cast<float>(key)));
     const F distance = V::abs(V::sub(V::set1(bias.position), keys));
@@ -80,7 +101,8 @@ GQA_INLINE typename V::F add_bias(typename V::F score, int key, const RowBias& b
   if (bias.additive != nullptr) {
     const F added = V::load(bias.additive + key);
     const F hidden = V::set1(-INFINITY);
-    score = V::select(V::equal(added, hidden), hidden, V::add(score, added));
+    const F sum = V::fma(added, V::set1(kLog2E), score);
+    score = V::select(V::equal(added, hidden), hidden, sum);
   }
   return score;
 }
@@ -97,7 +119,7 @@ template <class V, bool kBias, bool kScaled>
 GQA_INLINE float finish_row_scores(float* scores, const RowKeys& keys, float scale,
                                    const RowBias& bias, const RowScales& scales) {
   using F = typename V::F;
-  const F factor = V::set1(kBias ? scale : scale * kLog2E);
+  const F factor = V::set1(kBias && bias.softcap != 0.0f ? scale : scale * kLog2E);
   const F hidden = V::set1(-INFINITY);
   F most = hidden;
   for (int i = keys.begin / V::kWidth * V::kWidth; i < keys.end; i += V::kWidth) {
@@ -107,7 +129,10 @@ GQA_INLINE float finish_row_scores(float* scores, const RowKeys& keys, float sca
       x = V::mul(x, V::load(scales.k_scale + i));
     }
     x = V::mul(x, factor);
-    if (kBias) x = add_bias<V>(x, i, bias);
+    if (kBias) {
+      if (bias.softcap != 0.0f) x = soft_cap<V>(x, bias.softcap);
+      x = add_bias<V>(x, i, bias);
+    }
     if (i < keys.visible_begin || i + V::kWidth > keys.visible_end) {
       const F lane = V::add(V::iota(), V::set1(static_cast<float>(i)));
       const F first = V::set1(static_cast<float>(keys.visible_begin - 1));

@@ -9,6 +9,7 @@
 
 #include "../core/params.h"
 #include "isa.h"
+#include "scalars.h"
 
 namespace gqa::cpu::GQA_ISA {
 
@@ -51,7 +52,8 @@ struct Vec {
   static constexpr bool kMasks = false;
 
   template <class S>
-  static constexpr bool kSplits = std::is_same_v<S, BFloat16> || std::is_same_v<S, Int4Pair>;
+  static constexpr bool kSplits =
+      std::is_same_v<S, BFloat16> || std::is_same_v<S, Int4Pair> || kMoved<S>;
 
   template <class S>
   static GQA_INLINE void load_block(const S* p, F& x0, F& x1) {
@@ -79,7 +81,13 @@ struct Vec {
     even = less_8(_mm256_and_si256(pairs, _mm256_set1_epi32(15)));
     odd = less_8(_mm256_srli_epi32(pairs, 4));
   }
-  // Where both of bf16 or int4 share a load, a part loads anew.
+  template <class S>
+  static GQA_INLINE void load_block(const Moved<S>* p, F& even, F& odd) {
+    const __m256i pairs = _mm256_cvtepi8_epi16(bytes16(p));
+    even = moved<0>(pairs, p);
+    odd = moved<1>(pairs, p);
+  }
+  // Where both share a load, a part loads anew.
   template <int kPart, class S>
   static GQA_INLINE F load_part(const S* p) {
     return load(p + kPart * kWidth);
@@ -96,6 +104,10 @@ struct Vec {
     const __m256i pairs = _mm256_cvtepu8_epi32(bytes8(p));
     return less_8(kPart == 0 ? _mm256_and_si256(pairs, _mm256_set1_epi32(15))
                              : _mm256_srli_epi32(pairs, 4));
+  }
+  template <int kPart, class S>
+  static GQA_INLINE F load_part(const Moved<S>* p) {
+    return moved<kPart>(_mm256_cvtepi8_epi16(bytes16(p)), p);
   }
   static GQA_INLINE void split(F& x0, F& x1) {
     const F even = _mm256_shuffle_ps(x0, x1, 0x88), odd = _mm256_shuffle_ps(x0, x1, 0xdd);
@@ -145,6 +157,15 @@ struct Vec {
   static GQA_INLINE void add_products(I& sum, I a, I b) {
     sum = _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
     pin(sum);  // else gcc adds products to each other first, and has no registers for them
+  }
+  static constexpr bool kMovesFloat8 = true;
+  static GQA_INLINE void max_negative(I& most, const uint8_t* p) {
+    const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    most = _mm256_max_epu8(most, _mm256_or_si256(x, _mm256_set1_epi8(-128)));
+  }
+  static GQA_INLINE bool any_byte_from(uint8_t limit, I x) {
+    const I limits = _mm256_set1_epi8(static_cast<char>(limit));
+    return _mm256_movemask_epi8(_mm256_cmpeq_epi8(_mm256_max_epu8(x, limits), x)) != 0;
   }
   static GQA_INLINE F to_float(I x) { return _mm256_cvtepi32_ps(x); }
   static GQA_INLINE void store_words(int16_t* p, F x) {
@@ -272,6 +293,20 @@ struct Vec {
   }
   static GQA_INLINE F less_8(__m256i x) {
     return _mm256_cvtepi32_ps(_mm256_sub_epi32(x, _mm256_set1_epi32(8)));
+  }
+  // Even or odd ones of 16 sign-extended fp8 numbers: their bits from the sign on where fp32 has
+  // them, those of the exponent at the end of its own.
+  template <int kPart>
+  static GQA_INLINE F moved(__m256i pairs, const Moved<Float8E4M3>*) {
+    const __m256i bits = _mm256_slli_epi32(pairs, kPart == 0 ? 20 : 4);
+    return _mm256_castsi256_ps(
+        _mm256_and_si256(bits, _mm256_set1_epi32(static_cast<int>(0x87f00000u))));
+  }
+  template <int kPart>
+  static GQA_INLINE F moved(__m256i pairs, const Moved<Float8E5M2>*) {
+    const __m256i bits = _mm256_slli_epi32(pairs, kPart == 0 ? 21 : 5);
+    return _mm256_castsi256_ps(
+        _mm256_and_si256(bits, _mm256_set1_epi32(static_cast<int>(0x8fe00000u))));
   }
   // Sign-extended e4m3 to fp16 of 1/256 of the value: the exponents' biases differ by 8, and so
   // subnormals stay exact.

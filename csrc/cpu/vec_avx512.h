@@ -113,6 +113,7 @@ struct Vec {
   static GQA_INLINE void pin(F& x) { GQA_PIN(x); }
   static GQA_INLINE void pin(I& x) { GQA_PIN(x); }
 
+  static constexpr bool kMovesFloat8 = false;
   static constexpr bool kWords = true;
   static GQA_INLINE I zero_words() { return _mm512_setzero_si512(); }
   static GQA_INLINE I load_words(const int16_t* p) { return _mm512_loadu_si512(p); }

@@ -42,7 +42,6 @@ struct Vec {
   template <class S>
   static constexpr bool kMasks = false;
 
-  // Whether load_block gives even and odd numbers apart.
   // Whether there are products of 16-bit integers ("words"), as products_integer.h uses them:
   //   I                        2 * kWidth words, or kWidth sums of 32 bits
   //   load_words(p, x0, x1)    4 * kWidth int8 or int4 numbers; of int4 even and odd ones apart
@@ -52,6 +51,12 @@ struct Vec {
   //   store_words(p, x)        kWidth floats, rounded to nearest
   static constexpr bool kWords = false;
 
+  // Whether load_block takes Moved fp8 numbers, which it splits, and there are
+  //   max_negative(most, p)    most = max(most, bytes at p | 0x80), 4 * kWidth unsigned bytes
+  //   any_byte_from(limit, x)  whether a byte of x is at least `limit`
+  static constexpr bool kMovesFloat8 = false;
+
+  // Whether load_block gives even and odd numbers apart.
   template <class S>
   static constexpr bool kSplits = false;
   // 2 * kWidth numbers.

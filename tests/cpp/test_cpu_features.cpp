@@ -101,6 +101,11 @@ void test_choice() {
     unset ? setenv("GQA_KERNELS_CPU_ISA", unset, 1) : unsetenv("GQA_KERNELS_CPU_ISA");
     failures += gqa::cpu::chosen_isa() != best;
   }
+  setenv("GQA_KERNELS_CPU_SUBNORMALS", "cheap", 1);
+  failures += !gqa::cpu::cheap_subnormals();
+  setenv("GQA_KERNELS_CPU_SUBNORMALS", "costly", 1);
+  failures += gqa::cpu::cheap_subnormals();
+  unsetenv("GQA_KERNELS_CPU_SUBNORMALS");
   setenv("GQA_KERNELS_CPU_ISA", "abacus", 1);
   try {
     gqa::cpu::chosen_isa();
