@@ -140,9 +140,6 @@ class AttentionTask {
   // of the first-level cache.
   static constexpr int kSoftmaxRows = Products::kMaxRows > kMaxDirectRows ? 1 : kMaxDirectRows;
 
-  // Rows of a mask lie apart, and processors foresee lines only within a page.
-  static constexpr int kMaskRowsAhead = 2;
-
   struct Place {
     int64_t token;
     int32_t head;
@@ -228,10 +225,6 @@ class AttentionTask {
                                                    head(r) * params_.alibi_stride_h];
       }
       if (params_.attn_mask) {
-        if (r + kMaskRowsAhead < rows_) {
-          prefetch_mask_row(params_, task_.batch, head(r + kMaskRowsAhead),
-                            token(r + kMaskRowsAhead), first, strip.begin, strip.end);
-        }
         bias.additive = mask_row<V>(params_, task_.batch, head(r), token(r), first, strip.begin,
                                     strip.end, tile_.bias);
       }

@@ -47,6 +47,16 @@ TileShape tile_shape(const AttentionParams& params, const TileLimits& limits) {
   return tile;
 }
 
+// Of an element of storage, which holds two numbers of int4.
+int64_t element_bytes(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat32: return 4;
+    case DType::kBFloat16:
+    case DType::kFloat16: return 2;
+    default: return 1;
+  }
+}
+
 int64_t row_bytes(DType dtype, int64_t dims) {
   return dims * element_bytes(dtype) / (dtype == DType::kInt4 ? 2 : 1);
 }

@@ -75,16 +75,6 @@ struct Schedule {
   int64_t partial_floats;  // room for the partial results of all splits
 };
 
-// Of an element of storage, which holds two numbers of int4.
-inline int64_t element_bytes(DType dtype) {
-  switch (dtype) {
-    case DType::kFloat32: return 4;
-    case DType::kBFloat16:
-    case DType::kFloat16: return 2;
-    default: return 1;
-  }
-}
-
 // Floats of one row's partial result: its maximum, its sum, and value_head_dim output elements.
 inline int64_t partial_row_floats(const AttentionParams& params) {
   return params.value_head_dim + 2;

@@ -7,9 +7,7 @@
 
 #include "../core/params.h"
 #include "isa.h"
-#include "kv_rows.h"
 #include "math.h"
-#include "schedule.h"
 
 namespace gqa::cpu::GQA_ISA {
 
@@ -35,29 +33,13 @@ inline void widen_mask(const void* data, int64_t offset, int64_t stride, int beg
   for (int i = begin; i < end; ++i) widen_row<V>(mask + i * stride, 1, out + i);
 }
 
-// The element of attn_mask where key `first` of the row is.
-inline int64_t mask_offset(const AttentionParams& params, int64_t b, int64_t h, int64_t token,
-                           int64_t first) {
-  return b * params.mask_stride_b + h * params.mask_stride_h + token * params.mask_stride_q +
-         first * params.mask_stride_k;
-}
-
-// Asks for what mask_row will read.
-inline void prefetch_mask_row(const AttentionParams& params, int64_t b, int64_t h, int64_t token,
-                              int64_t first, int begin, int end) {
-  if (params.mask_stride_k != 1) return;
-  const int64_t size = element_bytes(params.mask_dtype);
-  const char* row = static_cast<const char*>(params.attn_mask) +
-                    (mask_offset(params, b, h, token, first) + begin) * size;
-  for (int64_t at = 0; at < (end - begin) * size; at += kLineBytes) __builtin_prefetch(row + at);
-}
-
 // attn_mask[b, h, token, first + i], number i of what is returned for i in [begin, end), which may
 // be `out`; hidden keys have -inf. Whole vectors may be read.
 template <class V>
 inline const float* mask_row(const AttentionParams& params, int64_t b, int64_t h, int64_t token,
                              int64_t first, int begin, int end, float* out) {
-  const int64_t offset = mask_offset(params, b, h, token, first);
+  const int64_t offset = b * params.mask_stride_b + h * params.mask_stride_h +
+                         token * params.mask_stride_q + first * params.mask_stride_k;
   const int64_t stride = params.mask_stride_k;
   switch (params.mask_dtype) {
     case DType::kBool: {
