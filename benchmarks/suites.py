@@ -36,7 +36,9 @@ CACHES = [
     *over_caches("llama-3-8b", BOTH, 1, 8192, *CACHE_KINDS),
     *over_caches("llama-3-8b", (SKEWED,), 8, 8192, *CACHE_KINDS),
     # One query head per KV head: nothing but memory bounds bf16.
-    *over_caches("llama-2-7b", ("even",), 4, 8192, "pages16", "dense-int8", "pages16-int8"),
+    *over_caches(
+        "llama-2-7b", ("even",), 4, 8192, "pages16", "dense-fp8_e4m3", "dense-int8", "pages16-int8"
+    ),
 ]
 
 SEARCHES = [
