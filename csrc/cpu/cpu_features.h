@@ -50,8 +50,9 @@ uint32_t supported_isas();
 // Throws std::invalid_argument where the name is none of them.
 Isa chosen_isa();
 
-// Whether multiply-adds take subnormal operands as fast as others: AMD's do, Intel's take some 150
-// cycles for them. GQA_KERNELS_CPU_SUBNORMALS=cheap or =costly says so instead; read at every call.
+// Whether multiply-adds take subnormal operands as fast as others. They do on the AMD EPYC that
+// this was tried on, and AMD's are taken to be alike; Intel's manuals warn of an assist by
+// microcode. GQA_KERNELS_CPU_SUBNORMALS=cheap or =costly says so instead; read at every call.
 bool cheap_subnormals();
 
 // The table for `isa`, or the best below it that this process can use, among those that offer(s)

@@ -1,7 +1,8 @@
 // The two products of a tile with few rows over fp8 K and V, for processors on which subnormal
 // operands cost nothing: loads move sign, exponent and fraction to their places in fp32 and leave
-// the exponent's bias as it was (Moved), in half the instructions of a conversion. What they give
-// is 2^-120 (e4m3) or 2^-112 (e5m2) of the value, and may be subnormal. Products of it must not be:
+// the exponent's bias as it was (Moved), in fewer instructions than a conversion takes. What they
+// give is 2^-120 (e4m3) or 2^-112 (e5m2) of the value, and may be subnormal. Products of it must
+// not be, and so q and scales of V may be up to 2^63:
 //
 //   q * 2^64 . k * 2^-120           the rest, 2^56, is in the scales of K (dequantize.h)
 //   p * scale * 2^64 * v * 2^-120   the rest is multiplied with o at the end
