@@ -307,7 +307,7 @@ class AppendInputs:
                 )
         new_offsets, max_new = resolve_offsets("new_offsets", new_offsets, max_new, k_new,
                                                view.batch)  # fmt: skip
-        if view.num_k_heads != view.num_v_heads and view.kv_lengths.stride(1) != 0:
+        if view.num_k_heads != view.num_v_heads and view.lengths_per_head:
             raise NotImplementedError(
                 "append: lengths per head need as many value heads as key heads, got "
                 f"{view.num_k_heads} key heads and {view.num_v_heads} value heads"
@@ -326,7 +326,7 @@ class AppendInputs:
             raise ValueError("rotary_cos and rotary_sin must be given together, got one of them")
         if rotary_cos is not None:
             _check_rotary(rotary_cos, rotary_sin, k_new)
-            if view.kv_lengths.stride(1) != 0 and q is not None:
+            if view.lengths_per_head and q is not None:
                 raise NotImplementedError(
                     "append: with lengths per head a query has no one position; rotate q and k_new "
                     "before the call"

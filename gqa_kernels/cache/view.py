@@ -274,7 +274,12 @@ class KVView:
     @property
     def pages_per_head(self) -> bool:
         """Whether page-table rows may differ between heads."""
-        return self.page_table is not None and self.page_table.stride(1) != 0
+        return self.page_table is not None and _differs_between_heads(self.page_table)
+
+    @property
+    def lengths_per_head(self) -> bool:
+        """Whether a sequence may have another length in each key head."""
+        return _differs_between_heads(self.kv_lengths)
 
     @property
     def format(self) -> Format | None:
@@ -302,6 +307,12 @@ class KVView:
         if self.format is not None:
             kinds.append(self.format.name)
         return kinds
+
+
+def _differs_between_heads(x: Tensor) -> bool:
+    """Whether ``x [B, Hk, ...]`` can hold another value for each head. The stride of a dim of size
+    1 means nothing."""
+    return x.shape[1] > 1 and x.stride(1) != 0
 
 
 def is_dynamic(rows: Tensor) -> bool:
@@ -366,9 +377,10 @@ def _rows(name: str, x: Tensor | float | None, storage: Tensor) -> Tensor | None
     heads, target = storage.shape[1], storage.shape[:3]
     if x.shape == target:
         return x
-    # Strides of 0 say that the scale is given, and not each token's own.
+    # A stride of 0 marks a scale that the caller sets, so that appends don't write it. ``expand``
+    # would leave another stride in a dim of size 1.
     if x.numel() == 1:
-        return x.reshape(()).expand(target)
+        return x.as_strided(target, (0, 0, 0))
     if x.shape == (heads,):
         return x.as_strided(target, (0, x.stride(0), 0))
     raise ValueError(
