@@ -34,10 +34,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gqa_kernels import env
 from gqa_kernels.backends.base import empty_output
 from gqa_kernels.backends.reference import reference_attention
 from gqa_kernels.inputs import AttentionInputs
+from gqa_kernels.native import env
 from gqa_kernels.testing import assert_close, equivalent_forms, upcast
 
 from .cuda_params import (
