@@ -11,9 +11,9 @@ from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
-from . import env, extension
 from .backends.dispatch import BACKENDS
 from .commands import convert, evaluate, inspect, search, shard
+from .native import build, env
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -166,7 +166,7 @@ def _backends(arguments: argparse.Namespace) -> int:
 
 
 def _instruction_set() -> str:
-    return extension.cpu_instruction_set() or "not known: the kernels are built at first use"
+    return build.cpu_instruction_set() or "not known: the kernels are built at first use"
 
 
 def _env(arguments: argparse.Namespace) -> int:
@@ -180,7 +180,7 @@ def _env(arguments: argparse.Namespace) -> int:
         "OpenMP threads wait": env.omp_wait_policy() or "actively",
         "kernel cache": str(env.cache_dir()),
         "CPU kernels run on": _instruction_set(),
-        "CUDA kernels": extension.cuda_build_info(),
+        "CUDA kernels": build.cuda_build_info(),
         "build at first use": "on" if env.build_enabled() else "off",
         "Triton interpreter": "on" if env.triton_interpreter() else "off",
     }

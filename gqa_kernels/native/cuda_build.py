@@ -1,7 +1,6 @@
 """What building the CUDA kernels takes: the toolkit, architectures, sources and commands.
 
-Like ``extension.py``, which uses it, ``setup.py`` loads this file by its path: it imports neither
-the package nor torch.
+``setup.py`` imports this file without the package: it imports neither the package nor torch.
 """
 
 from __future__ import annotations
