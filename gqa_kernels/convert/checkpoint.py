@@ -16,7 +16,8 @@ from typing import Any
 
 from torch import nn
 
-from ..model_maps import (
+from ..models.families import FAMILIES, Family, family_of
+from ..models.maps import (
     IMPLEMENTATION,
     guard,
     guarded_architecture,
@@ -24,7 +25,6 @@ from ..model_maps import (
     stock_architecture,
     stored_maps,
 )
-from .families import FAMILIES, Family, family_of
 from .model import resize, set_maps
 
 
@@ -90,7 +90,7 @@ def load(folder: str | Path, **options: Any) -> nn.Module:
         if maps is not None:
             register(IMPLEMENTATION)
             options = {"attn_implementation": IMPLEMENTATION, **options}
-            # The file's own wish would win over another name, see model_maps.STRICT_FIELD.
+            # The file's own wish would win over another name, see models.maps.STRICT_FIELD.
             config._attn_implementation = options["attn_implementation"]
             options = {"config": config, **options}
             model_class = _resized(model_class, _family(config), maps)

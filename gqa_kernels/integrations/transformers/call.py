@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ...model_maps import layer_index, layer_maps
+from ...models.maps import layer_index, layer_maps
 from .guards import restore
 from .masks import SequenceMask
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ...model_maps import stored_maps
+from ...models.maps import stored_maps
 from .attention import register
 from .versions import BATCHING, require_transformers
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from ...model_maps import IMPLEMENTATION_FIELD, KEY_FIELD, guard
+from ...models.maps import IMPLEMENTATION_FIELD, KEY_FIELD, guard
 
 READS_MAPS = "reads_head_maps"  # attribute of attention functions that go by a config's maps
 
