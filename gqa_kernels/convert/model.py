@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from torch import nn
 
+from ..grouping.calibration import LayerStats
+from ..grouping.merging import merge_layer
 from ..head_map import HeadMap
-from ..model_maps import INDEX, store_maps
-from . import projections
-from .attention import install
-from .families import (
+from ..integrations.transformers.guards import protect
+from ..models import projections
+from ..models.families import (
     AttentionLayer,
     Family,
     attention_layers,
@@ -21,11 +21,10 @@ from .families import (
     head_dim,
     layer_weights,
 )
-from .projections import Heads, Projection
-
-if TYPE_CHECKING:
-    from ..grouping.calibration import LayerStats
-    from ..grouping.weights import LayerWeights
+from ..models.maps import INDEX, store_maps
+from ..models.projections import Heads, Projection
+from ..models.weights import LayerWeights
+from .attention import install
 
 LayerMap = HeadMap | Sequence[int] | tuple[HeadMap, HeadMap]
 
@@ -45,7 +44,7 @@ def convert(
     ``save`` and ``load`` of :mod:`gqa_kernels.convert` keep them.
 
     Args:
-        model: of a known family (``families.py``), itself with any map.
+        model: of a known family (``gqa_kernels.models.families``), itself with any map.
         maps: for every attention layer a map of ``Hq`` entries, or a pair of them (K's, V's); as
             many KV heads in each layer, for K and for V, as you like. Each must be read by some
             query head.
@@ -59,8 +58,6 @@ def convert(
         ValueError: the maps don't fit the model.
         NotImplementedError: the family is not known.
     """
-    from ..grouping.merging import merge_layer  # grouping itself reads models through convert
-
     layers = attention_layers(model)
     pairs = _checked(maps, layers)
     for name, given in (("moments", moments), ("restore_norms", restore_norms)):
@@ -101,10 +98,11 @@ def set_maps(model: nn.Module, family: Family, pairs: Sequence[tuple[HeadMap, He
         setattr(module, INDEX, index)
         install(module, family.adapter)
         key_map, value_map = pairs[index]
-        # What transformers' own attention repeats K and V by: 0 makes it fail on uneven groups,
-        # which it would compute as even ones where the head counts divide.
+        # transformers' own attention repeats K and V by this count. 0 makes it fail on uneven
+        # groups, which it would compute as even ones whenever the head counts divide.
         even = key_map == value_map and key_map.is_uniform
         module.num_key_value_groups = key_map.num_heads // key_map.num_kv_heads if even else 0
+        protect(module)
 
 
 def resize(model: nn.Module, family: Family, pairs: Sequence[tuple[HeadMap, HeadMap]]) -> None:

@@ -1,6 +1,6 @@
 """Hugging Face transformers: ``attn_implementation="asym_gqa"`` for models with head maps.
 
-The maps come from the model's config (:mod:`gqa_kernels.model_maps`); a model without them runs as
+The maps come from the model's config (:mod:`gqa_kernels.models.maps`); a model without them runs as
 ordinary GQA. :class:`PagedCache` keeps what ``generate`` has seen in pages of this package's
 caches, quantised if asked for. :func:`continuous_batching` lets ``generate_batch`` run on it.
 
@@ -11,8 +11,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .attention import asym_gqa, attention_call, register
-from .packed import continuous_batching
+from .attention import asym_gqa, register
+from .call import attention_call
+from .continuous import continuous_batching
+from .versions import require_transformers
 
 if TYPE_CHECKING:
     from .cache import PagedCache
@@ -22,8 +24,6 @@ __all__ = ["PagedCache", "asym_gqa", "attention_call", "continuous_batching", "r
 
 def __getattr__(name: str) -> object:
     if name == "PagedCache":
-        from .attention import require_transformers
-
         require_transformers()
         from .cache import PagedCache
 
