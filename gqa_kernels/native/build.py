@@ -54,6 +54,8 @@ def load(part: str = "cpu") -> None:
                 library = _find_or_build(part)
                 if library not in _loaded.values():
                     _load_library(library)
+                if part == "cuda":
+                    _probe(library)
                 _loaded[part] = library
                 return
             except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
@@ -199,6 +201,23 @@ def _find_or_build(part: str) -> Path:
 def _load_library(path: Path) -> None:
     torch.ops.load_library(str(path))
     from .. import ops  # noqa: F401  (fake kernels; needs the ops' schemas)
+
+
+def _probe(library: Path) -> None:
+    """Launch an empty kernel of a library on the current device.
+
+    Raises:
+        RuntimeError: no kernel of the library runs there, with what to do about it.
+    """
+    probe = ctypes.CDLL(str(library)).gqa_kernels_cuda_probe
+    probe.restype = ctypes.c_char_p
+    reason = probe()
+    if reason is not None:
+        raise RuntimeError(
+            f"the CUDA kernels ({cuda_build.build_info(library)}) don't run here: "
+            f"{reason.decode(errors='replace')}. Update the driver, install a CUDA toolkit that is "
+            "not newer than it, or set GQA_KERNELS_CUDA=0 to do without these kernels"
+        )
 
 
 def _build_once(part: str, name: str, files: Mapping[str, bytes]) -> Path:

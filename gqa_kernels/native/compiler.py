@@ -125,6 +125,16 @@ def find_ninja() -> str:
     return found
 
 
+def as_one_program(command: Sequence[str], folder: Path) -> str:
+    """A compiler with its arguments as the path of one program: a script in a folder if need be."""
+    if len(command) == 1:
+        return command[0]
+    script = folder / "c++"
+    _write_if_new(script, f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n'.encode())
+    script.chmod(0o700)
+    return str(script)
+
+
 def compile_library(
     part: str,
     compiler: Compiler,
@@ -222,15 +232,9 @@ class _Ninja:
     def __init__(self, part: str, folder: Path, compiler: Compiler, lock: IO):
         self.part, self.lock, self.started = part, lock, time.monotonic()
         self.command = shlex.join(compiler.command)
-        cxx = compiler.command[0]
-        if compiler.command[1:]:
-            script = folder / "c++"
-            _write_if_new(script, f'#!/bin/sh\nexec {self.command} "$@"\n'.encode())
-            script.chmod(0o700)
-            cxx = "./c++"
         self.environment = {
             **os.environ,
-            "CXX": cxx,
+            "CXX": as_one_program(compiler.command, folder),
             "PATH": f"{Path(find_ninja()).parent}{os.pathsep}{os.environ.get('PATH', '')}",
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),  # the same torch
             "MAX_JOBS": str(env.max_jobs()),
