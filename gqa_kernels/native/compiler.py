@@ -44,8 +44,8 @@ HOW_TO_INSTALL = (
     "install one (Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++; "
     "conda: conda install -c conda-forge cxx-compiler) or set CXX to one"
 )
-# Seconds of one core of 2024 for a whole part: for the estimate before a build.
-CORE_SECONDS = {"cpu": 240, "cuda": 2400}
+# Seconds that one core takes for a whole part, for the estimate before a build.
+CORE_SECONDS = {"cpu": 150, "cuda": 2400}
 ERROR_LINES = 15
 LIBRARY = "library.so"
 # Runs in a process of its own. close_fds: ninja and the compilers inherit the caller's lock.

@@ -27,6 +27,7 @@ PARTS = ("cpu", "cuda")  # a library each; the second adds the CUDA kernels of t
 SUFFIXES = (".h", ".cpp", ".cuh", ".cu")
 # A file that instantiates kernels for one of these compiles many times longer than any other.
 ISAS = ("amx", "avx512", "avx2", "portable")
+SLOWEST_ISAS = ("avx512", "avx2")  # those with loops for every type, the forward's above all
 
 
 def source_root() -> Path:
@@ -49,7 +50,13 @@ def is_cuda(root: Path, path: Path) -> bool:
 def cpu_sources(root: Path) -> list[Path]:
     """The translation units of the CPU library, those first that take longest to compile."""
     units = [path for path in source_files(root, "cpu") if path.suffix == ".cpp"]
-    return sorted(units, key=lambda path: any(isa in path.stem for isa in ISAS), reverse=True)
+    return sorted(units, key=lambda path: _seems_slow(path.relative_to(root)), reverse=True)
+
+
+def _seems_slow(path: Path) -> tuple[bool, bool, bool]:
+    instantiates = any(isa in path.stem for isa in ISAS)
+    slowest = path.stem.endswith(SLOWEST_ISAS)
+    return instantiates, slowest, slowest and "backward" not in path.as_posix()
 
 
 def read(part: str) -> dict[str, bytes]:
