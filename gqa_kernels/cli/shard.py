@@ -1,28 +1,28 @@
-"""``gqa-kernels shard``: a checkpoint cut over the ranks of tensor parallelism."""
+"""``gqa-kernels shard``: split a checkpoint across the ranks of tensor parallelism."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from .data import refusing
+from .arguments import count, count_or_zero
 
 
 def add(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "shard",
-        help="cut a checkpoint over the ranks of tensor parallelism",
+        help="split a checkpoint across the ranks of tensor parallelism",
         description="Writes a folder per rank: its weights, config and maps. Load them with "
         "gqa_kernels.integrations.shard_checkpoint.load_shard.",
     )
     parser.add_argument("model", type=Path, help="a checkpoint folder")
     parser.add_argument("out", type=Path, help="folder to write")
-    parser.add_argument("--ranks", type=int, required=True, help="number of ranks")
+    parser.add_argument("--ranks", type=count, required=True, help="number of ranks")
     for name, what in (("query", "a query head"), ("kv", "a KV head; long contexts weigh it more")):
         parser.add_argument(
-            f"--{name}-cost", type=int, default=1, help=f"load of {what} (%(default)s)"
+            f"--{name}-cost", type=count_or_zero, default=1, help=f"load of {what} (%(default)s)"
         )
-    parser.set_defaults(run=refusing(run))
+    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from gqa_kernels import available_backends, cli
+from gqa_kernels.backends.dispatch import BACKENDS
 
 
 def test_backends(capsys):
@@ -54,7 +55,7 @@ def test_json_that_cannot_be_written(name, tmp_path, capsys, monkeypatch):
 
 def test_backend_that_is_not_usable(capsys, monkeypatch):
     monkeypatch.setattr("gqa_kernels.samples.smollm2.require", lambda *_: None)
-    backend = cli.BACKENDS["reference"]
+    backend = BACKENDS["reference"]
     monkeypatch.setattr(type(backend), "unavailable_reason", lambda self: "out of order")
     assert cli.main(["demo", "--backend", "reference"]) == 2
     error = capsys.readouterr().err

@@ -6,7 +6,8 @@ import argparse
 import json
 from pathlib import Path
 
-from .data import add_model, add_text, batches, draw, load_model, refusing
+from .arguments import add_model, add_text, count
+from .data import batches, draw, load_model
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -21,9 +22,9 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--tasks", nargs="+", default=(), help="lm-eval tasks to run on the child")
     parser.add_argument("--include-path", type=Path, help="folder of lm-eval task files")
-    parser.add_argument("--limit", type=int, help="examples of each task")
+    parser.add_argument("--limit", type=count, help="examples of each task")
     add_text(parser, "held-out text", (4, 512))
-    parser.set_defaults(run=refusing(run))
+    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -31,16 +32,16 @@ def run(arguments: argparse.Namespace) -> int:
     from ..convert.lm_harness import run_tasks
     from ..integrations.transformers import register
     from ..reporting import plots
-    from ..reporting.files import write_atomically
+    from ..reporting.files import check_output_folder, write_atomically
     from ..samples.text import evaluation_text
 
     register()
-    parent, tokenizer = load_model(arguments.parent)
-    child, own_tokenizer = load_model(arguments.child)
+    out = check_output_folder("--out", arguments.out)
+    parent, tokenizer, _ = load_model(arguments.parent)
+    child, own_tokenizer, _ = load_model(arguments.child)
     tokenizer = own_tokenizer or tokenizer
-    data = batches(arguments, tokenizer, evaluation_text())
+    data = batches(arguments, tokenizer, evaluation_text)
     found = evaluate(parent, child, data, progress=True)
-    out = arguments.out
     for name in ("perplexity", "parent_perplexity", "kl", "top1_agreement", "state_cosine"):
         if getattr(found, name) is not None:
             print(f"{name} {getattr(found, name):.6g}")

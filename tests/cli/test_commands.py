@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from gqa_kernels import cli
-from gqa_kernels.commands import data
+from gqa_kernels.cli import data
 from gqa_kernels.convert import load, save
 from gqa_kernels.convert.plan import Plan
 from gqa_kernels.models.families import attention_layers
@@ -158,7 +158,7 @@ class TestRefusals:
 
     def test_model_without_a_tokenizer(self, folders, tmp_path, capsys, monkeypatch):
         monkeypatch.setattr(data, "load_model", lambda name: data.Loaded(load(name), None))
-        monkeypatch.setattr("gqa_kernels.commands.search.load_model", data.load_model)
+        monkeypatch.setattr("gqa_kernels.cli.search.load_model", data.load_model)
         search = ("search", folders / "parent", "--kv-heads", 2, "--out", tmp_path, *SHAPE)
         assert "--batches must be given" in self.refused(capsys, *search)
 

@@ -6,7 +6,8 @@ import argparse
 import json
 from pathlib import Path
 
-from .data import add_model, draw, load_model, refusing
+from .arguments import add_model
+from .data import draw, load_model
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -17,17 +18,19 @@ def add(commands: argparse._SubParsersAction) -> None:
     )
     add_model(parser, "model", "what to show")
     parser.add_argument("--out", type=Path, metavar="FOLDER")
-    parser.set_defaults(run=refusing(run))
+    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     from ..models.families import attention_layers
     from ..reporting import plots
-    from ..reporting.files import write_atomically
+    from ..reporting.files import check_output_folder, write_atomically
 
-    model, _ = load_model(arguments.model)
+    if arguments.out is not None:
+        check_output_folder("--out", arguments.out)
+    model, _, types = load_model(arguments.model)
     layers = attention_layers(model)
-    itemsize = next(model.parameters()).element_size()
+    itemsize = types[next(iter(dict(model.named_parameters())))].itemsize
     size = full = 0
     for layer in layers:
         per_head = layer.head_dim * itemsize

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
-from .data import add_model, add_text, batches, draw, load_model, refusing
+from .arguments import add_model, add_text, count
+from .data import batches, draw, load_model
+
+SUMS = "sums.safetensors"
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -16,9 +20,9 @@ def add(commands: argparse._SubParsersAction) -> None:
         "over the number of heads, and of the first layer's heads.",
     )
     add_model(parser, "model", "what to search")
-    count = parser.add_mutually_exclusive_group(required=True)
-    count.add_argument("--kv-heads", type=int, metavar="G", help="KV heads of every layer")
-    count.add_argument("--budget", type=int, help="K plus V heads over all layers")
+    heads = parser.add_mutually_exclusive_group(required=True)
+    heads.add_argument("--kv-heads", type=count, metavar="G", help="KV heads of every layer")
+    heads.add_argument("--budget", type=count, help="K plus V heads over all layers")
     parser.add_argument("--kind", default="functional", help="similarity (%(default)s)")
     parser.add_argument("--method", default="exact", help="search (%(default)s)")
     parser.add_argument(
@@ -32,47 +36,48 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--check", action="store_true", help="search both halves of the data, too")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
     add_text(parser, "calibration text", (16, 512))
-    parser.set_defaults(run=refusing(run))
+    parser.set_defaults(run=run, kept=kept)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from ..convert.plan import plan
+    from ..convert.plan import check_plan, plan
     from ..grouping import calibrate
     from ..grouping.convergence import split_half
     from ..grouping.moments import save_stats
     from ..grouping.similarity import similarity
     from ..integrations.transformers import register
+    from ..models.fingerprint import fingerprint
     from ..reporting import plots
+    from ..reporting.files import check_output_folder
     from ..samples.text import calibration_text
 
     register()
-    model, tokenizer = load_model(arguments.model)
-    data = batches(arguments, tokenizer, calibration_text())
+    out = check_output_folder("--out", arguments.out)
+    model, tokenizer, _ = load_model(arguments.model)
+    request = {
+        name: getattr(arguments, name) for name in ("budget", "kind", "method", "sizes", "merging")
+    }
+    check_plan(model, arguments.kv_heads, **request)
+    data = batches(arguments, tokenizer, calibration_text)
     held_out = None
     if arguments.sizes == "auto":
         if len(data) < 4:
             raise ValueError(f"--sizes auto needs at least 4 batches, got {len(data)}")
         data, held_out = data[: -len(data) // 4], data[-len(data) // 4 :]
-    out = arguments.out
-    stats = calibrate(
-        model, data, halves=arguments.check, resume=out / "sums.safetensors", progress=True
-    )
-    print(f"wrote {save_stats(stats, out / 'moments.safetensors')}")
+    made_from = fingerprint(model, data)
+    stats = calibrate(model, data, halves=arguments.check, resume=out / SUMS, progress=True)
+    print(f"wrote {save_stats(stats, out / 'moments.safetensors', made_from)}")
     found = plan(
         model,
         stats,
         arguments.kv_heads,
-        budget=arguments.budget,
-        kind=arguments.kind,
-        method=arguments.method,
-        sizes=arguments.sizes,
+        **request,
         shared=arguments.shared,
-        merging=arguments.merging,
         held_out=held_out,
         progress=True,
     )
-    print(f"wrote {found.save(out / 'plan.json')}")
-    (out / "sums.safetensors").unlink()
+    print(f"wrote {replace(found, made_from=made_from).save(out / 'plan.json')}")
+    (out / SUMS).unlink()
     for index, layer in enumerate(found.layers):
         print(_line(index, layer))
     if arguments.check:
@@ -86,6 +91,15 @@ def run(arguments: argparse.Namespace) -> int:
     distances = similarity(model, stats, 0, side, arguments.kind).array
     draw(plots.dendrogram, distances, found.layers[0].key.labels, out / "heads.png")
     return 0
+
+
+def kept(arguments: argparse.Namespace) -> str | None:
+    from ..grouping.moments import batches_kept
+
+    path = arguments.out / SUMS
+    if not path.exists():
+        return None
+    return f"{batches_kept(path)} batches are kept in {path}: the same command continues"
 
 
 def _line(index: int, layer) -> str:
