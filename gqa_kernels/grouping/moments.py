@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,9 +14,9 @@ from torch import Tensor
 from ..models.fingerprint import Fingerprint, check_same
 from ..reporting.files import write_atomically
 
-FORMAT = "gqa-kernels moments 1"
+FORMAT = "gqa-kernels moments 2"
 SUMS_FORMAT = "gqa-kernels running sums 2"
-MADE_FROM = "made from"
+METADATA = "gqa-kernels"
 
 
 @dataclass
@@ -110,7 +111,7 @@ def save_stats(
     tensors = {}
     for layer, each in enumerate(stats):
         _put(tensors, str(layer), each)
-    return _write(tensors, {"format": FORMAT, "layers": str(len(stats))}, made_from, path)
+    return _write(tensors, {"format": FORMAT, "layers": len(stats)}, made_from, path)
 
 
 def load_stats(path: str | Path, made_from: Fingerprint | None = None) -> list[LayerStats]:
@@ -126,7 +127,7 @@ def load_stats(path: str | Path, made_from: Fingerprint | None = None) -> list[L
     tensors, metadata, stored = _read(path, FORMAT)
     if made_from is not None:
         check_same(path, stored, made_from)
-    return [_get(tensors, str(layer)) for layer in range(int(metadata["layers"]))]
+    return [_get(tensors, str(layer)) for layer in range(metadata["layers"])]
 
 
 def save_sums(
@@ -139,7 +140,7 @@ def save_sums(
         for name, each in named.items()
         for field_ in Sums.NAMES
     }
-    metadata = {"format": SUMS_FORMAT, "batches": str(batches)}
+    metadata = {"format": SUMS_FORMAT, "batches": batches}
     return _write(tensors, metadata, made_from, path)
 
 
@@ -164,7 +165,7 @@ def load_sums(
         for name, each in sums[-1].items():
             for field_ in Sums.NAMES:
                 setattr(each, field_, tensors[f"{part}/{name}/{field_}"])
-    return sums, int(metadata["batches"]), stored or {}
+    return sums, metadata["batches"], stored or {}
 
 
 def made_from(path: str | Path) -> Fingerprint:
@@ -178,7 +179,7 @@ def made_from(path: str | Path) -> Fingerprint:
 
 def batches_kept(path: str | Path) -> int:
     """The number of batches in running sums."""
-    return int(_read(path, SUMS_FORMAT)[1]["batches"])
+    return _read(path, SUMS_FORMAT)[1]["batches"]
 
 
 _FIELDS = ("mean", "second_moment", "position_count", "position_mean")
@@ -205,31 +206,32 @@ def _get(tensors: dict[str, Tensor], prefix: str) -> LayerStats:
 
 def _write(
     tensors: dict[str, Tensor],
-    metadata: dict[str, str],
+    metadata: dict[str, Any],
     made_from: Fingerprint | None,
     path: str | Path,
 ) -> Path:
     from safetensors.torch import save
 
-    if made_from is not None:
-        metadata = {**metadata, MADE_FROM: json.dumps(made_from)}
-    return write_atomically(path, save(tensors, metadata))
+    # One field: safetensors writes several in random order, and equal files should be equal.
+    text = json.dumps({**metadata, "made from": made_from}, sort_keys=True)
+    return write_atomically(path, save(tensors, {METADATA: text}))
 
 
 def _read(
     path: str | Path, expected: str
-) -> tuple[dict[str, Tensor], dict[str, str], Fingerprint | None]:
+) -> tuple[dict[str, Tensor], dict[str, Any], Fingerprint | None]:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
+            text = (file.metadata() or {}).get(METADATA, "{}")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} must be a complete safetensors file: {error}") from error
+    metadata = json.loads(text)
     if metadata.get("format") != expected:
         raise ValueError(f"{path} must hold {expected!r}, got {metadata.get('format')!r}")
-    return tensors, metadata, json.loads(metadata.get(MADE_FROM, "null"))
+    return tensors, metadata, metadata["made from"]
 
 
 def _sum(a: Tensor, b: Tensor) -> Tensor:

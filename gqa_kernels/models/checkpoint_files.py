@@ -22,9 +22,8 @@ def indexed_files(index: Path) -> list[Path]:
         ValueError: it is no index, or a name leads out of its folder.
     """
     try:
-        names = list(
-            dict.fromkeys(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        )
+        content = json.loads(index.read_text(encoding="utf-8"))
+        names = list(dict.fromkeys(content["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{index} must be an index with a weight_map: {error!r}") from error
     for name in names:
