@@ -211,7 +211,7 @@ class TestLoading:
         folder = self.saved(tmp_path)
         (folder / "model.safetensors").rename(tmp_path / "outside.safetensors")
         content = {"metadata": {}, "weight_map": {"model.norm.weight": "../outside.safetensors"}}
-        (folder / index).write_text(json.dumps(content))
+        (folder / f"{weights}.index.json").write_text(json.dumps(content))
         with pytest.raises(ValueError, match="must name files in its own folder"):
             load(folder)
 

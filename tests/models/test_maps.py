@@ -20,7 +20,9 @@ HOSTILE = [
 
 
 def config(**fields):
-    return LlamaConfig(num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=6, **fields)
+    return LlamaConfig(
+        hidden_size=96, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=6, **fields
+    )
 
 
 @pytest.mark.parametrize(("maps", "message"), HOSTILE)

@@ -67,7 +67,7 @@ def test_places_to_write_to(tmp_path):
     with pytest.raises(ValueError, match="out must not exist or be empty"):
         check_new_folder("out", tmp_path)
     for check in (check_new_folder, check_output_folder):
-        with pytest.raises(ValueError, match="out must (lie in a folder|not exist)"):
+        with pytest.raises(ValueError, match=r"out must (lie in a folder|not exist)"):
             check("out", tmp_path / "file")
         with pytest.raises(ValueError, match="out must lie in a folder"):
             check("out", tmp_path / "file" / "below")
