@@ -78,9 +78,8 @@ def _ready(path: Path, size: int):
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} must be a complete safetensors file: {error}") from error
-    lengths = {len(tensor) if tensor.dim() else None for tensor in tensors.values()}
-    if len(lengths) != 1 or None in lengths:
-        found = sorted(map(str, lengths))
-        raise ValueError(f"tensors of {path} must have equally many rows, got {', '.join(found)}")
+    lengths = {len(tensor) if tensor.dim() else 0 for tensor in tensors.values()}
+    if len(lengths) != 1 or 0 in lengths:
+        raise ValueError(f"tensors of {path} must have equally many rows, got {sorted(lengths)}")
     for start in range(0, lengths.pop(), size):
         yield {name: tensor[start : start + size] for name, tensor in tensors.items()}

@@ -92,8 +92,8 @@ class Plan:
             ValueError: no such file, or something else.
         """
         try:
-            data = json.loads(Path(path).read_text())
-        except (OSError, ValueError) as error:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"{path} must be a plan in JSON: {error}") from error
         if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
             raise ValueError(f"{path} must hold {FORMAT!r}, got something else")

@@ -204,10 +204,8 @@ class TestLoading:
         with pytest.raises(ValueError, match="must be a complete checkpoint"):
             load(folder)
 
-    @pytest.mark.parametrize(
-        "index", ["model.safetensors.index.json", "pytorch_model.bin.index.json"]
-    )
-    def test_index_that_leads_out(self, tmp_path, index):
+    @pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin"])
+    def test_index_that_leads_out(self, tmp_path, weights):
         folder = self.saved(tmp_path)
         (folder / "model.safetensors").rename(tmp_path / "outside.safetensors")
         content = {"metadata": {}, "weight_map": {"model.norm.weight": "../outside.safetensors"}}

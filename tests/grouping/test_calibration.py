@@ -81,8 +81,14 @@ def test_model_is_left_as_it_was():
 
 def test_hooks_go_when_a_batch_fails():
     model = tiny()
-    with pytest.raises(IndexError):
-        calibrate(model, [torch.tensor([[10_000]])])
+
+    def fails(*_):
+        raise RuntimeError("no memory")
+
+    handle = model.model.layers[1].mlp.register_forward_pre_hook(fails)
+    with pytest.raises(RuntimeError, match="no memory"):
+        calibrate(model, [batch([4], "left")])
+    handle.remove()
     assert not any(layer.self_attn._forward_pre_hooks for layer in model.model.layers)
 
 
