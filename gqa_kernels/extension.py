@@ -36,6 +36,8 @@ COMPILE_FLAGS = (
     "-fPIC",
     "-fvisibility=hidden",
     "-fno-math-errno",
+    # Compilers must not fuse products with sums: the backward recomputes the forward's very scores.
+    "-ffp-contract=off",
     "-DTORCH_TARGET_VERSION=0x020a000000000000",  # torch 2.10
     "-DPy_LIMITED_API=0x030a0000",
 )
