@@ -245,6 +245,7 @@ void reference_row(Case& c, int64_t b, int64_t h, int64_t i, Expected& e) {
       dp[m] += double(c.x[4].at(b, h, i, d)) * c.x[2].at(b, vh, j, d) * kept[m];
   }
   if (max == -INFINITY) return;
+  if (!c.sinks.empty()) max = std::max(max, double(c.sinks[h]));
   for (double x : s) sum += std::exp(x - max);
   if (!c.sinks.empty()) sum += std::exp(c.sinks[h] - max);
   for (int64_t m = 0; m < keys; ++m) mean += std::exp(s[m] - max) / sum * dp[m];
