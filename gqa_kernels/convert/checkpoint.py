@@ -7,6 +7,7 @@ once ``asym_gqa`` is registered. ``load`` loads every family and every map.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,14 @@ from torch import nn
 from ..head_map import HeadMap
 from ..models.checkpoint_files import CONFIG, check_indices
 from ..models.families import FAMILIES, Family, attention_modules, family_of
-from ..models.maps import IMPLEMENTATION, guard, stored_maps
+from ..models.maps import (
+    IMPLEMENTATION,
+    guard,
+    guarded_architecture,
+    is_uneven,
+    stock_architecture,
+    stored_maps,
+)
 from ..reporting.files import check_new_folder, new_folder
 from .model import resize, set_maps
 
@@ -42,6 +50,8 @@ def save(model: nn.Module, folder: str | Path, *, processor: Any = None) -> Path
     guard(model.config)
     with new_folder(folder) as unfinished:
         model.save_pretrained(unfinished)
+        if is_uneven(model.config):
+            _rename_architectures(unfinished / "config.json")
         if processor is not None:
             processor.save_pretrained(unfinished)
     return folder
@@ -65,7 +75,7 @@ def load(folder: str | Path, **options: Any) -> nn.Module:
     whole = model_class if maps is None else resized(model_class, config, maps)
     if maps is not None:
         options = {"attn_implementation": IMPLEMENTATION, **options}
-    return finish(folder, load_weights(folder, whole, options), model_class, maps)
+    return finish(folder, load_weights(folder, whole, config, options), model_class, maps)
 
 
 def read_config(folder: Path) -> tuple[Any, type[nn.Module], Maps | None]:
@@ -92,12 +102,18 @@ def read_config(folder: Path) -> tuple[Any, type[nn.Module], Maps | None]:
     return config, model_class, maps
 
 
-def load_weights(folder: Path, model_class: type[nn.Module], options: dict[str, Any]) -> nn.Module:
+def load_weights(
+    folder: Path, model_class: type[nn.Module], config: Any, options: dict[str, Any]
+) -> nn.Module:
     """A model of a class with the weights of a checkpoint.
 
     Raises:
         ValueError: weights that are missing, truncated or of another shape.
     """
+    if "attn_implementation" in options:
+        # Otherwise the one in the file would win over another name, see models.maps.STRICT_FIELD.
+        config._attn_implementation = options["attn_implementation"]
+        options = {"config": config, **options}
     with as_value_errors(folder):
         model, info = model_class.from_pretrained(
             folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
@@ -148,12 +164,22 @@ def _check_heads(config: Any, maps: Maps) -> None:
                 )
 
 
+def _rename_architectures(file: Path) -> None:
+    """Name model classes that only this package registers in engines.
+
+    An engine that does not know the class refuses to load the model. It would ignore the maps.
+    """
+    config = json.loads(file.read_text())
+    config["architectures"] = [guarded_architecture(n) for n in config["architectures"]]
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
 def _model_class(config: Any) -> type[nn.Module]:
     import transformers
 
     names = getattr(config, "architectures", None)
     names = names if isinstance(names, list) and all(isinstance(n, str) for n in names) else []
-    found = getattr(transformers, names[0], None) if names else None
+    found = getattr(transformers, stock_architecture(names[0]), None) if names else None
     if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
         raise ValueError(
             f"config.architectures must name a model class of transformers, got {names}"

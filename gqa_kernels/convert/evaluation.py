@@ -16,6 +16,7 @@ from torch.nn.functional import cosine_similarity, cross_entropy, kl_div
 from ..attention import asym_gqa_attention
 from ..grouping.evaluation import layer_errors
 from ..integrations.transformers import attention_call
+from ..integrations.transformers.guards import reads_maps
 from ..models.families import AttentionLayer, attention_layers
 from ..models.inputs import Batch, model_inputs, token_mask
 from ..reporting.progress import track
@@ -204,7 +205,7 @@ class _Entropy:
             self._add(self.index[id(module)], call, inputs)
             return asym_gqa_attention(**call), None
 
-        AttentionInterface.register(_PROBE, attention)
+        AttentionInterface.register(_PROBE, reads_maps(attention))
         AttentionMaskInterface.register(_PROBE, sdpa_mask)
         before = self.model.config._attn_implementation
         self.model.set_attn_implementation(_PROBE)

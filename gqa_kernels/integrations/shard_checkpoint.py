@@ -109,7 +109,7 @@ def load_shard(
         whole.made, lambda model: cut(model, rules_of(model), shards, rank, world, group)
     )
     options = {"attn_implementation": IMPLEMENTATION, **options}
-    loaded = checkpoint.load_weights(own, cut_class, options)
+    loaded = checkpoint.load_weights(own, cut_class, whole.config, options)
     model = checkpoint.finish(own, loaded, whole.model_class, whole.maps)
     tell_maps(model, shards)
     return model
