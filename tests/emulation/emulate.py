@@ -4,23 +4,18 @@ For each case named (default: all of them) the outputs are held to the package's
 one JSON object of the emulator's counters per launch is printed. The emulator's own checks (bounds,
 races, uninitialised shared memory, unawaited copies) are on and raise.
 
-Environment: ``PTXSIM`` is the folder of the emulator; ``TRITON_INTERPRET`` must not be 1.
+Environment: ``TRITON_INTERPRET`` must not be 1.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
 import torch
-
-sys.path.insert(0, os.environ["PTXSIM"])
-from ptxsim.races import WRITE, Shadow
-from ptxsim.triton_front import TritonModule
 
 from gqa_kernels import HeadMap
 from gqa_kernels.backends.reference import reference_attention
@@ -31,6 +26,8 @@ from gqa_kernels.cache.inputs import CacheInputs
 from gqa_kernels.inputs import AttentionInputs
 from gqa_kernels.plan import build_plan
 from gqa_kernels.testing import assert_cache_close, assert_close, upcast
+from tools.ptxsim.races import WRITE, Shadow
+from tools.ptxsim.triton_front import TritonModule
 
 from . import backward_cases
 from .aot import (
@@ -164,11 +161,8 @@ def report_races(stock_report: Callable = Shadow.report) -> None:
 def emulate(launch: Launch, arch: str) -> dict[str, object]:
     """Run a launch; its outputs are updated. Returns the emulator's counters."""
     gpu = TARGETS[arch].gpu
-    compiled = compile_launch(launch, gpu)
     arguments = runtime_arguments(launch, Specialisation.of(launch, gpu).types)
-    module = TritonModule(compiled.asm["ptx"], launch.kernel.__name__)
-    module.metadata, module.kernel_name = compiled.metadata, compiled.metadata.name
-    module.runtime_args, module.asm = list(arguments), compiled.asm
+    module = TritonModule.from_compiled(compile_launch(launch, gpu), arguments)
     report = module.launch((launch.grid,), arguments, timeout=400)
     assert not report.warnings, report.warnings
     loads = [
