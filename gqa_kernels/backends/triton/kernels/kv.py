@@ -111,7 +111,7 @@ def locate(
         i_page = tl.load(p_table + i_entry * pages.stride_p)
         in_range = (i_page >= 0) & (i_page < num_pages)
         o_page = tl.where(in_range, i_page, 0).to(tl.int64)
-        o_slot = i_n % pages.PAGE_SIZE + tl.arange(0, BLOCK_N)
+        o_slot = tl.cast(i_n, tl.int32) % pages.PAGE_SIZE + tl.arange(0, BLOCK_N)
         m_readable = m_n & in_range
     else:
         o_s = o_n + begin
