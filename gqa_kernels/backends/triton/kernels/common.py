@@ -17,7 +17,7 @@ Source: the online softmax is that of FlashAttention (Dao et al., arXiv 2205.141
 import triton
 import triton.language as tl
 
-from ... import inputs
+from .... import inputs
 from . import kv
 from .dropout import keep_tile
 
