@@ -9,8 +9,6 @@ its checks on (bounds, races, uninitialised shared memory, copies not waited for
     result = emulate(phase, AttentionInputs.create(q, k, v, head_map, causal=True))
     check(inputs, result)                      # the package's tolerance rule
     result.reports[0].bank_conflicts           # counters of each launch
-
-Environment: ``PTXSIM`` is the folder of the emulator (``shared/ptxsim`` beside the checkout).
 """
 
 from __future__ import annotations
@@ -22,7 +20,6 @@ import re
 import shutil
 import struct
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -39,6 +36,7 @@ from gqa_kernels.backends.base import empty_output
 from gqa_kernels.backends.reference import reference_attention
 from gqa_kernels.inputs import AttentionInputs
 from gqa_kernels.testing import assert_close, equivalent_forms, upcast
+from tools import ptxsim
 
 from .cuda_params import (
     DTYPES,
@@ -52,7 +50,6 @@ from .cuda_params import (
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
-PTXSIM = Path(os.environ.get("PTXSIM", ROOT.parent / "shared" / "ptxsim"))
 MAP_MAGIC = b"GQA-TMAP"
 SWIZZLES = ("none", "32B", "64B", "128B")  # in the order of CUtensorMapSwizzle
 
@@ -70,8 +67,6 @@ def cuda_home() -> Path | None:
 
 def unavailable_reason() -> str | None:
     """Why nothing can be emulated here, or None."""
-    if not PTXSIM.is_dir():
-        return f"no PTX emulator at {PTXSIM} (set PTXSIM)"
     if cuda_home() is None:
         return "nvcc is missing"
     return None
@@ -278,9 +273,6 @@ class Phase:
         library.gqa_sizeof_params.restype = ctypes.c_size_t
         library.gqa_workspace_bytes.restype = ctypes.c_size_t
         assert library.gqa_sizeof_params() == ctypes.sizeof(self.params)
-        sys.path.insert(0, str(PTXSIM))
-        import ptxsim
-
         for stem in self.units:
             module = ptxsim.Module((folder / f"{stem}.ptx").read_text(), stem)
             self._modules |= dict.fromkeys(module.kernels(), module)
@@ -367,8 +359,6 @@ class _Memory:
 
     def arguments(self, params, arguments) -> list:
         """A launch's arguments as ``Struct``, with arrays in place of addresses."""
-        import ptxsim
-
         return [
             ptxsim.Struct(raw, self._pointers(raw))
             for param, address in zip(params, arguments[: len(params)], strict=True)
@@ -390,8 +380,6 @@ class _Memory:
 
     def _tensor_map(self, raw: bytes):
         """The emulator's tensor map for a ``RecordedMap``."""
-        import ptxsim
-
         _, rank, swizzle, nan_fill = struct.unpack_from("<4i", raw, 8)
         address, *sizes = struct.unpack_from("<10Q", raw, 24)
         dims, strides = sizes[:rank], sizes[5 : 5 + rank - 1]
