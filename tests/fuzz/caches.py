@@ -88,12 +88,29 @@ class Place:
         return k, v, lengths
 
 
-def draw_cache(draw: Draw, room: int, value_heads: int | None, dtype: torch.dtype):
-    """A cache with random contents and room for some more tokens, and where they lie."""
-    kind = draw.pick("dense", "dense", "index", "paged", "paged", "csr", "per head", "packed")
-    heads, batch = draw.integer(1, 5), draw.pick(1, 1, 2, 3)
-    dim, value_dim = draw.head_dims()
-    format = STORED[draw.pick(*STORED)] if draw.chance(0.4) and kind != "packed" else None
+KINDS = ("dense", "dense", "index", "paged", "paged", "csr", "per head", "packed")
+
+
+def draw_cache(
+    draw: Draw, room: int, value_heads: int | None, dtype: torch.dtype, *,
+    kind: tuple[str, ...] = KINDS, batch: int | None = None, heads: int | None = None,
+    dims: tuple[int, int] | None = None, format: str | None = "any",
+    lengths_per_head: bool | None = None,
+) -> tuple[tuple, Place]:  # fmt: skip
+    """A cache with random contents and room for some more tokens, and where they lie.
+
+    Args:
+        kind, batch, heads, dims, format, lengths_per_head: what is not left to chance.
+
+    Returns:
+        (constructor, its arguments), and the place.
+    """
+    kind = draw.pick(*kind)
+    heads, batch = heads or draw.integer(1, 5), batch or draw.pick(1, 1, 2, 3)
+    dim, value_dim = dims or draw.head_dims()
+    if format == "any" and kind != "packed" and draw.chance(0.4):
+        format = draw.pick(*STORED)
+    format = STORED.get(format)
     if format and format.per_byte == 2:
         dim, value_dim = dim + dim % 2, value_dim + value_dim % 2
     if kind == "packed":
@@ -102,7 +119,8 @@ def draw_cache(draw: Draw, room: int, value_heads: int | None, dtype: torch.dtyp
         value_heads = None
     values_heads = value_heads or heads
     lengths = draw.integers(0, draw.pick(3, 20, 90, 300), batch, 1).expand(batch, heads)
-    lengths_per_head = value_heads is None and draw.chance(0.3) and kind != "csr"
+    if lengths_per_head is None:
+        lengths_per_head = value_heads is None and draw.chance(0.3) and kind != "csr"
     if lengths_per_head:
         lengths = draw.integers(0, draw.pick(20, 90), batch, heads)
     lengths = lengths.clone()
@@ -396,11 +414,11 @@ def draw_decode(draw: Draw) -> Call:
         assert torch.equal(cache.lengths, expected.to(cache.lengths.dtype)), "lengths"
         hold_decode(place, new, arguments, found, queries, out, lse, packed, layout)
 
-    names = (CACHE_NAMES.get(make, "PagedKVCache"), "HeadMap", "asym_gqa_decode")
+    names = ("HeadMap", CACHE_NAMES.get(make, "PagedKVCache"), "asym_gqa_decode")
     written = memories + [cache.lengths] if new is not None else []
     if not planned:
         return Call(asym_gqa_decode, arguments, check, names, written)
-    return Call(planned_decode, arguments, check, (*names, "plan_decode"), written)
+    return Call(planned_decode, arguments, check, ("plan_decode", *names), written)
 
 
 def planned_decode(

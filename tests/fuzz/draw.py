@@ -37,7 +37,7 @@ class Call:
 
     def __str__(self) -> str:
         words = ", ".join(f"{name}={described(x)}" for name, x in self.arguments.items())
-        return f"{getattr(self.function, '__name__', self.function)}({words})"
+        return f"{self.names[-1]}({words})"
 
 
 def described(x: object) -> str:

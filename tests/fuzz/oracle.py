@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -50,13 +51,32 @@ def accumulated(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def eager_forms(dtype: torch.dtype, dim: int, products: torch.dtype | None = None):
-    """Equivalent forms of eager torch for inputs of a type."""
+def eager_forms(
+    dtype: torch.dtype, dim: int, products: torch.dtype | None = None, most: int = 8
+) -> list[Precision]:
+    """Equivalent forms of eager torch for inputs of a type, with up to ``most`` orders."""
     return [
         Precision(accumulated(dtype), products or dtype, base2, shift)
-        for shift in range(min(8, dim))
+        for shift in range(min(most, dim))
         for base2 in (False, True)
     ]
+
+
+def hold(
+    name: str, actual: Tensor, exact: Tensor, eager: Callable[[int], list[Tensor]],
+    factor: float = 2.0,
+) -> None:  # fmt: skip
+    """The tolerance rule, where ``eager`` computes forms with up to so many orders.
+
+    Few orders are enough nearly always, and cheap. Of the thousands of calls that a fuzzer makes
+    some have forms that are all good by luck: those are held to more of them.
+    """
+    for most in (4, 32):
+        try:
+            return assert_close(name, actual, exact, eager(most), factor)
+        except AssertionError:
+            if most == 32:
+                raise
 
 
 @dataclass
@@ -212,16 +232,18 @@ def check_attention(
     exact_out, exact_lse = flat(x.attend() for x in sequences)
     out = torch.cat([x.flatten() for x in outs])
     assert out.dtype == dtype, f"out: dtype {out.dtype}, expected {dtype}"
-    assert_close("out", out, exact_out, _computed(sequences, flat, eager_forms(dtype, dim), 0))
+
+    def computed(which: int, products: torch.dtype | None) -> Callable[[int], list[Tensor]]:
+        return lambda most: [
+            flat(x.attend(form) for x in sequences)[which]
+            for form in eager_forms(dtype, dim, products, most)
+        ]
+
+    hold("out", out, exact_out, computed(0, None))
     if lses is not None:
         lse, scores = torch.cat([x.flatten() for x in lses]), accumulated(dtype)
         assert lse.dtype == scores, f"lse: dtype {lse.dtype}, expected {scores}"
-        forms = eager_forms(dtype, dim, products=scores)
-        assert_close("lse", lse, exact_lse, _computed(sequences, flat, forms, 1))
-
-
-def _computed(sequences: list[Sequence], flat: Callable, forms: list[Precision], which: int):
-    return [flat(x.attend(form) for x in sequences)[which] for form in forms]
+        hold("lse", lse, exact_lse, computed(1, scores))
 
 
 def check_gradients(
@@ -238,16 +260,22 @@ def check_gradients(
         each = [x.gradients(p, dout, dlse) for x, dout, dlse in calls]
         return {name: torch.cat([x[name].flatten() for x in each]) for name in found}
 
+    @lru_cache
+    def eager(most: int) -> list[dict[str, Tensor]]:
+        return [
+            computed(replace(form, kept_output=kept))
+            for form in eager_forms(dtype, dim, most=most)
+            for kept in (False, True)
+        ]
+
     exact = computed(EXACT)
-    eager = [
-        computed(Precision(form.scores, form.products, form.base2, form.shift, kept))
-        for form in eager_forms(dtype, dim)
-        for kept in (False, True)
-    ]
     for name, parts in found.items():
         actual = torch.cat([x.flatten() for x in parts])
-        rounded = [x[name].to(actual.dtype) for x in eager]
-        assert_close(f"d{name}", actual, exact[name], rounded, factor=3.0)
+
+        def forms(most: int, name: str = name, dtype: torch.dtype = actual.dtype) -> list[Tensor]:
+            return [x[name].to(dtype) for x in eager(most)]
+
+        hold(f"d{name}", actual, exact[name], forms, factor=3.0)
 
 
 def keep_mask(

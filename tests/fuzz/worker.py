@@ -1,0 +1,49 @@
+"""The child process of the fuzzer: calls of ascending seeds until its time is up.
+
+``python -m tests.fuzz.worker FIRST SECONDS [COUNT]``. It prints one JSON object per line: a line
+with the seed before each call, and one with what went wrong after a call that failed.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import resource
+import sys
+import time
+
+import torch
+
+from .run import quiet, run_seed
+
+SECONDS_PER_CALL = 120  # on a busy machine; what takes longer hangs
+MEMORY = 12 << 30
+
+
+def main(first: int, seconds: float, count: int) -> None:
+    faulthandler.enable()
+    quiet()
+    torch.set_num_threads(1)
+    if "libasan" not in open("/proc/self/maps").read():  # its shadow memory is larger
+        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+    end = time.monotonic() + seconds
+    for seed in range(first, first + count):
+        if time.monotonic() > end:
+            break
+        say(seed=seed)
+        faulthandler.dump_traceback_later(SECONDS_PER_CALL, exit=True)
+        try:
+            names = run_seed(seed)
+            say(covered=names)
+        except AssertionError as error:
+            say(fault=str(error))
+        faulthandler.cancel_dump_traceback_later()
+    say(done=True)
+
+
+def say(**words: object) -> None:
+    print(json.dumps(words), flush=True)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else 10**9)
