@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .. import extension
 from ..head_map import HeadMap
 from ..inputs import LAYOUTS, UNBOUNDED
+from ..native import build
 
 if TYPE_CHECKING:
     from ..cache.view import KVView
@@ -43,7 +43,7 @@ def attend(
         and q.is_cpu
         and k.is_cpu
         and v.is_cpu
-        and extension.library_path() is not None
+        and build.library_path() is not None
         and (scale is None or (type(scale) is float and math.isfinite(scale)))
         and layout in LAYOUTS
         and not _is_recorded(q, k, v)
@@ -77,7 +77,7 @@ def attend(
 def slots_exist(view: KVView, new: int | Tensor) -> bool:
     """Whether the compiled op finds a slot for every key of a view and for ``new`` more per
     sequence, a number or offsets ``[B + 1]``. False, too, where it can't look."""
-    if torch.compiler.is_compiling() or not view.k.is_cpu or extension.library_path() is None:
+    if torch.compiler.is_compiling() or not view.k.is_cpu or build.library_path() is None:
         return False
     offsets, tokens = (new, 0) if isinstance(new, Tensor) else (None, new)
     try:
@@ -99,7 +99,7 @@ def append(view: KVView, k_new: Tensor, v_new: Tensor) -> bool:
         and v_new.is_cpu
         and k_new.dim() == 4
         and k.shape[1] == view.v.shape[1]
-        and extension.library_path() is not None
+        and build.library_path() is not None
         and not _is_recorded(k_new, v_new, k)
         and slots_exist(view, k_new.shape[2])
     ):
@@ -131,7 +131,7 @@ def attend_cache(
         and type(head_map) is HeadMap
         and q.is_cpu
         and k.is_cpu
-        and extension.library_path() is not None
+        and build.library_path() is not None
         and (scale is None or (type(scale) is float and math.isfinite(scale)))
         and not _is_recorded(q, k, v)
     ):

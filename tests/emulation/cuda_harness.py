@@ -16,7 +16,6 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
-import re
 import shutil
 import struct
 import subprocess
@@ -31,10 +30,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gqa_kernels import env
 from gqa_kernels.backends.base import empty_output
 from gqa_kernels.backends.reference import reference_attention
 from gqa_kernels.inputs import AttentionInputs
+from gqa_kernels.native import cuda_build, env
 from gqa_kernels.testing import assert_close, equivalent_forms, upcast
 from tools import ptxsim
 
@@ -54,21 +53,16 @@ MAP_MAGIC = b"GQA-TMAP"
 SWIZZLES = ("none", "32B", "64B", "128B")  # in the order of CUtensorMapSwizzle
 
 
-def cuda_home() -> Path | None:
-    """The toolkit's root; the nvcc on PATH may be a wrapper, so it is asked."""
-    if os.environ.get("CUDA_HOME"):
-        return Path(os.environ["CUDA_HOME"])
-    if shutil.which("nvcc") is None:
-        return None
-    told = subprocess.run(["nvcc", "--dryrun", "-x", "cu", "-"], capture_output=True, text=True)
-    found = re.search(r"^#\$ TOP=(.+)$", told.stderr, re.M)
-    return Path(found[1].strip()).resolve() if found else None
+@lru_cache
+def toolkit() -> cuda_build.Toolkit | None:
+    """The CUDA toolkit that compiles the kernels."""
+    return cuda_build.find_toolkit(env.cuda_home())
 
 
 def unavailable_reason() -> str | None:
     """Why nothing can be emulated here, or None."""
-    if cuda_home() is None:
-        return "nvcc is missing"
+    if toolkit() is None:
+        return "nvcc is missing: install a CUDA toolkit, or pip install '.[test-cuda]'"
     return None
 
 
@@ -245,7 +239,7 @@ class Phase:
                 assert old in text, f"{name} has no {old!r}"
                 path.write_text(text.replace(old, new))
         source = csrc / "cuda" / self.arch / self.name
-        nvcc = cuda_home() / "bin" / "nvcc"
+        nvcc = toolkit().nvcc
 
         def unit(stem: str) -> None:
             kept = folder / stem
@@ -261,7 +255,7 @@ class Phase:
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(unit, self.units))
         _run(
-            "c++", "-std=c++17", "-O1", "-fPIC", "-shared", f"-I{cuda_home() / 'include'}",
+            "c++", "-std=c++17", "-O1", "-fPIC", "-shared", f"-I{toolkit().include}",
             f'-DGQA_LAUNCH_HEADER="{source / "launch.h"}"', f"-DGQA_ARCH={self.arch}",
             f"-DGQA_PHASE={self.name}", f"-DGQA_PARAMS={self.params.__name__}",
             Path(__file__).parent / "recorder.cpp",

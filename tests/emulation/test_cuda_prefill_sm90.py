@@ -24,9 +24,9 @@ from .cuda_harness import (
     Result,
     check,
     compiled,
-    cuda_home,
     emulate,
     make_call,
+    toolkit,
     unavailable_reason,
 )
 
@@ -238,7 +238,7 @@ def test_softmax_overlaps_with_products_in_machine_code(unit: str, tmp_path: Pat
     cubin = tmp_path / "unit.cubin"
     source = CSRC / "cuda" / "sm90" / "prefill" / f"{unit}.cu"
     built = subprocess.run(
-        [cuda_home() / "bin" / "nvcc", "-std=c++17", "-O3", "-Xptxas", "-v", "-cubin", "-gencode",
+        [toolkit().nvcc, "-std=c++17", "-O3", "-Xptxas", "-v", "-cubin", "-gencode",
          "arch=compute_90a,code=sm_90a", source, "-o", cubin],
         capture_output=True, text=True, check=True,
     )  # fmt: skip

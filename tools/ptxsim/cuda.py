@@ -1,5 +1,7 @@
 """nvcc front end."""
 
+import glob
+import importlib.util
 import os
 import re
 import shutil
@@ -9,14 +11,22 @@ import tempfile
 from .errors import PtxError
 
 
+def pip_compilers():
+    """Compilers that pip's ``nvidia-cuda-nvcc`` brings."""
+    spec = importlib.util.find_spec("nvidia")
+    folders = spec.submodule_search_locations if spec else ()
+    return [path for folder in folders for path in glob.glob(f"{folder}/cu[0-9]*/bin/nvcc")]
+
+
 def nvcc_path():
-    """Find nvcc through $NVCC, $CUDA_HOME, PATH, or the toolkit's default prefix."""
+    """Find nvcc through $NVCC, $CUDA_HOME, PATH, the toolkit's default prefix, or pip's package."""
     default = os.path.join(os.sep, "usr", "local", "cuda")
     for c in (
         os.environ.get("NVCC"),
         os.path.join(os.environ.get("CUDA_HOME") or default, "bin", "nvcc"),
         shutil.which("nvcc"),
         os.path.join(default, "bin", "nvcc"),
+        *pip_compilers(),
     ):
         if c and os.path.exists(c):
             return c

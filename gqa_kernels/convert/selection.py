@@ -1,7 +1,8 @@
-"""Even or uneven, norms restored or not: the best of several conversions, layer by layer.
+"""select_maps(): the best of several conversions, layer by layer.
 
-No rule is best in every layer, and a lower objective of the search doesn't always mean a lower
-error: the choice is made by the attention-output error on held-out inputs.
+No rule (even or uneven groups, norms restored or not) is best in every layer, and a lower objective
+of the search doesn't always mean a lower error. The attention-output error on held-out inputs
+decides.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ..grouping.calibration import Batch
+from ..grouping.evaluation import layer_errors
+from ..grouping.moments import LayerStats
 from ..head_map import HeadMap
-from .calibration import Batch
-from .evaluation import layer_errors
-from .moments import LayerStats
+from .model import convert
 
 LayerMaps = Sequence[tuple[HeadMap, HeadMap]]
 
@@ -62,8 +64,6 @@ def select_maps(
     Raises:
         ValueError: there are no candidates, or ``convert`` refuses one.
     """
-    from ..convert import convert  # convert itself works on what grouping finds
-
     if not candidates or not restore_norms:
         raise ValueError(
             f"candidates and restore_norms must not be empty, got {list(candidates)} and "

@@ -1,7 +1,7 @@
 """LayerWeights: the projections of one attention layer by head, free of any model's layout.
 
-``gqa_kernels.convert`` reads them out of a model and writes them back; everything in ``grouping``
-works on them.
+``families.layer_weights`` reads them from a model and ``gqa_kernels.convert`` writes them back.
+``gqa_kernels.grouping`` works on them.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """What building the CUDA kernels takes: the toolkit, architectures, sources and commands.
 
-Like ``extension.py``, which uses it, ``setup.py`` loads this file by its path: it imports neither
-the package nor torch.
+``setup.py`` imports this file without the package: it imports neither the package nor torch.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import mmap
 import re
 import shutil
@@ -43,15 +43,29 @@ class Toolkit(NamedTuple):
         return lib64 if lib64.is_dir() else self.root / "lib"
 
 
+def _pip_toolkit() -> Path | None:
+    """The folder that pip puts ``nvidia-cuda-nvcc`` and ``nvidia-cuda-runtime`` into."""
+    spec = importlib.util.find_spec("nvidia")
+    for folder in spec.submodule_search_locations if spec else ():
+        found = sorted(
+            path for path in Path(folder).glob("cu[0-9]*") if (path / "bin/nvcc").exists()
+        )
+        if found:
+            return found[-1]
+    return None
+
+
 @lru_cache
 def find_toolkit(cuda_home: str | None) -> Toolkit | None:
-    """The toolkit at ``cuda_home`` or, if that is None, the one of the nvcc on PATH."""
+    """The toolkit at ``cuda_home``; if that is None, of the nvcc on PATH, or of pip's packages."""
     if cuda_home is not None:
         root = Path(cuda_home)
+    elif shutil.which("nvcc") is None:
+        root = _pip_toolkit()
+        if root is None:
+            return None
     else:
         nvcc = shutil.which("nvcc")
-        if nvcc is None:
-            return None
         # nvcc may be a wrapper script somewhere else; it says where the toolkit is.
         told = subprocess.run(
             [nvcc, "--dryrun", "-x", "cu", "-"], capture_output=True, text=True, timeout=60

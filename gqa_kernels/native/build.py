@@ -1,4 +1,4 @@
-"""The compiled part: its sources and flags, finding it, building it at first use, loading it.
+"""The compiled part: finding it, building it at first use, loading it.
 
 A wheel built where torch could be imported carries ``_C.abi3.so``, with CUDA kernels inside where
 there was an nvcc. Any other installation compiles the same sources once, into the user's cache,
@@ -6,8 +6,7 @@ when a backend first needs them: the CPU kernels with the ops' schemas, and, whe
 and an nvcc, a second library with the CUDA kernels. One binary serves every torch from 2.10 on
 (torch's stable ABI), so neither depends on the torch it was built with.
 
-``setup.py`` loads this file by its path, without the package and without torch: both are imported
-where they are needed. What is particular to CUDA is in ``cuda_build.py``.
+What is compiled is in ``sources.py``; what is particular to CUDA in ``cuda_build.py``.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -25,41 +23,19 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
-PACKAGE = Path(__file__).parent
+import torch
+
+from . import cuda_build, env, sources
+from .sources import COMPILE_FLAGS, PACKAGE, cpu_sources, source_root
+
 LIBRARY = "_C.abi3.so"  # ahead of time, in the package
 
-CPU_SOURCE_DIRS = (".", "host", "cpu")
-PARTS = ("cpu", "cuda")
-COMPILE_FLAGS = (
-    "-std=c++17",
-    "-O3",
-    "-fPIC",
-    "-fvisibility=hidden",
-    "-fno-math-errno",
-    "-DTORCH_TARGET_VERSION=0x020a000000000000",  # torch 2.10
-    "-DPy_LIMITED_API=0x030a0000",
-)
 COMPILERS = ("c++", "g++", "clang++")
-SOURCE_KINDS = (".h", ".cpp", ".cuh", ".cu")
 ERROR_LINES = 15
 
 _lock = threading.RLock()
 _loaded: dict[str, Path] = {}
 _failures: dict[str, str] = {}
-
-
-def source_root() -> Path:
-    """``csrc`` of a checkout, or the copy of it in an installed package."""
-    checkout = PACKAGE.parent / "csrc"
-    return checkout if (checkout / "bindings.cpp").exists() else PACKAGE / "_csrc"
-
-
-def cpu_sources(root: Path) -> list[Path]:
-    """The translation units of the CPU library."""
-    paths = [path for name in CPU_SOURCE_DIRS for path in sorted((root / name).glob("*.cpp"))]
-    paths = [path for path in paths if not path.stem.endswith("_cuda")]
-    # First those that take longest, for processors to be done at the same time.
-    return sorted(paths, key=lambda path: path.stem.startswith("kernels_"), reverse=True)
 
 
 def load(part: str = "cpu") -> None:
@@ -133,8 +109,6 @@ def unavailable_reason(part: str = "cpu") -> str | None:
 
 def cuda_build_info() -> str:
     """What the CUDA kernels at hand were built with, or why there are none."""
-    from . import cuda_build
-
     library = _ahead_of_time("cuda") or next(iter(_cached_builds("cuda")), None)
     if library is not None:
         return f"{cuda_build.build_info(library)} ({library})"
@@ -149,7 +123,7 @@ def _ahead_of_time(part: str) -> Path | None:
         return None
     root = source_root()
     if root.parent == PACKAGE.parent:
-        newest = max(path.stat().st_mtime for path in _source_files(root))
+        newest = max(path.stat().st_mtime for path in sources.source_files(root))
         if newest > library.stat().st_mtime:
             return None
     if part == "cuda" and _build_info(library, library.stat().st_mtime) is None:
@@ -159,18 +133,10 @@ def _ahead_of_time(part: str) -> Path | None:
 
 @lru_cache(maxsize=4)  # searches the whole file
 def _build_info(library: Path, modified: float) -> str | None:
-    from . import cuda_build
-
     return cuda_build.build_info(library)
 
 
-def _source_files(root: Path) -> list[Path]:
-    return sorted(path for kind in SOURCE_KINDS for path in root.rglob(f"*{kind}"))
-
-
 def _cannot_build(part: str) -> str | None:
-    from . import env
-
     if sys.platform != "linux":
         return f"the kernels compile on Linux only, this is {sys.platform}"
     if not cpu_sources(source_root()):
@@ -198,8 +164,6 @@ def _without_cuda() -> bool:
 
 
 def _toolkit():
-    from . import cuda_build, env
-
     return cuda_build.find_toolkit(env.cuda_home())
 
 
@@ -216,46 +180,25 @@ def _find_or_build(part: str) -> Path:
 
 
 def _load_library(path: Path) -> None:
-    import torch
-
     torch.ops.load_library(str(path))
-    from . import ops  # noqa: F401  (fake kernels; needs the ops' schemas)
+    from .. import ops  # noqa: F401  (fake kernels; needs the ops' schemas)
 
 
 def _compiler() -> str | None:
-    from . import env
-
     explicit = env.cxx()
     if explicit:
         return shutil.which(explicit)
     return next(filter(None, map(shutil.which, COMPILERS)), None)
 
 
-@lru_cache(maxsize=2)  # asked for at every call where the kernels can't be built
-def _source_key(part: str) -> str:
-    """Hash of everything that decides what the library does, apart from the compiler."""
-    root = source_root()
-    digest = hashlib.sha256(repr((COMPILE_FLAGS, platform.machine())).encode())
-    for path in _source_files(root):
-        name = path.relative_to(root).as_posix()
-        if part == "cuda" or not (name.startswith("cuda/") or path.stem.endswith("_cuda")):
-            digest.update(f"{name}\0".encode())
-            digest.update(path.read_bytes() + b"\0")
-    return digest.hexdigest()[:16]
-
-
 def _cached_builds(part: str) -> list[Path]:
     """Builds of these very sources, by whatever compiler."""
-    from . import env
-
-    return sorted(env.cache_dir().glob(f"{part}-{_source_key(part)}-*.so"))
+    return sorted(env.cache_dir().glob(f"{part}-{sources.source_key(part)}-*.so"))
 
 
 def _build_once(part: str) -> Path:
     """The cached library for this compiler, built now if need be, by one process at a time."""
     import fcntl
-
-    from . import env
 
     cache = env.cache_dir()
     compiler = _compiler()
@@ -266,7 +209,7 @@ def _build_once(part: str) -> Path:
     if part == "cuda":
         made_by += f"{_toolkit().version} {cuda_archs()}"
     compiler_key = hashlib.sha256(made_by.encode()).hexdigest()[:8]
-    library = cache / f"{part}-{_source_key(part)}-{compiler_key}.so"
+    library = cache / f"{part}-{sources.source_key(part)}-{compiler_key}.so"
     if library.exists():
         return library
 
@@ -290,10 +233,6 @@ def cuda_archs() -> tuple[str, ...]:
     Raises:
         ValueError: the variable lists what can't be compiled for.
     """
-    import torch
-
-    from . import cuda_build, env
-
     if env.cuda_arch_list():
         return cuda_build.parse_archs(env.cuda_arch_list())
     if not torch.cuda.is_available():
@@ -304,8 +243,6 @@ def cuda_archs() -> tuple[str, ...]:
 
 def _compile(part: str, compiler: str, folder: Path) -> Path:
     """Compile and link the library of a part in ``folder``."""
-    import torch
-
     torch_root = Path(torch.__file__).parent
     commands = (_cuda_commands if part == "cuda" else _cpu_commands)(compiler, folder)
     print(
@@ -327,21 +264,17 @@ def _compile(part: str, compiler: str, folder: Path) -> Path:
     return built
 
 
-def _cpu_commands(compiler: str, folder: Path, sources=None, flags=()) -> list[list[str]]:
+def _cpu_commands(compiler: str, folder: Path, units=None, flags=()) -> list[list[str]]:
     """One command per C++ file; the object comes last."""
-    import torch
-
     include = ["-isystem", str(Path(torch.__file__).parent / "include")]
-    sources = cpu_sources(source_root()) if sources is None else sources
+    units = cpu_sources(source_root()) if units is None else units
     return [
         [compiler, *COMPILE_FLAGS, *flags, *include, "-c", str(source), "-o", f"{folder}/{i}.o"]
-        for i, source in enumerate(sources)
+        for i, source in enumerate(units)
     ]
 
 
 def _cuda_commands(compiler: str, folder: Path) -> list[list[str]]:
-    from . import cuda_build
-
     root, toolkit, archs = source_root(), _toolkit(), cuda_archs()
     kernels = [
         cuda_build.compile_command(toolkit, root, source, folder / f"k{i}.o", archs, ptx=False)

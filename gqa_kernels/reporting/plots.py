@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .head_map import HeadMap
+from ..head_map import HeadMap
 
 SIDE_COLOURS = {"k": "tab:blue", "v": "tab:orange", "shared": "tab:green"}
 

@@ -1,8 +1,8 @@
-"""track() and write_atomically()."""
+"""track()."""
 
 import pytest
 
-from gqa_kernels.progress import track, write_atomically
+from gqa_kernels.reporting.progress import track
 
 
 def test_items_pass_through_unchanged():
@@ -22,19 +22,3 @@ def test_a_bar_where_there_is_a_terminal(monkeypatch):
     assert len(steps) == 3
     assert list(track("abc", "Letters", shown=False)) == ["a", "b", "c"]
     assert len(steps) == 3
-
-
-def test_file_is_replaced_as_a_whole(tmp_path, monkeypatch):
-    path = tmp_path / "new" / "file"
-    write_atomically(path, "first")
-    assert write_atomically(path, b"second") == path
-    assert path.read_text() == "second"
-
-    def fails(*_):
-        raise OSError("disk full")
-
-    monkeypatch.setattr("os.fsync", fails)
-    with pytest.raises(OSError, match="disk full"):
-        write_atomically(path, "third")
-    assert path.read_text() == "second"
-    assert [each.name for each in path.parent.iterdir()] == ["file"]

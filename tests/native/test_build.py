@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from gqa_kernels import cuda_build, extension
+from gqa_kernels.native import build, cuda_build, sources
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 STAND_IN = """#!/bin/sh
 [ "$*" = --version ] && exec echo stand-in 1.0
 echo "$*" >> {log}
@@ -38,14 +38,14 @@ out = asym_gqa_attention(q, k, v, head_map, backend="{backend}")
 assert_attention_close(out, q, k, v, head_map)
 """
 pytestmark = pytest.mark.skipif(
-    extension.unavailable_reason() is not None, reason="no compiled kernels and no compiler"
+    build.unavailable_reason() is not None, reason="no compiled kernels and no compiler"
 )
 
 
 @pytest.fixture(scope="module")
 def library() -> str:
-    extension.load()
-    return str(extension.library_path())
+    build.load()
+    return str(build.library_path())
 
 
 @pytest.fixture
@@ -62,7 +62,9 @@ class Machine:
         self.script = folder / "c++"
         self.library = library
         # No library built ahead of time: a checkout may have one beside its sources.
-        self.without_ahead = "from gqa_kernels import extension; extension.LIBRARY = 'none'\n"
+        self.without_ahead = (
+            "from gqa_kernels.native import build, sources; build.LIBRARY = 'none'\n"
+        )
 
     def compiler(self, failure: str = "", seconds: float = 0.0) -> str:
         words = {"log": str(self.log), "failure": failure, "library": self.library}
@@ -96,7 +98,7 @@ def test_first_use_builds_and_the_next_reuses(machine):
     _, err = machine.run(CALL.format(backend="cpu"), CXX=cxx)
     assert err.count("building the CPU kernels (first use only)") == 1
     count = machine.compilations()
-    assert count == len(extension.cpu_sources(extension.source_root())) + 1
+    assert count == len(sources.cpu_sources(sources.source_root())) + 1
     assert len(machine.files()) == 1 and machine.files()[0].endswith(".so")
 
     for env in ({"CXX": cxx}, {"CXX": "/none"}, {"CXX": cxx, "GQA_KERNELS_BUILD": "0"}):
@@ -107,7 +109,7 @@ def test_first_use_builds_and_the_next_reuses(machine):
 @pytest.mark.slow  # CI and every first use compile them optimised
 def test_real_build(machine):
     """With the real compiler; unoptimised, which is much faster."""
-    flags = "extension.COMPILE_FLAGS = (*extension.COMPILE_FLAGS, '-O0')\n"
+    flags = "build.COMPILE_FLAGS = (*build.COMPILE_FLAGS, '-O0')\n"
     _, err = machine.run(flags + CALL.format(backend="cpu"))
     assert "building the CPU kernels" in err and len(machine.files()) == 1
 
@@ -118,7 +120,7 @@ def test_processes_that_start_together_build_once(machine):
     errors = [process.communicate(timeout=300)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], errors
     assert sum("building" in error for error in errors) == 1
-    assert machine.compilations() == len(extension.cpu_sources(extension.source_root())) + 1
+    assert machine.compilations() == len(sources.cpu_sources(sources.source_root())) + 1
     assert len(machine.files()) == 1
 
 
@@ -126,7 +128,7 @@ def test_threads_that_start_together_build_once(machine):
     code = """
 from concurrent.futures import ThreadPoolExecutor
 with ThreadPoolExecutor(4) as pool:
-    list(pool.map(lambda _: extension.load(), range(4)))
+    list(pool.map(lambda _: build.load(), range(4)))
 """
     _, err = machine.run(code, CXX=machine.compiler(seconds=0.1))
     assert err.count("building") == 1
@@ -145,7 +147,7 @@ for _ in range(2):
     machine.run(CALL.format(backend="reference") + code, CXX=cxx)
     assert machine.files() == []
     # Files that compile at the same time may each have failed, but nothing was tried again.
-    assert machine.compilations() <= len(extension.cpu_sources(extension.source_root()))
+    assert machine.compilations() <= len(sources.cpu_sources(sources.source_root()))
 
 
 @pytest.mark.parametrize(
@@ -169,7 +171,7 @@ print(explain_backend(q, k, v, head_map)["cpu"])
 
 
 def test_killed_build_leaves_nothing_in_the_way(machine):
-    process = machine.start("extension.load()", CXX=machine.compiler(seconds=60))
+    process = machine.start("build.load()", CXX=machine.compiler(seconds=60))
     deadline = time.monotonic() + 60
     while machine.compilations() == 0:
         assert process.poll() is None and time.monotonic() < deadline
@@ -183,9 +185,9 @@ def test_killed_build_leaves_nothing_in_the_way(machine):
 
 
 def test_every_source_is_listed():
-    root = extension.source_root()
+    root = sources.source_root()
     listed = [
-        *extension.cpu_sources(root),
+        *sources.cpu_sources(root),
         *cuda_build.host_sources(root),
         *cuda_build.kernel_sources(root, cuda_build.DEFAULT_ARCHS),
     ]
@@ -202,8 +204,8 @@ def test_first_use_builds_the_cuda_kernels_for_the_devices_asked_for(machine, tm
     (home / "include" / "cuda_runtime_api.h").touch()
     (home / "bin" / "nvcc").symlink_to(cxx)
     code = """
-extension._load_library = lambda path: print("loaded", path.name.split("-")[0])
-extension.load("cuda")
+build._load_library = lambda path: print("loaded", path.name.split("-")[0])
+build.load("cuda")
 """
     env = {"CXX": cxx, "CUDA_HOME": str(home), "TORCH_CUDA_ARCH_LIST": "8.6 9.0"}
     out, err = machine.run(code, **env)
@@ -211,7 +213,7 @@ extension.load("cuda")
     assert "building the CUDA kernels (first use only)" in err
     commands = machine.log.read_text().splitlines()
     kernels = {line.split(" -c ")[1].split()[0]: line for line in commands if ".cu -o" in line}
-    root = extension.source_root()
+    root = sources.source_root()
     assert sorted(kernels) == [str(path) for path in sorted((root / "cuda").rglob("*.cu"))]
     for path, line in kernels.items():
         assert ("code=sm_86" in line) == ("/sm90/" not in path) and "code=sm_90a" in line
@@ -225,7 +227,7 @@ extension.load("cuda")
     assert machine.compilations() == count
     machine.run(code, **{**env, "TORCH_CUDA_ARCH_LIST": "8.0"})
     assert machine.compilations() > count  # another library: it is for other devices
-    refused = "try: extension.load('cuda')\nexcept RuntimeError as error: print(error)"
+    refused = "try: build.load('cuda')\nexcept RuntimeError as error: print(error)"
     out, _ = machine.run(refused, **{**env, "TORCH_CUDA_ARCH_LIST": "7.5"})
     assert "TORCH_CUDA_ARCH_LIST must list compute capabilities of 8.0 or more, got '7.5'" in out
 
@@ -262,11 +264,11 @@ def test_cuda_build_is_read_from_the_file(tmp_path):
         ("torch.cuda.is_available = lambda: False\n", {}, "no CUDA device"),
         ("", {"CUDA_HOME": "/none/such"}, "nvcc is missing (looked at $CUDA_HOME and PATH)"),
         (
-            "extension._ahead_of_time = lambda part: part == 'cpu' or None\n",
+            "build._ahead_of_time = lambda part: part == 'cpu' or None\n",
             {"CUDA_HOME": "/none/such"},
             "the installed extension was built without CUDA, and nvcc is missing",
         ),
-        ("extension._toolkit = lambda: 1\n", {"GQA_KERNELS_BUILD": "0"}, "GQA_KERNELS_BUILD=0"),
+        ("build._toolkit = lambda: 1\n", {"GQA_KERNELS_BUILD": "0"}, "GQA_KERNELS_BUILD=0"),
         ("torch.cuda.get_device_capability = lambda: (7, 5)\n", {}, "at least (8, 0), got (7, 5)"),
     ],
 )

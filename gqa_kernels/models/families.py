@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import reduce
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from ..head_map import HeadMap
-from ..model_maps import layer_maps
 from . import projections
+from .maps import layer_maps
 from .projections import Heads, Names
-
-if TYPE_CHECKING:  # grouping reads models through this module: imported when it is used
-    from ..grouping.weights import LayerWeights, Rotary
+from .weights import LayerWeights, Rotary
 
 
 @dataclass(frozen=True)
@@ -182,8 +180,6 @@ def attention_layers(model: nn.Module) -> list[AttentionLayer]:
 
 def layer_weights(layer: AttentionLayer) -> LayerWeights:
     """A layer by head; the tensors may be views of the model's parameters."""
-    from ..grouping.weights import LayerWeights
-
     module = layer.module
     q, k, v = projections.read(module, layer.family.names, layer.heads)
     o = projections.read_output(layer.output, layer.num_heads)
@@ -256,8 +252,6 @@ def _attention_layers(model: nn.Module, family: Family) -> Iterator[AttentionLay
 def _rotary(model: nn.Module, family: Family) -> Rotary | None:
     if family.rotary is None:
         return None
-    from ..grouping.weights import Rotary
-
     frequencies = model.base_model.rotary_emb.inv_freq.tolist()
     return Rotary(2 * len(frequencies), family.rotary, tuple(frequencies))
 

@@ -1,7 +1,7 @@
-"""The demo's two texts: one to calibrate on, another one to measure perplexity on.
+"""Two texts: one to calibrate on, the other to measure perplexity on.
 
 Both are chapters of the Python language reference, which CPython ships for ``help()``: real English
-prose that is on every machine, so that nothing is downloaded.
+prose that every machine has, so nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, tensor
 
-from .errors import DemoError
+from ..reporting.errors import UsageError
 
 CALIBRATION_TOPICS = (
     "objects", "execmodel", "naming", "import", "customization", "attribute-access", "types",
@@ -40,7 +40,7 @@ def rows(tokenizer: Any, text: str, shape: tuple[int, int]) -> Tensor:
     count, length = shape
     ids = tokenizer.encode(text, add_special_tokens=False)
     if len(ids) < count * length:
-        raise DemoError(f"the text must have {count * length} tokens, got {len(ids)}")
+        raise UsageError(f"the text must have {count * length} tokens, got {len(ids)}")
     return tensor(ids[: count * length]).view(count, length)
 
 
@@ -48,6 +48,6 @@ def _chapters(names: tuple[str, ...]) -> str:
     try:
         from pydoc_data.topics import topics
     except ImportError as error:
-        raise DemoError(f"the demo needs Python's complete standard library: {error}") from None
+        raise UsageError(f"the texts need Python's complete standard library: {error}") from None
     text = " ".join(topics[name] for name in names if name in topics)
     return re.sub(r"\s+", " ", text).strip()

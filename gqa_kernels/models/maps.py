@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from .head_map import HeadMap
+from ..head_map import HeadMap
 
 KEY_FIELD = "kv_head_map"
 VALUE_FIELD = "value_head_map"

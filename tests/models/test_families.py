@@ -5,8 +5,8 @@ import torch
 
 from gqa_kernels import HeadMap
 from gqa_kernels.convert import convert
-from gqa_kernels.convert.families import attention_layers, layer_weights
 from gqa_kernels.integrations.transformers import register
+from gqa_kernels.models.families import attention_layers, layer_weights
 from tests.tiny_families import (
     DECODERS,
     FAMILIES,

