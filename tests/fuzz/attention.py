@@ -53,7 +53,11 @@ def draw_attention(draw: Draw) -> Call:
     """Dense attention, with gradients or without."""
     heads, kv_heads = draw.head_count(), draw.integer(1, 6)
     value_heads = draw.integer(1, 6) if draw.chance(0.3) else None
-    batch, q_len, kv_len = draw.pick(0, 1, 1, 2, 3), draw.pick(*QUERY_COUNTS), draw.pick(*KEY_COUNTS)
+    batch, q_len, kv_len = (
+        draw.pick(0, 1, 1, 2, 3),
+        draw.pick(*QUERY_COUNTS),
+        draw.pick(*KEY_COUNTS),
+    )
     dim, value_dim = draw.head_dims()
     if not work_is_small(heads, batch, q_len, kv_len, dim):
         q_len = min(q_len, 7)
@@ -142,9 +146,7 @@ def draw_attention(draw: Draw) -> Call:
 def hold_gradients(expected, dout: Tensor, dlse: Tensor, named: dict, heads_first) -> None:
     """Gradients of a dense call: those of slopes and sinks that sequences share are summed."""
     parts = {name: list(heads_first(x)) for name, x in named.items() if name in "qkv"}
-    parts |= {
-        name: list(x) for name, x in named.items() if name == "alibi_slopes" and x.dim() == 2
-    }
+    parts |= {name: list(x) for name, x in named.items() if name == "alibi_slopes" and x.dim() == 2}
     check_gradients(expected, list(dout), list(dlse), parts)
     shared = {name: x for name, x in named.items() if name not in parts}
     if shared:

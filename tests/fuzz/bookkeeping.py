@@ -53,7 +53,10 @@ def draw_allocator(draw: Draw) -> Call:
         tokens: dict[int, list[int]] = {}
         written = 0
         for _ in range(draw.integer(1, 25)):
-            action, names = draw.pick("new", "fork", "free", "cut", "drop", *["append"] * 4), list(tokens)
+            action, names = (
+                draw.pick("new", "fork", "free", "cut", "drop", *["append"] * 4),
+                list(tokens),
+            )
             if action == "new" or not names:
                 tokens[allocator.allocate()] = []
                 continue

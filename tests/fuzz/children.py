@@ -14,6 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")  # each has the ones before it
+WORKER = ["-m", "tests.fuzz.worker"]
 LONGEST_CHILD = 30.0  # seconds
 MOST_FAULTS = 20
 
@@ -38,10 +39,10 @@ class Report:
 
 def instruction_sets() -> list[str]:
     """Those that the CPU kernels can use here, the best first."""
-    from gqa_kernels import extension
+    from gqa_kernels.native import build
 
-    extension.load()
-    best = extension.cpu_instruction_set()
+    build.load()
+    best = build.cpu_instruction_set()
     return list(reversed(ISAS[: ISAS.index(best) + 1]))
 
 
@@ -66,7 +67,7 @@ def run_child(
     count: int = 10**9,
 ) -> int:  # fmt: skip
     """Calls from a seed on in a child process; the next seed."""
-    command = [sys.executable, "-m", "tests.fuzz.worker", str(first), str(seconds), str(count)]
+    command = [sys.executable, *WORKER, str(first), str(seconds), str(count)]
     child_environment = {**os.environ, "GQA_KERNELS_CPU_ISA": isa, **environment}
     seed, finished = None, False
     with tempfile.TemporaryFile("w+") as errors:

@@ -17,7 +17,7 @@ from gqa_kernels import (
 
 from .attention import draw_attention, draw_varlen
 from .bookkeeping import draw_allocator, draw_head_map
-from .caches import draw_append, draw_decode
+from .decode import draw_append, draw_decode
 from .draw import Call, Draw
 from .hostile import draw_constructor, run_hostile, spoil
 from .memory import storage_bytes
