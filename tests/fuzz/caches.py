@@ -46,7 +46,7 @@ class Place:
         return self.table[b, head, slot // size], slot % size
 
     def rows(self, side: str, head: int, page: Tensor, slot: Tensor) -> Tensor:
-        """Values of some slots of a head, fp64 or as stored where there is no format."""
+        """Values of some slots of a head, as stored where there is no format."""
         memory = {"k": self.k, "v": self.v}[side][page, head, slot]
         if self.format is None:
             return memory

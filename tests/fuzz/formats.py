@@ -45,11 +45,12 @@ STORED = {
 
 
 def values(memory: Tensor, format: Stored, scale: Tensor, zero: Tensor | None) -> Tensor:
-    """fp64 values of rows ``[..., D]``, with a scale (and zero) per row."""
+    """Values of rows ``[..., D]``, with a scale (and zero) per row. They are fp32 numbers: formats
+    are defined in fp32 arithmetic."""
     if format.per_byte == 2:
         memory = torch.stack([memory % 16, memory // 16], -1).flatten(-2)
-    zero = format.zero if zero is None else zero.double()[..., None]
-    return (memory.to(torch.float64) - zero) * scale.double()[..., None]
+    zero = format.zero if zero is None else zero[..., None]
+    return ((memory.float() - zero) * scale[..., None]).double()
 
 
 def row_scale(x: Tensor, format: Stored, with_zero: bool) -> tuple[Tensor, Tensor | None]:
