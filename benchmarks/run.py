@@ -18,6 +18,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from gqa_kernels.models.fingerprint import fingerprint
+
 from .data.cases import CACHE_OPS, parse_shape, vary
 from .data.instances import parse_instance
 from .data.suites import SUITES, AnyCase
@@ -95,14 +97,15 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
         case.check()  # a map that does not fit its model is refused before anything is timed
     cases = [c for c in cases if c.threads is None or c.threads <= torch.get_num_threads()]
     chosen, reasons = _contestants(arguments, suite, device, {case.op for case in cases})
-    results = Results(header(device, suite, reasons))
+    options = fingerprint(quick=arguments.quick, seconds=arguments.seconds)
+    results = Results(header(device, suite, reasons, options))
     path = arguments.json
     if arguments.save:
         path = FOLDER / folder_name(results.header) / f"{suite}.json"
     if arguments.resume and path is None:
         raise ValueError("--resume must come with --json or --save, got neither")
     if arguments.resume and path.exists():
-        results.resume(Results.load(path))
+        results.resume(Results.load(path), path)
     limits, settings = Limits(device), _settings(arguments, device)
     display.show_header(console, results.header)
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from gqa_kernels import __version__
+from gqa_kernels.models.fingerprint import Fingerprint, check_same, fingerprint
 from gqa_kernels.reporting.device import device_name
 
 from ..measure.limits import Limits
@@ -32,7 +33,7 @@ CODE = (  # as git's path patterns
     ":(top,exclude,glob)**/*.md",
 )  # fmt: skip
 FOLDER = Path(__file__).parents[1] / "results"
-MUST_AGREE = ("schema", "device", "threads", "commit")  # of a file and the run that goes on with it
+ORIGIN = ("schema", "device", "threads", "commit", "suite", "versions")  # parts of a fingerprint
 
 
 class Results:
@@ -70,24 +71,30 @@ class Results:
         rows = data.pop("rows")
         return cls(data, rows)
 
-    def resume(self, earlier: Results) -> None:
-        """Take over the rows of an earlier run of the same code on the same machine."""
-        for name in MUST_AGREE:
-            if self.header[name] != earlier.header[name]:
-                raise ValueError(
-                    f"{name} must be {self.header[name]!r} to go on with a results file, "
-                    f"got {earlier.header[name]!r}"
-                )
+    def resume(self, earlier: Results, path: Path) -> None:
+        """Take over the rows of an earlier run of the same code, on the same machine, with the same
+        versions, model, data and options.
+
+        Raises:
+            ValueError: ``path`` was made from something else.
+        """
+        check_same(path, _origin(earlier.header), _origin(self.header))
         self.header["limits"] = earlier.header.get("limits")
         self.header["seconds"] += earlier.header.get("seconds", 0.0)
         self._rows = {row["key"]: row for row in earlier.rows} | self._rows
 
 
-def header(device: torch.device, suite: str, contestants: dict[str, str]) -> dict:
+def header(
+    device: torch.device,
+    suite: str,
+    contestants: dict[str, str],
+    made_from: Fingerprint | None = None,
+) -> dict:
     """Everything but limits and rows.
 
     Args:
         contestants: by name ``"available"``, or why not.
+        made_from: fingerprint of model, data and options.
     """
     return {
         "schema": SCHEMA,
@@ -101,7 +108,14 @@ def header(device: torch.device, suite: str, contestants: dict[str, str]) -> dic
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "suite": suite,
         "contestants": contestants,
+        "made_from": made_from or {},
     }
+
+
+def _origin(header: dict) -> Fingerprint:
+    """The fingerprint of a run: what its rows depend on."""
+    parts = {name: header.get(name) for name in ORIGIN}
+    return fingerprint(**parts) | header.get("made_from", {})
 
 
 def folder_name(header: dict) -> str:

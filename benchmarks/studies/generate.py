@@ -174,20 +174,26 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--save", action="store_true", help="write, and go on with, the file")
     options = parser.parse_args(arguments)
 
+    from gqa_kernels.models.fingerprint import fingerprint
     from gqa_kernels.samples.smollm2 import load_smollm2
     from gqa_kernels.samples.text import calibration_text
     from gqa_kernels.samples.text import rows as token_rows
 
     torch.set_num_threads(options.threads)
     loaded = load_smollm2()
+    text = calibration_text()
+    tokens = torch.tensor(loaded.tokenizer.encode(text, add_special_tokens=False))
+    given = {name: getattr(options, name) for name in ("steps", "rounds", "text", "backend")}
+    made_from = fingerprint(loaded.model, [tokens], **given)
     found = contestants(loaded.model.to(getattr(torch, options.dtype)), options.backend)
-    results = Results(header(torch.device("cpu"), "generate", dict.fromkeys(found, "available")))
+    available = dict.fromkeys(found, "available")
+    results = Results(header(torch.device("cpu"), "generate", available, made_from))
     if options.save and options.path.exists():
-        results.resume(Results.load(options.path))
+        results.resume(Results.load(options.path), options.path)
     for context in options.contexts:
         done = [row for row in results.rows if row["key"].startswith(f"{options.dtype} {context} ")]
         if not done:
-            ids = token_rows(loaded.tokenizer, calibration_text(), (1, context + 1))
+            ids = token_rows(loaded.tokenizer, text, (1, context + 1))
             done = run(found, ids, options.steps, options.rounds, options.text)
             for row in done:
                 row.update(key=f"{options.dtype} {row['key']}", dtype=options.dtype)

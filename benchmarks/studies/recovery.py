@@ -32,6 +32,7 @@ from gqa_kernels.convert.recovery import Recipe, recover
 from gqa_kernels.grouping import calibrate, layer_errors, search, similarity
 from gqa_kernels.integrations.transformers import register
 from gqa_kernels.models.families import attention_layers
+from gqa_kernels.models.fingerprint import Fingerprint, check_same, fingerprint
 from gqa_kernels.reporting.files import write_atomically
 from gqa_kernels.samples.smollm2 import load_smollm2
 from gqa_kernels.samples.text import calibration_text, evaluation_text, rows
@@ -124,11 +125,13 @@ class Runs:
 
     def __init__(self, settings: Settings, path: Path):
         self.settings, self.path = settings, path
-        self.done = _read(path, settings)
         loaded = load_smollm2()
         self.parent = loaded.model
         self.evaluation = rows(loaded.tokenizer, evaluation_text(), settings.evaluation).split(2)
         self.training = rows(loaded.tokenizer, calibration_text(), settings.training)
+        data = [*self.evaluation, self.training]
+        self.made_from = fingerprint(self.parent, data, **asdict(settings))
+        self.done = _read(path, self.made_from)
         self.stats: dict[int, list] = {}
 
     def before(self, key: Key) -> None:
@@ -178,7 +181,7 @@ class Runs:
 
     def _keep(self, key: Key, row: Row, text: str) -> None:
         self.done[key] = row
-        _write(self.path, self.settings, self.done.values())
+        _write(self.path, self.settings, self.made_from, self.done.values())
         print(f"{key[0]}, {key[1]} KV heads, seed {key[2]}: perplexity {text}", flush=True)
 
 
@@ -213,17 +216,16 @@ def _expanded_difference(child: nn.Module, ids: Tensor) -> float:
     return float((ours - theirs).abs().max() / theirs.abs().max())
 
 
-def _read(path: Path, settings: Settings) -> dict[Key, Row]:
+def _read(path: Path, made_from: Fingerprint) -> dict[Key, Row]:
     if not path.exists():
         return {}
     content = json.loads(path.read_text())
-    if content["settings"] != json.loads(json.dumps(asdict(settings))):
-        raise ValueError(f"{path} must be of these settings, got {content['settings']}")
+    check_same(path, content.get("made_from"), made_from)
     found = [Row(**row) for row in content["rows"]]
     return {(row.method, row.kv_heads, row.seed): row for row in found}
 
 
-def _write(path: Path, settings: Settings, rows_: Iterable[Row]) -> None:
+def _write(path: Path, settings: Settings, made_from: Fingerprint, rows_: Iterable[Row]) -> None:
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     ).stdout.strip()
@@ -232,6 +234,7 @@ def _write(path: Path, settings: Settings, rows_: Iterable[Row]) -> None:
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "versions": {"gqa-kernels": __version__, "torch": torch.__version__, "commit": commit},
         "settings": asdict(settings),
+        "made_from": made_from,
         "rows": [asdict(row) for row in rows_],
     }
     write_atomically(path, json.dumps(content, indent=1))

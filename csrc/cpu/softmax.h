@@ -79,7 +79,7 @@ GQA_INLINE typename V::F add_bias(typename V::F score, int key, const RowBias& b
   if (bias.slope != 0.0f) {
     const F keys = V::add(V::iota(), V::set1(static_cast<float>(key)));
     const F distance = V::abs(V::sub(V::set1(bias.position), keys));
-    score = V::sub(score, V::mul(V::set1(bias.slope), distance));
+    score = V::fma(V::set1(-bias.slope), distance, score);
   }
   if (bias.additive != nullptr) {
     const F added = V::load(bias.additive + key);

@@ -150,7 +150,13 @@ def test_resume_refuses_other_conditions(tmp_path, capsys):
     data = results(path)
     path.write_text(json.dumps(data | {"commit": "another"}))
     assert run.main([*measure, "--resume"]) == 2
-    assert "commit must be" in capsys.readouterr().err
+    assert 'commit (was "another", is ' in capsys.readouterr().err
+    path.write_text(json.dumps(data | {"versions": {**data["versions"], "torch": "1.0"}}))
+    assert run.main([*measure, "--resume"]) == 2
+    assert "other parts than this run: versions" in capsys.readouterr().err
+    path.write_text(json.dumps(data | {"made_from": {}}))
+    assert run.main([*measure, "--resume"]) == 2
+    assert "quick (was not given, is false)" in capsys.readouterr().err
 
 
 def test_budget_stops_and_says_so(tmp_path, capsys):

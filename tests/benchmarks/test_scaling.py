@@ -11,7 +11,8 @@ from benchmarks.ops.attention import Gate, Problem
 from benchmarks.peers import base
 from benchmarks.report import tables
 from benchmarks.report.results import Results
-from gqa_kernels.backends.triton import configs, launch
+from gqa_kernels.backends.triton import configs
+from gqa_kernels.backends.triton.launch import forward as launch
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
