@@ -20,17 +20,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from gqa_kernels.models.fingerprint import fingerprint
 
-from . import display
-from .cases import CACHE_OPS, parse_shape, vary
-from .compare import compare
-from .contestants import Contestant
-from .harness import measure, row_key
-from .limits import Limits
-from .ops import ALIASES, OPS
-from .results import FOLDER, Results, folder_name, header
-from .search import parse_instance
-from .suites import SUITES, AnyCase
-from .timing import Settings
+from .data.cases import CACHE_OPS, parse_shape, vary
+from .data.instances import parse_instance
+from .data.suites import SUITES, AnyCase
+from .measure.harness import measure, row_key
+from .measure.limits import Limits
+from .measure.timing import Settings
+from .ops.registry import ALIASES, OPS
+from .peers.base import Contestant
+from .report import display
+from .report.compare import compare
+from .report.results import FOLDER, Results, folder_name, header
 
 SLOW_SEARCHES = "NSGA-II, 100*"
 SUITE_WITHOUT = {  # contestants left out by default

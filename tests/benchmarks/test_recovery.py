@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import recovery
+from benchmarks.studies import recovery
 from tests.demo.test_demo import load_tiny
 
 SMALL = recovery.Settings(

@@ -7,12 +7,12 @@ import time
 import pytest
 import torch
 
-from benchmarks import results as results_file
 from benchmarks import run
-from benchmarks.compare import compare
-from benchmarks.ops import OPS
-from benchmarks.problem import Problem
-from benchmarks.results import SCHEMA
+from benchmarks.ops.attention import Problem
+from benchmarks.ops.registry import OPS
+from benchmarks.report import results as results_file
+from benchmarks.report.compare import compare
+from benchmarks.report.results import SCHEMA
 from gqa_kernels.backends import dispatch
 from gqa_kernels.backends.reference import ReferenceBackend
 
