@@ -2,6 +2,5 @@
 
 transformers, vllm, sglang   one ``register()`` each
 hf_kernels                   the package as a Hugging Face kernel repository
-check_engine                 an engine's text against transformers', on a GPU machine
 engine_layer                 what the engines' attention layers have in common
 """
