@@ -10,6 +10,7 @@ from ..native import env
 from ..reporting.errors import UsageError
 from . import (
     backends,
+    check_engine,
     convert,
     demo,
     environment,
@@ -20,7 +21,8 @@ from . import (
     train_demo,
 )
 
-COMMANDS = (demo, train_demo, search, convert, evaluate, inspect, shard, backends, environment)
+COMMANDS = (demo, train_demo, search, convert, evaluate, inspect, shard, check_engine)
+COMMANDS += (backends, environment)
 REFUSALS = (ValueError, TypeError, NotImplementedError, ImportError, OSError, UsageError)
 INTERRUPTED = 130  # the shell's exit status of a program that Ctrl-C stopped
 

@@ -1,27 +1,22 @@
-"""Does an engine write what transformers writes? For a machine with a GPU and the engine on it.
+"""``gqa-kernels check-engine``: does an engine write what transformers writes?
 
-::
-
-    python -m gqa_kernels.integrations.check_engine vllm      # or sglang
-
-loads SmolLM2 twice, as it is and with uneven, interleaved KV heads, another map in each layer
-(lossless: the same function), runs both in the engine on our backend and in transformers on
-``asym_gqa``, greedily and in fp32, and compares token by token. Exit status 0: all equal; 1: not;
-2: it could not run.
+For a machine with a GPU and the engine on it. Loads SmolLM2 twice: as it is, and with uneven,
+interleaved KV heads, another map in each layer (lossless: the same function). Runs both in the
+engine on our backend and in transformers on ``asym_gqa``, greedily and in fp32, and compares token
+by token. Exit status 0: all equal; 1: not; 2: it could not run.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..reporting.errors import UsageError
+from .arguments import count
 
 PROMPTS = (
     "The three primary colours are",
@@ -34,7 +29,7 @@ Tokens = list[list[int]]
 
 def vllm(folder: Path, converted: bool, prompts: Tokens, new_tokens: int) -> Tokens:
     """Greedy continuations by vLLM."""
-    from . import vllm as integration
+    from ..integrations import vllm as integration
 
     integration.register()
     from vllm import LLM, SamplingParams
@@ -52,7 +47,7 @@ def vllm(folder: Path, converted: bool, prompts: Tokens, new_tokens: int) -> Tok
 
 def sglang(folder: Path, converted: bool, prompts: Tokens, new_tokens: int) -> Tokens:
     """Greedy continuations by SGLang."""
-    from . import sglang as integration
+    from ..integrations import sglang as integration
 
     integration.register()
     from sglang import Engine
@@ -72,6 +67,22 @@ def sglang(folder: Path, converted: bool, prompts: Tokens, new_tokens: int) -> T
 ENGINES: dict[str, Callable[[Path, bool, Tokens, int], Tokens]] = {"vllm": vllm, "sglang": sglang}
 
 
+def add(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "check-engine",
+        help="compare an engine's text with transformers', on a GPU",
+        description="Prints for each model and prompt how many tokens are equal.",
+    )
+    parser.add_argument("engine", choices=ENGINES)
+    parser.add_argument("--new-tokens", type=count, default=32, help="(%(default)s)")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return 0 if check(ENGINES[arguments.engine], arguments.new_tokens, device) else 1
+
+
 def check(generate: Callable, new_tokens: int, device: str) -> bool:
     """Print a line per model and prompt; whether all of them are equal.
 
@@ -81,9 +92,9 @@ def check(generate: Callable, new_tokens: int, device: str) -> bool:
         device: where transformers runs.
     """
     from ..convert import convert, random_split, save
+    from ..integrations.transformers import register
     from ..models.families import attention_layers
     from ..samples.smollm2 import load_smollm2
-    from .transformers import register
 
     loaded = load_smollm2()
     layers = attention_layers(loaded.model)
@@ -94,7 +105,7 @@ def check(generate: Callable, new_tokens: int, device: str) -> bool:
     for name, model in models.items():
         model.set_attn_implementation(register())
         model.to(device)
-        expected = [_greedy(model, ids, new_tokens) for ids in prompts]
+        expected = [greedy(model, ids, new_tokens) for ids in prompts]
         model.to("cpu")
         with tempfile.TemporaryDirectory() as folder:
             target = save(model, Path(folder) / name, processor=loaded.tokenizer)
@@ -107,27 +118,11 @@ def check(generate: Callable, new_tokens: int, device: str) -> bool:
     return equal
 
 
-def _greedy(model: torch.nn.Module, ids: list[int], new_tokens: int) -> list[int]:
+def greedy(model: torch.nn.Module, ids: list[int], new_tokens: int) -> list[int]:
+    """The continuation of a prompt by transformers."""
     given = torch.tensor([ids], device=model.device)
     out = model.generate(
         given, attention_mask=torch.ones_like(given), do_sample=False, min_new_tokens=new_tokens,
         max_new_tokens=new_tokens,
     )  # fmt: skip
     return out[0, len(ids) :].tolist()
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Compare an engine's text with transformers'.")
-    parser.add_argument("engine", choices=ENGINES)
-    parser.add_argument("--new-tokens", type=int, default=32, help="(%(default)s)")
-    arguments = parser.parse_args(argv)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return 0 if check(ENGINES[arguments.engine], arguments.new_tokens, device) else 1
-    except (ImportError, UsageError) as error:
-        print(f"check_engine: {error}", file=sys.stderr)
-        return 2
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
