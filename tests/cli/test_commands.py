@@ -17,7 +17,7 @@ from gqa_kernels.models.families import attention_layers
 from gqa_kernels.models.fingerprint import fingerprint
 from gqa_kernels.train_demo import training
 from tests import tiny_families
-from tests.demo.test_demo import ByteTokenizer
+from tests.samples.stand_ins import ByteTokenizer
 from tests.tiny_models import tiny
 
 SHAPE = ("--shape", "6", "24")
