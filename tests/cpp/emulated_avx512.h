@@ -17,8 +17,8 @@
 #include <initializer_list>
 
 #include "core/params.h"
-#include "cpu/isa.h"
-#include "cpu/scalars.h"
+#include "cpu/isa/isa.h"
+#include "cpu/isa/scalars.h"
 
 #ifndef _CMP_EQ_OQ
 #define _CMP_EQ_OQ 0x00

@@ -15,7 +15,7 @@
 #include "core/backward_params.h"
 #include "core/dropout.h"
 #include "core/visible.h"
-#include "cpu/backward.h"
+#include "cpu/backward/backward.h"
 
 namespace {
 

@@ -9,10 +9,10 @@
 #include <cstring>
 
 #include "core/params.h"
-#include "cpu/math.h"
-#include "cpu/pairs.h"
-#include "cpu/scalars.h"
-#include "cpu/vec_avx512.h"
+#include "cpu/isa/math.h"
+#include "cpu/forward/pairs.h"
+#include "cpu/isa/scalars.h"
+#include "cpu/isa/vec_avx512.h"
 
 namespace {
 

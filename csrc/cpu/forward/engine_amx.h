@@ -1,0 +1,116 @@
+// Products of bf16 pairs on AMX tiles of 16 rows x 64 bytes: 2 x 2 tiles of sums, so that each
+// loaded tile serves two products. One product is 16 x 16 x 32 multiply-adds in 16 cycles; what it
+// has to wait for are loads from beyond the first-level cache and stores of tiles. So a block of 32
+// rows goes through scores, softmax and the second product at a time: its scores, probabilities and
+// output stay in 48 KiB, and K and V stream by.
+//
+// tdpbf16ps sums even and odd numbers of a row apart, each in fp32 rounding to nearest even, then
+// adds both to the accumulator; subnormal numbers count as 0, in and out. (Intel 64 and IA-32
+// Architectures Software Developer's Manual, volume 2, TDPBF16PS.)
+#pragma once
+
+#include <cstdint>
+
+#include "../isa/isa.h"
+#include "pairs.h"
+
+namespace gqa::cpu::GQA_ISA {
+
+// Tiles are at hand while it lives, all of 16 rows x 64 bytes. Of the calling thread.
+class TileScope {
+ public:
+  TileScope() {
+    alignas(64) Config config{};
+    config.palette = 1;
+    for (int i = 0; i < 8; ++i) {
+      config.row_bytes[i] = 64;
+      config.rows[i] = 16;
+    }
+    fence(&config);
+    _tile_loadconfig(&config);
+  }
+  ~TileScope() { _tile_release(); }
+  TileScope(const TileScope&) = delete;
+  TileScope& operator=(const TileScope&) = delete;
+
+  // The compiler's tile loads do not say that they read memory: what they read must be written.
+  static GQA_INLINE void fence(const void* p) { __asm__ volatile("" : : "r"(p) : "memory"); }
+
+ private:
+  struct Config {  // the operand of ldtilecfg
+    uint8_t palette, start_row, reserved[14];
+    uint16_t row_bytes[16];
+    uint8_t rows[16];
+  };
+};
+
+template <class V>
+struct TileEngine {
+  static constexpr int kRows = 32;
+  static constexpr int kBlockRows = 32;
+  static constexpr bool kFewPack = true;  // products_tiles.h copies into that memory
+
+  template <bool kAdd>
+  static GQA_INLINE void multiply(int rows, const BFloat16* a, int64_t lda, const BFloat16* b,
+                                  int64_t chunks, float* c, int64_t ldc) {
+    TileScope::fence(a);
+    rows > 16 ? multiply32<kAdd>(a, lda, b, chunks, c, ldc)
+              : multiply16<kAdd>(a, lda, b, chunks, c, ldc);
+  }
+
+ private:
+  template <bool kAdd>
+  static GQA_INLINE void multiply32(const BFloat16* a, int64_t lda, const BFloat16* b,
+                                    int64_t chunks, float* c, int64_t ldc) {
+    const int64_t a_bytes = lda * 2, c_bytes = ldc * 4;
+    if (kAdd) {
+      _tile_loadd(0, c, c_bytes);
+      _tile_loadd(1, c + 16, c_bytes);
+      _tile_loadd(2, c + 16 * ldc, c_bytes);
+      _tile_loadd(3, c + 16 * ldc + 16, c_bytes);
+    } else {
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+    }
+    for (; chunks > 0; --chunks, a += kChunk, b += kChunkNumbers) {
+      _tile_loadd(4, a, a_bytes);
+      _tile_loadd(6, b, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(7, b + kTileNumbers, 64);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_loadd(5, a + 16 * lda, a_bytes);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, c, c_bytes);
+    _tile_stored(1, c + 16, c_bytes);
+    _tile_stored(2, c + 16 * ldc, c_bytes);
+    _tile_stored(3, c + 16 * ldc + 16, c_bytes);
+  }
+
+  template <bool kAdd>
+  static GQA_INLINE void multiply16(const BFloat16* a, int64_t lda, const BFloat16* b,
+                                    int64_t chunks, float* c, int64_t ldc) {
+    const int64_t a_bytes = lda * 2, c_bytes = ldc * 4;
+    if (kAdd) {
+      _tile_loadd(0, c, c_bytes);
+      _tile_loadd(1, c + 16, c_bytes);
+    } else {
+      _tile_zero(0);
+      _tile_zero(1);
+    }
+    for (; chunks > 0; --chunks, a += kChunk, b += kChunkNumbers) {
+      _tile_loadd(4, a, a_bytes);
+      _tile_loadd(6, b, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(7, b + kTileNumbers, 64);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    _tile_stored(0, c, c_bytes);
+    _tile_stored(1, c + 16, c_bytes);
+  }
+};
+
+}  // namespace gqa::cpu::GQA_ISA

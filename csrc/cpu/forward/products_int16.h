@@ -1,0 +1,292 @@
+// The two products of a tile with few rows over int8 or int4 K and V and 16-bit queries, in
+// integers: one instruction multiplies and adds twice as many 16-bit integers ("words") as floats,
+// and stored numbers need less widening.
+//
+//   q ~ step * words      16 bits for the largest number of the row (step = max |q| / 32767)
+//   p ~ step * words      likewise, of the tile's probabilities times the scales of V
+//
+// Sums are exact: a product is at most 2^22, a row has at most 256 numbers and a tile 64 keys. The
+// rounding of q is 1/256 of what int8 does to K, that of p is 1/64 of bf16's. The LSE is fp32 for
+// every type: for a call that wants it q has a second word, what the first one rounded off.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#include "direct_loops.h"
+#include "../isa/isa.h"
+#include "kv_rows.h"
+#include "../isa/math.h"
+#include "tile.h"
+
+namespace gqa::cpu::GQA_ISA {
+
+constexpr float kSecondWord = 1.0f / 32768.0f;
+constexpr float kRoundToWhole = 3 << 22;  // x + this - this is x rounded, for |x| < 2^22
+
+// Numbers of at most `max` as step * word. NaN: everything they are multiplied with is.
+struct WordScale {
+  float step, inverse;
+  explicit WordScale(float max)
+      : step(max / 32767.0f), inverse(max > 1e-34f ? 32767.0f / max : 0.0f) {}  // no infinity
+};
+
+// The `n` numbers of `row` from d on, at most two vectors of words; after them what does not matter
+// (words of q are 0 there).
+template <class V, class S>
+GQA_INLINE void load_words(const S* row, int64_t d, int64_t n, typename V::I& x0,
+                           typename V::I& x1) {
+  constexpr int kBlock = 4 * V::kWidth;
+  if (n >= kBlock) return V::load_words(at(row, d), x0, x1);
+  S block[kBlock / kNumbersPerElement<S>] = {};
+  std::memcpy(block, at(row, d), (n + kNumbersPerElement<S> - 1) / kNumbersPerElement<S>);
+  V::load_words(block, x0, x1);
+}
+
+// Pairs (a[i], b[i]) of the `n` numbers from d on of two rows, at most two vectors.
+template <class V, class S>
+GQA_INLINE void load_pairs(const S* a, const S* b, int64_t d, int64_t n, typename V::I& x0,
+                           typename V::I& x1) {
+  constexpr int kBlock = 2 * V::kWidth;
+  if (n >= kBlock) return V::load_pairs(at(a, d), at(b, d), x0, x1);
+  S block[2][kBlock / kNumbersPerElement<S>] = {};
+  const int64_t bytes = (n + kNumbersPerElement<S> - 1) / kNumbersPerElement<S>;
+  std::memcpy(block[0], at(a, d), bytes);
+  std::memcpy(block[1], at(b, d), bytes);
+  V::load_pairs(block[0], block[1], x0, x1);
+}
+
+// sum[r, c] += q[r] . k[c] over a block of numbers at d, of which there are n.
+template <class V, class S, int kRows, int kKeys>
+GQA_INLINE void multiply_words(const int16_t* q, int64_t ldq, const S* const (&k)[kKeys], int64_t d,
+                               int64_t n, typename V::I (&sum)[kRows][kKeys]) {
+  using I = typename V::I;
+  I x[2][kKeys];
+  GQA_UNROLL(4)
+  for (int c = 0; c < kKeys; ++c) load_words<V>(k[c], d, n, x[0][c], x[1][c]);
+  GQA_UNROLL(2)
+  for (int i = 0; i < 2; ++i) {
+    GQA_UNROLL(6)
+    for (int r = 0; r < kRows; ++r) {
+      I y = V::load_words(q + r * ldq + d + i * 2 * V::kWidth);
+      V::pin(y);  // compilers would rather load it again for every key
+      GQA_UNROLL(4)
+      for (int c = 0; c < kKeys; ++c) V::add_products(sum[r][c], y, x[i][c]);
+    }
+  }
+}
+
+// s[r, 0..kKeys) = q[r] . rows[0..kKeys), of words
+template <class V, class S, int kRows, int kKeys>
+GQA_INLINE void dot_words(const int16_t* q, int64_t ldq, const S* const* rows, int64_t head_dim,
+                          float* s, int64_t lds) {
+  constexpr int64_t kBlock = 4 * V::kWidth;
+  q = again(q);
+  const S* k[kKeys];
+  typename V::I sum[kRows][kKeys];
+  GQA_UNROLL(4)
+  for (int c = 0; c < kKeys; ++c) k[c] = rows[c];
+  GQA_UNROLL(6)
+  for (int r = 0; r < kRows; ++r) {
+    GQA_UNROLL(4)
+    for (int c = 0; c < kKeys; ++c) sum[r][c] = V::zero_words();
+  }
+  int64_t d = 0;
+  GQA_UNROLL(8)
+  for (; d + kBlock <= head_dim; d += kBlock) multiply_words<V>(q, ldq, k, d, kBlock, sum);
+  if (d < head_dim) multiply_words<V>(q, ldq, k, d, head_dim - d, sum);
+  GQA_UNROLL(6)
+  for (int r = 0; r < kRows; ++r) {
+    if (kKeys == 4) {
+      const typename V::I total[4] = {sum[r][0], sum[r][1], sum[r][2 % kKeys], sum[r][3 % kKeys]};
+      V::store_sums4(s + r * lds, total);
+    } else if (r % 2 == 0) {
+      const int next = r + 1 < kRows ? r + 1 : r;
+      const typename V::I total[4] = {sum[r][0], sum[r][1], sum[next][0], sum[next][1]};
+      V::store_sums2x2(s + r * lds, s + next * lds, total);
+    }
+  }
+}
+
+// o[r, column block] += step[r] * sum over keys of p[r, key] * v[key, column block]; the block is
+// kCols vectors wide, `width` numbers of it from V: all of them where kWhole.
+template <class V, class S, int kRows, int kCols, bool kWhole = true>
+GQA_INLINE void add_words(const int16_t* p, int64_t ldp, const float* step, const S* const* v,
+                          int64_t column, StripKeys keys, int64_t width, float* o, int64_t ldo) {
+  using I = typename V::I;
+  constexpr int kW = V::kWidth;
+  I sum[kRows][kCols];
+  GQA_UNROLL(6)
+  for (int r = 0; r < kRows; ++r) {
+    GQA_UNROLL(8)
+    for (int c = 0; c < kCols; ++c) sum[r][c] = V::zero_words();
+  }
+  for (int key = keys.begin / 2 * 2; key < keys.end; key += 2) {
+    GQA_UNROLL(4)
+    for (int c = 0; c < kCols; c += 2) {
+      I x0, x1;
+      load_pairs<V>(v[key], v[key + 1], column + c * kW, kWhole ? 2 * kW : width, x0, x1);
+      GQA_UNROLL(6)
+      for (int r = 0; r < kRows; ++r) {
+        const I weights = V::set_pair(p + r * ldp + key);
+        V::add_products(sum[r][c], weights, x0);
+        V::add_products(sum[r][c + 1], weights, x1);
+      }
+    }
+  }
+  GQA_UNROLL(6)
+  for (int r = 0; r < kRows; ++r) {
+    const typename V::F factor = V::set1(step[r]);
+    GQA_UNROLL(4)
+    for (int c = 0; c < kCols; c += 2) {
+      float* to = o + r * ldo + c * kW;
+      typename V::F x0 = V::to_float(sum[r][c]), x1 = V::to_float(sum[r][c + 1]);
+      V::template order_pairs<S>(x0, x1);
+      V::store(to, V::fma(x0, factor, V::load(to)));
+      V::store(to + kW, V::fma(x1, factor, V::load(to + kW)));
+    }
+  }
+}
+
+template <class V, class S>
+class IntegerProducts : public DirectLoops<IntegerProducts<V, S>, V, S> {
+  using Loops = DirectLoops<IntegerProducts<V, S>, V, S>;
+  friend Loops;
+
+ public:
+  static constexpr bool kRoundsProbabilities = true;
+
+  IntegerProducts(const AttentionParams& params, Tile<V>& tile, bool two_words)
+      : Loops(params, tile), two_words_(two_words) {}
+
+  // What scores are counted in.
+  float score_unit(int r) const { return q_step_[r]; }
+
+  // Before the first tile: words of q, in the order of V::load_words. q itself is counted in their
+  // unit from here on: its sum, which zeros of K are multiplied with, has the rounding of words.
+  void begin(int rows) {
+    using F = typename V::F;
+    const TileLayout<V>& layout = this->tile_.layout;
+    for (int r = 0; r < rows; ++r) {
+      float* q = this->tile_.q + r * layout.q_ld;
+      F most = V::set1(0.0f), bad = most;
+      for (int64_t d = 0; d < layout.q_ld; d += kW) {
+        most = V::max(V::abs(V::load(q + d)), most);
+        bad = V::fma(V::load(q + d), V::set1(0.0f), bad);  // NaN of infinities and NaN
+      }
+      const WordScale scale(V::reduce_max(most) + V::reduce_add(bad));
+      q_step_[r] = scale.step;
+      for (int64_t d = 0; d < layout.word_ld; d += 4 * kW) {
+        F x[4], rest[4];
+        GQA_UNROLL(4)
+        for (int i = 0; i < 4; ++i) {
+          float* place = q + d + i * kW;
+          const bool there = d + i * kW < layout.q_ld;
+          x[i] = there ? V::mul(V::load(place), V::set1(scale.inverse)) : V::set1(0.0f);
+          const F whole = V::sub(V::add(x[i], V::set1(kRoundToWhole)), V::set1(kRoundToWhole));
+          rest[i] = V::mul(V::sub(x[i], whole), V::set1(1.0f / kSecondWord));
+          if (there) V::store(place, two_words_ ? x[i] : whole);
+        }
+        store_words(x, row_words(0, r) + d);
+        if (two_words_) store_words(rest, row_words(1, r) + d);
+      }
+    }
+  }
+
+  void scores(int begin, int rows, const StripKeys* strips) {
+    word_ = 0;
+    Loops::scores(begin, rows, strips);
+    if (!two_words_) return;
+    word_ = 1;
+    Loops::scores(begin, rows, strips);
+    for (int r = 0; r < rows; ++r) {
+      float* s = this->tile_.s + r * this->tile_.layout.keys;
+      const float* rest = this->tile_.second_s + r * this->tile_.layout.keys;
+      for (int i = strips[0].begin / kW * kW; i < strips[0].end; i += kW) {
+        V::store(s + i, V::fma(V::load(rest + i), V::set1(kSecondWord), V::load(s + i)));
+      }
+    }
+  }
+
+  // A row of p, the largest magnitude of which is `most`, becomes words, which take the first half
+  // of its place.
+  void round_probabilities(int r, StripKeys keys, float most) {
+    float* p = this->tile_.s + r * this->tile_.layout.keys;
+    const WordScale scale(most);
+    p_step_[r] = scale.step;
+    const typename V::F inverse = V::set1(scale.inverse);
+    int16_t* words = reinterpret_cast<int16_t*>(p);
+    for (int i = keys.begin / kW * kW; i < keys.end; i += kW) {
+      V::store_words(words + i, V::mul(V::load(p + i), inverse));
+    }
+  }
+
+ private:
+  static constexpr int kW = V::kWidth;
+
+  // Words of the numbers x of a block in their order.
+  static void store_words(typename V::F (&x)[4], int16_t* words) {
+    if (V::template kSplits<S>) {
+      V::split(x[0], x[1]);
+      V::split(x[2], x[3]);
+      std::swap(x[1], x[2]);
+    }
+    GQA_UNROLL(4)
+    for (int i = 0; i < 4; ++i) V::store_words(words + i * kW, x[i]);
+  }
+
+  int16_t* row_words(int word, int r) const {
+    const TileLayout<V>& layout = this->tile_.layout;
+    return this->tile_.q_words + (word * layout.rows + r) * layout.word_ld;
+  }
+
+  template <int kRows>
+  GQA_NOINLINE void dot_rows(int r, StripKeys keys, Prefetcher<S>& ahead) {
+    if (this->head_dim_ == kUsualDims) return dot_rows<kRows, kUsualDims>(r, keys, ahead);
+    dot_rows<kRows, 0>(r, keys, ahead);
+  }
+  // kDims: the head dim, or 0 for any.
+  template <int kRows, int kDims>
+  GQA_INLINE void dot_rows(int r, StripKeys keys, Prefetcher<S>& ahead) {
+    const TileLayout<V>& layout = this->tile_.layout;
+    const int64_t dims = kDims ? kDims : this->head_dim_;
+    const int64_t ldq = kDims ? kDims : layout.word_ld;
+    const int16_t* q = row_words(word_, r);
+    const S* const* rows = this->k_rows_;
+    float* s = (word_ == 0 ? this->tile_.s : this->tile_.second_s) + r * layout.keys;
+    const int64_t lds = layout.keys;
+    constexpr int kKeys = kRows <= 2 ? 4 : 2;
+    for (int i = keys.begin; i < keys.end; i += kKeys) {
+      if (i % kRowStep == 0) ahead.step();
+      dot_words<V, S, kRows, kKeys>(q, ldq, rows + i, dims, s + i, lds);
+    }
+  }
+
+  template <int kRows>
+  GQA_NOINLINE void add_rows(int r, StripKeys keys, Prefetcher<S>& ahead) {
+    constexpr int kCols = kRows == 1 ? 8 : kRows == 2 ? 4 : 2;
+    const int64_t ldp = this->tile_.layout.keys, ldo = this->tile_.layout.o_ld;
+    const int64_t dims = this->value_head_dim_;
+    const int16_t* p = reinterpret_cast<const int16_t*>(this->tile_.s + r * ldp);
+    float* o = this->tile_.o + r * ldo;
+    int64_t d = 0;
+    for (; d + kCols * kW <= dims; d += kCols * kW) {
+      for (int i = 0; i < kCols; ++i) ahead.step();
+      add_words<V, S, kRows, kCols>(p, 2 * ldp, p_step_ + r, this->v_rows_, d, keys, kCols * kW,
+                                    o + d, ldo);
+    }
+    for (; d < dims; d += 2 * kW) {
+      ahead.step();
+      ahead.step();
+      add_words<V, S, kRows, 2, false>(p, 2 * ldp, p_step_ + r, this->v_rows_, d, keys, dims - d,
+                                       o + d, ldo);
+    }
+  }
+
+  bool two_words_;
+  int word_ = 0;  // which one scores are of
+  float q_step_[kMaxDirectRows], p_step_[kMaxDirectRows];
+};
+
+}  // namespace gqa::cpu::GQA_ISA
