@@ -15,8 +15,8 @@
 #include "core/append_params.h"
 #include "core/backward_params.h"
 #include "cpu/append/append.h"
-#include "cpu/forward/attention.h"
 #include "cpu/backward/backward.h"
+#include "cpu/forward/attention.h"
 #include "cpu/isa/cpu_features.h"
 
 namespace {

@@ -17,14 +17,14 @@
 
 #include "../../core/dropout.h"
 #include "../../core/visible.h"
+#include "../forward/kv_rows.h"
+#include "../forward/products_direct.h"
+#include "../forward/products_packed.h"
+#include "../isa/isa.h"
+#include "../isa/math.h"
 #include "kernel_table.h"
 #include "softmax.h"
 #include "tile.h"
-#include "../isa/isa.h"
-#include "../forward/kv_rows.h"
-#include "../isa/math.h"
-#include "../forward/products_direct.h"
-#include "../forward/products_packed.h"
 
 namespace gqa::cpu::GQA_ISA {
 

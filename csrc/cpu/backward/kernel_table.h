@@ -1,12 +1,13 @@
-// What one instruction set offers to backward.cpp.
+// The backward kernels of one instruction set, for backward.cpp to choose from.
 #pragma once
 
+#include <array>
 #include <cstdint>
 
 #include "../../core/backward_params.h"
+#include "../isa/cpu_features.h"
 #include "schedule.h"
 #include "sums.h"
-#include "../isa/cpu_features.h"
 
 namespace gqa::cpu {
 
@@ -30,8 +31,8 @@ struct BackwardKernels {
   Isa isa;
   int64_t (*scratch_floats)(const AttentionParams& params, const TileShape& tile);
   SumWidths (*sum_widths)(const AttentionParams& params);
-  BackwardFunction run_task[3];  // by DType of q: fp32, bf16, fp16
-  StoreSumsFunction store_sums[3];
+  std::array<BackwardFunction, 3> run_task;  // by DType of q: fp32, bf16, fp16
+  std::array<StoreSumsFunction, 3> store_sums;
 };
 
 extern const BackwardKernels kPortableBackward;

@@ -9,9 +9,9 @@
 #include <cmath>
 #include <cstdint>
 
+#include "../forward/softmax.h"
 #include "../isa/isa.h"
 #include "../isa/math.h"
-#include "../forward/softmax.h"
 
 namespace gqa::cpu::GQA_ISA {
 

@@ -3,9 +3,9 @@
 
 #include <cstdint>
 
-#include "../isa/isa.h"
 #include "../forward/schedule.h"
 #include "../forward/tile.h"
+#include "../isa/isa.h"
 
 namespace gqa::cpu::GQA_ISA {
 

@@ -13,24 +13,24 @@ namespace gqa::cpu {
 namespace {
 
 // Best first.
-const Kernels* const kAllKernels[] = {
+const ForwardKernels* const kAllKernels[] = {
 #if defined(GQA_HAVE_AMX)
-    &kAmxKernels,
+    &kAmxForward,
 #endif
 #if defined(GQA_HAVE_AVX512_BF16)
-    &kAvx512Bf16Kernels,
+    &kAvx512Bf16Forward,
 #endif
 #if defined(GQA_HAVE_AVX512)
-    &kAvx512Kernels,
+    &kAvx512Forward,
 #endif
 #if defined(__x86_64__)
-    &kAvx2Kernels,
+    &kAvx2Forward,
 #endif
-    &kPortableKernels,
+    &kPortableForward,
 };
 
-const Kernels& select(DType dtype) {
-  return select_kernels(kAllKernels, chosen_isa(), [dtype](const Kernels& kernels) {
+const ForwardKernels& select(DType dtype) {
+  return select_kernels(kAllKernels, chosen_isa(), [dtype](const ForwardKernels& kernels) {
     return kernels.run_bundle[static_cast<int>(dtype)] != nullptr;
   });
 }
@@ -93,7 +93,7 @@ struct Work {
 }  // namespace
 
 void attention_forward(const AttentionParams& params, const ThreadPool& pool, bool lse_wanted) {
-  const Kernels& kernels = select(params.k_dtype);
+  const ForwardKernels& kernels = select(params.k_dtype);
   const Schedule schedule = make_schedule(params, kernels.limits, pool.num_threads);
   if (params.q_offsets != nullptr) fill_tokens_of_no_sequence(params);
   for (const int32_t head : schedule.invalid_heads) fill_head_with_nan(params, head);

@@ -10,8 +10,8 @@
 
 #include "../../core/params.h"
 #include "../isa/isa.h"
-#include "kv_rows.h"
 #include "../isa/scalars.h"
+#include "kv_rows.h"
 #include "softmax.h"
 #include "tile.h"
 
@@ -27,9 +27,9 @@ inline constexpr LoadedPart kLoadedPart{1.0f, 1.0f, 1.0f};
 template <>
 inline constexpr LoadedPart kLoadedPart<Float8E4M3>{256.0f, 256.0f, 256.0f};
 template <>
-inline constexpr LoadedPart kLoadedPart<Moved<Float8E4M3>>{0x1p120f, 0x1p56f, 0x1p64f};
+inline constexpr LoadedPart kLoadedPart<BitShiftedFp8<Float8E4M3>>{0x1p120f, 0x1p56f, 0x1p64f};
 template <>
-inline constexpr LoadedPart kLoadedPart<Moved<Float8E5M2>>{0x1p112f, 0x1p48f, 0x1p64f};
+inline constexpr LoadedPart kLoadedPart<BitShiftedFp8<Float8E5M2>>{0x1p112f, 0x1p48f, 0x1p64f};
 
 // Loads take the default zero of a format off; zeros count from there, and so without any there is
 // nothing to do, and with some little to cancel.

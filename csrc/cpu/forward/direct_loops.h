@@ -16,13 +16,13 @@ namespace gqa::cpu::GQA_ISA {
 // being kept in a register, and places beside it are counted from it in place of getting addresses
 // of their own.
 template <class S>
-GQA_INLINE const S* again(const S* p) {
+GQA_INLINE const S* opaque(const S* p) {
   __asm__("" : "+r"(p));
   return p;
 }
 
 // The head dim whose loops are unrolled whole.
-constexpr int kUsualDims = 128;
+constexpr int kCommonHeadDim = 128;
 
 // Calls visit(n as a constant) for n from 1 to kStripRows.
 template <class Visit>
@@ -56,12 +56,12 @@ GQA_INLINE void for_score_blocks(int rows, Visit visit) {
 //                                    keys, calling ahead.step() for every kRowStep
 //   add_rows<kRows>(r, keys, ahead)  o[r + i] += sum over keys of p[r + i, key] * v[key], calling
 //                                    ahead.step() for every vector of columns
-// and leaves o, where V::kSplits<S>, with even and odd columns of every two vectors apart.
+// and leaves o, where V::kDeinterleaves<S>, with even and odd columns of every two vectors apart.
 template <class Derived, class V, class S>
 class DirectLoops {
  public:
   using Probability = float;
-  static constexpr float score_unit(int) { return 1.0f; }
+  static constexpr float score_step(int) { return 1.0f; }
   static constexpr bool kRoundsProbabilities = false;
   static constexpr RowBlocks kBlocks{1, kMaxDirectRows};
   static constexpr int kMaxRows = kMaxDirectRows;
@@ -72,12 +72,12 @@ class DirectLoops {
 
   // After the last tile: o in its own order again.
   void end(int rows) {
-    if (!V::template kSplits<S>) return;
+    if (!V::template kDeinterleaves<S>) return;
     for (int r = 0; r < rows; ++r) {
       float* o = tile_.o + r * tile_.layout.o_ld;
       for (int64_t d = 0; d < tile_.layout.o_ld; d += 2 * kW) {
         typename V::F x0 = V::load(o + d), x1 = V::load(o + d + kW);
-        V::join(x0, x1);
+        V::interleave(x0, x1);
         V::store(o + d, x0);
         V::store(o + d + kW, x1);
       }

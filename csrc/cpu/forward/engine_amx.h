@@ -17,9 +17,9 @@
 namespace gqa::cpu::GQA_ISA {
 
 // Tiles are at hand while it lives, all of 16 rows x 64 bytes. Of the calling thread.
-class TileScope {
+class AmxTiles {
  public:
-  TileScope() {
+  AmxTiles() {
     alignas(64) Config config{};
     config.palette = 1;
     for (int i = 0; i < 8; ++i) {
@@ -29,9 +29,9 @@ class TileScope {
     fence(&config);
     _tile_loadconfig(&config);
   }
-  ~TileScope() { _tile_release(); }
-  TileScope(const TileScope&) = delete;
-  TileScope& operator=(const TileScope&) = delete;
+  ~AmxTiles() { _tile_release(); }
+  AmxTiles(const AmxTiles&) = delete;
+  AmxTiles& operator=(const AmxTiles&) = delete;
 
   // The compiler's tile loads do not say that they read memory: what they read must be written.
   static GQA_INLINE void fence(const void* p) { __asm__ volatile("" : : "r"(p) : "memory"); }
@@ -45,7 +45,7 @@ class TileScope {
 };
 
 template <class V>
-struct TileEngine {
+struct AmxEngine {
   static constexpr int kRows = 32;
   static constexpr int kBlockRows = 32;
   static constexpr bool kFewPack = true;  // products_tiles.h copies into that memory
@@ -53,7 +53,7 @@ struct TileEngine {
   template <bool kAdd>
   static GQA_INLINE void multiply(int rows, const BFloat16* a, int64_t lda, const BFloat16* b,
                                   int64_t chunks, float* c, int64_t ldc) {
-    TileScope::fence(a);
+    AmxTiles::fence(a);
     rows > 16 ? multiply32<kAdd>(a, lda, b, chunks, c, ldc)
               : multiply16<kAdd>(a, lda, b, chunks, c, ldc);
   }

@@ -17,11 +17,11 @@
 
 #include "../../core/dropout.h"
 #include "../../core/visible.h"
-#include "dequantize.h"
 #include "../isa/isa.h"
+#include "../isa/math.h"
+#include "dequantize.h"
 #include "kernel_table.h"
 #include "kv_rows.h"
-#include "../isa/math.h"
 #include "products_direct.h"
 #include "products_fp8.h"
 #include "products_int16.h"
@@ -53,7 +53,7 @@ GQA_INLINE auto with_query_type(const AttentionParams& params, Visit visit) {
 
 // The rows of K of a tile to come, which are asked for ahead of their use.
 template <class S>
-struct RowsAhead {
+struct NextRows {
   const S* const* rows;
   int n;
 };
@@ -77,8 +77,8 @@ class AttentionTask {
         rows_(task.num_rows()) {
     for (int r = 0; r < rows_; ++r) {
       const int64_t t = task.token_begin + r / task.num_heads();
-      places_[r] = {t, call.schedule.heads[task.head_begin + r % task.num_heads()],
-                    visible_keys(params_, task.kv_length, t)};
+      row_info_[r] = {t, call.schedule.heads[task.head_begin + r % task.num_heads()],
+                      visible_keys(params_, task.kv_length, t)};
     }
   }
   AttentionTask(const AttentionTask&) = delete;  // parts point to each other
@@ -99,7 +99,7 @@ class AttentionTask {
   }
 
   // Keys first to first + n - 1, at most a tile; k_rows: as prepared.
-  void add_tile(int64_t first, int n, const S* const* k_rows, const RowsAhead<S>& ahead) {
+  void add_tile(int64_t first, int n, const S* const* k_rows, const NextRows<S>& ahead) {
     const bool bias = params_.softcap != 0.0f || params_.alibi_slopes || params_.attn_mask;
     constexpr RowBlocks kBlocks = Products::kBlocks;
     const S* v_rows[kMaxTileKeys];
@@ -140,14 +140,14 @@ class AttentionTask {
   // of the first-level cache.
   static constexpr int kSoftmaxRows = Products::kMaxRows > kMaxDirectRows ? 1 : kMaxDirectRows;
 
-  struct Place {
+  struct RowInfo {
     int64_t token;
     int32_t head;
     KeyRange visible;
   };
 
-  int64_t token(int r) const { return places_[r].token; }
-  int32_t head(int r) const { return places_[r].head; }
+  int64_t token(int r) const { return row_info_[r].token; }
+  int32_t head(int r) const { return row_info_[r].head; }
   // The token's place in q, out and lse.
   int64_t stored_token(int r) const { return token(r) + task_.token_offset; }
   int64_t stored_batch() const { return params_.q_offsets != nullptr ? 0 : task_.batch; }
@@ -176,8 +176,8 @@ class AttentionTask {
   // Keys of the tile that rows [begin, end) see between them.
   StripKeys strip_keys(int begin, int end, int64_t first, int n) const {
     if (end > rows_) end = rows_;
-    const int64_t low = places_[begin].visible.begin - first;
-    const int64_t high = places_[end - 1].visible.end - first;
+    const int64_t low = row_info_[begin].visible.begin - first;
+    const int64_t high = row_info_[end - 1].visible.end - first;
     return {static_cast<int>(low < 0   ? 0
                              : low < n ? low
                                        : n),
@@ -206,7 +206,7 @@ class AttentionTask {
   float* row_scores(int r) const { return tile_.s + r * tile_.layout.keys; }
 
   RowKeys row_keys(int r, int64_t first, const StripKeys& strip) const {
-    const int64_t low = places_[r].visible.begin - first, high = places_[r].visible.end - first;
+    const int64_t low = row_info_[r].visible.begin - first, high = row_info_[r].visible.end - first;
     const auto within = [&strip](int64_t key) {
       return static_cast<int>(key < strip.begin ? strip.begin : key < strip.end ? key : strip.end);
     };
@@ -230,7 +230,7 @@ class AttentionTask {
       }
     }
     return finish_row_scores<V, kBias, kQuantized<S>>(
-        s, row_keys(r, first, strip), params_.scale * products_.score_unit(r), bias, row_scales(r));
+        s, row_keys(r, first, strip), params_.scale * products_.score_step(r), bias, row_scales(r));
   }
 
   void exponentiate(int r, float* s, float block_max, int64_t first, const StripKeys& strip) {
@@ -338,13 +338,13 @@ class AttentionTask {
   Dequantizer<V, S> dequantizer_;
   Products products_;
   int rows_;
-  Place places_[Products::kMaxRows];
+  RowInfo row_info_[Products::kMaxRows];
 };
 
 // Tasks of one bundle take turns, tile after tile of the keys that they all have.
 template <class S, class Running>
-void take_turns(Running* const* tasks, int count, int64_t key_begin, int64_t key_end,
-                int tile_keys) {
+void run_interleaved(Running* const* tasks, int count, int64_t key_begin, int64_t key_end,
+                     int tile_keys) {
   const S* k_rows[2][kMaxTileKeys];  // of this turn and the next
   const auto keys_of_tile = [&](int64_t first) {
     const int64_t n = first < key_end ? key_end - first : 0;
@@ -358,7 +358,7 @@ void take_turns(Running* const* tasks, int count, int64_t key_begin, int64_t key
     for (int i = 0; i < count; ++i, which ^= 1) {
       const bool last = i + 1 == count;
       const int64_t next = last ? first + n : first;
-      const RowsAhead<S> ahead{k_rows[which ^ 1], keys_of_tile(next)};
+      const NextRows<S> ahead{k_rows[which ^ 1], keys_of_tile(next)};
       tasks[last ? 0 : i + 1]->prepare(next, ahead.n, k_rows[which ^ 1]);
       tasks[i]->add_tile(first, n, k_rows[which], ahead);
     }
@@ -380,7 +380,7 @@ void run_with(const CallState& call, const Bundle& bundle, const RowBlocks& bloc
   if (bundle.count == 1) {  // without asking for memory
     Running task(call, tasks[0], layout(0), own, scratch, more...);
     Running* only = &task;
-    return take_turns<S>(&only, 1, begin, end, tile.keys);
+    return run_interleaved<S>(&only, 1, begin, end, tile.keys);
   }
   std::deque<Running> running;  // which never moves them
   std::vector<Running*> places;
@@ -388,7 +388,7 @@ void run_with(const CallState& call, const Bundle& bundle, const RowBlocks& bloc
     places.push_back(&running.emplace_back(call, tasks[i], layout(i), own, scratch, more...));
     own += layout(i).own_floats();
   }
-  take_turns<S>(places.data(), bundle.count, begin, end, tile.keys);
+  run_interleaved<S>(places.data(), bundle.count, begin, end, tile.keys);
 }
 
 // K and V in type S. Few, Many: the products of tasks with few rows, and of others. Few rows of
@@ -398,14 +398,14 @@ void run_bundle(const CallState& call, const Bundle& bundle, float* scratch) {
   constexpr RowBlocks kBlocks = Many::kBlocks;
   if (!call.schedule.tasks[bundle.first].direct) {
     run_with<V, S, Many>(call, bundle, kBlocks, scratch);
-  } else if constexpr (V::kMovesFloat8 && kFloat8<S>) {
+  } else if constexpr (V::kShiftsFp8 && kFloat8<S>) {
     call.cheap_subnormals
-        ? run_with<V, Moved<S>, Float8Products<V, S>>(call, bundle, kBlocks, scratch)
+        ? run_with<V, BitShiftedFp8<S>, Fp8Products<V, S>>(call, bundle, kBlocks, scratch)
         : run_with<V, S, Few>(call, bundle, kBlocks, scratch);
-  } else if (!wants_words<V>(call.params, call.schedule.tile)) {
+  } else if (!uses_int16_products<V>(call.params, call.schedule.tile)) {
     run_with<V, S, Few>(call, bundle, kBlocks, scratch);
-  } else if constexpr (V::kWords && kInteger<S>) {
-    run_with<V, S, IntegerProducts<V, S>>(call, bundle, kBlocks, scratch, call.lse_wanted);
+  } else if constexpr (V::kHasInt16 && kInteger<S>) {
+    run_with<V, S, Int16Products<V, S>>(call, bundle, kBlocks, scratch, call.lse_wanted);
   }
 }
 

@@ -1,6 +1,7 @@
-// What one instruction set offers to attention.cpp.
+// The forward kernels of one instruction set, for attention.cpp to choose from.
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <cstdint>
 
@@ -24,27 +25,30 @@ struct CallState {
 // Runs the tasks of one bundle with scratch_floats(...) floats of memory of its own.
 using BundleFunction = void (*)(const CallState& call, const Bundle& bundle, float* scratch);
 
-struct Kernels {
+template <class T>
+using ByDType = std::array<T, kNumDTypes>;
+
+struct ForwardKernels {
   Isa isa;
   TileLimits limits;
   int64_t (*scratch_floats)(const AttentionParams& params, const Schedule& schedule,
                             const Bundle& bundle);
-  // By DType of K and V. nullptr: this instruction set has nothing better than the one below it.
-  BundleFunction run_bundle[kNumDTypes];
+  // nullptr: for this type of K and V, the next set below has the best kernels.
+  ByDType<BundleFunction> run_bundle;
 };
 
-extern const Kernels kPortableKernels;
+extern const ForwardKernels kPortableForward;
 #if defined(__x86_64__)
-extern const Kernels kAvx2Kernels;
+extern const ForwardKernels kAvx2Forward;
 #endif
 #if defined(GQA_HAVE_AVX512)
-extern const Kernels kAvx512Kernels;
+extern const ForwardKernels kAvx512Forward;
 #endif
 #if defined(GQA_HAVE_AVX512_BF16)
-extern const Kernels kAvx512Bf16Kernels;
+extern const ForwardKernels kAvx512Bf16Forward;
 #endif
 #if defined(GQA_HAVE_AMX)
-extern const Kernels kAmxKernels;
+extern const ForwardKernels kAmxForward;
 #endif
 
 }  // namespace gqa::cpu

@@ -173,8 +173,9 @@ class Prefetcher {
   GQA_INLINE void step() {
     const int end = n_ - next_ < per_step_ ? n_ : next_ + per_step_;
     for (; next_ < end; ++next_) {
-      ask_for(next_);
-      if (in_pieces_ && next_ + kLead < n_ && begins_piece(next_ + kLead)) ask_for(next_ + kLead);
+      prefetch_row(next_);
+      if (in_pieces_ && next_ + kLead < n_ && begins_piece(next_ + kLead))
+        prefetch_row(next_ + kLead);
     }
   }
 
@@ -183,7 +184,7 @@ class Prefetcher {
   // the processor's own prefetching of what follows starts with it.
   static constexpr int kLead = 15;
 
-  GQA_INLINE void ask_for(int i) const {
+  GQA_INLINE void prefetch_row(int i) const {
     const char* row = reinterpret_cast<const char*>(rows_[i]);
     for (int64_t at = 0; at < bytes_; at += kLineBytes) __builtin_prefetch(row + at);
   }

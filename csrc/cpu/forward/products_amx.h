@@ -17,26 +17,26 @@
 
 #include <cstdint>
 
-#include "engine_amx.h"
 #include "../isa/isa.h"
-#include "kv_rows.h"
 #include "../isa/math.h"
+#include "engine_amx.h"
+#include "kv_rows.h"
 #include "pairs.h"
 #include "tile.h"
 
 namespace gqa::cpu::GQA_ISA {
 
 template <class V>
-class TileDirectProducts {
+class AmxDirectProducts {
  public:
   using Probability = float;
-  static constexpr float score_unit(int) { return 1.0f; }
+  static constexpr float score_step(int) { return 1.0f; }
   static constexpr bool kRoundsProbabilities = false;
   static constexpr RowBlocks kBlocks{16, kMaxDirectRows};
   static constexpr int kMaxRows = kMaxDirectRows;
   static constexpr int kStrip = kMaxDirectRows;  // all rows share one StripKeys
 
-  TileDirectProducts(const AttentionParams& params, Tile<V>& tile)
+  AmxDirectProducts(const AttentionParams& params, Tile<V>& tile)
       : tile_(tile),
         head_dim_(params.head_dim),
         value_head_dim_(params.value_head_dim),
@@ -65,7 +65,7 @@ class TileDirectProducts {
       float* o = tile_.o + r * tile_.layout.o_ld;
       for (int64_t d = 0; d < tile_.layout.o_ld; d += kChunk) {
         typename V::F even = V::load(o + d), odd = V::load(o + d + V::kWidth);
-        V::join(even, odd);
+        V::interleave(even, odd);
         V::store(o + d, even);
         V::store(o + d + V::kWidth, odd);
       }
@@ -97,7 +97,7 @@ class TileDirectProducts {
                    ? operand(k_rows_, key + i * kKeys, head_dim_, tile_.layout.q_ld, copy)
                    : k[0];
       }
-      TileScope::fence(copies_);
+      AmxTiles::fence(copies_);
       _tile_zero(0);
       _tile_zero(1);
       _tile_zero(2);
@@ -151,7 +151,7 @@ class TileDirectProducts {
     for (int key = first; key < end; key += kKeys) {
       v[key / kKeys] = operand(v_rows_, key, value_head_dim_, ldo, v_copies_ + key * ldo);
     }
-    TileScope::fence(tile_.s);
+    AmxTiles::fence(tile_.s);
     for (int64_t d = 0; d < ldo; d += 2 * kChunk) {
       const bool both = d + kChunk < ldo;
       float* o = tile_.o + d;

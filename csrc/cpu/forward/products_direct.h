@@ -2,7 +2,7 @@
 // after row, and widened in registers. The next rows are prefetched during the arithmetic.
 //
 // Rows are read in blocks of two vectors. Some types are cheaper to widen into even and odd numbers
-// of a block than in order (V::kSplits); q is then brought into that order before, and o back
+// of a block than in order (V::kDeinterleaves); q is then brought into that order before, and o back
 // after.
 #pragma once
 
@@ -10,10 +10,10 @@
 #include <cstring>
 #include <type_traits>
 
-#include "direct_loops.h"
 #include "../isa/isa.h"
-#include "kv_rows.h"
 #include "../isa/math.h"
+#include "direct_loops.h"
+#include "kv_rows.h"
 #include "tile.h"
 
 namespace gqa::cpu::GQA_ISA {
@@ -59,13 +59,13 @@ GQA_INLINE void multiply_block(const float* q, int64_t ldq, const S* const (&k)[
   constexpr int kW = V::kWidth;
   F x[kKeys], x1[kKeys];
   // A vector at a time where that costs no instruction, or many rows leave no registers for two.
-  constexpr bool kByParts = kRows > 4 || (kWidens<S> && !V::template kSplits<S>);
+  constexpr bool kByParts = kRows > 4 || (kWidens<S> && !V::template kDeinterleaves<S>);
   if (kByParts && n >= 2 * kW) {
     GQA_UNROLL(4)
     for (int c = 0; c < kKeys; ++c) x[c] = V::template load_part<0>(at(k[c], d));
     multiply_vectors<V>(q + d, ldq, x, sum[0]);
     GQA_UNROLL(4)
-    for (int c = 0; c < kKeys; ++c) x[c] = V::template load_part<1>(again(at(k[c], d)));
+    for (int c = 0; c < kKeys; ++c) x[c] = V::template load_part<1>(opaque(at(k[c], d)));
     multiply_vectors<V>(q + d + kW, ldq, x, sum[1 % kChains]);
   } else {
     GQA_UNROLL(4)
@@ -80,7 +80,7 @@ template <class V, class S, int kRows, int kKeys>
 GQA_INLINE void dot_keys(const float* q, int64_t ldq, const S* const* rows, int64_t head_dim,
                          float* s, int64_t lds) {
   using F = typename V::F;
-  q = again(q);
+  q = opaque(q);
   const S* k[kKeys];
   GQA_UNROLL(4)
   for (int c = 0; c < kKeys; ++c) k[c] = rows[c];
@@ -167,7 +167,7 @@ inline constexpr int kDirectKeys = kRows <= 2 ? 4 : 2;
 template <class V, class S>
 inline void direct_scores(const float* q, int64_t ldq, int rows, const S* const* k_rows,
                           StripKeys keys, int64_t head_dim, float* s, int64_t lds) {
-  static_assert(!V::template kSplits<S>, "q would have to be split first");
+  static_assert(!V::template kDeinterleaves<S>, "q would have to be split first");
   const int begin = keys.begin / kRowStep * kRowStep;
   for_score_blocks(rows, [&](int r, auto count) {
     constexpr int kRows = count(), kKeys = kDirectKeys<kRows>;
@@ -187,12 +187,12 @@ class DirectProducts : public DirectLoops<DirectProducts<V, S>, V, S> {
 
   // Before the first tile: q in the order of load_block.
   void begin(int rows) {
-    if (!V::template kSplits<S>) return;
+    if (!V::template kDeinterleaves<S>) return;
     for (int r = 0; r < rows; ++r) {
       float* q = this->tile_.q + r * this->tile_.layout.q_ld;
       for (int64_t d = 0; d < this->tile_.layout.q_ld; d += 2 * kW) {
         typename V::F x0 = V::load(q + d), x1 = V::load(q + d + kW);
-        V::split(x0, x1);
+        V::deinterleave(x0, x1);
         V::store(q + d, x0);
         V::store(q + d + kW, x1);
       }
@@ -206,7 +206,7 @@ class DirectProducts : public DirectLoops<DirectProducts<V, S>, V, S> {
   // widened numbers of every block to memory that nobody reads.
   template <int kRows>
   GQA_NOINLINE void dot_rows(int r, StripKeys keys, Prefetcher<S>& ahead) {
-    if (this->head_dim_ == kUsualDims) return dot_rows<kRows, kUsualDims>(r, keys, ahead);
+    if (this->head_dim_ == kCommonHeadDim) return dot_rows<kRows, kCommonHeadDim>(r, keys, ahead);
     dot_rows<kRows, 0>(r, keys, ahead);
   }
   // kDims: the head dim, or 0 for any.

@@ -1,6 +1,6 @@
 // The two products of a tile with few rows over fp8 K and V, for processors on which subnormal
 // operands cost nothing: loads move sign, exponent and fraction to their places in fp32 and leave
-// the exponent's bias as it was (Moved), in fewer instructions than a conversion takes. What they
+// the exponent's bias as it was (BitShiftedFp8), in fewer instructions than a conversion takes. What they
 // give is 2^-120 (e4m3) or 2^-112 (e5m2) of the value, and may be subnormal. Products of it must
 // not be, and so q and scales of V may be up to 2^63:
 //
@@ -16,17 +16,17 @@
 #include <cstring>
 #include <type_traits>
 
-#include "dequantize.h"
 #include "../isa/isa.h"
-#include "products_direct.h"
 #include "../isa/scalars.h"
+#include "dequantize.h"
+#include "products_direct.h"
 #include "tile.h"
 
 namespace gqa::cpu::GQA_ISA {
 
 template <class V, class S>
-class Float8Products : public DirectProducts<V, Moved<S>> {
-  using Products = DirectProducts<V, Moved<S>>;
+class Fp8Products : public DirectProducts<V, BitShiftedFp8<S>> {
+  using Products = DirectProducts<V, BitShiftedFp8<S>>;
 
  public:
   using Products::Products;
@@ -65,7 +65,7 @@ class Float8Products : public DirectProducts<V, Moved<S>> {
 
  private:
   static constexpr int kW = V::kWidth;
-  static constexpr LoadedPart kPart = kLoadedPart<Moved<S>>;
+  static constexpr LoadedPart kPart = kLoadedPart<BitShiftedFp8<S>>;
 
   static void scale(float* x, int64_t n, float factor) {
     for (int64_t i = 0; i < n; i += kW) {
@@ -75,7 +75,8 @@ class Float8Products : public DirectProducts<V, Moved<S>> {
 
   // Calls add(key, place of d in a split row, number d of the key's row) for NaN and infinities.
   template <class Add>
-  void add_specials(const Moved<S>* const* rows, StripKeys keys, int64_t dims, Add add) const {
+  void add_specials(const BitShiftedFp8<S>* const* rows, StripKeys keys, int64_t dims,
+                    Add add) const {
     if (!any_special(rows, keys, dims)) return;
     for (int key = keys.begin; key < keys.end; ++key) {
       for (int64_t d = 0; d < dims; ++d) {
@@ -86,16 +87,18 @@ class Float8Products : public DirectProducts<V, Moved<S>> {
     }
   }
 
-  static GQA_NOINLINE bool any_special(const Moved<S>* const* rows, StripKeys keys, int64_t dims) {
-    return dims == kUsualDims ? find_special<kUsualDims>(rows, keys, kUsualDims)
-                              : find_special<0>(rows, keys, dims);
+  static GQA_NOINLINE bool any_special(const BitShiftedFp8<S>* const* rows, StripKeys keys,
+                                       int64_t dims) {
+    return dims == kCommonHeadDim ? find_special<kCommonHeadDim>(rows, keys, kCommonHeadDim)
+                                  : find_special<0>(rows, keys, dims);
   }
   // kDims: dims, or 0 for any.
   template <int kDims>
-  static GQA_INLINE bool find_special(const Moved<S>* const* rows, StripKeys keys, int64_t dims) {
+  static GQA_INLINE bool find_special(const BitShiftedFp8<S>* const* rows, StripKeys keys,
+                                      int64_t dims) {
     constexpr int kBytes = 4 * kW;
     constexpr uint8_t kLeast = std::is_same_v<S, Float8E4M3> ? 0xff : 0xfc;  // with the sign's bit
-    typename V::I most = V::zero_words();
+    typename V::I most = V::zero_integers();
     for (int key = keys.begin; key < keys.end; ++key) {
       const uint8_t* row = reinterpret_cast<const uint8_t*>(rows[key]);
       const int64_t n = kDims ? kDims : dims;

@@ -14,34 +14,34 @@
 #include <cstring>
 #include <utility>
 
-#include "direct_loops.h"
 #include "../isa/isa.h"
-#include "kv_rows.h"
 #include "../isa/math.h"
+#include "direct_loops.h"
+#include "kv_rows.h"
 #include "tile.h"
 
 namespace gqa::cpu::GQA_ISA {
 
-constexpr float kSecondWord = 1.0f / 32768.0f;
+constexpr float kSecondPart = 1.0f / 32768.0f;
 constexpr float kRoundToWhole = 3 << 22;  // x + this - this is x rounded, for |x| < 2^22
 
 // Numbers of at most `max` as step * word. NaN: everything they are multiplied with is.
-struct WordScale {
+struct Int16Scale {
   float step, inverse;
-  explicit WordScale(float max)
+  explicit Int16Scale(float max)
       : step(max / 32767.0f), inverse(max > 1e-34f ? 32767.0f / max : 0.0f) {}  // no infinity
 };
 
 // The `n` numbers of `row` from d on, at most two vectors of words; after them what does not matter
 // (words of q are 0 there).
 template <class V, class S>
-GQA_INLINE void load_words(const S* row, int64_t d, int64_t n, typename V::I& x0,
+GQA_INLINE void load_int16(const S* row, int64_t d, int64_t n, typename V::I& x0,
                            typename V::I& x1) {
   constexpr int kBlock = 4 * V::kWidth;
-  if (n >= kBlock) return V::load_words(at(row, d), x0, x1);
+  if (n >= kBlock) return V::load_int16(at(row, d), x0, x1);
   S block[kBlock / kNumbersPerElement<S>] = {};
   std::memcpy(block, at(row, d), (n + kNumbersPerElement<S> - 1) / kNumbersPerElement<S>);
-  V::load_words(block, x0, x1);
+  V::load_int16(block, x0, x1);
 }
 
 // Pairs (a[i], b[i]) of the `n` numbers from d on of two rows, at most two vectors.
@@ -59,17 +59,17 @@ GQA_INLINE void load_pairs(const S* a, const S* b, int64_t d, int64_t n, typenam
 
 // sum[r, c] += q[r] . k[c] over a block of numbers at d, of which there are n.
 template <class V, class S, int kRows, int kKeys>
-GQA_INLINE void multiply_words(const int16_t* q, int64_t ldq, const S* const (&k)[kKeys], int64_t d,
+GQA_INLINE void multiply_int16(const int16_t* q, int64_t ldq, const S* const (&k)[kKeys], int64_t d,
                                int64_t n, typename V::I (&sum)[kRows][kKeys]) {
   using I = typename V::I;
   I x[2][kKeys];
   GQA_UNROLL(4)
-  for (int c = 0; c < kKeys; ++c) load_words<V>(k[c], d, n, x[0][c], x[1][c]);
+  for (int c = 0; c < kKeys; ++c) load_int16<V>(k[c], d, n, x[0][c], x[1][c]);
   GQA_UNROLL(2)
   for (int i = 0; i < 2; ++i) {
     GQA_UNROLL(6)
     for (int r = 0; r < kRows; ++r) {
-      I y = V::load_words(q + r * ldq + d + i * 2 * V::kWidth);
+      I y = V::load_int16(q + r * ldq + d + i * 2 * V::kWidth);
       V::pin(y);  // compilers would rather load it again for every key
       GQA_UNROLL(4)
       for (int c = 0; c < kKeys; ++c) V::add_products(sum[r][c], y, x[i][c]);
@@ -79,10 +79,10 @@ GQA_INLINE void multiply_words(const int16_t* q, int64_t ldq, const S* const (&k
 
 // s[r, 0..kKeys) = q[r] . rows[0..kKeys), of words
 template <class V, class S, int kRows, int kKeys>
-GQA_INLINE void dot_words(const int16_t* q, int64_t ldq, const S* const* rows, int64_t head_dim,
+GQA_INLINE void dot_int16(const int16_t* q, int64_t ldq, const S* const* rows, int64_t head_dim,
                           float* s, int64_t lds) {
   constexpr int64_t kBlock = 4 * V::kWidth;
-  q = again(q);
+  q = opaque(q);
   const S* k[kKeys];
   typename V::I sum[kRows][kKeys];
   GQA_UNROLL(4)
@@ -90,12 +90,12 @@ GQA_INLINE void dot_words(const int16_t* q, int64_t ldq, const S* const* rows, i
   GQA_UNROLL(6)
   for (int r = 0; r < kRows; ++r) {
     GQA_UNROLL(4)
-    for (int c = 0; c < kKeys; ++c) sum[r][c] = V::zero_words();
+    for (int c = 0; c < kKeys; ++c) sum[r][c] = V::zero_integers();
   }
   int64_t d = 0;
   GQA_UNROLL(8)
-  for (; d + kBlock <= head_dim; d += kBlock) multiply_words<V>(q, ldq, k, d, kBlock, sum);
-  if (d < head_dim) multiply_words<V>(q, ldq, k, d, head_dim - d, sum);
+  for (; d + kBlock <= head_dim; d += kBlock) multiply_int16<V>(q, ldq, k, d, kBlock, sum);
+  if (d < head_dim) multiply_int16<V>(q, ldq, k, d, head_dim - d, sum);
   GQA_UNROLL(6)
   for (int r = 0; r < kRows; ++r) {
     if (kKeys == 4) {
@@ -112,7 +112,7 @@ GQA_INLINE void dot_words(const int16_t* q, int64_t ldq, const S* const* rows, i
 // o[r, column block] += step[r] * sum over keys of p[r, key] * v[key, column block]; the block is
 // kCols vectors wide, `width` numbers of it from V: all of them where kWhole.
 template <class V, class S, int kRows, int kCols, bool kWhole = true>
-GQA_INLINE void add_words(const int16_t* p, int64_t ldp, const float* step, const S* const* v,
+GQA_INLINE void add_int16(const int16_t* p, int64_t ldp, const float* step, const S* const* v,
                           int64_t column, StripKeys keys, int64_t width, float* o, int64_t ldo) {
   using I = typename V::I;
   constexpr int kW = V::kWidth;
@@ -120,7 +120,7 @@ GQA_INLINE void add_words(const int16_t* p, int64_t ldp, const float* step, cons
   GQA_UNROLL(6)
   for (int r = 0; r < kRows; ++r) {
     GQA_UNROLL(8)
-    for (int c = 0; c < kCols; ++c) sum[r][c] = V::zero_words();
+    for (int c = 0; c < kCols; ++c) sum[r][c] = V::zero_integers();
   }
   for (int key = keys.begin / 2 * 2; key < keys.end; key += 2) {
     GQA_UNROLL(4)
@@ -150,20 +150,20 @@ GQA_INLINE void add_words(const int16_t* p, int64_t ldp, const float* step, cons
 }
 
 template <class V, class S>
-class IntegerProducts : public DirectLoops<IntegerProducts<V, S>, V, S> {
-  using Loops = DirectLoops<IntegerProducts<V, S>, V, S>;
+class Int16Products : public DirectLoops<Int16Products<V, S>, V, S> {
+  using Loops = DirectLoops<Int16Products<V, S>, V, S>;
   friend Loops;
 
  public:
   static constexpr bool kRoundsProbabilities = true;
 
-  IntegerProducts(const AttentionParams& params, Tile<V>& tile, bool two_words)
-      : Loops(params, tile), two_words_(two_words) {}
+  Int16Products(const AttentionParams& params, Tile<V>& tile, bool two_parts)
+      : Loops(params, tile), two_parts_(two_parts) {}
 
   // What scores are counted in.
-  float score_unit(int r) const { return q_step_[r]; }
+  float score_step(int r) const { return q_step_[r]; }
 
-  // Before the first tile: words of q, in the order of V::load_words. q itself is counted in their
+  // Before the first tile: words of q, in the order of V::load_int16. q itself is counted in their
   // unit from here on: its sum, which zeros of K are multiplied with, has the rounding of words.
   void begin(int rows) {
     using F = typename V::F;
@@ -175,9 +175,9 @@ class IntegerProducts : public DirectLoops<IntegerProducts<V, S>, V, S> {
         most = V::max(V::abs(V::load(q + d)), most);
         bad = V::fma(V::load(q + d), V::set1(0.0f), bad);  // NaN of infinities and NaN
       }
-      const WordScale scale(V::reduce_max(most) + V::reduce_add(bad));
+      const Int16Scale scale(V::reduce_max(most) + V::reduce_add(bad));
       q_step_[r] = scale.step;
-      for (int64_t d = 0; d < layout.word_ld; d += 4 * kW) {
+      for (int64_t d = 0; d < layout.int16_ld; d += 4 * kW) {
         F x[4], rest[4];
         GQA_UNROLL(4)
         for (int i = 0; i < 4; ++i) {
@@ -185,26 +185,26 @@ class IntegerProducts : public DirectLoops<IntegerProducts<V, S>, V, S> {
           const bool there = d + i * kW < layout.q_ld;
           x[i] = there ? V::mul(V::load(place), V::set1(scale.inverse)) : V::set1(0.0f);
           const F whole = V::sub(V::add(x[i], V::set1(kRoundToWhole)), V::set1(kRoundToWhole));
-          rest[i] = V::mul(V::sub(x[i], whole), V::set1(1.0f / kSecondWord));
-          if (there) V::store(place, two_words_ ? x[i] : whole);
+          rest[i] = V::mul(V::sub(x[i], whole), V::set1(1.0f / kSecondPart));
+          if (there) V::store(place, two_parts_ ? x[i] : whole);
         }
-        store_words(x, row_words(0, r) + d);
-        if (two_words_) store_words(rest, row_words(1, r) + d);
+        store_int16(x, int16_row(0, r) + d);
+        if (two_parts_) store_int16(rest, int16_row(1, r) + d);
       }
     }
   }
 
   void scores(int begin, int rows, const StripKeys* strips) {
-    word_ = 0;
+    part_ = 0;
     Loops::scores(begin, rows, strips);
-    if (!two_words_) return;
-    word_ = 1;
+    if (!two_parts_) return;
+    part_ = 1;
     Loops::scores(begin, rows, strips);
     for (int r = 0; r < rows; ++r) {
       float* s = this->tile_.s + r * this->tile_.layout.keys;
       const float* rest = this->tile_.second_s + r * this->tile_.layout.keys;
       for (int i = strips[0].begin / kW * kW; i < strips[0].end; i += kW) {
-        V::store(s + i, V::fma(V::load(rest + i), V::set1(kSecondWord), V::load(s + i)));
+        V::store(s + i, V::fma(V::load(rest + i), V::set1(kSecondPart), V::load(s + i)));
       }
     }
   }
@@ -213,12 +213,12 @@ class IntegerProducts : public DirectLoops<IntegerProducts<V, S>, V, S> {
   // of its place.
   void round_probabilities(int r, StripKeys keys, float most) {
     float* p = this->tile_.s + r * this->tile_.layout.keys;
-    const WordScale scale(most);
+    const Int16Scale scale(most);
     p_step_[r] = scale.step;
     const typename V::F inverse = V::set1(scale.inverse);
     int16_t* words = reinterpret_cast<int16_t*>(p);
     for (int i = keys.begin / kW * kW; i < keys.end; i += kW) {
-      V::store_words(words + i, V::mul(V::load(p + i), inverse));
+      V::store_int16(words + i, V::mul(V::load(p + i), inverse));
     }
   }
 
@@ -226,24 +226,24 @@ class IntegerProducts : public DirectLoops<IntegerProducts<V, S>, V, S> {
   static constexpr int kW = V::kWidth;
 
   // Words of the numbers x of a block in their order.
-  static void store_words(typename V::F (&x)[4], int16_t* words) {
-    if (V::template kSplits<S>) {
-      V::split(x[0], x[1]);
-      V::split(x[2], x[3]);
+  static void store_int16(typename V::F (&x)[4], int16_t* words) {
+    if (V::template kDeinterleaves<S>) {
+      V::deinterleave(x[0], x[1]);
+      V::deinterleave(x[2], x[3]);
       std::swap(x[1], x[2]);
     }
     GQA_UNROLL(4)
-    for (int i = 0; i < 4; ++i) V::store_words(words + i * kW, x[i]);
+    for (int i = 0; i < 4; ++i) V::store_int16(words + i * kW, x[i]);
   }
 
-  int16_t* row_words(int word, int r) const {
+  int16_t* int16_row(int word, int r) const {
     const TileLayout<V>& layout = this->tile_.layout;
-    return this->tile_.q_words + (word * layout.rows + r) * layout.word_ld;
+    return this->tile_.q_int16 + (word * layout.rows + r) * layout.int16_ld;
   }
 
   template <int kRows>
   GQA_NOINLINE void dot_rows(int r, StripKeys keys, Prefetcher<S>& ahead) {
-    if (this->head_dim_ == kUsualDims) return dot_rows<kRows, kUsualDims>(r, keys, ahead);
+    if (this->head_dim_ == kCommonHeadDim) return dot_rows<kRows, kCommonHeadDim>(r, keys, ahead);
     dot_rows<kRows, 0>(r, keys, ahead);
   }
   // kDims: the head dim, or 0 for any.
@@ -251,15 +251,15 @@ class IntegerProducts : public DirectLoops<IntegerProducts<V, S>, V, S> {
   GQA_INLINE void dot_rows(int r, StripKeys keys, Prefetcher<S>& ahead) {
     const TileLayout<V>& layout = this->tile_.layout;
     const int64_t dims = kDims ? kDims : this->head_dim_;
-    const int64_t ldq = kDims ? kDims : layout.word_ld;
-    const int16_t* q = row_words(word_, r);
+    const int64_t ldq = kDims ? kDims : layout.int16_ld;
+    const int16_t* q = int16_row(part_, r);
     const S* const* rows = this->k_rows_;
-    float* s = (word_ == 0 ? this->tile_.s : this->tile_.second_s) + r * layout.keys;
+    float* s = (part_ == 0 ? this->tile_.s : this->tile_.second_s) + r * layout.keys;
     const int64_t lds = layout.keys;
     constexpr int kKeys = kRows <= 2 ? 4 : 2;
     for (int i = keys.begin; i < keys.end; i += kKeys) {
       if (i % kRowStep == 0) ahead.step();
-      dot_words<V, S, kRows, kKeys>(q, ldq, rows + i, dims, s + i, lds);
+      dot_int16<V, S, kRows, kKeys>(q, ldq, rows + i, dims, s + i, lds);
     }
   }
 
@@ -273,19 +273,19 @@ class IntegerProducts : public DirectLoops<IntegerProducts<V, S>, V, S> {
     int64_t d = 0;
     for (; d + kCols * kW <= dims; d += kCols * kW) {
       for (int i = 0; i < kCols; ++i) ahead.step();
-      add_words<V, S, kRows, kCols>(p, 2 * ldp, p_step_ + r, this->v_rows_, d, keys, kCols * kW,
+      add_int16<V, S, kRows, kCols>(p, 2 * ldp, p_step_ + r, this->v_rows_, d, keys, kCols * kW,
                                     o + d, ldo);
     }
     for (; d < dims; d += 2 * kW) {
       ahead.step();
       ahead.step();
-      add_words<V, S, kRows, 2, false>(p, 2 * ldp, p_step_ + r, this->v_rows_, d, keys, dims - d,
+      add_int16<V, S, kRows, 2, false>(p, 2 * ldp, p_step_ + r, this->v_rows_, d, keys, dims - d,
                                        o + d, ldo);
     }
   }
 
-  bool two_words_;
-  int word_ = 0;  // which one scores are of
+  bool two_parts_;
+  int part_ = 0;  // which one scores are of
   float q_step_[kMaxDirectRows], p_step_[kMaxDirectRows];
 };
 

@@ -6,8 +6,8 @@
 #include <cstdint>
 
 #include "../isa/isa.h"
-#include "kv_rows.h"
 #include "../isa/math.h"
+#include "kv_rows.h"
 #include "tile.h"
 
 namespace gqa::cpu::GQA_ISA {
@@ -95,7 +95,7 @@ template <class V, class S>
 class PackedProducts {
  public:
   using Probability = float;
-  static constexpr float score_unit(int) { return 1.0f; }
+  static constexpr float score_step(int) { return 1.0f; }
   static constexpr bool kRoundsProbabilities = false;
   static constexpr RowBlocks kBlocks{kStripRows, kMaxTileRows};
   static constexpr int kMaxRows = kMaxTileRows;

@@ -18,7 +18,7 @@ template <class V, class Engine>
 class PairProducts {
  public:
   using Probability = BFloat16;  // in the first half of its row of scores
-  static constexpr float score_unit(int) { return 1.0f; }
+  static constexpr float score_step(int) { return 1.0f; }
   static constexpr bool kRoundsProbabilities = false;
   static constexpr RowBlocks kBlocks{Engine::kRows, Engine::kBlockRows, Engine::kFewPack};
   static constexpr int kMaxRows = kMaxTileRows;

@@ -24,8 +24,8 @@ struct RowBlocks {
 
 // Whether products_integer.h has the task.
 template <class V>
-bool wants_words(const AttentionParams& params, const TileShape& tile) {
-  return V::kWords && (params.k_dtype == DType::kInt8 || params.k_dtype == DType::kInt4) &&
+bool uses_int16_products(const AttentionParams& params, const TileShape& tile) {
+  return V::kHasInt16 && (params.k_dtype == DType::kInt8 || params.k_dtype == DType::kInt4) &&
          params.dtype != DType::kFloat32 && tile.rows <= kMaxDirectRows;
 }
 
@@ -38,7 +38,7 @@ struct TileLayout {
   int64_t keys;         // a whole number of panels
   int64_t q_ld, o_ld;   // row lengths of q and o, padded with zeros
   int64_t packed_keys;  // keys of the packed K and V; 0 where nothing is packed
-  int64_t word_ld;      // row length of q_words; 0 where products are not of integers
+  int64_t int16_ld;     // row length of q_int16; 0 where products are not of integers
 
   // task_rows: at most tile.rows
   TileLayout(const AttentionParams& params, const TileShape& tile, const RowBlocks& blocks,
@@ -49,17 +49,18 @@ struct TileLayout {
         q_ld(round_up(params.head_dim, kPanel)),
         o_ld(round_up(params.value_head_dim, kPanel)),
         packed_keys(tile.rows > kMaxDirectRows || blocks.few_pack ? tile.keys : 0),
-        word_ld(wants_words<V>(params, tile) ? round_up(params.head_dim, 2 * kPanel) : 0) {}
+        int16_ld(uses_int16_products<V>(params, tile) ? round_up(params.head_dim, 2 * kPanel) : 0) {
+  }
 
   // Each a whole number of cache lines.
   int64_t own_floats() const {
-    return round_up(rows * (q_ld + o_ld + 3) + rows * word_ld, kFloatsPerLine);
+    return round_up(rows * (q_ld + o_ld + 3) + rows * int16_ld, kFloatsPerLine);
   }
   int64_t shared_floats() const {
     return round_up(s_rows * keys + packed_keys * (q_ld + o_ld) + 6 * keys + second_s_floats(),
                     kFloatsPerLine);
   }
-  int64_t second_s_floats() const { return word_ld > 0 ? s_rows * keys : 0; }
+  int64_t second_s_floats() const { return int16_ld > 0 ? s_rows * keys : 0; }
 
  private:
   static int64_t most_score_rows(const TileShape& tile, const RowBlocks& blocks) {
@@ -77,7 +78,7 @@ struct Tile {
   float* max;        // [rows]  running maximum of the scores, log2 units
   float* sum;        // [rows]  running sum of exp(score - max)
   float* q_sum;      // [rows]  sums of the rows of q; of a quantised cache
-  int16_t* q_words;  // [2, rows, word_ld]; of products of integers
+  int16_t* q_int16;  // [2, rows, int16_ld]; of products of integers
   // Of one tile of keys, of no use after it:
   float* s;                 // [s_rows, keys]  scores, then probabilities
   float* second_s;          // [s_rows, keys]  scores of the second words
@@ -99,7 +100,7 @@ struct Tile {
     max = take(own, layout.rows);
     sum = take(own, layout.rows);
     q_sum = take(own, layout.rows);
-    q_words = reinterpret_cast<int16_t*>(take(own, layout.rows * layout.word_ld));
+    q_int16 = reinterpret_cast<int16_t*>(take(own, layout.rows * layout.int16_ld));
     s = take(shared, layout.s_rows * layout.keys);
     second_s = take(shared, layout.second_s_floats());
     k_panels = take(shared, layout.packed_keys * layout.q_ld);

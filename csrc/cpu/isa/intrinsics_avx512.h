@@ -6,7 +6,7 @@
 
 #if defined(GQA_EMULATE_AVX512)
 #include "emulated_avx512.h"
-#include "emulated_words.h"
+#include "emulated_int16.h"
 #define GQA_PIN(x) static_cast<void>(x)
 #else
 #if defined(__GNUC__) && !defined(__clang__)

@@ -86,12 +86,12 @@ GQA_INLINE float to_float(Int8 x) { return x.value; }
 
 // fp8 numbers S that loads take for finite ones without an exponent's bias: products_float8.h.
 template <class S>
-struct Moved {
+struct BitShiftedFp8 {
   uint8_t bits;
 };
 template <class S>
-inline constexpr bool kMoved = false;
+inline constexpr bool kBitShifted = false;
 template <class S>
-inline constexpr bool kMoved<Moved<S>> = true;
+inline constexpr bool kBitShifted<BitShiftedFp8<S>> = true;
 
 }  // namespace gqa::cpu::GQA_ISA

@@ -52,8 +52,8 @@ struct Vec {
   static constexpr bool kMasks = false;
 
   template <class S>
-  static constexpr bool kSplits =
-      std::is_same_v<S, BFloat16> || std::is_same_v<S, Int4Pair> || kMoved<S>;
+  static constexpr bool kDeinterleaves =
+      std::is_same_v<S, BFloat16> || std::is_same_v<S, Int4Pair> || kBitShifted<S>;
 
   template <class S>
   static GQA_INLINE void load_block(const S* p, F& x0, F& x1) {
@@ -82,10 +82,10 @@ struct Vec {
     odd = less_8(_mm256_srli_epi32(pairs, 4));
   }
   template <class S>
-  static GQA_INLINE void load_block(const Moved<S>* p, F& even, F& odd) {
+  static GQA_INLINE void load_block(const BitShiftedFp8<S>* p, F& even, F& odd) {
     const __m256i pairs = _mm256_cvtepi8_epi16(bytes16(p));
-    even = moved<0>(pairs, p);
-    odd = moved<1>(pairs, p);
+    even = shifted<0>(pairs, p);
+    odd = shifted<1>(pairs, p);
   }
   // Where both share a load, a part loads anew.
   template <int kPart, class S>
@@ -106,15 +106,15 @@ struct Vec {
                              : _mm256_srli_epi32(pairs, 4));
   }
   template <int kPart, class S>
-  static GQA_INLINE F load_part(const Moved<S>* p) {
-    return moved<kPart>(_mm256_cvtepi8_epi16(bytes16(p)), p);
+  static GQA_INLINE F load_part(const BitShiftedFp8<S>* p) {
+    return shifted<kPart>(_mm256_cvtepi8_epi16(bytes16(p)), p);
   }
-  static GQA_INLINE void split(F& x0, F& x1) {
+  static GQA_INLINE void deinterleave(F& x0, F& x1) {
     const F even = _mm256_shuffle_ps(x0, x1, 0x88), odd = _mm256_shuffle_ps(x0, x1, 0xdd);
     x0 = _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(even), 0xd8));
     x1 = _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(odd), 0xd8));
   }
-  static GQA_INLINE void join(F& even, F& odd) {
+  static GQA_INLINE void interleave(F& even, F& odd) {
     const F low = _mm256_unpacklo_ps(even, odd), high = _mm256_unpackhi_ps(even, odd);
     even = _mm256_permute2f128_ps(low, high, 0x20);
     odd = _mm256_permute2f128_ps(low, high, 0x31);
@@ -122,16 +122,16 @@ struct Vec {
   static GQA_INLINE void pin(F& x) { __asm__("" : "+x"(x)); }
   static GQA_INLINE void pin(I& x) { __asm__("" : "+x"(x)); }
 
-  static constexpr bool kWords = true;
-  static GQA_INLINE I zero_words() { return _mm256_setzero_si256(); }
-  static GQA_INLINE I load_words(const int16_t* p) {
+  static constexpr bool kHasInt16 = true;
+  static GQA_INLINE I zero_integers() { return _mm256_setzero_si256(); }
+  static GQA_INLINE I load_int16(const int16_t* p) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   }
-  static GQA_INLINE void load_words(const Int8* p, I& x0, I& x1) {
+  static GQA_INLINE void load_int16(const Int8* p, I& x0, I& x1) {
     x0 = _mm256_cvtepi8_epi16(bytes16(p));
     x1 = _mm256_cvtepi8_epi16(bytes16(p + 16));
   }
-  static GQA_INLINE void load_words(const Int4Pair* p, I& even, I& odd) {
+  static GQA_INLINE void load_int16(const Int4Pair* p, I& even, I& odd) {
     nibbles(_mm256_cvtepu8_epi16(bytes16(p)), even, odd);
   }
   static GQA_INLINE void load_pairs(const Int8* a, const Int8* b, I& x0, I& x1) {
@@ -158,7 +158,7 @@ struct Vec {
     sum = _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
     pin(sum);  // else gcc adds products to each other first, and has no registers for them
   }
-  static constexpr bool kMovesFloat8 = true;
+  static constexpr bool kShiftsFp8 = true;
   static GQA_INLINE void max_negative(I& most, const uint8_t* p) {
     const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     most = _mm256_max_epu8(most, _mm256_or_si256(x, _mm256_set1_epi8(-128)));
@@ -168,7 +168,7 @@ struct Vec {
     return _mm256_movemask_epi8(_mm256_cmpeq_epi8(_mm256_max_epu8(x, limits), x)) != 0;
   }
   static GQA_INLINE F to_float(I x) { return _mm256_cvtepi32_ps(x); }
-  static GQA_INLINE void store_words(int16_t* p, F x) {
+  static GQA_INLINE void store_int16(int16_t* p, F x) {
     const __m256i words = _mm256_cvtps_epi32(x);
     _mm_storeu_si128(
         reinterpret_cast<__m128i*>(p),
@@ -297,13 +297,13 @@ struct Vec {
   // Even or odd ones of 16 sign-extended fp8 numbers: their bits from the sign on where fp32 has
   // them, those of the exponent at the end of its own.
   template <int kPart>
-  static GQA_INLINE F moved(__m256i pairs, const Moved<Float8E4M3>*) {
+  static GQA_INLINE F shifted(__m256i pairs, const BitShiftedFp8<Float8E4M3>*) {
     const __m256i bits = _mm256_slli_epi32(pairs, kPart == 0 ? 20 : 4);
     return _mm256_castsi256_ps(
         _mm256_and_si256(bits, _mm256_set1_epi32(static_cast<int>(0x87f00000u))));
   }
   template <int kPart>
-  static GQA_INLINE F moved(__m256i pairs, const Moved<Float8E5M2>*) {
+  static GQA_INLINE F shifted(__m256i pairs, const BitShiftedFp8<Float8E5M2>*) {
     const __m256i bits = _mm256_slli_epi32(pairs, kPart == 0 ? 21 : 5);
     return _mm256_castsi256_ps(
         _mm256_and_si256(bits, _mm256_set1_epi32(static_cast<int>(0x8fe00000u))));
@@ -313,9 +313,9 @@ struct Vec {
   static GQA_INLINE __m256i halves(__m256i x, const Float8E4M3*) {
     const __m256i ones = _mm256_set1_epi16(0x7f), bits = _mm256_and_si256(x, ones);
     const __m256i nan = _mm256_cmpeq_epi16(bits, ones);
-    const __m256i moved =
+    const __m256i shifted =
         _mm256_and_si256(_mm256_slli_epi16(x, 7), _mm256_set1_epi16(static_cast<short>(0xbf80)));
-    return _mm256_or_si256(moved, nan);
+    return _mm256_or_si256(shifted, nan);
   }
 };
 

@@ -30,10 +30,10 @@ struct Vec {
     // Sign-extended e4m3 to fp16 of 1/256 of the value: the exponents' biases differ by 8, and so
     // subnormals stay exact. NaN keeps all its magnitude's bits.
     const __m256i x = _mm256_cvtepi8_epi16(bytes16(p));
-    const __m256i moved = _mm256_and_si256(_mm256_slli_epi16(x, 7), _mm256_set1_epi16(-0x4080));
+    const __m256i shifted = _mm256_and_si256(_mm256_slli_epi16(x, 7), _mm256_set1_epi16(-0x4080));
     const __m256i ones = _mm256_set1_epi16(0x7f);
     const __mmask16 nan = _mm256_cmpeq_epi16_mask(_mm256_and_si256(x, ones), ones);
-    return _mm512_cvtph_ps(_mm256_mask_blend_epi16(nan, moved, _mm256_set1_epi16(0x7e00)));
+    return _mm512_cvtph_ps(_mm256_mask_blend_epi16(nan, shifted, _mm256_set1_epi16(0x7e00)));
   }
   static GQA_INLINE F load(const Float8E5M2* p) {
     return _mm512_cvtph_ps(_mm256_slli_epi16(_mm256_cvtepu8_epi16(bytes16(p)), 8));
@@ -61,7 +61,7 @@ struct Vec {
   }
 
   template <class S>
-  static constexpr bool kSplits = std::is_same_v<S, BFloat16> || std::is_same_v<S, Int4Pair>;
+  static constexpr bool kDeinterleaves = std::is_same_v<S, BFloat16> || std::is_same_v<S, Int4Pair>;
 
   template <class S>
   static GQA_INLINE void load_block(const S* p, F& x0, F& x1) {
@@ -100,12 +100,12 @@ struct Vec {
   static GQA_INLINE void load_block_first(const BFloat16* p, int64_t n, F& even, F& odd) {
     split_pairs(_mm512_maskz_loadu_epi16(first32(n), p), even, odd);
   }
-  static GQA_INLINE void split(F& x0, F& x1) {
+  static GQA_INLINE void deinterleave(F& x0, F& x1) {
     const F a = x0, b = x1;
     x0 = _mm512_permutex2var_ps(a, every_second(0), b);
     x1 = _mm512_permutex2var_ps(a, every_second(1), b);
   }
-  static GQA_INLINE void join(F& even, F& odd) {
+  static GQA_INLINE void interleave(F& even, F& odd) {
     const F low = _mm512_unpacklo_ps(even, odd), high = _mm512_unpackhi_ps(even, odd);
     even = _mm512_permutex2var_ps(low, quarters(0), high);
     odd = _mm512_permutex2var_ps(low, quarters(8), high);
@@ -113,23 +113,23 @@ struct Vec {
   static GQA_INLINE void pin(F& x) { GQA_PIN(x); }
   static GQA_INLINE void pin(I& x) { GQA_PIN(x); }
 
-  static constexpr bool kMovesFloat8 = false;
-  static constexpr bool kWords = true;
-  static GQA_INLINE I zero_words() { return _mm512_setzero_si512(); }
-  static GQA_INLINE I load_words(const int16_t* p) { return _mm512_loadu_si512(p); }
-  static GQA_INLINE void load_words(const Int8* p, I& x0, I& x1) {
+  static constexpr bool kShiftsFp8 = false;
+  static constexpr bool kHasInt16 = true;
+  static GQA_INLINE I zero_integers() { return _mm512_setzero_si512(); }
+  static GQA_INLINE I load_int16(const int16_t* p) { return _mm512_loadu_si512(p); }
+  static GQA_INLINE void load_int16(const Int8* p, I& x0, I& x1) {
     x0 = _mm512_cvtepi8_epi16(bytes32(p));
     x1 = _mm512_cvtepi8_epi16(bytes32(p + 32));
   }
-  static GQA_INLINE void load_words(const Int4Pair* p, I& even, I& odd) {
+  static GQA_INLINE void load_int16(const Int4Pair* p, I& even, I& odd) {
     nibbles(_mm512_cvtepu8_epi16(bytes32(p)), even, odd);
   }
   static GQA_INLINE void load_pairs(const Int8* a, const Int8* b, I& x0, I& x1) {
-    x0 = _mm512_cvtepi8_epi16(interleave(bytes16(a), bytes16(b)));
-    x1 = _mm512_cvtepi8_epi16(interleave(bytes16(a + 16), bytes16(b + 16)));
+    x0 = _mm512_cvtepi8_epi16(interleave_bytes(bytes16(a), bytes16(b)));
+    x1 = _mm512_cvtepi8_epi16(interleave_bytes(bytes16(a + 16), bytes16(b + 16)));
   }
   static GQA_INLINE void load_pairs(const Int4Pair* a, const Int4Pair* b, I& even, I& odd) {
-    nibbles(_mm512_cvtepu8_epi16(interleave(bytes16(a), bytes16(b))), even, odd);
+    nibbles(_mm512_cvtepu8_epi16(interleave_bytes(bytes16(a), bytes16(b))), even, odd);
   }
   template <class S>
   static GQA_INLINE void order_pairs(F&, F&) {}
@@ -143,7 +143,7 @@ struct Vec {
     pin(sum);  // else gcc adds products to each other first, and has no registers for them
   }
   static GQA_INLINE F to_float(I x) { return _mm512_cvtepi32_ps(x); }
-  static GQA_INLINE void store_words(int16_t* p, F x) {
+  static GQA_INLINE void store_int16(int16_t* p, F x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
                         _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(x)));
   }
@@ -272,7 +272,7 @@ struct Vec {
     odd = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(-0x10000)));
   }
   // a[0] b[0] a[1] b[1] ...
-  static GQA_INLINE __m256i interleave(__m128i a, __m128i b) {
+  static GQA_INLINE __m256i interleave_bytes(__m128i a, __m128i b) {
     return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_unpacklo_epi8(a, b)),
                                    _mm_unpackhi_epi8(a, b), 1);
   }

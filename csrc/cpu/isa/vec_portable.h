@@ -48,21 +48,21 @@ struct Vec {
 
   // Whether there are products of 16-bit integers ("words"), as products_integer.h uses them:
   //   I                        2 * kWidth words, or kWidth sums of 32 bits
-  //   load_words(p, x0, x1)    4 * kWidth int8 or int4 numbers; of int4 even and odd ones apart
+  //   load_int16(p, x0, x1)    4 * kWidth int8 or int4 numbers; of int4 even and odd ones apart
   //   load_pairs(a, b, x0, x1) pairs (a[i], b[i]) of 2 * kWidth numbers, likewise
   //   set_pair(p)              a pair of words again and again
   //   add_products(sum, a, b)  sum[i] += a[2i] * b[2i] + a[2i + 1] * b[2i + 1]
-  //   store_words(p, x)        kWidth floats, rounded to nearest
-  static constexpr bool kWords = false;
+  //   store_int16(p, x)        kWidth floats, rounded to nearest
+  static constexpr bool kHasInt16 = false;
 
-  // Whether load_block takes Moved fp8 numbers, which it splits, and there are
+  // Whether load_block takes BitShiftedFp8 fp8 numbers, which it splits, and there are
   //   max_negative(most, p)    most = max(most, bytes at p | 0x80), 4 * kWidth unsigned bytes
   //   any_byte_from(limit, x)  whether a byte of x is at least `limit`
-  static constexpr bool kMovesFloat8 = false;
+  static constexpr bool kShiftsFp8 = false;
 
   // Whether load_block gives even and odd numbers apart.
   template <class S>
-  static constexpr bool kSplits = false;
+  static constexpr bool kDeinterleaves = false;
   // 2 * kWidth numbers.
   template <class S>
   static GQA_INLINE void load_block(const S* p, F& x0, F& x1) {
@@ -75,12 +75,12 @@ struct Vec {
     return load(p + kPart * kWidth / kNumbersPerElement<S>);
   }
   // 2 * kWidth numbers in order to even and odd ones, and back.
-  static GQA_INLINE void split(F& x0, F& x1) {
+  static GQA_INLINE void deinterleave(F& x0, F& x1) {
     const F a = x0, b = x1;
     x0 = F{a[0], a[2], b[0], b[2]};
     x1 = F{a[1], a[3], b[1], b[3]};
   }
-  static GQA_INLINE void join(F& even, F& odd) {
+  static GQA_INLINE void interleave(F& even, F& odd) {
     const F a = even, b = odd;
     even = F{a[0], b[0], a[1], b[1]};
     odd = F{a[2], b[2], a[3], b[3]};

@@ -7,23 +7,23 @@
 namespace gqa::cpu::GQA_ISA {
 
 inline __m512i _mm512_set1_epi16(int16_t value) {
-  emulated::Words32 x;
+  emulated::Uint16x32 x;
   for (uint16_t& lane : x.x) lane = static_cast<uint16_t>(value);
   return x.vector();
 }
 inline __m512i _mm512_sub_epi16(__m512i a, __m512i b) {
-  emulated::Words32 x(a);
-  const emulated::Words32 y(b);
+  emulated::Uint16x32 x(a);
+  const emulated::Uint16x32 y(b);
   for (int i = 0; i < 32; ++i) x.x[i] = static_cast<uint16_t>(x.x[i] - y.x[i]);
   return x.vector();
 }
 inline __m512i _mm512_srli_epi16(__m512i a, unsigned n) {
-  emulated::Words32 x(a);
+  emulated::Uint16x32 x(a);
   for (uint16_t& lane : x.x) lane = static_cast<uint16_t>(lane >> n);
   return x.vector();
 }
 inline __m512i _mm512_madd_epi16(__m512i a, __m512i b) {  // sums of two products wrap around
-  const emulated::Words32 x(a), y(b);
+  const emulated::Uint16x32 x(a), y(b);
   const auto product = [&](int i) {
     return static_cast<uint32_t>(static_cast<int16_t>(x.x[i]) * static_cast<int16_t>(y.x[i]));
   };
@@ -34,13 +34,13 @@ inline __m512i _mm512_madd_epi16(__m512i a, __m512i b) {  // sums of two product
 
 inline __m512i _mm512_cvtepu8_epi16(__m256i x) {
   const emulated::Bytes32 bytes(x);
-  emulated::Words32 wide;
+  emulated::Uint16x32 wide;
   for (int i = 0; i < 32; ++i) wide.x[i] = bytes.x[i];
   return wide.vector();
 }
 inline __m512i _mm512_cvtepi8_epi16(__m256i x) {
   const emulated::Bytes32 bytes(x);
-  emulated::Words32 wide;
+  emulated::Uint16x32 wide;
   for (int i = 0; i < 32; ++i) {
     wide.x[i] = static_cast<uint16_t>(static_cast<int16_t>(static_cast<int8_t>(bytes.x[i])));
   }
@@ -56,7 +56,7 @@ inline __m512i _mm512_cvtps_epi32(__m512 x) {  // to nearest even; 0x80000000 wh
   return whole;
 }
 inline __m256i _mm512_cvtsepi32_epi16(__m512i x) {  // saturates
-  emulated::Words16 low;
+  emulated::Uint16x16 low;
   for (int i = 0; i < 16; ++i) {
     const int32_t wide = static_cast<int32_t>(x[i]);
     const int32_t narrow = wide < -32768 ? -32768 : wide > 32767 ? 32767 : wide;
