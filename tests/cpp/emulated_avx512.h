@@ -326,14 +326,14 @@ inline __m128 _mm512_extractf32x4_ps(__m512 x, int quarter) {
   const int i = quarter * 4;
   return __m128{x[i], x[i + 1], x[i + 2], x[i + 3]};
 }
-inline __m512i unpack_words(__m512i a, __m512i b, int first) {
+inline __m512i unpack_int16(__m512i a, __m512i b, int first) {
   const emulated::Uint16x32 x(a), y(b);
   emulated::Uint16x32 z;
   for (int i = 0; i < 32; ++i) z.x[i] = (i & 1 ? y : x).x[i / 8 * 8 + first + i % 8 / 2];
   return z.vector();
 }
-inline __m512i _mm512_unpacklo_epi16(__m512i a, __m512i b) { return unpack_words(a, b, 0); }
-inline __m512i _mm512_unpackhi_epi16(__m512i a, __m512i b) { return unpack_words(a, b, 4); }
+inline __m512i _mm512_unpacklo_epi16(__m512i a, __m512i b) { return unpack_int16(a, b, 0); }
+inline __m512i _mm512_unpackhi_epi16(__m512i a, __m512i b) { return unpack_int16(a, b, 4); }
 
 // ---- AVX512_BF16. Volume 2, VDPBF16PS: the odd products first, each a fused multiply-add.
 inline __m512 _mm512_dpbf16_ps(__m512 sum, __m512bh a, __m512bh b) {

@@ -1,5 +1,4 @@
-// Those of emulated_avx512.h that compute with 16-bit integers ("words"), and with the bytes that
-// they are made of.
+// The functions of emulated_avx512.h on 16-bit integers and on bytes.
 #pragma once
 
 #include "emulated_avx512.h"

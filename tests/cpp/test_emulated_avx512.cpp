@@ -95,7 +95,7 @@ void test_int4() {
 }
 
 // Products of words, by the definitions in vec_portable.h.
-void test_words() {
+void test_int16() {
   Int8 bytes[2][64];
   Int4Pair nibbles[2][32];
   const auto nibble = [&](int row, int i) {
@@ -289,7 +289,7 @@ int main() {
   test_loads<Float8E5M2, uint8_t>("e5m2", 0x100);
   test_loads<Int8, uint8_t>("int8", 0x100);
   test_int4();
-  test_words();
+  test_int16();
   test_rounding();
   test_lanes();
   test_dot_products();

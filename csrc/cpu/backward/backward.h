@@ -6,8 +6,8 @@
 
 namespace gqa::cpu {
 
-// Writes params.dq, dk, dv and, where wanted, dslopes and dsinks. Deterministic for a number of
-// threads. Throws std::invalid_argument for a bad GQA_KERNELS_CPU_ISA.
+// Writes params.dq, dk, dv and, unless they are null, dslopes and dsinks. The same number of
+// threads computes the same bits. Throws std::invalid_argument for a bad GQA_KERNELS_CPU_ISA.
 void attention_backward(const BackwardParams& params, const ThreadPool& pool);
 
 }  // namespace gqa::cpu

@@ -1,9 +1,9 @@
-// One backward task: all its blocks of rows, each against the keys that it sees, tile after tile.
+// Runs one backward task: each of its blocks of rows with the keys that it sees, tile after tile.
 //
 //   for every block of rows, for every tile of keys:
 //     S = Q K^T;  dP = dO V^T;  P, dS = backward_row(S, dP)
 //     dV += P^T dO;  dK += dS^T Q;  dQ += dS K
-//   then, of all keys of the KV head, its parts added up (backward_sums.h): dK, dV
+//   then, when the parts of the KV head are added up (sums.h), dK and dV of all its keys
 //
 // All five products go through the packed micro-kernel of the forward (products_packed.h), except
 // that the scores of few fp32 rows are the forward's direct ones (products_direct.h). dQ of a block

@@ -1,12 +1,12 @@
 // Cuts one backward call into tasks: (sequence, KV head, run of row blocks).
 //
-// A task goes through its rows (query tokens x heads of the group) block by block and, for each,
-// through the keys that the block sees, and sums dK and dV of the whole group in fp32 as it goes;
-// dQ of a block is finished when its keys are. So nothing is computed twice, and no two tasks write
-// the same memory. A KV head whose work is more than a thread's share is cut into several tasks,
-// each with sums of its own, which are added in the order of the tasks (backward_sums.h).
+// A task loops over its rows (query tokens x heads of the group) in blocks and, for each block,
+// over the keys that the block sees. It sums dK and dV of the whole group in fp32 on the way, and
+// finishes dQ of a block with the block's last key. So nothing is computed twice, and no two tasks
+// write the same memory. A KV head with more work than a thread's share is cut into several tasks.
+// Each has sums of its own, which are added in the order of the tasks (sums.h).
 //
-// Where a value map groups the heads otherwise than the key map, no task can own both dK and dV: a
+// If a value map groups the heads differently from the key map, no task can own both dK and dV. A
 // second set of tasks, by value head, then recomputes the probabilities for dV.
 #pragma once
 

@@ -3,7 +3,12 @@
 //   P  = exp(S - LSE)           dS = P * (dP * keep - delta), times the softcap's derivative
 //
 // Both are rounded to the input type, as the forward rounds P (FlashAttention-2, arXiv 2307.08691,
-// algorithm 2). Scores are in units of log2(e); the scale of dS is left to dQ and dK.
+// algorithm 2). Scores are in units of log2(e). dQ and dK apply the scale of dS.
+//
+// The score must be rounded exactly as in the forward (softmax.h there): a difference in its last
+// digit changes P, and rows of P then no longer match the output that delta is computed from.
+// -ffp-contract=off keeps compilers from fusing the score's product with the subtraction of the
+// LSE.
 #pragma once
 
 #include <cmath>
@@ -15,17 +20,18 @@
 
 namespace gqa::cpu::GQA_ISA {
 
-// What a row brings along.
+// The inputs of one row.
 struct BackwardRow {
-  float lse;          // log2 units; with what rounding to fp32 took off it, as P is exp2 of a
-  float lse_rest;     // difference that may be near 0 while both terms are large
+  float lse;          // log2 units, rounded to fp32
+  float lse_rest;     // what that rounding took off: the exponent of P is a small difference of
+                      // numbers that may be large
   float delta;        // rowsum(dout * out) - dlse
   const float* keep;  // dropout's factors of the tile's keys, or nullptr
 };
 
 // Sums over a row's keys for the gradients of its ALiBi slope (sum of dS * -distance) and its sink.
-// That delta is taken from the output, which is rounded, would show there: they add up whole rows,
-// in which dS sums to about 0. So delta is summed anew.
+// These add up whole rows, in which dS sums to about 0, so the rounding of the output would show in
+// them through delta. They use a delta that is summed from P and dP instead.
 struct RowSums {
   float dp;           // P * dP
   float distance;     // P * distance

@@ -1,9 +1,9 @@
-// The fp32 sums of dK and dV: where a task's lie, and how those of a KV head's parts come together.
+// The fp32 sums of dK and dV: their memory layout, and how the parts of a KV head are added up.
 //
-// Parts are added in their order, whatever order they finish in, so that every run gives the same
-// bits: a thread that finishes a part hands its sums in, and adds to part 0's whatever is next by
-// then. Beside part 0's sums only those of parts that overtook another are kept, and memory is
-// taken when a task starts: about one task's sums for each thread live at once.
+// Parts are added in their order, whatever order they finish in, so that every run computes the
+// same bits. A thread that finishes a part hands in its sums, and then adds the parts that are next
+// in order to part 0. Besides part 0, only parts that finished before an earlier one are kept.
+// Memory is allocated when a task starts, so about one task's sums per thread exist at once.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +15,7 @@
 
 namespace gqa::cpu {
 
-// Floats that the sums of one key take; 0 for a gradient that is another task's.
+// The floats that the sums of one key need; 0 for a gradient that another task sums.
 struct SumWidths {
   int64_t dk, dv;
 

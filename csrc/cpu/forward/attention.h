@@ -6,8 +6,8 @@
 
 namespace gqa::cpu {
 
-// Writes params.out and params.lse. lse_wanted: false where nobody will read the LSE, which then
-// may be rounded as the output is. Throws std::invalid_argument for a bad GQA_KERNELS_CPU_ISA.
+// Writes params.out and params.lse. lse_wanted: false if nobody will read the LSE, which then may
+// be as inexact as the output. Throws std::invalid_argument for a bad GQA_KERNELS_CPU_ISA.
 void attention_forward(const AttentionParams& params, const ThreadPool& pool,
                        bool lse_wanted = true);
 

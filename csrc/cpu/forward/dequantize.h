@@ -1,5 +1,5 @@
-// Quantised K and V: the products run over stored numbers, and what makes them products of values
-// is applied to scores and probabilities, once a key instead of once an element:
+// Quantised K and V: the products are computed from stored numbers. Scales and zeros are applied to
+// scores and probabilities, once per key instead of once per element:
 //
 //   q . (scale * (k - zero)) = scale * (q . k - zero * sum(q))
 //   p * scale * (v - zero)   = (p * scale) * v - (p * scale) * zero
@@ -17,8 +17,8 @@
 
 namespace gqa::cpu::GQA_ISA {
 
-// Loads give 1 / all of a value. Scales of K and V make up for it, together with what Products do
-// to q and o, if anything.
+// A load returns 1 / all of a value. The scales of K and V, and the factors of Products on q and o,
+// correct that.
 struct LoadedPart {
   float all, k_scale, v_scale;
 };
@@ -31,8 +31,8 @@ inline constexpr LoadedPart kLoadedPart<BitShiftedFp8<Float8E4M3>>{0x1p120f, 0x1
 template <>
 inline constexpr LoadedPart kLoadedPart<BitShiftedFp8<Float8E5M2>>{0x1p112f, 0x1p48f, 0x1p64f};
 
-// Loads take the default zero of a format off; zeros count from there, and so without any there is
-// nothing to do, and with some little to cancel.
+// Loads subtract the default zero of a format, so zeros are counted from it. Then a cache without
+// zeros needs no correction, and one with zeros little cancellation.
 template <class S>
 inline constexpr float kLoadedZero = 0.0f;
 template <>
@@ -55,7 +55,7 @@ class Dequantizer {
     }
   }
 
-  // Asks for the scales and zeros of a tile to come.
+  // Prefetches the scales and zeros of the next tile.
   void prefetch(int64_t first, int n) const {
     prefetch_row_values(pages_, params_.k_scale, params_.k_scale_stride, k_head_, first, n);
     prefetch_row_values(pages_, params_.v_scale, params_.v_scale_stride, v_head_, first, n);
@@ -64,7 +64,7 @@ class Dequantizer {
   }
 
   void begin_tile(int64_t first, int n) {
-    // A key of no page must make its score NaN, whatever its row was read as.
+    // The score of a key without a page must be NaN, whatever was read as its row.
     constexpr LoadedPart kPart = kLoadedPart<S>;
     fetch(params_.k_scale, params_.k_scale_stride, k_head_, first, n,
           {kPart.k_scale, 0.0f, kPart.k_scale, NAN}, tile_.k_scale);
@@ -83,7 +83,7 @@ class Dequantizer {
     return {tile_.q_sum[r], tile_.k_scale, has_k_zero() ? tile_.k_zero : nullptr, tile_.v_scale};
   }
 
-  // Zeros of V, given probabilities that are multiplied with its scales.
+  // Subtracts the zeros of V from o; probabilities are multiplied with the scales of V already.
   void subtract_zeros(int r, StripKeys keys) {
     if (!has_v_zero()) return;
     const float* p = tile_.s + r * tile_.layout.keys;

@@ -1,6 +1,6 @@
-// The loops of the two products of a tile with few rows (decode): which rows and keys are taken
-// together, and when the next rows of K and V are asked for. What is done with them is the derived
-// class's: products_direct.h multiplies floats, products_integer.h integers.
+// The loops over rows and keys of direct tasks (decode): which rows and keys are multiplied
+// together, and when the next rows of K and V are prefetched. The derived class multiplies:
+// products_direct.h floats, products_int16.h 16-bit integers.
 #pragma once
 
 #include <cstdint>
@@ -12,16 +12,15 @@
 
 namespace gqa::cpu::GQA_ISA {
 
-// The same address, of which compilers know nothing: what lies there is loaded again in place of
-// being kept in a register, and places beside it are counted from it in place of getting addresses
-// of their own.
+// The same address, hidden from the compiler. It then loads from there again instead of keeping
+// values in registers, and addresses neighbours relative to it instead of computing each address.
 template <class S>
 GQA_INLINE const S* opaque(const S* p) {
   __asm__("" : "+r"(p));
   return p;
 }
 
-// The head dim whose loops are unrolled whole.
+// The head dim whose loops are unrolled completely.
 constexpr int kCommonHeadDim = 128;
 
 // Calls visit(n as a constant) for n from 1 to kStripRows.
@@ -56,7 +55,7 @@ GQA_INLINE void for_score_blocks(int rows, Visit visit) {
 //                                    keys, calling ahead.step() for every kRowStep
 //   add_rows<kRows>(r, keys, ahead)  o[r + i] += sum over keys of p[r + i, key] * v[key], calling
 //                                    ahead.step() for every vector of columns
-// and leaves o, where V::kDeinterleaves<S>, with even and odd columns of every two vectors apart.
+// If V::kDeinterleaves<S>, o holds the even columns of every two vectors before the odd ones.
 template <class Derived, class V, class S>
 class DirectLoops {
  public:
@@ -70,7 +69,7 @@ class DirectLoops {
   DirectLoops(const AttentionParams& params, Tile<V>& tile)
       : tile_(tile), head_dim_(params.head_dim), value_head_dim_(params.value_head_dim) {}
 
-  // After the last tile: o in its own order again.
+  // After the last tile: restores the order of o's columns.
   void end(int rows) {
     if (!V::template kDeinterleaves<S>) return;
     for (int r = 0; r < rows; ++r) {
@@ -93,7 +92,7 @@ class DirectLoops {
     next_n_ = next_n;
   }
 
-  // s = q . k for the keys that are needed; asks for the tile's V rows
+  // s = q . k for the keys that are needed; prefetches the tile's V rows
   void scores(int, int rows, const StripKeys* strips) {
     const StripKeys need = strips[0];
     const StripKeys steps{need.begin / kRowStep * kRowStep,
@@ -104,7 +103,7 @@ class DirectLoops {
         rows, [&](int r, auto count) { derived().template dot_rows<count()>(r, steps, ahead); });
   }
 
-  // o += p . v; asks for the next tile's K rows
+  // o += p . v; prefetches the next tile's K rows
   void accumulate(int, int rows, const StripKeys* strips) {
     const int64_t steps = (rows + kStripRows - 1) / kStripRows * (tile_.layout.o_ld / kW);
     Prefetcher<S> ahead(next_k_rows_, next_n_, head_dim_, static_cast<int>(steps));

@@ -1,12 +1,12 @@
 // Products of bf16 pairs on AMX tiles of 16 rows x 64 bytes: 2 x 2 tiles of sums, so that each
-// loaded tile serves two products. One product is 16 x 16 x 32 multiply-adds in 16 cycles; what it
-// has to wait for are loads from beyond the first-level cache and stores of tiles. So a block of 32
-// rows goes through scores, softmax and the second product at a time: its scores, probabilities and
-// output stay in 48 KiB, and K and V stream by.
+// loaded tile serves two products. One product is 16 x 16 x 32 multiply-adds in 16 cycles; it waits
+// for loads from beyond the first-level cache and for stores of tiles. Therefore scores, softmax
+// and second product process a block of 32 rows at a time: its scores, probabilities and output
+// stay in 48 KiB, and only K and V are streamed.
 //
-// tdpbf16ps sums even and odd numbers of a row apart, each in fp32 rounding to nearest even, then
-// adds both to the accumulator; subnormal numbers count as 0, in and out. (Intel 64 and IA-32
-// Architectures Software Developer's Manual, volume 2, TDPBF16PS.)
+// tdpbf16ps sums the even and the odd numbers of a row separately, each in fp32 with rounding to
+// nearest even, then adds both to the accumulator. It takes subnormal numbers for 0, in operands
+// and results. (Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2, TDPBF16PS.)
 #pragma once
 
 #include <cstdint>
@@ -16,7 +16,7 @@
 
 namespace gqa::cpu::GQA_ISA {
 
-// Tiles are at hand while it lives, all of 16 rows x 64 bytes. Of the calling thread.
+// Configures the calling thread's tiles, all of 16 rows x 64 bytes, and releases them at its end.
 class AmxTiles {
  public:
   AmxTiles() {
@@ -33,7 +33,7 @@ class AmxTiles {
   AmxTiles(const AmxTiles&) = delete;
   AmxTiles& operator=(const AmxTiles&) = delete;
 
-  // The compiler's tile loads do not say that they read memory: what they read must be written.
+  // Tells the compiler to write pending stores: its tile loads don't declare that they read memory.
   static GQA_INLINE void fence(const void* p) { __asm__ volatile("" : : "r"(p) : "memory"); }
 
  private:
@@ -48,7 +48,7 @@ template <class V>
 struct AmxEngine {
   static constexpr int kRows = 32;
   static constexpr int kBlockRows = 32;
-  static constexpr bool kFewPack = true;  // products_tiles.h copies into that memory
+  static constexpr bool kFewPack = true;  // products_amx.h copies into that memory
 
   template <bool kAdd>
   static GQA_INLINE void multiply(int rows, const BFloat16* a, int64_t lda, const BFloat16* b,

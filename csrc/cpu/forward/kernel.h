@@ -1,13 +1,12 @@
-// Tasks: the online softmax over their keys, tile after tile, for all their rows.
+// Runs tasks: the online softmax over the keys of a task, tile after tile, for all its rows.
 //
 //   for every tile of keys:  S = Q K^T;  P = exp(S - max);  O = O * exp(old max - max) + P V
-//   then:                    out = O / sum, or a partial result, which the last split to finish
-//   merges
+//   then:                    out = O / sum, or a partial result; the last split merges them
 //
 // Rows are query tokens x heads of one group, token-major: row r is token r / heads, head r %
-// heads. Tasks with few rows (decode) read K and V where they lie, others pack them
-// (products_direct.h, products_float8.h, products_integer.h, products_packed.h). Tasks of one
-// bundle take turns, a tile of keys each.
+// heads. Direct tasks (few rows, decode) read K and V in place: products_direct.h, products_fp8.h,
+// products_int16.h, products_amx.h. The others pack K and V first: products_packed.h,
+// products_pairs.h. Tasks of one bundle alternate after every tile of keys.
 #pragma once
 
 #include <cmath>
@@ -37,7 +36,8 @@ inline constexpr bool kInteger = std::is_same_v<S, Int8> || std::is_same_v<S, In
 template <class S>
 inline constexpr bool kFloat8 = std::is_same_v<S, Float8E4M3> || std::is_same_v<S, Float8E5M2>;
 
-// visit(type of q and out), as a null pointer. Of a plain cache it is the type of K and V, S.
+// Calls `visit` with a null pointer whose type is the query's element type. If the cache is not
+// quantised, that is S.
 template <class S, class Visit>
 GQA_INLINE auto with_query_type(const AttentionParams& params, Visit visit) {
   if constexpr (!kQuantized<S>) {
@@ -51,7 +51,7 @@ GQA_INLINE auto with_query_type(const AttentionParams& params, Visit visit) {
   }
 }
 
-// The rows of K of a tile to come, which are asked for ahead of their use.
+// The rows of K of the next tile, to be prefetched.
 template <class S>
 struct NextRows {
   const S* const* rows;
@@ -61,7 +61,7 @@ struct NextRows {
 template <class V, class S, class Products>
 class AttentionTask {
  public:
-  // own, shared: memory as TileLayout says. more: what Products wants besides.
+  // own, shared: memory as TileLayout describes it. more: further arguments of Products.
   template <class... More>
   AttentionTask(const CallState& call, const Task& task, const TileLayout<V>& layout, float* own,
                 float* shared, More... more)
@@ -92,7 +92,7 @@ class AttentionTask {
     if (kQuantized<S>) dequantizer_.begin(rows_);
   }
 
-  // The rows of K of keys first to first + n - 1; asks for what else the tile will want.
+  // Finds the rows of K of keys first to first + n - 1, and prefetches the scales of the tile.
   void prepare(int64_t first, int n, const S** k_rows) const {
     k_.fetch(first, n, k_rows);
     if (kQuantized<S>) dequantizer_.prefetch(first, n);
@@ -136,8 +136,8 @@ class AttentionTask {
   }
 
  private:
-  // Rows of a softmax at a time. Where they are many, others' scores would push packed K and V out
-  // of the first-level cache.
+  // Rows that go through the softmax together. In tasks with many rows, more than one would evict
+  // packed K and V from the first-level cache.
   static constexpr int kSoftmaxRows = Products::kMaxRows > kMaxDirectRows ? 1 : kMaxDirectRows;
 
   struct RowInfo {
@@ -148,7 +148,7 @@ class AttentionTask {
 
   int64_t token(int r) const { return row_info_[r].token; }
   int32_t head(int r) const { return row_info_[r].head; }
-  // The token's place in q, out and lse.
+  // The token's index in q, out and lse.
   int64_t stored_token(int r) const { return token(r) + task_.token_offset; }
   int64_t stored_batch() const { return params_.q_offsets != nullptr ? 0 : task_.batch; }
 
@@ -186,8 +186,8 @@ class AttentionTask {
                                         : n)};
   }
 
-  // Rows [r, r + n), whose scores lie at s. In two loops: what one row waits for, others compute
-  // meanwhile.
+  // The softmax of rows [r, r + n), whose scores are at s. Two loops let the processor overlap the
+  // latencies of different rows.
   template <bool kBias>
   void softmax(int r, int n, float* s, int64_t first, const StripKeys* strips) {
     float block_max[kSoftmaxRows];
@@ -274,8 +274,7 @@ class AttentionTask {
     }
   }
 
-  // In the order of the splits, whichever finished last: results do not depend on the threads'
-  // timing.
+  // Merges in the order of the splits, so that results do not depend on the threads' timing.
   void merge_splits() {
     for (int r = 0; r < rows_; ++r) {
       float max = -INFINITY, sum = 0.0f;
@@ -313,8 +312,8 @@ class AttentionTask {
       sum = sum * factor + std::exp2(sink - new_max);
       max = new_max;
     }
-    // In double: the backward's P is exp(s - LSE), as wrong as the LSE. `max` has kLog2E's
-    // rounding.
+    // In double, because an error of the LSE is a relative error of the backward's P. `max` carries
+    // the rounding of kLog2E, and so must the factor.
     constexpr double kNatural = 1.0 / static_cast<double>(kLog2E);
     params_.lse[(b * params_.num_heads + h) * params_.q_tokens + t] =
         sees_nothing ? -INFINITY
@@ -341,11 +340,12 @@ class AttentionTask {
   RowInfo row_info_[Products::kMaxRows];
 };
 
-// Tasks of one bundle take turns, tile after tile of the keys that they all have.
+// Runs the tasks of one bundle, which have the same keys: all tasks on the first tile, then all on
+// the next.
 template <class S, class Running>
 void run_interleaved(Running* const* tasks, int count, int64_t key_begin, int64_t key_end,
                      int tile_keys) {
-  const S* k_rows[2][kMaxTileKeys];  // of this turn and the next
+  const S* k_rows[2][kMaxTileKeys];  // of this step and the next
   const auto keys_of_tile = [&](int64_t first) {
     const int64_t n = first < key_end ? key_end - first : 0;
     return static_cast<int>(n < tile_keys ? n : tile_keys);
@@ -377,12 +377,12 @@ void run_with(const CallState& call, const Bundle& bundle, const RowBlocks& bloc
   };
   const int64_t begin = tasks[0].key_begin, end = tasks[0].key_end;
   float* own = scratch + layout(0).shared_floats();
-  if (bundle.count == 1) {  // without asking for memory
+  if (bundle.count == 1) {  // needs no allocation
     Running task(call, tasks[0], layout(0), own, scratch, more...);
     Running* only = &task;
     return run_interleaved<S>(&only, 1, begin, end, tile.keys);
   }
-  std::deque<Running> running;  // which never moves them
+  std::deque<Running> running;  // a deque never moves its elements
   std::vector<Running*> places;
   for (int i = 0; i < bundle.count; ++i) {
     places.push_back(&running.emplace_back(call, tasks[i], layout(i), own, scratch, more...));
@@ -391,8 +391,9 @@ void run_with(const CallState& call, const Bundle& bundle, const RowBlocks& bloc
   run_interleaved<S>(places.data(), bundle.count, begin, end, tile.keys);
 }
 
-// K and V in type S. Few, Many: the products of tasks with few rows, and of others. Few rows of
-// int8 and int4 have their own where queries are of 16 bits.
+// Runs the tasks of one bundle, with K and V in type S. Few, Many: the products of direct tasks and
+// of others. Direct tasks over fp8, int8 and int4 have products of their own if the processor and
+// the type of the queries allow them.
 template <class V, class S, class Few = DirectProducts<V, S>, class Many = PackedProducts<V, S>>
 void run_bundle(const CallState& call, const Bundle& bundle, float* scratch) {
   constexpr RowBlocks kBlocks = Many::kBlocks;
@@ -409,7 +410,7 @@ void run_bundle(const CallState& call, const Bundle& bundle, float* scratch) {
   }
 }
 
-// What run_bundle wants.
+// The scratch memory of run_bundle.
 template <class V, class Many = PackedProducts<V, float>>
 int64_t scratch_floats(const AttentionParams& params, const Schedule& schedule,
                        const Bundle& bundle) {

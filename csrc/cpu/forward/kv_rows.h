@@ -1,5 +1,6 @@
-// How kernels reach K and V, wherever they lie: pages are looked up once for a run of keys, which
-// become row pointers, and kernels read nothing but these. Dense caches are one page.
+// How kernels address K and V in any memory layout: for each run of keys, pages are looked up once,
+// checked, and turned into row pointers. Kernels read K and V only through these. A dense cache has
+// one page per sequence.
 #pragma once
 
 #include <cstdint>
@@ -24,7 +25,7 @@ GQA_INLINE const S* at(const S* row, int64_t d) {
   return row + d / kNumbersPerElement<S>;
 }
 
-// The pages in which the keys of one (sequence, key head) lie.
+// The pages that hold the keys of one (sequence, key head).
 class Pages {
  public:
   Pages(const AttentionParams& params, int64_t batch, int64_t k_head)
@@ -67,7 +68,7 @@ class Pages {
   int64_t batch_, num_pages_, page_size_, first_slot_;
 };
 
-// What a row of no page reads as. All ones are NaN in every floating-point type.
+// The row that is read for a key without a page. All ones are NaN in every floating-point type.
 struct alignas(64) FilledRow {
   unsigned char bytes[1024];  // 256 fp32
   explicit constexpr FilledRow(unsigned char byte) : bytes{} {
@@ -78,12 +79,12 @@ inline constexpr FilledRow kNaNRow{0xff}, kZeroRow{0};
 
 constexpr int64_t kLineBytes = 64;  // of a cache
 
-// Rows are worked on in steps of so many.
+// Kernels process rows in steps of this many.
 constexpr int kRowStep = 4;
 
-// Rows of K or V of one (sequence, head). In place of a row of no page stands NaN for K, so that
-// its score is NaN in rows that see it, and 0 for V, so that other rows don't notice. (Integers
-// have no NaN; the scales below see to it.)
+// Rows of K or V of one (sequence, head). A key without a page reads as NaN in K, so that its score
+// is NaN in rows that see it, and as 0 in V, so that it does not affect other rows. (Integers have
+// no NaN; for them the scale is NaN.)
 template <class S>
 class KVRows {
  public:
@@ -94,7 +95,7 @@ class KVRows {
     return {params.v, params.v_stride, pages, head, kZeroRow};
   }
 
-  // rows[i] = row first + i; the last one again up to a whole number of kRowStep.
+  // rows[i] = row first + i; the last row is repeated up to a multiple of kRowStep.
   void fetch(int64_t first, int count, const S** rows) const {
     pages_.walk(first, count, [&](int64_t page, int64_t slot, int i, int n) {
       const S* row = page < 0 ? missing_ : base_ + page * page_stride_ + slot * slot_stride_;
@@ -119,8 +120,8 @@ class KVRows {
   const Pages& pages_;
 };
 
-// What becomes of the scale or zero of a row: value * factor + offset; `constant` where there is no
-// data; `missing` where the row is of no page.
+// How the scale or zero of a row is used: value * factor + offset; `constant` if there is no data;
+// `missing` if the row has no page.
 struct RowValueUse {
   float factor, offset, constant, missing;
 };
@@ -144,7 +145,7 @@ inline void fetch_row_values(const Pages& pages, const float* data, const Stride
   });
 }
 
-// Asks for what fetch_row_values will read.
+// Prefetches what fetch_row_values will read.
 inline void prefetch_row_values(const Pages& pages, const float* data, const Strides& strides,
                                 int64_t head, int64_t first, int count) {
   if (data == nullptr) return;
@@ -157,12 +158,11 @@ inline void prefetch_row_values(const Pages& pages, const float* data, const Str
   });
 }
 
-// Asks for rows ahead of their use, a few at a time, so that the requests spread over the
-// arithmetic.
+// Prefetches rows a few at a time, so that the requests are spread over the arithmetic.
 template <class S>
 class Prefetcher {
  public:
-  // All `n` rows of `dims` numbers are asked for after `steps` calls of step().
+  // After `steps` calls of step(), all `n` rows of `dims` numbers have been prefetched.
   Prefetcher(const S* const* rows, int n, int64_t dims, int steps)
       : rows_(rows),
         n_(n),
@@ -180,8 +180,8 @@ class Prefetcher {
   }
 
  private:
-  // The first row of a page is asked for so many rows earlier: it takes as long as memory does, and
-  // the processor's own prefetching of what follows starts with it.
+  // The first row of a page is prefetched this many rows earlier: it waits for memory, and the
+  // processor's own prefetching of the rest of the page starts only with it.
   static constexpr int kLead = 15;
 
   GQA_INLINE void prefetch_row(int i) const {
@@ -191,7 +191,7 @@ class Prefetcher {
   intptr_t distance(int i, int j) const {
     return reinterpret_cast<intptr_t>(rows_[i]) - reinterpret_cast<intptr_t>(rows_[j]);
   }
-  // Bytes from the row before change where a page begins.
+  // Whether row i begins a page: its distance from the row before differs.
   GQA_INLINE bool begins_piece(int i) const {
     const intptr_t step = distance(i - 1, i - 2);
     return distance(i, i - 1) != step && distance(i - kLead + 1, i - kLead) == step;

@@ -1,9 +1,9 @@
-// bf16 numbers in pairs, as vdpbf16ps and the tile product take them: a dword holds two numbers
-// that the sum runs over, and one instruction adds both products.
+// bf16 numbers in pairs, as vdpbf16ps and the tile product read them: a dword holds two numbers
+// that are neighbours along the sum, and one instruction adds both products.
 //
 //   c[rows, 32] (+)= a[rows, 32 * chunks] . b[32 * chunks, 32]
 //
-// `a` lies row by row. `b` is packed in chunks of 32 numbers to sum over and 32 columns, that is
+// `a` is row-major. `b` is packed in chunks of 32 numbers along the sum and 32 columns. A chunk is
 // two tiles (left and right) of 16 x 16 dwords: row i of a tile holds numbers 2i and 2i + 1 of its
 // 16 columns.
 #pragma once

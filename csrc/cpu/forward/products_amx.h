@@ -1,17 +1,16 @@
-// The two matrix products of a tile with few rows (decode) on AMX tiles, in bf16: K and V are read
-// where they lie and not packed.
+// Both products of direct tasks (decode) on AMX tiles, in bf16: K and V are read in place.
 //
 //   s^T = k . q^T   16 keys, as their rows lie, are a tile; the rows of the task are its columns
-//   o   = p . v     16 rows of V are a tile, whose dwords hold neighbouring columns of one key
-//   where
-//                   the product takes two keys of one column: with p in the lower halves of its
-//                   dwords and 0 in the upper ones it gives the even columns, the reverse the odd
-//                   ones. A probability in fp32, rounded to bf16, is the reverse.
+//   o   = p . v     16 rows of V are a tile. The product expects two keys of one column in a dword,
+//                   but the dwords of V hold two columns of one key. With p in the lower halves of
+//                   its dwords and 0 in the upper ones, the product is the even columns; with p in
+//                   the upper halves, the odd ones. An fp32 probability rounded to bf16 already has
+//                   the latter form.
 //
-// Twice the products, but a product is 8192 multiply-adds in 16 cycles, and memory bounds decode. o
-// has even and odd columns of each 32 apart, as in products_direct.h.
+// These are twice the products, but a product is 8192 multiply-adds in 16 cycles, and memory limits
+// decode. o has the even columns of each 32 before the odd ones, as in products_direct.h.
 //
-// A tile takes rows at one distance and whole runs of 32 numbers. Others (at the end of a page or
+// A tile needs rows at one distance and whole runs of 32 numbers. Others (at the end of a page or
 // of the keys, other head dims) are copied first.
 #pragma once
 
@@ -81,8 +80,8 @@ class AmxDirectProducts {
     next_n_ = next_n;
   }
 
-  // s = q . k for the keys that are needed, 64 at a time: one product has to wait for the last one
-  // with the same sums for as long as four take. Asks for the tile's V rows.
+  // s = q . k for the keys that are needed, 64 at a time, because the latency of a product is the
+  // time of four. Prefetches the tile's V rows.
   void scores(int, int rows, const StripKeys* strips) {
     const StripKeys need = strips[0];
     const int first = need.begin / kKeys * kKeys;
@@ -92,7 +91,7 @@ class AmxDirectProducts {
       Operand k[4];
       for (int i = 0; i < 4; ++i) {
         BFloat16* copy = copies_ + i * kKeys * tile_.layout.q_ld;
-        // Beyond the keys that are needed: any rows, whose scores nobody reads.
+        // Beyond the keys that are needed, any rows will do: nobody reads their scores.
         k[i] = key + i * kKeys < need.end
                    ? operand(k_rows_, key + i * kKeys, head_dim_, tile_.layout.q_ld, copy)
                    : k[0];
@@ -132,7 +131,7 @@ class AmxDirectProducts {
     }
   }
 
-  // o += p . v; asks for the next tile's K rows
+  // o += p . v; prefetches the next tile's K rows
   void accumulate(int, int rows, const StripKeys* strips) {
     const int first = strips[0].begin / kKeys * kKeys, end = strips[0].end;
     const int64_t ldp = tile_.layout.keys, ldo = tile_.layout.o_ld;

@@ -1,9 +1,9 @@
-// The two matrix products of a tile with few rows (decode): K and V are read where they lie, row
-// after row, and widened in registers. The next rows are prefetched during the arithmetic.
+// Both products of direct tasks (decode) in fp32: K and V are read in place, row after row, and
+// widened in registers. The next rows are prefetched during the arithmetic.
 //
-// Rows are read in blocks of two vectors. Some types are cheaper to widen into even and odd numbers
-// of a block than in order (V::kDeinterleaves); q is then brought into that order before, and o back
-// after.
+// Rows are read in blocks of two vectors. Some types are cheaper to widen into the even and the odd
+// numbers of a block than in order (V::kDeinterleaves). For those, q is permuted to that order
+// before the first tile, and o back after the last.
 #pragma once
 
 #include <cstdint>
@@ -39,7 +39,7 @@ inline constexpr bool kWidens = !std::is_same_v<S, float>;
 template <class V, int kRows, int kKeys>
 GQA_INLINE void multiply_vectors(const float* q, int64_t ldq, typename V::F (&x)[kKeys],
                                  typename V::F (&sum)[kRows][kKeys]) {
-  // Compilers would rather load and widen again for every use than keep a register.
+  // Without this, compilers load and widen again for every use.
   GQA_UNROLL(4)
   for (int c = 0; c < kKeys; ++c) V::pin(x[c]);
   GQA_UNROLL(6)
@@ -58,7 +58,8 @@ GQA_INLINE void multiply_block(const float* q, int64_t ldq, const S* const (&k)[
   using F = typename V::F;
   constexpr int kW = V::kWidth;
   F x[kKeys], x1[kKeys];
-  // A vector at a time where that costs no instruction, or many rows leave no registers for two.
+  // One vector at a time if that costs no extra instruction, or if many rows leave no registers for
+  // two.
   constexpr bool kByParts = kRows > 4 || (kWidens<S> && !V::template kDeinterleaves<S>);
   if (kByParts && n >= 2 * kW) {
     GQA_UNROLL(4)
@@ -85,8 +86,8 @@ GQA_INLINE void dot_keys(const float* q, int64_t ldq, const S* const* rows, int6
   GQA_UNROLL(4)
   for (int c = 0; c < kKeys; ++c) k[c] = rows[c];
   constexpr int kBlock = 2 * V::kWidth;
-  // One row or three have too few sums to hide the latency of FMA: the two vectors of a block get
-  // their own. (Not three rows of fp32, which 16 registers don't hold.)
+  // One row or three have too few sums to hide the latency of FMA, so the two vectors of a block
+  // get sums of their own. (Three rows of fp32 would need more than 16 registers.)
   constexpr int kChains = kRows == 1 || (kRows == 3 && kWidens<S>) ? 2 : 1;
   F sum[kChains][kRows][kKeys];
   GQA_UNROLL(2)
@@ -185,7 +186,7 @@ class DirectProducts : public DirectLoops<DirectProducts<V, S>, V, S> {
  public:
   using Loops::Loops;
 
-  // Before the first tile: q in the order of load_block.
+  // Before the first tile: permutes q to the order of load_block.
   void begin(int rows) {
     if (!V::template kDeinterleaves<S>) return;
     for (int r = 0; r < rows; ++r) {

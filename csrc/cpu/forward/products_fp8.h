@@ -1,14 +1,14 @@
-// The two products of a tile with few rows over fp8 K and V, for processors on which subnormal
-// operands cost nothing: loads move sign, exponent and fraction to their places in fp32 and leave
-// the exponent's bias as it was (BitShiftedFp8), in fewer instructions than a conversion takes. What they
-// give is 2^-120 (e4m3) or 2^-112 (e5m2) of the value, and may be subnormal. Products of it must
-// not be, and so q and scales of V may be up to 2^63:
+// Both products of direct tasks over fp8 K and V, on processors where subnormal operands cost
+// nothing. Loads move the sign, exponent and fraction bits to their positions in fp32 and do not
+// correct the exponent's bias (BitShiftedFp8), which takes fewer instructions than a conversion.
+// The loaded numbers are 2^-120 (e4m3) or 2^-112 (e5m2) of the values, and may be subnormal. Their
+// products must not be, so q and the scales of V are multiplied with powers of two first:
 //
 //   q * 2^64 . k * 2^-120           the rest, 2^56, is in the scales of K (dequantize.h)
 //   p * scale * 2^64 * v * 2^-120   the rest is multiplied with o at the end
 //
-// NaN and infinities come as finite numbers. Rows are searched for them, and what they make of sums
-// is then added.
+// That limits q and the scales of V to 2^63. NaN and infinities load as finite numbers; a separate
+// search finds them and corrects the sums.
 #pragma once
 
 #include <cmath>
@@ -73,7 +73,8 @@ class Fp8Products : public DirectProducts<V, BitShiftedFp8<S>> {
     }
   }
 
-  // Calls add(key, place of d in a split row, number d of the key's row) for NaN and infinities.
+  // Calls add(key, index of d in a deinterleaved row, number d of the key's row) for NaN and
+  // infinities.
   template <class Add>
   void add_specials(const BitShiftedFp8<S>* const* rows, StripKeys keys, int64_t dims,
                     Add add) const {

@@ -1,13 +1,14 @@
-// The two products of a tile with few rows over int8 or int4 K and V and 16-bit queries, in
-// integers: one instruction multiplies and adds twice as many 16-bit integers ("words") as floats,
-// and stored numbers need less widening.
+// Both products of direct tasks over int8 or int4 K and V with 16-bit queries, in integers: one
+// instruction multiplies and adds twice as many 16-bit integers as floats, and stored numbers need
+// less widening.
 //
-//   q ~ step * words      16 bits for the largest number of the row (step = max |q| / 32767)
-//   p ~ step * words      likewise, of the tile's probabilities times the scales of V
+//   q ~ step * int16      the largest number of the row is 32767 steps
+//   p ~ step * int16      likewise, after multiplication with the scales of V; a step per tile
 //
 // Sums are exact: a product is at most 2^22, a row has at most 256 numbers and a tile 64 keys. The
 // rounding of q is 1/256 of what int8 does to K, that of p is 1/64 of bf16's. The LSE is fp32 for
-// every type: for a call that wants it q has a second word, what the first one rounded off.
+// every type, so a call that needs it adds a second int16 part of q: the rounding error of the
+// first.
 #pragma once
 
 #include <cstdint>
@@ -25,15 +26,16 @@ namespace gqa::cpu::GQA_ISA {
 constexpr float kSecondPart = 1.0f / 32768.0f;
 constexpr float kRoundToWhole = 3 << 22;  // x + this - this is x rounded, for |x| < 2^22
 
-// Numbers of at most `max` as step * word. NaN: everything they are multiplied with is.
+// Represents numbers of at most `max` as step * int16. If `max` is NaN, so are all products.
 struct Int16Scale {
   float step, inverse;
   explicit Int16Scale(float max)
-      : step(max / 32767.0f), inverse(max > 1e-34f ? 32767.0f / max : 0.0f) {}  // no infinity
+      : step(max / 32767.0f),
+        inverse(max > 1e-34f ? 32767.0f / max : 0.0f) {}  // avoids an infinity
 };
 
-// The `n` numbers of `row` from d on, at most two vectors of words; after them what does not matter
-// (words of q are 0 there).
+// The `n` numbers of `row` from d on, at most two vectors of int16. The rest of the vectors is
+// arbitrary, because q is 0 there.
 template <class V, class S>
 GQA_INLINE void load_int16(const S* row, int64_t d, int64_t n, typename V::I& x0,
                            typename V::I& x1) {
@@ -77,7 +79,7 @@ GQA_INLINE void multiply_int16(const int16_t* q, int64_t ldq, const S* const (&k
   }
 }
 
-// s[r, 0..kKeys) = q[r] . rows[0..kKeys), of words
+// s[r, 0..kKeys) = q[r] . rows[0..kKeys)
 template <class V, class S, int kRows, int kKeys>
 GQA_INLINE void dot_int16(const int16_t* q, int64_t ldq, const S* const* rows, int64_t head_dim,
                           float* s, int64_t lds) {
@@ -160,11 +162,11 @@ class Int16Products : public DirectLoops<Int16Products<V, S>, V, S> {
   Int16Products(const AttentionParams& params, Tile<V>& tile, bool two_parts)
       : Loops(params, tile), two_parts_(two_parts) {}
 
-  // What scores are counted in.
+  // The factor between the score and the sum of integers.
   float score_step(int r) const { return q_step_[r]; }
 
-  // Before the first tile: words of q, in the order of V::load_int16. q itself is counted in their
-  // unit from here on: its sum, which zeros of K are multiplied with, has the rounding of words.
+  // Before the first tile: converts q to int16, in the order of V::load_int16. q itself becomes
+  // those integers too: its sum, which is multiplied with zeros of K, must have the same rounding.
   void begin(int rows) {
     using F = typename V::F;
     const TileLayout<V>& layout = this->tile_.layout;
@@ -209,8 +211,8 @@ class Int16Products : public DirectLoops<Int16Products<V, S>, V, S> {
     }
   }
 
-  // A row of p, the largest magnitude of which is `most`, becomes words, which take the first half
-  // of its place.
+  // Converts a row of p, whose largest magnitude is `most`, to int16 in the first half of its
+  // memory.
   void round_probabilities(int r, StripKeys keys, float most) {
     float* p = this->tile_.s + r * this->tile_.layout.keys;
     const Int16Scale scale(most);
@@ -225,7 +227,7 @@ class Int16Products : public DirectLoops<Int16Products<V, S>, V, S> {
  private:
   static constexpr int kW = V::kWidth;
 
-  // Words of the numbers x of a block in their order.
+  // Stores the numbers x of a block in the order of V::load_int16.
   static void store_int16(typename V::F (&x)[4], int16_t* words) {
     if (V::template kDeinterleaves<S>) {
       V::deinterleave(x[0], x[1]);
@@ -285,7 +287,7 @@ class Int16Products : public DirectLoops<Int16Products<V, S>, V, S> {
   }
 
   bool two_parts_;
-  int part_ = 0;  // which one scores are of
+  int part_ = 0;  // of q: which one scores are computed from
   float q_step_[kMaxDirectRows], p_step_[kMaxDirectRows];
 };
 

@@ -1,6 +1,6 @@
-// The two matrix products of a tile with many rows: K and V are packed once, widened to fp32, into
-// panels that a register-blocked micro-kernel streams through (6 rows x 2 vectors: 12 sums, 2 loads
-// and 6 broadcasts per 12 FMAs).
+// Both products of tasks with many rows: K and V are widened to fp32 and packed once, into panels
+// that a register-blocked micro-kernel streams through (6 rows x 2 vectors: 12 sums, 2 loads and 6
+// broadcasts per 12 FMAs). A strip is those 6 rows.
 #pragma once
 
 #include <cstdint>

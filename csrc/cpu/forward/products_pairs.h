@@ -1,5 +1,5 @@
-// The two matrix products of a tile with many rows in bf16 (see pairs.h): K and V are packed once
-// without widening; queries and probabilities are rows of bf16, which Engine multiplies with them:
+// Both products of tasks with many rows in bf16 (pairs.h): K and V are packed once without
+// widening, and queries and probabilities are rows of bf16. Engine multiplies them:
 //
 //   Engine::kRows: rows of one call; Engine::kBlockRows, kFewPack: as in RowBlocks
 //   Engine::multiply<add>(rows, a, lda, b, chunks, c, ldc), as in pairs.h
@@ -34,7 +34,7 @@ class PairProducts {
         k_chunks_(reinterpret_cast<BFloat16*>(tile.k_panels)),
         v_chunks_(reinterpret_cast<BFloat16*>(tile.v_panels)) {}
 
-  // Queries become bf16 again, which they were, row behind row at the start of their memory.
+  // Converts queries back to bf16, contiguously at the start of their memory.
   void begin(int rows) {
     const int64_t numbers = round_up(rows, Engine::kRows) * tile_.layout.q_ld;
     for (int64_t i = 0; i < numbers; i += V::kWidth) V::store(q_ + i, V::load(tile_.q + i));

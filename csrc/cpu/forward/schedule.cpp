@@ -19,14 +19,14 @@ constexpr int64_t kTasksPerWorker = 6;
 constexpr int64_t kMinSplitKeys = 256;
 constexpr int kMinTileRows = 48;
 
-// K and V of a tile that is not packed, in a first-level cache of 32 KiB: V is asked for as K is
-// used up. Half of it, and what a tile costs whatever its keys (the softmax's horizontal maximum
+// K and V of a tile that is not packed, in a first-level cache of 32 KiB: V is prefetched while K
+// is used. Half of it, and what a tile costs whatever its keys (the softmax's horizontal maximum
 // and sum, loads and stores of the output) shows in 16-bit decode.
 constexpr int64_t kDirectTileBytes = 32 * 1024;
 constexpr int kMinDirectKeys = 32;
 
-// Shorter runs of one head's keys than this make tasks a bundle; longer ones the processor's own
-// prefetching gets along with.
+// Tasks are bundled if runs of one head's keys are shorter than this. The processor's own
+// prefetching copes with longer runs.
 constexpr int64_t kMinPieceBytes = 64 * 1024;
 // Most rows of a bundle's tasks: its q and o stay in a second-level cache.
 constexpr int64_t kMaxBundleRows = 64;
@@ -145,9 +145,8 @@ void add_row_blocks(const AttentionParams& params, const std::vector<Group>& gro
 
 namespace {
 
-// Whether one head's keys lie in short pieces among those of other heads, which have the same
-// pages.
-bool lies_in_pieces(const AttentionParams& params) {
+// Whether the memory of one head's keys is fragmented by other heads with the same pages.
+bool is_fragmented(const AttentionParams& params) {
   if (params.page_table != nullptr && params.page_table_stride_h != 0) return false;
   if (params.k_stride.h < params.k_stride.s) return true;  // heads within tokens
   return params.page_table != nullptr &&
@@ -157,7 +156,7 @@ bool lies_in_pieces(const AttentionParams& params) {
 // Most rows of a bundle: so many that there are still bundles for all workers.
 int64_t most_rows_of_bundle(const AttentionParams& params, const Schedule& schedule,
                             int64_t workers) {
-  if (schedule.tile.rows > kMaxDirectRows || !lies_in_pieces(params)) return 0;
+  if (schedule.tile.rows > kMaxDirectRows || !is_fragmented(params)) return 0;
   int64_t rows = 0, runs = 0;  // of one group: what could be a task each
   const int32_t group = schedule.tasks[0].head_begin;
   for (const Task& task : schedule.tasks) {

@@ -2,11 +2,11 @@
 //
 // A group is the query heads that read one (key head, value head) pair. The rows of a task are
 // query tokens x heads of the group (token-major), so that each K and V element is read once for
-// all of them. Shapes and lengths decide everything here; no K, V or Q element is looked at.
+// all of them. The schedule depends on shapes, maps and lengths, never on elements of Q, K or V.
 //
-// A worker takes a bundle of tasks at a time: one task, or those of several groups over the same
-// keys where one head's keys lie in short pieces among those of others (pages of few slots, heads
-// within tokens), so that pieces are read as they lie and not head after head.
+// A worker takes a bundle of tasks at a time. That is one task or, if the memory of one head's keys
+// is fragmented by other heads (small pages, or heads within tokens), the tasks of several groups
+// over the same keys, so that memory is read in its own order and not head after head.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +16,7 @@
 
 namespace gqa::cpu {
 
-// Groups with at most so many rows in a sequence read K and V where they lie (products_direct.h);
+// Groups with at most this many rows in a sequence read K and V in place (products_direct.h);
 // others pack them.
 constexpr int kMaxDirectRows = 16;
 // Most keys of a tile where all tasks are such, and of any tile.
@@ -29,7 +29,7 @@ struct TileShape {
   int keys;  // keys of one step of the online softmax
 };
 
-// What bounds them on a machine with some instruction set.
+// Limits of the tile shape, by the caches of processors with an instruction set.
 struct TileLimits {
   int64_t floats;  // of Q, S, O, K and V that stay in the second-level cache
   int rows;
@@ -53,9 +53,9 @@ struct Task {
   int32_t merge;                   // which merge it takes part in; -1 where num_splits is 1
   int64_t partial;                 // floats before the partial result of split 0
   int64_t cost;                    // multiply-adds, roughly
-  // Whether K and V are read where they lie: the sequence has at most kMaxDirectRows rows in the
-  // task's group. The rows of a task alone don't decide, because the backward cuts a group into
-  // other tasks and has to sum its scores in the same order.
+  // Whether K and V are read in place: the sequence has at most kMaxDirectRows rows in the task's
+  // group. The number of rows of the task must not decide this, because the backward cuts groups
+  // differently and has to sum the scores in the same order.
   bool direct;
 
   int num_heads() const { return head_end - head_begin; }

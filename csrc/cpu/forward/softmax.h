@@ -11,7 +11,7 @@
 
 namespace gqa::cpu::GQA_ISA {
 
-// What is done to a row's scores, other than scale and visibility.
+// The changes to a row's scores besides scale and visibility.
 struct RowBias {
   float softcap;          // 0: off
   float slope;            // ALiBi, times log2(e)
@@ -33,8 +33,9 @@ inline void widen_mask(const void* data, int64_t offset, int64_t stride, int beg
   for (int i = begin; i < end; ++i) widen_row<V>(mask + i * stride, 1, out + i);
 }
 
-// attn_mask[b, h, token, first + i], number i of what is returned for i in [begin, end), which may
-// be `out`; hidden keys have -inf. Whole vectors may be read.
+// A row of the mask: element i of the result is attn_mask[b, h, token, first + i], for i in [begin,
+// end); hidden keys have -inf. The result is the mask's own memory or `out`. Reading whole vectors
+// of it is allowed.
 template <class V>
 inline const float* mask_row(const AttentionParams& params, int64_t b, int64_t h, int64_t token,
                              int64_t first, int begin, int end, float* out) {
@@ -64,7 +65,7 @@ inline const float* mask_row(const AttentionParams& params, int64_t b, int64_t h
   return out;
 }
 
-// The cap of a score, which comes without log2(e) and gets it here.
+// Caps a score in natural units, and converts it to units of log2(e).
 template <class V>
 GQA_INLINE typename V::F soft_cap(typename V::F score, float softcap) {
   const typename V::F cap = V::set1(softcap);
@@ -89,14 +90,14 @@ GQA_INLINE typename V::F add_bias(typename V::F score, int key, const RowBias& b
   return score;
 }
 
-// What scores and probabilities of a quantised cache are multiplied with: see dequantize.h.
+// The factors of scores and probabilities of a quantised cache: see dequantize.h.
 struct RowScales {
   float q_sum;
   const float *k_scale, *k_zero, *v_scale;  // [keys of the tile]; k_zero: or nullptr
 };
 
-// scores[begin, end) get their scale, bias and, where the row does not see the key, -inf. Returns
-// their maximum. kBias, kScaled: whether bias and scales have anything in them.
+// Applies scale and bias to scores[begin, end), and -inf to keys that the row does not see. Returns
+// the maximum. kBias, kScaled: whether there are bias and scales.
 template <class V, bool kBias, bool kScaled>
 GQA_INLINE float finish_row_scores(float* scores, const RowKeys& keys, float scale,
                                    const RowBias& bias, const RowScales& scales) {
@@ -127,11 +128,11 @@ GQA_INLINE float finish_row_scores(float* scores, const RowKeys& keys, float sca
   return V::reduce_max(most);
 }
 
-// Scores become probabilities exp(s - max), stored as P, number i at P's place i of the row. `max`
-// and `sum` are the row's state, block_max the scores' maximum; the returned factor rescales what
-// was accumulated with the old maximum. keep: dropout's factors of the tile's keys, or nullptr; the
-// sum is that without dropout, and without scales of V. `most` becomes the largest magnitude of
-// what scales of V have made of probabilities, NaN where there is one.
+// Replaces scores by probabilities exp(s - max) of type P in the same memory. `max` and `sum` are
+// the row's state, block_max the maximum of the scores. Returns the factor that rescales what was
+// accumulated with the old maximum. keep: dropout's factors of the tile's keys, or nullptr. The sum
+// includes neither dropout nor the scales of V. `most` becomes the largest magnitude of the
+// probabilities times the scales of V, or NaN if there is one.
 template <class V, bool kScaled, class P>
 GQA_INLINE float exponentiate_row(float* scores, const RowKeys& keys, float block_max,
                                   const RowScales& scales, const float* keep, float& max,
@@ -139,12 +140,13 @@ GQA_INLINE float exponentiate_row(float* scores, const RowKeys& keys, float bloc
   using F = typename V::F;
   const float old_max = max;
   if (block_max > max) max = block_max;
-  // Where nothing is visible yet, 0 stands in for the maximum: exp2(-inf - 0) = 0.
+  // While no key is visible, 0 replaces the maximum: exp2(-inf - 0) = 0.
   const float base = max == -INFINITY ? 0.0f : max;
   const F minus_base = V::set1(-base);
 
   F total = V::set1(0.0f), largest = total, bad = total;
-  P* probabilities = reinterpret_cast<P*>(scores);  // P is no wider: not ahead of the scores
+  P* probabilities = reinterpret_cast<P*>(
+      scores);  // P is no wider, so it never overwrites scores that are still needed
   for (int i = keys.begin / V::kWidth * V::kWidth; i < keys.end; i += V::kWidth) {
     F p = exp2<V>(V::add(V::load(scores + i), minus_base));
     total = V::add(total, p);

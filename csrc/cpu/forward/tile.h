@@ -1,5 +1,5 @@
-// The working set of a task, carved out of its worker's scratch memory: what lasts from its first
-// tile of keys to its last, and what tasks that take turns can share.
+// The working set of a task in its worker's scratch memory: what the task keeps from its first tile
+// of keys to its last, and what the tasks of a bundle share.
 #pragma once
 
 #include <cstdint>
@@ -18,11 +18,11 @@ inline int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step 
 struct RowBlocks {
   int padding;  // rows are padded to a multiple of it
   int rows;     // whose scores are in memory at the same time
-  // Whether tasks with few rows want the memory of packed K and V, too.
+  // Whether direct tasks need the memory of packed K and V, too.
   bool few_pack = false;
 };
 
-// Whether products_integer.h has the task.
+// Whether direct tasks of the call multiply integers (products_int16.h).
 template <class V>
 bool uses_int16_products(const AttentionParams& params, const TileShape& tile) {
   return V::kHasInt16 && (params.k_dtype == DType::kInt8 || params.k_dtype == DType::kInt4) &&
@@ -38,7 +38,7 @@ struct TileLayout {
   int64_t keys;         // a whole number of panels
   int64_t q_ld, o_ld;   // row lengths of q and o, padded with zeros
   int64_t packed_keys;  // keys of the packed K and V; 0 where nothing is packed
-  int64_t int16_ld;     // row length of q_int16; 0 where products are not of integers
+  int64_t int16_ld;     // row length of q_int16; 0 unless products are of integers
 
   // task_rows: at most tile.rows
   TileLayout(const AttentionParams& params, const TileShape& tile, const RowBlocks& blocks,
@@ -78,10 +78,10 @@ struct Tile {
   float* max;        // [rows]  running maximum of the scores, log2 units
   float* sum;        // [rows]  running sum of exp(score - max)
   float* q_sum;      // [rows]  sums of the rows of q; of a quantised cache
-  int16_t* q_int16;  // [2, rows, int16_ld]; of products of integers
+  int16_t* q_int16;  // [2, rows, int16_ld]  both parts of q, for products of integers
   // Of one tile of keys, of no use after it:
   float* s;                 // [s_rows, keys]  scores, then probabilities
-  float* second_s;          // [s_rows, keys]  scores of the second words
+  float* second_s;          // [s_rows, keys]  scores of the second parts of q
   float* k_panels;          // [keys / kPanel, D, kPanel]    packed K
   float* v_panels;          // [o_ld / kPanel, keys, kPanel]  packed V
   float* bias;              // [keys]  additive mask of one row

@@ -57,7 +57,8 @@ CpuRegisters read_registers() {
   return cpu;
 }
 
-// Linux gives tiles, 8 KiB more to save at a context switch, to processes that ask.
+// Linux only lets a process use tiles after it has requested them, because they add 8 KiB to every
+// context switch.
 bool request_tiles() {
 #if defined(__x86_64__) && defined(__linux__)
   constexpr int kArchReqXcompPerm = 0x1023;  // asm/prctl.h, Linux 5.16
@@ -68,7 +69,7 @@ bool request_tiles() {
 #endif
 }
 
-// What kernels were compiled for.
+// The sets that this binary has kernels for.
 constexpr uint32_t kCompiled = bit(Isa::kPortable)
 #if defined(__x86_64__)
                                | bit(Isa::kAvx2)
@@ -144,8 +145,8 @@ bool cheap_subnormals() {
 
 }  // namespace gqa::cpu
 
-// For callers without a header (gqa_kernels/extension.py): the name of what chosen_isa() gives, or
-// nullptr where it would throw.
+// For callers without a header (gqa_kernels/native/build.py): the name of chosen_isa(), or nullptr
+// if that throws.
 extern "C" __attribute__((visibility("default"))) const char* gqa_kernels_cpu_isa() {
   try {
     return gqa::cpu::isa_name(gqa::cpu::chosen_isa());

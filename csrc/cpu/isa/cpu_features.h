@@ -23,13 +23,13 @@
 
 namespace gqa::cpu {
 
-// Best last. Each is chosen only where the ones it is built upon can be used, too.
+// Best last. A set is chosen only if the sets that it builds on can be used, too.
 enum class Isa { kPortable, kAvx2, kAvx512, kAvx512Bf16, kAmx };
 constexpr int kNumIsas = 5;
 
 const char* isa_name(Isa isa);
 
-// What the CPUID and XGETBV instructions say; all 0 where there are none.
+// The results of the CPUID and XGETBV instructions; all 0 on other processors.
 struct CpuRegisters {
   uint32_t max_leaf;
   uint32_t leaf1_ecx;
@@ -38,25 +38,26 @@ struct CpuRegisters {
   uint64_t xcr0;         // register states that the operating system saves
 };
 
-// The instruction sets that the registers allow, as bits 1 << Isa. The operating system gives AMX
-// tiles to processes that ask: request_tiles() does, and says whether it may use them; it is called
-// only where everything else is there.
+// The instruction sets that the registers allow, as bits 1 << Isa. A process must request AMX tiles
+// from the operating system: request_tiles() does so and returns whether it may use them. It is
+// called only if everything else is supported.
 uint32_t usable_isas(const CpuRegisters& cpu, bool (*request_tiles)());
 
 // Those that this process can use and this binary has; found once.
 uint32_t supported_isas();
 
-// The best of them, or the one that GQA_KERNELS_CPU_ISA names. Read at every call: tests change it.
-// Throws std::invalid_argument where the name is none of them.
+// The best of them, or the one that GQA_KERNELS_CPU_ISA names. The variable is read at every call,
+// because tests change it. Throws std::invalid_argument for an unknown or unsupported name.
 Isa chosen_isa();
 
-// Whether multiply-adds take subnormal operands as fast as others. They do on the AMD EPYC that
-// this was tried on, and AMD's are taken to be alike; Intel's manuals warn of an assist by
-// microcode. GQA_KERNELS_CPU_SUBNORMALS=cheap or =costly says so instead; read at every call.
+// Whether multiply-adds are as fast with subnormal operands as with others. They were on the AMD
+// EPYC where this was measured, and we assume the same of all AMD processors; Intel's manuals warn
+// of a microcode assist. GQA_KERNELS_CPU_SUBNORMALS=cheap or =costly overrides this; it is read at
+// every call.
 bool cheap_subnormals();
 
-// The table for `isa`, or the best below it that this process can use, among those that offer(s)
-// what is wanted. `tables`: best first; the last one is for any processor.
+// The table for `isa`, or the best one below it that this process can use, among the tables for
+// which offers(table) is true. `tables`: best first; the last one is for any processor.
 template <class Table, int kCount, class Offers>
 const Table& select_kernels(const Table* const (&tables)[kCount], Isa isa, Offers offers) {
   for (const Table* table : tables) {

@@ -84,7 +84,7 @@ GQA_INLINE float to_float(Float8E4M3 x) {
 }
 GQA_INLINE float to_float(Int8 x) { return x.value; }
 
-// fp8 numbers S that loads take for finite ones without an exponent's bias: products_float8.h.
+// fp8 numbers S that vectors load by shifting bits only: products_fp8.h.
 template <class S>
 struct BitShiftedFp8 {
   uint8_t bits;

@@ -15,7 +15,7 @@ namespace gqa::cpu::GQA_ISA {
 
 struct Vec {
   using F = __m256;
-  using I = __m256i;  // 16 words, or 8 sums of 32 bits
+  using I = __m256i;  // 16 int16, or 8 sums of 32 bits
   using Mask = __m256;
   static constexpr int kWidth = 8;
 
@@ -87,7 +87,7 @@ struct Vec {
     even = shifted<0>(pairs, p);
     odd = shifted<1>(pairs, p);
   }
-  // Where both share a load, a part loads anew.
+  // Each part loads again, even if both could share a load.
   template <int kPart, class S>
   static GQA_INLINE F load_part(const S* p) {
     return load(p + kPart * kWidth);
@@ -136,7 +136,7 @@ struct Vec {
   }
   static GQA_INLINE void load_pairs(const Int8* a, const Int8* b, I& x0, I& x1) {
     const I row_a = _mm256_cvtepi8_epi16(bytes16(a)), row_b = _mm256_cvtepi8_epi16(bytes16(b));
-    x0 = _mm256_unpacklo_epi16(row_a, row_b);  // 0 to 3 and 8 to 11, which order_pairs mends
+    x0 = _mm256_unpacklo_epi16(row_a, row_b);  // 0 to 3 and 8 to 11; order_pairs corrects that
     x1 = _mm256_unpackhi_epi16(row_a, row_b);
   }
   static GQA_INLINE void load_pairs(const Int4Pair* a, const Int4Pair* b, I& even, I& odd) {
@@ -169,10 +169,10 @@ struct Vec {
   }
   static GQA_INLINE F to_float(I x) { return _mm256_cvtepi32_ps(x); }
   static GQA_INLINE void store_int16(int16_t* p, F x) {
-    const __m256i words = _mm256_cvtps_epi32(x);
+    const __m256i integers = _mm256_cvtps_epi32(x);
     _mm_storeu_si128(
         reinterpret_cast<__m128i*>(p),
-        _mm_packs_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+        _mm_packs_epi32(_mm256_castsi256_si128(integers), _mm256_extracti128_si256(integers, 1)));
   }
 
   static GQA_INLINE void store(float* p, F x) { _mm256_storeu_ps(p, x); }
@@ -294,8 +294,8 @@ struct Vec {
   static GQA_INLINE F less_8(__m256i x) {
     return _mm256_cvtepi32_ps(_mm256_sub_epi32(x, _mm256_set1_epi32(8)));
   }
-  // Even or odd ones of 16 sign-extended fp8 numbers: their bits from the sign on where fp32 has
-  // them, those of the exponent at the end of its own.
+  // The even or odd ones of 16 sign-extended fp8 numbers: their bits shifted to where fp32 has the
+  // sign, the last bits of the exponent, and the fraction.
   template <int kPart>
   static GQA_INLINE F shifted(__m256i pairs, const BitShiftedFp8<Float8E4M3>*) {
     const __m256i bits = _mm256_slli_epi32(pairs, kPart == 0 ? 20 : 4);

@@ -1,4 +1,4 @@
-// Vectors of 16 floats: AVX-512 F, BW, DQ and VL, and BF16 where GQA_VEC_BF16 says so. The
+// Vectors of 16 floats: AVX-512 F, BW, DQ and VL, and BF16 if GQA_VEC_BF16 is defined. The
 // interface is described in vec_portable.h.
 #pragma once
 
@@ -14,7 +14,7 @@ namespace gqa::cpu::GQA_ISA {
 
 struct Vec {
   using F = __m512;
-  using I = __m512i;  // 32 words, or 16 sums of 32 bits
+  using I = __m512i;  // 32 int16, or 16 sums of 32 bits
   using Mask = __mmask16;
   static constexpr int kWidth = 16;
 
@@ -215,7 +215,7 @@ struct Vec {
     const F sums[4] = {to_float(x[0]), to_float(x[1]), to_float(x[2]), to_float(x[3])};
     store_sums2x2(a, b, sums);
   }
-  // Four rounds, each of which doubles the runs of lanes that are where they belong.
+  // Four rounds; each doubles the length of the runs of lanes that are in their final position.
   static GQA_INLINE void transpose(F (&x)[kWidth]) {
     F a[16], b[16];
     GQA_UNROLL(8)

@@ -1,6 +1,6 @@
 // Vectors of 4 floats in the compiler's own vector types: SSE2 on x86-64, NEON on aarch64, scalars
-// elsewhere. The interface that every instruction set implements; the kernels know nothing else
-// about the processor.
+// elsewhere. This is the interface that every instruction set implements. The kernels use nothing
+// else of the processor.
 #pragma once
 
 #if defined(__aarch64__)
@@ -41,16 +41,16 @@ struct Vec {
              static_cast<float>((p[1].bits & 15) - 8), static_cast<float>((p[1].bits >> 4) - 8)};
   }
 
-  // Whether load_first(p, n) loads the first n (< kWidth) numbers at p, then zeros, and
-  // load_block_first(p, n, x0, x1) likewise a block, without touching memory beyond them.
+  // Whether the set has masked loads: load_first(p, n), the first n (< kWidth) numbers at p, then
+  // zeros; and load_block_first(p, n, x0, x1), the same for a block. They touch no memory beyond.
   template <class S>
   static constexpr bool kMasks = false;
 
-  // Whether there are products of 16-bit integers ("words"), as products_integer.h uses them:
-  //   I                        2 * kWidth words, or kWidth sums of 32 bits
+  // Whether the set has products of 16-bit integers, as products_int16.h uses them:
+  //   I                        2 * kWidth int16, or kWidth sums of 32 bits
   //   load_int16(p, x0, x1)    4 * kWidth int8 or int4 numbers; of int4 even and odd ones apart
   //   load_pairs(a, b, x0, x1) pairs (a[i], b[i]) of 2 * kWidth numbers, likewise
-  //   set_pair(p)              a pair of words again and again
+  //   set_pair(p)              a pair of int16, repeated
   //   add_products(sum, a, b)  sum[i] += a[2i] * b[2i] + a[2i + 1] * b[2i + 1]
   //   store_int16(p, x)        kWidth floats, rounded to nearest
   static constexpr bool kHasInt16 = false;
@@ -60,7 +60,7 @@ struct Vec {
   //   any_byte_from(limit, x)  whether a byte of x is at least `limit`
   static constexpr bool kShiftsFp8 = false;
 
-  // Whether load_block gives even and odd numbers apart.
+  // Whether load_block returns the even numbers in x0 and the odd ones in x1.
   template <class S>
   static constexpr bool kDeinterleaves = false;
   // 2 * kWidth numbers.
@@ -74,7 +74,7 @@ struct Vec {
   static GQA_INLINE F load_part(const S* p) {
     return load(p + kPart * kWidth / kNumbersPerElement<S>);
   }
-  // 2 * kWidth numbers in order to even and odd ones, and back.
+  // Permutes 2 * kWidth numbers to the even and the odd ones, and back.
   static GQA_INLINE void deinterleave(F& x0, F& x1) {
     const F a = x0, b = x1;
     x0 = F{a[0], a[2], b[0], b[2]};
@@ -85,7 +85,7 @@ struct Vec {
     even = F{a[0], b[0], a[1], b[1]};
     odd = F{a[2], b[2], a[3], b[3]};
   }
-  // x stays in a register from here to its uses.
+  // Forces x into a register from here to its uses.
   static GQA_INLINE void pin(F&) {}
 
   static GQA_INLINE void store(float* p, F x) { std::memcpy(p, &x, sizeof x); }
