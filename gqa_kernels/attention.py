@@ -67,8 +67,8 @@ def asym_gqa_attention(
         sinks: ``[Hq]``, one extra logit per head in the softmax's denominator, for queries that
             see a key.
         attn_mask: boolean (True is visible) or additive, broadcastable to ``[B, Hq, Sq, Sk]`` in
-            either layout. An additive -inf makes a key invisible; so does, but not for the
-            reference, anything below -2.3e38 (``torch.finfo(torch.float32).min``).
+            either layout. An additive value below ``torch.finfo(torch.float32).min / 2``
+            (about -1.7e38) hides the key, as -inf and ``torch.finfo(torch.float32).min`` do.
         kv_lengths: ``[B]`` or ``[B, Hk]`` integers: valid keys per sequence, or per sequence and
             key head (K and V of a query head then have that length).
         dropout_p: part of the probabilities to drop, as SDPA's: the others are divided by

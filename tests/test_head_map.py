@@ -1,4 +1,6 @@
 import copy
+import itertools
+import json
 import pickle
 
 import numpy as np
@@ -125,6 +127,47 @@ def test_plan_of_two_maps(pairs, num_k_heads, num_v_heads):
         seen += here
     assert sorted(seen) == sorted(set(valid))  # each pair in use is one group
     assert all(pairs[perm[i]] not in valid for i in range(offsets[groups], heads))
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (lambda: HeadMap.from_group_sizes([2**40]), ValueError, "the sum of sizes must be at most"),
+        (
+            lambda: HeadMap.from_group_sizes(itertools.repeat(0)),
+            ValueError,
+            r"len\(sizes\) must be",
+        ),
+        (lambda: HeadMap.uniform(2**40, 1), ValueError, "num_heads must be at most"),
+        (lambda: HeadMap(itertools.repeat(0)), ValueError, r"len\(head_map\) must be at most"),
+        (lambda: HeadMap([0], 2**40), ValueError, "num_kv_heads must be at most"),
+        (lambda: HeadMap([2**40]), ValueError, "num_kv_heads must be at most"),
+        (lambda: HeadMap([0], 1.0), TypeError, "num_kv_heads must be an integer, got 1.0"),
+        (lambda: HeadMap(5), TypeError, "head_map must be a sequence, got 5"),
+        (lambda: HeadMap.from_groups([0, 1]), TypeError, "groups must be a sequence, got 0"),
+        (lambda: HeadMap.from_json("[" * 10**5), ValueError, "got a deep nest"),
+        (lambda: HeadMap.from_json(None), TypeError, "HeadMap JSON must be a string, got None"),
+        (
+            lambda: HeadMap.from_json(json.dumps({"entries": "01", "num_kv_heads": 2})),
+            TypeError,
+            "head_map must be a sequence, got '01'",
+        ),
+        (
+            lambda: HeadMap.from_json(json.dumps({"entries": [0], "num_kv_heads": 2**60})),
+            ValueError,
+            "num_kv_heads must be at most",
+        ),
+        (lambda: HeadMap([0, 0]).shard(0.5, 2), TypeError, "rank must be an integer, got 0.5"),
+        (
+            lambda: HeadMap([0, 0]).shard(0, 2, value_head_map=[0, 1]),
+            TypeError,
+            "value_head_map must be a HeadMap or None",
+        ),
+    ],
+)
+def test_hostile_maps_end_at_once(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
 
 
 def test_plan_is_built_once_for_a_head_map(device):

@@ -8,7 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..inputs import _readable, _to_int32, as_int
+from ..arguments import as_int
+from ..inputs import _readable, _to_int32
 from .allocator import PageBatch
 from .base import KVCache, empty_scales, empty_storage
 from .view import KVView

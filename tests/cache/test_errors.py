@@ -217,11 +217,19 @@ BAD = {
     "rotary-one": (lambda: append(rotary_cos=K[0, 0]), ValueError, "must be given together"),
     "rotary-wide": (
         lambda: append(rotary_cos=K[0, 0], rotary_sin=K[0, 0]), ValueError,
-        r"\[max_position, R / 2\] with R <= D \(8\), got \(4, 8\)",
+        r"of full width .* must have equal columns \(i, i . R / 2\)",
+    ),
+    "rotary-wider": (
+        lambda: append(rotary_cos=torch.ones(4, 9), rotary_sin=torch.ones(4, 9)), ValueError,
+        r"with even R <= D \(8\), got \(4, 9\)",
+    ),
+    "rotary-odd": (
+        lambda: append(rotary_cos=torch.ones(4, 7), rotary_sin=torch.ones(4, 7)), ValueError,
+        r"with even R <= D \(8\), got \(4, 7\)",
     ),
     "rotary-shapes": (
         lambda: append(rotary_cos=torch.ones(4, 4), rotary_sin=torch.ones(5, 4)), ValueError,
-        "rotary_sin must have the shape and dtype of rotary_cos",
+        r"rotary_sin must have the shape of rotary_cos \(\(4, 4\)\), got \(5, 4\)",
     ),
     "rotary-heads": (
         lambda: append(

@@ -92,12 +92,12 @@ Side v_side(const AppendParams& p) {
           p.v_dynamic, p.cache.value_head_dim};
 }
 
-// Of a row's place in a [P, H, slots] tensor.
+// The offset of a row in a [P, H, slots] tensor.
 int64_t offset_of(const Strides& stride, int64_t page, int64_t head, int64_t slot) {
   return page * stride.b + head * stride.h + slot * stride.s;
 }
 
-// Numbers x[0] to x[dims - 1] as a row of S.
+// Quantises x[0] to x[dims - 1] to a row of S.
 template <class S>
 void quantize_row(const float* x, int64_t dims, const RowScale& scale, S* row) {
   uint8_t* bytes = reinterpret_cast<uint8_t*>(row);
@@ -142,7 +142,7 @@ class Append {
  public:
   explicit Append(const AppendParams& params) : params_(params), cache_(params.cache) {}
 
-  // Token `token` of the new ones, of all heads.
+  // Appends new token number `token` to all heads.
   void run_token(int64_t token) const {
     int64_t b, i, stored_b = 0, stored_token = token;
     if (params_.new_offsets == nullptr) {
@@ -154,7 +154,7 @@ class Append {
       b = std::upper_bound(begin, end, token) - begin - 1;
       i = b < cache_.batch ? token - begin[b] : 0;
     }
-    const bool of_sequence = b < cache_.batch;  // else in none: q is only copied
+    const bool of_sequence = b < cache_.batch;  // otherwise only q is copied
     float x[kMaxHeadDim];
     if (params_.q != nullptr) {
       for (int64_t h = 0; h < cache_.num_heads; ++h) {
@@ -174,7 +174,7 @@ class Append {
       if (params_.rotary_cos != nullptr) rotate<T>(params_, position, x);
       store_at(k_side(params_), x, b, h, h, position);
     }
-    // Value heads that are not the key heads share one table row and length.
+    // If value heads differ from key heads, all share one table row and length.
     const bool paired = cache_.num_v_heads == cache_.num_k_heads;
     for (int64_t h = 0; h < cache_.num_v_heads; ++h) {
       widen<T>(params_.v_new, offset_of(params_.v_new_stride, stored_b, h, stored_token),

@@ -29,7 +29,7 @@ void fill_rows(void* data, const Strides& strides, int64_t b, int64_t h, int64_t
   for (int64_t i = 0; i < rows; ++i) std::fill_n(first + i * strides.s, dims, value);
 }
 
-// One head of a gradient filled with 0, or with NaN.
+// Fills one head of a gradient with 0 or NaN.
 void fill_head(DType dtype, void* data, const Strides& strides, int64_t b, int64_t h, int64_t rows,
                int64_t dims, bool nan) {
   switch (dtype) {
@@ -43,8 +43,8 @@ void fill_head(DType dtype, void* data, const Strides& strides, int64_t b, int64
   }
 }
 
-// What no task writes: dQ of heads whose map entry names no KV head (NaN, so that it can't be
-// overlooked), dK and dV of KV heads that no query reads (0).
+// Fills what no task writes: dQ of heads whose map entry is out of range (NaN, so that nobody
+// overlooks it), dK and dV of KV heads that no query reads (0).
 void fill_rest(const BackwardParams& params, const BackwardSchedule& schedule) {
   const AttentionParams& call = params.call;
   std::vector<char> k_written(call.batch * call.num_k_heads);
@@ -69,7 +69,7 @@ void fill_rest(const BackwardParams& params, const BackwardSchedule& schedule) {
   }
 }
 
-// to[i] = sum of row i of rows [n, length], in one order and in double.
+// to[i] = sum of row i of rows [n, length], in a fixed order and in double.
 void sum_rows(const std::vector<float>& rows, int64_t n, int64_t length, float* to) {
   for (int64_t i = 0; i < n; ++i) {
     double sum = 0;

@@ -132,8 +132,8 @@ class BackwardRun {
     }
   }
 
-  // delta = rowsum(dout * out) - dlse. The sum runs over the value head dim as dP's does, so that a
-  // row which sees one key has exactly no gradient of its scores.
+  // delta = rowsum(dout * out) - dlse. It is summed over the value head dim in the order of dP, so
+  // that the score of a row that sees one key has a gradient of exactly 0.
   void load_delta(const T* const* dout_rows, const T* const* out_rows) {
     const int64_t dims = call_.value_head_dim;
     for (int first = 0; first < rows_; first += kW) {
@@ -196,7 +196,7 @@ class BackwardRun {
     }
   }
 
-  // Keys of the tile that the rows of a strip see between them.
+  // The keys of the tile that any row of a strip sees.
   StripKeys strip_keys(int begin, int64_t first, int n) const {
     const int last = begin + kStripRows < rows_ ? begin + kStripRows - 1 : rows_ - 1;
     const int64_t low = visible_keys(call_, block_->kv_length, token(begin)).begin - first;
@@ -208,9 +208,9 @@ class BackwardRun {
     return x < low ? low : x < high ? static_cast<int>(x) : high;
   }
 
-  // S of the keys each strip sees, summed in the forward's order: its LSE and output are of those
-  // very sums, and P = exp(S - LSE) of others would not add up to 1 where scores are large.
-  // Numbers of 16 bits hide that, since P is rounded to them.
+  // S of the keys that each strip sees, summed in the forward's order. The LSE and the output come
+  // from exactly those sums: with others, rows of P = exp(S - LSE) would not add up to 1 if scores
+  // are large. With 16-bit inputs the rounding of P hides the difference.
   void query_scores(const T* const* k_rows, int n, const StripKeys* strips) const {
     const BackwardLayout<V>& l = tile_.layout;
     if constexpr (std::is_same_v<T, float>) {
@@ -289,12 +289,12 @@ class BackwardRun {
     for (int i = begin; i < end; i += kW) V::store(x + i, V::set1(0.0f));
   }
 
-  // sums[keys, ld] += s^T * panels. Strips of keys leave out the rows that see none of them.
+  // sums[keys, ld] += s^T * panels. For each strip of keys, rows that see none of them are skipped.
   void add_transposed(const float* s, int n, const StripKeys* strips, const float* panels,
                       int64_t ld, float* sums) {
     const BackwardLayout<V>& l = tile_.layout;
     transpose_tile<V>(s, l.keys, round_up(rows_, kW), round_up(n, kW), tile_.transposed, l.row_ld);
-    // The last strip's further keys may be another block's: they get zeros.
+    // Keys that only fill up the last strip may belong to another block, so they get zeros.
     for (int64_t key = round_up(n, kW); key < round_up(n, kStripRows); ++key) {
       zero(tile_.transposed + key * l.row_ld, 0, static_cast<int>(l.row_ld));
     }
@@ -366,7 +366,8 @@ void run_backward_task(const BackwardState& state, const BackwardTask& task, flo
   BackwardRun<V, T>(state, task, scratch, sums).run();
 }
 
-// One gradient of all keys of a KV head: what the sums [keys of the task, ld] say, or zeros.
+// Writes one gradient of all keys of a KV head: the sums [keys of the task, ld] times a factor, and
+// zeros for keys outside the task.
 template <class V, class T>
 void store_keys(const BackwardTask& task, const float* sums, int64_t ld, int64_t num_keys,
                 int64_t dims, float factor, T* to, int64_t stride) {

@@ -19,11 +19,10 @@ struct BackwardState {
   float* sink_rows;   // [B, Hq, Sq] or nullptr: gradient of the sink by query
 };
 
-// Writes dQ of one task's rows, and its sums of dK and dV; with scratch_floats(...) floats.
+// Writes dQ of one task's rows, and its sums of dK and dV. scratch has scratch_floats(...) floats.
 using BackwardFunction = void (*)(const BackwardState& state, const BackwardTask& task,
                                   float* scratch, float* sums);
-// Writes dK and dV of the KV head of a task that has the sums of all: zeros for keys that no query
-// sees.
+// Writes dK and dV of a KV head from the complete sums; zeros for keys that no query sees.
 using StoreSumsFunction = void (*)(const BackwardParams& params, const BackwardTask& task,
                                    const float* sums);
 

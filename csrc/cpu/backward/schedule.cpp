@@ -9,9 +9,9 @@ namespace {
 
 // Multiply-adds below which waking another thread costs more than it saves.
 constexpr int64_t kMinCostPerWorker = 200'000;
-// Tasks per worker that even out their different lengths.
+// Tasks per worker: enough to even out their different lengths.
 constexpr int64_t kTasksPerWorker = 3;
-// Products that a block of rows takes: S, dP, dV, dK, dQ.
+// The products of a block of rows: S, dP, dV, dK, dQ.
 constexpr int64_t kProducts = 5;
 // Rows at which packing a block's K and V costs as much as its products.
 constexpr int64_t kLoadRows = 8;
@@ -77,7 +77,7 @@ void add_parts(const AttentionParams& params, int32_t begin, int32_t end, int64_
 }
 
 // Appends the tasks of blocks [begin, end of schedule.blocks), sorted by KV head, for the gradients
-// that `keys` and `values` say.
+// that `keys` and `values` select.
 void add_tasks(const AttentionParams& params, int32_t begin, bool keys, bool values, int64_t target,
                BackwardSchedule& schedule) {
   const int32_t end = static_cast<int32_t>(schedule.blocks.size());

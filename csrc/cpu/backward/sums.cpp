@@ -13,7 +13,7 @@ void PartSums::start(const BackwardTask* parts, const SumWidths& widths) {
 bool PartSums::add(const BackwardTask& part, AlignedFloats& sums) {
   std::unique_lock<std::mutex> lock(mutex_);
   waiting_[part.part] = std::move(sums);
-  if (busy_) return false;  // that thread looks again before it goes
+  if (busy_) return false;  // that thread checks again before it returns
   busy_ = true;
   while (next_ < part.num_parts && waiting_[next_].get() != nullptr) {
     const BackwardTask& next = parts_[next_];

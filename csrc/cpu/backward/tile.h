@@ -1,4 +1,4 @@
-// The working set of one backward task, carved out of its worker's scratch memory.
+// The working set of one backward task in its worker's scratch memory.
 #pragma once
 
 #include <cstdint>
@@ -47,13 +47,13 @@ struct BackwardTile {
   float* k_columns;    // [keys / kPanel, D, kPanel]   packed for S
   float* v_columns;    // [keys / kPanel, Dv, kPanel]  packed for dP
   float* k_panels;     // [dk_ld / kPanel, keys, kPanel]  packed for dQ
-  float* p;            // [row_ld, keys]  scores, then probabilities as V's product has them
-  float* ds;           // [row_ld, keys]  dP, then dS
-  float* transposed;   // [keys, row_ld]  P, then dS
-  float* lse;          // [rows]  log2 units; +infinity for rows that see no key
-  float* delta;        // [rows]  rowsum(dout * out) - dlse
-  float* bias;         // [keys]  additive mask of one row
-  float* keep;         // [keys]  dropout's factors of one row
+  float* p;   // [row_ld, keys]  scores, then probabilities as the forward multiplied them with V
+  float* ds;  // [row_ld, keys]  dP, then dS
+  float* transposed;  // [keys, row_ld]  P, then dS
+  float* lse;         // [rows]  log2 units; +infinity for rows that see no key
+  float* delta;       // [rows]  rowsum(dout * out) - dlse
+  float* bias;        // [keys]  additive mask of one row
+  float* keep;        // [keys]  dropout's factors of one row
 
   BackwardTile(const BackwardLayout<V>& tile_layout, float* scratch) : layout(tile_layout) {
     float* next = scratch;

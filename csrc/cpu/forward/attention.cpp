@@ -51,7 +51,7 @@ void fill_rows(const AttentionParams& params, int32_t head, int64_t first_token,
   }
 }
 
-// A head whose map entry names no KV head: NaN, so that it can't be overlooked.
+// Fills a head whose map entry is out of range with NaN, so that nobody overlooks it.
 void fill_head_with_nan(const AttentionParams& params, int32_t head) {
   constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
   switch (params.dtype) {
@@ -61,7 +61,7 @@ void fill_head_with_nan(const AttentionParams& params, int32_t head) {
   }
 }
 
-// Ragged tokens beyond the last sequence see no key.
+// Packed tokens after the last sequence see no key.
 void fill_tokens_of_no_sequence(const AttentionParams& params) {
   const int64_t first = params.q_offsets[params.batch];
   for (int32_t head = 0; head < params.num_heads; ++head) {

@@ -51,10 +51,10 @@ GQA_INLINE void for_score_blocks(int rows, Visit visit) {
 }
 
 // Derived has
-//   dot_rows<kRows>(r, keys, ahead)  s[r + i, key] = q[r + i] . k[key], a whole number of kRowStep
-//                                    keys, calling ahead.step() for every kRowStep
-//   add_rows<kRows>(r, keys, ahead)  o[r + i] += sum over keys of p[r + i, key] * v[key], calling
-//                                    ahead.step() for every vector of columns
+//   dot_rows<kRows>(r, keys, prefetcher)  s[r + i, key] = q[r + i] . k[key], a whole number of kRowStep
+//                                    keys, calling prefetcher.step() for every kRowStep
+//   add_rows<kRows>(r, keys, prefetcher)  o[r + i] += sum over keys of p[r + i, key] * v[key], calling
+//                                    prefetcher.step() for every vector of columns
 // If V::kDeinterleaves<S>, o holds the even columns of every two vectors before the odd ones.
 template <class Derived, class V, class S>
 class DirectLoops {
@@ -97,19 +97,21 @@ class DirectLoops {
     const StripKeys need = strips[0];
     const StripKeys steps{need.begin / kRowStep * kRowStep,
                           (need.end + kRowStep - 1) / kRowStep * kRowStep};
-    Prefetcher<S> ahead(v_rows_ + need.begin, need.end - need.begin, value_head_dim_,
-                        num_score_blocks(rows) * (steps.end - steps.begin) / kRowStep);
-    for_score_blocks(
-        rows, [&](int r, auto count) { derived().template dot_rows<count()>(r, steps, ahead); });
+    Prefetcher<S> prefetcher(v_rows_ + need.begin, need.end - need.begin, value_head_dim_,
+                             num_score_blocks(rows) * (steps.end - steps.begin) / kRowStep);
+    for_score_blocks(rows, [&](int r, auto count) {
+      derived().template dot_rows<count()>(r, steps, prefetcher);
+    });
   }
 
   // o += p . v; prefetches the next tile's K rows
   void accumulate(int, int rows, const StripKeys* strips) {
     const int64_t steps = (rows + kStripRows - 1) / kStripRows * (tile_.layout.o_ld / kW);
-    Prefetcher<S> ahead(next_k_rows_, next_n_, head_dim_, static_cast<int>(steps));
+    Prefetcher<S> prefetcher(next_k_rows_, next_n_, head_dim_, static_cast<int>(steps));
     for (int r = 0; r < rows; r += kStripRows) {
       const int n = rows - r < kStripRows ? rows - r : kStripRows;
-      with_count(n, [&](auto count) { derived().template add_rows<count()>(r, strips[0], ahead); });
+      with_count(
+          n, [&](auto count) { derived().template add_rows<count()>(r, strips[0], prefetcher); });
     }
   }
 

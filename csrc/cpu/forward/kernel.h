@@ -99,7 +99,7 @@ class AttentionTask {
   }
 
   // Keys first to first + n - 1, at most a tile; k_rows: as prepared.
-  void add_tile(int64_t first, int n, const S* const* k_rows, const NextRows<S>& ahead) {
+  void add_tile(int64_t first, int n, const S* const* k_rows, const NextRows<S>& next_rows) {
     const bool bias = params_.softcap != 0.0f || params_.alibi_slopes || params_.attn_mask;
     constexpr RowBlocks kBlocks = Products::kBlocks;
     const S* v_rows[kMaxTileKeys];
@@ -108,7 +108,7 @@ class AttentionTask {
     for (int r = 0; r < rows_; r += Products::kStrip) {
       strips[r / Products::kStrip] = strip_keys(r, r + Products::kStrip, first, n);
     }
-    products_.begin_tile(k_rows, v_rows, n, ahead.rows, ahead.n);
+    products_.begin_tile(k_rows, v_rows, n, next_rows.rows, next_rows.n);
     if (kQuantized<S>) dequantizer_.begin_tile(first, n);
     for (int begin = 0; begin < rows_; begin += kBlocks.rows) {
       const int block_end = rows_ - begin < kBlocks.rows ? rows_ : begin + kBlocks.rows;
@@ -358,9 +358,9 @@ void run_interleaved(Running* const* tasks, int count, int64_t key_begin, int64_
     for (int i = 0; i < count; ++i, which ^= 1) {
       const bool last = i + 1 == count;
       const int64_t next = last ? first + n : first;
-      const NextRows<S> ahead{k_rows[which ^ 1], keys_of_tile(next)};
-      tasks[last ? 0 : i + 1]->prepare(next, ahead.n, k_rows[which ^ 1]);
-      tasks[i]->add_tile(first, n, k_rows[which], ahead);
+      const NextRows<S> next_rows{k_rows[which ^ 1], keys_of_tile(next)};
+      tasks[last ? 0 : i + 1]->prepare(next, next_rows.n, k_rows[which ^ 1]);
+      tasks[i]->add_tile(first, n, k_rows[which], next_rows);
     }
   }
   for (int i = 0; i < count; ++i) tasks[i]->end();

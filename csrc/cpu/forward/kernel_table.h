@@ -22,7 +22,7 @@ struct CallState {
   bool cheap_subnormals;
 };
 
-// Runs the tasks of one bundle with scratch_floats(...) floats of memory of its own.
+// Runs the tasks of one bundle. scratch has scratch_floats(...) floats.
 using BundleFunction = void (*)(const CallState& call, const Bundle& bundle, float* scratch);
 
 template <class T>
@@ -33,7 +33,7 @@ struct ForwardKernels {
   TileLimits limits;
   int64_t (*scratch_floats)(const AttentionParams& params, const Schedule& schedule,
                             const Bundle& bundle);
-  // nullptr: for this type of K and V, the next set below has the best kernels.
+  // nullptr: for this type of K and V, use the kernels of the next set in the list.
   ByDType<BundleFunction> run_bundle;
 };
 

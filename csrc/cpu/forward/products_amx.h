@@ -85,8 +85,8 @@ class AmxDirectProducts {
   void scores(int, int rows, const StripKeys* strips) {
     const StripKeys need = strips[0];
     const int first = need.begin / kKeys * kKeys;
-    Prefetcher<BFloat16> ahead(v_rows_ + need.begin, need.end - need.begin, value_head_dim_,
-                               (need.end - first + kKeys - 1) / kKeys);
+    Prefetcher<BFloat16> prefetcher(v_rows_ + need.begin, need.end - need.begin, value_head_dim_,
+                                    (need.end - first + kKeys - 1) / kKeys);
     for (int key = first; key < need.end; key += 4 * kKeys) {
       Operand k[4];
       for (int i = 0; i < 4; ++i) {
@@ -117,7 +117,7 @@ class AmxDirectProducts {
       _tile_stored(2, transposed_[2], 64);
       _tile_stored(3, transposed_[3], 64);
       for (int i = 0; i < 4 && key + i * kKeys < need.end; ++i) {
-        ahead.step();
+        prefetcher.step();
         typename V::F x[16];
         GQA_UNROLL(16)
         for (int j = 0; j < 16; ++j) x[j] = V::load(transposed_[i][j]);
@@ -136,7 +136,8 @@ class AmxDirectProducts {
     const int first = strips[0].begin / kKeys * kKeys, end = strips[0].end;
     const int64_t ldp = tile_.layout.keys, ldo = tile_.layout.o_ld;
     const int64_t p_bytes = ldp * 4, o_bytes = ldo * 4;
-    Prefetcher<BFloat16> ahead(next_k_rows_, next_n_, head_dim_, static_cast<int>(ldo / kChunk));
+    Prefetcher<BFloat16> prefetcher(next_k_rows_, next_n_, head_dim_,
+                                    static_cast<int>(ldo / kChunk));
     for (int r = 0; r < rows; ++r) {
       for (int key = first; key < end; key += V::kWidth) {
         float* place = tile_.s + r * ldp + key;
@@ -179,8 +180,8 @@ class AmxDirectProducts {
         _tile_stored(2, o + 32, o_bytes);
         _tile_stored(3, o + 48, o_bytes);
       }
-      ahead.step();
-      if (both) ahead.step();
+      prefetcher.step();
+      if (both) prefetcher.step();
     }
   }
 

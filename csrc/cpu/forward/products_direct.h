@@ -206,13 +206,14 @@ class DirectProducts : public DirectLoops<DirectProducts<V, S>, V, S> {
   // This and add_rows are functions of their own: if all were inlined into one, gcc would store the
   // widened numbers of every block to memory that nobody reads.
   template <int kRows>
-  GQA_NOINLINE void dot_rows(int r, StripKeys keys, Prefetcher<S>& ahead) {
-    if (this->head_dim_ == kCommonHeadDim) return dot_rows<kRows, kCommonHeadDim>(r, keys, ahead);
-    dot_rows<kRows, 0>(r, keys, ahead);
+  GQA_NOINLINE void dot_rows(int r, StripKeys keys, Prefetcher<S>& prefetcher) {
+    if (this->head_dim_ == kCommonHeadDim)
+      return dot_rows<kRows, kCommonHeadDim>(r, keys, prefetcher);
+    dot_rows<kRows, 0>(r, keys, prefetcher);
   }
   // kDims: the head dim, or 0 for any.
   template <int kRows, int kDims>
-  GQA_INLINE void dot_rows(int r, StripKeys keys, Prefetcher<S>& ahead) {
+  GQA_INLINE void dot_rows(int r, StripKeys keys, Prefetcher<S>& prefetcher) {
     const TileLayout<V>& layout = this->tile_.layout;
     const int64_t dims = kDims ? kDims : this->head_dim_;
     const int64_t ldq = kDims ? kDims : layout.q_ld, lds = layout.keys;
@@ -221,13 +222,13 @@ class DirectProducts : public DirectLoops<DirectProducts<V, S>, V, S> {
     float* s = this->tile_.s + r * lds;
     constexpr int kKeys = kDirectKeys<kRows>;
     for (int i = keys.begin; i < keys.end; i += kKeys) {
-      if (i % kRowStep == 0) ahead.step();
+      if (i % kRowStep == 0) prefetcher.step();
       dot_keys<V, S, kRows, kKeys>(q, ldq, rows + i, dims, s + i, lds);
     }
   }
 
   template <int kRows>
-  GQA_NOINLINE void add_rows(int r, StripKeys keys, Prefetcher<S>& ahead) {
+  GQA_NOINLINE void add_rows(int r, StripKeys keys, Prefetcher<S>& prefetcher) {
     constexpr int kCols = kRows == 1 ? 8 : kRows == 2 ? 4 : 2;  // 6 to 12 sums, for the same reason
     const int64_t ldp = this->tile_.layout.keys, ldo = this->tile_.layout.o_ld;
     const int64_t dims = this->value_head_dim_;
@@ -235,12 +236,12 @@ class DirectProducts : public DirectLoops<DirectProducts<V, S>, V, S> {
     float* o = this->tile_.o + r * ldo;
     int64_t d = 0;
     for (; d + kCols * kW <= dims; d += kCols * kW) {
-      for (int i = 0; i < kCols; ++i) ahead.step();
+      for (int i = 0; i < kCols; ++i) prefetcher.step();
       add_keys<V, S, kRows, kCols>(p, ldp, this->v_rows_, d, keys, kCols * kW, o + d, ldo);
     }
     for (; d < dims; d += 2 * kW) {
-      ahead.step();
-      ahead.step();
+      prefetcher.step();
+      prefetcher.step();
       add_keys<V, S, kRows, 2, false>(p, ldp, this->v_rows_, d, keys, dims - d, o + d, ldo);
     }
   }

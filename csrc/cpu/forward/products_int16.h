@@ -218,9 +218,9 @@ class Int16Products : public DirectLoops<Int16Products<V, S>, V, S> {
     const Int16Scale scale(most);
     p_step_[r] = scale.step;
     const typename V::F inverse = V::set1(scale.inverse);
-    int16_t* words = reinterpret_cast<int16_t*>(p);
+    int16_t* integers = reinterpret_cast<int16_t*>(p);
     for (int i = keys.begin / kW * kW; i < keys.end; i += kW) {
-      V::store_int16(words + i, V::mul(V::load(p + i), inverse));
+      V::store_int16(integers + i, V::mul(V::load(p + i), inverse));
     }
   }
 
@@ -228,29 +228,30 @@ class Int16Products : public DirectLoops<Int16Products<V, S>, V, S> {
   static constexpr int kW = V::kWidth;
 
   // Stores the numbers x of a block in the order of V::load_int16.
-  static void store_int16(typename V::F (&x)[4], int16_t* words) {
+  static void store_int16(typename V::F (&x)[4], int16_t* integers) {
     if (V::template kDeinterleaves<S>) {
       V::deinterleave(x[0], x[1]);
       V::deinterleave(x[2], x[3]);
       std::swap(x[1], x[2]);
     }
     GQA_UNROLL(4)
-    for (int i = 0; i < 4; ++i) V::store_int16(words + i * kW, x[i]);
+    for (int i = 0; i < 4; ++i) V::store_int16(integers + i * kW, x[i]);
   }
 
-  int16_t* int16_row(int word, int r) const {
+  int16_t* int16_row(int part, int r) const {
     const TileLayout<V>& layout = this->tile_.layout;
-    return this->tile_.q_int16 + (word * layout.rows + r) * layout.int16_ld;
+    return this->tile_.q_int16 + (part * layout.rows + r) * layout.int16_ld;
   }
 
   template <int kRows>
-  GQA_NOINLINE void dot_rows(int r, StripKeys keys, Prefetcher<S>& ahead) {
-    if (this->head_dim_ == kCommonHeadDim) return dot_rows<kRows, kCommonHeadDim>(r, keys, ahead);
-    dot_rows<kRows, 0>(r, keys, ahead);
+  GQA_NOINLINE void dot_rows(int r, StripKeys keys, Prefetcher<S>& prefetcher) {
+    if (this->head_dim_ == kCommonHeadDim)
+      return dot_rows<kRows, kCommonHeadDim>(r, keys, prefetcher);
+    dot_rows<kRows, 0>(r, keys, prefetcher);
   }
   // kDims: the head dim, or 0 for any.
   template <int kRows, int kDims>
-  GQA_INLINE void dot_rows(int r, StripKeys keys, Prefetcher<S>& ahead) {
+  GQA_INLINE void dot_rows(int r, StripKeys keys, Prefetcher<S>& prefetcher) {
     const TileLayout<V>& layout = this->tile_.layout;
     const int64_t dims = kDims ? kDims : this->head_dim_;
     const int64_t ldq = kDims ? kDims : layout.int16_ld;
@@ -260,13 +261,13 @@ class Int16Products : public DirectLoops<Int16Products<V, S>, V, S> {
     const int64_t lds = layout.keys;
     constexpr int kKeys = kRows <= 2 ? 4 : 2;
     for (int i = keys.begin; i < keys.end; i += kKeys) {
-      if (i % kRowStep == 0) ahead.step();
+      if (i % kRowStep == 0) prefetcher.step();
       dot_int16<V, S, kRows, kKeys>(q, ldq, rows + i, dims, s + i, lds);
     }
   }
 
   template <int kRows>
-  GQA_NOINLINE void add_rows(int r, StripKeys keys, Prefetcher<S>& ahead) {
+  GQA_NOINLINE void add_rows(int r, StripKeys keys, Prefetcher<S>& prefetcher) {
     constexpr int kCols = kRows == 1 ? 8 : kRows == 2 ? 4 : 2;
     const int64_t ldp = this->tile_.layout.keys, ldo = this->tile_.layout.o_ld;
     const int64_t dims = this->value_head_dim_;
@@ -274,13 +275,13 @@ class Int16Products : public DirectLoops<Int16Products<V, S>, V, S> {
     float* o = this->tile_.o + r * ldo;
     int64_t d = 0;
     for (; d + kCols * kW <= dims; d += kCols * kW) {
-      for (int i = 0; i < kCols; ++i) ahead.step();
+      for (int i = 0; i < kCols; ++i) prefetcher.step();
       add_int16<V, S, kRows, kCols>(p, 2 * ldp, p_step_ + r, this->v_rows_, d, keys, kCols * kW,
                                     o + d, ldo);
     }
     for (; d < dims; d += 2 * kW) {
-      ahead.step();
-      ahead.step();
+      prefetcher.step();
+      prefetcher.step();
       add_int16<V, S, kRows, 2, false>(p, 2 * ldp, p_step_ + r, this->v_rows_, d, keys, dims - d,
                                        o + d, ldo);
     }

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "../../core/params.h"
+#include "../../core/visible.h"
 #include "../isa/isa.h"
 #include "../isa/math.h"
 
@@ -34,8 +35,8 @@ inline void widen_mask(const void* data, int64_t offset, int64_t stride, int beg
 }
 
 // A row of the mask: element i of the result is attn_mask[b, h, token, first + i], for i in [begin,
-// end); hidden keys have -inf. The result is the mask's own memory or `out`. Reading whole vectors
-// of it is allowed.
+// end); a boolean mask gives 0 or -inf. The result is the mask's own memory or `out`. Reading whole
+// vectors of it is allowed.
 template <class V>
 inline const float* mask_row(const AttentionParams& params, int64_t b, int64_t h, int64_t token,
                              int64_t first, int begin, int end, float* out) {
@@ -85,7 +86,7 @@ GQA_INLINE typename V::F add_bias(typename V::F score, int key, const RowBias& b
     const F added = V::load(bias.additive + key);
     const F hidden = V::set1(-INFINITY);
     const F sum = V::fma(added, V::set1(kLog2E), score);
-    score = V::select(V::equal(added, hidden), hidden, sum);
+    score = V::select(V::less(added, V::set1(kLowestMaskValue)), hidden, sum);
   }
   return score;
 }

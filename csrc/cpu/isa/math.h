@@ -27,7 +27,7 @@ GQA_INLINE typename V::F exp2(typename V::F x) {
   p = V::fma(p, fraction, V::set1(2.40226477e-1f));
   p = V::fma(p, fraction, V::set1(6.93147182e-1f));
   p = V::fma(p, fraction, V::set1(1.0f));
-  // An addition to the exponent can make a number of a NaN; the product is 0, or NaN for NaN.
+  // Adding to the exponent can turn a NaN into a number. The product is 0, or NaN for NaN.
   return V::fma(fraction, V::set1(0.0f), V::add_to_exponent(p, shifted));
 }
 

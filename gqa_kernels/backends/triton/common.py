@@ -17,10 +17,12 @@ Source: the online softmax is that of FlashAttention (Dao et al., arXiv 2205.141
 import triton
 import triton.language as tl
 
+from ... import inputs
 from . import kv
 from .dropout import keep_tile
 
 LOG2E = tl.constexpr(1.4426950408889634)
+LOWEST_MASK_VALUE = tl.constexpr(inputs.LOWEST_MASK_VALUE)  # values below it hide their key
 LN2 = tl.constexpr(0.6931471805599453)
 
 # Values of MASK_KIND.
@@ -140,7 +142,9 @@ def bias_and_mask(
         if MASK_KIND == BOOL_MASK:
             b_score = tl.where(b_mask != 0, b_score, float("-inf"))
         else:
-            b_score += b_mask.to(tl.float32)
+            # Not by adding -inf: the score of a hidden key may be NaN.
+            b_mask = b_mask.to(tl.float32)
+            b_score = tl.where(b_mask < LOWEST_MASK_VALUE, float("-inf"), b_score + b_mask)
     if EDGE:
         m_visible = o_n < n
         if HAS_RIGHT:
