@@ -51,10 +51,10 @@ GQA_INLINE void for_score_blocks(int rows, Visit visit) {
 }
 
 // Derived has
-//   dot_rows<kRows>(r, keys, prefetcher)  s[r + i, key] = q[r + i] . k[key], a whole number of kRowStep
-//                                    keys, calling prefetcher.step() for every kRowStep
-//   add_rows<kRows>(r, keys, prefetcher)  o[r + i] += sum over keys of p[r + i, key] * v[key], calling
-//                                    prefetcher.step() for every vector of columns
+//   dot_rows<kRows>(r, keys, prefetcher)  s[r + i, key] = q[r + i] . k[key] for a multiple of
+//                                         kRowStep keys; calls prefetcher.step() every kRowStep
+//   add_rows<kRows>(r, keys, prefetcher)  o[r + i] += sum over keys of p[r + i, key] * v[key];
+//                                         calls prefetcher.step() for every vector of columns
 // If V::kDeinterleaves<S>, o holds the even columns of every two vectors before the odd ones.
 template <class Derived, class V, class S>
 class DirectLoops {
