@@ -22,7 +22,7 @@ CSRC = ROOT / "csrc"
 sys.path.insert(0, str(ROOT / "gqa_kernels"))
 from native import cuda_build as cuda  # noqa: E402
 from native import env  # noqa: E402
-from native.sources import COMPILE_FLAGS, cpu_sources  # noqa: E402
+from native.sources import COMPILE_FLAGS, cpu_sources, key_unit, source_key  # noqa: E402
 
 del sys.path[0]
 
@@ -47,7 +47,8 @@ def compiled_part() -> dict:
     toolkit, archs = cuda_toolkit(), env.cuda_arch_list()
     archs = cuda.parse_archs(archs) if archs else cuda.DEFAULT_ARCHS
     # The interpreter's own flags come first, -g among them: most of the library would be that.
-    flags = [*COMPILE_FLAGS, "-g0"]
+    # py_limited_api below defines Py_LIMITED_API.
+    flags = [*(flag for flag in COMPILE_FLAGS if "Py_LIMITED_API" not in flag), "-g0"]
     sources, link = cpu_sources(CSRC), {}
     if toolkit:
         sources += cuda.host_sources(CSRC)
@@ -69,6 +70,10 @@ def compiled_part() -> dict:
                 command = [compiler.find_ninja(), "-v", "-j", str(env.max_jobs())]
                 subprocess.run(command, cwd=folder / "cuda", check=True)
                 self.extensions[0].extra_objects = [str(path) for path in kernels]
+            # By its key a checkout knows a library that was built before an edit.
+            key = folder / "sources_key.cpp"
+            key.write_text(key_unit(source_key("cuda")))
+            self.extensions[0].sources.append(str(key))
             super().build_extensions()
 
     return {

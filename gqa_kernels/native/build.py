@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import subprocess
 import sys
 import threading
 from collections.abc import Mapping
@@ -58,8 +57,8 @@ def load(part: str = "cpu") -> None:
                     _probe(library)
                 _loaded[part] = library
                 return
-            except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
-                _failures[part] = str(error)
+            except Exception as error:  # whatever it is, another backend can run the call
+                _failures[part] = str(error) or type(error).__name__
         raise RuntimeError(_failures[part])
 
 
@@ -74,12 +73,16 @@ def cpu_instruction_set() -> str | None:
     None where they are not built yet: nothing is built here.
 
     Raises:
-        RuntimeError: they can't be loaded.
+        OSError: the library can't be loaded.
         ValueError: the variable names none that this processor has.
     """
-    if "cpu" not in _loaded and not _exists("cpu"):
-        return None
-    load("cpu")
+    with _lock:
+        if "cpu" not in _loaded:
+            library = _kept("cpu")
+            if library is None:
+                return None
+            _load_library(library)
+            _loaded["cpu"] = library
     name = ctypes.CDLL(str(_loaded["cpu"])).gqa_kernels_cpu_isa
     name.restype = ctypes.c_char_p
     found = name()
@@ -99,19 +102,22 @@ def unavailable_reason(part: str = "cpu") -> str | None:
         return _failures[part]
     try:
         return None if _exists(part) else _cannot_build(part)
-    except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
-        return str(error)
+    except Exception as error:  # an answer is expected, not an error
+        return str(error) or type(error).__name__
 
 
 def cuda_build_info() -> str:
     """What the CUDA kernels at hand were built with, or why there are none."""
-    library = _ahead_of_time("cuda") or library_cache.find(
-        f"cuda-{sources.source_key('cuda')}-*.so"
-    )
+    library = _kept("cuda")
     if library is not None:
         return f"{cuda_build.build_info(library)} ({library})"
     reason = _cannot_build("cuda")
     return f"none: {reason}" if reason else "none yet: compiled at first use"
+
+
+def _kept(part: str) -> Path | None:
+    """A library of the sources as they are, by whatever compiler, that may be loaded."""
+    return _ahead_of_time(part) or library_cache.find(f"{part}-{sources.source_key(part)}-*.so")
 
 
 def _exists(part: str) -> bool:
@@ -126,19 +132,17 @@ def _ahead_of_time(part: str) -> Path | None:
     library = PACKAGE / LIBRARY
     if not library.exists():
         return None
-    root = source_root()
-    if root.parent == PACKAGE.parent:
-        newest = max(path.stat().st_mtime for path in sources.source_files(root))
-        if newest > library.stat().st_mtime:
-            return None
-    if part == "cuda" and _build_info(library, library.stat().st_mtime) is None:
+    key, cuda = _facts(library, library.stat().st_mtime_ns)
+    in_checkout = source_root().parent == PACKAGE.parent
+    if in_checkout and key != sources.source_key("cuda"):  # of all sources
         return None
-    return library
+    return None if part == "cuda" and cuda is None else library
 
 
 @lru_cache(maxsize=4)  # searches the whole file
-def _build_info(library: Path, modified: float) -> str | None:
-    return cuda_build.build_info(library)
+def _facts(library: Path, modified: int) -> tuple[str | None, str | None]:
+    """The key of a library's sources, and what its CUDA kernels were built with."""
+    return sources.key_in(library), cuda_build.build_info(library)
 
 
 def _cannot_build(part: str) -> str | None:

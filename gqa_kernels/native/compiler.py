@@ -192,6 +192,8 @@ def compile_library(
         "is_python_module": False,
         "is_standalone": True,
     }
+    if not sys.executable:
+        raise RuntimeError("building needs a Python interpreter, and sys.executable names none")
     ninja.run([sys.executable, "-c", LOAD, json.dumps(arguments)], folder)
     return folder / LIBRARY
 

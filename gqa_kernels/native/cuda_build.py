@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import importlib.util
-import mmap
 import re
 import shlex
 import shutil
@@ -16,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from .sources import is_cuda
+from .sources import find_text, is_cuda
 
 # Of a wheel. Kernels under csrc/cuda/sm90 use instructions of 90a; the others run from 80 on, and
 # their PTX lets later devices compile them.
@@ -184,10 +183,9 @@ def build_info(library: Path) -> str | None:
 
     None where it has no CUDA kernels. Reads the text in ``csrc/bindings_cuda.cpp`` from the file.
     """
-    with open(library, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
-        found = re.search(rb"gqa_kernels CUDA build (\d+) ([0-9a-z_]+)\0", text)
-        if found is None:
-            return None
-        version, archs = int(found[1]), found[2].decode().split("_")
+    found = find_text(library, rb"gqa_kernels CUDA build (\d+) ([0-9a-z_]+)\0")
+    if found is None:
+        return None
+    version, archs = int(found[0]), found[1].decode().split("_")
     names = ", ".join(f"sm_{arch}" for arch in archs)
     return f"CUDA {version // 1000}.{version % 1000 // 10}: {names}"

@@ -21,9 +21,13 @@ operands, by which these read fp8 (``cheap`` on AMD) |
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
+
+# What the table above lists.
+VARIABLES = tuple(re.findall(r"^\| ``(\w+)`` \|", __doc__ or "", re.M))
 
 
 def cache_dir() -> Path:

@@ -7,7 +7,9 @@
 from __future__ import annotations
 
 import hashlib
+import mmap
 import platform
+import re
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -80,3 +82,22 @@ def key_of(files: Mapping[str, bytes]) -> str:
 def source_key(part: str) -> str:
     """:func:`key_of` the sources as they were when this was first called."""
     return key_of(read(part))
+
+
+def key_unit(key: str) -> str:
+    """A C++ file that writes a key into the library that it becomes a part of."""
+    visible = '__attribute__((visibility("default")))'
+    return f'extern "C" {visible} const char gqa_kernels_sources[] = "gqa_kernels sources {key}";\n'
+
+
+def key_in(library: Path) -> str | None:
+    """The key that :func:`key_unit` wrote, read from the file; None: there is none."""
+    found = find_text(library, rb"gqa_kernels sources ([0-9a-f]+)\0")
+    return found[0].decode() if found else None
+
+
+def find_text(library: Path, pattern: bytes) -> tuple[bytes, ...] | None:
+    """The groups of the first match in a file's content, without loading it."""
+    with open(library, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+        found = re.search(pattern, text)
+        return found.groups() if found else None

@@ -2,11 +2,12 @@
 
 import os
 import signal
+import subprocess
 import time
 
 import pytest
 
-from gqa_kernels.native import sources
+from gqa_kernels.native import build, compiler, sources
 
 from .machine import CALL
 
@@ -135,7 +136,7 @@ def test_an_edited_checkout_gets_a_library_of_its_own(machine, tmp_path):
     code = """
 import os
 from pathlib import Path
-from gqa_kernels.native import sources
+from gqa_kernels.native import build, compiler, sources
 root = Path(os.environ["CHECKOUT"])
 build.source_root = sources.source_root = lambda: root
 build._load_library = lambda path: print(path.name)
@@ -152,3 +153,25 @@ build.load()
     (first, all_files), (second, one_file), third = builds
     assert first != second and all_files == 3 + 1 and one_file == 1 + 1
     assert third == (first, 0)  # still there
+
+
+def test_a_library_ahead_of_time_serves_only_the_sources_it_was_built_from(tmp_path, monkeypatch):
+    package = tmp_path / "gqa_kernels"
+    package.mkdir()
+    library = package / "_C.abi3.so"
+    monkeypatch.setattr(build, "PACKAGE", package)
+    monkeypatch.setattr(build, "LIBRARY", library.name)
+    assert build._ahead_of_time("cpu") is None
+
+    monkeypatch.setattr(build, "source_root", lambda: tmp_path / "csrc")  # a checkout
+    for key, served in ((sources.source_key("cuda"), library), ("0123456789abcdef", None)):
+        unit = tmp_path / "key.cpp"
+        unit.write_text(sources.key_unit(key))
+        command = [*compiler.find_compiler().command, "-shared", "-fPIC", "-fvisibility=hidden"]
+        subprocess.run([*command, unit, "-o", library], check=True)
+        build._facts.cache_clear()
+        assert sources.key_in(library) == key and build._ahead_of_time("cpu") == served
+        assert build._ahead_of_time("cuda") is None
+
+    monkeypatch.setattr(build, "source_root", lambda: package / "_csrc")  # a wheel
+    assert build._ahead_of_time("cpu") == library
