@@ -179,7 +179,7 @@ def attention_in_splits(
 @contextmanager
 def _triton_splits(splits: int) -> Iterator[None]:
     """Within, Triton's decode launches have this number of splits."""
-    from gqa_kernels.backends.triton import launch
+    from gqa_kernels.backends.triton.launch import forward as launch
 
     own = launch.decode_config
     launch.decode_config = partial(own, num_splits=splits)

@@ -8,8 +8,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from gqa_kernels import HeadMap
+from gqa_kernels import HeadMap, asym_gqa_attention
 from gqa_kernels.inputs import AttentionInputs
 from gqa_kernels.plan import build_plan, num_groups, plan_for
 from gqa_kernels.testing import make_inputs
@@ -185,3 +186,30 @@ def test_tensors_made_in_inference_mode_serve_training():
     head_map = HeadMap([0, 0, 1])
     with torch.inference_mode():
         assert not head_map.tensor().is_inference()
+
+
+@pytest.mark.parametrize("first", ["real", "fake"])
+def test_kept_tensors_stay_in_their_mode(first):
+    """A map used on real tensors and under FakeTensorMode, in either order."""
+    head_map = HeadMap([0, 1, 1])
+    q, k, v = make_inputs(1, head_map, 2, 3, 8)
+
+    def real():
+        assert asym_gqa_attention(q, k, v, head_map, softcap=2.0).isfinite().all()
+        assert type(head_map.tensor()) is torch.Tensor and head_map.tensor().tolist() == [0, 1, 1]
+
+    def fake():
+        with FakeTensorMode() as mode:
+            tensors = [mode.from_tensor(x) for x in (q, k, v)]
+            out = asym_gqa_attention(*tensors, head_map, softcap=2.0)
+            assert isinstance(out, FakeTensor) and out.shape == q.shape
+
+    for step in (real, fake, real) if first == "real" else (fake, real, fake):
+        step()
+
+
+def test_meta_tensors_have_shapes():
+    head_map = HeadMap([0, 1, 1])
+    q, k, v = (x.to("meta") for x in make_inputs(1, head_map, 2, 3, 8))
+    out, lse = asym_gqa_attention(q, k, v, head_map, causal=True, return_lse=True)
+    assert out.shape == q.shape and lse.shape == (1, 3, 2) and out.is_meta

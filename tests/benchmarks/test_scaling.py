@@ -8,7 +8,8 @@ from benchmarks.cases import decode
 from benchmarks.harness import row_key
 from benchmarks.problem import Gate, Problem
 from benchmarks.results import Results
-from gqa_kernels.backends.triton import configs, launch
+from gqa_kernels.backends.triton import configs
+from gqa_kernels.backends.triton.launch import forward as launch
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -36,19 +36,18 @@ def through_dropout(
     b_dp,  # gradient of what multiplied V
     m_keep,  # what dropout kept, or None
     dropout_scale,
-    HAS_DROPOUT: tl.constexpr,
 ):
     """Gradient of the probabilities; from it that of the scores as softmax takes them (capped,
     biased, masked) is ``P * (dP - delta)``, with the delta of `delta_kernel`."""
-    if HAS_DROPOUT:
+    if m_keep is not None:
         b_dp = tl.where(m_keep, b_dp * dropout_scale, 0.0)
     return b_dp
 
 
 @triton.jit
-def through_cap(b_ds, b_capped, softcap, HAS_SOFTCAP: tl.constexpr):
+def through_cap(b_ds, b_capped, softcap):
     """Gradient before the cap of one after it: cap * tanh(s / cap) has slope 1 - tanh^2."""
-    if HAS_SOFTCAP:
+    if softcap is not None:
         b_tanh = b_capped / softcap
         b_ds = b_ds * (1.0 - b_tanh * b_tanh)
     return b_ds

@@ -189,79 +189,79 @@ def store_side(
         tl.store(p_tile, b_bytes, mask=m_tile)
 
 
-@triton.jit(
-    do_not_specialize=["num_k_heads", "num_v_heads", "num_heads", "num_blocks", "num_tokens",
-                       "max_new", "num_pages", "max_pages", "max_position"]
-)  # fmt: skip
-def append_kernel(
-    p_q,  # [B, Hq, S, D]; packed [1, Hq, tokens, D]; or None
-    p_k_new,  # [B, Hk, S, D]; packed [1, Hk, tokens, D]
-    p_v_new,  # [B, Hv, S, Dv]; likewise
-    p_k,  # [P, Hk, page_size, D] as stored
-    p_v,  # [P, Hv, page_size, Dv]
-    p_lengths,  # [B, Hk] int32, keys before
-    p_table,  # [B, Hk, max_pages] int32 or None
-    p_begin,  # [B] int32 or None
-    p_new_offsets,  # [B + 1] int32 or None
-    p_k_scale,  # [P, Hk, page_size] fp32 or None; those below likewise
-    p_v_scale,
-    p_k_zero,
-    p_v_zero,
-    p_cos,  # [max_position, ROTARY_DIM / 2] or None
+@triton.jit
+def store_head(
+    stored,  # Stored
+    p_new,  # [BLOCK_T] pointers to new rows
+    m_rows,  # [BLOCK_T]
+    o_page,  # [BLOCK_T] page and slot of each row, int64
+    i_head,
+    o_slot,
+    p_cos,
     p_sin,
-    p_rotated,  # like q
-    stride_qb,
-    stride_qh,
-    stride_qm,
-    stride_k_new_b,
-    stride_k_new_h,
-    stride_k_new_m,
-    stride_v_new_b,
-    stride_v_new_h,
-    stride_v_new_m,
-    stride_rb,
-    stride_rh,
-    stride_rm,
-    stride_kp,
-    stride_kh,
-    stride_kn,
-    stride_vp,
-    stride_vh,
-    stride_vn,
-    stride_lengths_b,
-    stride_lengths_h,
-    stride_table_b,
-    stride_table_h,
-    stride_table_p,
-    stride_k_scale_p,
-    stride_k_scale_h,
-    stride_k_scale_n,
-    stride_v_scale_p,
-    stride_v_scale_h,
-    stride_v_scale_n,
-    stride_k_zero_p,
-    stride_k_zero_h,
-    stride_k_zero_n,
-    stride_v_zero_p,
-    stride_v_zero_h,
-    stride_v_zero_n,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ROTARY_DIM: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    DYNAMIC: tl.constexpr,
+):
+    """Store the new rows of one head of K or V to their slots."""
+    store_side(
+        p_new,
+        m_rows,
+        p_cos,
+        p_sin,
+        kv.pointers(stored.rows, o_page, i_head, o_slot),
+        kv.pointers(stored.scale, o_page, i_head, o_slot) if stored.scale is not None else None,
+        kv.pointers(stored.zero, o_page, i_head, o_slot) if stored.zero is not None else None,
+        DIM,
+        BLOCK_D,
+        ROTARY_DIM,
+        INTERLEAVED,
+        stored.FORMAT,
+        DYNAMIC,
+    )
+
+
+@triton.jit(
+    do_not_specialize=[
+        "num_k_heads",
+        "num_v_heads",
+        "num_heads",
+        "num_blocks",
+        "num_tokens",
+        "max_new",
+        "num_pages",
+        "max_pages",
+        "max_position",
+    ]
+)
+def append_kernel(
+    q,  # Rows [B, Hq, S, D]; packed [1, Hq, tokens, D]; or None
+    k_new,  # Rows [B, Hk, S, D]; packed [1, Hk, tokens, D]
+    v_new,  # Rows [B, Hv, S, Dv]; likewise
+    keys,  # Stored [P, Hk, page_size, D]
+    values,  # Stored [P, Hv, page_size, Dv]
+    rotated,  # Rows, like q
+    lengths,  # PerHead [B, Hk] int32, keys before
+    pages,  # Pages, or None
+    p_begin,  # [B] int32, or None
+    p_new_offsets,  # [B + 1] int32, or None
+    p_cos,  # [max_position, ROTARY_DIM / 2], or None
+    p_sin,
     num_k_heads,
     num_v_heads,
-    num_heads,  # of k_new, v_new and, where they are rotated, q
+    num_heads,  # of k_new, v_new and, if it is rotated, q
     num_blocks,  # of tokens
-    num_tokens,  # of all packed sequences
+    num_tokens,  # S; of packed sequences the sum
     max_new,  # most new tokens of a sequence
     num_pages,
     max_pages,
     max_position,
-    HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
+    DIMS,  # Dims
     BLOCK_T: tl.constexpr,
     ROTARY_DIM: tl.constexpr,
     INTERLEAVED: tl.constexpr,
-    FORMAT: tl.constexpr,
     DYNAMIC_K: tl.constexpr,
     DYNAMIC_V: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
@@ -283,7 +283,7 @@ def append_kernel(
     is_key, is_value = i_head < num_k_heads, i_head < num_k_heads + num_v_heads
     i_side_head = tl.where(is_key, i_head, i_head - num_k_heads).to(tl.int64)
     i_row = tl.where(i_side_head < num_k_heads, i_side_head, 0)
-    length = tl.load(p_lengths + i_b * stride_lengths_b + i_row * stride_lengths_h)
+    length = tl.load(lengths.ptr + i_b * lengths.stride_b + i_row * lengths.stride_h)
     o_position = length + o_t
     o_slot = o_position
     if p_begin is not None:
@@ -291,9 +291,9 @@ def append_kernel(
     o_entry = o_slot // PAGE_SIZE
     m_stored = m_rows & (o_slot >= 0) & (o_entry < max_pages)
     o_page = tl.zeros([BLOCK_T], tl.int64) + i_b
-    if p_table is not None:
-        p_entry = p_table + i_b * stride_table_b + i_row * stride_table_h
-        p_entry += o_entry.to(tl.int64) * stride_table_p
+    if pages is not None:
+        p_entry = pages.ptr + i_b * pages.stride_b + i_row * pages.stride_h
+        p_entry += o_entry.to(tl.int64) * pages.stride_p
         o_page = tl.load(p_entry, mask=m_stored, other=-1).to(tl.int64)
     m_stored = m_stored & (o_page >= 0) & (o_page < num_pages)
     o_slot = (o_slot % PAGE_SIZE).to(tl.int64)
@@ -306,65 +306,49 @@ def append_kernel(
         p_sin_rows = p_sin + o_angle_row * (ROTARY_DIM // 2)
 
     if is_key:
-        p_scale_rows = p_k_scale
-        p_zero_rows = p_k_zero
-        if FORMAT != kv.PLAIN:
-            o_scale = i_side_head * stride_k_scale_h + o_slot * stride_k_scale_n
-            p_scale_rows = p_k_scale + o_page * stride_k_scale_p + o_scale
-        if p_k_zero is not None:
-            o_zero = i_side_head * stride_k_zero_h + o_slot * stride_k_zero_n
-            p_zero_rows = p_k_zero + o_page * stride_k_zero_p + o_zero
-        store_side(
-            p_k_new + i_b * stride_k_new_b + i_side_head * stride_k_new_h + o_t64 * stride_k_new_m,
+        store_head(
+            keys,
+            kv.pointers(k_new, i_b, i_side_head, o_t64),
             m_stored,
+            o_page,
+            i_side_head,
+            o_slot,
             p_cos_rows,
             p_sin_rows,
-            p_k + o_page * stride_kp + i_side_head * stride_kh + o_slot * stride_kn,
-            p_scale_rows,
-            p_zero_rows,
-            HEAD_DIM,
-            BLOCK_D,
+            DIMS.D,
+            DIMS.BLOCK_D,
             ROTARY_DIM,
             INTERLEAVED,
-            FORMAT,
             DYNAMIC_K,
         )
     elif is_value:
-        p_scale_rows = p_v_scale
-        p_zero_rows = p_v_zero
-        if FORMAT != kv.PLAIN:
-            o_scale = i_side_head * stride_v_scale_h + o_slot * stride_v_scale_n
-            p_scale_rows = p_v_scale + o_page * stride_v_scale_p + o_scale
-        if p_v_zero is not None:
-            o_zero = i_side_head * stride_v_zero_h + o_slot * stride_v_zero_n
-            p_zero_rows = p_v_zero + o_page * stride_v_zero_p + o_zero
-        store_side(
-            p_v_new + i_b * stride_v_new_b + i_side_head * stride_v_new_h + o_t64 * stride_v_new_m,
+        store_head(
+            values,
+            kv.pointers(v_new, i_b, i_side_head, o_t64),
             m_stored,
+            o_page,
+            i_side_head,
+            o_slot,
             p_cos_rows,
             p_sin_rows,
-            p_v + o_page * stride_vp + i_side_head * stride_vh + o_slot * stride_vn,
-            p_scale_rows,
-            p_zero_rows,
-            VALUE_DIM,
-            BLOCK_DV,
+            DIMS.DV,
+            DIMS.BLOCK_DV,
             0,
             INTERLEAVED,
-            FORMAT,
             DYNAMIC_V,
         )
-    elif p_q is not None:
+    elif q is not None:
         i_q_head = i_side_head - num_v_heads
         store_side(
-            p_q + i_b * stride_qb + i_q_head * stride_qh + o_t64 * stride_qm,
+            kv.pointers(q, i_b, i_q_head, o_t64),
             m_rows,
             p_cos_rows,
             p_sin_rows,
-            p_rotated + i_b * stride_rb + i_q_head * stride_rh + o_t64 * stride_rm,
+            kv.pointers(rotated, i_b, i_q_head, o_t64),
             None,
             None,
-            HEAD_DIM,
-            BLOCK_D,
+            DIMS.D,
+            DIMS.BLOCK_D,
             ROTARY_DIM,
             INTERLEAVED,
             kv.PLAIN,

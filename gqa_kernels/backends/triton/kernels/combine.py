@@ -15,41 +15,22 @@ import triton.language as tl
 from . import common, kv
 
 
-@triton.jit(
-    do_not_specialize=[
-        "num_heads",
-        "num_groups",
-        "q_len",
-        "num_splits",
-        "stride_lse_b",
-        "stride_lse_h",
-        "num_tokens",
-    ]
-)
+@triton.jit(do_not_specialize=["num_heads", "num_groups", "q_len", "num_tokens", "num_splits"])
 def combine_kernel(
-    p_partial_acc,  # [B, Hq (sorted), Sq, num_splits, Dv] fp32
-    p_partial_sum,  # [B, Hq (sorted), Sq, num_splits] fp32
-    p_partial_max,  # [B, Hq (sorted), Sq, num_splits] fp32
+    partial,  # Partial
+    out,  # Rows [B, Hq, Sq, Dv]; packed [1, Hq, tokens, Dv]
+    p_lse,  # [B, Hq, Sq] fp32, contiguous; packed [1, Hq, tokens]
     p_plan,  # perm [Hq], k_head [Hq], v_head [Hq], offsets [G + 2]
-    p_sinks,  # [Hq] fp32 or None
-    p_out,  # [B, Hq, Sq, Dv]; packed [1, Hq, tokens, Dv]
-    p_lse,  # [B, Hq, Sq] fp32; packed [1, Hq, tokens]
+    p_sinks,  # [Hq] fp32, or None
     p_q_offsets,  # [B + 1] int32, tokens of packed sequences, or None
-    stride_ob,
-    stride_oh,
-    stride_om,
-    stride_lse_b,
-    stride_lse_h,
     num_heads,  # Hq
     num_groups,  # G
     q_len,  # Sq; of packed sequences the longest
-    num_tokens,  # of all packed sequences
+    num_tokens,  # Sq; of packed sequences the sum
     num_splits,
-    VALUE_DIM: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
+    DIMS,  # Dims
     BLOCK_S: tl.constexpr,  # num_splits, rounded up to a power of two
     CHUNK_S: tl.constexpr,  # splits whose outputs are held at once
-    HAS_SINKS: tl.constexpr,
 ):
     i_row = tl.program_id(0).to(tl.int64)
     i_m = i_row % q_len
@@ -65,32 +46,31 @@ def combine_kernel(
 
     o_s = tl.arange(0, BLOCK_S)  # [BLOCK_S]
     m_s = o_s < num_splits
-    p_sum = p_partial_sum + i_row * num_splits
-    p_max = p_partial_max + i_row * num_splits
+    p_sum = partial.sum + i_row * num_splits
+    p_max = partial.max + i_row * num_splits
     b_max = tl.load(p_max + o_s, mask=m_s, other=float("-inf"))  # [BLOCK_S]
     b_sum = tl.load(p_sum + o_s, mask=m_s, other=0.0)  # [BLOCK_S]
     row_max = tl.max(b_max, 0)
     row_shift = common.finite_or_zero(row_max)
     row_sum = tl.sum(b_sum * tl.exp2(b_max - row_shift), 0)
 
-    o_dv = tl.arange(0, BLOCK_DV)  # [BLOCK_DV]
-    b_acc = tl.zeros([BLOCK_DV], tl.float32)
+    o_dv = tl.arange(0, DIMS.BLOCK_DV)  # [BLOCK_DV]
+    b_acc = tl.zeros([DIMS.BLOCK_DV], tl.float32)
     for i_s in tl.range(0, num_splits, CHUNK_S):
         o_chunk = i_s + tl.arange(0, CHUNK_S)  # [CHUNK_S]
         b_chunk_max = tl.load(p_max + o_chunk, mask=o_chunk < num_splits, other=float("-inf"))
         b_weight = tl.exp2(b_chunk_max - row_shift)  # [CHUNK_S]
-        m_acc = (b_chunk_max > float("-inf"))[:, None] & (o_dv < VALUE_DIM)[None, :]
+        m_acc = (b_chunk_max > float("-inf"))[:, None] & (o_dv < DIMS.DV)[None, :]
         # [CHUNK_S, BLOCK_DV]
-        p_acc = p_partial_acc + (i_row * num_splits + o_chunk)[:, None] * VALUE_DIM + o_dv[None, :]
+        p_acc = partial.acc + (i_row * num_splits + o_chunk)[:, None] * DIMS.DV + o_dv[None, :]
         b_acc += tl.sum(tl.load(p_acc, mask=m_acc, other=0.0) * b_weight[:, None], 0)
 
-    if HAS_SINKS:
+    if p_sinks is not None:
         row_sum, row_max, factor = common.add_sink(row_sum, row_max, tl.load(p_sinks + i_head))
         b_acc = b_acc * factor
     b_out = b_acc * common.normaliser(row_sum)
     row_lse = common.log_sum_exp(row_sum, row_max)
-    p_lse_row = p_lse + i_b * stride_lse_b + i_head * stride_lse_h + (i_token + i_m)
-    tl.store(p_lse_row, tl.where(valid, row_lse, float("nan")))
-    p_out_row = p_out + i_b * stride_ob + i_head * stride_oh + (i_token + i_m) * stride_om + o_dv
-    b_out = tl.where(valid, b_out, float("nan")).to(p_out.dtype.element_ty)
-    tl.store(p_out_row, b_out, mask=o_dv < VALUE_DIM)
+    i_out_row = kv.first_row(p_q_offsets, i_b, i_head, i_token, num_heads, num_tokens) + i_m
+    tl.store(p_lse + i_out_row, tl.where(valid, row_lse, float("nan")))
+    b_out = tl.where(valid, b_out, float("nan")).to(out.ptr.dtype.element_ty)
+    tl.store(kv.pointers(out, i_b, i_head, i_token + i_m) + o_dv, b_out, mask=o_dv < DIMS.DV)

@@ -7,12 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ...plan import largest_first, num_groups, regrouped
-from ...splits import ceil_div
-from .backward_kv import backward_kv_kernel
-from .backward_q import backward_q_kernel
-from .backward_rows import delta_kernel
-from .configs import (
+from ....plan import largest_first, num_groups, regrouped
+from ....splits import ceil_div
+from ..configs import (
     DeviceFacts,
     Tile,
     backward_kv_tile,
@@ -20,7 +17,11 @@ from .configs import (
     heads_per_section,
     padded_dim,
 )
-from .launch import ForwardCall, Launch, strides_of
+from ..kernels.backward_kv import backward_kv_kernel
+from ..kernels.backward_q import backward_q_kernel
+from ..kernels.delta import delta_kernel
+from .base import Argument, Launch, rows_of
+from .forward import ForwardCall
 
 DELTA_ELEMENTS = 4096  # of out that a program of the delta kernel reads
 
@@ -53,26 +54,19 @@ class BackwardCall:
     dslopes: Tensor | None
     sinks: bool = False
 
-    def arguments(self) -> dict[str, Tensor | int | float | None]:
-        """What the kernels of dQ and of dK and dV take, and more."""
-        arguments = self.forward.forward_arguments() | {
-            "p_dout": self.dout,
+    def arguments(self) -> dict[str, Argument]:
+        """The arguments that several kernels share; each launch takes those that it needs."""
+        packed = self.forward.cache is not None
+        return self.forward.arguments() | {
+            "dout": rows_of(self.dout, packed),
             "p_dlse": self.dlse,
             "p_delta": self.delta,
-            "p_dq": self.dq,
+            "dq": rows_of(self.dq, packed),
+            "dk": rows_of(self.dk, packed),
+            "dv": rows_of(self.dv, packed),
             "p_dslopes": self.dslopes,
-            **strides_of("do", self.dout, "bhm"),
-            **strides_of("dq", self.dq, "bhm"),
-            **strides_of("dk", self.dk, "bhn"),
-            **strides_of("dv", self.dv, "bhn"),
-            "HAS_DSLOPES": self.dslopes is not None,
             "HAS_SUMS": self.dslopes is not None or self.sinks,
-            "HAS_DLSE": self.dlse is not None,
         }
-        if self.forward.cache is not None:  # the offsets say where a sequence begins
-            names = ("stride_dob", "stride_dqb", "stride_dkb", "stride_dvb")
-            arguments |= dict.fromkeys(names, 0)
-        return arguments
 
 
 def backward_launches(call: BackwardCall, facts: DeviceFacts) -> list[Launch]:
@@ -91,60 +85,50 @@ def backward_launches(call: BackwardCall, facts: DeviceFacts) -> list[Launch]:
 
 def delta_launch(call: BackwardCall) -> Launch:
     """Launch of the delta kernel."""
-    block_dv = padded_dim(call.dout.shape[3])
-    block_m = max(1, DELTA_ELEMENTS // block_dv)
-    arguments = {
-        "p_out": call.forward.out,
-        "p_dout": call.dout,
-        "p_dlse": call.dlse,
-        "p_delta": call.delta,
-        **strides_of("o", call.forward.out, "bhm"),
-        **strides_of("do", call.dout, "bhm"),
-        "num_rows": call.delta.numel(),
-        "num_heads": call.forward.shape.num_heads,
+    num_rows = call.delta.numel()
+    block_m = max(1, DELTA_ELEMENTS // padded_dim(call.dout.shape[3]))
+    # It takes packed tokens as one sequence.
+    arguments = call.arguments() | {
+        "out": rows_of(call.forward.out),
+        "dout": rows_of(call.dout),
+        "num_rows": num_rows,
         "q_len": call.delta.shape[2],
-        "VALUE_DIM": call.dout.shape[3],
-        "BLOCK_DV": block_dv,
         "BLOCK_M": block_m,
-        "HAS_DLSE": call.dlse is not None,
     }
-    return Launch(delta_kernel, ceil_div(call.delta.numel(), block_m), arguments, 4, 1)
+    return Launch.of(delta_kernel, ceil_div(num_rows, block_m), arguments, 4, 1)
 
 
 def kv_launches(call: BackwardCall, tile: Tile) -> list[Launch]:
     """Launches that write dK and dV: one, or one each where V is grouped apart."""
     if call.shared:
-        return [_kv_launch(call, tile, call.forward.plan, call.dk, call.dv)]
+        return [_kv_launch(call, tile, call.forward.plan)]
     heads = call.forward.shape.num_heads
     by_key = regrouped(call.forward.plan, heads, call.dk.shape[1], by_value=False)
     by_value = regrouped(call.forward.plan, heads, call.dv.shape[1], by_value=True)
     return [
-        _kv_launch(call, tile, by_key, call.dk, None),
-        _kv_launch(call, tile, by_value, None, call.dv),
+        _kv_launch(call, tile, by_key, dv=None),
+        _kv_launch(call, tile, by_value, dk=None),
     ]
 
 
-def _kv_launch(
-    call: BackwardCall, tile: Tile, plan: Tensor, dk: Tensor | None, dv: Tensor | None
-) -> Launch:
+def _kv_launch(call: BackwardCall, tile: Tile, plan: Tensor, **gradients: None) -> Launch:
     shape = call.forward.shape
     groups = num_groups(plan, shape.num_heads)
     num_blocks = ceil_div(shape.kv_len, tile.block_n)
     arguments = call.arguments() | {
         "p_plan": plan,
         "p_order": largest_first(plan, shape.num_heads),
-        "p_dk": dk,
-        "p_dv": dv,
         "batch": shape.batch,
         "num_groups": groups,
         "num_blocks": num_blocks,
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
         "SHARED": call.shared,
-        "HAS_DK": dk is not None,
-        "HAS_DV": dv is not None,
     }
-    return _launch(backward_kv_kernel, groups * shape.batch * num_blocks, arguments, tile)
+    grid = groups * shape.batch * num_blocks
+    return Launch.of(
+        backward_kv_kernel, grid, arguments | gradients, tile.num_warps, tile.num_stages
+    )
 
 
 def q_launch(call: BackwardCall, tile: Tile, section: int) -> Launch:
@@ -158,12 +142,7 @@ def q_launch(call: BackwardCall, tile: Tile, section: int) -> Launch:
         "BLOCK_N": tile.block_n,
     }
     grid = shape.batch * shape.num_heads * num_blocks
-    return _launch(backward_q_kernel, grid, arguments, tile)
-
-
-def _launch(kernel, grid: int, arguments: dict, tile: Tile) -> Launch:
-    taken = {name: arguments[name] for name in kernel.arg_names}
-    return Launch(kernel, grid, taken, tile.num_warps, tile.num_stages)
+    return Launch.of(backward_q_kernel, grid, arguments, tile.num_warps, tile.num_stages)
 
 
 def run_backward(call: BackwardCall, facts: DeviceFacts, need_slopes: bool) -> Tensor | None:

@@ -17,18 +17,13 @@ Source: the online softmax is that of FlashAttention (Dao et al., arXiv 2205.141
 import triton
 import triton.language as tl
 
-from ... import inputs
+from .... import inputs
 from . import kv
 from .dropout import keep_tile
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST_MASK_VALUE = tl.constexpr(inputs.LOWEST_MASK_VALUE)  # values below it hide their key
 LN2 = tl.constexpr(0.6931471805599453)
-
-# Values of MASK_KIND.
-NO_MASK = tl.constexpr(0)
-BOOL_MASK = tl.constexpr(1)
-ADDITIVE_MASK = tl.constexpr(2)
 
 # Parts of a tile's key range: the inner blocks, which every row sees in full, take no masking code.
 LEFT_EDGE = tl.constexpr(0)
@@ -79,10 +74,7 @@ def visible_keys(
     i_last,
     shift,  # position of query token 0 among the keys: n - Sq
     n,  # keys of the sequence
-    window_left,
-    window_right,
-    HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
+    window,
     BLOCK_N: tl.constexpr,
 ):
     """Key ranges of a tile: (start, inner_start, inner_stop, stop), each <= the next.
@@ -94,52 +86,47 @@ def visible_keys(
     inner_start = 0
     stop = n
     inner_stop = n
-    if HAS_RIGHT:
-        stop = tl.maximum(tl.minimum(n, i_last + shift + window_right + 1), 0)
-        inner_stop = tl.maximum(tl.minimum(n, i_first + shift + window_right + 1), 0)
+    if window.right is not None:
+        stop = tl.maximum(tl.minimum(n, i_last + shift + window.right + 1), 0)
+        inner_stop = tl.maximum(tl.minimum(n, i_first + shift + window.right + 1), 0)
     inner_stop = inner_stop // BLOCK_N * BLOCK_N
-    if HAS_LEFT:
-        start = tl.maximum(i_first + shift - window_left, 0) // BLOCK_N * BLOCK_N
-        inner_start = tl.cdiv(tl.maximum(i_last + shift - window_left, 0), BLOCK_N) * BLOCK_N
+    if window.left is not None:
+        start = tl.maximum(i_first + shift - window.left, 0) // BLOCK_N * BLOCK_N
+        inner_start = tl.cdiv(tl.maximum(i_last + shift - window.left, 0), BLOCK_N) * BLOCK_N
         inner_start = tl.minimum(inner_start, tl.cdiv(stop, BLOCK_N) * BLOCK_N)
         inner_stop = tl.maximum(inner_stop, inner_start)
     return start, inner_start, inner_stop, stop
 
 
 @triton.jit
-def cap_scores(b_qk, scale, softcap, HAS_SOFTCAP: tl.constexpr):
-    """Scaled and capped scores of q . k."""
+def cap_scores(b_qk, scale, softcap):
+    """Scaled and, with a softcap, capped scores of q . k."""
     b_score = b_qk * scale
-    if HAS_SOFTCAP:
+    if softcap is not None:
         b_score = tanh(b_score / softcap) * softcap
     return b_score
 
 
 @triton.jit
 def bias_and_mask(
-    b_score,  # a tile of scores, keys along either axis, as the other arguments broadcast to it
+    b_score,  # a tile of scores, keys along either axis; the other arguments broadcast to it
     o_n,  # key positions
     b_pos,  # query positions among the keys
     m_rows,
-    b_slope,  # ALiBi slopes
-    p_mask,  # pointers to the rows of the mask tensor
-    stride_mask_n,
+    b_slope,  # ALiBi slopes, or None
+    mask,  # Mask, or None
+    p_mask,  # pointers to the rows of the mask, or None
     n,
-    window_left,
-    window_right,
+    window,
     EDGE: tl.constexpr,
-    HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
-    HAS_ALIBI: tl.constexpr,
-    MASK_KIND: tl.constexpr,
 ):
     """Scores with biases, -inf where not visible. EDGE: the length and the window may cut them."""
-    if HAS_ALIBI:
+    if b_slope is not None:
         b_score -= b_slope * tl.abs(b_pos - o_n).to(tl.float32)
-    if MASK_KIND != NO_MASK:
-        p_tile = p_mask + o_n.to(tl.int64) * stride_mask_n
+    if mask is not None:
+        p_tile = p_mask + o_n.to(tl.int64) * mask.stride_n
         b_mask = tl.load(p_tile, mask=m_rows & (o_n < n), other=0)
-        if MASK_KIND == BOOL_MASK:
+        if b_mask.dtype == tl.uint8:
             b_score = tl.where(b_mask != 0, b_score, float("-inf"))
         else:
             # Not by adding -inf: the score of a hidden key may be NaN.
@@ -147,10 +134,10 @@ def bias_and_mask(
             b_score = tl.where(b_mask < LOWEST_MASK_VALUE, float("-inf"), b_score + b_mask)
     if EDGE:
         m_visible = o_n < n
-        if HAS_RIGHT:
-            m_visible = m_visible & (o_n <= b_pos + window_right)
-        if HAS_LEFT:
-            m_visible = m_visible & (o_n >= b_pos - window_left)
+        if window.right is not None:
+            m_visible = m_visible & (o_n <= b_pos + window.right)
+        if window.left is not None:
+            m_visible = m_visible & (o_n >= b_pos - window.left)
         b_score = tl.where(m_visible, b_score, float("-inf"))
     return b_score
 
@@ -163,56 +150,67 @@ def finite_or_zero(b_max):
 
 @triton.jit
 def attend(
-    b_q,  # [BLOCK_M, BLOCK_D]
-    table,  # where the keys and values of the sequence and head lie: tuples of kv.py
-    keys,
-    values,
-    start,  # the ranges of `visible_keys`
-    inner_start,
-    inner_stop,
-    stop,
-    b_pos,  # [BLOCK_M] query positions among the keys
-    m_rows,  # [BLOCK_M]
-    b_slope,  # [BLOCK_M] ALiBi slopes, or None
-    p_mask,  # [BLOCK_M] pointers to the rows of the mask tensor, or None
-    stride_mask_n,
-    p_seed,  # dropout: seed and offset, [BLOCK_M] query tokens and b * Hq + h, or None
-    o_token,
-    o_dropout_head,
-    dropout_threshold,
-    n,
+    q,  # Rows
+    rows,  # TileRows
+    keys,  # Stored
+    values,  # Stored
+    pages,  # Pages, or None
+    source,  # Source
+    num_pages,
+    span,  # (first query token, last, position of token 0 among the keys) of the tile
+    split,  # (this split, number of splits), or None
+    window,  # Window
+    mask,  # Mask, or None
     scale,
     softcap,
-    window_left,
-    window_right,
-    HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
+    p_seed,  # dropout's seed and offset, or None
+    dropout_threshold,
+    DIMS,  # Dims
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_ALIBI: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
-    MASK_KIND: tl.constexpr,
-    FORMAT: tl.constexpr,
-    HAS_K_ZERO: tl.constexpr,
-    HAS_V_ZERO: tl.constexpr,
-    PAGED: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
     HAS_BEGIN: tl.constexpr,
 ):
-    """State (b_acc, b_sum, b_max) of a tile after its keys [start, stop).
+    """State (b_acc, b_sum, b_max) of a tile after the keys that it sees, or this split's of them.
 
-    Dropout leaves probabilities out of b_acc; dividing the rest by 1 - p is the caller's.
+    Dropout removes probabilities from b_acc; the caller divides the rest by 1 - p.
     """
-    b_acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    PAGED: tl.constexpr = pages is not None
+    i_b, i_k_head, i_v_head, n, begin = source
+    i_storage, i_slot, p_table = i_b, tl.cast(begin, tl.int64), None
+    if PAGED:  # the table says where each key lies
+        i_storage, i_slot = 0, 0
+        p_table = pages.ptr + i_b * pages.stride_b + i_k_head * pages.stride_h
+    k_rows = kv.rows_of_head(keys.rows, i_storage, i_k_head, i_slot)
+    v_rows = kv.rows_of_head(values.rows, i_storage, i_v_head, i_slot)
+    k_scale, v_scale, k_zero, v_zero = None, None, None, None
+    if keys.scale is not None:
+        k_scale = kv.rows_of_head(keys.scale, i_storage, i_k_head, i_slot)
+    if keys.zero is not None:
+        k_zero = kv.rows_of_head(keys.zero, i_storage, i_k_head, i_slot)
+    if values.scale is not None:
+        v_scale = kv.rows_of_head(values.scale, i_storage, i_v_head, i_slot)
+    if values.zero is not None:
+        v_zero = kv.rows_of_head(values.zero, i_storage, i_v_head, i_slot)
+    i_first, i_last, shift = span
+    b_pos = rows.o_m + shift  # [BLOCK_M], query positions among the keys
+    p_q_rows = kv.pointers(q, i_b, rows.o_head, rows.o_token)
+    b_q = kv.load_rows(p_q_rows, rows.m_rows, DIMS.D, DIMS.BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
+    start, inner_start, inner_stop, stop = visible_keys(i_first, i_last, shift, n, window, BLOCK_N)
+    if split is not None:
+        # This split's share of the key blocks that the tile's tokens see.
+        i_split, num_splits = split
+        blocks_per_split = tl.cdiv(tl.cdiv(tl.maximum(stop - start, 0), BLOCK_N), num_splits)
+        split_start = start + i_split * blocks_per_split * BLOCK_N
+        split_stop = split_start + blocks_per_split * BLOCK_N
+        inner_start = tl.minimum(tl.maximum(inner_start, split_start), split_stop)
+        inner_stop = tl.minimum(tl.maximum(inner_stop, split_start), split_stop)
+        start = split_start
+        stop = tl.minimum(stop, split_stop)
+    b_acc = tl.zeros([BLOCK_M, DIMS.BLOCK_DV], tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
     b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     o_block = tl.arange(0, BLOCK_N)
-    for part in tl.static_range(LEFT_EDGE if HAS_LEFT else INNER, RIGHT_EDGE + 1):
+    for part in tl.static_range(LEFT_EDGE if window.left is not None else INNER, RIGHT_EDGE + 1):
         if part == LEFT_EDGE:
             part_start, part_stop = start, inner_start
         elif part == INNER:
@@ -224,74 +222,85 @@ def attend(
             m_n = o_n < n
             if PAGED:
                 o_page, o_slot, m_readable = kv.locate(
-                    table, i_n, o_n, m_n, PAGE_SIZE, BLOCK_N, HAS_BEGIN
+                    pages, p_table, num_pages, begin, i_n, o_n, m_n, BLOCK_N, HAS_BEGIN
                 )
             else:
                 o_page, o_slot, m_readable = 0, o_n.to(tl.int64), m_n
             # [BLOCK_N, BLOCK_D]
-            if FORMAT == kv.PLAIN:
-                p_k_rows = kv.row_pointers(keys, o_page, o_slot, PAGED)
-                b_k = kv.load_rows(p_k_rows, m_readable, HEAD_DIM, BLOCK_D, PAGED or part != INNER)
+            if keys.FORMAT == kv.PLAIN:
+                p_k_rows = kv.row_pointers(k_rows, o_page, o_slot, PAGED)
+                b_k = kv.load_rows(
+                    p_k_rows, m_readable, DIMS.D, DIMS.BLOCK_D, PAGED or part != INNER
+                )
             else:
                 b_k = kv.load_stored(
-                    keys, o_page, o_slot, m_readable, HEAD_DIM, BLOCK_D, FORMAT, PAGED, HAS_K_ZERO
+                    k_rows,
+                    k_zero,
+                    o_page,
+                    o_slot,
+                    m_readable,
+                    DIMS.D,
+                    DIMS.BLOCK_D,
+                    keys.FORMAT,
+                    PAGED,
                 ).to(b_q.dtype)
             # [BLOCK_M, BLOCK_N]
             b_qk = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
-            if FORMAT != kv.PLAIN:
-                b_qk *= kv.load_scales(keys, o_page, o_slot, m_readable, PAGED)[None, :]
-            b_score = cap_scores(b_qk, scale, softcap, HAS_SOFTCAP)
+            if keys.FORMAT != kv.PLAIN:
+                b_qk *= kv.load_per_row(k_scale, o_page, o_slot, m_readable, PAGED)[None, :]
+            b_score = cap_scores(b_qk, scale, softcap)
             b_score = bias_and_mask(
                 b_score,
                 o_n[None, :],
                 b_pos[:, None],
-                m_rows[:, None],
-                b_slope[:, None] if HAS_ALIBI else None,
-                p_mask[:, None] if MASK_KIND != NO_MASK else None,
-                stride_mask_n,
+                rows.m_rows[:, None],
+                rows.b_slope[:, None] if rows.b_slope is not None else None,
+                mask,
+                rows.p_mask[:, None] if mask is not None else None,
                 n,
-                window_left,
-                window_right,
+                window,
                 part != INNER,
-                HAS_LEFT,
-                HAS_RIGHT,
-                HAS_ALIBI,
-                MASK_KIND,
             )
             if PAGED:  # a visible key whose page is out of range
                 m_lost = (m_n & ~m_readable)[None, :] & (b_score > float("-inf"))
                 b_score = tl.where(m_lost, float("nan"), b_score)
             b_new_max = tl.maximum(b_max, tl.max(b_score, 1) * LOG2E)
             b_shift = b_new_max
-            if part != INNER or MASK_KIND != NO_MASK:
+            if part != INNER or mask is not None:
                 b_shift = finite_or_zero(b_new_max)
             b_p = tl.exp2(tl.fma(b_score, LOG2E, -b_shift[:, None]))  # [BLOCK_M, BLOCK_N]
             b_rescale = tl.exp2(b_max - b_shift)  # [BLOCK_M]
             b_sum = b_sum * b_rescale + tl.sum(b_p, 1)
             b_max = b_new_max
-            if HAS_DROPOUT:
+            if p_seed is not None:
                 m_keep = keep_tile(
-                    p_seed, i_n, o_token, o_dropout_head, dropout_threshold, BLOCK_M, BLOCK_N
+                    p_seed,
+                    i_n,
+                    rows.o_m,
+                    rows.o_dropout_head,
+                    dropout_threshold,
+                    BLOCK_M,
+                    BLOCK_N,
                 )
                 b_p = tl.where(m_keep, b_p, 0.0)
             # [BLOCK_N, BLOCK_DV]
-            if FORMAT == kv.PLAIN:
-                p_v_rows = kv.row_pointers(values, o_page, o_slot, PAGED)
+            if values.FORMAT == kv.PLAIN:
+                p_v_rows = kv.row_pointers(v_rows, o_page, o_slot, PAGED)
                 b_v = kv.load_rows(
-                    p_v_rows, m_readable, VALUE_DIM, BLOCK_DV, PAGED or part != INNER
+                    p_v_rows, m_readable, DIMS.DV, DIMS.BLOCK_DV, PAGED or part != INNER
                 )
             else:
-                b_scale = kv.load_scales(values, o_page, o_slot, m_readable, PAGED)
+                b_scale = kv.load_per_row(v_scale, o_page, o_slot, m_readable, PAGED)
                 b_v = kv.load_stored(
-                    values,
+                    v_rows,
+                    v_zero,
                     o_page,
                     o_slot,
                     m_readable,
-                    VALUE_DIM,
-                    BLOCK_DV,
-                    FORMAT,
+                    DIMS.DV,
+                    DIMS.BLOCK_DV,
+                    values.FORMAT,
                     PAGED,
-                    HAS_V_ZERO,
                 )
                 b_v = (b_v * b_scale[:, None]).to(b_q.dtype)
             b_acc = b_acc * b_rescale[:, None]

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from . import common, kv
+from .arguments import Window
 from .backward_common import load_lse, probabilities, through_cap, through_dropout
 from .dropout import keep_tile_keys_first
 
@@ -31,108 +32,67 @@ def seeing_queries(
     shift,  # position of query token 0 among the keys: n - Sq
     n,  # keys of the sequence
     q_len,
-    window_left,
-    window_right,
-    HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
+    window,
     BLOCK_M: tl.constexpr,
 ):
     """Queries [start, stop) of which some see a key of the tile; start is a multiple of BLOCK_M."""
     start = 0
     stop = tl.where(i_first < n, q_len, 0)
-    if HAS_RIGHT:
-        start = tl.maximum(i_first - shift - window_right, 0) // BLOCK_M * BLOCK_M
-    if HAS_LEFT:
-        stop = tl.minimum(stop, i_last - shift + window_left + 1)
+    if window.right is not None:
+        start = tl.maximum(i_first - shift - window.right, 0) // BLOCK_M * BLOCK_M
+    if window.left is not None:
+        stop = tl.minimum(stop, i_last - shift + window.left + 1)
     return start, stop
 
 
 @triton.jit(
     do_not_specialize=[
+        "batch",
         "num_heads",
         "num_groups",
         "q_len",
         "kv_len",
-        "batch",
-        "num_blocks",
         "num_tokens",
+        "num_blocks",
         "window_left",
         "window_right",
         "dropout_threshold",
     ]
 )
 def backward_kv_kernel(
-    p_q,  # [B, Hq, Sq, D]; packed [1, Hq, tokens, D], likewise all of queries
-    p_k,  # [B, Hk, Sk, D]; packed [1, Hk, tokens, D], likewise all of keys
-    p_v,  # [B, Hv, Sk, Dv]
-    p_dout,  # [B, Hq, Sq, Dv]
+    q,  # Rows [B, Hq, Sq, D]; packed [1, Hq, tokens, D], likewise all of queries
+    keys,  # Stored [B, Hk, Sk, D]; packed [1, Hk, tokens, D], likewise all of keys
+    values,  # Stored [B, Hv, Sk, Dv]
+    dout,  # Rows [B, Hq, Sq, Dv]
     p_lse,  # [B, Hq, Sq] fp32, contiguous
     p_delta,  # [B, Hq, Sq] fp32, contiguous
+    dk,  # Rows [B, Hk, Sk, D], or None
+    dv,  # Rows [B, Hv, Sk, Dv], or None
     p_plan,  # perm [Hq], k_head [Hq], v_head [Hq], offsets [G + 2]; group g is KV head g
     p_order,  # [G] int32, groups, largest first
-    p_slopes,  # [B, Hq] fp32 or None
-    p_mask,  # [B, Hq, Sq, Sk] uint8 or floating, or None
-    p_lengths,  # [B, Hk] int32 or None
-    p_seed,  # int64 [2] dropout seed and offset, or None
+    slopes,  # PerHead [B, Hq] fp32, or None
+    mask,  # Mask, or None
+    lengths,  # PerHead [B, Hk] int32, or None
     p_begin,  # [B] int32, first key of packed sequences, or None
     p_q_offsets,  # [B + 1] int32, tokens of packed sequences, or None
-    p_dk,  # [B, Hk, Sk, D], or None
-    p_dv,  # [B, Hv, Sk, Dv], or None
-    stride_qb,
-    stride_qh,
-    stride_qm,
-    stride_kb,
-    stride_kh,
-    stride_kn,
-    stride_vb,
-    stride_vh,
-    stride_vn,
-    stride_dob,
-    stride_doh,
-    stride_dom,
-    stride_dkb,
-    stride_dkh,
-    stride_dkn,
-    stride_dvb,
-    stride_dvh,
-    stride_dvn,
-    stride_slopes_b,
-    stride_slopes_h,
-    stride_mask_b,
-    stride_mask_h,
-    stride_mask_m,
-    stride_mask_n,
-    stride_lengths_b,
-    stride_lengths_h,
+    p_seed,  # int64 [2] dropout seed and offset, or None
     batch,  # B
     num_heads,  # Hq
     num_groups,  # G
     q_len,  # Sq; of packed sequences the longest
-    kv_len,  # Sk; of packed sequences all
+    kv_len,  # Sk; of packed sequences the sum
+    num_tokens,  # Sq; of packed sequences the sum
     num_blocks,  # ceil(Sk / BLOCK_N)
-    num_tokens,  # of all packed sequences
     scale,
-    softcap,
-    window_left,
-    window_right,
-    dropout_threshold,
+    softcap,  # or None
+    window_left,  # or None
+    window_right,  # or None
+    dropout_threshold,  # or None
     dropout_scale,  # 1 / (1 - p)
-    HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
+    DIMS,  # Dims
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_ALIBI: tl.constexpr,
-    HAS_LENGTHS: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
-    MASK_KIND: tl.constexpr,
     SHARED: tl.constexpr,  # K and V are grouped alike
-    HAS_DK: tl.constexpr,
-    HAS_DV: tl.constexpr,
 ):
     # Program id -> group, sequence, key block.
     i_program = tl.program_id(0)
@@ -150,55 +110,50 @@ def backward_kv_kernel(
     begin, n_slots = 0, kv_len
     if p_begin is not None:
         begin = tl.minimum(tl.maximum(tl.load(p_begin + i_b), 0), kv_len)
-        n_slots = tl.minimum(tl.load(p_lengths + i_b * stride_lengths_b), kv_len - begin)
+        n_slots = tl.minimum(tl.load(lengths.ptr + i_b * lengths.stride_b), kv_len - begin)
 
     i_first = i_block * BLOCK_N
     o_n = i_first + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     o_n64 = o_n.to(tl.int64) + begin
     m_slots = o_n < n_slots
     o_block = tl.arange(0, BLOCK_M)
+    window = Window(window_left, window_right)
 
     n = n_slots
     if SHARED:
-        if HAS_LENGTHS:
-            p_length = p_lengths + i_b * stride_lengths_b + i_group * stride_lengths_h
+        if lengths is not None:
+            p_length = lengths.ptr + i_b * lengths.stride_b + i_group * lengths.stride_h
             n = tl.minimum(tl.maximum(tl.load(p_length), 0), n_slots)
         # [BLOCK_N, BLOCK_D], [BLOCK_N, BLOCK_DV]
-        p_k_rows = p_k + i_b * stride_kb + i_group * stride_kh + o_n64 * stride_kn
-        p_v_rows = p_v + i_b * stride_vb + i_group * stride_vh + o_n64 * stride_vn
-        b_k = kv.load_rows(p_k_rows, o_n < n, HEAD_DIM, BLOCK_D, True)
-        b_v = kv.load_rows(p_v_rows, o_n < n, VALUE_DIM, BLOCK_DV, True)
+        p_k_rows = kv.pointers(keys.rows, i_b, i_group, o_n64)
+        p_v_rows = kv.pointers(values.rows, i_b, i_group, o_n64)
+        b_k = kv.load_rows(p_k_rows, o_n < n, DIMS.D, DIMS.BLOCK_D, True)
+        b_v = kv.load_rows(p_v_rows, o_n < n, DIMS.DV, DIMS.BLOCK_DV, True)
 
-    b_dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    b_dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    b_dk = tl.zeros([BLOCK_N, DIMS.BLOCK_D], tl.float32)
+    b_dv = tl.zeros([BLOCK_N, DIMS.BLOCK_DV], tl.float32)
     for i_sorted in tl.range(i_sorted_first, i_sorted_stop):
         i_head = tl.load(p_plan + i_sorted).to(tl.int64)
         if not SHARED:
             i_k_head = tl.load(p_plan + num_heads + i_sorted).to(tl.int64)
             i_v_head = tl.load(p_plan + 2 * num_heads + i_sorted).to(tl.int64)
-            if HAS_LENGTHS:
-                p_length = p_lengths + i_b * stride_lengths_b + i_k_head * stride_lengths_h
+            if lengths is not None:
+                p_length = lengths.ptr + i_b * lengths.stride_b + i_k_head * lengths.stride_h
                 n = tl.minimum(tl.maximum(tl.load(p_length), 0), n_slots)
-            p_k_rows = p_k + i_b * stride_kb + i_k_head * stride_kh + o_n64 * stride_kn
-            p_v_rows = p_v + i_b * stride_vb + i_v_head * stride_vh + o_n64 * stride_vn
-            b_k = kv.load_rows(p_k_rows, o_n < n, HEAD_DIM, BLOCK_D, True)
-            b_v = kv.load_rows(p_v_rows, o_n < n, VALUE_DIM, BLOCK_DV, True)
+            p_k_rows = kv.pointers(keys.rows, i_b, i_k_head, o_n64)
+            p_v_rows = kv.pointers(values.rows, i_b, i_v_head, o_n64)
+            b_k = kv.load_rows(p_k_rows, o_n < n, DIMS.D, DIMS.BLOCK_D, True)
+            b_v = kv.load_rows(p_v_rows, o_n < n, DIMS.DV, DIMS.BLOCK_DV, True)
         shift = n - n_q
-        i_row = (i_b * num_heads + i_head) * q_len  # of the LSE and of delta
-        if p_q_offsets is not None:
-            i_row = i_head * num_tokens + i_token
-        p_q_head = p_q + i_b * stride_qb + i_head * stride_qh + i_token * stride_qm
-        p_dout_head = p_dout + i_b * stride_dob + i_head * stride_doh + i_token * stride_dom
-        slope = None
-        if HAS_ALIBI:
-            slope = tl.load(p_slopes + i_b * stride_slopes_b + i_head * stride_slopes_h)
-        p_mask_head = None
-        if MASK_KIND != common.NO_MASK:
-            p_mask_head = p_mask + i_b * stride_mask_b + i_head * stride_mask_h
-        start, stop = seeing_queries(
-            i_first, i_first + BLOCK_N - 1, shift, n, n_q, window_left, window_right, HAS_LEFT,
-            HAS_RIGHT, BLOCK_M,
-        )  # fmt: skip
+        i_row = kv.first_row(p_q_offsets, i_b, i_head, i_token, num_heads, num_tokens)
+        q_head = kv.rows_of_head(q, i_b, i_head, i_token)
+        dout_head = kv.rows_of_head(dout, i_b, i_head, i_token)
+        slope, p_mask_head = None, None
+        if slopes is not None:
+            slope = tl.load(slopes.ptr + i_b * slopes.stride_b + i_head * slopes.stride_h)
+        if mask is not None:
+            p_mask_head = mask.ptr + i_b * mask.stride_b + i_head * mask.stride_h
+        start, stop = seeing_queries(i_first, i_first + BLOCK_N - 1, shift, n, n_q, window, BLOCK_M)
         # One loop with masking code throughout: loops of their own for whole blocks, as in the
         # forward, cost more registers here (spills at D 128) than the comparisons cost time.
         for i_m in tl.range(start, stop, BLOCK_M):
@@ -206,54 +161,49 @@ def backward_kv_kernel(
             o_m64 = o_m.to(tl.int64)
             m_m = o_m < n_q
             # [BLOCK_M, BLOCK_D]
-            b_q = kv.load_rows(p_q_head + o_m64 * stride_qm, m_m, HEAD_DIM, BLOCK_D, True)
+            p_q_rows = kv.row_pointers(q_head, 0, o_m64, False)
+            b_q = kv.load_rows(p_q_rows, m_m, DIMS.D, DIMS.BLOCK_D, True)
             b_qk = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")  # [BLOCK_N, BLOCK_M]
-            b_capped = common.cap_scores(b_qk, scale, softcap, HAS_SOFTCAP)
+            b_capped = common.cap_scores(b_qk, scale, softcap)
             b_score = common.bias_and_mask(
                 b_capped,
                 o_n[:, None],
                 (o_m + shift)[None, :],
                 m_m[None, :],
                 slope,
-                (p_mask_head + o_m64 * stride_mask_m)[None, :]
-                if MASK_KIND != common.NO_MASK
-                else None,
-                stride_mask_n,
+                mask,
+                (p_mask_head + o_m64 * mask.stride_m)[None, :] if mask is not None else None,
                 n,
-                window_left,
-                window_right,
+                window,
                 True,
-                HAS_LEFT,
-                HAS_RIGHT,
-                HAS_ALIBI,
-                MASK_KIND,
             )
             b_lse = load_lse(p_lse + i_row + o_m64, m_m)  # [BLOCK_M]
             b_p = probabilities(b_score, b_lse[None, :], b_q.dtype == tl.float32)
             m_keep = None
-            if HAS_DROPOUT:
+            if p_seed is not None:
                 m_keep = keep_tile_keys_first(
                     p_seed, i_first, o_m, (i_b * num_heads + i_head).to(tl.int32),
                     dropout_threshold, BLOCK_M, BLOCK_N,
                 )  # fmt: skip
             # [BLOCK_M, BLOCK_DV]
-            b_dout = kv.load_rows(p_dout_head + o_m64 * stride_dom, m_m, VALUE_DIM, BLOCK_DV, True)
-            if HAS_DV:
+            p_dout_rows = kv.row_pointers(dout_head, 0, o_m64, False)
+            b_dout = kv.load_rows(p_dout_rows, m_m, DIMS.DV, DIMS.BLOCK_DV, True)
+            if dv is not None:
                 b_kept = b_p
-                if HAS_DROPOUT:
+                if p_seed is not None:
                     b_kept = tl.where(m_keep, b_p * dropout_scale, 0.0)
                 b_dv = tl.dot(b_kept.to(b_dout.dtype), b_dout, b_dv, input_precision="ieee")
-            if HAS_DK:
+            if dk is not None:
                 b_delta = tl.load(p_delta + i_row + o_m64, mask=m_m, other=0.0)
                 b_dp = tl.dot(b_v, tl.trans(b_dout), input_precision="ieee")
-                b_dp = through_dropout(b_dp, m_keep, dropout_scale, HAS_DROPOUT)
+                b_dp = through_dropout(b_dp, m_keep, dropout_scale)
                 b_ds = b_p * (b_dp - b_delta[None, :])
-                b_ds = through_cap(b_ds, b_capped, softcap, HAS_SOFTCAP)
+                b_ds = through_cap(b_ds, b_capped, softcap)
                 b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision="ieee")
 
-    if HAS_DK:
-        p_dk_rows = p_dk + i_b * stride_dkb + i_group * stride_dkh + o_n64 * stride_dkn
-        common.store_rows(p_dk_rows, b_dk * scale, m_slots, HEAD_DIM, BLOCK_D)
-    if HAS_DV:
-        p_dv_rows = p_dv + i_b * stride_dvb + i_group * stride_dvh + o_n64 * stride_dvn
-        common.store_rows(p_dv_rows, b_dv, m_slots, VALUE_DIM, BLOCK_DV)
+    if dk is not None:
+        p_dk_rows = kv.pointers(dk, i_b, i_group, o_n64)
+        common.store_rows(p_dk_rows, b_dk * scale, m_slots, DIMS.D, DIMS.BLOCK_D)
+    if dv is not None:
+        p_dv_rows = kv.pointers(dv, i_b, i_group, o_n64)
+        common.store_rows(p_dv_rows, b_dv, m_slots, DIMS.DV, DIMS.BLOCK_DV)

@@ -15,35 +15,27 @@ from . import kv
 
 @triton.jit(do_not_specialize=["num_rows", "num_heads", "q_len"])
 def delta_kernel(
-    p_out,  # [B, Hq, Sq, Dv]
-    p_dout,  # [B, Hq, Sq, Dv]
+    out,  # Rows [B, Hq, Sq, Dv]
+    dout,  # Rows [B, Hq, Sq, Dv]
     p_dlse,  # [B, Hq, Sq] fp32, contiguous, or None
     p_delta,  # [B, Hq, Sq] fp32, contiguous
-    stride_ob,
-    stride_oh,
-    stride_om,
-    stride_dob,
-    stride_doh,
-    stride_dom,
     num_rows,  # B * Hq * Sq
     num_heads,  # Hq
     q_len,  # Sq
-    VALUE_DIM: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
+    DIMS,  # Dims
     BLOCK_M: tl.constexpr,
-    HAS_DLSE: tl.constexpr,
 ):
     o_row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     m_rows = o_row < num_rows
     o_m = o_row % q_len
     o_head = o_row // q_len % num_heads
     o_b = o_row // q_len // num_heads
-    p_out_rows = p_out + o_b * stride_ob + o_head * stride_oh + o_m * stride_om
-    p_dout_rows = p_dout + o_b * stride_dob + o_head * stride_doh + o_m * stride_dom
     # [BLOCK_M, BLOCK_DV]
-    b_out = kv.load_rows(p_out_rows, m_rows, VALUE_DIM, BLOCK_DV, True).to(tl.float32)
-    b_dout = kv.load_rows(p_dout_rows, m_rows, VALUE_DIM, BLOCK_DV, True).to(tl.float32)
+    p_out_rows = kv.pointers(out, o_b, o_head, o_m)
+    p_dout_rows = kv.pointers(dout, o_b, o_head, o_m)
+    b_out = kv.load_rows(p_out_rows, m_rows, DIMS.DV, DIMS.BLOCK_DV, True).to(tl.float32)
+    b_dout = kv.load_rows(p_dout_rows, m_rows, DIMS.DV, DIMS.BLOCK_DV, True).to(tl.float32)
     b_delta = tl.sum(b_out * b_dout, 1)  # [BLOCK_M]
-    if HAS_DLSE:
+    if p_dlse is not None:
         b_delta -= tl.load(p_dlse + o_row, mask=m_rows, other=0.0)
     tl.store(p_delta + o_row, b_delta, mask=m_rows)

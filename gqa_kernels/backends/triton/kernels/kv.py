@@ -1,23 +1,20 @@
 """Where the keys and values of a tile lie, and what their stored numbers mean.
 
-The one seam between the attention kernels and a KV cache. A kernel bundles what it knows into three
-tuples, fixed for a tile's sequence and head, and the key loop asks here for rows:
+This is the only place where the attention kernels touch a KV cache. Before its key loop a kernel
+moves the pointers of its page table, keys and values to its sequence and head (``rows_of_head``).
+The loop then asks here for the rows of each block of keys. Without a page table, the address of a
+key is its index times the stride. A page id out of range is never followed: its rows read as zero,
+and the scores of its keys are NaN.
 
-    table   (p_table, stride_p, num_pages, begin): the page-table row of the sequence and key head,
-            and the slot of its first key; only read where PAGED
-    keys    (p_rows, stride_page, stride_slot, p_scale, stride, stride, p_zero, stride, stride)
-    values  the same; strides are per page and per slot. What there is not is left off the end.
-
-Without a page table, p_rows is key 0 itself and a key's row is one multiplication away, as ever.
-A page id out of range is never followed: its rows are zero and the scores of its keys NaN.
-
-Stored numbers stand for (stored - zero) * scale (gqa_kernels/cache/quantized.py). fp8 arrives as
-bytes and is widened with integer operations, which every GPU has and the interpreter too. A key's
-scale is left out of the product and multiplies its score.
+A stored number means (stored - zero) * scale (gqa_kernels/cache/quantized.py). fp8 arrives as bytes
+and is converted with integer operations, which every GPU and the interpreter have. The product
+leaves the scale of a key out; the kernel multiplies the score by it instead.
 """
 
 import triton
 import triton.language as tl
+
+from .arguments import Rows
 
 # Values of FORMAT.
 PLAIN = tl.constexpr(0)
@@ -61,70 +58,68 @@ def packed_queries(p_q_offsets, i_b, q_len, num_tokens):
 
 
 @triton.jit
-def rows_of_head(
-    p_rows,
-    strides,  # of a page, a head and a slot
-    p_scale,
-    scale_strides,
-    p_zero,
-    zero_strides,
-    i_storage,
-    i_head,
-    i_slot,
-    FORMAT: tl.constexpr,
-):
-    """The tuple of a head's keys or values: as long as what there is."""
-    rows = (
-        p_rows + i_storage * strides[0] + i_head * strides[1] + i_slot * strides[2],
-        strides[0],
-        strides[2],
-    )
-    if FORMAT != PLAIN:
-        rows += (
-            p_scale
-            + i_storage * scale_strides[0]
-            + i_head * scale_strides[1]
-            + i_slot * scale_strides[2],
-            scale_strides[0],
-            scale_strides[2],
-        )
-        if p_zero is not None:
-            rows += (
-                p_zero
-                + i_storage * zero_strides[0]
-                + i_head * zero_strides[1]
-                + i_slot * zero_strides[2],
-                zero_strides[0],
-                zero_strides[2],
-            )
-    return rows
+def first_row(p_q_offsets, i_b, i_head, i_token, num_heads, num_tokens):
+    """Where a sequence begins in a contiguous ``[B, Hq, Sq]``, or packed ``[1, Hq, tokens]``."""
+    i_row = (i_b * num_heads + i_head) * num_tokens
+    if p_q_offsets is not None:
+        i_row = i_head * num_tokens + i_token
+    return i_row
+
+
+@triton.jit
+def sequence_keys(lengths, p_begin, kv_len, i_b, i_k_head, valid):
+    """(number of keys, slot of the first one) of a sequence and key head; no keys if not valid."""
+    n, begin = kv_len, 0
+    if p_begin is not None:
+        begin = tl.minimum(tl.maximum(tl.load(p_begin + i_b), 0), kv_len)
+        n = kv_len - begin
+    if lengths is not None:
+        p_length = lengths.ptr + i_b * lengths.stride_b + i_k_head * lengths.stride_h
+        n = tl.minimum(tl.maximum(tl.load(p_length, mask=valid, other=0), 0), n)
+    return tl.where(valid, n, 0), begin
+
+
+@triton.jit
+def pointers(rows, i_b, i_head, o_n):
+    """Pointers to rows of one or more heads, int64 indices."""
+    return rows.ptr + i_b * rows.stride_b + i_head * rows.stride_h + o_n * rows.stride_n
+
+
+@triton.jit
+def rows_of_head(rows, i_b, i_head, i_slot):
+    """The rows of one head, counted from a slot of it."""
+    p_first = pointers(rows, i_b, i_head, i_slot)
+    return Rows(p_first, rows.stride_b, rows.stride_h, rows.stride_n)
 
 
 @triton.jit
 def locate(
-    table,
+    pages,  # Pages
+    p_table,  # row of the table of the sequence and key head
+    num_pages,
+    begin,  # slot of the first key
     i_n,  # first key of the block, a multiple of BLOCK_N
     o_n,  # [BLOCK_N] keys
     m_n,  # [BLOCK_N] keys there are
-    PAGE_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     HAS_BEGIN: tl.constexpr,
 ):
     """(page, slot in it, key can be read) of a block's keys: page a scalar or [BLOCK_N] int64."""
-    p_table, stride_p, num_pages, begin = table
-    if PAGE_SIZE % BLOCK_N == 0 and not HAS_BEGIN:
+    if pages.PAGE_SIZE % BLOCK_N == 0 and not HAS_BEGIN:
         # The block lies in one page: one look-up, and rows that follow each other.
-        i_page = tl.load(p_table + tl.cast(i_n, tl.int64) // PAGE_SIZE * stride_p)
+        i_entry = tl.cast(i_n, tl.int64) // pages.PAGE_SIZE
+        i_page = tl.load(p_table + i_entry * pages.stride_p)
         in_range = (i_page >= 0) & (i_page < num_pages)
         o_page = tl.where(in_range, i_page, 0).to(tl.int64)
-        o_slot = i_n % PAGE_SIZE + tl.arange(0, BLOCK_N)
+        o_slot = tl.cast(i_n, tl.int32) % pages.PAGE_SIZE + tl.arange(0, BLOCK_N)
         m_readable = m_n & in_range
     else:
         o_s = o_n + begin
-        b_page = tl.load(p_table + (o_s // PAGE_SIZE).to(tl.int64) * stride_p, mask=m_n, other=0)
+        o_entry = (o_s // pages.PAGE_SIZE).to(tl.int64)
+        b_page = tl.load(p_table + o_entry * pages.stride_p, mask=m_n, other=0)
         in_range = (b_page >= 0) & (b_page < num_pages)
         o_page = tl.where(in_range, b_page, 0).to(tl.int64)
-        o_slot = o_s % PAGE_SIZE
+        o_slot = o_s % pages.PAGE_SIZE
         m_readable = m_n & in_range
     return o_page, o_slot.to(tl.int64), m_readable
 
@@ -133,17 +128,14 @@ def locate(
 def row_pointers(rows, o_page, o_slot, PAGED: tl.constexpr):
     """Pointers to the rows of keys or values: [BLOCK_N]."""
     if PAGED:
-        return rows[0] + o_page * rows[1] + o_slot * rows[2]
-    return rows[0] + o_slot * rows[2]
+        return rows.ptr + o_page * rows.stride_b + o_slot * rows.stride_n
+    return rows.ptr + o_slot * rows.stride_n
 
 
 @triton.jit
-def load_per_row(p_first, stride_page, stride_slot, o_page, o_slot, m_rows, PAGED: tl.constexpr):
-    """One fp32 number per row (a scale or a zero), 0 where it can't be read: [BLOCK_N]."""
-    p_numbers = p_first + o_slot * stride_slot
-    if PAGED:
-        p_numbers += o_page * stride_page
-    return tl.load(p_numbers, mask=m_rows, other=0.0)
+def load_per_row(rows, o_page, o_slot, m_rows, PAGED: tl.constexpr):
+    """One fp32 number per row (a scale or a zero), 0 if the row can't be read: [BLOCK_N]."""
+    return tl.load(row_pointers(rows, o_page, o_slot, PAGED), mask=m_rows, other=0.0)
 
 
 @triton.jit
@@ -160,7 +152,8 @@ def fp8_to_fp32(b_bytes, FORMAT: tl.constexpr):
 
 @triton.jit
 def load_stored(
-    rows,
+    rows,  # Rows of one head, and of its zeros or None
+    zero,
     o_page,
     o_slot,
     m_rows,
@@ -168,7 +161,6 @@ def load_stored(
     BLOCK: tl.constexpr,
     FORMAT: tl.constexpr,
     PAGED: tl.constexpr,
-    HAS_ZERO: tl.constexpr,
 ):
     """Stored numbers less their zeros: fp32 [BLOCK_N, BLOCK]."""
     p_rows = row_pointers(rows, o_page, o_slot, PAGED)
@@ -181,15 +173,8 @@ def load_stored(
         b_stored = load_rows(p_rows, m_rows, DIM, BLOCK, True).to(tl.float32)
     else:
         b_stored = fp8_to_fp32(load_rows(p_rows, m_rows, DIM, BLOCK, True), FORMAT)
-    if HAS_ZERO:
-        b_zero = load_per_row(rows[6], rows[7], rows[8], o_page, o_slot, m_rows, PAGED)
-        b_stored -= b_zero[:, None]
+    if zero is not None:
+        b_stored -= load_per_row(zero, o_page, o_slot, m_rows, PAGED)[:, None]
     elif default_zero != 0.0:
         b_stored -= default_zero
     return b_stored
-
-
-@triton.jit
-def load_scales(rows, o_page, o_slot, m_rows, PAGED: tl.constexpr):
-    """The scale of each row: fp32 [BLOCK_N]."""
-    return load_per_row(rows[3], rows[4], rows[5], o_page, o_slot, m_rows, PAGED)
