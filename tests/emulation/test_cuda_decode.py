@@ -275,8 +275,12 @@ BREAKS = {
         "tile.cuh", "__syncthreads();  // the tile is known, its scratch is free", "",
     ),
     "no barrier after Q": ("kernel.cuh", "__syncthreads();  // Q is there", ""),
-    "no barrier before the merge": ("merge_warps.cuh", "__syncthreads();  // every warp is past", "//"),
-    "no barrier before the sum": ("merge_warps.cuh", "__syncthreads();  // the outputs of all", "//"),
+    "no barrier before the merge": (
+        "merge_warps.cuh", "__syncthreads();  // every warp is past", "//",
+    ),
+    "no barrier before the sum": (
+        "merge_warps.cuh", "__syncthreads();  // the outputs of all", "//",
+    ),
     "V of the wrong head": (
         "copy_rows.cuh", "params.v_stride, b, k_head, v_head", "params.v_stride, b, k_head, k_head",
     ),
