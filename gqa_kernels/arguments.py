@@ -72,6 +72,13 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {tuple(choices)}, got {shown(value)}")
 
 
+def check_tensors(**values: object) -> None:
+    """Each value must be a tensor."""
+    for name, value in values.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+
+
 def shown(value: object) -> str:
     """A value as an error shows it: never long, and a tensor without its values."""
     if isinstance(value, Tensor):

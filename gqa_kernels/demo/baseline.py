@@ -12,6 +12,7 @@ from ..attention import asym_gqa_attention
 from ..backends.dispatch import select
 from ..inputs import AttentionInputs
 from ..integrations.transformers import attention_call
+from ..integrations.transformers.guards import reads_maps
 
 EXPAND = "expand_sdpa"  # attn_implementation of the baseline
 CHECKED = "asym_gqa_checked"  # attn_implementation that runs both and compares
@@ -86,7 +87,7 @@ def _register(name: str, attend) -> None:
         call = attention_call(module, query, key, value, attention_mask, **options)
         return attend(call), None
 
-    AttentionInterface.register(name, attention)
+    AttentionInterface.register(name, reads_maps(attention))
     AttentionMaskInterface.register(name, sdpa_mask)
 
 

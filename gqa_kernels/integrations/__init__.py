@@ -2,7 +2,6 @@
 
 transformers, vllm, sglang, dtensor   one ``register()`` each
 hf_kernels, hf_kernel_entry           the package as a Hugging Face kernel repository
-check_engine                          an engine's text against transformers', on a GPU machine
 tensor_parallel, shard_checkpoint     models and checkpoints cut over ranks
 context_parallel, context_ring        attention over keys on several ranks
 """
