@@ -144,8 +144,8 @@ bool cheap_subnormals() {
 
 }  // namespace gqa::cpu
 
-// For callers without a header (gqa_kernels/extension.py): the name of what chosen_isa() gives, or
-// nullptr where it would throw.
+// For callers without a header (gqa_kernels/native/build.py): the name of what chosen_isa() gives,
+// or nullptr where it would throw.
 extern "C" __attribute__((visibility("default"))) const char* gqa_kernels_cpu_isa() {
   try {
     return gqa::cpu::isa_name(gqa::cpu::chosen_isa());

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..head_map import HeadMap
+from ..reporting.device import device_summary
 from ..samples import text
 from ..samples.smollm2 import LoadedModel
 from ..version import __version__
@@ -125,10 +126,8 @@ class Report:
         return table
 
     def _speeds(self) -> Table:
-        settings = self.settings
-        table = Table(
-            title=f"Speed, {settings.dtype}, context {settings.context}, {_device(self.loaded)}"
-        )
+        settings, device = self.settings, device_summary(self.loaded.model.device)
+        table = Table(title=f"Speed, {settings.dtype}, context {settings.context}, {device}")
         table.add_column("model: attention")
         for name in ("KV bytes/token", "prefill tokens/s", "decode tokens/s"):
             table.add_column(name, justify="right")
@@ -194,13 +193,6 @@ def versions() -> dict[str, str]:
         "machine": platform.machine(),
         "threads": str(torch.get_num_threads()),
     }
-
-
-def _device(loaded: LoadedModel) -> str:
-    device = loaded.model.device
-    if device.type == "cpu":
-        return f"CPU with {torch.get_num_threads()} threads"
-    return torch.cuda.get_device_name(device)
 
 
 def _entries(head_map: HeadMap) -> str:

@@ -12,7 +12,7 @@ from gqa_kernels.native import env
 from gqa_kernels.plan import plan_for
 from gqa_kernels.splits import choose_splits
 from gqa_kernels.testing import assert_attention_close, make_inputs
-from tests.cases import LARGE_GROUP, UNEVEN
+from tests.cases.attention import LARGE_GROUP, UNEVEN
 from tests.conftest import DEVICE
 
 usable = TritonBackend().unavailable_reason() is None

@@ -16,9 +16,9 @@ from gqa_kernels import (
     shared_prefix_attention,
 )
 from gqa_kernels.testing import assert_attention_close
+from tests.api.test_attention import widest
 from tests.cache.test_decode import USABLE, queries
-from tests.cases import UNEVEN
-from tests.test_attention import widest
+from tests.cases.attention import UNEVEN
 
 
 @pytest.mark.parametrize("backend", [name for name in USABLE if name != "triton"])

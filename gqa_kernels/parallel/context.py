@@ -23,7 +23,7 @@ from ..cache.base import KVCache
 from ..cache.cascade import merge_attention_states, merge_sinks
 from ..cache.decode import asym_gqa_decode
 from ..inputs import UNBOUNDED, AttentionInputs, HeadMapLike, Layout, _resolve_window
-from .context_ring import Call, Range, Ranges, Ring, RingAttention
+from .ring import Call, Range, Ranges, Ring, RingAttention
 
 
 def contiguous_ranges(lengths: Sequence[int], begin: int = 0) -> list[list[Range]]:

@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 
 from gqa_kernels import DenseKVCache, HeadMap, asym_gqa_attention
-from gqa_kernels.integrations.context_parallel import (
+from gqa_kernels.parallel.context import (
     context_parallel_attention,
     context_parallel_decode,
     contiguous_ranges,
@@ -13,7 +13,7 @@ from gqa_kernels.integrations.context_parallel import (
     zigzag_ranges,
 )
 from gqa_kernels.testing import assert_attention_close
-from tests.integrations.ranks import WORLD, run_ranks
+from tests.parallel.ranks import WORLD, run_ranks
 
 HEAD_MAP = HeadMap([0, 2, 0, 1, 0])  # 5 query heads over 3 KV heads
 VALUE_MAP = HeadMap([1, 0, 1, 1, 0])

@@ -11,9 +11,9 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from gqa_kernels import HeadMap, asym_gqa_attention, explain_backend
 from gqa_kernels.backends.dispatch import BACKENDS
 from gqa_kernels.testing import DIFFERENTIABLE, assert_gradients_close, make_inputs
-from tests.cases import PREFILL_CASES, UNEVEN, WITH_EMPTY, matrix, racing
-from tests.test_attention import USABLE, widest
-from tests.test_properties import calls, to_device
+from tests.api.test_attention import USABLE, widest
+from tests.api.test_properties import calls, to_device
+from tests.cases.attention import PREFILL_CASES, UNEVEN, WITH_EMPTY, matrix, racing
 
 WITH_BACKWARD = [name for name in USABLE if BACKENDS[name].capabilities.autograd]
 FUSED = [name for name in WITH_BACKWARD if name != "reference"]

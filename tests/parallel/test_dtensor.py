@@ -11,8 +11,8 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.experimental import implicit_replication
 
 from gqa_kernels import HeadMap, asym_gqa_attention
-from gqa_kernels.integrations import dtensor
-from tests.integrations.ranks import WORLD, run_ranks
+from gqa_kernels.parallel import dtensor
+from tests.parallel.ranks import WORLD, run_ranks
 
 HEAD_MAP = HeadMap([0, 2, 0, 1, 0])  # 5 query heads, 3 on the first rank, over 3 KV heads
 BATCH = 3

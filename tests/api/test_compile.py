@@ -16,7 +16,7 @@ from gqa_kernels import (
     asym_gqa_varlen_attention,
 )
 from gqa_kernels.testing import assert_attention_close, make_inputs
-from tests.test_attention import USABLE, widest
+from tests.api.test_attention import USABLE, widest
 
 MAP = HeadMap([0, 2, 0, 1])
 

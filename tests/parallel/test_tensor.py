@@ -11,11 +11,11 @@ from torch import nn
 from gqa_kernels import HeadMap
 from gqa_kernels.cli import main
 from gqa_kernels.convert import convert, load, save
-from gqa_kernels.integrations.shard_checkpoint import load_shard, shard_checkpoint
-from gqa_kernels.integrations.tensor_parallel import shard_model
 from gqa_kernels.integrations.transformers import register
-from tests.integrations.ranks import WORLD, run_ranks
+from gqa_kernels.parallel.shard_checkpoint import load_shard, shard_checkpoint
+from gqa_kernels.parallel.tensor import shard_model
 from tests.integrations.test_transformers import CLOSE, logits
+from tests.parallel.ranks import WORLD, run_ranks
 from tests.tiny_models import batch, split, tiny
 
 MODELS = {

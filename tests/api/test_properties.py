@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from gqa_kernels import HeadMap, asym_gqa_attention
 from gqa_kernels.backends.dispatch import BACKENDS
 from gqa_kernels.testing import assert_attention_close, make_inputs
+from tests.api.test_attention import USABLE
 from tests.conftest import DEVICE
 from tests.dense import dense_attention
-from tests.test_attention import USABLE
 
 # The interpreter needs some 0.2 s a call; the others far less. The reference is held to itself in
 # fp64 here, and to loops below.

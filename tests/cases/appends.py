@@ -7,14 +7,34 @@ from torch import Tensor
 
 from gqa_kernels.cache.inputs import AppendInputs
 from gqa_kernels.cache.view import KVView
-from tests.cache.histories import Kind, empty_cache
-from tests.cache.test_append import FORMATS, rotary_table
-from tests.cases import UNEVEN
+from tests.cases.attention import UNEVEN
+from tests.cases.caches import Kind, empty_cache
 
 SCALES = ("k_scale", "v_scale", "k_zero", "v_zero")
 DENSE = Kind()
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SIZES = {16: (16, 24), 64: (64, 64), 128: (128, 64), 256: (256, 200), 59: (59, 33), 12: (12, 4)}
+
+
+FORMATS = [
+    Kind(),
+    Kind(16, "packed"),
+    Kind(3, "NHD"),
+    Kind(5, begin=True),
+    Kind(4, format="fp8_e4m3"),
+    Kind(4, format="fp8_e5m2"),
+    Kind(4, format="int8"),
+    Kind(4, format="int8", zeros=True),
+    Kind(4, format="int4"),
+    Kind(batch_index=True, format="int4", zeros=True),
+]
+
+
+def rotary_table(rotary_dim, positions=50, dtype=torch.float32):
+    angle = torch.outer(
+        torch.arange(positions), 10000.0 ** -(torch.arange(0, rotary_dim, 2) / rotary_dim)
+    )
+    return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
 def appends(

@@ -6,7 +6,7 @@ import torch
 from gqa_kernels import asym_gqa_attention, available_backends
 from gqa_kernels.backends.dispatch import BACKENDS
 from gqa_kernels.testing import assert_attention_close, assert_close, make_inputs
-from tests.cases import CASES, DECODE_CASES, PREFILL_CASES, UNEVEN, matrix, racing
+from tests.cases.attention import CASES, DECODE_CASES, PREFILL_CASES, UNEVEN, matrix, racing
 from tests.conftest import DEVICE
 from tests.dense import dense_attention
 

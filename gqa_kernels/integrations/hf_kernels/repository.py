@@ -1,12 +1,8 @@
-"""Hugging Face ``kernels``: the package as a kernel repository, which ``get_kernel`` loads.
+"""The package as a kernel repository.
 
-::
-
-    python -m gqa_kernels.integrations.hf_kernels FOLDER
-
-writes one: Python and Triton for CUDA and ROCm, and for the CPU with the C++ sources, compiled at
-first use. Uploaded (``hf upload --repo-type kernel``), models take it as
-``attn_implementation="org/repo"``; on disk, ``kernels.get_local_kernel(FOLDER)`` loads it.
+It holds Python and Triton for CUDA and ROCm, and for the CPU the C++ sources as well, which are
+compiled at first use. Models take an uploaded one (``hf upload --repo-type kernel``) as
+``attn_implementation="org/repo"``; ``kernels.get_local_kernel(FOLDER)`` loads one from disk.
 
 The layout follows the kernel requirements of huggingface/kernels: ``build/torch-<backend>/`` with
 ``__init__.py`` and ``metadata.json``, relative imports only, and ops in a namespace of this very
@@ -15,31 +11,29 @@ build, so that it can be loaded beside the package and beside other versions of 
 
 from __future__ import annotations
 
-import argparse
 import base64
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
-from ..native.sources import source_root
-from ..version import __version__
+from ...native.sources import source_root
+from ...version import __version__
 
-PACKAGE = Path(__file__).parents[1]
-ENTRY = Path(__file__).parent / "hf_kernel_entry.py"
+PACKAGE = Path(__file__).parents[2]
+ENTRY = Path(__file__).parent / "entry.py"
 NAME = "asym-gqa"
 KERNEL_VERSION = 0  # by convention: its interface may still change
 LICENSE = "Apache-2.0"
 CORE = "core"  # the package's folder in a variant
-NAMESPACE = "gqa_kernels"  # of the package's ops
-# What attention needs; the rest (search, conversion, engines) is not for a kernel repository.
-PARTS = ("*.py", "backends/**/*.py", "cache/**/*.py", "models/**/*.py", "native/**/*.py")
-PARTS += ("partition/**/*.py", "integrations/__init__.py")
-PARTS += ("integrations/transformers*.py", "integrations/transformers*/**/*.py")
-LEFT_OUT = ("__main__.py", "cli.py", "testing.py")
+# What a kernel repository has no use for; all the rest is what attention needs.
+LEFT_OUT = (
+    "__main__.py", "testing.py", "cli", "commands", "convert", "demo", "grouping", "nn", "parallel",
+    "samples", "train_demo", "integrations/engine_layer.py",
+    "integrations/hf_kernels", "integrations/sglang", "integrations/vllm",
+)  # fmt: skip
 CUDA_ARCHS = ["8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]  # Triton compiles for what it finds
 BACKENDS = {
     "cpu": {"type": "cpu"},
@@ -116,11 +110,10 @@ def _write_variant(folder: Path, backend: str) -> None:
 def _sources(with_csrc: bool) -> dict[str, bytes]:
     """Content of every file of a variant by its path, ops still in the package's namespace."""
     files = {"__init__.py": ENTRY.read_bytes()}
-    for pattern in PARTS:
-        for path in PACKAGE.glob(pattern):
-            name = path.relative_to(PACKAGE).as_posix()
-            if name not in LEFT_OUT:
-                files[f"{CORE}/{name}"] = path.read_bytes()
+    left_out = [PACKAGE / name for name in LEFT_OUT]
+    for path in PACKAGE.rglob("*.py"):
+        if not any(path.is_relative_to(other) for other in left_out):
+            files[f"{CORE}/{path.relative_to(PACKAGE).as_posix()}"] = path.read_bytes()
     if with_csrc:
         root = source_root()
         for path in root.rglob("*"):
@@ -163,14 +156,3 @@ kernel = get_kernel("org/repo", version={KERNEL_VERSION}, trust_remote_code=True
 out = kernel.asym_gqa_attention(q, k, v, [0, 3, 0, 1, 2, 0, 1, 4, 2], causal=True)
 ```
 """
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Write the package as a kernel repository.")
-    parser.add_argument("folder", type=Path, help="must not exist, or be empty")
-    print(f"wrote {build(parser.parse_args(argv).folder)}")
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

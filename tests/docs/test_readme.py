@@ -10,10 +10,10 @@ import pytest
 from benchmarks.run import _parser as benchmarks_parser
 from gqa_kernels.cli import parser
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGES = sorted(
     path
-    for folder in (".", "docs", "benchmarks", "csrc")
+    for folder in (".", "docs", "benchmarks", "csrc", "tests")
     for path in (ROOT / folder).glob("**/*.md" if folder == "csrc" else "*.md")
 )
 OWN = ("gqa_kernels.", "benchmarks.", "tests.")  # modules

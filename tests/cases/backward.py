@@ -17,8 +17,7 @@ from gqa_kernels.cache.view import KVView
 from gqa_kernels.plan import plan_for
 from gqa_kernels.splits import ceil_div
 from gqa_kernels.testing import assert_gradients_close
-
-from .aot import TARGETS, every_option, make_backward, make_call
+from tests.emulation.aot import TARGETS, every_option, make_backward, make_call
 
 UNEVEN = HeadMap([1, 0, 1, 1], num_kv_heads=3)  # interleaved, with an empty group
 

@@ -1,6 +1,6 @@
 """Asymmetric grouped-query attention, as Hugging Face ``kernels`` loads it.
 
-``hf_kernels.build`` makes this the ``__init__.py`` of a kernel repository, with the package in
+``repository.build`` makes this the ``__init__.py`` of a kernel repository, with the package in
 ``core``.
 """
 

@@ -19,7 +19,7 @@ Along each dim of the mesh q, k and v may be
 Anything else, K and V cut along their heads among it, is correct but gathered first, as DTensor
 does: a map says nothing about where a KV head lies. To keep each rank's own KV heads only, cut the
 map (:meth:`gqa_kernels.HeadMap.shard`) and call the function on local tensors, as
-:mod:`.tensor_parallel` does. Dropout is refused: ranks would drop alike.
+:mod:`.tensor` does. Dropout is refused: ranks would drop alike.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ try:
     from torch.distributed.tensor.experimental import register_sharding
 except ImportError as error:
     raise ImportError(
-        f"gqa_kernels.integrations.dtensor needs torch >= {OLDEST}, built with torch.distributed "
+        f"gqa_kernels.parallel.dtensor needs torch >= {OLDEST}, built with torch.distributed "
         f"(pip install 'torch>={OLDEST}'): found {torch.__version__}: {error}"
     ) from error
 
