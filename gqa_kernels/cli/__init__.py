@@ -39,8 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return arguments.run(arguments)
     except KeyboardInterrupt:
-        kept = arguments.kept(arguments) if hasattr(arguments, "kept") else None
-        _complain(f"interrupted; {kept or 'nothing was kept'}")
+        _complain(f"interrupted; {_kept(arguments) or 'nothing was kept'}")
         return INTERRUPTED
     except REFUSALS as error:
         _complain(str(error) or type(error).__name__)
@@ -53,6 +52,14 @@ def parser() -> argparse.ArgumentParser:
     for command in COMMANDS:
         command.add(commands)
     return top
+
+
+def _kept(arguments: argparse.Namespace) -> str | None:
+    """What an interrupted command leaves for the next run, None if nothing."""
+    try:
+        return arguments.kept(arguments) if hasattr(arguments, "kept") else None
+    except REFUSALS:  # a file that no run can continue
+        return None
 
 
 def _complain(message: str) -> None:

@@ -1,8 +1,8 @@
 """Second part: fewer KV heads by a map found from activations, and what that does to perplexity.
 
-Every query head counts as having its own K and V (copies of the shared ones), as in an MHA model;
-the query heads are then grouped anew and each group's K and V projections are averaged. There is no
-training afterwards.
+Every query head counts as having its own K and V (copies of the shared ones), as in an MHA model.
+The query heads are grouped by similarity and each group's K and V projections are averaged. There
+is no training afterwards.
 """
 
 from __future__ import annotations

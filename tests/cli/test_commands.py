@@ -186,6 +186,17 @@ class TestInterrupted:
         a, b = (load_file(tmp_path / name / "model.safetensors") for name in "cd")
         assert all(torch.equal(a[name], b[name]) for name in b)
 
+    def test_a_state_that_is_broken(self, folders, tmp_path, capsys, monkeypatch):
+        def writes_and_stops(*_):
+            (tmp_path / "c.recovery").mkdir()
+            (tmp_path / "c.recovery" / "recovery.pt").write_bytes(b"half")
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(recovery, "_step", writes_and_stops)
+        convert = ("convert", folders / "parent", folders / "search", tmp_path / "c", "--steps", 3)
+        line = self.interrupted(capsys, *convert, *SHAPE)
+        assert line == "gqa-kernels: interrupted; nothing was kept"
+
     def test_train_demo(self, tmp_path, capsys, monkeypatch):
         pytest.importorskip("sklearn")
         self.stop(monkeypatch, training, "loss", 3)

@@ -11,12 +11,12 @@ pytest.importorskip("rich")
 from rich.console import Console
 
 from gqa_kernels import HeadMap, cli
-from gqa_kernels.convert.split import is_refinement
 from gqa_kernels.demo.run import run
 from gqa_kernels.demo.settings import Settings
 from gqa_kernels.reporting.errors import UsageError
 from gqa_kernels.samples import smollm2 as demo_model
 from tests.conftest import DEVICE
+from tests.convert.refinements import is_refinement
 from tests.samples.stand_ins import load_tiny
 
 SMALL = Settings(
