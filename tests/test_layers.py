@@ -15,7 +15,7 @@ LAYERS = (  # from the top; a module imports its own layer and lower ones
         "integrations.kvpress",
         "integrations.hf_kernels",
         "integrations.engine_layer",
-    ),  # fmt: skip
+    ),
     ("convert", "parallel"),
     ("integrations.transformers", "nn"),
     (PUBLIC,),
