@@ -30,7 +30,8 @@ class Precision:
         products: type of matrix products and their results.
         base2: scale the queries before the product and use powers of two.
         shift: turn the head dims by so much: another order of summation.
-        kept_output: gradients of the softmax from the rounded output, as kernels compute them.
+        recomputed: gradients as kernels compute them that keep no P: P from the LSE, and the
+            softmax's gradient from the rounded output.
         one_by_one: sum the products of a score in one accumulator, one after another.
     """
 
@@ -38,7 +39,7 @@ class Precision:
     products: torch.dtype = torch.float64
     base2: bool = False
     shift: int = 0
-    kept_output: bool = False
+    recomputed: bool = False
     one_by_one: bool = False
 
     def dot(self, q: Tensor, k: Tensor) -> Tensor:
@@ -196,13 +197,19 @@ class Sequence:
         scale = self.q.shape[2] ** -0.5 if self.scale is None else self.scale
         s, raw, distance, visible = self._scores(p)
         probabilities, _, sink = self._softmax(p, s, visible)
+        if p.recomputed:
+            out, lse = self.attend(replace(p, recomputed=False))
+            lse = lse.masked_fill(lse == -math.inf, math.inf)[..., None]
+            unit = math.log(2) if p.base2 else 1.0
+            probabilities = (torch.exp2 if p.base2 else torch.exp)(s / unit - lse / unit)
         dout, dlse = dout.to(p.products), dlse.to(p.scores)
         v = self.v.to(p.products)[self.value_map]
         dropped = self._dropped(probabilities).to(p.products)
         dv = (dropped.transpose(1, 2) @ dout).to(p.scores)
-        dp = self._dropped((dout @ v.transpose(1, 2)).to(p.scores))
-        if p.kept_output:
-            delta = (self.attend(p)[0].to(p.scores) * dout.to(p.scores)).sum(-1)
+        value_order = p.order(v.shape[-1])
+        dp = self._dropped(p.dot(dout[..., value_order], v[..., value_order]).to(p.scores))
+        if p.recomputed:
+            delta = (out.to(p.scores) * dout.to(p.scores)).sum(-1)
         else:
             delta = (probabilities * dp).sum(-1)
         ds = probabilities * (dp - delta[..., None] + dlse[..., None])
@@ -276,9 +283,9 @@ def check_gradients(
     @lru_cache
     def eager(most: int) -> list[dict[str, Tensor]]:
         return [
-            computed(replace(form, kept_output=kept))
+            computed(replace(form, recomputed=recomputed))
             for form in eager_forms(dtype, dim, most=most)
-            for kept in (False, True)
+            for recomputed in (False, True)
         ]
 
     exact = computed(EXACT)
