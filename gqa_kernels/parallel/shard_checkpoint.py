@@ -24,7 +24,7 @@ from ..integrations.transformers import register
 from ..models.checkpoint_files import INDEX, check_links, weight_files
 from ..models.maps import IMPLEMENTATION
 from ..reporting.files import check_new_folder, new_folder
-from .tensor import Cut, attention_names, cut, cuts_of, rules_of, shard_of, tell_maps
+from .tensor import Cut, attention_names, cut, cuts_of, rules_of, shard_of, store_shard_maps
 
 SHARD = "shard.json"
 COPIED = (".json", ".txt", ".model", ".tiktoken", ".jinja", ".md")  # all but weights and code
@@ -111,7 +111,7 @@ def load_shard(
     options = {"attn_implementation": IMPLEMENTATION, **options}
     loaded = checkpoint.load_weights(own, cut_class, whole.config, options)
     model = checkpoint.finish(own, loaded, whole.model_class, whole.maps)
-    tell_maps(model, shards)
+    store_shard_maps(model, shards)
     return model
 
 

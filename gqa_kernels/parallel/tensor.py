@@ -16,8 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..head_map import HeadMap, HeadMapShard
+from ..head_map import HeadMapShard
 from ..integrations.transformers import register
+from ..integrations.transformers.guards import guard_layer
 from ..models.maps import layer_maps, store_maps
 
 # Projections of attention: which of a shard's heads each keeps, as its outputs (0) or inputs (1).
@@ -62,7 +63,7 @@ def shard_model(
         for name in attention_names(rules)
     }
     cut(model, rules, shards, rank, world, group)
-    tell_maps(model, shards)
+    store_shard_maps(model, shards)
     model.set_attn_implementation(register())
     return model
 
@@ -124,19 +125,12 @@ def cut(
             _sum_over_ranks(module, rank, group)
 
 
-def tell_maps(model: nn.Module, shards: dict[str, HeadMapShard]) -> None:
-    """Tell a cut model its rank's maps."""
-    for name, shard in shards.items():
-        # What transformers' own attention repeats K and V by; 0 makes it fail on uneven groups.
-        local: HeadMap = shard.head_map
-        uniform = local.is_uniform and shard.value_head_map is None
-        module = model.base_model.get_submodule(name)
-        module.num_key_value_groups = local.num_heads // local.num_kv_heads if uniform else 0
-    store_maps(
-        model.config,
-        [shard.head_map for shard in shards.values()],
-        [shard.value_head_map or shard.head_map for shard in shards.values()],
-    )
+def store_shard_maps(model: nn.Module, shards: dict[str, HeadMapShard]) -> None:
+    """Write a rank's maps into the config of its model, and guard its attention layers."""
+    pairs = [(shard.head_map, shard.value_head_map or shard.head_map) for shard in shards.values()]
+    for name, pair in zip(shards, pairs, strict=True):
+        guard_layer(model.base_model.get_submodule(name), *pair)
+    store_maps(model.config, *zip(*pairs, strict=True))
 
 
 def attention_names(rules: dict[str, str]) -> list[str]:
