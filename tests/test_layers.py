@@ -9,7 +9,13 @@ PACKAGE = "gqa_kernels"
 PUBLIC = "public functions"
 LAYERS = (  # from the top; a module imports its own layer and lower ones
     ("__main__", "cli", "demo", "train_demo", "samples"),
-    ("integrations.vllm", "integrations.sglang", "integrations.kvpress", "integrations.hf_kernels"),
+    (
+        "integrations.vllm",
+        "integrations.sglang",
+        "integrations.kvpress",
+        "integrations.hf_kernels",
+        "integrations.engine_layer",
+    ),
     ("convert", "parallel"),
     ("integrations.transformers", "nn"),
     (PUBLIC,),
@@ -18,22 +24,15 @@ LAYERS = (  # from the top; a module imports its own layer and lower ones
     ("native", "cache"),
     ("head_map", "partition", "reporting", "env", "version"),
 )
-TEMPLATES = (
-    "integrations/hf_kernel_entry.py",
-    "integrations/hf_kernels/entry.py",
-)  # copied, not imported
+TEMPLATES = ("integrations/hf_kernels/entry.py",)  # copied, not imported
 # Modules that wait for their place (issue 18). Delete an entry when its last import goes down.
 WAITING = {
     "arguments", "autograd", "dropout", "inputs", "ops", "plan", "splits", "backends.plain",
-    "cache.base", "cache.decode", "cache.inputs", "cache.view", "integrations.context_parallel",
-    "integrations.context_ring", "integrations.dtensor", "integrations.shard_checkpoint",
-    "integrations.tensor_parallel", "integrations.hf_kernels",
+    "cache.base", "cache.decode", "cache.inputs", "cache.view",
 }  # fmt: skip
 CIRCLES = (  # likewise
     {"backends.base", "backends.plain", "cache.inputs", "cache.view", "native.build", "ops"},
     {"backends.reference", "backends.reference_cache"},
-    {"nn.allocation", "nn.attention"},
-    {"integrations.sglang", "integrations.sglang.backend"},
 )
 
 

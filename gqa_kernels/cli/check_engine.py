@@ -12,7 +12,6 @@ import argparse
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -34,12 +33,10 @@ def vllm(folder: Path, converted: bool, prompts: Tokens, new_tokens: int) -> Tok
     integration.register()
     from vllm import LLM, SamplingParams
 
-    options: dict[str, Any] = {"attention_backend": integration.BACKEND}
-    if converted:
-        options = {"hf_overrides": {"architectures": [integration.ARCHITECTURE]}}
     engine = LLM(
-        str(folder), dtype="float32", max_model_len=512, gpu_memory_utilization=0.4, **options
-    )
+        str(folder), dtype="float32", max_model_len=512, gpu_memory_utilization=0.4,
+        attention_backend=integration.BACKEND,
+    )  # fmt: skip
     sampling = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True)
     found = engine.generate([{"prompt_token_ids": ids} for ids in prompts], sampling)
     return [list(one.outputs[0].token_ids) for one in found]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ from rich.table import Table
 
 from ..head_map import HeadMap
 from ..reporting.device import device_summary
+from ..reporting.files import write_atomically
 from ..samples import text
 from ..samples.smollm2 import LoadedModel
 from ..version import __version__
@@ -96,9 +96,7 @@ class Report:
 
     def save(self, path: Path) -> None:
         """Write the JSON; the file appears whole or not at all."""
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        write_atomically(path, json.dumps(self.to_dict(), indent=1) + "\n")
 
     def show(self, console: Console) -> None:
         for table in (self._maps(), self._speeds(), self._perplexities()):

@@ -24,16 +24,16 @@ METADATA = "gqa-kernels"
 class LayerStats:
     """Moments of one attention layer's input ``x [d]`` over the tokens that are not padding.
 
-    Everything is fp64 on the CPU. In cross-attention ``x`` is what K and V are made of.
+    Everything is fp64 on the CPU. In cross-attention ``x`` is the input of K and V.
 
     Attributes:
         count: tokens.
         mean: ``[d]``, E[x].
         second_moment: ``[d, d]``, E[x x^T].
         position_count: ``[P]``, tokens at each position of a sequence.
-        position_mean: ``[P, d]``, E[x] at each position, 0 where there was no token.
+        position_mean: ``[P, d]``, E[x] at each position, 0 if there was no token.
         query: the same of q's input in cross-attention, else None.
-        halves: the same of the even and of the odd batches, where they were kept apart.
+        halves: the same of the even and of the odd batches, if they were kept apart.
     """
 
     count: int

@@ -151,7 +151,7 @@ class TestErrors:
             convert(tiny(), [HeadMap([0, 1, 1])] * 2)
 
     def test_head_that_nobody_reads(self):
-        with pytest.raises(ValueError, match=r"every KV head a query head, got none for \[1\]"):
+        with pytest.raises(ValueError, match=r"a query head for every KV head, got none for \[1\]"):
             convert(tiny(), [HeadMap([0, 0, 0, 2, 2, 2])] * 2)
 
     def test_lossy_map_with_merging_none(self):

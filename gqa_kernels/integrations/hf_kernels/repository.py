@@ -14,12 +14,10 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 from pathlib import Path
 
 from ...native.sources import source_root
+from ...reporting.files import check_new_folder, new_folder
 from ...version import __version__
 
 PACKAGE = Path(__file__).parents[2]
@@ -30,7 +28,7 @@ LICENSE = "Apache-2.0"
 CORE = "core"  # the package's folder in a variant
 # What a kernel repository has no use for; all the rest is what attention needs.
 LEFT_OUT = (
-    "__main__.py", "testing.py", "cli", "commands", "convert", "demo", "grouping", "nn", "parallel",
+    "__main__.py", "testing.py", "cli", "convert", "demo", "grouping", "nn", "parallel",
     "samples", "train_demo", "integrations/engine_layer.py",
     "integrations/hf_kernels", "integrations/sglang", "integrations/vllm",
 )  # fmt: skip
@@ -54,20 +52,11 @@ def build(folder: str | Path) -> Path:
     Raises:
         ValueError: the folder holds something.
     """
-    folder = Path(folder).absolute()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"folder must not exist or be empty, got {folder}")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
+    folder = check_new_folder("folder", folder)
+    with new_folder(folder) as unfinished:
         for backend in BACKENDS:
             _write_variant(unfinished / "build" / f"torch-{backend}", backend)
         (unfinished / "README.md").write_text(_card())
-        unfinished.chmod(0o755)
-        os.replace(unfinished, folder)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
     return folder
 
 
