@@ -1,8 +1,8 @@
 """Checkpoints cut into the ranks of tensor parallelism, on disk.
 
 :func:`shard_checkpoint` reads a checkpoint tensor by tensor and writes a folder per rank: its part
-of the weights as safetensors, the config, and ``shard.json``, which says what heads and maps the
-rank has in each layer. :func:`load_shard` loads one rank's folder alone.
+of the weights as safetensors, the config, and ``shard.json`` with the rank's heads and maps of each
+layer. :func:`load_shard` loads a single rank's folder.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def shard_checkpoint(
 ) -> Path:
     """Cut a checkpoint into ``out/rank-0`` up to ``out/rank-{world - 1}``.
 
-    At most one rank's part of one weights file is in memory. Nothing is left behind if it fails.
+    At most one rank's part of one weights file is in memory. If it fails, it leaves nothing behind.
 
     Args:
         folder: a Hugging Face checkpoint in safetensors, converted or not, of a model as

@@ -1,10 +1,10 @@
 """Tensor parallelism over uneven head maps, for inference with Hugging Face models.
 
 :func:`shard_model` keeps one rank's part of every layer: the query heads that
-:meth:`gqa_kernels.HeadMap.shard` gives it with just the KV heads that these read, and an equal
-slice of the feed-forward layers. Sizes that do not divide by the number of ranks are fine.
-:mod:`.shard_checkpoint` does the same to a checkpoint on disk, tensor by tensor. What is cut how is
-read from transformers' own plan (``config.base_model_tp_plan``).
+:meth:`gqa_kernels.HeadMap.shard` assigns to it, only the KV heads that these read, and an equal
+slice of the feed-forward layers. Sizes need not divide by the number of ranks.
+:mod:`.shard_checkpoint` does the same to a checkpoint on disk, tensor by tensor. transformers' own
+plan (``config.base_model_tp_plan``) says which layers to cut, and how.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def shard_model(
     """Cut ``model`` in place to rank ``rank``'s part, and return it.
 
     The model then runs on ``attn_implementation="asym_gqa"``. Every rank must call it with the same
-    inputs; outputs are whole on every rank. KV caches hold the rank's own KV heads only.
+    inputs and gets the complete outputs. KV caches hold only the rank's own KV heads.
 
     Args:
         model: a Hugging Face model whose ``config.base_model_tp_plan`` names ``q_proj``,
@@ -73,7 +73,7 @@ class Cut:
     """What a rank keeps of a linear layer.
 
     Attributes:
-        dim: 0 where outputs are cut, 1 where inputs are.
+        dim: 0 if outputs are cut, 1 if inputs are.
         kept: indices along it.
     """
 
@@ -88,10 +88,10 @@ def cuts_of(
     rank: int,
     world: int,
 ) -> dict[str, Cut]:
-    """What rank ``rank`` keeps of every linear layer of which it does not keep all.
+    """What rank ``rank`` keeps of every linear layer that is cut.
 
     Args:
-        model: uncut, its weights undefined if you like.
+        model: uncut; its weights are not read.
         rules: of the modules by name, from :func:`rules_of`.
         shards: the rank's heads by name of the attention module.
     """
