@@ -15,8 +15,8 @@ STABLE_TORCH_LIBRARY_IMPL(gqa_kernels, CUDA, library) {
   library.impl("packed_attention_backward", TORCH_BOX(&gqa::host::packed_attention_backward_cuda));
 }
 
-// What gqa_kernels/cuda_build.py finds in the file: that there are CUDA kernels, and of which
-// build.
+// What gqa_kernels/native/cuda_build.py finds in the file: that there are CUDA kernels, and of
+// which build.
 #define GQA_TEXT(x) #x
 #define GQA_VALUE(x) GQA_TEXT(x)
 extern "C" __attribute__((visibility("default"))) const char gqa_kernels_cuda_build[] =

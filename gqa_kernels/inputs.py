@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -12,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .arguments import as_bool, as_float, as_int, check_choice, shown
 from .autograd import is_transformed, requires_grad
 from .dropout import draw_seed
 from .head_map import HeadMap
@@ -22,6 +21,8 @@ Layout = Literal["bhsd", "bshd"]
 LAYOUTS = ("bhsd", "bshd")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 UNBOUNDED = -1  # a window side without limit
+# An additive mask value below this hides its key.
+LOWEST_MASK_VALUE = torch.finfo(torch.float32).min / 2
 MAX_WINDOW = 1 << 30  # beyond any length, and no 32-bit position overflows by adding it
 
 
@@ -90,8 +91,7 @@ class AttentionInputs:
         dropout_p: float = 0.0,
     ) -> AttentionInputs:
         """Check and normalise the arguments of :func:`gqa_kernels.asym_gqa_attention`."""
-        if layout not in LAYOUTS:
-            raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}")
+        check_choice("layout", layout, LAYOUTS)
         _check_tensors(q, k, v)
         head_axis = 1
         if layout == "bshd":
@@ -124,7 +124,7 @@ class AttentionInputs:
             attn_mask=_resolve_mask(attn_mask, q, k.shape[2]),
             kv_lengths=_resolve_lengths(kv_lengths, q, k),
             layout=layout,
-            deterministic=bool(deterministic),
+            deterministic=as_bool("deterministic", deterministic),
             dropout_p=_resolve_dropout(dropout_p),
         )
 
@@ -275,27 +275,6 @@ def _readable(x: Tensor) -> bool:
     )
 
 
-def as_int(name: str, value: object) -> int:
-    """An integer option: a Python or numpy integer, or a 0-d integer tensor that the host can read.
-    A SymInt of torch.compile stays one."""
-    if type(value) is int or isinstance(value, torch.SymInt):
-        return value
-    if isinstance(value, Tensor) and not (
-        value.dim() == 0 and _readable(value) and not value.dtype.is_floating_point
-        and not value.dtype.is_complex and value.dtype != torch.bool
-    ):  # fmt: skip
-        raise TypeError(
-            f"{name} must be an integer, or a 0-d integer tensor on the CPU, got a {value.dtype} "
-            f"tensor of shape {_shape(value)} on {value.device}"
-        )
-    if not isinstance(value, bool):
-        try:
-            return operator.index(value)
-        except TypeError:
-            pass
-    raise TypeError(f"{name} must be an integer, got {_shown(value)}")
-
-
 def _to_int32(x: Tensor) -> Tensor:
     """Integers as int32. A value beyond 32 bits stays out of range: it doesn't wrap into it."""
     return x if x.dtype == torch.int32 else x.clamp(-(2**31), 2**31 - 1).to(torch.int32)
@@ -361,45 +340,51 @@ def _map_tensor(head_map: HeadMap | Tensor, device: torch.device) -> Tensor:
     return head_map.tensor(device) if isinstance(head_map, HeadMap) else head_map
 
 
-def _resolve_window(window: object, causal: bool) -> tuple[int, int]:
+def _resolve_window(window: object, causal: object) -> tuple[int, int]:
     left = right = UNBOUNDED
     if window is not None:
         if not isinstance(window, (tuple, list)) or len(window) != 2:
-            raise ValueError(f"window must be a pair (left, right) or None, got {window!r}")
-        for side, size in zip(("left", "right"), window, strict=True):
-            if size is None:
-                continue
-            if isinstance(size, bool) or not isinstance(size, (int, torch.SymInt)):
-                raise TypeError(f"window {side} must be an integer or None, got {size!r}")
-            if size < 0:
-                raise ValueError(
-                    f"window {side} must be non-negative, or None for unbounded, got {size}"
-                )
-        left, right = (UNBOUNDED if size is None else min(size, MAX_WINDOW) for size in window)
-    return left, 0 if causal else right
+            raise _window_error(window)
+        left, right = (
+            _resolve_side(side, size) for side, size in zip(("left", "right"), window, strict=True)
+        )
+    return left, 0 if as_bool("causal", causal) else right
 
 
-def _resolve_scale(scale: float | None, head_dim: int) -> float:
-    if scale is None:
-        return head_dim**-0.5
-    scale = float(scale)
-    if not math.isfinite(scale):
-        raise ValueError(f"scale must be finite, got {scale}")
-    return scale
+def _window_error(window: object) -> Exception:
+    kind = ValueError if isinstance(window, (tuple, list)) else TypeError
+    return kind(f"window must be a pair (left, right) or None, got {shown(window)}")
 
 
-def _resolve_softcap(softcap: float | None) -> float:
+def _resolve_side(side: str, size: object) -> int:
+    """One side of a window. None and -1 (as in FlashAttention) mean unbounded."""
+    if size is None:
+        return UNBOUNDED
+    size = as_int(f"window {side}", size)
+    if size < UNBOUNDED:
+        raise ValueError(
+            f"window {side} must be non-negative, or None or -1 for unbounded, got {size}"
+        )
+    return min(size, MAX_WINDOW)
+
+
+def _resolve_scale(scale: object, head_dim: int) -> float:
+    return head_dim**-0.5 if scale is None else as_float("scale", scale)
+
+
+def _resolve_softcap(softcap: object) -> float:
+    """The cap, 0.0 for none. None and 0.0 (as in FlashAttention) mean none."""
     if softcap is None:
         return 0.0
-    softcap = float(softcap)
-    if not (math.isfinite(softcap) and softcap > 0):
-        raise ValueError(f"softcap must be positive and finite, or None, got {softcap}")
+    softcap = as_float("softcap", softcap)
+    if not torch.compiler.is_compiling() and softcap < 0:
+        raise ValueError(f"softcap must be positive, or None or 0.0 for none, got {softcap}")
     return softcap
 
 
-def _resolve_dropout(dropout_p: float) -> float:
-    dropout_p = float(dropout_p)
-    if not 0.0 <= dropout_p < 1.0:
+def _resolve_dropout(dropout_p: object) -> float:
+    dropout_p = as_float("dropout_p", dropout_p)
+    if not torch.compiler.is_compiling() and not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must lie in [0, 1), got {dropout_p}")
     return dropout_p
 
@@ -486,12 +471,6 @@ def _resolve_lengths(lengths: Tensor | Sequence[int] | None, q: Tensor, k: Tenso
             )
     lengths = _to_int32(lengths)
     return (lengths[:, None] if lengths.dim() == 1 else lengths).expand(batch, heads)
-
-
-def _shown(value: object) -> str:
-    """A value as an error shows it: never long."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _shape(x: Tensor) -> tuple[int, ...]:

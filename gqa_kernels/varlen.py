@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .arguments import check_tensors
 from .autograd import autocast
 from .backends.dispatch import select
 from .cache.inputs import CacheInputs, PackedKV, resolve_offsets, to_heads_first
@@ -76,7 +77,8 @@ def varlen_inputs(
     v, _ = to_heads_first("v", v, "bhsd", True)
     if k.shape[2] != v.shape[2]:
         raise ValueError(f"v.shape[0] must equal k.shape[0] ({k.shape[2]}), got {v.shape[2]}")
-    batch = cu_seqlens_k.shape[0] - 1 if isinstance(cu_seqlens_k, Tensor) else 0
+    check_tensors(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    batch = max(cu_seqlens_k.numel() - 1, 0)
     offsets, max_seqlen_k = resolve_offsets(
         "cu_seqlens_k", cu_seqlens_k, "max_seqlen_k", max_seqlen_k, k, batch
     )

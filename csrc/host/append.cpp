@@ -1,6 +1,6 @@
 #include "append.h"
 
-#include "../cpu/append.h"
+#include "../cpu/append/append.h"
 #include "append_inputs.h"
 #include "call.h"
 

@@ -4,7 +4,7 @@
 #include <cmath>
 #include <memory>
 
-#include "../cpu/attention.h"
+#include "../cpu/forward/attention.h"
 #include "call.h"
 
 namespace gqa::host {

@@ -1,6 +1,6 @@
 #include "backward.h"
 
-#include "../cpu/backward.h"
+#include "../cpu/backward/backward.h"
 #include "call.h"
 
 namespace gqa::host {

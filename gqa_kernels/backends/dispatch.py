@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import warnings
 
+import torch
+
+from ..arguments import check_choice
 from ..cache.inputs import AppendInputs, CacheInputs
 from ..inputs import AttentionInputs
 from .base import Backend
@@ -19,6 +22,9 @@ BACKENDS: dict[str, Backend] = {
 # Triton's interpreter on CPU tensors is for tests: only an explicit backend="triton" takes it.
 AUTO_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 DEFAULT_ORDER = ("reference",)
+
+_failures: dict[str, str] = {}  # of backends that looked usable and could not be loaded
+_warned: set[str] = set()  # reasons why the reference was taken that the user knows of
 
 Inputs = AttentionInputs | CacheInputs | AppendInputs
 
@@ -37,7 +43,11 @@ def explain(inputs: Inputs) -> dict[str, list[str]]:
     """For every backend, in the order of ``auto``, why it can't run these inputs."""
     order = AUTO_ORDER.get(inputs.device.type, DEFAULT_ORDER)
     order = (*order, *(name for name in BACKENDS if name not in order))
-    return {name: _reasons(BACKENDS[name], inputs) for name in order}
+    reasons = {name: _reasons(BACKENDS[name], inputs) for name in order}
+    for name, failure in _failures.items():
+        if not reasons[name]:
+            reasons[name] = [failure]
+    return reasons
 
 
 def select(inputs: Inputs, backend: str = "auto") -> Backend:
@@ -48,15 +58,22 @@ def select(inputs: Inputs, backend: str = "auto") -> Backend:
         NotImplementedError: the named backend, or with ``"auto"`` every backend, can't run them.
     """
     if backend == "auto":
+        passed_over = []
         for name in AUTO_ORDER.get(inputs.device.type, DEFAULT_ORDER):
-            if not _reasons(BACKENDS[name], inputs) and _prepare(name) is None:
+            reasons = _reasons(BACKENDS[name], inputs)
+            if not reasons:
+                failure = _prepare(name)
+                reasons = [failure] if failure else []
+            if not reasons:
+                if name == "reference" and passed_over:
+                    _warn_of_reference(passed_over)
                 return BACKENDS[name]
+            passed_over.append((name, reasons))
         raise NotImplementedError(
             f"no backend can run {_described(inputs)}:\n"
             + "\n".join(f"  {name}: {'; '.join(why)}" for name, why in explain(inputs).items())
         )
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {backend!r}")
+    check_choice("backend", backend, ("auto", *BACKENDS))
     reasons = _reasons(BACKENDS[backend], inputs)
     if not reasons:
         failure = _prepare(backend)
@@ -81,11 +98,31 @@ def _unavailable(name: str) -> str | None:
 
 @_constant_while_compiling
 def _prepare(name: str) -> str | None:
-    """Make a backend ready, once; warn where it should be but can't."""
+    """Load a backend's kernels. Returns None on success, else why it failed, which is a warning
+    too: the backend looked usable."""
     failure = BACKENDS[name].prepare()
+    _failures.pop(name, None)
     if failure:
+        _failures[name] = failure
         warnings.warn(f"gqa_kernels: backend {name!r} is not usable: {failure}", stacklevel=4)
     return failure
+
+
+def _warn_of_reference(passed_over: list[tuple[str, list[str]]]) -> None:
+    """Say once per reason that ``backend="auto"`` fell back to the reference. Not while
+    torch.compile traces, whose graphs a warning would break."""
+    if torch.compiler.is_compiling():
+        return
+    why = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in passed_over)
+    if why in _warned:
+        return
+    _warned.add(why)
+    warnings.warn(
+        "gqa_kernels: backend='auto' runs the eager reference, which is slow and expands K and V, "
+        f"because no fused backend can run this call ({why}). Change what the reasons name, or "
+        "pass backend='reference' to choose it without this warning.",
+        stacklevel=4,
+    )
 
 
 def _reasons(backend: Backend, inputs: Inputs) -> list[str]:

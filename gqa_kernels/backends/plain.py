@@ -37,7 +37,7 @@ def attend(
     """Out in the caller's layout and, where asked for, the LSE, as the CPU backend gives them; None
     where the call is not a plain one. Arguments are those of
     :func:`gqa_kernels.asym_gqa_attention`, unchecked."""
-    if not (
+    if torch.compiler.is_compiling() or not (
         type(q) is type(k) is type(v) is Tensor
         and type(head_map) is HeadMap
         and q.is_cpu
@@ -93,7 +93,7 @@ def append(view: KVView, k_new: Tensor, v_new: Tensor) -> bool:
     """Write ``[B, H, S, D]`` tokens into a view whose values are unchecked; False, and nothing
     written, where the call is not a plain one."""
     k = view.k
-    if not (
+    if torch.compiler.is_compiling() or not (
         type(k_new) is type(v_new) is type(k) is Tensor
         and k_new.is_cpu
         and v_new.is_cpu
@@ -126,7 +126,7 @@ def attend_cache(
     """Out and LSE of queries ``[B, Hq, S, D]`` over a view whose values were checked, as the CPU
     backend gives them; None where the call is not a plain one."""
     k, v = view.k, view.v
-    if not (
+    if torch.compiler.is_compiling() or not (
         type(q) is type(k) is Tensor
         and type(head_map) is HeadMap
         and q.is_cpu
@@ -151,10 +151,9 @@ def attend_cache(
 
 
 def _is_recorded(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether autograd, autocast, torch.compile or torch.func have a part in the call."""
+    """Whether autograd, autocast or torch.func have a part in the call."""
     return (
-        torch.compiler.is_compiling()
-        or (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
+        (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
         or torch.is_autocast_enabled("cpu")
         or torch.autograd.forward_ad._current_level >= 0
         or torch._C._functorch.peek_interpreter_stack() is not None

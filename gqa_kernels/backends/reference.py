@@ -14,7 +14,7 @@ from torch import Tensor
 from ..autograd import autocast_dtype
 from ..cache.inputs import AppendInputs, CacheInputs
 from ..dropout import keep_mask
-from ..inputs import DTYPES, UNBOUNDED, AttentionInputs
+from ..inputs import DTYPES, LOWEST_MASK_VALUE, UNBOUNDED, AttentionInputs
 from .base import ALL_CACHES, ALL_OPTIONS, Backend, Capabilities
 
 
@@ -167,5 +167,6 @@ def _visibility(inputs: AttentionInputs, k_index: Tensor) -> tuple[Tensor, Tenso
         visible = visible & (distance <= inputs.window_right)
     if inputs.attn_mask is not None:
         mask = inputs.attn_mask
-        visible = visible & (mask if mask.dtype == torch.bool else mask != -math.inf)
+        hidden = ~mask if mask.dtype == torch.bool else mask.float() < LOWEST_MASK_VALUE
+        visible = visible & ~hidden
     return in_range[..., None] if in_range.dim() == 1 else in_range.transpose(-1, -2), visible

@@ -120,7 +120,10 @@ class KVCache(ABC):
             max_seqlen: most new tokens of a sequence; needed where ``cu_seqlens`` is on a device.
             rotary_cos, rotary_sin: ``[max_position, R / 2]``, cosines and sines of the angles: the
                 first ``R`` columns of k_new and q are rotated by the angle of their position, which
-                is the length before the append plus the token's index.
+                is the length before the append plus the token's index. Contiguous tables in fp32 or
+                the tokens' dtype are read as they are. Others are copied first: strided tables,
+                other floating dtypes, and tables ``[max_position, R]`` with ``R > D / 2`` that hold
+                every angle twice.
             rotary_interleaved: pairs are columns ``(2i, 2i + 1)`` and not ``(i, i + R / 2)``.
             advance: add the new tokens to ``lengths``. Caches of several layers may share one
                 ``lengths``: then only the last one advances it.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..arguments import check_choice, check_tensors
 from ..inputs import LAYOUTS, Layout
 from .base import KVCache, empty_scales, empty_storage
 from .view import KVView
@@ -40,8 +41,17 @@ class DenseKVCache(KVCache):
         v_zero: Tensor | float | None = None,
         layout: Layout = "bhsd",
     ):
-        if layout not in LAYOUTS:
-            raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}")
+        check_choice("layout", layout, LAYOUTS)
+        check_tensors(k=k, v=v, lengths=lengths)
+        if batch_index is not None:
+            check_tensors(batch_index=batch_index)
+            if batch_index.dim() != 1:
+                raise ValueError(
+                    f"batch_index must have 1 dimension, got {batch_index.dim()} "
+                    f"(shape {tuple(batch_index.shape)})"
+                )
+        if layout == "bshd" and min(k.dim(), v.dim()) < 3:
+            raise ValueError(f"k and v must have 4 dimensions, got {k.dim()} and {v.dim()}")
         if layout == "bshd":
             k, v = k.transpose(1, 2), v.transpose(1, 2)
         self.k, self.v, self.lengths = k, v, lengths

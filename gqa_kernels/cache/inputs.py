@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..arguments import as_bool, as_int, check_choice, shown
 from ..autograd import is_transformed, requires_grad
 from ..head_map import HeadMap
 from ..inputs import (
@@ -25,7 +26,6 @@ from ..inputs import (
     _resolve_softcap,
     _resolve_window,
     _to_int32,
-    as_int,
 )
 from .view import KVView
 
@@ -162,7 +162,7 @@ class CacheInputs:
             sinks=_resolve_sinks(sinks, q),
             attn_mask=_resolve_mask(attn_mask, q, view.capacity),
             layout=layout,
-            deterministic=bool(deterministic),
+            deterministic=as_bool("deterministic", deterministic),
             packed_kv=packed_kv,
         )
 
@@ -330,7 +330,9 @@ class AppendInputs:
         if (rotary_cos is None) != (rotary_sin is None):
             raise ValueError("rotary_cos and rotary_sin must be given together, got one of them")
         if rotary_cos is not None:
-            _check_rotary(rotary_cos, rotary_sin, k_new)
+            rotary_cos, rotary_sin = _resolve_rotary(
+                rotary_cos, rotary_sin, k_new, as_bool("rotary_interleaved", rotary_interleaved)
+            )
             if view.lengths_per_head and q is not None:
                 raise NotImplementedError(
                     "append: with lengths per head a query has no one position; rotate q and k_new "
@@ -339,7 +341,7 @@ class AppendInputs:
         view.check_slots(k_new.shape[2] if new_offsets is None else new_offsets)
         return cls(
             q, k_new, v_new, view, new_offsets, max_new, rotary_cos, rotary_sin,
-            bool(rotary_interleaved),
+            as_bool("rotary_interleaved", rotary_interleaved),
         )  # fmt: skip
 
     @property
@@ -387,8 +389,7 @@ def _described(view: KVView) -> str:
 def to_heads_first(name: str, x: Tensor, layout: Layout, packed: bool) -> tuple[Tensor, Layout]:
     """``[B, H, S, D]`` view of a tensor in ``layout``, or packed ``[total, H, D]``; and the layout
     of an output of the same form."""
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}")
+    check_choice("layout", layout, LAYOUTS)
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     rank = 3 if packed else 4
@@ -461,23 +462,45 @@ def resolve_offsets(
     return _to_int32(offsets), min(longest, tokens)
 
 
-def _check_rotary(cos: Tensor, sin: Tensor, x: Tensor) -> None:
+def _resolve_rotary(
+    cos: Tensor, sin: Tensor, x: Tensor, interleaved: bool
+) -> tuple[Tensor, Tensor]:
+    """Tables as kernels read them: contiguous ``[max_position, R / 2]``, fp32 or x's dtype."""
     for name, table in (("rotary_cos", cos), ("rotary_sin", sin)):
         if not isinstance(table, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(table).__name__}")
-        if table.dtype not in (x.dtype, torch.float32):
-            raise TypeError(f"{name}.dtype must be float32 or {x.dtype}, got {table.dtype}")
+        if table.dtype not in DTYPES:
+            raise TypeError(f"{name}.dtype must be floating, got {table.dtype}")
         if table.device != x.device:
             raise ValueError(f"{name}.device must be {x.device}, got {table.device}")
-        if table.dim() != 2 or table.shape[0] < 1 or not 2 <= 2 * table.shape[1] <= x.shape[3]:
+        width = table.shape[1] if table.dim() == 2 and table.shape[0] >= 1 else 0
+        is_full = 2 * width > x.shape[3]
+        if not 1 <= width <= x.shape[3] or (is_full and width % 2):
             raise ValueError(
-                f"{name} must have shape [max_position, R / 2] with R <= D ({x.shape[3]}), "
-                f"got {tuple(table.shape)}"
+                f"{name} must have shape [max_position, R / 2], or [max_position, R] with every "
+                f"angle twice, with even R <= D ({x.shape[3]}), got {tuple(table.shape)}"
             )
-        if not table.is_contiguous():
-            raise ValueError(f"{name} must be contiguous, got strides {table.stride()}")
-    if cos.shape != sin.shape or cos.dtype != sin.dtype:
+    if cos.shape != sin.shape:
         raise ValueError(
-            f"rotary_sin must have the shape and dtype of rotary_cos ({tuple(cos.shape)}, "
-            f"{cos.dtype}), got {tuple(sin.shape)}, {sin.dtype}"
+            f"rotary_sin must have the shape of rotary_cos ({tuple(cos.shape)}), "
+            f"got {tuple(sin.shape)}"
         )
+    if 2 * cos.shape[1] > x.shape[3]:
+        cos = _first_half("rotary_cos", cos, interleaved)
+        sin = _first_half("rotary_sin", sin, interleaved)
+    if cos.dtype != sin.dtype or cos.dtype not in (x.dtype, torch.float32):
+        cos, sin = cos.float(), sin.float()
+    return cos.contiguous(), sin.contiguous()
+
+
+def _first_half(name: str, table: Tensor, interleaved: bool) -> Tensor:
+    """Each angle once, of a table ``[max_position, R]`` that has it in both columns of its pair."""
+    pairs = table.unflatten(1, (-1, 2) if interleaved else (2, -1))
+    once, again = pairs.unbind(2 if interleaved else 1)
+    if _readable(table) and not torch.equal(once, again):
+        where = "(2i, 2i + 1)" if interleaved else "(i, i + R / 2)"
+        raise ValueError(
+            f"{name} of full width [max_position, R] must have equal columns {where} for "
+            f"rotary_interleaved={interleaved}, got {shown(table)}"
+        )
+    return once

@@ -8,7 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..inputs import _readable, _to_int32, as_int
+from ..arguments import as_int, check_tensors
+from ..inputs import _readable, _to_int32
 from .allocator import PageBatch
 from .base import KVCache, empty_scales, empty_storage
 from .view import KVView
@@ -50,6 +51,7 @@ class PagedKVCache(KVCache):
         v_zero: Tensor | float | None = None,
     ):
         _check_order(order)
+        check_tensors(k=k, v=v, page_table=page_table, lengths=lengths)
         if k.dim() == 3 and v.dim() == 3:
             if page_table.dim() != 3:
                 raise ValueError(
@@ -59,6 +61,8 @@ class PagedKVCache(KVCache):
             heads = page_table.shape[1]
             k, v = (x[:, None].expand(-1, heads, -1, -1) for x in (k, v))
         elif order == "NHD":
+            if min(k.dim(), v.dim()) < 3:
+                raise ValueError(f"k and v must have 4 dimensions, got {k.dim()} and {v.dim()}")
             k, v = k.transpose(1, 2), v.transpose(1, 2)
         self.k, self.v, self.page_table, self.lengths, self.begin = k, v, page_table, lengths, begin
         self.k_scale, self.v_scale, self.k_zero, self.v_zero = k_scale, v_scale, k_zero, v_zero
@@ -75,6 +79,10 @@ class PagedKVCache(KVCache):
                 ``[2, P, ...]``; what is left without that dim is k and v in ``order``.
             options: as the constructor has them.
         """
+        check_tensors(kv=kv)
+        axis = as_int("axis", axis)
+        if not -kv.dim() <= axis < kv.dim():
+            raise ValueError(f"axis must be a dim of kv {tuple(kv.shape)}, got {axis}")
         if kv.shape[axis] != 2:
             raise ValueError(f"kv.shape[{axis}] must be 2 (K and V), got {kv.shape[axis]}")
         k, v = kv.unbind(axis)
@@ -207,9 +215,8 @@ def _longest_row(
 ) -> int | None:
     """Check the tensors of a CSR page table. Returns the most pages of a sequence, or None when the
     host can't read the values."""
+    check_tensors(indptr=indptr, indices=indices, last_page_len=last_page_len)
     for name, x in (("indptr", indptr), ("indices", indices), ("last_page_len", last_page_len)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
         if x.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"{name}.dtype must be int32 or int64, got {x.dtype}")
         if x.dim() != 1:
@@ -246,9 +253,8 @@ def _longest_row(
 
 
 def _check_pages_rank(k: Tensor, v: Tensor, ranks: tuple[int, ...]) -> None:
+    check_tensors(k=k, v=v)
     for name, x in (("k", k), ("v", v)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
         if x.dim() not in ranks:
             allowed = " or ".join(map(str, ranks))
             raise ValueError(

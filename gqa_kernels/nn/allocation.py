@@ -1,6 +1,6 @@
 """How many query heads each KV head gets, from the norms of its keys (arXiv 2408.08454).
 
-With ``n_g = sum over the batch of ||K_{b,g}||_F``, query heads are given out in proportion to
+With ``n_g = sum over the batch of ||K_{b,g}||_F``, query heads are assigned in proportion to
 
     kdgqa       (n - min n) / (max n - min n), at every forward in training
     dgqa-diff   |n - n'|, n' the norms one window of steps before
@@ -113,12 +113,3 @@ class KeyNormAllocation(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.kind}, window={self.window}"
-
-
-def step_allocations(model: nn.Module) -> None:
-    """Tell every AsymGroupedQueryAttention of ``model`` that a training step is over."""
-    from .attention import AsymGroupedQueryAttention
-
-    for module in model.modules():
-        if isinstance(module, AsymGroupedQueryAttention):
-            module.step_allocation()

@@ -9,29 +9,10 @@ from gqa_kernels import DenseKVCache, PagedKVCache
 from gqa_kernels.backends.dispatch import BACKENDS
 from gqa_kernels.backends.reference_cache import gather
 from gqa_kernels.cache.inputs import AppendInputs
-from tests.cache.histories import Kind, empty_cache, fill, format_error
 from tests.cache.test_decode import USABLE
-from tests.cases import UNEVEN
-
-FORMATS = [
-    Kind(),
-    Kind(16, "packed"),
-    Kind(3, "NHD"),
-    Kind(5, begin=True),
-    Kind(4, format="fp8_e4m3"),
-    Kind(4, format="fp8_e5m2"),
-    Kind(4, format="int8"),
-    Kind(4, format="int8", zeros=True),
-    Kind(4, format="int4"),
-    Kind(batch_index=True, format="int4", zeros=True),
-]
-
-
-def rotary_table(rotary_dim, positions=50, dtype=torch.float32):
-    angle = torch.outer(
-        torch.arange(positions), 10000.0 ** -(torch.arange(0, rotary_dim, 2) / rotary_dim)
-    )
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+from tests.cases.appends import FORMATS, rotary_table
+from tests.cases.attention import UNEVEN
+from tests.cases.caches import Kind, empty_cache, fill, format_error
 
 
 def stored(cache):
@@ -119,6 +100,35 @@ def test_rotation_is_a_rotation_by_the_position(backend, interleaved, layout, de
         torch.testing.assert_close(result.cpu(), expected, rtol=1e-5, atol=1e-5)
     stored_v = torch.stack([cache.v[0, :, 4:9], cache.v[1, :, :5]])
     assert torch.equal(stored_v.cpu(), v)
+
+
+@pytest.mark.parametrize("backend", USABLE)
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("form", ["full width", "strided", "fp16", "bf16", "fp64", "mixed"])
+def test_forms_of_a_rotary_table(form, interleaved, backend, device):
+    """Whatever form holds the angles, the rotation is the same."""
+    cos, sin = (x.to(device) for x in rotary_table(16))
+    if form in ("fp16", "bf16", "mixed"):  # the same angles, rounded
+        cos, sin = (x.to(torch.bfloat16 if form == "bf16" else torch.float16) for x in (cos, sin))
+
+    def rotated(cos, sin):
+        generator = torch.Generator().manual_seed(0)
+        q, k = (torch.randn(2, h, 5, 16, generator=generator).to(device) for h in (6, 3))
+        cache = DenseKVCache.empty(2, 3, 9, 16, dtype=torch.float32, device=device)
+        q = cache.append(k, k, q=q, rotary_cos=cos, rotary_sin=sin, backend=backend,
+                         rotary_interleaved=interleaved)  # fmt: skip
+        return q, cache.k[:, :, :5]
+
+    def changed(x):
+        if form == "full width":
+            return x.repeat_interleave(2, 1) if interleaved else x.repeat(1, 2)
+        if form == "strided":
+            return x.T.contiguous().T
+        return x.double() if form == "fp64" else x
+
+    other = (changed(cos), sin.float()) if form == "mixed" else (changed(cos), changed(sin))
+    for x, y in zip(rotated(cos.float(), sin.float()), rotated(*other), strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("backend", USABLE)

@@ -1,10 +1,12 @@
 """save() and load(): round trips, and what is refused."""
 
 import json
+import os
+import stat
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, pipeline
 
 from gqa_kernels import HeadMap
 from gqa_kernels.convert import convert, load, save
@@ -70,10 +72,48 @@ def test_stock_loading_of_uneven_groups_that_divide_asks_for_asym_gqa(tmp_path):
     assert loaded.config._attn_implementation == "asym_gqa"
     assert torch.equal(output(loaded, inputs("llama")), output(child, inputs("llama")))
     config = json.loads((tmp_path / "config.json").read_text())
-    config["attn_implementation"] = "asym_gqa_is_not_registered_here"
+    for field in ("attn_implementation", "_attn_implementation"):  # of transformers 5, and 4
+        config[field] = "asym_gqa_is_not_registered_here"
     (tmp_path / "config.json").write_text(json.dumps(config))
+    for options in ({}, {"attn_implementation": "sdpa"}):  # also whoever asks for another one
+        with pytest.raises(ValueError, match="is not supported"):
+            AutoModelForCausalLM.from_pretrained(tmp_path, **options)
     with pytest.raises(ValueError, match="is not supported"):
-        AutoModelForCausalLM.from_pretrained(tmp_path)
+        pipeline("text-generation", model=str(tmp_path))
+
+
+def test_engines_find_no_stock_class_for_an_uneven_child(tmp_path):
+    """They would compute equal groups: vLLM and SGLang go by ``architectures``."""
+
+    def architectures(maps, name):
+        folder = save(child_of("llama", maps), tmp_path / name)
+        assert load(folder).config.architectures  # and we do find it
+        return json.loads((folder / "config.json").read_text())["architectures"]
+
+    assert architectures([UNEVEN] * 2, "uneven") == ["AsymGQALlamaForCausalLM"]
+    assert architectures([HeadMap.uniform(HEADS, 3)] * 2, "even") == ["LlamaForCausalLM"]
+    again = save(load(tmp_path / "uneven"), tmp_path / "again")
+    config = json.loads((again / "config.json").read_text())
+    assert config["architectures"] == ["AsymGQALlamaForCausalLM"]
+
+
+def test_another_of_our_implementations_can_be_named(tmp_path):
+    child = child_of("llama", [UNEVEN] * 2)
+    name = register("asym_gqa_for_a_test", backend="reference")
+    loaded = load(save(child, tmp_path / "child"), attn_implementation=name)
+    assert loaded.config._attn_implementation == name
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager", "flex_attention"])
+@pytest.mark.parametrize("padded", [True, False])
+def test_a_loaded_child_refuses_equal_groups(tmp_path, implementation, padded):
+    """Also without a mask, where SDPA and flex attention group heads by their counts alone."""
+    child_of("llama", [UNEVEN] * 2).save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    loaded.set_attn_implementation(implementation)
+    given = inputs("llama") if padded else {"input_ids": inputs("llama")["input_ids"][:, :1]}
+    with pytest.raises(NotImplementedError, match="would compute equal groups"), torch.no_grad():
+        loaded(**given)
 
 
 def test_stock_loading_of_counts_that_differ_fails(tmp_path):
@@ -111,6 +151,17 @@ class TestSaving:
         with pytest.raises(OSError, match="disk full"):
             save(tiny("llama"), tmp_path / "child", processor=Broken())
         assert not list(tmp_path.iterdir())
+
+
+def test_others_may_read_a_child(tmp_path):
+    """safetensors writes files for their owner only; the umask decides."""
+    before = os.umask(0o022)
+    try:
+        folder = save(tiny("llama"), tmp_path / "child")
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(file.stat().st_mode) for file in folder.iterdir()} == {0o644}
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o755
 
 
 class TestLoading:
@@ -177,6 +228,56 @@ class TestLoading:
         folder = self.saved(tmp_path)
         self.edit(folder, model_type="gemma", architectures=["GemmaForCausalLM"])
         with pytest.raises(NotImplementedError, match="'gemma' model with head maps"):
+            load(folder)
+
+    @pytest.mark.parametrize("pickled", [b"", b"cos\nsystem\n(S'true'\ntR.", "tensor"])
+    def test_pickled_weights(self, tmp_path, pickled):
+        folder = self.saved(tmp_path)
+        (folder / "model.safetensors").unlink()
+        target = folder / "pytorch_model.bin"
+        if pickled == "tensor":
+            torch.save(torch.ones(3), target)
+        else:
+            target.write_bytes(pickled)
+        with pytest.raises(ValueError, match="must be a complete checkpoint"):
+            load(folder)
+
+    @pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin"])
+    def test_index_that_leads_out(self, tmp_path, weights):
+        folder = self.saved(tmp_path)
+        (folder / "model.safetensors").rename(tmp_path / "outside.safetensors")
+        content = {"metadata": {}, "weight_map": {"model.norm.weight": "../outside.safetensors"}}
+        (folder / f"{weights}.index.json").write_text(json.dumps(content))
+        with pytest.raises(ValueError, match="must name files in its own folder"):
+            load(folder)
+
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            {"num_attention_heads": 0},
+            {"num_attention_heads": -6},
+            {"num_attention_heads": "six"},
+            {"hidden_size": None},
+            {"num_hidden_layers": -1},
+            {"rope_scaling": 3},
+            {"kv_head_map": True},
+            {"architectures": "LlamaForCausalLM"},
+            {"architectures": ["LlamaConfig"]},
+            {"architectures": [3]},
+            {"model_type": ["llama"]},
+        ],
+    )
+    def test_hostile_config(self, tmp_path, fields):
+        folder = self.saved(tmp_path)
+        self.edit(folder, **fields)
+        with pytest.raises((ValueError, TypeError)):
+            load(folder)
+
+    @pytest.mark.parametrize("text", ["", "[1]", "{", "[" * 100_000])
+    def test_config_that_is_none(self, tmp_path, text):
+        folder = self.saved(tmp_path)
+        (folder / "config.json").write_text(text)
+        with pytest.raises(ValueError, match="must be a complete checkpoint"):
             load(folder)
 
     def test_unknown_architecture(self, tmp_path):

@@ -5,8 +5,8 @@ import torch
 
 from gqa_kernels import HeadMap
 from gqa_kernels.convert import convert, random_split
-from gqa_kernels.convert.split import is_refinement
 from gqa_kernels.models.families import attention_layers
+from tests.convert.refinements import is_refinement
 from tests.tiny_models import FAMILIES, tiny
 
 UNEVEN = HeadMap([3, 0, 3, 1, 2, 1])  # refines the uniform map of 6 heads over 2
@@ -80,8 +80,11 @@ def test_stock_attention_fails_on_uneven_groups_that_divide(implementation):
     """It would compute the even groups instead."""
     child = convert(tiny(), [HeadMap([0, 0, 1, 2, 2, 2])] * 2, merging="none")
     child.set_attn_implementation(implementation)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(NotImplementedError, match="would compute equal groups"):
         child(torch.ones(1, 4, dtype=torch.long))
+    even = convert(child, [HeadMap.uniform(6, 6)] * 2)  # which any attention computes
+    even.set_attn_implementation(implementation)
+    assert even(torch.ones(1, 4, dtype=torch.long)).logits.isfinite().all()
 
 
 @pytest.mark.parametrize("num_kv_heads", [2, 6])
@@ -148,7 +151,7 @@ class TestErrors:
             convert(tiny(), [HeadMap([0, 1, 1])] * 2)
 
     def test_head_that_nobody_reads(self):
-        with pytest.raises(ValueError, match=r"every KV head a query head, got none for \[1\]"):
+        with pytest.raises(ValueError, match=r"a query head for every KV head, got none for \[1\]"):
             convert(tiny(), [HeadMap([0, 0, 0, 2, 2, 2])] * 2)
 
     def test_lossy_map_with_merging_none(self):

@@ -11,9 +11,9 @@ import torch
 from gqa_kernels import HeadMap
 from gqa_kernels.inputs import AttentionInputs
 from gqa_kernels.testing import make_inputs
+from tests.cases.attention import INTERLEAVED, PREFILL_CASES, UNEVEN, WITH_EMPTY, Case
 from tools.ptxsim import PtxError
 
-from ..cases import INTERLEAVED, PREFILL_CASES, UNEVEN, WITH_EMPTY, Case
 from .cuda_harness import Phase, Result, check, compiled, emulate, make_call, unavailable_reason
 
 pytestmark = pytest.mark.skipif(

@@ -1,6 +1,8 @@
 """SGLang's batches over its token pool; and its classes, where SGLang can be imported."""
 
+import os
 import sys
+from importlib import import_module
 from importlib.util import find_spec
 from itertools import accumulate
 from types import SimpleNamespace
@@ -10,7 +12,9 @@ import torch
 
 from gqa_kernels import HeadMap, asym_gqa_attention
 from gqa_kernels.integrations import sglang as integration
-from gqa_kernels.integrations.sglang.attention import Layer, Step, page_tables, pooled_attention
+from gqa_kernels.integrations.engine_layer import Layer
+from gqa_kernels.integrations.sglang.attention import Step, page_tables, pooled_attention
+from gqa_kernels.models.maps import guarded_architecture
 from tests.integrations.stand_ins import stand_in
 
 HEAD_MAP = HeadMap([0, 2, 0, 1, 0])  # 5 query heads over 3 KV heads
@@ -87,8 +91,7 @@ class Engine:
 
 
 def layer(**options) -> Layer:
-    defaults = {"value_head_map": None, "window": None, "softcap": None, "sinks": None}
-    return Layer(HEAD_MAP, scale=DIM**-0.5, causal=True, **{**defaults, **options})
+    return Layer(HEAD_MAP, DIM**-0.5, **options)
 
 
 @pytest.mark.parametrize("page_size", [1, 4])
@@ -126,6 +129,82 @@ def test_sglang_missing(monkeypatch):
         integration.register()
 
 
+class TestRegistered:
+    """With stand-ins for the parts of SGLang that registration touches."""
+
+    @pytest.fixture(autouse=True)
+    def sglang(self, monkeypatch):
+        self.backends, self.choices = {}, []
+        attention = "sglang.srt.layers.attention"
+        stand_in(
+            monkeypatch, f"{attention}.attention_registry", ATTENTION_BACKENDS=self.backends,
+            register_attention_backend=lambda name: lambda make: self.backends.update({name: make}),
+        )  # fmt: skip
+        backend = type("AttentionBackend", (), {"init_forward_metadata_out_graph": None})
+        stand_in(monkeypatch, f"{attention}.base_attn_backend", AttentionBackend=backend)
+        stand_in(
+            monkeypatch, "sglang.srt.server_args", ATTENTION_BACKEND_CHOICES=self.choices,
+            add_attention_backend_choices=self.choices.extend,
+        )  # fmt: skip
+        monkeypatch.setenv(integration.MODELS_VARIABLE, "")
+        monkeypatch.delenv(integration.MODELS_VARIABLE)
+
+    def test_backend_and_models(self):
+        integration.register()
+        integration.plugin()
+        assert list(self.backends) == self.choices == ["asym_gqa"]
+        assert os.environ[integration.MODELS_VARIABLE] == integration.MODELS
+        assert find_spec(f"{integration.MODELS}.uneven")
+
+    def test_a_model_package_of_the_user_stays(self, monkeypatch):
+        monkeypatch.setenv(integration.MODELS_VARIABLE, "mine")
+        with pytest.warns(UserWarning, match="is 'mine', so SGLang can't load models with uneven"):
+            integration.register()
+        assert os.environ[integration.MODELS_VARIABLE] == "mine"
+
+
+class TestModels:
+    """Model classes for uneven checkpoints, over classes that stand in for SGLang's."""
+
+    @pytest.fixture
+    def uneven(self, monkeypatch):
+        class Stock:
+            def __init__(self, config, prefix=""):
+                self.given = config, prefix
+
+        models = "gqa_kernels.integrations.sglang.models.uneven"
+        for family in ("Llama", "Mistral", "Qwen2", "Qwen3"):
+            name = f"{family}ForCausalLM"
+            stock = type(name, (Stock,), {})
+            stand_in(monkeypatch, f"sglang.srt.models.{family.lower()}", **{name: stock})
+        self.arguments = SimpleNamespace(attention_backend="asym_gqa")
+        stand_in(
+            monkeypatch, "sglang.srt.server_args", get_global_server_args=lambda: self.arguments
+        )
+        monkeypatch.delitem(sys.modules, models, raising=False)
+        yield import_module(models)
+        sys.modules.pop(models, None)
+
+    def test_names_are_those_that_save_writes(self, uneven):
+        names = [c.__name__ for c in uneven.EntryClass]
+        assert names[0] == guarded_architecture("LlamaForCausalLM") and len(names) == 4
+        assert uneven.EntryClass[0]("config", prefix="model").given == ("config", "model")
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"attention_backend": "flashinfer"},
+            {"attention_backend": None},
+            {"attention_backend": "asym_gqa", "decode_attention_backend": "triton"},
+        ],
+    )
+    def test_other_backends_are_refused(self, uneven, options):
+        self.arguments = SimpleNamespace(**options)
+        for model_class in uneven.EntryClass:
+            with pytest.raises(NotImplementedError, match="would compute equal groups"):
+                model_class("config")
+
+
 def test_sglang_too_old(monkeypatch):
     """Its backends have another contract."""
     attention = "sglang.srt.layers.attention"
@@ -140,6 +219,8 @@ def test_sglang_too_old(monkeypatch):
     )  # fmt: skip
     with pytest.raises(ImportError, match=r"needs sglang >= 0\.5\.23: this one has another"):
         integration.register()
+    with pytest.warns(UserWarning, match=r"not registered with SGLang: .* another contract"):
+        integration.plugin()  # which must not stop SGLang
 
 
 @needs_sglang

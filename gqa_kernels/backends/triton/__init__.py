@@ -1,19 +1,19 @@
 """Triton backend: attention and its gradients on NVIDIA and AMD GPUs, or in Triton's interpreter.
 
-    ops.py          the torch ops
-    launch.py       tensors of a call -> kernel launches
-    configs.py      tiles and launch choices: data and pure functions
-    prefill.py      kernel for many query tokens, one head per tile
-    decode.py       kernel for few query tokens, a group's heads packed into one tile, split keys
-    combine.py      merge of the splits
-    backward_*.py   kernels of the gradients, and their launches
-    varlen_ops.py   the ops of packed sequences that have gradients
-    dropout.py      which probabilities dropout keeps
-    common.py       the formula: scores, masking, online softmax
-    kv.py           where keys and values lie: dense or paged, and what stored numbers mean
-    append.py       kernel that writes new tokens into a cache, rotated and quantised
-    cache_launch.py tensors of an append -> its launch
-    interpreter.py  mends the interpreter's bf16
+    ops.py           the torch ops; backward_ops.py and varlen_ops.py: those with gradients
+    configs.py       tiles and launch choices: data and pure functions
+    launch/          tensors of a call -> kernel launches: forward.py, backward.py, append.py
+    kernels/         the kernels
+        arguments.py   the NamedTuples that kernels take
+        prefill.py     many query tokens, one head per tile
+        decode.py      few query tokens: a group's heads packed into one tile, split keys
+        combine.py     merge of the splits
+        delta.py, backward_q.py, backward_kv.py   the gradients
+        append.py      writes new tokens into a cache, rotated and quantised
+        common.py      the formula: scores, masking, online softmax
+        kv.py          where keys and values lie, and what stored numbers mean
+        dropout.py     which probabilities dropout keeps
+    interpreter.py   makes Triton's interpreter numerically right
 
 Nothing here imports triton until the backend first runs.
 """

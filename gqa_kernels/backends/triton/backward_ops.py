@@ -8,9 +8,9 @@ from torch import Tensor
 from ... import autograd
 from ..base import empty_gradients
 from . import ops  # noqa: F401  (the forward op, and the interpreter's mend)
-from .backward_launch import BackwardCall, run_backward, sinks_gradient
 from .configs import device_facts
-from .launch import ForwardCall
+from .launch.backward import BackwardCall, run_backward, sinks_gradient
+from .launch.forward import ForwardCall
 
 
 @torch.library.custom_op("gqa_kernels::triton_attention_backward", mutates_args=())

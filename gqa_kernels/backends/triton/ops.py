@@ -16,8 +16,8 @@ if env.triton_interpreter():
 
 from ...cache.inputs import AppendInputs
 from ...cache.view import KVView
-from .cache_launch import append_launch
-from .launch import CacheCall, ForwardCall, forward_launches
+from .launch.append import append_launch
+from .launch.forward import CacheCall, ForwardCall, forward_launches
 
 
 @torch.library.custom_op("gqa_kernels::triton_attention_forward", mutates_args=())

@@ -12,9 +12,9 @@ from torch import Tensor
 from ... import autograd
 from ...cache.view import KVView
 from ..base import empty_gradients, empty_output_like
-from .backward_launch import BackwardCall, run_backward, sinks_gradient
 from .configs import device_facts
-from .launch import CacheCall, ForwardCall
+from .launch.backward import BackwardCall, run_backward, sinks_gradient
+from .launch.forward import CacheCall, ForwardCall
 from .ops import triton_cache_attention_forward
 
 

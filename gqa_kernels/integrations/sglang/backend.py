@@ -10,8 +10,9 @@ from sglang.srt.runtime_context import get_parallel
 from torch import Tensor
 
 from ...models.maps import KEY_FIELD, VALUE_FIELD, layer_maps, stored_maps
-from . import BACKEND
-from .attention import Layer, Step, page_tables, pooled_attention
+from ..engine_layer import Layer
+from .attention import Step, page_tables, pooled_attention
+from .names import BACKEND
 
 MODES = ("DECODE", "EXTEND", "MIXED", "SPLIT_PREFILL", "IDLE")
 
@@ -69,7 +70,7 @@ class AsymGQABackend(AttentionBackend):
         self.forward_metadata = Step(table, lens, offsets, most, self.page_size)
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
-        """Memory that captured kernels read: filled anew before each replay."""
+        """Memory that captured kernels read: refilled before each replay."""
         pages = -(-self.req_to_token.shape[1] // self.page_size)
         self.graph_table = self.req_to_token.new_zeros(max_bs, pages)
         self.graph_lens = torch.ones(max_bs, dtype=torch.int32, device=self.req_to_token.device)
@@ -155,12 +156,12 @@ class AsymGQABackend(AttentionBackend):
         window = layer.sliding_window_size
         return Layer(
             head_map,
-            value_head_map,
             layer.scaling,
-            None if window is None or window < 0 else window,
-            layer.logit_cap or None,
-            layer.attn_type == AttentionType.DECODER,
-            sinks,
+            value_head_map=value_head_map,
+            window=None if window is None or window < 0 else window,
+            softcap=layer.logit_cap or None,
+            causal=layer.attn_type == AttentionType.DECODER,
+            sinks=sinks,
         )
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,9 +11,9 @@ from torch import Tensor, nn
 
 from ...attention import asym_gqa_attention
 from ...varlen import asym_gqa_varlen_attention
-from .masks import SequenceMask, row_offsets
-
-BATCHING = "5.23"  # first release whose continuous batching was tested
+from .call import attention_call
+from .masks import SequenceMask, has_values, row_offsets
+from .versions import BATCHING
 
 
 def packed_attention(
@@ -31,20 +29,18 @@ def packed_attention(
 
     Args:
         module: the attention layer.
-        query: ``[B, Hq, S, D]``, rows that lie behind each other.
+        query: ``[B, Hq, S, D]``; its rows are concatenated.
         key, value: ``[B, Hkv, Sk, D]``, likewise.
-        attention_mask: None, or the mask that says where sequences begin.
-        options: of the interface. Flash attention's ``cu_seq_lens_q`` ``[n + 1]`` says where they
-            begin, too, and comes first; ``cu_seq_lens_k`` where their keys do, if elsewhere;
-            ``max_length_q`` and ``max_length_k`` the most tokens of one. Last come
-            ``position_ids`` ``[1, S]`` that begin again.
+        attention_mask: None, or a SequenceMask, which has the offsets of the sequences.
+        options: of the interface. The offsets are the first of these that is given: flash
+            attention's ``cu_seq_lens_q`` ``[n + 1]`` (with ``cu_seq_lens_k`` if those of the keys
+            differ, and the longest sequences in ``max_length_q`` and ``max_length_k``), the mask's,
+            those that ``position_ids`` ``[1, S]`` imply by starting over.
 
     Returns:
-        ``[B, S, Hq, Dv]``; None where the call says no more than its mask, or has what needs one:
-        a mask of its own, dropout, a position bias.
+        ``[B, S, Hq, Dv]``; None if the call has no offsets, or needs a dense mask: one of its own,
+        dropout, a position bias.
     """
-    from .attention import attention_call
-
     window = options.pop("sliding_window", None)
     begins_q, begins_k = options.pop("cu_seq_lens_q", None), options.pop("cu_seq_lens_k", None)
     longest_q, longest_k = options.pop("max_length_q", None), options.pop("max_length_k", None)
@@ -78,16 +74,17 @@ def packed_attention(
     call.update(causal=causal, window=None if window is None else (window - 1, None))
     rows = (call.pop(name).flatten(0, 1) for name in "qkv")  # [B * S, H, D], views where B is 1
     out = asym_gqa_varlen_attention(
-        *rows, call.pop("head_map"), begins_q, begins_k, _longest(longest_q, begins_q),
-        _longest(longest_k, begins_k), **call, backend=backend,
+        *rows, call.pop("head_map"), begins_q, begins_k,
+        _longest(longest_q, begins_q, query.shape[2]), _longest(longest_k, begins_k, key.shape[2]),
+        **call, backend=backend,
     )  # fmt: skip
     return out.unflatten(0, (query.shape[0], query.shape[2]))
 
 
 class _LastPositions:
-    """Where sequences begin by the positions that were looked at last: layers share them.
+    """Offsets of the sequences in the last position ids, which all layers of a model share.
 
-    Models that make their masks without the positions (GPT-OSS) tell the layers of them.
+    Some models (GPT-OSS) pass positions to their layers without using them in the mask.
     """
 
     def __init__(self) -> None:
@@ -95,15 +92,15 @@ class _LastPositions:
         self.last: tuple[Any, ...] = (lambda: None, None, None)
 
     def offsets(self, positions: Tensor | None, tokens: int) -> Tensor | None:
-        """``[n + 1]``, if positions ``[1, tokens]`` begin again and rise by one otherwise."""
-        if positions is None or positions.shape != (1, tokens):
+        """``[n + 1]``, if positions ``[1, tokens]`` start over, and rise by one elsewhere."""
+        if positions is None or positions.shape != (1, tokens) or not has_values(positions):
             return None
         if positions.is_cuda and torch.cuda.is_current_stream_capturing():
             return None  # looking at them would break the graph
         version = None if positions.is_inference() else positions._version
         last, last_version, found = self.last
         if version is not None and last() is positions and last_version == version:
-            return found  # an inference tensor may have changed unseen
+            return found  # not of inference tensors, which have no version
         begins = torch.ones_like(positions, dtype=torch.bool)
         begins[:, 1:] = positions.diff() != 1
         first = positions[begins]
@@ -116,79 +113,48 @@ class _LastPositions:
 _last = _LastPositions()
 
 
-def _longest(given: int | Tensor | None, begins: Tensor) -> int:
-    return int(begins.diff().max() if given is None else given)
+def _longest(given: int | Tensor | None, begins: Tensor, tokens: int) -> int:
+    """Most tokens of a sequence; without values to look at, at most all of a row."""
+    if given is None:
+        given = begins.diff().max() if has_values(begins) else tokens
+    return int(given)
 
 
-@contextmanager
-def continuous_batching(model: nn.Module, backend: str = "auto") -> Iterator[nn.Module]:
-    """Inside, the model's continuous batching runs on this package, maps and all::
-
-        with continuous_batching(model):
-            outputs = model.generate_batch(prompts, ...)
-
-    transformers' own cache holds the pages and gathers a request's keys for every step, as for its
-    flash attention; no mask is made.
-
-    Args:
-        model: with as many KV heads in every layer, and as many for V as for K.
-        backend: as :func:`.register` takes it.
-
-    Raises:
-        ImportError: transformers is missing or too old.
-    """
-    from .attention import register, require_transformers
-
-    require_transformers(BATCHING)
-    # transformers hands packed queries and no mask to names with "flash" in them; it would also
-    # look for a kernel of that name, were it given to set_attn_implementation.
-    name = register(f"asym_gqa_flash_{backend}", backend)
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
-    before = [(config, config._attn_implementation) for config in configs.values()]
-    for config, _ in before:
-        config._attn_implementation = name
-    try:
-        yield model
-    finally:
-        for config, implementation in before:
-            config._attn_implementation = implementation
+def refuse_block_table(options: dict[str, Any]) -> None:
+    """Raise NotImplementedError if continuous batching left keys to be read through a table."""
+    if options.get("block_table") is not None:
+        raise NotImplementedError(
+            "block_table must be None in continuous batching: set max_blocks_per_request=0 in the "
+            "ContinuousBatchingConfig"
+        )
 
 
 def batched_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, backend: str, **options: Any
 ) -> Tensor:
-    """A layer's step in continuous batching: store the new keys, attend over each request's.
+    """A layer's step in continuous batching before transformers 5.24: store the new keys, attend.
+
+    From 5.24 on the model itself stores them, and the call is one of packed sequences.
 
     Args:
         module: the attention layer.
         query: ``[1, Hq, T, D]``, new tokens of all requests; key and value likewise.
-        options: of the interface, with transformers' ``cache`` and where requests lie in it. A mask
-            among them says what the lengths do.
+        options: of the interface, with transformers' ``cache`` and the requests' places in it. A
+            mask among them is ignored: it says the same as the lengths.
 
     Returns:
         ``[1, T, Hq, Dv]``.
 
     Raises:
-        NotImplementedError: another cache than continuous batching's, or heads that it can't hold.
+        NotImplementedError: the cache is not that of continuous batching.
     """
     cache = options.pop("cache")
-    update = getattr(cache, "update", None)
-    if update is None or "kwargs" not in inspect.signature(update).parameters:
+    if not _is_batching_cache(cache):
         raise NotImplementedError(
-            f"cache must be that of continuous batching in transformers >= {BATCHING}, got a "
-            f"{type(cache).__name__}"
-        )
-    heads = getattr(module.config, "num_key_value_heads", key.shape[1])
-    if not key.shape[1] == value.shape[1] == heads:
-        raise NotImplementedError(
-            "continuous batching must have config.num_key_value_heads "
-            f"({heads}) key and value heads in every layer, got {key.shape[1]} and "
-            f"{value.shape[1]}: generate() holds any"
-        )
-    if options.get("block_table") is not None:
-        raise NotImplementedError(
-            "block_table must be None in continuous batching: set max_blocks_per_request=0 in the "
-            "ContinuousBatchingConfig"
+            f"{type(module).__name__}.forward must use the cache that it is passed, got a "
+            f"{type(cache).__name__} left to the attention function: the module was written for "
+            "another release of transformers, or continuous batching is older than transformers "
+            f"{BATCHING}"
         )
     key, value = cache.update(
         key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=options
@@ -196,3 +162,12 @@ def batched_attention(
     for name in ("read_index", "write_index", "block_table"):
         options.pop(name, None)
     return packed_attention(module, query, key, value, None, backend, **options)
+
+
+def _is_batching_cache(cache: object) -> bool:
+    """Whether it is continuous batching's cache: other caches also have an ``update``."""
+    from transformers.cache_utils import Cache
+
+    update = getattr(cache, "update", None)
+    takes = () if update is None else inspect.signature(update).parameters
+    return not isinstance(cache, Cache) and "kwargs" in takes

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from vllm.config import get_current_vllm_config
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
     AttentionBackend,
@@ -17,8 +18,10 @@ from vllm.v1.attention.backend import (
 )
 
 from ...head_map import HeadMap
-from . import BACKEND
-from .attention import Batch, Layer, cached_attention
+from ...models.maps import KEY_FIELD, is_uneven
+from ..engine_layer import Layer
+from .attention import Batch, cached_attention
+from .names import BACKEND
 
 FP8_FORMATS = ("fp8", "fp8_e4m3", "fp8_e5m2")
 
@@ -99,6 +102,9 @@ class AsymGQAImpl(AttentionImpl[Batch]):
     Args:
         head_map: the KV head of each query head; default the even map of ordinary GQA. vLLM passes
             it on from the model class.
+
+    Raises:
+        NotImplementedError: the model has uneven maps, and its class passes none.
     """
 
     def __init__(
@@ -122,6 +128,7 @@ class AsymGQAImpl(AttentionImpl[Batch]):
                 f"attn_type must be 'decoder' with {BACKEND}, got {attn_type!r}"
             )
         if head_map is None:
+            _refuse_equal_groups()
             head_map = HeadMap.uniform(num_heads, num_kv_heads)
         if head_map.num_heads != num_heads:
             raise ValueError(f"head_map must have {num_heads} entries, got {head_map.num_heads}")
@@ -135,8 +142,6 @@ class AsymGQAImpl(AttentionImpl[Batch]):
         slopes = None if alibi_slopes is None else torch.tensor(alibi_slopes, dtype=torch.float32)
         self.layer = Layer(
             head_map=head_map,
-            head_size=head_size,
-            head_size_v=head_size_v or head_size,
             scale=scale,
             window=None if sliding_window is None else sliding_window - 1,
             softcap=logits_soft_cap or None,
@@ -187,3 +192,14 @@ class AsymGQAImpl(AttentionImpl[Batch]):
             **quantised,
         )
         return output
+
+
+def _refuse_equal_groups() -> None:
+    """Raise NotImplementedError if the model being built has uneven maps."""
+    model = get_current_vllm_config().model_config
+    if model is not None and is_uneven(model.hf_text_config):
+        raise NotImplementedError(
+            f"a model with config.{KEY_FIELD} must be loaded by a model class that reads it, got "
+            f"{model.hf_text_config.architectures}, which would compute equal groups: save the "
+            "model with gqa_kernels.convert.save, which names the class"
+        )
