@@ -2,14 +2,14 @@
 
 ``pip install .`` builds in isolation, without torch: its wheel compiles the kernels at first use.
 ``pip install --no-build-isolation .`` compiles them now, with the sources and flags of
-``gqa_kernels/extension.py``: those for CUDA as well where there is an nvcc
+``gqa_kernels/native/sources.py``: those for CUDA as well where there is an nvcc
 (``GQA_KERNELS_CUDA=0``: not; ``1``: it must be there), with the CPU build of torch, too. Everything
 else about the project is in pyproject.toml.
 """
 
-import importlib.util
 import os
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,18 +18,17 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 CSRC = ROOT / "csrc"
 
+# Without the package, which needs torch.
+sys.path.insert(0, str(ROOT / "gqa_kernels"))
+from native import cuda_build as cuda  # noqa: E402
+from native import env  # noqa: E402
+from native.sources import COMPILE_FLAGS, cpu_sources  # noqa: E402
 
-def module(name: str):
-    """``gqa_kernels/<name>.py`` without the package, which needs torch."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / f"gqa_kernels/{name}.py")
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
+del sys.path[0]
 
 
 def cuda_toolkit():
     """The toolkit to build CUDA kernels with, or None for a wheel without them."""
-    env = module("env")
     if env.cuda_kernels() == "0":
         return None
     toolkit = cuda.find_toolkit(env.cuda_home())
@@ -43,12 +42,11 @@ def compiled_part() -> dict:
         from torch.utils.cpp_extension import BuildExtension, CppExtension
     except ImportError:
         return {}
-    extension, toolkit = module("extension"), cuda_toolkit()
-    archs = module("env").cuda_arch_list()
+    toolkit, archs = cuda_toolkit(), env.cuda_arch_list()
     archs = cuda.parse_archs(archs) if archs else cuda.DEFAULT_ARCHS
     # The interpreter's own flags come first, -g among them: most of the library would be that.
-    flags = [*extension.COMPILE_FLAGS, "-g0"]
-    sources, link = extension.cpu_sources(CSRC), {}
+    flags = [*COMPILE_FLAGS, "-g0"]
+    sources, link = cpu_sources(CSRC), {}
     if toolkit:
         sources += cuda.host_sources(CSRC)
         flags += cuda.host_flags(toolkit, archs)
@@ -98,7 +96,6 @@ def compiled_part() -> dict:
     }
 
 
-cuda = module("cuda_build")
 setup(
     packages=[*find_packages(include=["gqa_kernels", "gqa_kernels.*"]), "gqa_kernels._csrc"],
     package_dir={"gqa_kernels._csrc": "csrc"},

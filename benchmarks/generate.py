@@ -86,8 +86,8 @@ def contestants(stock: nn.Module, backend: str) -> dict[str, Contestant]:
     from transformers import DynamicCache
 
     from gqa_kernels.convert import convert, random_split
-    from gqa_kernels.convert.families import attention_layers
     from gqa_kernels.integrations.transformers import PagedCache, register
+    from gqa_kernels.models.families import attention_layers
 
     ours = register("asym_gqa_timed", backend=backend)
     layers = attention_layers(stock)
@@ -174,9 +174,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--save", action="store_true", help="write, and go on with, the file")
     options = parser.parse_args(arguments)
 
-    from gqa_kernels.demo.model import load_smollm2
-    from gqa_kernels.demo.text import calibration_text
-    from gqa_kernels.demo.text import rows as token_rows
+    from gqa_kernels.samples.smollm2 import load_smollm2
+    from gqa_kernels.samples.text import calibration_text
+    from gqa_kernels.samples.text import rows as token_rows
 
     torch.set_num_threads(options.threads)
     loaded = load_smollm2()

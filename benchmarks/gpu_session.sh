@@ -100,10 +100,10 @@ import torch, triton
 print(torch.__version__, triton.__version__, torch.cuda.get_device_name())' || exit 1
 # CPU kernels, and with nvcc the CUDA kernels for the device at hand; found again on a warm machine.
 within 260 python3 -c '
-from gqa_kernels import extension
-extension.load()
-extension.load("cuda")
-print(extension.cuda_build_info())'
+from gqa_kernels.native import build
+build.load()
+build.load("cuda")
+print(build.cuda_build_info())'
 echo "== build: exit $? after ${SECONDS} s in all"
 
 for name in $stages; do

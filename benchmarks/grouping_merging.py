@@ -20,14 +20,15 @@ import torch
 from torch import nn
 
 from gqa_kernels import HeadMap
-from gqa_kernels.convert import convert
-from gqa_kernels.convert.families import attention_layers, layer_weights
-from gqa_kernels.device import device_name
-from gqa_kernels.grouping import calibrate, layer_errors, search, select_maps
+from gqa_kernels.convert import convert, select_maps
+from gqa_kernels.grouping import calibrate, layer_errors, search
 from gqa_kernels.grouping.moments import LayerStats
 from gqa_kernels.grouping.similarity import layer_similarity
 from gqa_kernels.integrations.transformers import register
-from gqa_kernels.progress import track, write_atomically
+from gqa_kernels.models.families import attention_layers, layer_weights
+from gqa_kernels.reporting.device import device_name
+from gqa_kernels.reporting.files import write_atomically
+from gqa_kernels.reporting.progress import track
 
 from .grouping_models import Loaded, minilm, texts
 from .results import commit, versions
@@ -197,7 +198,7 @@ def findings(rows: Sequence[Row]) -> str:
 
 
 def figure(rows: Sequence[Row], path: Path) -> None:
-    from gqa_kernels.plots import lines
+    from gqa_kernels.reporting.plots import lines
 
     names = {
         ("neighbours (GQA)", "even", "mean"): "neighbours, mean (GQA)",

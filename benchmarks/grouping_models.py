@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from gqa_kernels import HeadMap
-from gqa_kernels.convert.families import attention_layers, layer_weights
-from gqa_kernels.demo.model import load_smollm2
-from gqa_kernels.demo.text import calibration_text, evaluation_text
 from gqa_kernels.grouping.calibration import calibrate
 from gqa_kernels.grouping.similarity import layer_similarity
-from gqa_kernels.grouping.weights import LayerWeights, Rotary
+from gqa_kernels.models.families import attention_layers, layer_weights
+from gqa_kernels.models.weights import LayerWeights, Rotary
+from gqa_kernels.samples.smollm2 import load_smollm2
+from gqa_kernels.samples.text import calibration_text, evaluation_text
 
 LENGTH = 128  # tokens of a text
 

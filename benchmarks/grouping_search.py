@@ -24,10 +24,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gqa_kernels.device import device_name
 from gqa_kernels.grouping import search
 from gqa_kernels.grouping.result import Sizes
-from gqa_kernels.progress import write_atomically
+from gqa_kernels.reporting.device import device_name
+from gqa_kernels.reporting.files import write_atomically
 
 from .grouping_instances import FAMILIES, instance
 from .results import commit

@@ -25,10 +25,10 @@ from gqa_kernels import (
     PagedKVCache,
     asym_gqa_attention,
     asym_gqa_decode,
-    extension,
     plan_decode,
 )
 from gqa_kernels.cache.base import KVCache
+from gqa_kernels.native import build
 
 from .display import seconds
 from .results import FOLDER, Results, Row, folder_name, header
@@ -142,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    extension.load()
+    build.load()
     results = Results(header(torch.device("cpu"), OP, {}))
     for title, calls in groups():
         rows = measure(title, calls, Settings(seconds=arguments.seconds))

@@ -28,13 +28,13 @@ from torch import Tensor, nn
 from gqa_kernels import HeadMap, __version__
 from gqa_kernels.convert import convert
 from gqa_kernels.convert.evaluation import perplexity
-from gqa_kernels.convert.families import attention_layers
 from gqa_kernels.convert.recovery import Recipe, recover
-from gqa_kernels.demo.model import load_smollm2
-from gqa_kernels.demo.text import calibration_text, evaluation_text, rows
 from gqa_kernels.grouping import calibrate, layer_errors, search, similarity
 from gqa_kernels.integrations.transformers import register
-from gqa_kernels.progress import write_atomically
+from gqa_kernels.models.families import attention_layers
+from gqa_kernels.reporting.files import write_atomically
+from gqa_kernels.samples.smollm2 import load_smollm2
+from gqa_kernels.samples.text import calibration_text, evaluation_text, rows
 
 HEADS = 9
 KV_HEADS = (2, 1, 4, 5, 3)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from gqa_kernels import __version__
-from gqa_kernels.device import device_name
+from gqa_kernels.reporting.device import device_name
 
 from .limits import Limits
 

@@ -18,8 +18,9 @@ def merge_attention_states(
     """Attention over the union of two disjoint sets of keys, from attention over each.
 
     With weights ``exp(lse)`` the outputs are averaged and the LSEs added, in fp32 (FlashInfer,
-    arXiv 2501.01005, section 2.2). A part without a visible key (LSE -inf) has no weight.
-    Differentiable in all four.
+    arXiv 2501.01005, section 2.2). A row of a part without a visible key has no weight: its output
+    is ignored, even if it is NaN. Such a row has an LSE of -inf, or of +inf as FlashAttention-2
+    returns it. Differentiable in all four.
 
     Args:
         out_a, out_b: ``[B, Hq, Sq, Dv]`` (``[B, Sq, Hq, Dv]`` for layout ``"bshd"``), or packed
@@ -35,15 +36,18 @@ def merge_attention_states(
     if lse_a.shape != lse_b.shape:
         raise ValueError(f"lse_b must have lse_a's shape {tuple(lse_a.shape)}, got "
                          f"{tuple(lse_b.shape)}")  # fmt: skip
+    # FlashAttention-2 marks a row that sees no key by +inf.
+    lse_a, lse_b = (lse.masked_fill(lse == math.inf, -math.inf) for lse in (lse_a, lse_b))
     highest = torch.maximum(lse_a, lse_b)
     shift = highest.masked_fill(highest == -math.inf, 0).detach()
     weight_a, weight_b = torch.exp(lse_a - shift), torch.exp(lse_b - shift)
     total = weight_a + weight_b
     divisor = total.masked_fill(total == 0, 1)
-    share_a, share_b = (
-        _over_heads_and_tokens(weight / divisor, out_a, layout) for weight in (weight_a, weight_b)
+    out = sum(
+        _over_heads_and_tokens(weight / divisor, part, layout)
+        * part.masked_fill(_over_heads_and_tokens(lse == -math.inf, part, layout), 0)
+        for weight, part, lse in ((weight_a, out_a, lse_a), (weight_b, out_b, lse_b))
     )
-    out = share_a * out_a.to(share_a.dtype) + share_b * out_b.to(share_b.dtype)
     lse = (shift + torch.log(divisor)).masked_fill(total == 0, -math.inf)
     return out.to(out_a.dtype), lse
 

@@ -11,9 +11,9 @@ from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
-from . import env, extension
 from .backends.dispatch import BACKENDS
 from .commands import convert, evaluate, inspect, search, shard
+from .native import build, env
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -80,9 +80,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    from .demo.errors import DemoError
-    from .demo.model import load_smollm2, require
     from .demo.settings import Settings
+    from .reporting.errors import UsageError
+    from .samples.smollm2 import load_smollm2, require
 
     given = {
         name: getattr(arguments, name)
@@ -99,7 +99,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 
         console = Console()
         report = run(settings.quick() if arguments.quick else settings, load_smollm2, console)
-    except DemoError as error:
+    except UsageError as error:
         print(f"gqa-kernels: {error}", file=sys.stderr)
         return 2
     report.show(console)
@@ -109,8 +109,8 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _train_demo(arguments: argparse.Namespace) -> int:
-    from .demo.errors import DemoError
-    from .demo.model import require
+    from .reporting.errors import UsageError
+    from .samples.smollm2 import require
     from .train_demo.settings import Settings
 
     settings = Settings().quick() if arguments.quick else Settings()
@@ -128,7 +128,7 @@ def _train_demo(arguments: argparse.Namespace) -> int:
 
         console = Console()
         report = run(settings, arguments.folder, console)
-    except DemoError as error:
+    except UsageError as error:
         print(f"gqa-kernels: {error}", file=sys.stderr)
         return 2
     report.show(console)
@@ -138,13 +138,13 @@ def _train_demo(arguments: argparse.Namespace) -> int:
 
 
 def _check_json(path: Path | None) -> None:
-    from .demo.errors import DemoError
+    from .reporting.errors import UsageError
 
     if path is None:
         return
     folder = path.absolute().parent
     if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise DemoError(f"--json must be a file in an existing, writable folder, got {path}")
+        raise UsageError(f"--json must be a file in an existing, writable folder, got {path}")
 
 
 def _backends(arguments: argparse.Namespace) -> int:
@@ -166,7 +166,7 @@ def _backends(arguments: argparse.Namespace) -> int:
 
 
 def _instruction_set() -> str:
-    return extension.cpu_instruction_set() or "not known: the kernels are built at first use"
+    return build.cpu_instruction_set() or "not known: the kernels are built at first use"
 
 
 def _env(arguments: argparse.Namespace) -> int:
@@ -180,7 +180,7 @@ def _env(arguments: argparse.Namespace) -> int:
         "OpenMP threads wait": env.omp_wait_policy() or "actively",
         "kernel cache": str(env.cache_dir()),
         "CPU kernels run on": _instruction_set(),
-        "CUDA kernels": extension.cuda_build_info(),
+        "CUDA kernels": build.cuda_build_info(),
         "build at first use": "on" if env.build_enabled() else "off",
         "Triton interpreter": "on" if env.triton_interpreter() else "off",
     }

@@ -9,7 +9,7 @@ from functools import cached_property
 
 import torch
 
-from .sharding import Groups, assign
+from .partition import Groups, assign
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ class HeadMap:
 
         Every rank gets whole query heads and just the KV heads these read; KV heads that no query
         head reads are left out. The cut minimises the largest load of a rank, then the KV heads
-        held in all (:mod:`gqa_kernels.sharding`; proven optimal), and is the same on every rank.
+        held in all (:mod:`gqa_kernels.partition`; proven optimal), and is the same on every rank.
 
         Args:
             rank, world: this rank and the number of ranks, at most ``Hq``.

@@ -77,7 +77,9 @@ def varlen_inputs(
     if k.shape[2] != v.shape[2]:
         raise ValueError(f"v.shape[0] must equal k.shape[0] ({k.shape[2]}), got {v.shape[2]}")
     batch = cu_seqlens_k.shape[0] - 1 if isinstance(cu_seqlens_k, Tensor) else 0
-    offsets, max_seqlen_k = resolve_offsets("cu_seqlens_k", cu_seqlens_k, max_seqlen_k, k, batch)
+    offsets, max_seqlen_k = resolve_offsets(
+        "cu_seqlens_k", cu_seqlens_k, "max_seqlen_k", max_seqlen_k, k, batch
+    )
     if k.shape[2] == 0:  # a view has at least one slot
         k, v = (torch.nn.functional.pad(x, (0, 0, 0, 1)) for x in (k, v))
     return CacheInputs.create(

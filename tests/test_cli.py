@@ -45,7 +45,7 @@ def test_bad_arguments(arguments, message, capsys):
 
 @pytest.mark.parametrize("name", ["nowhere/out.json", "."])
 def test_json_that_cannot_be_written(name, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("gqa_kernels.demo.model.require", lambda *_: None)
+    monkeypatch.setattr("gqa_kernels.samples.smollm2.require", lambda *_: None)
     path = tmp_path / name
     assert cli.main(["demo", "--json", str(path)]) == 2
     error = capsys.readouterr().err
@@ -53,7 +53,7 @@ def test_json_that_cannot_be_written(name, tmp_path, capsys, monkeypatch):
 
 
 def test_backend_that_is_not_usable(capsys, monkeypatch):
-    monkeypatch.setattr("gqa_kernels.demo.model.require", lambda *_: None)
+    monkeypatch.setattr("gqa_kernels.samples.smollm2.require", lambda *_: None)
     backend = cli.BACKENDS["reference"]
     monkeypatch.setattr(type(backend), "unavailable_reason", lambda self: "out of order")
     assert cli.main(["demo", "--backend", "reference"]) == 2
@@ -63,7 +63,7 @@ def test_backend_that_is_not_usable(capsys, monkeypatch):
 
 
 def test_gpu_where_there_is_none(capsys, monkeypatch):
-    monkeypatch.setattr("gqa_kernels.demo.model.require", lambda *_: None)
+    monkeypatch.setattr("gqa_kernels.samples.smollm2.require", lambda *_: None)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert cli.main(["demo", "--device", "cuda"]) == 2
     assert "--device must be cpu where torch finds no GPU, got cuda" in capsys.readouterr().err

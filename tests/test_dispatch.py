@@ -9,10 +9,10 @@ from gqa_kernels import (
     asym_gqa_attention,
     available_backends,
     explain_backend,
-    extension,
 )
 from gqa_kernels.backends import dispatch
 from gqa_kernels.backends.base import Capabilities
+from gqa_kernels.native import build
 from gqa_kernels.testing import make_inputs
 
 MAP = HeadMap([0, 1, 1])
@@ -75,7 +75,7 @@ def test_auto_falls_back_and_warns_where_a_backend_fails_to_build(monkeypatch):
     backend = dispatch.BACKENDS["cpu"]
     monkeypatch.setattr(type(backend), "unavailable_reason", lambda self: None)
     monkeypatch.setattr(type(backend), "prepare", lambda self: "the compiler said no")
-    monkeypatch.setattr(extension, "library_path", lambda part="cpu": None)
+    monkeypatch.setattr(build, "library_path", lambda part="cpu": None)
     call = small()
     with pytest.warns(UserWarning, match="'cpu' is not usable: the compiler said no"):
         out = asym_gqa_attention(*call)

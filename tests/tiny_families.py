@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from gqa_kernels import HeadMap
-from gqa_kernels.convert.families import attention_layers, layer_weights
+from gqa_kernels.models.families import attention_layers, layer_weights
 from tests.tiny_models import VOCABULARY, batch
 
 HEADS, DIM = 6, 8

@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from gqa_kernels import HeadMap
 from gqa_kernels.convert import convert, random_split
-from gqa_kernels.convert.families import attention_layers
+from gqa_kernels.models.families import attention_layers
 
 VOCABULARY = 64
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gpt_oss")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import autograd, extension
+from .. import autograd
 from ..cache.inputs import AppendInputs, CacheInputs
 from ..inputs import AttentionInputs
+from ..native import build
 from .base import ALL_CACHES, FUSED_OPTIONS, Backend, Capabilities
 
 
@@ -24,11 +25,11 @@ class CPUBackend(Backend):
     )
 
     def unavailable_reason(self) -> str | None:
-        return extension.unavailable_reason()
+        return build.unavailable_reason()
 
     def prepare(self) -> str | None:
         try:
-            extension.load()
+            build.load()
         except RuntimeError as error:
             return str(error)
         return None

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from .. import env, extension
+from ..native import build, env
 from .base import ALL_CACHES, FUSED_OPTIONS, Backend, Capabilities
 from .cpu import CPUBackend
 
@@ -36,11 +36,11 @@ class CUDABackend(Backend):
         capability = torch.cuda.get_device_capability()
         if capability < MIN_CAPABILITY:
             return f"compute capability must be at least {MIN_CAPABILITY}, got {capability}"
-        return extension.unavailable_reason("cuda")
+        return build.unavailable_reason("cuda")
 
     def prepare(self) -> str | None:
         try:
-            extension.load("cuda")
+            build.load("cuda")
         except RuntimeError as error:
             return str(error)
         return None

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..inputs import _readable
+from ..inputs import _readable, _to_int32, as_int
 from .allocator import PageBatch
 from .base import KVCache, empty_scales, empty_storage
 from .view import KVView
@@ -96,27 +96,36 @@ class PagedKVCache(KVCache):
         """Page tables in CSR form (FlashInfer).
 
         Args:
-            indptr: ``[B + 1]`` integers: sequence ``b`` has the pages ``indices[indptr[b]]`` up to
-                ``indices[indptr[b + 1] - 1]``.
+            indptr: ``[B + 1]`` ascending integers: sequence ``b`` has the pages
+                ``indices[indptr[b]]`` up to ``indices[indptr[b + 1] - 1]``.
             indices: page ids.
-            last_page_len: ``[B]`` integers, keys in the last page; not used where there is none.
-            max_pages: most pages of a sequence; needed where the tensors are on a device, which is
-                never waited for.
+            last_page_len: ``[B]`` integers in ``[0, page_size]``, keys in the last page; ignored
+                for a sequence without pages.
+            max_pages: most pages of a sequence. Required when the tensors are on an accelerator,
+                because their values are then not read here.
         """
         _check_order(order)
+        _check_pages_rank(k, v, (4,))
+        page_size = k.shape[1 if order == "NHD" else 2]
+        longest = _longest_row(indptr, indices, last_page_len, k.device, page_size)
         if max_pages is None:
-            if not _readable(indptr):
+            if longest is None:
                 raise ValueError("max_pages must be given where indptr is on a device")
-            max_pages = int(indptr.diff().max()) if indptr.numel() > 1 else 1
-            max_pages = max(max_pages, 1)
+            max_pages = max(longest, 1)
+        max_pages = as_int("max_pages", max_pages)
+        if max_pages < max(longest or 0, 1):
+            raise ValueError(
+                f"max_pages must be at least {max(longest or 0, 1)} (the longest row of indptr, "
+                f"and at least 1), got {max_pages}"
+            )
+        indptr, indices, last_page_len = (x.long() for x in (indptr, indices, last_page_len))
         count = indptr.diff()
         page = torch.arange(max_pages, device=indptr.device)
-        entry = (indptr[:-1, None] + page).clamp(max=max(indices.numel() - 1, 0))
+        entry = (indptr[:-1, None] + page).clamp(0, max(indices.numel() - 1, 0))
         table = indices[entry] if indices.numel() else entry.new_zeros(entry.shape)
-        table = torch.where(page < count[:, None], table, 0).to(torch.int32)
-        page_size = k.shape[1 if order == "NHD" else 2]
+        table = _to_int32(torch.where(page < count[:, None], table, 0))
         lengths = torch.where(count > 0, (count - 1) * page_size + last_page_len, 0)
-        return cls(k, v, table, lengths.to(torch.int32), order=order, **options)
+        return cls(k, v, table, _to_int32(lengths), order=order, **options)
 
     @classmethod
     def empty(
@@ -191,6 +200,60 @@ class PagedKVCache(KVCache):
             self.k, self.v, self.lengths, page_table=self.page_table, kv_begin=self.begin,
             **self.scales, check_values=False,
         )  # fmt: skip
+
+
+def _longest_row(
+    indptr: Tensor, indices: Tensor, last_page_len: Tensor, device: torch.device, page_size: int
+) -> int | None:
+    """Check the tensors of a CSR page table. Returns the most pages of a sequence, or None when the
+    host can't read the values."""
+    for name, x in (("indptr", indptr), ("indices", indices), ("last_page_len", last_page_len)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        if x.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"{name}.dtype must be int32 or int64, got {x.dtype}")
+        if x.dim() != 1:
+            raise ValueError(f"{name} must have 1 dimension, got {x.dim()} {tuple(x.shape)}")
+    if not len(indptr):
+        raise ValueError("indptr must have at least 1 entry, got none")
+    if len(last_page_len) != len(indptr) - 1:
+        raise ValueError(
+            f"last_page_len must have one entry per sequence ({len(indptr) - 1} by indptr), "
+            f"got {len(last_page_len)}"
+        )
+    longest = None
+    if _readable(indptr):
+        low, high = (int(x) for x in indptr.aminmax())
+        count = indptr.long().diff()
+        if low < 0 or high > len(indices) or (count < 0).any():
+            raise ValueError(
+                f"indptr must ascend within [0, len(indices) ({len(indices)})], "
+                f"got {indptr.tolist()}"
+            )
+        longest = int(count.max()) if len(count) else 0
+        if _readable(last_page_len):
+            wrong = (count > 0) & ((last_page_len < 0) | (last_page_len > page_size))
+            if bool(wrong.any()):
+                b = int(wrong.nonzero()[0])
+                raise ValueError(
+                    f"last_page_len must lie in [0, page_size ({page_size})], "
+                    f"got {int(last_page_len[b])} at sequence {b}"
+                )
+    for name, x in (("indptr", indptr), ("indices", indices), ("last_page_len", last_page_len)):
+        if x.device != device:
+            raise ValueError(f"{name}.device must equal k.device ({device}), got {x.device}")
+    return longest
+
+
+def _check_pages_rank(k: Tensor, v: Tensor, ranks: tuple[int, ...]) -> None:
+    for name, x in (("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        if x.dim() not in ranks:
+            allowed = " or ".join(map(str, ranks))
+            raise ValueError(
+                f"{name} must have {allowed} dimensions, got {x.dim()} (shape {tuple(x.shape)})"
+            )
 
 
 def _check_order(order: object) -> None:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ..backends import plain
-from ..inputs import DTYPES, _readable
+from ..inputs import DTYPES, _readable, _to_int32
 from .quantized import FORMATS, Format
 
 
@@ -99,10 +99,10 @@ class KVView:
         """
         _check_storage(k, v)
         heads = k.shape[1]
-        lengths = _as_int32("kv_lengths", kv_lengths, k)
+        lengths = _as_int32("lengths", kv_lengths, k)
         if lengths.dim() not in (1, 2) or (lengths.dim() == 2 and lengths.shape[1] != heads):
             raise ValueError(
-                f"kv_lengths must have shape (B,) or (B, {heads}), got {tuple(lengths.shape)}"
+                f"lengths must have shape (B,) or (B, {heads}), got {tuple(lengths.shape)}"
             )
         batch = lengths.shape[0]
         if lengths.dim() == 1:
@@ -124,15 +124,13 @@ class KVView:
             page_table = page_table.expand(batch, heads, shape[2])
         elif k.shape[0] != batch:
             raise ValueError(
-                f"k.shape[0] must equal the batch of kv_lengths ({batch}) where no page_table or "
+                f"k.shape[0] must equal the batch of lengths ({batch}) where no page_table or "
                 f"batch index is given, got {k.shape[0]}"
             )
         if kv_begin is not None:
-            kv_begin = _as_int32("kv_begin", kv_begin, k)
+            kv_begin = _as_int32("begin", kv_begin, k)
             if kv_begin.shape != (batch,):
-                raise ValueError(
-                    f"kv_begin must have shape ({batch},), got {tuple(kv_begin.shape)}"
-                )
+                raise ValueError(f"begin must have shape ({batch},), got {tuple(kv_begin.shape)}")
         quantised = k.dtype in FORMATS
         if quantised and (k_scale is None or v_scale is None):
             raise ValueError(
@@ -200,12 +198,12 @@ class KVView:
         if self.kv_lengths.numel() and _readable(self.kv_lengths):
             low, high = (int(x) for x in self.kv_lengths.aminmax())
             if low < 0:
-                raise ValueError(f"kv_lengths must be non-negative, got {low}")
+                raise ValueError(f"lengths must be non-negative, got {low}")
             if self.kv_begin is not None and _readable(self.kv_begin) and self.kv_begin.min() < 0:
-                raise ValueError(f"kv_begin must be non-negative, got {int(self.kv_begin.min())}")
+                raise ValueError(f"begin must be non-negative, got {int(self.kv_begin.min())}")
             if high > self.capacity:
                 raise ValueError(
-                    f"kv_lengths must be at most the capacity of a sequence ({self.capacity} = "
+                    f"lengths must be at most the capacity of a sequence ({self.capacity} = "
                     f"{self.max_pages} pages of {self.page_size}), got {high}"
                 )
 
@@ -213,13 +211,13 @@ class KVView:
         seen = (self.kv_lengths, self.kv_begin, new if isinstance(new, Tensor) else None)
         if not self.kv_lengths.numel() or not all(_readable(x) for x in seen if x is not None):
             return
-        end = self.kv_lengths + new
+        end = self.kv_lengths.long() + new  # a sum of int32 could wrap into the valid range
         if self.kv_begin is not None:
             end = end + self.kv_begin[:, None]
         most = int(end.max())
         if most > self.capacity:
             raise ValueError(
-                f"{'' if self.kv_begin is None else 'kv_begin + '}kv_lengths must be at most the "
+                f"{'' if self.kv_begin is None else 'begin + '}lengths must be at most the "
                 f"capacity of a sequence ({self.capacity} = {self.max_pages} pages of "
                 f"{self.page_size}), new tokens included, got {most}"
             )
@@ -236,8 +234,9 @@ class KVView:
         if bool(wrong.any()):
             b, h, p = wrong.nonzero()[0].tolist()
             raise ValueError(
-                f"page_table entries must lie in [0, {self.num_pages}), got {int(table[b, h, p])} "
-                f"at sequence {b}, head {h}, page {p}"
+                "entries of page_table (or batch_index) must lie in "
+                f"[0, {self.num_pages}), got {int(table[b, h, p])} at sequence {b}, head {h}, "
+                f"page {p}"
             )
 
     @property
@@ -274,7 +273,12 @@ class KVView:
     @property
     def pages_per_head(self) -> bool:
         """Whether page-table rows may differ between heads."""
-        return self.page_table is not None and self.page_table.stride(1) != 0
+        return self.page_table is not None and _differs_between_heads(self.page_table)
+
+    @property
+    def lengths_per_head(self) -> bool:
+        """Whether a sequence may have another length in each key head."""
+        return _differs_between_heads(self.kv_lengths)
 
     @property
     def format(self) -> Format | None:
@@ -302,6 +306,12 @@ class KVView:
         if self.format is not None:
             kinds.append(self.format.name)
         return kinds
+
+
+def _differs_between_heads(x: Tensor) -> bool:
+    """Whether ``x [B, Hk, ...]`` can hold another value for each head. The stride of a dim of size
+    1 means nothing."""
+    return x.shape[1] > 1 and x.stride(1) != 0
 
 
 def is_dynamic(rows: Tensor) -> bool:
@@ -347,8 +357,7 @@ def _as_int32(name: str, x: Tensor, k: Tensor) -> Tensor:
         raise TypeError(f"{name}.dtype must be int32 or int64, got {x.dtype}")
     if x.device != k.device:
         raise ValueError(f"{name}.device must equal k.device ({k.device}), got {x.device}")
-    # An entry beyond 32 bits must stay out of range, not wrap into it.
-    return x if x.dtype == torch.int32 else x.clamp(-(2**31), 2**31 - 1).to(torch.int32)
+    return _to_int32(x)
 
 
 def _rows(name: str, x: Tensor | float | None, storage: Tensor) -> Tensor | None:
@@ -366,9 +375,10 @@ def _rows(name: str, x: Tensor | float | None, storage: Tensor) -> Tensor | None
     heads, target = storage.shape[1], storage.shape[:3]
     if x.shape == target:
         return x
-    # Strides of 0 say that the scale is given, and not each token's own.
+    # A stride of 0 marks a scale that the caller sets, so that appends don't write it. ``expand``
+    # would leave another stride in a dim of size 1.
     if x.numel() == 1:
-        return x.reshape(()).expand(target)
+        return x.as_strided(target, (0, 0, 0))
     if x.shape == (heads,):
         return x.as_strided(target, (0, x.stride(0), 0))
     raise ValueError(

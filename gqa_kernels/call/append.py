@@ -24,6 +24,8 @@ from ..inputs import (
     _resolve_slopes,
     _resolve_softcap,
     _resolve_window,
+    _to_int32,
+    as_int,
 )
 from .view import KVView
 
@@ -116,7 +118,9 @@ class CacheInputs:
         q, layout = to_heads_first("q", q, layout, q_offsets is not None)
         check_floating("q", q, view.device)
         batch = view.batch
-        q_offsets, max_q_len = resolve_offsets("q_offsets", q_offsets, max_q_len, q, batch)
+        q_offsets, max_q_len = resolve_offsets(
+            "cu_seqlens_q", q_offsets, "max_seqlen_q", max_q_len, q, batch
+        )
         if view.format is None and q.dtype != view.k.dtype:
             raise TypeError(f"q.dtype must equal the cache's ({view.k.dtype}), got {q.dtype}")
         if q.shape[3] != view.head_dim:
@@ -305,9 +309,10 @@ class AppendInputs:
                     f"{name} must have shape {(leading, heads, tokens, dim)} as [B, H, S, D] "
                     f"({'packed, so B = 1' if packed else 'by the cache'}), got {tuple(x.shape)}"
                 )
-        new_offsets, max_new = resolve_offsets("new_offsets", new_offsets, max_new, k_new,
-                                               view.batch)  # fmt: skip
-        if view.num_k_heads != view.num_v_heads and view.kv_lengths.stride(1) != 0:
+        new_offsets, max_new = resolve_offsets(
+            "cu_seqlens", new_offsets, "max_seqlen", max_new, k_new, view.batch
+        )
+        if view.num_k_heads != view.num_v_heads and view.lengths_per_head:
             raise NotImplementedError(
                 "append: lengths per head need as many value heads as key heads, got "
                 f"{view.num_k_heads} key heads and {view.num_v_heads} value heads"
@@ -326,7 +331,7 @@ class AppendInputs:
             raise ValueError("rotary_cos and rotary_sin must be given together, got one of them")
         if rotary_cos is not None:
             _check_rotary(rotary_cos, rotary_sin, k_new)
-            if view.kv_lengths.stride(1) != 0 and q is not None:
+            if view.lengths_per_head and q is not None:
                 raise NotImplementedError(
                     "append: with lengths per head a query has no one position; rotate q and k_new "
                     "before the call"
@@ -410,34 +415,50 @@ def check_floating(name: str, x: Tensor, device: torch.device) -> None:
 
 
 def resolve_offsets(
-    name: str, offsets: Tensor | None, longest: int | None, x: Tensor, batch: int
+    name: str, offsets: Tensor | None, longest_name: str, longest: int | None, x: Tensor, batch: int
 ) -> tuple[Tensor | None, int]:
-    """Checked int32 offsets of packed sequences and the most tokens of one."""
+    """Checked int32 offsets of packed sequences, and the most tokens of one sequence.
+
+    Args:
+        name, longest_name: what the caller knows ``offsets`` and ``longest`` as.
+        longest: a bound for the most tokens, or None to read it from the offsets.
+        x: ``[1, H, total, D]``, or ``[B, H, S, D]`` without offsets.
+    """
     tokens = x.shape[2]
     if offsets is None:
         if x.shape[0] != batch:
             raise ValueError(f"q.shape[0] must equal the cache's batch ({batch}), got {x.shape[0]}")
         return None, tokens
     if not isinstance(offsets, Tensor) or offsets.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{name} must be an int32 or int64 tensor, got {offsets!r}")
+        got = offsets.dtype if isinstance(offsets, Tensor) else type(offsets).__name__
+        raise TypeError(f"{name} must be an int32 or int64 tensor, got {got}")
     if offsets.shape != (batch + 1,):
         raise ValueError(f"{name} must have shape ({batch + 1},), got {tuple(offsets.shape)}")
     if offsets.device != x.device:
         raise ValueError(f"{name}.device must be {x.device}, got {offsets.device}")
+    if longest is not None:
+        longest = as_int(longest_name, longest)
+        if longest < 0:
+            raise ValueError(f"{longest_name} must be non-negative, got {longest}")
     if _readable(offsets):
+        # The range comes first: differences of values outside it could overflow.
+        low, high = (int(value) for value in offsets.aminmax())
         sizes = offsets.diff()
-        most = int(sizes.max()) if batch else 0
-        if int(offsets[0]) != 0 or int(offsets[-1]) > tokens or (sizes < 0).any():
+        if int(offsets[0]) != 0 or low < 0 or high > tokens or (sizes < 0).any():
             raise ValueError(
                 f"{name} must ascend from 0 to at most the tokens given ({tokens}), "
                 f"got {offsets.tolist()}"
             )
+        most = int(sizes.max()) if batch else 0
         longest = most if longest is None else longest
         if longest < most:
-            raise ValueError(f"the longest of {name} must be at most {longest} as said, got {most}")
+            raise ValueError(
+                f"{longest_name} must be at least the longest sequence of {name} ({most}), "
+                f"got {longest}"
+            )
     if longest is None:
-        raise ValueError(f"the most tokens of a sequence must be given where {name} is on a device")
-    return offsets.to(torch.int32), min(longest, tokens)
+        raise ValueError(f"{longest_name} must be given when the host can't read {name}")
+    return _to_int32(offsets), min(longest, tokens)
 
 
 def _check_rotary(cos: Tensor, sin: Tensor, x: Tensor) -> None:

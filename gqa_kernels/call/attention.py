@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -274,6 +275,32 @@ def _readable(x: Tensor) -> bool:
     )
 
 
+def as_int(name: str, value: object) -> int:
+    """An integer option: a Python or numpy integer, or a 0-d integer tensor that the host can read.
+    A SymInt of torch.compile stays one."""
+    if type(value) is int or isinstance(value, torch.SymInt):
+        return value
+    if isinstance(value, Tensor) and not (
+        value.dim() == 0 and _readable(value) and not value.dtype.is_floating_point
+        and not value.dtype.is_complex and value.dtype != torch.bool
+    ):  # fmt: skip
+        raise TypeError(
+            f"{name} must be an integer, or a 0-d integer tensor on the CPU, got a {value.dtype} "
+            f"tensor of shape {_shape(value)} on {value.device}"
+        )
+    if not isinstance(value, bool):
+        try:
+            return operator.index(value)
+        except TypeError:
+            pass
+    raise TypeError(f"{name} must be an integer, got {_shown(value)}")
+
+
+def _to_int32(x: Tensor) -> Tensor:
+    """Integers as int32. A value beyond 32 bits stays out of range: it doesn't wrap into it."""
+    return x if x.dtype == torch.int32 else x.clamp(-(2**31), 2**31 - 1).to(torch.int32)
+
+
 @lru_cache(maxsize=1024)
 def _interned_map(entries: tuple[int, ...], num_kv_heads: int) -> HeadMap:
     """One HeadMap per content, so that plans cached on it are found again."""
@@ -457,8 +484,14 @@ def _resolve_lengths(lengths: Tensor | Sequence[int] | None, q: Tensor, k: Tenso
             raise ValueError(
                 f"kv_lengths must lie in [0, Sk ({kv_len})], got {low if low < 0 else high}"
             )
-    lengths = lengths.to(torch.int32)
+    lengths = _to_int32(lengths)
     return (lengths[:, None] if lengths.dim() == 1 else lengths).expand(batch, heads)
+
+
+def _shown(value: object) -> str:
+    """A value as an error shows it: never long."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _shape(x: Tensor) -> tuple[int, ...]:

@@ -32,14 +32,14 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from .. import plots
     from ..convert import convert, save
     from ..convert.plan import Plan
     from ..convert.recovery import Recipe, recover
-    from ..demo.text import calibration_text
     from ..grouping.moments import load_stats
     from ..integrations.transformers import register
-    from ..progress import write_atomically
+    from ..reporting import plots
+    from ..reporting.files import write_atomically
+    from ..samples.text import calibration_text
 
     folder = arguments.plan if arguments.plan.is_dir() else arguments.plan.parent
     found = Plan.load(folder / "plan.json" if arguments.plan.is_dir() else arguments.plan)

@@ -53,7 +53,7 @@ def load_model(name: str) -> Loaded:
     import torch
 
     if name == SMOLLM2:
-        from ..demo.model import load_smollm2
+        from ..samples.smollm2 import load_smollm2
 
         found = load_smollm2()
         return Loaded(found.model, found.tokenizer)
@@ -84,11 +84,11 @@ def refusing(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Nam
     """A command that prints what it can't do, without a traceback, and returns 2."""
 
     def command(arguments: argparse.Namespace) -> int:
-        from ..demo.errors import DemoError
+        from ..reporting.errors import UsageError
 
         try:
             return run(arguments)
-        except (ValueError, NotImplementedError, ImportError, OSError, DemoError) as error:
+        except (ValueError, NotImplementedError, ImportError, OSError, UsageError) as error:
             print(f"gqa-kernels: {error}", file=sys.stderr)
             return 2
 
@@ -104,7 +104,7 @@ def draw(make: Callable[..., Path], *arguments: Any, **options: Any) -> None:
 
 
 def _rows(tokenizer: Any, text: str, shape: tuple[int, int]) -> Tensor:
-    from ..demo.text import rows
+    from ..samples.text import rows
 
     return rows(tokenizer, text, tuple(shape))
 

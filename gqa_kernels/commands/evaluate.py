@@ -27,12 +27,12 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from .. import plots
     from ..convert.evaluation import evaluate
     from ..convert.lm_harness import run_tasks
-    from ..demo.text import evaluation_text
     from ..integrations.transformers import register
-    from ..progress import write_atomically
+    from ..reporting import plots
+    from ..reporting.files import write_atomically
+    from ..samples.text import evaluation_text
 
     register()
     parent, tokenizer = load_model(arguments.parent)

@@ -21,9 +21,9 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from .. import plots
-    from ..convert.families import attention_layers
-    from ..progress import write_atomically
+    from ..models.families import attention_layers
+    from ..reporting import plots
+    from ..reporting.files import write_atomically
 
     model, _ = load_model(arguments.model)
     layers = attention_layers(model)

@@ -36,14 +36,14 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from .. import plots
     from ..convert.plan import plan
-    from ..demo.text import calibration_text
     from ..grouping import calibrate
     from ..grouping.convergence import split_half
     from ..grouping.moments import save_stats
     from ..grouping.similarity import similarity
     from ..integrations.transformers import register
+    from ..reporting import plots
+    from ..samples.text import calibration_text
 
     register()
     model, tokenizer = load_model(arguments.model)

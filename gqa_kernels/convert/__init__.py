@@ -7,10 +7,10 @@
     save(child, "child", processor=tokenizer)
     child = load("child")
 
-``families.py`` lists the families as data; ``attention.py`` holds the two that need a forward of
-their own. ``plan`` searches maps for all layers, ``sequential`` calibrates and converts layer by
-layer, ``evaluation`` compares with the parent, ``recovery`` trains the child, ``lm_harness`` runs
-lm-eval on it.
+``plan`` searches maps for all layers, ``selection`` chooses among several, ``sequential`` converts
+layer by layer, ``evaluation`` compares with the parent, ``recovery`` trains the child,
+``lm_harness`` runs lm-eval on it. ``gqa_kernels.models.families`` lists the model families;
+``attention.py`` holds the two that need a forward of their own.
 
 A child's checkpoint is an ordinary one with ``kv_head_map`` (and ``value_head_map``) in its config.
 Where the groups are not those of ordinary GQA its config says ``attn_implementation: asym_gqa``, so
@@ -21,6 +21,7 @@ and ``save_pretrained`` of a model that transformers loaded forgets it; ``save``
 
 from .checkpoint import load, save
 from .model import convert
+from .selection import Selection, select_maps
 from .split import random_split
 
-__all__ = ["convert", "load", "random_split", "save"]
+__all__ = ["Selection", "convert", "load", "random_split", "save", "select_maps"]

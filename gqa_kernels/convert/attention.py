@@ -14,11 +14,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .projections import FUSED_HEADS
+from ..models.projections import FUSED_HEADS
 
 
 def install(module: nn.Module, adapter: str | None) -> None:
-    """Let an attention module run with fewer KV heads; ``adapter`` as in ``families.py``."""
+    """Let an attention module run with fewer KV heads; ``adapter`` as in ``models.families``."""
     if adapter is not None and not getattr(module, "is_asym", False):
         module.__class__ = _ADAPTERS[adapter]()
 

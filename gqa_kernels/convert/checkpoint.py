@@ -15,8 +15,8 @@ from typing import Any
 
 from torch import nn
 
-from ..model_maps import IMPLEMENTATION, guard, stored_maps
-from .families import FAMILIES, Family, family_of
+from ..models.families import FAMILIES, Family, family_of
+from ..models.maps import IMPLEMENTATION, guard, stored_maps
 from .model import resize, set_maps
 
 

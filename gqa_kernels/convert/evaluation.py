@@ -17,8 +17,8 @@ from ..attention import asym_gqa_attention
 from ..grouping.calibration import Batch, model_inputs, token_mask
 from ..grouping.evaluation import layer_errors
 from ..integrations.transformers import attention_call
-from ..progress import track
-from .families import AttentionLayer, attention_layers
+from ..models.families import AttentionLayer, attention_layers
+from ..reporting.progress import track
 
 _PROBE = "asym_gqa_probe"
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from torch import nn
 
+from ..grouping.calibration import LayerStats
+from ..grouping.merging import merge_layer
 from ..head_map import HeadMap
-from ..model_maps import INDEX, store_maps
-from . import projections
-from .attention import install
-from .families import (
+from ..models import projections
+from ..models.families import (
     AttentionLayer,
     Family,
     attention_layers,
@@ -21,11 +20,10 @@ from .families import (
     head_dim,
     layer_weights,
 )
-from .projections import Heads, Projection
-
-if TYPE_CHECKING:
-    from ..grouping.calibration import LayerStats
-    from ..grouping.weights import LayerWeights
+from ..models.maps import INDEX, store_maps
+from ..models.projections import Heads, Projection
+from ..models.weights import LayerWeights
+from .attention import install
 
 LayerMap = HeadMap | Sequence[int] | tuple[HeadMap, HeadMap]
 
@@ -45,7 +43,7 @@ def convert(
     ``save`` and ``load`` of :mod:`gqa_kernels.convert` keep them.
 
     Args:
-        model: of a known family (``families.py``), itself with any map.
+        model: of a known family (``gqa_kernels.models.families``), itself with any map.
         maps: for every attention layer a map of ``Hq`` entries, or a pair of them (K's, V's); as
             many KV heads in each layer, for K and for V, as you like. Each must be read by some
             query head.
@@ -59,8 +57,6 @@ def convert(
         ValueError: the maps don't fit the model.
         NotImplementedError: the family is not known.
     """
-    from ..grouping.merging import merge_layer  # grouping itself reads models through convert
-
     layers = attention_layers(model)
     pairs = _checked(maps, layers)
     for name, given in (("moments", moments), ("restore_norms", restore_norms)):

@@ -9,13 +9,15 @@ from pathlib import Path
 
 from torch import nn
 
-from ..grouping import LayerStats, SearchResult, allocate, search, search_curve, select_maps
+from ..grouping import LayerStats, SearchResult, allocate, search, search_curve
 from ..grouping.calibration import Batch
 from ..grouping.search import subset_dp
 from ..grouping.similarity import similarity
 from ..head_map import HeadMap
-from ..progress import track, write_atomically
-from .families import attention_layers
+from ..models.families import attention_layers
+from ..reporting.files import write_atomically
+from ..reporting.progress import track
+from .selection import select_maps
 
 FORMAT = "gqa-kernels plan 1"
 SIDES = ("k", "v")

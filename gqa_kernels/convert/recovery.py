@@ -23,7 +23,9 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div
 
 from ..grouping.calibration import Batch, model_inputs, token_mask
-from ..progress import track, write_atomically
+from ..models.families import attention_layers
+from ..reporting.files import write_atomically
+from ..reporting.progress import track
 from .evaluation import (
     hidden_states,
     next_token_loss,
@@ -31,7 +33,6 @@ from .evaluation import (
     predicts_next_token,
     run,
 )
-from .families import attention_layers
 
 TRAINED = ("all", "attention", "lora")
 STATE = "recovery.pt"

@@ -21,9 +21,9 @@ from ..grouping.merging import merge_layer
 from ..grouping.moments import LayerStats, Sums
 from ..head_map import HeadMap
 from ..integrations.transformers import register
-from ..model_maps import IMPLEMENTATION
-from ..progress import track
-from .families import AttentionLayer, attention_layers, family_of, layer_weights
+from ..models.families import AttentionLayer, attention_layers, family_of, layer_weights
+from ..models.maps import IMPLEMENTATION
+from ..reporting.progress import track
 from .model import set_maps, write_layer
 
 Choose = Callable[[AttentionLayer, LayerStats], tuple[HeadMap, HeadMap]]

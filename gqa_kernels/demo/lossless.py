@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from torch import nn, tensor
 
 from ..convert import convert, random_split
-from ..convert.families import attention_layers
 from ..head_map import HeadMap
+from ..models.families import attention_layers
+from ..reporting.errors import UsageError
+from ..reporting.steps import Steps
+from ..samples.smollm2 import LoadedModel
 from .baseline import Comparison, compare
-from .errors import DemoError
 from .measure import generate
-from .model import LoadedModel
-from .progress import Steps
 from .settings import Settings
 
 
@@ -57,7 +57,7 @@ def run(loaded: LoadedModel, settings: Settings, steps: Steps) -> tuple[nn.Modul
         split.set_attn_implementation("asym_gqa")
     prompt = loaded.tokenizer.encode(settings.prompt, add_special_tokens=False)
     if not prompt:
-        raise DemoError(f"the prompt must have at least one token, got {settings.prompt!r}")
+        raise UsageError(f"the prompt must have at least one token, got {settings.prompt!r}")
     prompt = tensor([prompt], device=stock.device)
     with steps.step("Generating: stock model, SDPA", settings.new_tokens) as advance:
         stock_tokens = generate(stock, prompt, settings.new_tokens, advance)

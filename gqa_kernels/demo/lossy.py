@@ -12,16 +12,16 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ..convert import convert
-from ..convert.families import attention_layers
 from ..grouping import search
 from ..grouping.calibration import LayerStats, calibrate
 from ..grouping.similarity import similarity
 from ..head_map import HeadMap
+from ..models.families import attention_layers
+from ..reporting.steps import Steps
+from ..samples.smollm2 import LoadedModel
+from ..samples.text import calibration_text, evaluation_text, rows
 from .measure import kv_bytes, perplexity
-from .model import LoadedModel
-from .progress import Steps
 from .settings import Settings
-from .text import calibration_text, evaluation_text, rows
 
 LayerMaps = list[tuple[HeadMap, HeadMap]]
 

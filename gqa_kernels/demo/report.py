@@ -14,13 +14,13 @@ from rich.console import Console
 from rich.table import Table
 
 from ..head_map import HeadMap
+from ..samples import text
+from ..samples.smollm2 import LoadedModel
 from ..version import __version__
-from . import text
 from .baseline import Comparison
 from .lossless import Lossless
 from .lossy import Merged
 from .measure import Speed
-from .model import LoadedModel
 from .settings import Settings
 
 SHOWN_LAYERS = 6  # maps printed in full; the rest are in the JSON

@@ -12,15 +12,15 @@ from torch import nn
 from ..attention import asym_gqa_attention
 from ..head_map import HeadMap
 from ..integrations.transformers import register
+from ..reporting.errors import UsageError
+from ..reporting.steps import Steps
+from ..samples.smollm2 import LoadedModel
+from ..samples.text import evaluation_text, rows
 from . import lossless, lossy
 from .baseline import EXPAND, Comparison, compare, register_baseline
-from .errors import DemoError
 from .measure import Speed, speeds
-from .model import LoadedModel
-from .progress import Steps
 from .report import Report
 from .settings import Settings
-from .text import evaluation_text, rows
 
 
 def run(settings: Settings, load: Callable[[], LoadedModel], console: Console) -> Report:
@@ -62,7 +62,7 @@ def run(settings: Settings, load: Callable[[], LoadedModel], console: Console) -
 def _device(settings: Settings) -> str:
     found = torch.cuda.is_available()
     if settings.device == "cuda" and not found:
-        raise DemoError("--device must be cpu where torch finds no GPU, got cuda")
+        raise UsageError("--device must be cpu where torch finds no GPU, got cuda")
     return ("cuda" if found else "cpu") if settings.device == "auto" else settings.device
 
 
@@ -73,7 +73,7 @@ def _prepare(backend: str, device: str) -> None:
             *torch.zeros(3, 1, 2, 4, 16, device=device), HeadMap([1, 0]), backend=backend
         )
     except NotImplementedError as error:
-        raise DemoError(str(error)) from None
+        raise UsageError(str(error)) from None
 
 
 def _compare_again(

@@ -1,14 +1,15 @@
 """Offline grouping: which query heads share a KV head, how the KV heads of a group become one, and
 how many KV heads each layer gets.
 
-    calibrate -> similarity -> search, search_curve -> select_maps, allocate -> merge_layer
+    calibrate -> similarity -> search, search_curve -> allocate -> merge_layer
 
-- ``weights.py``: a layer by head; ``space.py``: its moments; ``symmetry.py``: what may be turned.
-- ``similarity.py``: how unlike two heads are; ``objective.py``: what a partition costs.
+- ``space.py``: the moments of a layer's heads; ``symmetry.py``: their free changes of basis.
+- ``similarity.py``: how unlike two heads are; ``objective.py``: the cost of a partition.
 - ``search/``: one method a file; ``result.py``: labels, objective, lower bound, proof.
 - ``merging.py``: one head out of several, with ``alignment.py`` and ``low_rank.py``.
-- ``evaluation.py``: held-out error of each layer; ``selection.py``, ``budget.py``: what to do with
-  it.
+- ``evaluation.py``: held-out error of each layer; ``budget.py``: KV heads for each layer.
+
+The package only reads models, through ``gqa_kernels.models``; ``gqa_kernels.convert`` changes them.
 """
 
 from .budget import Allocation, allocate
@@ -18,7 +19,6 @@ from .merging import MERGING, align_layer, merge_layer
 from .objective import objective
 from .result import SearchResult
 from .search import METHODS, search, search_curve, search_groups
-from .selection import Selection, select_maps
 from .similarity import Dissimilarity, similarity
 
 __all__ = [
@@ -28,7 +28,6 @@ __all__ = [
     "Dissimilarity",
     "LayerStats",
     "SearchResult",
-    "Selection",
     "align_layer",
     "allocate",
     "calibrate",
@@ -38,6 +37,5 @@ __all__ = [
     "search",
     "search_curve",
     "search_groups",
-    "select_maps",
     "similarity",
 ]

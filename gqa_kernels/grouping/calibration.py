@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..convert.families import AttentionLayer, attention_layers
-from ..progress import track
+from ..models.families import AttentionLayer, attention_layers
+from ..reporting.progress import track
 from .moments import LayerStats, Sums, combine, load_sums, save_sums
 
 Batch = Tensor | Mapping[str, Tensor]

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from ..convert.families import AttentionLayer, attention_layers
+from ..models.families import AttentionLayer, attention_layers
 from .calibration import Batch, model_inputs, token_mask
 
 

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from ..head_map import HeadMap
+from ..models.weights import LayerWeights
 from .alignment import rotations
 from .low_rank import shared_head
 from .space import HeadSpace, Moments
-from .weights import LayerWeights
 
 _SEED = 0  # of merging="random"
 _TINY = 1e-300  # keeps a mean of zero from dividing by zero

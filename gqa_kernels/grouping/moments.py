@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..progress import write_atomically
+from ..reporting.files import write_atomically
 
 FORMAT = "gqa-kernels moments 1"
 SUMS_FORMAT = "gqa-kernels running sums 1"

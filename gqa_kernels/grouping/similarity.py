@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..models.weights import LayerWeights
 from .low_rank import GroupLosses
 from .moments import LayerStats
 from .space import HeadSpace, Moments
-from .weights import LayerWeights
 
 SIDES = ("k", "v", "shared")
 
@@ -166,7 +166,7 @@ def similarity(
         ValueError: a bad side, kind or layer, no stats, stats that are not finite, or a head whose
             K or V is zero.
     """
-    from ..convert.families import attention_layers, layer_weights
+    from ..models.families import attention_layers, layer_weights
 
     _check(side, kind, stats)
     layers = attention_layers(model)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..head_map import HeadMap
+from ..models.weights import LayerWeights, Rotary
 from .symmetry import Symmetry
-from .weights import LayerWeights, Rotary
 
 _WINDOW = 512  # tokens; distances between a query and the keys it sees
 

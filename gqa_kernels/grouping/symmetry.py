@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .weights import LayerWeights
+from ..models.weights import LayerWeights
 
 
 @dataclass(frozen=True)

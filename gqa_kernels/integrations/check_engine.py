@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from ..demo.errors import DemoError
+from ..reporting.errors import UsageError
 
 PROMPTS = (
     "The three primary colours are",
@@ -81,8 +81,8 @@ def check(generate: Callable, new_tokens: int, device: str) -> bool:
         device: where transformers runs.
     """
     from ..convert import convert, random_split, save
-    from ..convert.families import attention_layers
-    from ..demo.model import load_smollm2
+    from ..models.families import attention_layers
+    from ..samples.smollm2 import load_smollm2
     from .transformers import register
 
     loaded = load_smollm2()
@@ -124,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         return 0 if check(ENGINES[arguments.engine], arguments.new_tokens, device) else 1
-    except (ImportError, DemoError) as error:
+    except (ImportError, UsageError) as error:
         print(f"check_engine: {error}", file=sys.stderr)
         return 2
 

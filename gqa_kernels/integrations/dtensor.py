@@ -88,9 +88,9 @@ def register() -> list[str]:
     """
     registered = []
     if any(not BACKENDS[name].unavailable_reason() for name in ("cpu", "cuda")):
-        from .. import extension
+        from ..native import build
 
-        extension.load()
+        build.load()
         _register("attention", cuts_map=True)
         registered += [n for n in ("cpu", "cuda") if not BACKENDS[n].unavailable_reason()]
     if BACKENDS["triton"].unavailable_reason() is None:

@@ -25,7 +25,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..extension import source_root
+from ..native.sources import source_root
 from ..version import __version__
 
 PACKAGE = Path(__file__).parents[1]
@@ -36,9 +36,10 @@ LICENSE = "Apache-2.0"
 CORE = "core"  # the package's folder in a variant
 NAMESPACE = "gqa_kernels"  # of the package's ops
 # What attention needs; the rest (search, conversion, engines) is not for a kernel repository.
-PARTS = ("*.py", "backends/**/*.py", "cache/**/*.py", "integrations/__init__.py")
+PARTS = ("*.py", "backends/**/*.py", "cache/**/*.py", "models/**/*.py", "native/**/*.py")
+PARTS += ("partition/**/*.py", "integrations/__init__.py")
 PARTS += ("integrations/transformers*.py", "integrations/transformers*/**/*.py")
-LEFT_OUT = ("__main__.py", "cli.py", "plots.py", "testing.py")
+LEFT_OUT = ("__main__.py", "cli.py", "testing.py")
 CUDA_ARCHS = ["8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]  # Triton compiles for what it finds
 BACKENDS = {
     "cpu": {"type": "cpu"},

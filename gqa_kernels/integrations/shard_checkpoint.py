@@ -21,10 +21,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..convert import checkpoint
-from ..convert.families import family_of
 from ..convert.model import set_maps
 from ..head_map import HeadMap, HeadMapShard
-from ..model_maps import IMPLEMENTATION, stored_maps
+from ..models.families import family_of
+from ..models.maps import IMPLEMENTATION, stored_maps
 from .tensor_parallel import Cut, attention_names, cut, cuts_of, rules_of, shard_of, tell_maps
 from .transformers import register
 

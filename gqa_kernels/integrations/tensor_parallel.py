@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..head_map import HeadMap, HeadMapShard
-from ..model_maps import layer_maps, store_maps
+from ..models.maps import layer_maps, store_maps
 from .transformers import register
 
 # Projections of attention: which of a shard's heads each keeps, as its outputs (0) or inputs (1).

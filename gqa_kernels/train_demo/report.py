@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ..device import device_name
+from ..reporting.device import device_name
 from ..version import __version__
 from .settings import Settings
 from .tasks import TASK_CLASSES

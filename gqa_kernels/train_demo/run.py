@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ..demo.errors import DemoError
+from ..reporting.errors import UsageError
 from .methods import start
 from .models import Transformer
 from .report import Outcome, Report
@@ -26,7 +26,7 @@ def run(settings: Settings, folder: Path, console: Console) -> Report:
     """Train everything, with checkpoints in ``folder``; what is finished there is not run again.
 
     Raises:
-        DemoError: the folder holds a run with other settings.
+        UsageError: the folder holds a run with other settings.
     """
     _claim(folder, settings)
     outcomes = []
@@ -48,7 +48,7 @@ def _claim(folder: Path, settings: Settings) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     path, mine = folder / SETTINGS_FILE, json.loads(json.dumps(asdict(settings)))
     if path.exists() and json.loads(path.read_text()) != mine:
-        raise DemoError(f"{folder} holds a run with other settings ({SETTINGS_FILE}); use another")
+        raise UsageError(f"{folder} holds a run with other settings ({SETTINGS_FILE}); use another")
     path.write_text(json.dumps(mine, indent=1) + "\n")
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from ..demo.text import calibration_text, evaluation_text
+from ..samples.text import calibration_text, evaluation_text
 from .models import Transformer
 from .settings import Settings
 

@@ -9,14 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from gqa_kernels import HeadMap, asym_gqa_attention, extension
+from gqa_kernels import HeadMap, asym_gqa_attention
 from gqa_kernels.backends.cpu import CPUBackend
 from gqa_kernels.inputs import AttentionInputs
+from gqa_kernels.native import build
 from gqa_kernels.testing import assert_attention_close, make_inputs
 from tests.cases import CASES, UNEVEN
 
 pytestmark = pytest.mark.skipif(
-    extension.unavailable_reason() is not None, reason="no compiled kernels and no compiler"
+    build.unavailable_reason() is not None, reason="no compiled kernels and no compiler"
 )
 DTYPES = sorted(CPUBackend.capabilities.dtypes, key=str)
 
@@ -68,12 +69,12 @@ def test_every_instruction_set_on_every_case(isa, dtype):
 
 
 def test_the_best_instruction_set_is_the_default(monkeypatch):
-    extension.load()
+    build.load()
     monkeypatch.delenv("GQA_KERNELS_CPU_ISA", raising=False)
-    assert extension.cpu_instruction_set() == ISAS[-1]
+    assert build.cpu_instruction_set() == ISAS[-1]
     for name in ISAS:
         monkeypatch.setenv("GQA_KERNELS_CPU_ISA", name)
-        assert extension.cpu_instruction_set() == name
+        assert build.cpu_instruction_set() == name
 
 
 def test_unknown_instruction_set(monkeypatch):
@@ -82,7 +83,7 @@ def test_unknown_instruction_set(monkeypatch):
     with pytest.raises(ValueError, match=r"GQA_KERNELS_CPU_ISA must be .*portable, got abacus"):
         asym_gqa_attention(q, k, v, UNEVEN, backend="cpu")
     with pytest.raises(ValueError, match=r"GQA_KERNELS_CPU_ISA must name .*, got abacus"):
-        extension.cpu_instruction_set()
+        build.cpu_instruction_set()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -188,7 +189,7 @@ def op_arguments(q_len=5, **options):
 
 
 def op():
-    extension.load()
+    build.load()
     return torch.ops.gqa_kernels.attention_forward.default
 
 

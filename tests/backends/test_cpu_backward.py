@@ -3,14 +3,15 @@
 import pytest
 import torch
 
-from gqa_kernels import HeadMap, asym_gqa_attention, extension
+from gqa_kernels import HeadMap, asym_gqa_attention
+from gqa_kernels.native import build
 from gqa_kernels.testing import assert_gradients_close, make_inputs
 from tests.backends.test_cpu import DTYPES, isa, op_arguments, threads  # noqa: F401 (fixtures)
 from tests.cases import PREFILL_CASES, UNEVEN
 from tests.test_gradients import check, differentiate
 
 pytestmark = pytest.mark.skipif(
-    extension.unavailable_reason() is not None, reason="no compiled kernels and no compiler"
+    build.unavailable_reason() is not None, reason="no compiled kernels and no compiler"
 )
 
 
@@ -58,7 +59,7 @@ def test_parts_of_a_head_merge_right_and_repeatably(threads, value_map):  # noqa
 
 def backward_arguments(need=(True, True), **options):
     """Arguments of the op after a forward through its own op."""
-    extension.load()
+    build.load()
     forward = op_arguments(**{"alibi_slopes": torch.rand(6), "sinks": torch.rand(6), **options})
     out, lse = torch.ops.gqa_kernels.attention_forward.default(*forward)
     gradients = torch.randn_like(out), torch.randn_like(lse)
@@ -66,7 +67,7 @@ def backward_arguments(need=(True, True), **options):
 
 
 def op():
-    extension.load()
+    build.load()
     return torch.ops.gqa_kernels.attention_backward.default
 
 

@@ -7,17 +7,18 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gqa_kernels import HeadMap, extension
+from gqa_kernels import HeadMap
 from gqa_kernels.backends.cpu import CPUBackend
 from gqa_kernels.backends.reference_cache import reference_append
 from gqa_kernels.cache.inputs import AppendInputs, CacheInputs
 from gqa_kernels.cache.quantized import FORMAT_OF_NAME, quantize, row_scales
 from gqa_kernels.cache.view import KVView
+from gqa_kernels.native import build
 from gqa_kernels.testing import assert_cache_close
 from tests.backends.test_cpu import isa  # noqa: F401  (a fixture)
 
 pytestmark = pytest.mark.skipif(
-    extension.unavailable_reason() is not None, reason="no compiled kernels and no compiler"
+    build.unavailable_reason() is not None, reason="no compiled kernels and no compiler"
 )
 CPU = CPUBackend()
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -27,7 +28,7 @@ QUANTISED = list(FORMAT_OF_NAME)
 
 @pytest.fixture(autouse=True)
 def loaded():
-    extension.load()
+    build.load()
 
 
 def stored_rows(x, dtype, name, zeros=False):

@@ -12,11 +12,11 @@ from gqa_kernels import (
     asym_gqa_attention,
     asym_gqa_decode,
     asym_gqa_varlen_attention,
-    extension,
 )
 from gqa_kernels.backends.cuda import CUDABackend
 from gqa_kernels.cache.quantized import FORMAT_OF_NAME
 from gqa_kernels.inputs import AttentionInputs
+from gqa_kernels.native import sources
 from gqa_kernels.splits import choose_splits
 from gqa_kernels.testing import (
     assert_attention_close,
@@ -44,7 +44,7 @@ def test_both_halves_choose_the_same_splits(tmp_path):
     compiler = shutil.which("c++")
     if compiler is None:
         pytest.skip("no C++ compiler")
-    header = extension.source_root() / "core" / "splits.h"
+    header = sources.source_root() / "core" / "splits.h"
     cases = list(
         product([0, 1, 3, 8, 64, 200, 316, 317, 1000], [0, 1, 2, 5, 63, 64, 2048], [24, 396])
     )

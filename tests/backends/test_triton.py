@@ -5,9 +5,10 @@ import torch
 
 pytest.importorskip("triton")
 
-from gqa_kernels import HeadMap, asym_gqa_attention, env
+from gqa_kernels import HeadMap, asym_gqa_attention
 from gqa_kernels.backends.triton import TritonBackend, configs
 from gqa_kernels.inputs import AttentionInputs
+from gqa_kernels.native import env
 from gqa_kernels.plan import plan_for
 from gqa_kernels.splits import choose_splits
 from gqa_kernels.testing import assert_attention_close, make_inputs

@@ -61,7 +61,7 @@ def session(tmp_path):
 
 def test_builds_then_tests_then_measures_with_arguments_that_exist(session):
     calls = session("first")
-    build = next(i for i, call in enumerate(calls) if "extension.load" in call)
+    build = next(i for i, call in enumerate(calls) if "build.load" in call)
     tests = next(i for i, call in enumerate(calls) if "test_cuda.py" in call)
     suite = next(i for i, call in enumerate(calls) if "--suite gpu" in call)
     assert build < tests < suite

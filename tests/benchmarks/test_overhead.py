@@ -13,7 +13,7 @@ from gqa_kernels import available_backends
 def test_calls_give_attention_and_rows_a_table(monkeypatch):
     monkeypatch.setattr(overhead, "CONTEXTS", (128,))
     monkeypatch.setattr(overhead, "BATCHES", (1,))
-    overhead.extension.load()
+    overhead.build.load()
     found = dict(overhead.groups())
     assert len(found) == 1 + len(overhead.TYPES) + 2
     title, calls = next(iter(found.items()))

@@ -91,6 +91,37 @@ def test_merge_has_gradients():
     assert gradient.isfinite().all()
 
 
+@pytest.mark.parametrize("empty", [-math.inf, math.inf])
+@pytest.mark.parametrize("garbage", [math.nan, math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("layout", ["bhsd", "bshd", "packed"])
+def test_merge_ignores_rows_without_weight(empty, garbage, dtype, layout):
+    """Rows 0 and 1 are empty in one part each, row 2 in both: FlashAttention-2's have LSE +inf."""
+    shape = {"bhsd": (2, 3, 4, 8), "bshd": (2, 4, 3, 8), "packed": (4, 3, 8)}[layout]
+    out_a, out_b = (torch.randn(shape).to(dtype).requires_grad_() for _ in range(2))
+    lse_a, lse_b = (torch.randn((3, 4) if layout == "packed" else (2, 3, 4)) for _ in range(2))
+    lse_a[..., [0, 2]] = lse_b[..., [1, 2]] = empty
+    axis = {"bhsd": 2, "bshd": 1, "packed": 0}[layout]
+    with torch.no_grad():
+        out_a.index_fill_(axis, torch.tensor([0, 2]), garbage)
+        out_b.index_fill_(axis, torch.tensor([1, 2]), garbage)
+    lse_a, lse_b = lse_a.requires_grad_(), lse_b.requires_grad_()
+    out, lse = merge_attention_states(
+        out_a, lse_a, out_b, lse_b, layout="bshd" if layout == "bshd" else "bhsd"
+    )
+    assert out.dtype == dtype and out.isfinite().all()
+    row = [x.unbind(axis) for x in (out, out_a, out_b)]
+    torch.testing.assert_close(row[0][0], row[2][0])
+    torch.testing.assert_close(row[0][1], row[1][1])
+    assert not row[0][2].any() and (lse[..., 2] == -math.inf).all()
+    torch.testing.assert_close(lse[..., 0], lse_b[..., 0])
+    torch.testing.assert_close(lse[..., 1], lse_a[..., 1])
+    gradients = torch.autograd.grad(
+        out.float().square().sum() + lse[..., [0, 1, 3]].sum(), (out_a, lse_a, out_b, lse_b)
+    )
+    assert all(x.isfinite().all() for x in gradients)
+
+
 @pytest.mark.parametrize("backend", USABLE)
 @pytest.mark.parametrize("q_len, layout", [(1, "bhsd"), (3, "bshd")])
 def test_shared_prefix(backend, q_len, layout, device):

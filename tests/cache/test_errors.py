@@ -20,6 +20,8 @@ Q = torch.randn(2, 3, 1, DIM)
 MAP = [0, 1, 1]
 TABLE = torch.tensor([[0, 3], [4, 1]])
 LENGTHS = torch.tensor([7, 2])
+INDPTR, INDICES = torch.tensor([0, 2, 3]), torch.tensor([0, 3, 4])
+MOST = 2**31 - 1  # differences and sums of such int32 values overflow
 
 
 def paged(**changes):
@@ -34,7 +36,7 @@ def dense(**changes):
 
 def csr(**changes):
     arguments = {
-        "k": K, "v": K, "indptr": torch.tensor([0, 2, 3]), "indices": torch.tensor([0, 3, 4]),
+        "k": K, "v": K, "indptr": INDPTR, "indices": INDICES,
         "last_page_len": torch.tensor([1, 4]),
     } | changes  # fmt: skip
     return PagedKVCache.from_csr(**arguments)
@@ -43,6 +45,14 @@ def csr(**changes):
 def append(k_new=K[:2], v_new=None, cache=None, **options):
     cache = cache or paged(lengths=torch.zeros(2, dtype=torch.int32))
     return cache.append(k_new, k_new if v_new is None else v_new, **options)
+
+
+def append_behind(begin):
+    """An append to a cache whose begins grew after it was made."""
+    begins = torch.zeros(2, dtype=torch.int32)
+    cache = paged(lengths=torch.zeros(2, dtype=torch.int32), begin=begins)
+    begins.fill_(begin)
+    return append(cache=cache)
 
 
 def decode(q=Q, head_map=MAP, cache=None, **options):
@@ -75,7 +85,7 @@ BAD = {
     ),
     "page-too-large": (
         lambda: paged(page_table=torch.tensor([[0, 5], [4, 9]])), ValueError,
-        r"page_table entries must lie in \[0, 5\), got 5 at sequence 0, head 0, page 1",
+        r"page_table \(or batch_index\) must lie in \[0, 5\), got 5 at sequence 0, head 0, page 1",
     ),
     "page-negative": (
         lambda: paged(page_table=torch.tensor([[0, 1], [-1, 9]])), ValueError,
@@ -93,11 +103,15 @@ BAD = {
     "length-shape": (
         lambda: paged(lengths=torch.ones(2, 3).int()), ValueError, r"or \(B, 2\), got \(2, 3\)",
     ),
-    "length-type": (lambda: paged(lengths=[7, 2]), TypeError, "kv_lengths must be a torch.Tensor"),
-    "dense-batch": (lambda: dense(lengths=LENGTHS), ValueError, r"kv_lengths \(2\).*got 5"),
+    "length-type": (lambda: paged(lengths=[7, 2]), TypeError, "lengths must be a torch.Tensor"),
+    "dense-batch": (lambda: dense(lengths=LENGTHS), ValueError, r"batch of lengths \(2\).*got 5"),
     "begin": (
         lambda: paged(begin=torch.tensor([2, 0])), ValueError,
-        r"kv_begin \+ kv_lengths must be at most .*got 9",
+        r"begin \+ lengths must be at most .*got 9",
+    ),
+    "begin-overflow": (
+        lambda: paged(begin=torch.tensor([MOST, 0], dtype=torch.int32)), ValueError,
+        f"begin . lengths must be at most .*got {MOST + 7}",
     ),
     "begin-negative": (lambda: paged(begin=torch.tensor([-1, 0])), ValueError, "negative, got -1"),
     "begin-shape": (lambda: paged(begin=torch.tensor([0])), ValueError, r"shape \(2,\), got \(1,"),
@@ -133,8 +147,42 @@ BAD = {
         lambda: csr(indices=torch.tensor([0, 9, 4])), ValueError, "got 9 at sequence 0",
     ),
     "csr-device": (
-        lambda: csr(indptr=torch.empty(3, dtype=torch.int32, device="meta")), ValueError,
-        "max_pages must be given where indptr is on a device",
+        lambda: csr(**{
+            name: x.to("meta") for name, x in
+            dict(k=K, v=K, indptr=INDPTR, indices=INDICES, last_page_len=LENGTHS).items()
+        }),
+        ValueError, "max_pages must be given where indptr is on a device",
+    ),
+    "csr-other-device": (
+        lambda: csr(indices=INDICES.to("meta")), ValueError,
+        r"indices.device must equal k.device \(cpu\), got meta",
+    ),
+    "csr-descends": (lambda: csr(indptr=torch.tensor([0, 2, 1])), ValueError, "indptr must ascend"),
+    "csr-negative": (
+        lambda: csr(indptr=torch.tensor([-3, 2, 3])), ValueError, r"got \[-3, 2, 3\]",
+    ),
+    "csr-too-large": (
+        lambda: csr(indptr=torch.tensor([0, 2, 9])), ValueError, r"\[0, len\(indices\) \(3\)\]",
+    ),
+    "csr-overflow": (
+        lambda: csr(indptr=torch.tensor([0, MOST, -2], dtype=torch.int32)), ValueError,
+        "indptr must ascend",
+    ),
+    "csr-empty": (lambda: csr(indptr=INDPTR[:0]), ValueError, "at least 1 entry, got none"),
+    "csr-floats": (lambda: csr(indptr=INDPTR.float()), TypeError, "indptr.dtype must be int32 or"),
+    "csr-last": (
+        lambda: csr(last_page_len=torch.tensor([1, 5])), ValueError,
+        r"last_page_len must lie in \[0, page_size \(4\)\], got 5 at sequence 1",
+    ),
+    "csr-last-negative": (
+        lambda: csr(last_page_len=torch.tensor([-1, 4])), ValueError, "got -1 at sequence 0",
+    ),
+    "csr-sequences": (
+        lambda: csr(last_page_len=torch.tensor([1])), ValueError,
+        r"one entry per sequence \(2 by indptr\), got 1",
+    ),
+    "csr-max-pages": (
+        lambda: csr(max_pages=1), ValueError, r"max_pages must be at least 2 .*, got 1",
     ),
     "append-room": (
         lambda: append(cache=paged()), ValueError,
@@ -151,7 +199,19 @@ BAD = {
     ),
     "append-packed": (
         lambda: append(K[0].transpose(0, 1), cu_seqlens=torch.tensor([0, 1, 9])), ValueError,
-        r"new_offsets must ascend from 0 to at most the tokens given \(4\), got \[0, 1, 9\]",
+        r"cu_seqlens must ascend from 0 to at most the tokens given \(4\), got \[0, 1, 9\]",
+    ),
+    "append-overflow": (
+        lambda: append(
+            K[0].transpose(0, 1), cu_seqlens=torch.tensor([0, MOST, -2], dtype=torch.int32),
+        ), ValueError, "cu_seqlens must ascend from 0",
+    ),
+    "append-begin-overflow": (
+        lambda: append_behind(MOST), ValueError, f"new tokens included, got {MOST}",
+    ),
+    "append-64-bit": (
+        lambda: append(K[0].transpose(0, 1), cu_seqlens=torch.tensor([0, 2**62, -(2**62)])),
+        ValueError, "cu_seqlens must ascend from 0",
     ),
     "append-q": (lambda: append(q=Q), ValueError, "q must have k_new's dtype and shape"),
     "rotary-one": (lambda: append(rotary_cos=K[0, 0]), ValueError, "must be given together"),
@@ -187,7 +247,7 @@ BAD = {
     ),
     "decode-packed-longest": (
         lambda: decode(Q[:, :, 0], cu_seqlens_q=torch.tensor([0, 2, 2]), max_seqlen_q=1),
-        ValueError, "the longest of q_offsets must be at most 1 as said, got 2",
+        ValueError, r"max_seqlen_q must be at least .* of cu_seqlens_q \(2\), got 1",
     ),
     "decode-packed-rank": (
         lambda: decode(cu_seqlens_q=torch.tensor([0, 1, 2])), ValueError, "q must have 3 dim",
@@ -208,7 +268,17 @@ BAD = {
         lambda: plan_decode(Q, paged(), MAP)(Q[:, :2], paged()), ValueError, "q must be as planned",
     ),
     "varlen-offsets": (lambda: varlen(cu_k=(0, 2, 1)), ValueError, "cu_seqlens_k must ascend"),
-    "varlen-shape": (lambda: varlen(), ValueError, r"q_offsets must have shape \(2,\), got \(3,\)"),
+    "varlen-overflow": (
+        lambda: varlen(cu_q=torch.tensor([0, MOST, -2, 2], dtype=torch.int32), cu_k=(0, 0, 1, 2)),
+        ValueError, "cu_seqlens_q must ascend",
+    ),
+    "varlen-overflow-keys": (
+        lambda: varlen(cu_k=torch.tensor([0, MOST, -2, 2], dtype=torch.int32), cu_q=(0, 0, 1, 2)),
+        ValueError, "cu_seqlens_k must ascend",
+    ),
+    "varlen-shape": (
+        lambda: varlen(), ValueError, r"cu_seqlens_q must have shape \(2,\), got \(3,\)",
+    ),
     "varlen-type": (lambda: varlen(cu_k=torch.ones(3)), TypeError, "cu_seqlens_k must be an int32"),
     "prefix-batch": (
         lambda: shared_prefix_attention(Q, paged(), paged(), MAP), ValueError,

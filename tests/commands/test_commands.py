@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 from gqa_kernels import cli
 from gqa_kernels.commands import data
 from gqa_kernels.convert import load, save
-from gqa_kernels.convert.families import attention_layers
 from gqa_kernels.convert.plan import Plan
+from gqa_kernels.models.families import attention_layers
 from tests import tiny_families
 from tests.test_demo import ByteTokenizer
 from tests.tiny_models import tiny
@@ -100,7 +100,7 @@ def test_images_by_batches(tmp_path):
 
 
 def test_without_matplotlib_results_stay(folders, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("gqa_kernels.plots._figure", missing)
+    monkeypatch.setattr("gqa_kernels.reporting.plots._figure", missing)
     assert main("inspect", folders / "child", "--out", tmp_path) == 0
     assert names(tmp_path) == {"maps.json"}
     assert "no picture: pictures need matplotlib" in capsys.readouterr().err

@@ -8,8 +8,8 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from gqa_kernels import HeadMap
 from gqa_kernels.convert import convert, load, save
-from gqa_kernels.convert.families import attention_layers
 from gqa_kernels.integrations.transformers import register
+from gqa_kernels.models.families import attention_layers
 from tests.tiny_families import FAMILIES, HEADS, inputs, maps_for, output, tiny
 
 UNEVEN = HeadMap([0, 0, 0, 1, 2, 1])  # 6 heads over 3: counts divide, groups don't

@@ -5,8 +5,8 @@ import torch
 
 from gqa_kernels import HeadMap
 from gqa_kernels.convert import convert, random_split
-from gqa_kernels.convert.families import attention_layers
 from gqa_kernels.convert.split import is_refinement
+from gqa_kernels.models.families import attention_layers
 from tests.tiny_models import FAMILIES, tiny
 
 UNEVEN = HeadMap([3, 0, 3, 1, 2, 1])  # refines the uniform map of 6 heads over 2

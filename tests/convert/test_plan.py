@@ -128,7 +128,7 @@ class TestErrors:
 
 class TestPictures:
     def test_are_written(self, tmp_path, model, stats):
-        plots = pytest.importorskip("gqa_kernels.plots")
+        plots = pytest.importorskip("gqa_kernels.reporting.plots")
         pytest.importorskip("matplotlib")
         found = plan(model, stats, 3)
         D = similarity(model, stats, 0, "k", "functional").array
@@ -145,7 +145,7 @@ class TestPictures:
             assert np.ptp(imread(path)) > 0  # not blank
 
     def test_maps_show_each_entry(self, tmp_path):
-        plots = pytest.importorskip("gqa_kernels.plots")
+        plots = pytest.importorskip("gqa_kernels.reporting.plots")
         pytest.importorskip("matplotlib")
         pair = (HeadMap([0, 1, 0, 2]), HeadMap([1, 0, 0, 1]))
         svg = plots.maps([pair], tmp_path / "maps.svg").read_text()

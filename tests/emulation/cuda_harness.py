@@ -9,8 +9,6 @@ its checks on (bounds, races, uninitialised shared memory, copies not waited for
     result = emulate(phase, AttentionInputs.create(q, k, v, head_map, causal=True))
     check(inputs, result)                      # the package's tolerance rule
     result.reports[0].bank_conflicts           # counters of each launch
-
-Environment: ``PTXSIM`` is the folder of the emulator (``shared/ptxsim`` beside the checkout).
 """
 
 from __future__ import annotations
@@ -18,11 +16,9 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
-import re
 import shutil
 import struct
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -34,11 +30,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gqa_kernels import env
 from gqa_kernels.backends.base import empty_output
 from gqa_kernels.backends.reference import reference_attention
 from gqa_kernels.inputs import AttentionInputs
+from gqa_kernels.native import cuda_build, env
 from gqa_kernels.testing import assert_close, equivalent_forms, upcast
+from tools import ptxsim
 
 from .cuda_params import (
     DTYPES,
@@ -52,28 +49,20 @@ from .cuda_params import (
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
-PTXSIM = Path(os.environ.get("PTXSIM", ROOT.parent / "shared" / "ptxsim"))
 MAP_MAGIC = b"GQA-TMAP"
 SWIZZLES = ("none", "32B", "64B", "128B")  # in the order of CUtensorMapSwizzle
 
 
-def cuda_home() -> Path | None:
-    """The toolkit's root; the nvcc on PATH may be a wrapper, so it is asked."""
-    if os.environ.get("CUDA_HOME"):
-        return Path(os.environ["CUDA_HOME"])
-    if shutil.which("nvcc") is None:
-        return None
-    told = subprocess.run(["nvcc", "--dryrun", "-x", "cu", "-"], capture_output=True, text=True)
-    found = re.search(r"^#\$ TOP=(.+)$", told.stderr, re.M)
-    return Path(found[1].strip()).resolve() if found else None
+@lru_cache
+def toolkit() -> cuda_build.Toolkit | None:
+    """The CUDA toolkit that compiles the kernels."""
+    return cuda_build.find_toolkit(env.cuda_home())
 
 
 def unavailable_reason() -> str | None:
     """Why nothing can be emulated here, or None."""
-    if not PTXSIM.is_dir():
-        return f"no PTX emulator at {PTXSIM} (set PTXSIM)"
-    if cuda_home() is None:
-        return "nvcc is missing"
+    if toolkit() is None:
+        return "nvcc is missing: install a CUDA toolkit, or pip install '.[test-cuda]'"
     return None
 
 
@@ -250,7 +239,7 @@ class Phase:
                 assert old in text, f"{name} has no {old!r}"
                 path.write_text(text.replace(old, new))
         source = csrc / "cuda" / self.arch / self.name
-        nvcc = cuda_home() / "bin" / "nvcc"
+        nvcc = toolkit().nvcc
 
         def unit(stem: str) -> None:
             kept = folder / stem
@@ -266,7 +255,7 @@ class Phase:
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(unit, self.units))
         _run(
-            "c++", "-std=c++17", "-O1", "-fPIC", "-shared", f"-I{cuda_home() / 'include'}",
+            "c++", "-std=c++17", "-O1", "-fPIC", "-shared", f"-I{toolkit().include}",
             f'-DGQA_LAUNCH_HEADER="{source / "launch.h"}"', f"-DGQA_ARCH={self.arch}",
             f"-DGQA_PHASE={self.name}", f"-DGQA_PARAMS={self.params.__name__}",
             Path(__file__).parent / "recorder.cpp",
@@ -278,9 +267,6 @@ class Phase:
         library.gqa_sizeof_params.restype = ctypes.c_size_t
         library.gqa_workspace_bytes.restype = ctypes.c_size_t
         assert library.gqa_sizeof_params() == ctypes.sizeof(self.params)
-        sys.path.insert(0, str(PTXSIM))
-        import ptxsim
-
         for stem in self.units:
             module = ptxsim.Module((folder / f"{stem}.ptx").read_text(), stem)
             self._modules |= dict.fromkeys(module.kernels(), module)
@@ -367,8 +353,6 @@ class _Memory:
 
     def arguments(self, params, arguments) -> list:
         """A launch's arguments as ``Struct``, with arrays in place of addresses."""
-        import ptxsim
-
         return [
             ptxsim.Struct(raw, self._pointers(raw))
             for param, address in zip(params, arguments[: len(params)], strict=True)
@@ -390,8 +374,6 @@ class _Memory:
 
     def _tensor_map(self, raw: bytes):
         """The emulator's tensor map for a ``RecordedMap``."""
-        import ptxsim
-
         _, rank, swizzle, nan_fill = struct.unpack_from("<4i", raw, 8)
         address, *sizes = struct.unpack_from("<10Q", raw, 24)
         dims, strides = sizes[:rank], sizes[5 : 5 + rank - 1]

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from gqa_kernels import cuda_build, env
+from gqa_kernels.native import cuda_build, env
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"

@@ -4,23 +4,18 @@ For each case named (default: all of them) the outputs are held to the package's
 one JSON object of the emulator's counters per launch is printed. The emulator's own checks (bounds,
 races, uninitialised shared memory, unawaited copies) are on and raise.
 
-Environment: ``PTXSIM`` is the folder of the emulator; ``TRITON_INTERPRET`` must not be 1.
+Environment: ``TRITON_INTERPRET`` must not be 1.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
 import torch
-
-sys.path.insert(0, os.environ["PTXSIM"])
-import ptxsim
-from ptxsim.races import WRITE, Shadow
 
 from gqa_kernels import HeadMap
 from gqa_kernels.backends.reference import reference_attention
@@ -30,6 +25,8 @@ from gqa_kernels.cache.inputs import CacheInputs
 from gqa_kernels.inputs import AttentionInputs
 from gqa_kernels.plan import build_plan
 from gqa_kernels.testing import assert_cache_close, assert_close, upcast
+from tools import ptxsim
+from tools.ptxsim.races import WRITE, Shadow
 
 from . import backward_cases
 from .aot import TARGETS, Signature, every_option, make_cache, make_cache_call, make_call

@@ -18,6 +18,7 @@ from tests.cache.histories import Kind
 from tests.cache.test_append import FORMATS, rotary_table
 from tests.emulation.cuda_append import append_phase, emulated_append, make_append_call
 from tests.emulation.cuda_harness import Phase, Result, unavailable_reason
+from tools.ptxsim import PtxError
 
 pytestmark = pytest.mark.skipif(unavailable_reason() is not None, reason=str(unavailable_reason()))
 
@@ -277,7 +278,6 @@ BREAKS = {
 def test_planted_errors_are_noticed(name):
     """A kernel broken in one place fails: by another result, or by one of the emulator's checks."""
     phase = Phase("sm80", "append", replace=(BREAKS[name],))
-    from ptxsim import PtxError  # on the path since the harness loaded the emulator
 
     def per_head(inputs):
         view = inputs.view

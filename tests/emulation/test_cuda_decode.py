@@ -20,6 +20,7 @@ from tests.emulation.cuda_harness import (
     make_call,
     unavailable_reason,
 )
+from tools.ptxsim import PtxError
 
 pytestmark = pytest.mark.skipif(unavailable_reason() is not None, reason=str(unavailable_reason()))
 
@@ -296,8 +297,6 @@ def test_planted_errors_are_noticed(name):
         (decode_inputs(kv_len=4500, batch=1), 99),
     ]
     invalid = make_call(calls[1][0], head_map=torch.tensor([1, 3, 1, 1], dtype=torch.int32))
-    from ptxsim import PtxError  # on the path since the harness loaded the emulator
-
     with pytest.raises((AssertionError, PtxError)):
         for inputs, num_sms in calls:
             check(inputs, emulate(phase, inputs, num_sms))

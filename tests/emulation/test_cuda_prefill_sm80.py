@@ -11,6 +11,7 @@ import torch
 from gqa_kernels import HeadMap
 from gqa_kernels.inputs import AttentionInputs
 from gqa_kernels.testing import make_inputs
+from tools.ptxsim import PtxError
 
 from ..cases import INTERLEAVED, PREFILL_CASES, UNEVEN, WITH_EMPTY, Case
 from .cuda_harness import Phase, Result, check, compiled, emulate, make_call, unavailable_reason
@@ -25,13 +26,6 @@ QUICK = {"causal-more-queries-than-keys", "everything", "lengths-per-head", "str
 # Of K from block to block, so that maxima grow, as rescaling on demand must notice, and fall again.
 GROWTH = torch.tensor([1, 4, 2, 16, 1, 64]).repeat_interleave(64)[:330, None]
 NEVER = 1 << 20  # a page id that is not in storage
-
-
-def ptx_error() -> type[Exception]:
-    """What the emulator raises; importable once a phase was loaded."""
-    import ptxsim
-
-    return ptxsim.PtxError
 
 
 def phase_for(inputs: AttentionInputs) -> Phase:
@@ -251,5 +245,5 @@ def test_broken_kernels_are_noticed(head_dim: int, file: str, old: str, new: str
     k[:, 0, 329:] = v[:, 0, 329:] = torch.nan
     inputs = AttentionInputs.create(q, k, v, SMALL, causal=True, kv_lengths=lengths)
     check(inputs, emulate(phase_for(inputs), inputs))
-    with pytest.raises((AssertionError, ptx_error())):
+    with pytest.raises((AssertionError, PtxError)):
         check(inputs, emulate(broken, inputs))

@@ -15,6 +15,7 @@ import torch
 from gqa_kernels import HeadMap
 from gqa_kernels.inputs import AttentionInputs
 from gqa_kernels.testing import make_inputs
+from tools.ptxsim import PtxError
 
 from ..cases import PREFILL_CASES, WITH_EMPTY, Case
 from .cuda_harness import (
@@ -23,9 +24,9 @@ from .cuda_harness import (
     Result,
     check,
     compiled,
-    cuda_home,
     emulate,
     make_call,
+    toolkit,
     unavailable_reason,
 )
 
@@ -237,7 +238,7 @@ def test_softmax_overlaps_with_products_in_machine_code(unit: str, tmp_path: Pat
     cubin = tmp_path / "unit.cubin"
     source = CSRC / "cuda" / "sm90" / "prefill" / f"{unit}.cu"
     built = subprocess.run(
-        [cuda_home() / "bin" / "nvcc", "-std=c++17", "-O3", "-Xptxas", "-v", "-cubin", "-gencode",
+        [toolkit().nvcc, "-std=c++17", "-O3", "-Xptxas", "-v", "-cubin", "-gencode",
          "arch=compute_90a,code=sm_90a", source, "-o", cubin],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
@@ -289,7 +290,6 @@ BROKEN = {
 def test_broken_kernels_are_noticed(name: str):
     file, old, new = BROKEN[name]
     broken = Phase("sm90", "prefill", (*HOST, "bf16_d64"), ((f"sm90/prefill/{file}", old, new),))
-    from ptxsim import PtxError  # the harness has put it on the path
 
     def run(q_len: int, kv_len: int) -> None:
         q, k, v = make_inputs(1, WITH_EMPTY, q_len, kv_len, 64, dtype=torch.bfloat16)

@@ -15,6 +15,7 @@ from gqa_kernels.cache.quantized import FORMAT_OF_NAME, dequantize
 from gqa_kernels.cache.view import KVView
 from gqa_kernels.testing import assert_cache_close
 from tests.cache.histories import Kind, empty_cache, fill, hide_unused_pages
+from tools.ptxsim import PtxError
 
 from .cuda_cache import make_cache_call
 from .cuda_harness import Phase, Result, compiled, unavailable_reason
@@ -286,8 +287,6 @@ def test_planted_errors_are_noticed(name):
     inputs = replace(inputs, view=replace(inputs.view, v_scale=scale))
     run("decode", inputs)
     phase = Phase("sm80", "decode", ("launch", "quantized_d64"), replace=(BREAKS[name],))
-    from ptxsim import PtxError  # on the path since the harness loaded the emulator
-
     with pytest.raises((AssertionError, PtxError)):
         result = phase.run(make_cache_call(inputs), MANY_SMS)
         assert_cache_close(result.out, inputs, result.lse)

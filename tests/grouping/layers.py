@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gqa_kernels import HeadMap
-from gqa_kernels.grouping.weights import LayerWeights, Rotary
+from gqa_kernels.models.weights import LayerWeights, Rotary
 
 D, DV, WIDTH = 8, 6, 20
 FREQUENCIES = (1.0, 0.5, 0.25, 0.1)

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from gqa_kernels import HeadMap
-from gqa_kernels.convert.families import attention_layers, attention_modules, family_of
 from gqa_kernels.convert.model import set_maps, write_layer
 from gqa_kernels.grouping import align_layer, calibrate, merge_layer
 from gqa_kernels.grouping.alignment import rotations
 from gqa_kernels.grouping.space import HeadSpace
 from gqa_kernels.integrations.transformers import register
+from gqa_kernels.models.families import attention_layers, attention_modules, family_of
 from tests import tiny_families
 from tests.grouping.layers import ROTARY, attention, layer, moments, relative, tokens
 

@@ -5,11 +5,11 @@ import torch
 
 from gqa_kernels import HeadMap
 from gqa_kernels.convert import convert
-from gqa_kernels.convert.families import attention_layers, layer_weights
 from gqa_kernels.convert.sequential import convert_sequentially
 from gqa_kernels.grouping.calibration import calibrate
 from gqa_kernels.grouping.convergence import split_half
 from gqa_kernels.grouping.moments import LayerStats, load_stats, save_stats
+from gqa_kernels.models.families import attention_layers, layer_weights
 from tests import tiny_families
 from tests.tiny_models import batch, tiny
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from gqa_kernels import HeadMap
-from gqa_kernels.convert import convert
-from gqa_kernels.convert.families import attention_layers
-from gqa_kernels.grouping import calibrate, layer_errors, select_maps
+from gqa_kernels.convert import convert, select_maps
+from gqa_kernels.grouping import calibrate, layer_errors
 from gqa_kernels.integrations.transformers import register
+from gqa_kernels.models.families import attention_layers
 from tests import tiny_families
 from tests.tiny_models import batch, tiny
 

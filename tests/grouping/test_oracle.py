@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from gqa_kernels import HeadMap, asym_gqa_attention
-from gqa_kernels.convert.families import attention_layers, layer_weights
 from gqa_kernels.grouping import calibrate, merge_layer, search
 from gqa_kernels.grouping.result import canonical_labels
 from gqa_kernels.grouping.similarity import KINDS, layer_similarity
 from gqa_kernels.grouping.space import HeadSpace
+from gqa_kernels.models.families import attention_layers, layer_weights
 from tests.grouping.layers import computed, layer, moments, tokens
 from tests.tiny_models import batch, tiny
 

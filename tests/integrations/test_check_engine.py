@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from gqa_kernels.convert import load
-from gqa_kernels.demo import model as demo
 from gqa_kernels.integrations import check_engine
+from gqa_kernels.samples import smollm2 as demo
 from tests.tiny_models import tiny
 
 

@@ -3,8 +3,8 @@
 import pytest
 
 from benchmarks.generate import STOCK, contestants
-from gqa_kernels.demo.errors import DemoError
-from gqa_kernels.demo.model import load_smollm2
+from gqa_kernels.reporting.errors import UsageError
+from gqa_kernels.samples.smollm2 import load_smollm2
 
 TOKENS = 128
 PROMPT = (
@@ -17,7 +17,7 @@ def test_greedy_text():
     """Even groups, and the same function with uneven ones, with both kinds of cache, in fp32."""
     try:
         loaded = load_smollm2()
-    except DemoError as error:
+    except UsageError as error:
         pytest.skip(str(error))
     ids = loaded.tokenizer(PROMPT, return_tensors="pt").input_ids
     texts = {}

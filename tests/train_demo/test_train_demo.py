@@ -8,7 +8,7 @@ import torch
 
 from gqa_kernels import HeadMap
 from gqa_kernels.cli import main
-from gqa_kernels.demo.errors import DemoError
+from gqa_kernels.reporting.errors import UsageError
 from gqa_kernels.train_demo.methods import METHODS, pool, searched_maps, start
 from gqa_kernels.train_demo.run import run
 from gqa_kernels.train_demo.settings import Settings
@@ -101,7 +101,7 @@ def test_finished_runs_are_not_run_again(tmp_path, console, monkeypatch):
     first = run(settings, tmp_path, console)
     monkeypatch.setattr("gqa_kernels.train_demo.training.loss", None)  # training would fail
     assert run(settings, tmp_path, console).outcomes == first.outcomes
-    with pytest.raises(DemoError, match="run with other settings"):
+    with pytest.raises(UsageError, match="run with other settings"):
         run(replace(settings, steps=3), tmp_path, console)
 
 

@@ -25,9 +25,9 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from ... import env
 from ...cache.inputs import AppendInputs, CacheInputs
 from ...inputs import AttentionInputs
+from ...native import env
 from ...plan import plan_for
 from ..base import ALL_CACHES, FUSED_OPTIONS, Backend, Capabilities
 

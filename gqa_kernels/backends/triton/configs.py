@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import torch
 
-from ... import env
+from ...native import env
 from ...splits import SplitChoice, ceil_div, choose_splits, split_choice
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ... import env
+from ...native import env
 from ..base import empty_output_like
 from .configs import device_facts
 

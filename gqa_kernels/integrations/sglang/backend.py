@@ -9,7 +9,7 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.runtime_context import get_parallel
 from torch import Tensor
 
-from ...model_maps import KEY_FIELD, VALUE_FIELD, layer_maps, stored_maps
+from ...models.maps import KEY_FIELD, VALUE_FIELD, layer_maps, stored_maps
 from . import BACKEND
 from .attention import Layer, Step, page_tables, pooled_attention
 

@@ -1,6 +1,6 @@
 """Hugging Face transformers: ``attn_implementation="asym_gqa"`` for models with head maps.
 
-The maps come from the model's config (:mod:`gqa_kernels.model_maps`); a model without them runs as
+The maps come from the model's config (:mod:`gqa_kernels.models.maps`); a model without them runs as
 ordinary GQA. :class:`PagedCache` keeps what ``generate`` has seen in pages of this package's
 caches, quantised if asked for. :func:`continuous_batching` lets ``generate_batch`` run on it.
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...attention import asym_gqa_attention
-from ...model_maps import IMPLEMENTATION_FIELD, KEY_FIELD, guard, layer_index, layer_maps
+from ...models.maps import IMPLEMENTATION_FIELD, KEY_FIELD, guard, layer_index, layer_maps
 from .masks import SequenceMask, sequence_mask
 from .packed import batched_attention, packed_attention
 

@@ -11,7 +11,7 @@ from vllm.model_executor.models.llama import LlamaAttention, LlamaDecoderLayer, 
 from vllm.model_executor.models.utils import extract_layer_index
 
 from ...head_map import HeadMap
-from ...model_maps import KEY_FIELD, VALUE_FIELD, layer_maps
+from ...models.maps import KEY_FIELD, VALUE_FIELD, layer_maps
 from .backend import AsymGQABackend
 
 

@@ -1,0 +1,129 @@
+"""Head maps in a Hugging Face model's config: one list per layer, so that they save and load.
+
+``config.kv_head_map[layer][h]`` is the KV head that query head ``h`` reads in that layer;
+``config.value_head_map`` is the same for V where K and V are grouped apart. A config without them
+is ordinary GQA.
+
+A config with maps that ordinary GQA doesn't compute also has ``attn_implementation: asym_gqa``:
+where the name is not registered, transformers then refuses to load the model, which otherwise it
+would run with equal, contiguous groups wherever the head counts divide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+
+from ..head_map import HeadMap
+
+KEY_FIELD = "kv_head_map"
+VALUE_FIELD = "value_head_map"
+IMPLEMENTATION_FIELD = "attn_implementation"
+IMPLEMENTATION = "asym_gqa"
+INDEX = "attention_index"  # of an attention module: which map is its own
+
+
+def layer_maps(
+    config: Any, layer: int | None, num_heads: int, num_k_heads: int, num_v_heads: int
+) -> tuple[HeadMap, HeadMap | None]:
+    """The maps of a layer: for K, and for V where it has its own (else None).
+
+    Raises:
+        ValueError: the config's maps don't fit the head counts, or it has none and the counts
+            don't divide.
+    """
+    key_map = _read(config, KEY_FIELD, layer, num_heads, num_k_heads)
+    value_map = _read(config, VALUE_FIELD, layer, num_heads, num_v_heads)
+    if key_map is None:
+        uniform = HeadMap.uniform if torch.compiler.is_compiling() else _uniform
+        key_map = uniform(num_heads, num_k_heads)
+    return key_map, value_map
+
+
+def layer_index(module: Any) -> int | None:
+    """Which of the config's maps an attention module goes by.
+
+    Converted modules know it; in a model that transformers loaded it is the ``layer_idx``.
+
+    Raises:
+        ValueError: an encoder-decoder that transformers loaded, where ``layer_idx`` is not enough.
+    """
+    index = getattr(module, INDEX, None)
+    if index is not None:
+        return index
+    config = getattr(module, "config", None)
+    maps, layers = getattr(config, KEY_FIELD, None), getattr(config, "num_hidden_layers", None)
+    if maps is not None and layers is not None and len(maps) > layers:
+        raise ValueError(
+            f"a model with {len(maps)} maps for {layers} layers must be loaded by "
+            "gqa_kernels.convert.load, got an attention module that transformers loaded"
+        )
+    return getattr(module, "layer_idx", None)
+
+
+def store_maps(config: Any, key_maps: Sequence[HeadMap], value_maps: Sequence[HeadMap]) -> None:
+    """Write the maps of all layers into a config, V's only where they differ from K's."""
+    setattr(config, KEY_FIELD, [list(m.entries) for m in key_maps])
+    if list(key_maps) != list(value_maps):
+        setattr(config, VALUE_FIELD, [list(m.entries) for m in value_maps])
+    elif getattr(config, VALUE_FIELD, None) is not None:
+        setattr(config, VALUE_FIELD, None)
+    guard(config)
+
+
+def stored_maps(config: Any) -> list[tuple[HeadMap, HeadMap]] | None:
+    """(K's map, V's map) of every layer, as ``store_maps`` wrote them; None where there are none.
+
+    Raises:
+        ValueError, TypeError: the fields hold something else.
+    """
+    keys, values = getattr(config, KEY_FIELD, None), getattr(config, VALUE_FIELD, None)
+    if keys is None:
+        if values is not None:
+            raise ValueError(f"config.{VALUE_FIELD} must come with {KEY_FIELD}, got it alone")
+        return None
+    if values is not None and len(values) != len(keys):
+        raise ValueError(
+            f"config.{VALUE_FIELD} must have a map for each of {len(keys)} layers, got "
+            f"{len(values)}"
+        )
+    return [(HeadMap(k), HeadMap(v)) for k, v in zip(keys, values or keys, strict=True)]
+
+
+def guard(config: Any) -> None:
+    """Ask for ``asym_gqa`` when the config is loaded again, if its maps need it."""
+    if all(k == v and k.is_uniform for k, v in stored_maps(config) or ()):
+        if hasattr(config, IMPLEMENTATION_FIELD):
+            delattr(config, IMPLEMENTATION_FIELD)
+    else:
+        setattr(config, IMPLEMENTATION_FIELD, IMPLEMENTATION)
+
+
+def _read(
+    config: Any, field: str, layer: int | None, num_heads: int, num_kv_heads: int
+) -> HeadMap | None:
+    maps = getattr(config, field, None)
+    if maps is None:
+        return None
+    if layer is None or not 0 <= layer < len(maps):
+        raise ValueError(f"config.{field} must have a map for layer {layer}, got {len(maps)} maps")
+    if len(maps[layer]) != num_heads:
+        raise ValueError(
+            f"config.{field}[{layer}] must have {num_heads} entries, one per query head, got "
+            f"{len(maps[layer])}"
+        )
+    make = HeadMap if torch.compiler.is_compiling() else _head_map
+    return make(tuple(maps[layer]), num_kv_heads)
+
+
+@cache
+def _head_map(entries: tuple[int, ...], num_kv_heads: int) -> HeadMap:
+    return HeadMap(entries, num_kv_heads)
+
+
+@cache
+def _uniform(num_heads: int, num_kv_heads: int) -> HeadMap:
+    return HeadMap.uniform(num_heads, num_kv_heads)

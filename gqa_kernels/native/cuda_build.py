@@ -1,0 +1,157 @@
+"""What building the CUDA kernels takes: the toolkit, architectures, sources and commands.
+
+``setup.py`` imports this file without the package: it imports neither the package nor torch.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import mmap
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+# Of a wheel. Kernels under csrc/cuda/sm90 use instructions of 90a; the others run from 80 on, and
+# their PTX lets later devices compile them.
+DEFAULT_ARCHS = ("80", "90a")
+# ptxas tells of registers and spills; tests/emulation/cuda_resources.py reads them from the log.
+NVCC_FLAGS = ("-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xptxas", "-v")
+LINK_FLAGS = ("-lcudart_static", "-ldl", "-lrt", "-lpthread")
+
+
+class Toolkit(NamedTuple):
+    """An installed CUDA toolkit: its folder, and what ``nvcc --version`` says."""
+
+    root: Path
+    version: str
+
+    @property
+    def nvcc(self) -> Path:
+        return self.root / "bin" / "nvcc"
+
+    @property
+    def include(self) -> Path:
+        return self.root / "include"
+
+    @property
+    def libraries(self) -> Path:
+        lib64 = self.root / "lib64"
+        return lib64 if lib64.is_dir() else self.root / "lib"
+
+
+def _pip_toolkit() -> Path | None:
+    """The folder that pip puts ``nvidia-cuda-nvcc`` and ``nvidia-cuda-runtime`` into."""
+    spec = importlib.util.find_spec("nvidia")
+    for folder in spec.submodule_search_locations if spec else ():
+        found = sorted(
+            path for path in Path(folder).glob("cu[0-9]*") if (path / "bin/nvcc").exists()
+        )
+        if found:
+            return found[-1]
+    return None
+
+
+@lru_cache
+def find_toolkit(cuda_home: str | None) -> Toolkit | None:
+    """The toolkit at ``cuda_home``; if that is None, of the nvcc on PATH, or of pip's packages."""
+    if cuda_home is not None:
+        root = Path(cuda_home)
+    elif shutil.which("nvcc") is None:
+        root = _pip_toolkit()
+        if root is None:
+            return None
+    else:
+        nvcc = shutil.which("nvcc")
+        # nvcc may be a wrapper script somewhere else; it says where the toolkit is.
+        told = subprocess.run(
+            [nvcc, "--dryrun", "-x", "cu", "-"], capture_output=True, text=True, timeout=60
+        )
+        top = re.search(r"^#\$ TOP=(.+)$", told.stderr, re.M)
+        root = Path(top[1].strip()) if top else Path(nvcc).resolve().parent.parent
+    nvcc = root / "bin" / "nvcc"
+    if not nvcc.exists() or not (root / "include" / "cuda_runtime_api.h").exists():
+        return None
+    told = subprocess.run([nvcc, "--version"], capture_output=True, text=True, timeout=60)
+    return Toolkit(root.resolve(), told.stdout.strip()) if told.returncode == 0 else None
+
+
+def parse_archs(arch_list: str) -> tuple[str, ...]:
+    """``"8.0;9.0+PTX"``, as in ``TORCH_CUDA_ARCH_LIST``, as ``("80", "90a")``.
+
+    Raises:
+        ValueError: an entry is no compute capability of 8.0 or more.
+    """
+    archs = []
+    for entry in re.split(r"[;\s]+", arch_list.strip()):
+        match = re.fullmatch(r"(\d+)\.(\d)[af]?(\+PTX)?", entry)
+        if match is None or int(match[1]) < 8:
+            raise ValueError(
+                f"TORCH_CUDA_ARCH_LIST must list compute capabilities of 8.0 or more, got {entry!r}"
+            )
+        archs.append(arch_of((int(match[1]), int(match[2]))))
+    return tuple(dict.fromkeys(archs))
+
+
+def arch_of(capability: tuple[int, int]) -> str:
+    """``(9, 0)`` as ``"90a"``, ``(8, 6)`` as ``"86"``."""
+    major, minor = capability
+    return f"{major}{minor}" + ("a" if major == 9 else "")
+
+
+def kernel_sources(root: Path, archs: Sequence[str]) -> list[Path]:
+    """The .cu files that these architectures take."""
+    sources = sorted((root / "cuda").rglob("*.cu"))
+    return [path for path in sources if gencode_flags(root, path, archs, ptx=False)]
+
+
+def host_sources(root: Path) -> list[Path]:
+    """The C++ files that only a library with CUDA kernels has."""
+    return [
+        *sorted(root.glob("*_cuda.cpp")),
+        *sorted((root / "host").glob("*_cuda.cpp")),
+        *sorted((root / "cuda").rglob("*.cpp")),
+    ]
+
+
+def host_flags(toolkit: Toolkit, archs: Sequence[str]) -> list[str]:
+    """Flags of those, beyond the ones of all C++ files."""
+    flags = ["-isystem", str(toolkit.include), f"-DGQA_CUDA_ARCHS={'_'.join(archs)}"]
+    return [*flags, "-DGQA_CUDA_SM90"] if "90a" in archs else flags
+
+
+def gencode_flags(root: Path, source: Path, archs: Sequence[str], ptx: bool) -> list[str]:
+    """What to compile a .cu file for; empty: nothing. ``ptx``: for later devices, too."""
+    hopper_only = source.is_relative_to(root / "cuda" / "sm90")
+    flags = []
+    for arch in archs:
+        if not hopper_only or arch == "90a":
+            flags += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
+    if ptx and not hopper_only and "80" in archs:
+        flags += ["-gencode", "arch=compute_80,code=compute_80"]
+    return flags
+
+
+def compile_command(
+    toolkit: Toolkit, root: Path, source: Path, target: Path, archs: Sequence[str], ptx: bool
+) -> list[str]:
+    """The command that compiles a .cu file to an object."""
+    gencode = gencode_flags(root, source, archs, ptx)
+    return [str(toolkit.nvcc), *NVCC_FLAGS, *gencode, "-c", str(source), "-o", str(target)]
+
+
+def build_info(library: Path) -> str | None:
+    """What the CUDA kernels in a library were built with, as ``"CUDA 13.0: sm_80, sm_90a"``.
+
+    None where it has no CUDA kernels. Reads the text in ``csrc/bindings_cuda.cpp`` from the file.
+    """
+    with open(library, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+        found = re.search(rb"gqa_kernels CUDA build (\d+) ([0-9a-z_]+)\0", text)
+        if found is None:
+            return None
+        version, archs = int(found[1]), found[2].decode().split("_")
+    names = ", ".join(f"sm_{arch}" for arch in archs)
+    return f"CUDA {version // 1000}.{version % 1000 // 10}: {names}"

@@ -1,0 +1,1 @@
+"""Progress bars, pictures, names of devices, whole files and UsageError, for every layer."""

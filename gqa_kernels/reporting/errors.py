@@ -1,0 +1,5 @@
+"""UsageError: something the user must fix before a command can run."""
+
+
+class UsageError(RuntimeError):
+    """Its message is one line, written for the user."""
