@@ -7,8 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from ..inputs import HeadMapLike, Layout
-from .base import KVCache
+from .cache.base import KVCache
+from .cache.tensors import Layout
+from .call.checks import HeadMapLike
 from .decode import asym_gqa_decode
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import warnings
 
-from ..cache.inputs import AppendInputs, CacheInputs
-from ..inputs import AttentionInputs
-from .base import Backend
+import torch
+
+from ..call.attention import AttentionCall
+from ..native.autograd import is_transformed_now
+from .base import Backend, Call
 from .cpu import CPUBackend
 from .cuda import CUDABackend
 from .reference import ReferenceBackend
@@ -20,7 +22,9 @@ BACKENDS: dict[str, Backend] = {
 AUTO_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 DEFAULT_ORDER = ("reference",)
 
-Inputs = AttentionInputs | CacheInputs | AppendInputs
+# Choices made so far. What decides is the kind of a call: its key holds no size but the head dims,
+# and no number's value. Only what can run is kept: it stays usable.
+_choices: dict[tuple, Backend] = {}
 
 
 def available_backends() -> list[str]:
@@ -33,37 +37,75 @@ def available_backends() -> list[str]:
     return [name for name, backend in BACKENDS.items() if backend.unavailable_reason() is None]
 
 
-def explain(inputs: Inputs) -> dict[str, list[str]]:
-    """For every backend, in the order of ``auto``, why it can't run these inputs."""
-    order = AUTO_ORDER.get(inputs.device.type, DEFAULT_ORDER)
+def explain(call: Call) -> dict[str, list[str]]:
+    """For every backend, in the order of ``auto``, why it can't run a call."""
+    order = AUTO_ORDER.get(call.device.type, DEFAULT_ORDER)
     order = (*order, *(name for name in BACKENDS if name not in order))
-    return {name: _reasons(BACKENDS[name], inputs) for name in order}
+    return {name: _reasons(BACKENDS[name], call) for name in order}
 
 
-def select(inputs: Inputs, backend: str = "auto") -> Backend:
-    """The backend that runs ``inputs``, ready to run.
+def select(call: Call, backend: str = "auto") -> Backend:
+    """The backend that runs a call, ready to run. A choice is kept for calls of the same kind.
 
     Raises:
-        ValueError: no backend has that name.
-        NotImplementedError: the named backend, or with ``"auto"`` every backend, can't run them.
+        ValueError, TypeError: ``call.check()`` refuses it, or no backend has that name.
+        NotImplementedError: the named backend, or with ``"auto"`` every backend, can't run it.
     """
+    if torch.compiler.is_compiling() or is_transformed_now():
+        call.check()
+        return _choose(call, backend)
+    key = (_attention_key if type(call) is AttentionCall else _append_key)(call, backend)
+    found = _choices.get(key)
+    if found is None:
+        call.check()
+        found = _choices[key] = _choose(call, backend)
+    return found
+
+
+def forget_choices() -> None:
+    """Choose again at the next call of each kind (what a backend can run was changed)."""
+    _choices.clear()
+
+
+def _attention_key(call: AttentionCall, backend: str) -> tuple:
+    """What the choice for an attention call follows from."""
+    q, kv, mask = call.q, call.kv, call.attn_mask
+    return (
+        backend, call.options.used, call.memory, q.dtype, q.device, q.size(3), kv.k.dtype,
+        kv.v.size(3), kv.page_table is None, kv.kv_begin is None, kv.kv_lengths is None,
+        call.q_offsets is None, call.value_head_map is None, type(call.head_map),
+        type(call.value_head_map), call.alibi_slopes is None, call.sinks is None,
+        mask if mask is None else (mask.dtype, mask.requires_grad), call.requires_grad,
+    )  # fmt: skip
+
+
+def _append_key(call: Call, backend: str) -> tuple:
+    """What the choice for an append follows from."""
+    k_new, kv = call.k_new, call.kv
+    return (
+        backend, "append", k_new.dtype, kv.k.device, kv.k.dtype, kv.k.size(3), kv.v.size(3),
+        kv.page_table is None, kv.kv_begin is None, call.new_offsets is None, call.requires_grad,
+    )  # fmt: skip
+
+
+def _choose(call: Call, backend: str) -> Backend:
     if backend == "auto":
-        for name in AUTO_ORDER.get(inputs.device.type, DEFAULT_ORDER):
-            if not _reasons(BACKENDS[name], inputs) and _prepare(name) is None:
+        for name in AUTO_ORDER.get(call.device.type, DEFAULT_ORDER):
+            if not _reasons(BACKENDS[name], call) and _prepare(name) is None:
                 return BACKENDS[name]
         raise NotImplementedError(
-            f"no backend can run {_described(inputs)}:\n"
-            + "\n".join(f"  {name}: {'; '.join(why)}" for name, why in explain(inputs).items())
+            f"no backend can run {call.describe()}:\n"
+            + "\n".join(f"  {name}: {'; '.join(why)}" for name, why in explain(call).items())
         )
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {backend!r}")
-    reasons = _reasons(BACKENDS[backend], inputs)
+    reasons = _reasons(BACKENDS[backend], call)
     if not reasons:
         failure = _prepare(backend)
         reasons = [failure] if failure else []
     if reasons:
         raise NotImplementedError(
-            f"backend {backend!r} can't run {_described(inputs)}: {'; '.join(reasons)}"
+            f"backend {backend!r} can't run {call.describe()}: {'; '.join(reasons)}"
         )
     return BACKENDS[backend]
 
@@ -81,27 +123,13 @@ def _unavailable(name: str) -> str | None:
 
 @_constant_while_compiling
 def _prepare(name: str) -> str | None:
-    """Make a backend ready, once; warn where it should be but can't."""
+    """Make a backend ready, once; warn if it should be but can't."""
     failure = BACKENDS[name].prepare()
     if failure:
         warnings.warn(f"gqa_kernels: backend {name!r} is not usable: {failure}", stacklevel=4)
     return failure
 
 
-def _reasons(backend: Backend, inputs: Inputs) -> list[str]:
+def _reasons(backend: Backend, call: Call) -> list[str]:
     missing = _unavailable(backend.name)
-    if isinstance(inputs, AttentionInputs):
-        why = backend.unsupported_reasons(inputs)
-    else:
-        why = backend.unsupported_cache_reasons(inputs)
-    return ([missing] if missing else []) + why
-
-
-def _described(inputs: Inputs) -> str:
-    if not isinstance(inputs, AttentionInputs):
-        return inputs.describe()
-    shapes = ", ".join(f"{n} {tuple(getattr(inputs, n).shape)}" for n in "qkv")
-    used = inputs.options
-    return f"{shapes} as [B, H, S, D] in {inputs.dtype} on {inputs.device}" + (
-        f" with {', '.join(used)}" if used else ""
-    )
+    return ([missing] if missing else []) + backend.unsupported(call)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..inputs import LAYOUTS, Layout
 from .base import KVCache, empty_scales, empty_storage
+from .tensors import Layout, check_layout
 from .view import KVView
 
 
@@ -17,7 +17,7 @@ class DenseKVCache(KVCache):
         k: ``[B_cache, Hk, capacity, D]``, or ``[B_cache, capacity, Hk, D]`` for layout ``"bshd"``;
             any strides with a contiguous last dim. The dtype says the format: the query's own, fp8
             (e4m3fn, e5m2), int8, or uint8 for int4 with ``D / 2`` bytes
-            (:mod:`gqa_kernels.cache.quantized`).
+            (:mod:`gqa_kernels.cache.formats`).
         v: ``[B_cache, Hv, capacity, Dv]`` likewise; K and V may be views of one tensor.
         lengths: ``[B]`` integers, or ``[B, Hk]`` with a budget per head: keys there are.
         batch_index: ``[B]`` integers, the row of each sequence in k and v; default its own number.
@@ -40,8 +40,7 @@ class DenseKVCache(KVCache):
         v_zero: Tensor | float | None = None,
         layout: Layout = "bhsd",
     ):
-        if layout not in LAYOUTS:
-            raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}")
+        check_layout(layout)
         if layout == "bshd":
             k, v = k.transpose(1, 2), v.transpose(1, 2)
         self.k, self.v, self.lengths = k, v, lengths

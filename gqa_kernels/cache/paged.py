@@ -8,9 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..inputs import _readable, _to_int32, as_int
 from .allocator import PageBatch
 from .base import KVCache, empty_scales, empty_storage
+from .tensors import as_int, check_is_tensor, is_readable, to_int32
 from .view import KVView
 
 Order = Literal["HND", "NHD"]
@@ -123,9 +123,9 @@ class PagedKVCache(KVCache):
         page = torch.arange(max_pages, device=indptr.device)
         entry = (indptr[:-1, None] + page).clamp(0, max(indices.numel() - 1, 0))
         table = indices[entry] if indices.numel() else entry.new_zeros(entry.shape)
-        table = _to_int32(torch.where(page < count[:, None], table, 0))
+        table = to_int32(torch.where(page < count[:, None], table, 0))
         lengths = torch.where(count > 0, (count - 1) * page_size + last_page_len, 0)
-        return cls(k, v, table, _to_int32(lengths), order=order, **options)
+        return cls(k, v, table, to_int32(lengths), order=order, **options)
 
     @classmethod
     def empty(
@@ -208,8 +208,7 @@ def _longest_row(
     """Check the tensors of a CSR page table. Returns the most pages of a sequence, or None when the
     host can't read the values."""
     for name, x in (("indptr", indptr), ("indices", indices), ("last_page_len", last_page_len)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        check_is_tensor(name, x)
         if x.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"{name}.dtype must be int32 or int64, got {x.dtype}")
         if x.dim() != 1:
@@ -222,7 +221,7 @@ def _longest_row(
             f"got {len(last_page_len)}"
         )
     longest = None
-    if _readable(indptr):
+    if is_readable(indptr):
         low, high = (int(x) for x in indptr.aminmax())
         count = indptr.long().diff()
         if low < 0 or high > len(indices) or (count < 0).any():
@@ -231,7 +230,7 @@ def _longest_row(
                 f"got {indptr.tolist()}"
             )
         longest = int(count.max()) if len(count) else 0
-        if _readable(last_page_len):
+        if is_readable(last_page_len):
             wrong = (count > 0) & ((last_page_len < 0) | (last_page_len > page_size))
             if bool(wrong.any()):
                 b = int(wrong.nonzero()[0])
@@ -247,8 +246,7 @@ def _longest_row(
 
 def _check_pages_rank(k: Tensor, v: Tensor, ranks: tuple[int, ...]) -> None:
     for name, x in (("k", k), ("v", v)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        check_is_tensor(name, x)
         if x.dim() not in ranks:
             allowed = " or ".join(map(str, ranks))
             raise ValueError(

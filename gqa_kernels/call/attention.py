@@ -1,142 +1,286 @@
-"""AttentionInputs: a checked, normalised attention call. Every error a user can cause is here."""
+"""AttentionCall: one attention call, over dense tensors, a cache or packed sequences."""
 
 from __future__ import annotations
 
-import math
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from .autograd import is_transformed, requires_grad
-from .dropout import draw_seed
-from .head_map import HeadMap
+from ..cache.tensors import Layout, check_layout
+from ..cache.view import KVView
+from ..head_map import HeadMap
+from ..native.autograd import is_transformed, requires_grad
+from ..native.dropout import draw_seed
+from . import checks
+from .checks import HeadMapLike, resolve_map
+from .options import Options
 
-HeadMapLike = HeadMap | Sequence[int] | Tensor
-Layout = Literal["bhsd", "bshd"]
+Memory = Literal["dense", "cache", "packed"]
 
-LAYOUTS = ("bhsd", "bshd")
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-UNBOUNDED = -1  # a window side without limit
-MAX_WINDOW = 1 << 30  # beyond any length, and no 32-bit position overflows by adding it
+# What a number of KV heads is called, by the axis of the heads in the caller's dense tensors.
+_HEADS_OF = {1: ("k.shape[1]", "v.shape[1]"), 2: ("k.shape[2]", "v.shape[2]")}
+_CACHE_HEADS = ("key heads of the cache", "value heads of the cache")
 
 
-@dataclass(frozen=True)
-class AttentionInputs:
-    """One call in the form that backends take; made by :meth:`create`.
+@dataclass(slots=True, eq=False)
+class AttentionCall:
+    """One call in the form that backends take; made by :meth:`dense`, :meth:`over` or
+    :meth:`packed`.
+
+    These check what is asked of the options, maps and biases. What is asked of q, k and v
+    :meth:`check` does: backends whose op checks shapes itself need it only to explain a refusal.
 
     Attributes:
-        q: ``[B, Hq, Sq, D]``. This and all below are views, whatever ``layout`` the caller used.
-        k: ``[B, Hk, Sk, D]``.
-        v: ``[B, Hv, Sk, Dv]``.
-        head_map: a HeadMap where the host can read it, else an integer tensor ``[Hq]``.
-        value_head_map: the same for V; None where V follows ``head_map``.
-        scale: factor of the scores.
-        window_left: keys visible before the query's position, or -1 for all of them.
-        window_right: keys visible after it (0 where causal), or -1 for all of them.
-        softcap: cap of the scores, 0.0 for none.
+        q: ``[B, Hq, Sq, D]``; with ``q_offsets`` ``[1, Hq, total_q, D]``. This and all below are
+            views, whatever layout the caller used.
+        kv: where the keys and values lie.
+        options: scale, window, softcap and dropout.
+        memory: what the caller gave: dense tensors, a cache, or packed sequences.
+        bshd: memory order of out: ``[B, Sq, Hq, Dv]``, or ``[total_q, Hq, Dv]`` if packed.
+        head_map: a HeadMap if the host can read it, else an int32 tensor ``[Hq]``.
+        value_head_map: the same for V; None if V follows ``head_map``.
         alibi_slopes: fp32 ``[B, Hq]`` or None.
         sinks: fp32 ``[Hq]`` or None.
-        attn_mask: boolean or floating ``[B, Hq, Sq, Sk]`` (strides may be 0) or None.
-        kv_lengths: int32 ``[B, Hk]`` (strides may be 0) or None.
-        layout: memory order of the output, ``"bhsd"`` or ``"bshd"``.
-        deterministic: results must be bitwise repeatable.
-        dropout_p: part of the probabilities that is dropped.
-        dropout_seed: int64 ``[2]``, seed and offset (see :mod:`gqa_kernels.dropout`), or None
-            where nothing is dropped.
+        attn_mask: boolean or floating ``[B, Hq, Sq, capacity]`` (strides may be 0) or None.
+        q_offsets: int32 ``[B + 1]`` or None: the queries of sequence ``b`` are the tokens
+            ``q_offsets[b]`` up to ``q_offsets[b + 1]``.
+        max_q_len, max_kv_len: with ``q_offsets``, most queries and keys of a sequence. They size
+            grids and choose splits, and nothing else.
+        dropout_seed: int64 ``[2]``, seed and offset (:mod:`gqa_kernels.native.dropout`), or None.
+        lse_wanted: whether the LSE will be read.
+        requires_grad: whether autograd records the call.
     """
 
     q: Tensor
-    k: Tensor
-    v: Tensor
+    kv: KVView
+    options: Options
+    memory: Memory
+    bshd: bool
     head_map: HeadMap | Tensor
-    value_head_map: HeadMap | Tensor | None
-    scale: float
-    window_left: int
-    window_right: int
-    softcap: float
-    alibi_slopes: Tensor | None
-    sinks: Tensor | None
-    attn_mask: Tensor | None
-    kv_lengths: Tensor | None
-    layout: Layout
-    deterministic: bool
-    dropout_p: float = 0.0
+    value_head_map: HeadMap | Tensor | None = None
+    alibi_slopes: Tensor | None = None
+    sinks: Tensor | None = None
+    attn_mask: Tensor | None = None
+    q_offsets: Tensor | None = None
+    max_q_len: int = 0
+    max_kv_len: int = 0
     dropout_seed: Tensor | None = None
+    lse_wanted: bool = True
+    requires_grad: bool = False
 
     @classmethod
-    def create(
+    def dense(
         cls,
         q: Tensor,
         k: Tensor,
         v: Tensor,
         head_map: HeadMapLike,
+        options: Options,
         *,
         value_head_map: HeadMapLike | None = None,
-        causal: bool = False,
-        scale: float | None = None,
-        window: tuple[int | None, int | None] | None = None,
-        softcap: float | None = None,
         alibi_slopes: Tensor | None = None,
         sinks: Tensor | None = None,
         attn_mask: Tensor | None = None,
         kv_lengths: Tensor | Sequence[int] | None = None,
         layout: Layout = "bhsd",
-        deterministic: bool = False,
-        dropout_p: float = 0.0,
-    ) -> AttentionInputs:
-        """Check and normalise the arguments of :func:`gqa_kernels.asym_gqa_attention`."""
-        if layout not in LAYOUTS:
-            raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}")
-        _check_tensors(q, k, v)
-        head_axis = 1
-        if layout == "bshd":
-            head_axis = 2
+    ) -> AttentionCall:
+        """The call of :func:`gqa_kernels.asym_gqa_attention`, whose arguments these are."""
+        bshd = layout != "bhsd"
+        if bshd:
+            check_layout(layout)
+        tensors = type(q) is type(k) is type(v) is Tensor
+        if not (tensors and q.dim() == k.dim() == v.dim() == 4):
+            checks.check_dense(*_heads_first(q, k, v, bshd), 1 + bshd)
+        if bshd:
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        _check_shapes(q, k, v, head_axis)
-        if value_head_map is None and k.shape[1] != v.shape[1]:
-            raise ValueError(
-                f"v.shape[{head_axis}] must equal k.shape[{head_axis}] ({k.shape[1]}) where no "
-                f"value_head_map is given, got {v.shape[1]}"
+        if kv_lengths is not None:
+            kv_lengths = checks.resolve_lengths(kv_lengths, k)
+        call = cls(q, KVView(k, v, kv_lengths), options, "dense", bshd, head_map, value_head_map)
+        return call._complete(alibi_slopes, sinks, attn_mask, _HEADS_OF[1 + bshd])
+
+    @classmethod
+    def over(
+        cls,
+        q: Tensor,
+        view: KVView,
+        head_map: HeadMapLike,
+        options: Options,
+        *,
+        value_head_map: HeadMapLike | None = None,
+        alibi_slopes: Tensor | None = None,
+        sinks: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        cu_seqlens_q: Tensor | None = None,
+        max_seqlen_q: int | None = None,
+        max_seqlen_k: int | None = None,
+        layout: Layout = "bhsd",
+        memory: Memory = "cache",
+    ) -> AttentionCall:
+        """The call of :func:`gqa_kernels.asym_gqa_decode`, whose arguments these are, over the view
+        of its cache. ``max_seqlen_k``: default the view's capacity."""
+        packed = cu_seqlens_q is not None
+        if packed or layout != "bhsd" or type(q) is not Tensor or q.dim() != 4:
+            q = checks.heads_first("q", q, layout, packed)
+        call = cls(
+            q, view, options, memory, packed or layout == "bshd", head_map, value_head_map
+        )  # fmt: skip
+        if packed:
+            if attn_mask is not None:
+                raise ValueError("attn_mask must be None where sequences are packed (cu_seqlens_q)")
+            call.q_offsets, call.max_q_len = checks.resolve_offsets(
+                "cu_seqlens_q", cu_seqlens_q, "max_seqlen_q", max_seqlen_q, q, view.batch
             )
-        k_map = _resolve_map("head_map", head_map, q, k.shape[1], f"k.shape[{head_axis}]")
-        v_map = None
-        if value_head_map is not None:
-            name = f"v.shape[{head_axis}]"
-            v_map = _resolve_map("value_head_map", value_head_map, q, v.shape[1], name)
-        window_left, window_right = _resolve_window(window, causal)
-        return cls(
-            q=q,
-            k=k,
-            v=v,
-            head_map=k_map,
-            value_head_map=v_map,
-            scale=_resolve_scale(scale, q.shape[3]),
-            window_left=window_left,
-            window_right=window_right,
-            softcap=_resolve_softcap(softcap),
-            alibi_slopes=_resolve_slopes(alibi_slopes, q),
-            sinks=_resolve_sinks(sinks, q),
-            attn_mask=_resolve_mask(attn_mask, q, k.shape[2]),
-            kv_lengths=_resolve_lengths(kv_lengths, q, k),
-            layout=layout,
-            deterministic=bool(deterministic),
-            dropout_p=_resolve_dropout(dropout_p),
+            capacity = view.capacity
+            call.max_kv_len = capacity if max_seqlen_k is None else min(max_seqlen_k, capacity)
+        return call._complete(alibi_slopes, sinks, attn_mask, _CACHE_HEADS)
+
+    @classmethod
+    def packed(
+        cls,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        head_map: HeadMapLike,
+        options: Options,
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor,
+        max_seqlen_q: int,
+        max_seqlen_k: int,
+        **others,
+    ) -> AttentionCall:
+        """The call of :func:`gqa_kernels.asym_gqa_varlen_attention`, whose arguments these are: a
+        storage that every sequence sees, and where each sequence begins in it."""
+        k, v = (checks.heads_first(name, x, "bhsd", True) for name, x in (("k", k), ("v", v)))
+        if k.shape[2] != v.shape[2]:
+            raise ValueError(f"v.shape[0] must equal k.shape[0] ({k.shape[2]}), got {v.shape[2]}")
+        batch = cu_seqlens_k.shape[0] - 1 if isinstance(cu_seqlens_k, Tensor) else 0
+        offsets, max_seqlen_k = checks.resolve_offsets(
+            "cu_seqlens_k", cu_seqlens_k, "max_seqlen_k", max_seqlen_k, k, batch
+        )
+        return cls.over(
+            q, KVView.packed(k, v, offsets), head_map, options, cu_seqlens_q=cu_seqlens_q,
+            max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, memory="packed", **others,
+        )  # fmt: skip
+
+    def _complete(
+        self, alibi_slopes: Tensor | None, sinks: Tensor | None, attn_mask: Tensor | None,
+        heads_of: tuple[str, str],
+    ) -> AttentionCall:  # fmt: skip
+        """Check and enter the maps and the biases."""
+        q, k, v, head_map = self.q, self.kv.k, self.kv.v, self.head_map
+        # The op finds a map whose length is not that of q's heads.
+        if type(head_map) is not HeadMap or head_map.num_kv_heads != k.size(1):
+            self.head_map = resolve_map(
+                "head_map", head_map, q.size(1), k.size(1), heads_of[0], q.device
+            )
+        value_map = self.value_head_map
+        if value_map is not None:
+            if type(value_map) is not HeadMap or value_map.num_kv_heads != v.size(1):
+                self.value_head_map = resolve_map(
+                    "value_head_map", value_map, q.size(1), v.size(1), heads_of[1], q.device
+                )
+        elif v.size(1) != k.size(1):
+            self._refuse_heads(heads_of)
+        if alibi_slopes is not None:
+            self.alibi_slopes = checks.resolve_slopes(alibi_slopes, q, self.kv.batch)
+        if sinks is not None:
+            self.sinks = checks.resolve_sinks(sinks, q)
+        if attn_mask is not None:
+            self.attn_mask = checks.resolve_mask(attn_mask, q, self.kv.capacity)
+        if torch.is_grad_enabled():
+            self.requires_grad = requires_grad(q, k, v, alibi_slopes, sinks, attn_mask)
+        return self
+
+    def _refuse_heads(self, heads_of: tuple[str, str]) -> None:
+        k_heads, v_heads = self.kv.num_k_heads, self.kv.num_v_heads
+        if self.memory == "dense":
+            raise ValueError(
+                f"{heads_of[1]} must equal {heads_of[0]} ({k_heads}) where no value_head_map is "
+                f"given, got {v_heads}"
+            )
+        raise ValueError(
+            f"the cache must have as many value heads as key heads ({k_heads}) where no "
+            f"value_head_map is given, got {v_heads}"
         )
 
-    def with_dropout_seed(self) -> AttentionInputs:
-        """The call with a seed from torch's default generator, if it drops anything."""
-        if self.dropout_p == 0.0:
-            return self
-        return replace(self, dropout_seed=draw_seed(self.q.device))
+    def check(self) -> None:
+        """What is asked of q and of the memory, and of both together.
+
+        Raises:
+            ValueError, TypeError: the message names the argument, the rule and the value.
+            NotImplementedError: a value head map over pages per head.
+        """
+        q, view = self.q, self.kv
+        if self.memory == "dense":
+            checks.check_dense(q, view.k, view.v, 1 + self.bshd)
+            heads_of = _HEADS_OF[1 + self.bshd]
+        else:
+            self._check_view()
+            heads_of = _CACHE_HEADS
+        for i, name in enumerate(("head_map", "value_head_map")):
+            value, heads = getattr(self, name), (view.num_k_heads, view.num_v_heads)[i]
+            if value is not None:
+                resolve_map(name, value, q.shape[1], heads, heads_of[i], q.device)
+
+    def _check_view(self) -> None:
+        q, view = self.q, self.kv
+        checks.check_floating("q", q, view.device)
+        if self.memory == "packed":
+            for name, x in (("k", view.k), ("v", view.v)):
+                checks.check_floating(name, x, view.device)
+            if view.v.dtype != view.k.dtype:
+                raise TypeError(
+                    f"v.dtype must equal k.dtype ({view.k.dtype}), got {view.v.dtype}"
+                )
+        if self.q_offsets is None and q.shape[0] != view.batch:
+            raise ValueError(
+                f"q.shape[0] must equal the cache's batch ({view.batch}), got {q.shape[0]}"
+            )
+        if view.format is None and q.dtype != view.k.dtype:
+            raise TypeError(f"q.dtype must equal the cache's ({view.k.dtype}), got {q.dtype}")
+        if q.shape[3] != view.head_dim:
+            raise ValueError(
+                f"the head dim of q must equal that of the cache's keys ({view.head_dim}), "
+                f"got {q.shape[3]}"
+            )
+        if self.value_head_map is not None and view.pages_per_head:
+            raise NotImplementedError(
+                "value_head_map must be None where the page table is per head: a page of a key "
+                "head holds the values of its own head"
+            )
+
+    def draw_dropout_seed(self) -> AttentionCall:
+        """This call, with a seed from torch's default generator if it drops anything."""
+        if self.options.dropout_p:
+            self.dropout_seed = draw_seed(self.q.device)
+        return self
+
+    def with_q(self, q: Tensor, view: KVView) -> AttentionCall:
+        """The same call of other queries and memory, of the same kind."""
+        grad = torch.is_grad_enabled() and requires_grad(q, view.k, view.v, *self.biases)
+        return AttentionCall(
+            q, view, self.options, self.memory, self.bshd, self.head_map, self.value_head_map,
+            *self.biases, self.q_offsets, self.max_q_len, self.max_kv_len, requires_grad=grad,
+        )  # fmt: skip
+
+    def with_kv(self, k: Tensor, v: Tensor) -> AttentionCall:
+        """The same call with other keys and values in the place of its own."""
+        return replace(self, kv=replace(self.kv, k=k, v=v))
+
+    @property
+    def k(self) -> Tensor:
+        return self.kv.k
+
+    @property
+    def v(self) -> Tensor:
+        return self.kv.v
 
     @property
     def batch(self) -> int:
-        return self.q.shape[0]
+        return self.kv.batch
 
     @property
     def num_heads(self) -> int:
@@ -144,19 +288,21 @@ class AttentionInputs:
 
     @property
     def num_k_heads(self) -> int:
-        return self.k.shape[1]
+        return self.kv.num_k_heads
 
     @property
     def num_v_heads(self) -> int:
-        return self.v.shape[1]
+        return self.kv.num_v_heads
 
     @property
     def q_len(self) -> int:
-        return self.q.shape[2]
+        """``Sq``: query tokens of a sequence, at most."""
+        return self.q.shape[2] if self.q_offsets is None else self.max_q_len
 
     @property
     def kv_len(self) -> int:
-        return self.k.shape[2]
+        """``Sk``: key slots of a sequence."""
+        return self.kv.capacity
 
     @property
     def head_dim(self) -> int:
@@ -164,7 +310,7 @@ class AttentionInputs:
 
     @property
     def value_head_dim(self) -> int:
-        return self.v.shape[3]
+        return self.kv.value_head_dim
 
     @property
     def dtype(self) -> torch.dtype:
@@ -175,328 +321,79 @@ class AttentionInputs:
         return self.q.device
 
     @property
+    def scale(self) -> float:
+        """Factor of the scores."""
+        scale = self.options.scale
+        return self.head_dim**-0.5 if scale is None else scale
+
+    @property
     def head_map_tensor(self) -> Tensor:
-        """The key head map as an integer tensor ``[Hq]`` on the call's device."""
-        return _map_tensor(self.head_map, self.q.device)
+        """The key head map as an int32 tensor ``[Hq]`` on the call's device."""
+        return _map_tensor(self.head_map, self.q)
 
     @property
     def value_head_map_tensor(self) -> Tensor | None:
-        """The value head map likewise, or None where V follows the key head map."""
-        if self.value_head_map is None:
-            return None
-        return _map_tensor(self.value_head_map, self.q.device)
+        """The value head map likewise, or None if V follows the key head map."""
+        value_map = self.value_head_map
+        return None if value_map is None else _map_tensor(value_map, self.q)
 
     @property
-    def requires_grad(self) -> bool:
-        tensors = (self.q, self.k, self.v, self.alibi_slopes, self.sinks, self.attn_mask)
-        return requires_grad(*tensors)
+    def biases(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """What is added to scores, and the sinks."""
+        return self.alibi_slopes, self.sinks, self.attn_mask
 
     @property
-    def options(self) -> list[str]:
-        """Names of the options in use, as :class:`~gqa_kernels.backends.base.Capabilities` has."""
-        used = []
-        if self.value_head_map is not None:
-            used.append("value_head_map")
-        if self.window_left != UNBOUNDED or self.window_right != UNBOUNDED:
-            used.append("window")
-        if self.softcap:
-            used.append("softcap")
-        if self.alibi_slopes is not None:
-            used.append("alibi")
-        if self.sinks is not None:
-            used.append("sinks")
-        if self.attn_mask is not None:
-            used.append("bool_mask" if self.attn_mask.dtype == torch.bool else "additive_mask")
-        if self.kv_lengths is not None:
-            used.append("kv_lengths")
-        if isinstance(self.head_map, Tensor) or isinstance(self.value_head_map, Tensor):
-            used.append("device_map")
-        if self.dropout_p:
-            used.append("dropout")
-        if requires_grad(self.attn_mask):
-            used.append("mask_gradient")
-        if is_transformed(self.q, self.k, self.v, self.alibi_slopes, self.sinks, self.attn_mask):
-            used.append("torch_func")
-        return used
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds of memory and packing, as ``Capabilities.caches`` has them."""
+        kinds = () if self.memory == "dense" else self.kv.kinds
+        return kinds if self.q_offsets is None else (*kinds, "varlen")
+
+    @property
+    def used(self) -> list[str]:
+        """Names of the options in use, as ``Capabilities.options`` has them."""
+        used, mask = list(self.options.used), self.attn_mask
+        in_use = {
+            "value_head_map": self.value_head_map is not None,
+            "alibi": self.alibi_slopes is not None,
+            "sinks": self.sinks is not None,
+            "bool_mask": mask is not None and mask.dtype == torch.bool,
+            "additive_mask": mask is not None and mask.dtype != torch.bool,
+            "kv_lengths": self.memory == "dense" and self.kv.kv_lengths is not None,
+            "device_map": isinstance(self.head_map, Tensor)
+            or isinstance(self.value_head_map, Tensor),
+            "mask_gradient": requires_grad(mask),
+            "torch_func": is_transformed(self.q, self.kv.k, self.kv.v, *self.biases),
+        }
+        return used + [name for name, is_used in in_use.items() if is_used]
+
+    def describe(self) -> str:
+        """The call in words, for errors."""
+        used = self.used
+        with_options = f" with {', '.join(used)}" if used else ""
+        q, k, v = (tuple(x.shape) for x in (self.q, self.kv.k, self.kv.v))
+        if self.memory == "dense":
+            where = f"q {q}, k {k}, v {v} as [B, H, S, D] in {self.dtype} on {self.device}"
+        else:
+            where = f"q {q} in {self.dtype} over {described(self.kv)}"
+        return where + with_options
 
 
-def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Type, rank, dtype, device and last stride of q, k and v."""
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-        if x.dim() != 4:
-            raise ValueError(f"{name} must have 4 dimensions, got {x.dim()} (shape {_shape(x)})")
-        if x.dtype not in DTYPES:
-            raise TypeError(f"{name}.dtype must be one of {_names(DTYPES)}, got {x.dtype}")
-        if x.dtype != q.dtype:
-            raise TypeError(f"{name}.dtype must equal q.dtype ({q.dtype}), got {x.dtype}")
-        if x.device != q.device:
-            raise ValueError(f"{name}.device must equal q.device ({q.device}), got {x.device}")
-        if x.stride(3) != 1 and x.shape[3] > 1 and x.numel() > 0:
-            raise ValueError(
-                f"{name}.stride(-1) must be 1, got {x.stride(3)}; call {name}.contiguous() first"
-            )
-
-
-def _check_shapes(q: Tensor, k: Tensor, v: Tensor, head_axis: int) -> None:
-    """Sizes of the bhsd views; ``head_axis`` is where the caller's layout has the heads."""
-    token_axis = 3 - head_axis
-    batch, q_heads, _, head_dim = q.shape
-    k_batch, k_heads, kv_len, k_head_dim = k.shape
-    v_batch, v_heads, v_len, value_head_dim = v.shape
-    if k_batch != batch:
-        raise ValueError(f"k.shape[0] must equal q.shape[0] ({batch}), got {k_batch}")
-    if v_batch != batch:
-        raise ValueError(f"v.shape[0] must equal q.shape[0] ({batch}), got {v_batch}")
-    if k_head_dim != head_dim:
-        raise ValueError(f"k.shape[3] must equal q.shape[3] ({head_dim}), got {k_head_dim}")
-    if v_len != kv_len:
-        raise ValueError(
-            f"v.shape[{token_axis}] must equal k.shape[{token_axis}] ({kv_len}), got {v_len}"
-        )
-    if q_heads < 1 or k_heads < 1 or v_heads < 1:
-        raise ValueError(
-            f"q, k and v.shape[{head_axis}] (heads) must be at least 1, "
-            f"got {q_heads}, {k_heads} and {v_heads}"
-        )
-    if head_dim < 1 or value_head_dim < 1:
-        raise ValueError(
-            f"q and v.shape[3] (head dim) must be at least 1, got {head_dim} and {value_head_dim}"
-        )
-
-
-def _readable(x: Tensor) -> bool:
-    """Whether the host can look at the values without waiting for a device or breaking a graph."""
+def described(view: KVView) -> str:
+    """A cache in words, for errors."""
     return (
-        x.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and type(x) in (Tensor, torch.nn.Parameter, torch.nn.Buffer)
+        f"{' '.join(view.kinds)} cache with k {tuple(view.k.shape)}, v {tuple(view.v.shape)} as "
+        f"[P, H, page_size, D] on {view.device}"
     )
 
 
-def as_int(name: str, value: object) -> int:
-    """An integer option: a Python or numpy integer, or a 0-d integer tensor that the host can read.
-    A SymInt of torch.compile stays one."""
-    if type(value) is int or isinstance(value, torch.SymInt):
-        return value
-    if isinstance(value, Tensor) and not (
-        value.dim() == 0 and _readable(value) and not value.dtype.is_floating_point
-        and not value.dtype.is_complex and value.dtype != torch.bool
-    ):  # fmt: skip
-        raise TypeError(
-            f"{name} must be an integer, or a 0-d integer tensor on the CPU, got a {value.dtype} "
-            f"tensor of shape {_shape(value)} on {value.device}"
-        )
-    if not isinstance(value, bool):
-        try:
-            return operator.index(value)
-        except TypeError:
-            pass
-    raise TypeError(f"{name} must be an integer, got {_shown(value)}")
+def _heads_first(q: Tensor, k: Tensor, v: Tensor, bshd: bool) -> Sequence[Tensor]:
+    """Views as ``[B, H, S, D]`` of what is possibly not such a tensor."""
+    if not bshd:
+        return q, k, v
+    return [x.transpose(1, 2) if isinstance(x, Tensor) and x.dim() > 2 else x for x in (q, k, v)]
 
 
-def _to_int32(x: Tensor) -> Tensor:
-    """Integers as int32. A value beyond 32 bits stays out of range: it doesn't wrap into it."""
-    return x if x.dtype == torch.int32 else x.clamp(-(2**31), 2**31 - 1).to(torch.int32)
-
-
-@lru_cache(maxsize=1024)
-def _interned_map(entries: tuple[int, ...], num_kv_heads: int) -> HeadMap:
-    """One HeadMap per content, so that plans cached on it are found again."""
-    return HeadMap(entries, num_kv_heads)
-
-
-def _resolve_map(
-    name: str, value: HeadMapLike, q: Tensor, num_kv_heads: int, shape_name: str
-) -> HeadMap | Tensor:
-    num_heads = q.shape[1]
-    if isinstance(value, Tensor):
-        if value.dtype not in (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8):
-            raise TypeError(f"{name} must be an integer tensor, got {value.dtype}")
-        if value.dim() != 1:
-            raise ValueError(f"{name} must have 1 dimension, got {value.dim()} {_shape(value)}")
-        if value.numel() != num_heads:
-            raise ValueError(
-                f"{name} must have one entry per query head ({num_heads}), got {value.numel()}"
-            )
-        if not _readable(value):
-            if value.device != q.device:
-                raise ValueError(
-                    f"{name}.device must equal q.device ({q.device}), got {value.device}"
-                )
-            return value
-        value = value.tolist()
-    if not isinstance(value, HeadMap):
-        if hasattr(value, "tolist"):  # a numpy array
-            value = value.tolist()
-        if isinstance(value, (str, bytes)) or not hasattr(value, "__iter__"):
-            raise TypeError(
-                f"{name} must be a HeadMap, a sequence of integers or an integer tensor, "
-                f"got {type(value).__name__}"
-            )
-        entries = tuple(value)
-        if not all(type(e) is int for e in entries):
-            entries = HeadMap(entries).entries  # converts numpy integers, refuses the rest
-        if entries and not (min(entries) >= 0 and max(entries) < num_kv_heads):
-            head = next(h for h, e in enumerate(entries) if not 0 <= e < num_kv_heads)
-            raise ValueError(
-                f"{name} entries must lie in [0, {shape_name} ({num_kv_heads})), "
-                f"got {entries[head]} at head {head}"
-            )
-        value = _interned_map(entries, num_kv_heads)
-    if value.num_heads != num_heads:
-        raise ValueError(
-            f"{name} must have one entry per query head ({num_heads}), got {value.num_heads}"
-        )
-    if value.num_kv_heads != num_kv_heads:
-        raise ValueError(
-            f"{shape_name} must equal {name}.num_kv_heads ({value.num_kv_heads}), "
-            f"got {num_kv_heads}"
-        )
-    return value
-
-
-def _map_tensor(head_map: HeadMap | Tensor, device: torch.device) -> Tensor:
-    return head_map.tensor(device) if isinstance(head_map, HeadMap) else head_map
-
-
-def _resolve_window(window: object, causal: bool) -> tuple[int, int]:
-    left = right = UNBOUNDED
-    if window is not None:
-        if not isinstance(window, (tuple, list)) or len(window) != 2:
-            raise ValueError(f"window must be a pair (left, right) or None, got {window!r}")
-        for side, size in zip(("left", "right"), window, strict=True):
-            if size is None:
-                continue
-            if isinstance(size, bool) or not isinstance(size, (int, torch.SymInt)):
-                raise TypeError(f"window {side} must be an integer or None, got {size!r}")
-            if size < 0:
-                raise ValueError(
-                    f"window {side} must be non-negative, or None for unbounded, got {size}"
-                )
-        left, right = (UNBOUNDED if size is None else min(size, MAX_WINDOW) for size in window)
-    return left, 0 if causal else right
-
-
-def _resolve_scale(scale: float | None, head_dim: int) -> float:
-    if scale is None:
-        return head_dim**-0.5
-    scale = float(scale)
-    if not math.isfinite(scale):
-        raise ValueError(f"scale must be finite, got {scale}")
-    return scale
-
-
-def _resolve_softcap(softcap: float | None) -> float:
-    if softcap is None:
-        return 0.0
-    softcap = float(softcap)
-    if not (math.isfinite(softcap) and softcap > 0):
-        raise ValueError(f"softcap must be positive and finite, or None, got {softcap}")
-    return softcap
-
-
-def _resolve_dropout(dropout_p: float) -> float:
-    dropout_p = float(dropout_p)
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p must lie in [0, 1), got {dropout_p}")
-    return dropout_p
-
-
-def _check_float_tensor(name: str, x: object, q: Tensor) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-    if not x.dtype.is_floating_point:
-        raise TypeError(f"{name}.dtype must be floating, got {x.dtype}")
-    if x.device != q.device:
-        raise ValueError(f"{name}.device must equal q.device ({q.device}), got {x.device}")
-
-
-def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Type of scores and softmax: fp32, or fp64 for fp64 inputs."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _resolve_slopes(slopes: Tensor | None, q: Tensor) -> Tensor | None:
-    if slopes is None:
-        return None
-    _check_float_tensor("alibi_slopes", slopes, q)
-    batch, heads = q.shape[:2]
-    if slopes.shape not in ((heads,), (batch, heads)):
-        raise ValueError(
-            f"alibi_slopes must have shape ({heads},) or ({batch}, {heads}), got {_shape(slopes)}"
-        )
-    return slopes.to(_accumulate_dtype(q.dtype)).expand(batch, heads)
-
-
-def _resolve_sinks(sinks: Tensor | None, q: Tensor) -> Tensor | None:
-    if sinks is None:
-        return None
-    _check_float_tensor("sinks", sinks, q)
-    if sinks.shape != (q.shape[1],):
-        raise ValueError(f"sinks must have shape ({q.shape[1]},), got {_shape(sinks)}")
-    return sinks.to(_accumulate_dtype(q.dtype))
-
-
-def _resolve_mask(mask: Tensor | None, q: Tensor, kv_len: int) -> Tensor | None:
-    if mask is None:
-        return None
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"attn_mask must be a torch.Tensor, got {type(mask).__name__}")
-    if mask.dtype != torch.bool:
-        if not mask.dtype.is_floating_point:
-            raise TypeError(f"attn_mask.dtype must be bool or floating, got {mask.dtype}")
-        if mask.dtype not in (q.dtype, torch.float32):
-            mask = mask.to(_accumulate_dtype(q.dtype))
-    if mask.device != q.device:
-        raise ValueError(f"attn_mask.device must equal q.device ({q.device}), got {mask.device}")
-    target = (*q.shape[:3], kv_len)
-    have = (1,) * (4 - mask.dim()) + tuple(mask.shape)
-    if mask.dim() > 4 or any(h not in (1, t) for h, t in zip(have, target, strict=True)):
-        raise ValueError(
-            f"attn_mask must broadcast to [B, Hq, Sq, Sk] = {target}, got {_shape(mask)}"
-        )
-    return mask.expand(target)
-
-
-def _resolve_lengths(lengths: Tensor | Sequence[int] | None, q: Tensor, k: Tensor) -> Tensor | None:
-    if lengths is None:
-        return None
-    if not isinstance(lengths, Tensor):
-        lengths = torch.tensor(lengths, device=q.device)
-        if lengths.numel() == 0:
-            lengths = lengths.to(torch.int32)
-    if lengths.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"kv_lengths.dtype must be int32 or int64, got {lengths.dtype}")
-    if lengths.device != q.device:
-        raise ValueError(
-            f"kv_lengths.device must equal q.device ({q.device}), got {lengths.device}"
-        )
-    batch, heads, kv_len = k.shape[:3]
-    if lengths.shape not in ((batch,), (batch, heads)):
-        raise ValueError(
-            f"kv_lengths must have shape ({batch},) or ({batch}, {heads}), got {_shape(lengths)}"
-        )
-    if _readable(lengths) and lengths.numel():
-        low, high = (int(x) for x in lengths.aminmax())
-        if low < 0 or high > kv_len:
-            raise ValueError(
-                f"kv_lengths must lie in [0, Sk ({kv_len})], got {low if low < 0 else high}"
-            )
-    lengths = _to_int32(lengths)
-    return (lengths[:, None] if lengths.dim() == 1 else lengths).expand(batch, heads)
-
-
-def _shown(value: object) -> str:
-    """A value as an error shows it: never long."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def _shape(x: Tensor) -> tuple[int, ...]:
-    return tuple(x.shape)
-
-
-def _names(dtypes: tuple[torch.dtype, ...]) -> str:
-    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+def _map_tensor(head_map: HeadMap | Tensor, q: Tensor) -> Tensor:
+    if type(head_map) is HeadMap:
+        return head_map.cpu_tensor if q.is_cpu else head_map.tensor(q.device)
+    return head_map

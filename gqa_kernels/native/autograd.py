@@ -111,6 +111,9 @@ def requires_grad(*tensors: Tensor | None) -> bool:
     return False
 
 
+is_autocast_on = torch._C._is_any_autocast_enabled  # for some device
+
+
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """q, k and v in the type that autocast gives them, as SDPA's; fp64 stays."""
     dtype = autocast_dtype(tensors[0])

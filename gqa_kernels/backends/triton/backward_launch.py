@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ...plan import largest_first, num_groups, regrouped
-from ...splits import ceil_div
+from .plan import largest_first, num_groups, regrouped
+from .splits import ceil_div
 from .backward_kv import backward_kv_kernel
 from .backward_q import backward_q_kernel
 from .backward_rows import delta_kernel

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...cache.inputs import AppendInputs
+from ...call.append import AppendCall
 from ...cache.view import is_dynamic
-from ...splits import ceil_div
+from .splits import ceil_div
 from . import kv
 from .append import append_kernel
 from .configs import padded_dim, power_of_two
@@ -16,19 +16,19 @@ from .launch import FORMATS, Launch, strides_of
 BLOCK_T = 16  # most tokens of a program
 
 
-def append_launch(inputs: AppendInputs, rotated: Tensor | None) -> Launch | None:
+def append_launch(call: AppendCall, rotated: Tensor | None) -> Launch | None:
     """The launch that writes an append's tokens, and its queries rotated into ``rotated``; None
     where there is nothing to write."""
-    view, k_new, v_new = inputs.view, inputs.k_new, inputs.v_new
-    if view.batch == 0 or inputs.max_new == 0:
+    view, k_new, v_new = call.kv, call.k_new, call.v_new
+    if view.batch == 0 or call.max_new == 0:
         return None
-    q = None if rotated is None else inputs.q
+    q = None if rotated is None else call.q
     k, v, format = view.k, view.v, FORMATS.get(view.k.dtype, kv.PLAIN)
     if k.element_size() == 1 and k.dtype != torch.int8:
         k, v = k.view(torch.uint8), v.view(torch.uint8)
     heads = k_new.shape[1] + v_new.shape[1] + (0 if q is None else q.shape[1])
-    block_t = min(BLOCK_T, power_of_two(inputs.max_new))
-    num_blocks = ceil_div(inputs.max_new, block_t)
+    block_t = min(BLOCK_T, power_of_two(call.max_new))
+    num_blocks = ceil_div(call.max_new, block_t)
     arguments = {
         "p_q": q,
         "p_k_new": k_new,
@@ -38,13 +38,13 @@ def append_launch(inputs: AppendInputs, rotated: Tensor | None) -> Launch | None
         "p_lengths": view.kv_lengths,
         "p_table": view.page_table,
         "p_begin": view.kv_begin,
-        "p_new_offsets": inputs.new_offsets,
+        "p_new_offsets": call.new_offsets,
         "p_k_scale": view.k_scale,
         "p_v_scale": view.v_scale,
         "p_k_zero": view.k_zero,
         "p_v_zero": view.v_zero,
-        "p_cos": inputs.rotary_cos,
-        "p_sin": inputs.rotary_sin,
+        "p_cos": call.rotary_cos,
+        "p_sin": call.rotary_sin,
         "p_rotated": rotated,
         **strides_of("q", q, "bhm"),
         **strides_of("k_new_", k_new, "bhm"),
@@ -63,22 +63,22 @@ def append_launch(inputs: AppendInputs, rotated: Tensor | None) -> Launch | None
         "num_heads": heads,
         "num_blocks": num_blocks,
         "num_tokens": k_new.shape[2],
-        "max_new": inputs.max_new,
+        "max_new": call.max_new,
         "num_pages": view.num_pages,
         "max_pages": view.max_pages,
-        "max_position": 0 if inputs.rotary_cos is None else inputs.rotary_cos.shape[0],
+        "max_position": 0 if call.rotary_cos is None else call.rotary_cos.shape[0],
         "HEAD_DIM": k_new.shape[3],
         "VALUE_DIM": v_new.shape[3],
         "BLOCK_D": padded_dim(k_new.shape[3]),
         "BLOCK_DV": padded_dim(v_new.shape[3]),
         "BLOCK_T": block_t,
-        "ROTARY_DIM": 0 if inputs.rotary_cos is None else 2 * inputs.rotary_cos.shape[1],
-        "INTERLEAVED": inputs.rotary_interleaved,
+        "ROTARY_DIM": 0 if call.rotary_cos is None else 2 * call.rotary_cos.shape[1],
+        "INTERLEAVED": call.rotary_interleaved,
         "FORMAT": format.value,
         "DYNAMIC_K": view.k_scale is not None and is_dynamic(view.k_scale),
         "DYNAMIC_V": view.v_scale is not None and is_dynamic(view.v_scale),
         "PAGE_SIZE": view.page_size,
     }
-    if inputs.new_offsets is not None:  # the offsets say where a sequence begins
+    if call.new_offsets is not None:  # the offsets say where a sequence begins
         arguments |= {"stride_qb": 0, "stride_k_new_b": 0, "stride_v_new_b": 0, "stride_rb": 0}
     return Launch(append_kernel, view.batch * heads * num_blocks, arguments, 4, 1)

@@ -8,8 +8,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ...plan import num_groups
-from ...splits import ceil_div
+from .plan import num_groups
+from .splits import ceil_div
 from . import common, kv
 from .combine import combine_kernel
 from .configs import (
