@@ -1,6 +1,5 @@
-// Which function implements which op on CUDA devices; schemas are in
-// gqa_kernels/native/schema.py. In the library
-// only where nvcc compiled the kernels.
+// Which function implements which op on CUDA devices; schemas are in gqa_kernels/native/schema.py.
+// In the library only if nvcc compiled the kernels.
 #include <cuda_runtime_api.h>
 #include <torch/csrc/stable/library.h>
 
@@ -11,7 +10,8 @@
 using namespace gqa::host;
 
 STABLE_TORCH_LIBRARY_IMPL(gqa_kernels, CUDA, library) {
-  library.impl("attention_forward", TORCH_BOX(&attention_forward<attention_forward_cuda>));
+  library.impl("attention_forward", TORCH_BOX(&attention<attention_forward_cuda>));
+  library.impl("attention_output", TORCH_BOX(&attention<attention_output_cuda>));
   library.impl("attention_backward", TORCH_BOX(&attention_backward<attention_backward_cuda>));
   library.impl("cache_append", TORCH_BOX(&cache_append<cache_append_cuda>));
 }

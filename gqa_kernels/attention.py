@@ -93,24 +93,30 @@ def asym_gqa_attention(
             (:func:`explain_backend` says so for every backend).
     """
     call = attention_call(
-        q, k, v, head_map, causal, scale, window, softcap, dropout_p, value_head_map=value_head_map,
-        alibi_slopes=alibi_slopes, sinks=sinks, attn_mask=attn_mask, kv_lengths=kv_lengths,
-        layout=layout,
+        q, k, v, head_map, value_head_map, causal, scale, window, softcap, alibi_slopes, sinks,
+        attn_mask, kv_lengths, dropout_p, layout,
     )  # fmt: skip
     call.lse_wanted = return_lse
-    out, lse = select(call, backend).attend(call.draw_dropout_seed() if dropout_p else call)
+    runs = select(call, backend)
+    out, lse = runs.attend(call.draw_dropout_seed() if dropout_p else call)
     if call.bshd:
         out = out.transpose(1, 2)
     return (out, lse) if return_lse else out
 
 
 def attention_call(
-    q: Tensor, k: Tensor, v: Tensor, head_map: HeadMapLike, causal: bool = False,
-    scale: float | None = None, window: tuple[int | None, int | None] | None = None,
-    softcap: float | None = None, dropout_p: float = 0.0, **tensors,
+    q: Tensor, k: Tensor, v: Tensor, head_map: HeadMapLike,
+    value_head_map: HeadMapLike | None = None, causal: bool = False, scale: float | None = None,
+    window: tuple[int | None, int | None] | None = None, softcap: float | None = None,
+    alibi_slopes: Tensor | None = None, sinks: Tensor | None = None,
+    attn_mask: Tensor | None = None, kv_lengths: Tensor | Sequence[int] | None = None,
+    dropout_p: float = 0.0, layout: Layout = "bhsd",
 ) -> AttentionCall:  # fmt: skip
     """The call that :func:`asym_gqa_attention` makes of its arguments."""
     options = Options.of(causal, scale, window, softcap, dropout_p)
     if is_autocast_on():
         q, k, v = autocast(q, k, v)
-    return AttentionCall.dense(q, k, v, head_map, options, **tensors)
+    return AttentionCall.dense(
+        q, k, v, head_map, options, value_head_map, alibi_slopes, sinks, attn_mask, kv_lengths,
+        layout,
+    )  # fmt: skip

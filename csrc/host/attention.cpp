@@ -7,17 +7,20 @@
 
 namespace gqa::host {
 
-std::tuple<Tensor, Tensor> attention_forward_cpu(const Inputs& in, bool bshd, bool lse_wanted) {
+std::tuple<Tensor, Tensor> attention_forward_cpu(const Inputs& in, bool bshd) {
   Call call(in);
-  AttentionParams& params = call.params;
-  Outputs outputs = add_outputs(params, in.q, bshd, lse_wanted);
-  std::unique_ptr<float[]> scratch;
-  if (!lse_wanted) {
-    scratch.reset(new float[in.q.size(0) * in.q.size(1) * in.q.size(2)]);
-    params.lse = scratch.get();
-  }
-  cpu::attention_forward(params, torch_threads(), lse_wanted);
-  return {outputs.out, outputs.lse};
+  const Tensor out = add_output(call.params, in.q, bshd), lse = add_lse(call.params, in.q);
+  cpu::attention_forward(call.params, torch_threads(), true);
+  return {out, lse};
+}
+
+Tensor attention_output_cpu(const Inputs& in, bool bshd) {
+  Call call(in);
+  const Tensor out = add_output(call.params, in.q, bshd);
+  const std::unique_ptr<float[]> lse(new float[in.q.size(0) * in.q.size(1) * in.q.size(2)]);
+  call.params.lse = lse.get();
+  cpu::attention_forward(call.params, torch_threads(), false);
+  return out;
 }
 
 }  // namespace gqa::host

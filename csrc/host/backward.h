@@ -14,14 +14,14 @@ Backward attention_backward_cpu, attention_backward_cuda;
 template <Backward* backward>
 Gradients attention_backward(const Tensor& dout, const OptionalTensor& dlse, const Tensor& q,
                              const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
-                             const Tensor& head_map, const OptionalTensor& value_head_map,
-                             const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
-                             const OptionalTensor& attn_mask, const OptionalTensor& kv_lengths,
-                             const OptionalTensor& kv_begin, const OptionalTensor& q_offsets,
-                             int64_t max_q_len, int64_t max_kv_len, std::optional<double> scale,
-                             int64_t window_left, int64_t window_right, double softcap,
-                             double dropout_p, const OptionalTensor& dropout_seed, bool need_slopes,
-                             bool need_sinks) {
+                             const Tensor& head_map, const OptionalTensor& sinks,
+                             const OptionalTensor& value_head_map,
+                             const OptionalTensor& alibi_slopes, const OptionalTensor& attn_mask,
+                             const OptionalTensor& kv_lengths, const OptionalTensor& kv_begin,
+                             const OptionalTensor& q_offsets, int64_t max_q_len, int64_t max_kv_len,
+                             std::optional<double> scale, int64_t window_left, int64_t window_right,
+                             double softcap, double dropout_p, const OptionalTensor& dropout_seed,
+                             bool need_slopes, bool need_sinks) {
   const OptionalTensor none;
   return backward(
       {q,         k,          v,           head_map, value_head_map, alibi_slopes, sinks,

@@ -282,20 +282,24 @@ AttentionParams params_of(const Inputs& in) {
   return params;
 }
 
-Outputs add_outputs(AttentionParams& params, const Tensor& q, bool bshd, bool lse_wanted) {
+Tensor add_output(AttentionParams& params, const Tensor& q, bool bshd) {
   const int64_t batch = q.size(0), heads = q.size(1), tokens = q.size(2);
   const int64_t dim = params.value_head_dim;
   const int64_t rows = std::max<int64_t>(tokens, 1);  // strides of an empty tensor as torch's
-  Outputs outputs{
+  Tensor out =
       empty_beside(q, q.scalar_type(), {batch, heads, tokens, dim},
-                   {heads * rows * dim, bshd ? dim : rows * dim, bshd ? heads * dim : dim, 1}),
-      lse_wanted
-          ? empty_beside(q, ScalarType::Float, {batch, heads, tokens}, {heads * rows, rows, 1})
-          : empty_beside(q, ScalarType::Float, {0}, {1})};
-  params.out = outputs.out.mutable_data_ptr();
-  params.lse = lse_wanted ? static_cast<float*>(outputs.lse.mutable_data_ptr()) : nullptr;
-  params.out_stride = strides_of(outputs.out);
-  return outputs;
+                   {heads * rows * dim, bshd ? dim : rows * dim, bshd ? heads * dim : dim, 1});
+  params.out = out.mutable_data_ptr();
+  params.out_stride = strides_of(out);
+  return out;
+}
+
+Tensor add_lse(AttentionParams& params, const Tensor& q) {
+  const int64_t heads = q.size(1), tokens = q.size(2), rows = std::max<int64_t>(tokens, 1);
+  Tensor lse =
+      empty_beside(q, ScalarType::Float, {q.size(0), heads, tokens}, {heads * rows, rows, 1});
+  params.lse = static_cast<float*>(lse.mutable_data_ptr());
+  return lse;
 }
 
 }  // namespace gqa::host

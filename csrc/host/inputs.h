@@ -28,11 +28,6 @@ struct Inputs {
   const OptionalTensor& dropout_seed;  // int64 [2]: seed, offset
 };
 
-struct Outputs {
-  Tensor out;  // [B, Hq, Sq, Dv]; where bshd, a view of [B, Sq, Hq, Dv]
-  Tensor lse;  // fp32 [B, Hq, Sq]; [0] if it is not wanted
-};
-
 Strides strides_of(const Tensor& x);
 
 // Uninitialised memory on x's device. Past the dispatcher, and so three times as fast as new_empty;
@@ -50,8 +45,9 @@ void check_inputs(const Inputs& in,
 // q_offsets and the dropout's seed are taken to be contiguous. Without outputs.
 AttentionParams params_of(const Inputs& in);
 
-// Outputs in memory of their own, entered into the params of the call. bshd: out's memory is
-// [B, Sq, Hq, Dv]. If the LSE is not wanted, params.lse stays null: the kernels need memory for it.
-Outputs add_outputs(AttentionParams& params, const Tensor& q, bool bshd, bool lse_wanted);
+// Outputs in memory of their own, entered into the params of the call: out [B, Hq, Sq, Dv], in
+// memory [B, Sq, Hq, Dv] for bshd, and the LSE, fp32 [B, Hq, Sq].
+Tensor add_output(AttentionParams& params, const Tensor& q, bool bshd);
+Tensor add_lse(AttentionParams& params, const Tensor& q);
 
 }  // namespace gqa::host

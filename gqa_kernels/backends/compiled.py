@@ -15,6 +15,10 @@ from ..native.schema import APPEND, FORWARD
 from .base import Backend, Call
 
 
+# FORWARD's arguments of a call, by its kind.
+_arguments_of: dict[int, Callable[[AttentionCall], tuple]] = {}
+
+
 class CompiledBackend(Backend):
     """Torch's dispatcher takes the kernels of q's device.
 
@@ -32,10 +36,15 @@ class CompiledBackend(Backend):
             return str(error)
         return None
 
-    def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
-        call.lse_wanted = call.lse_wanted or call.requires_grad
-        op = torch.ops.gqa_kernels.attention_forward.default
-        return _run(op, FORWARD.arguments_of(call), call)
+    def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+        kind = call.kind if call.kind >= 0 else call.find_kind()
+        arguments_of = _arguments_of.get(kind)
+        if arguments_of is None:
+            arguments_of = _arguments_of[kind] = FORWARD.arguments_like(call)
+        if call.lse_wanted or call.requires_grad or type(call.q) is not Tensor:
+            return _run(torch.ops.gqa_kernels.attention_forward.default, arguments_of(call), call)
+        op = torch.ops.gqa_kernels.attention_output.default
+        return _run(op, arguments_of(call), call), None
 
     def append(self, call: AppendCall) -> Tensor | None:
         op = torch.ops.gqa_kernels.cache_append.default

@@ -71,10 +71,8 @@ def _attention_key(call: AttentionCall, backend: str) -> tuple:
     """What the choice for an attention call follows from."""
     q, kv, mask = call.q, call.kv, call.attn_mask
     return (
-        backend, call.options.used, call.memory, q.dtype, q.device, q.size(3), kv.k.dtype,
-        kv.v.size(3), kv.page_table is None, kv.kv_begin is None, kv.kv_lengths is None,
-        call.q_offsets is None, call.value_head_map is None, type(call.head_map),
-        type(call.value_head_map), call.alibi_slopes is None, call.sinks is None,
+        call.find_kind(), backend, call.options.used, call.memory, q.dtype, kv.k.dtype, q.size(3),
+        kv.v.size(3), q.is_cpu or q.device, type(call.head_map), type(call.value_head_map),
         mask if mask is None else (mask.dtype, mask.requires_grad), call.requires_grad,
     )  # fmt: skip
 

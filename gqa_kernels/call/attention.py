@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -52,6 +52,7 @@ class AttentionCall:
         dropout_seed: int64 ``[2]``, seed and offset (:mod:`gqa_kernels.native.dropout`), or None.
         lse_wanted: whether the LSE will be read.
         requires_grad: whether autograd records the call.
+        kind: which tensors there are, as :meth:`find_kind` says; -1 if nobody has asked.
     """
 
     q: Tensor
@@ -70,6 +71,7 @@ class AttentionCall:
     dropout_seed: Tensor | None = None
     lse_wanted: bool = True
     requires_grad: bool = False
+    kind: int = field(init=False, default=-1)
 
     @classmethod
     def dense(
@@ -79,7 +81,6 @@ class AttentionCall:
         v: Tensor,
         head_map: HeadMapLike,
         options: Options,
-        *,
         value_head_map: HeadMapLike | None = None,
         alibi_slopes: Tensor | None = None,
         sinks: Tensor | None = None,
@@ -252,10 +253,30 @@ class AttentionCall:
                 "head holds the values of its own head"
             )
 
+    def find_kind(self) -> int:
+        """A number that is the same for calls with the same tensors, whatever these hold."""
+        kv = self.kv
+        self.kind = (
+            (self.sinks is not None)
+            | (self.value_head_map is not None) << 1
+            | (self.alibi_slopes is not None) << 2
+            | (self.attn_mask is not None) << 3
+            | (kv.kv_lengths is not None) << 4
+            | (kv.page_table is not None) << 5
+            | (kv.kv_begin is not None) << 6
+            | (self.q_offsets is not None) << 7
+            | (kv.k_scale is not None) << 8
+            | (kv.k_zero is not None) << 9
+            | (kv.v_zero is not None) << 10
+            | (self.dropout_seed is not None) << 11
+        )
+        return self.kind
+
     def draw_dropout_seed(self) -> AttentionCall:
         """This call, with a seed from torch's default generator if it drops anything."""
         if self.options.dropout_p:
             self.dropout_seed = draw_seed(self.q.device)
+            self.kind = -1
         return self
 
     def with_q(self, q: Tensor, view: KVView) -> AttentionCall:

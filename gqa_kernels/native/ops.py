@@ -8,6 +8,7 @@ from . import autograd, schema
 
 for _name, _schema in (
     ("attention_forward", schema.FORWARD),
+    ("attention_output", schema.OUTPUT),
     ("attention_backward", schema.BACKWARD),
     ("cache_append", schema.APPEND),
     ("cache_slots_exist", schema.SLOTS_EXIST),
@@ -17,6 +18,7 @@ for _name, _schema in (
 torch.library.register_fake(
     "gqa_kernels::attention_forward", schema.fake_forward(schema.FORWARD)
 )
+torch.library.register_fake("gqa_kernels::attention_output", schema.fake_output)
 torch.library.register_fake(
     "gqa_kernels::attention_backward", schema.fake_backward(schema.BACKWARD)
 )

@@ -40,16 +40,25 @@ class Schema:
         #: ``arguments_of(call)``: a call's arguments, in order.
         self.arguments_of: Callable[[Any], tuple] = attrgetter(*self._paths)
 
+    def arguments_like(self, call: Any) -> Callable[[Any], tuple]:
+        """:attr:`arguments_of` for calls with the tensors that ``call`` has: what comes after the
+        last of these, and the numbers that follow it, is left out."""
+        given = dict(zip(self.names, self.arguments_of(call), strict=True))
+        last = max(i for i, name in enumerate(self.names) if isinstance(given[name], Tensor))
+        while last + 1 < len(self.names) and self.names[last + 1] not in self.tensors:
+            last += 1
+        return attrgetter(*self._paths[: last + 1])
+
 
 _DEFAULTS = {"None": None, "0": 0, "-1": -1, "0.0": 0.0, "False": False, "True": True}
 
 _WHERE_KEYS_LIE = "Tensor? kv_lengths=None, Tensor? page_table=None, Tensor? kv_begin=None"
 _SCALES = "Tensor? k_scale=None, Tensor? v_scale=None, Tensor? k_zero=None, Tensor? v_zero=None"
-_BIASES = "Tensor? value_head_map=None, Tensor? alibi_slopes=None, Tensor? sinks=None, "
+_BIASES = "Tensor? sinks=None, Tensor? value_head_map=None, Tensor? alibi_slopes=None, "
 _BIASES += "Tensor? attn_mask=None"
 _PACKED = "Tensor? q_offsets=None, SymInt max_q_len=0, SymInt max_kv_len=0"
-_SCORES = "float? scale=None, SymInt window_left=-1, SymInt window_right=-1, float softcap=0.0, "
-_SCORES += "float dropout_p=0.0, Tensor? dropout_seed=None"
+_SCORES = "float? scale=None, SymInt window_left=-1, SymInt window_right=-1, float softcap=0.0"
+_DROPOUT = "float dropout_p=0.0, Tensor? dropout_seed=None"
 
 _KV = ("k", "v", "kv_lengths", "page_table", "kv_begin", "k_scale", "v_scale", "k_zero", "v_zero")
 _IN_VIEW = {name: f"kv.{name}" for name in _KV}
@@ -62,20 +71,22 @@ _IN_CALL = {
 }
 
 
-def forward(head_map: str = "head_map") -> Schema:
-    """Attention. Returns out ``[B, Hq, Sq, Dv]`` and the LSE, fp32 ``[B, Hq, Sq]``, or ``[0]`` if
-    it is not wanted.
+def forward(head_map: str = "head_map", returns: str = "(Tensor out, Tensor lse)") -> Schema:
+    """Attention. Returns out ``[B, Hq, Sq, Dv]`` and the LSE, fp32 ``[B, Hq, Sq]``.
+
+    What few calls have comes last: a call leaves out what it has not.
 
     Args:
         head_map: name of the argument that holds the head map: int32 ``[Hq]``, or a plan of it.
+        returns: in torch's notation.
 
     The ops take tensors as :class:`~gqa_kernels.call.attention.AttentionCall` and its
     :class:`~gqa_kernels.cache.view.KVView` have them.
     """
     return Schema(
-        f"Tensor q, Tensor k, Tensor v, Tensor {head_map}, {_BIASES}, {_WHERE_KEYS_LIE}, {_PACKED}, "
-        f"{_SCALES}, {_SCORES}, bool bshd=False, bool lse_wanted=True",
-        "(Tensor out, Tensor lse)",
+        f"Tensor q, Tensor k, Tensor v, Tensor {head_map}, {_SCORES}, bool bshd=False, "
+        f"{_WHERE_KEYS_LIE}, {_BIASES}, {_PACKED}, {_SCALES}, {_DROPOUT}",
+        returns,
         _IN_CALL,
     )
 
@@ -88,12 +99,13 @@ def backward(head_map: str = "head_map") -> Schema:
     return Schema(
         f"Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
         f"Tensor {head_map}, {_BIASES}, Tensor? kv_lengths=None, Tensor? kv_begin=None, {_PACKED}, "
-        f"{_SCORES}, bool need_slopes=False, bool need_sinks=False",
+        f"{_SCORES}, {_DROPOUT}, bool need_slopes=False, bool need_sinks=False",
         "(Tensor dq, Tensor dk, Tensor dv, Tensor dslopes, Tensor dsinks)",
     )
 
 
 FORWARD, BACKWARD = forward(), backward()
+OUTPUT = forward(returns="Tensor")  # attention that keeps no LSE
 
 # Writes new tokens behind those there are, rotated and quantised, and returns q rotated; [0]
 # without q. Tensors as gqa_kernels.call.append.AppendCall has them.
@@ -130,6 +142,11 @@ def fake_forward(schema: Schema) -> Callable[..., tuple[Tensor, Tensor]]:
     return fake
 
 
+def fake_output(*arguments: Any, **named: Any) -> Tensor:
+    """Fake kernel of attention that keeps no LSE."""
+    return empty_results(OUTPUT.Arguments(*arguments, **named))[0]
+
+
 def fake_backward(schema: Schema) -> Callable[..., tuple[Tensor, ...]]:
     """Fake kernel of a backward op."""
 
@@ -154,7 +171,7 @@ def empty_results(call: Any) -> tuple[Tensor, Tensor]:
         out = q.new_empty(batch, tokens, heads, dim).transpose(1, 2)
     else:
         out = q.new_empty(batch, heads, tokens, dim)
-    return out, q.new_empty(q.shape[:3] if call.lse_wanted else (0,), dtype=torch.float32)
+    return out, q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 def empty_gradients(call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

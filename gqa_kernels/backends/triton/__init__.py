@@ -70,7 +70,6 @@ class TritonBackend(Backend):
         from .ops import triton_attention_forward
 
         call.check()
-        call.lse_wanted = call.lse_wanted or call.requires_grad
         named = dict(zip(FORWARD.names, FORWARD.arguments_of(call), strict=True))
         del named["head_map"]
         return triton_attention_forward(plan=plan_for(call), **named)

@@ -30,11 +30,11 @@ FORWARD, BACKWARD = schema.forward("plan"), schema.backward("plan")
 def triton_attention_forward(*arguments: Any, **named: Any) -> tuple[Tensor, Tensor]:
     """See :func:`gqa_kernels.native.schema.forward`."""
     call = FORWARD.Arguments(*arguments, **named)
-    out, lse = schema.empty_results(call._replace(lse_wanted=True))
+    out, lse = schema.empty_results(call)
     with torch.cuda.device_of(call.q):
         for launch in forward_launches(_forward_call(call, out, lse), device_facts(call.q.device)):
             launch.run()
-    return out, lse if call.lse_wanted else lse.new_empty(0)
+    return out, lse
 
 
 @torch.library.custom_op(
