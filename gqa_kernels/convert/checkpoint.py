@@ -7,6 +7,7 @@ once ``asym_gqa`` is registered. ``load`` loads every family and every map.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -16,7 +17,14 @@ from typing import Any
 from torch import nn
 
 from ..models.families import FAMILIES, Family, family_of
-from ..models.maps import IMPLEMENTATION, guard, stored_maps
+from ..models.maps import (
+    IMPLEMENTATION,
+    guard,
+    guarded_architecture,
+    is_uneven,
+    stock_architecture,
+    stored_maps,
+)
 from .model import resize, set_maps
 
 
@@ -42,6 +50,8 @@ def save(model: nn.Module, folder: str | Path, *, processor: Any = None) -> Path
     unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         model.save_pretrained(unfinished)
+        if is_uneven(model.config):
+            _rename_architectures(unfinished / "config.json")
         if processor is not None:
             processor.save_pretrained(unfinished)
         unfinished.chmod(0o755)
@@ -80,6 +90,9 @@ def load(folder: str | Path, **options: Any) -> nn.Module:
         if maps is not None:
             register(IMPLEMENTATION)
             options = {"attn_implementation": IMPLEMENTATION, **options}
+            # The file's own wish would win over another name, see models.maps.STRICT_FIELD.
+            config._attn_implementation = options["attn_implementation"]
+            options = {"config": config, **options}
             model_class = _resized(model_class, _family(config), maps)
         model, info = model_class.from_pretrained(
             folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
@@ -93,11 +106,21 @@ def load(folder: str | Path, **options: Any) -> nn.Module:
     return model
 
 
+def _rename_architectures(file: Path) -> None:
+    """Name model classes that only this package registers in engines.
+
+    An engine that does not know the class refuses to load the model. It would ignore the maps.
+    """
+    config = json.loads(file.read_text())
+    config["architectures"] = [guarded_architecture(n) for n in config["architectures"]]
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
 def _model_class(config: Any) -> type[nn.Module]:
     import transformers
 
     names = getattr(config, "architectures", None) or []
-    found = getattr(transformers, names[0], None) if names else None
+    found = getattr(transformers, stock_architecture(names[0]), None) if names else None
     if found is None:
         raise ValueError(
             f"config.architectures must name a model class of transformers, got {names}"

@@ -17,6 +17,7 @@ from ..attention import asym_gqa_attention
 from ..grouping.calibration import Batch, model_inputs, token_mask
 from ..grouping.evaluation import layer_errors
 from ..integrations.transformers import attention_call
+from ..integrations.transformers.guards import reads_maps
 from ..models.families import AttentionLayer, attention_layers
 from ..reporting.progress import track
 
@@ -204,7 +205,7 @@ class _Entropy:
             self._add(self.index[id(module)], call, inputs)
             return asym_gqa_attention(**call), None
 
-        AttentionInterface.register(_PROBE, attention)
+        AttentionInterface.register(_PROBE, reads_maps(attention))
         AttentionMaskInterface.register(_PROBE, sdpa_mask)
         before = self.model.config._attn_implementation
         self.model.set_attn_implementation(_PROBE)

@@ -10,6 +10,7 @@ from torch import nn
 from ..grouping.calibration import LayerStats
 from ..grouping.merging import merge_layer
 from ..head_map import HeadMap
+from ..integrations.transformers.guards import protect
 from ..models import projections
 from ..models.families import (
     AttentionLayer,
@@ -97,10 +98,11 @@ def set_maps(model: nn.Module, family: Family, pairs: Sequence[tuple[HeadMap, He
         setattr(module, INDEX, index)
         install(module, family.adapter)
         key_map, value_map = pairs[index]
-        # What transformers' own attention repeats K and V by: 0 makes it fail on uneven groups,
-        # which it would compute as even ones where the head counts divide.
+        # transformers' own attention repeats K and V by this count. 0 makes it fail on uneven
+        # groups, which it would compute as even ones whenever the head counts divide.
         even = key_map == value_map and key_map.is_uniform
         module.num_key_value_groups = key_map.num_heads // key_map.num_kv_heads if even else 0
+        protect(module)
 
 
 def resize(model: nn.Module, family: Family, pairs: Sequence[tuple[HeadMap, HeadMap]]) -> None:

@@ -36,6 +36,9 @@ def flash_attn_forward(module, query, key, value, attention_mask=None, **options
     return asym_gqa(module, query, key, value, attention_mask, **options), None
 
 
+flash_attn_forward.reads_head_maps = True  # so that uneven layers run on it
+
+
 def _visible(module, query, key, padding, is_causal=None, sliding_window=None, **_) -> torch.Tensor:
     """Padding, causality and window as one boolean mask ``[B, 1, Sq, Sk]``."""
     num_queries, num_keys = query.shape[2], key.shape[2]

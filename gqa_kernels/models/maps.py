@@ -4,9 +4,10 @@
 ``config.value_head_map`` is the same for V where K and V are grouped apart. A config without them
 is ordinary GQA.
 
-A config with maps that ordinary GQA doesn't compute also has ``attn_implementation: asym_gqa``:
-where the name is not registered, transformers then refuses to load the model, which otherwise it
-would run with equal, contiguous groups wherever the head counts divide.
+A config with maps that ordinary GQA doesn't compute also asks for the implementation ``asym_gqa``.
+If that name is not registered, transformers refuses to load the model. Otherwise it would silently
+run equal, contiguous groups whenever the head counts divide. Engines that choose their own
+attention (vLLM, SGLang) go by the architecture's name, which :func:`guarded_architecture` changes.
 """
 
 from __future__ import annotations
@@ -22,6 +23,10 @@ from ..head_map import HeadMap
 KEY_FIELD = "kv_head_map"
 VALUE_FIELD = "value_head_map"
 IMPLEMENTATION_FIELD = "attn_implementation"
+# The same for transformers before 5, which ignores the first in a file. It is also stronger: a file
+# with it loads with no other implementation, not even one that the caller names.
+STRICT_FIELD = "_attn_implementation"
+ARCHITECTURE_PREFIX = "AsymGQA"
 IMPLEMENTATION = "asym_gqa"
 INDEX = "attention_index"  # of an attention module: which map is its own
 
@@ -95,11 +100,30 @@ def stored_maps(config: Any) -> list[tuple[HeadMap, HeadMap]] | None:
 
 def guard(config: Any) -> None:
     """Ask for ``asym_gqa`` when the config is loaded again, if its maps need it."""
-    if all(k == v and k.is_uniform for k, v in stored_maps(config) or ()):
-        if hasattr(config, IMPLEMENTATION_FIELD):
-            delattr(config, IMPLEMENTATION_FIELD)
-    else:
+    fields = vars(config)
+    if is_uneven(config):
         setattr(config, IMPLEMENTATION_FIELD, IMPLEMENTATION)
+        # Of a transformers config this is a property, which the entry is hidden behind: it is
+        # saved with the config and changes nothing before it is loaded.
+        fields[STRICT_FIELD] = IMPLEMENTATION
+    else:
+        fields.pop(IMPLEMENTATION_FIELD, None)
+        fields.pop(STRICT_FIELD, None)
+
+
+def is_uneven(config: Any) -> bool:
+    """Whether the config has maps that ordinary GQA doesn't compute."""
+    return not all(k == v and k.is_uniform for k, v in stored_maps(config) or ())
+
+
+def guarded_architecture(name: str) -> str:
+    """What ``config.architectures`` of an uneven model says: a class that only we register."""
+    return name if name.startswith(ARCHITECTURE_PREFIX) else ARCHITECTURE_PREFIX + name
+
+
+def stock_architecture(name: str) -> str:
+    """transformers' class behind what ``config.architectures`` says."""
+    return name.removeprefix(ARCHITECTURE_PREFIX)
 
 
 def _read(

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, pipeline
 
 from gqa_kernels import HeadMap
 from gqa_kernels.convert import convert, load, save
@@ -70,10 +70,48 @@ def test_stock_loading_of_uneven_groups_that_divide_asks_for_asym_gqa(tmp_path):
     assert loaded.config._attn_implementation == "asym_gqa"
     assert torch.equal(output(loaded, inputs("llama")), output(child, inputs("llama")))
     config = json.loads((tmp_path / "config.json").read_text())
-    config["attn_implementation"] = "asym_gqa_is_not_registered_here"
+    for field in ("attn_implementation", "_attn_implementation"):  # of transformers 5, and 4
+        config[field] = "asym_gqa_is_not_registered_here"
     (tmp_path / "config.json").write_text(json.dumps(config))
+    for options in ({}, {"attn_implementation": "sdpa"}):  # also whoever asks for another one
+        with pytest.raises(ValueError, match="is not supported"):
+            AutoModelForCausalLM.from_pretrained(tmp_path, **options)
     with pytest.raises(ValueError, match="is not supported"):
-        AutoModelForCausalLM.from_pretrained(tmp_path)
+        pipeline("text-generation", model=str(tmp_path))
+
+
+def test_engines_find_no_stock_class_for_an_uneven_child(tmp_path):
+    """They would compute equal groups: vLLM and SGLang go by ``architectures``."""
+
+    def architectures(maps, name):
+        folder = save(child_of("llama", maps), tmp_path / name)
+        assert load(folder).config.architectures  # and we do find it
+        return json.loads((folder / "config.json").read_text())["architectures"]
+
+    assert architectures([UNEVEN] * 2, "uneven") == ["AsymGQALlamaForCausalLM"]
+    assert architectures([HeadMap.uniform(HEADS, 3)] * 2, "even") == ["LlamaForCausalLM"]
+    again = save(load(tmp_path / "uneven"), tmp_path / "again")
+    config = json.loads((again / "config.json").read_text())
+    assert config["architectures"] == ["AsymGQALlamaForCausalLM"]
+
+
+def test_another_of_our_implementations_can_be_named(tmp_path):
+    child = child_of("llama", [UNEVEN] * 2)
+    name = register("asym_gqa_for_a_test", backend="reference")
+    loaded = load(save(child, tmp_path / "child"), attn_implementation=name)
+    assert loaded.config._attn_implementation == name
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager", "flex_attention"])
+@pytest.mark.parametrize("padded", [True, False])
+def test_a_loaded_child_refuses_equal_groups(tmp_path, implementation, padded):
+    """Also without a mask, where SDPA and flex attention group heads by their counts alone."""
+    child_of("llama", [UNEVEN] * 2).save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    loaded.set_attn_implementation(implementation)
+    given = inputs("llama") if padded else {"input_ids": inputs("llama")["input_ids"][:, :1]}
+    with pytest.raises(NotImplementedError, match="would compute equal groups"), torch.no_grad():
+        loaded(**given)
 
 
 def test_stock_loading_of_counts_that_differ_fails(tmp_path):

@@ -80,8 +80,11 @@ def test_stock_attention_fails_on_uneven_groups_that_divide(implementation):
     """It would compute the even groups instead."""
     child = convert(tiny(), [HeadMap([0, 0, 1, 2, 2, 2])] * 2, merging="none")
     child.set_attn_implementation(implementation)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(NotImplementedError, match="would compute equal groups"):
         child(torch.ones(1, 4, dtype=torch.long))
+    even = convert(child, [HeadMap.uniform(6, 6)] * 2)  # which any attention computes
+    even.set_attn_implementation(implementation)
+    assert even(torch.ones(1, 4, dtype=torch.long)).logits.isfinite().all()
 
 
 @pytest.mark.parametrize("num_kv_heads", [2, 6])

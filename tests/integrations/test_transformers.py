@@ -10,6 +10,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 from gqa_kernels import HeadMap
 from gqa_kernels.convert import convert
 from gqa_kernels.integrations.transformers import register
+from tests.integrations.releases import CACHE
 from tests.tiny_models import FAMILIES, batch, expanded, split, tiny
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}  # logits of two fp32 summation orders, values up to about 5
@@ -55,7 +56,7 @@ def test_chunked_prefill(pair):
     ours, theirs = pair
     with torch.no_grad():
         first = ours(ids[:, :7], use_cache=True)
-        rest = ours(ids[:, 7:], past_key_values=first.past_key_values).logits
+        rest = ours(ids[:, 7:], **{CACHE: getattr(first, CACHE)}).logits
         whole = theirs(ids).logits[:, 7:]
     torch.testing.assert_close(rest, whole, **CLOSE)
 
@@ -129,19 +130,19 @@ def t5():
 @pytest.mark.parametrize("lengths", [[13], [13, 8]], ids=["whole", "padded"])
 def test_t5_position_bias(lengths):
     """Relative position bias in encoder and decoder, cross-attention, generation."""
-    model = t5()
     inputs = batch(lengths, "right")
     decoder_ids = batch([7] * len(lengths), "right", seed=1)["input_ids"]
-    results = []
-    for implementation in ("eager", "asym_gqa"):
+    logits, tokens = {}, {}
+    for name, implementation in (("exact", "eager"), ("eager", "eager"), ("ours", "asym_gqa")):
+        model = t5().to(torch.float64 if name == "exact" else torch.float32)
         model.set_attn_implementation(implementation)
         with torch.no_grad():
-            logits = model(**inputs, decoder_input_ids=decoder_ids).logits
-        generated = model.generate(**inputs, max_new_tokens=10, do_sample=False)
-        results.append((logits, generated))
-    (theirs, their_tokens), (ours, our_tokens) = results
-    torch.testing.assert_close(ours, theirs, **CLOSE)
-    assert our_tokens.tolist() == their_tokens.tolist()
+            logits[name] = model(**inputs, decoder_input_ids=decoder_ids).logits.double()
+        tokens[name] = model.generate(**inputs, max_new_tokens=10, do_sample=False).tolist()
+    theirs, ours = ((logits[name] - logits["exact"]).abs().max() for name in ("eager", "ours"))
+    rounding = torch.finfo(torch.float32).eps * logits["exact"].abs().max()
+    assert ours <= 2 * theirs + rounding
+    assert tokens["ours"] == tokens["eager"]
 
 
 def test_gradient_of_the_position_bias():

@@ -7,10 +7,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import GenerationConfig, masking_utils
+from transformers import DynamicCache, GenerationConfig, masking_utils
 
-from gqa_kernels import asym_gqa_attention
+from gqa_kernels import HeadMap, asym_gqa_attention
+from gqa_kernels.convert import convert
 from gqa_kernels.integrations.transformers import (
+    asym_gqa,
     attention_call,
     continuous_batching,
     packed,
@@ -18,6 +20,8 @@ from gqa_kernels.integrations.transformers import (
 )
 from gqa_kernels.integrations.transformers.masks import Pattern, SequenceMask, read, sequence_mask
 from gqa_kernels.integrations.transformers.packed import batched_attention, packed_attention
+from gqa_kernels.integrations.transformers.versions import installed
+from tests.integrations.releases import needs_batching
 from tests.tiny_models import batch, expanded, split, tiny
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}  # logits of two fp32 summation orders, values up to about 5
@@ -195,8 +199,10 @@ class TestMask:
 
     @staticmethod
     def call(function, tokens=8, **options):
+        """A call as transformers 5 makes it, with what transformers 4 has in place of q_length."""
         return {
             "batch_size": 2, "q_length": tokens, "kv_length": tokens, "q_offset": 0,
+            **({"cache_position": torch.arange(tokens)} if installed() < (5, 0) else {}),
             "kv_offset": 0, "mask_function": function, "local_size": None,
             "allow_is_causal_skip": False, "device": "cpu", **options,
         }  # fmt: skip
@@ -204,8 +210,12 @@ class TestMask:
     @staticmethod
     def packed(function):
         positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4], [5, 6, 7, 8, 9, 10, 11, 0]])
+        """As models put it together, in whichever way the installed release does."""
         sequences = masking_utils.find_packed_sequence_indices(positions)
-        return masking_utils.packed_sequence_compatibility_function(function, positions, sequences)
+        if hasattr(masking_utils, "remap_positions_for_packed_sequence"):
+            function = masking_utils.remap_positions_for_packed_sequence(function, positions)
+        inside = masking_utils.packed_sequence_mask_function(sequences)
+        return masking_utils.and_masks(function, inside)
 
     @pytest.mark.parametrize("window", [None, 3])
     def test_what_it_says_is_what_the_function_shows(self, window):
@@ -296,6 +306,7 @@ class TestMask:
         assert mask.sum() == 6
 
 
+@needs_batching
 class TestContinuousBatching:
     PROMPTS = ([5, 9, 3, 22], [7], [11, 12, 13, 14, 15, 16, 17, 18, 19])
 
@@ -336,21 +347,33 @@ class TestContinuousBatching:
     def test_another_cache(self):
         module = tiny().model.layers[0].self_attn
         q = torch.zeros(1, 6, 3, 16)
-        with pytest.raises(NotImplementedError, match=r"transformers >= 5\.23, got a Tensor"):
+        with pytest.raises(NotImplementedError, match=r"must use the cache .* got a Tensor left"):
             batched_attention(module, q, q, q, "auto", cache=q)
 
-    def test_heads_that_it_can_not_hold(self):
-        class Cache:
-            def update(self, key_states, value_states, layer_idx, kwargs):
-                raise AssertionError("called")
-
+    def test_a_cache_that_the_module_did_not_use(self):
+        """Other caches have an update too, since transformers 5.24 with the same arguments."""
         module = tiny().model.layers[0].self_attn
-        q, k = torch.zeros(1, 6, 3, 16), torch.zeros(1, 3, 3, 16)
-        with pytest.raises(NotImplementedError, match=r"num_key_value_heads \(2\).*got 3 and 3"):
-            batched_attention(module, q, k, k, "auto", cache=Cache())
+        q = torch.zeros(1, 6, 3, 16)
+        with pytest.raises(NotImplementedError, match=r"LlamaAttention\.forward must use the"):
+            asym_gqa(module, q, q, q, None, cache=DynamicCache())
+
+    def test_a_block_table(self):
+        """With one the keys of earlier steps are not among those that attention is passed."""
+        module = tiny().model.layers[0].self_attn
+        q = torch.zeros(1, 6, 3, 16)
+        with pytest.raises(NotImplementedError, match="max_blocks_per_request=0"):
+            asym_gqa(module, q, q, q, None, block_table=torch.zeros(1, 1))
+
+    def test_heads_that_it_can_not_hold(self):
+        model = convert(tiny(), [HeadMap([0, 0, 1, 1, 1, 1]), HeadMap([0, 1, 2, 2, 2, 2])])
+        with (
+            pytest.raises(NotImplementedError, match=r"num_key_value_heads \(3\).*got \[2, 3\]"),
+            continuous_batching(model),
+        ):
+            pass
 
     def test_transformers_too_old(self, monkeypatch):
-        name = "gqa_kernels.integrations.transformers.attention.version"
+        name = "gqa_kernels.integrations.transformers.versions.version"
         monkeypatch.setattr(name, lambda _: "5.16.0")
         with (
             pytest.raises(ImportError, match=r"needs transformers >= 5\.23 .*: found 5\.16"),

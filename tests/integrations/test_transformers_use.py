@@ -9,14 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CompileConfig, PreTrainedTokenizerFast, pipeline
 
 from gqa_kernels import HeadMap
 from gqa_kernels.convert import convert
 from gqa_kernels.integrations import transformers as integration
-from gqa_kernels.integrations.transformers import PagedCache, register
+from gqa_kernels.integrations.transformers import PagedCache, attention, register
 from gqa_kernels.testing import assert_close
 from tests import tiny_families
+from tests.integrations.releases import CACHE, needs_batching
 from tests.tiny_models import batch, expanded, split, tiny
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}  # logits of two fp32 summation orders, values up to about 5
@@ -40,7 +42,7 @@ def states(model, given):
 
 class TestGradients:
     @pytest.mark.parametrize("padded", [True, False])
-    @pytest.mark.parametrize("family", ["opt", "gpt2", "gpt_neox", "bert", "vit", "t5"])
+    @pytest.mark.parametrize("family", sorted({*tiny_families.FAMILIES} - {"llama", "qwen3"}))
     def test_families_with_expanded_keys_and_values(self, family, padded):
         """Of the input embeddings, or of the image; through transformers' eager attention."""
         if family == "vit" and padded:
@@ -200,7 +202,7 @@ class TestEvenMaps:
         options = {"max_new_tokens": 12, "do_sample": False}
         theirs = model.generate(**inputs, **options)
         model.set_attn_implementation("asym_gqa")
-        paged = model.generate(**inputs, **options, past_key_values=PagedCache(model.config))
+        paged = model.generate(**inputs, **options, **{CACHE: PagedCache(model.config)})
         assert theirs.tolist() == model.generate(**inputs, **options).tolist() == paged.tolist()
 
     def test_attention_weights_are_none(self):
@@ -241,13 +243,21 @@ class TestGuard:
 
 
 class TestVersion:
-    VERSION = "gqa_kernels.integrations.transformers.attention.version"
+    VERSION = "gqa_kernels.integrations.transformers.versions.version"
 
     @pytest.mark.parametrize("use", [register, lambda: integration.PagedCache])
     def test_too_old(self, monkeypatch, use):
         monkeypatch.setattr(self.VERSION, lambda _: "4.56.2")
         with pytest.raises(ImportError, match=r"needs transformers >= 4\.57 .*: found 4\.56\.2"):
             use()
+
+    def test_newer_than_tested(self, monkeypatch):
+        """One warning, whoever asks first."""
+        monkeypatch.setattr(self.VERSION, lambda _: "77.7.0")
+        with pytest.warns(UserWarning, match=r"with transformers 4\.57 to .*found 77\.7") as seen:
+            register()
+            register()
+        assert len(seen) == 1
 
     def test_missing(self, monkeypatch):
         def no_package(name):
@@ -265,6 +275,56 @@ class TestVersion:
         assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+class TestNoValues:
+    """Meta and fake tensors, which have shapes only: tools that plan memory and devices."""
+
+    @pytest.mark.parametrize("padded", [True, False])
+    @pytest.mark.parametrize("family", tiny_families.FAMILIES)
+    def test_meta(self, family, padded):
+        if family == "gpt2" and not padded:
+            pytest.skip("transformers' own model looks for padding among the tokens")
+        child = self.child(family).to("meta")
+        given = {n: x.to("meta") for n, x in tiny_families.inputs(family).items()}
+        if not padded:
+            given.pop("attention_mask", None)
+        expected = states(self.child(family), tiny_families.inputs(family))
+        found = states(child, given)
+        assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
+        assert found.is_meta
+
+    @pytest.mark.parametrize("padded", [True, False])
+    @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
+    def test_fake(self, family, padded):
+        inputs = batch([9, 5], "left")
+        if not padded:
+            del inputs["attention_mask"]
+        model = split(tiny(family), num_kv_heads=4)
+        expected = model(**inputs, use_cache=False).logits
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            given = {n: mode.from_tensor(x) for n, x in inputs.items()}
+            found = model(**given, use_cache=False).logits
+            assert found.shape == expected.shape
+            found.sum().backward()
+
+    @staticmethod
+    def child(family):
+        parent = tiny_families.tiny(family)
+        child = convert(parent, tiny_families.maps_for(parent))
+        child.set_attn_implementation("asym_gqa")
+        return child
+
+
+def test_attention_weights_are_not_to_be_had(model):
+    """One warning, however many layers and calls."""
+    attention._warn_no_weights.cache_clear()
+    inputs = batch([5], "left")
+    with pytest.warns(UserWarning, match="output_attentions gets no attention weights") as seen:
+        for _ in range(2):
+            model(**inputs, output_attentions=True)
+    assert len([w for w in seen if "output_attentions" in str(w.message)]) == 1
+
+
+@needs_batching
 def test_documentation_runs():
     text = (Path(__file__).parents[2] / "docs/transformers.md").read_text()
     names = {}

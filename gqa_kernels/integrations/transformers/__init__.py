@@ -11,8 +11,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .attention import asym_gqa, attention_call, register
-from .packed import continuous_batching
+from .attention import asym_gqa, register
+from .call import attention_call
+from .continuous import continuous_batching
+from .versions import require_transformers
 
 if TYPE_CHECKING:
     from .cache import PagedCache
@@ -22,8 +24,6 @@ __all__ = ["PagedCache", "asym_gqa", "attention_call", "continuous_batching", "r
 
 def __getattr__(name: str) -> object:
     if name == "PagedCache":
-        from .attention import require_transformers
-
         require_transformers()
         from .cache import PagedCache
 

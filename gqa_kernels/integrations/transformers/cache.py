@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from ...backends.dispatch import select
 from ...cache.inputs import AppendInputs, CacheInputs
 from ...cache.paged import PagedKVCache
 from ...cache.view import KVView
-from .attention import attention_call, with_bias
+from .call import attention_call, with_bias
 from .sequences import SequenceTable, Step
 
 ONLY_OURS = (
@@ -131,7 +132,9 @@ class PagedLayer(CacheLayerMixin):
         self.is_sliding = table.window is not None
         self.seen = 0
         self.pool: PagedKVCache | None = None
-        self._checked: tuple[tuple, tuple, CacheInputs, Backend] | None = None  # the last step
+        # The last checked call of each attention module that reads this layer.
+        self._checked: WeakKeyDictionary[nn.Module, tuple[tuple, Any, CacheInputs, Backend]]
+        self._checked = WeakKeyDictionary()
         self._writer: tuple[tuple, Backend] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *_, **__) -> tuple[Any, Any]:
@@ -142,22 +145,59 @@ class PagedLayer(CacheLayerMixin):
         self,
         module: nn.Module,
         query: Tensor,
-        key: Tensor,
-        value: Tensor,
+        key: NewStates,
+        value: NewStates,
         attention_mask: Tensor | None,
         backend: str,
         **options: object,
     ) -> Tensor:
-        """Store the new tokens; attention of their queries over all that there are.
+        """Store the new tokens; then attend over all tokens of the layer.
+
+        In models whose layers share keys and values (Gemma 3n, Gemma 4), later layers pass the
+        same ``key`` and ``value`` again. The tokens are stored once; the later calls only read.
 
         Args:
-            query: ``[B, Hq, S, D]``; key and value, of the new tokens alone, likewise.
-            attention_mask: over all positions, ``[B or 1, H or 1, S, positions]``.
+            module: the attention module that asks.
+            query: ``[B, Hq, Sq, D]`` of the last ``Sq`` of the new tokens.
+            key, value: what :meth:`update` returned.
+            attention_mask: over all positions, ``[B or 1, H or 1, Sq, positions]``.
             backend, options: as :func:`.attention.asym_gqa` has them.
 
         Returns:
-            ``[B, S, Hq, Dv]``.
+            ``[B, Sq, Hq, Dv]``.
+
+        Raises:
+            ValueError: the keys and values are those of an earlier forward pass.
         """
+        if key.step is None:
+            key.step = self._take(key.states, value.states, attention_mask, backend, options)
+        elif key.step is not self.table.current:
+            raise ValueError(
+                "layers that share the keys of a PagedCache must run in the forward pass that "
+                f"made them, got keys made after {key.step.before} positions"
+            )
+        step = key.step
+        if not step.before:
+            call = attention_call(
+                module, query, key.states, value.states, attention_mask, **options
+            )
+            return asym_gqa_attention(**call, backend=backend)
+        _, view = self._views(step)
+        inputs, runs = self._attention(
+            module, query, key.states, value.states, attention_mask, step, view, backend, **options
+        )
+        out, _ = runs.run_cache(inputs)
+        return out.transpose(1, 2)
+
+    def _take(
+        self,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        backend: str,
+        options: dict[str, object],
+    ) -> Step:
+        """Store new tokens; the step they belong to."""
         self._check(key, value, options)
         step = self.table.step(self.seen, key.shape[0], key.shape[2], attention_mask, key.device)
         if self.pool is None:
@@ -165,17 +205,10 @@ class PagedLayer(CacheLayerMixin):
         if len(self.pool.k) < self.table.allocator.num_pages:
             self._grow(self.table.allocator.num_pages)
         self.pool.copy_pages(step.copies)
-        before, after = self._views(step)
+        before, _ = self._views(step)
         self._store(step, key, value, before, backend)
         self.seen = step.before + step.new
-        if not step.before:
-            call = attention_call(module, query, key, value, attention_mask, **options)
-            return asym_gqa_attention(**call, backend=backend)
-        inputs, runs = self._attention(
-            module, query, key, value, attention_mask, step, after, backend, **options
-        )
-        out, _ = runs.run_cache(inputs)
-        return out.transpose(1, 2)
+        return step
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """An empty pool for keys and values like these."""
@@ -253,14 +286,14 @@ class PagedLayer(CacheLayerMixin):
             attention_mask = with_bias(attention_mask, position_bias[..., : self.seen])
         masked = attention_mask is not None
         if masked:
-            attention_mask = step.mask(attention_mask, view.capacity)
+            attention_mask = step.mask(attention_mask, view.capacity, query.shape[2])
         # Without a mask a step differs from the one before in its tensors alone: checked once.
         named = tuple(options.get(name) for name in ("scaling", "softcap", "sliding_window"))
         same = (backend, query.shape, query.dtype, options.get("is_causal"), named, masked)
-        owners = (module, options.get("s_aux"))
-        if attention_mask is None and self._checked is not None:
-            known, of, inputs, runs = self._checked
-            if known == same and all(x is y for x, y in zip(of, owners, strict=True)):
+        sinks = options.get("s_aux")
+        if attention_mask is None and module in self._checked:
+            known, known_sinks, inputs, runs = self._checked[module]
+            if known == same and known_sinks is sinks:
                 max_kv_len = view.capacity
                 return replace(inputs, q=query, view=view, max_kv_len=max_kv_len), runs
         call = attention_call(module, query, key, value, None, **options)
@@ -274,7 +307,8 @@ class PagedLayer(CacheLayerMixin):
             del call[name]
         inputs = CacheInputs.create(call.pop("q"), view, call.pop("head_map"), **call)
         runs = select(inputs, backend)
-        self._checked = None if attention_mask is not None else (same, owners, inputs, runs)
+        if attention_mask is None:
+            self._checked[module] = same, sinks, inputs, runs
         return inputs, runs
 
     def _store(self, step: Step, key: Tensor, value: Tensor, view: KVView, backend: str) -> None:
@@ -325,18 +359,35 @@ class NewStates:
     """New keys or values of a layer on their way to its attention; not a tensor.
 
     Attributes:
-        layer: whose they are.
+        layer: the cache layer that stores them.
         states: ``[B, H, S, D]``, the new tokens.
+        step: the step in which they were stored; None until then.
         shape: ``[B, H, positions, D]``, with the tokens before them.
     """
 
     def __init__(self, layer: PagedLayer, states: Tensor):
         self.layer, self.states = layer, states
+        self.step: Step | None = None
 
     @property
     def shape(self) -> torch.Size:
         batch, heads, new, dim = self.states.shape
-        return torch.Size((batch, heads, self.layer.seen + new, dim))
+        before = self.layer.seen if self.step is None else self.step.before
+        return torch.Size((batch, heads, before + new, dim))
+
+    def to(self, device: torch.device | str, **_: object) -> NewStates:
+        """Itself: layers that share keys and values call this to have them on their device.
+
+        Raises:
+            NotImplementedError: the device is another one.
+        """
+        here = self.states.device
+        if self.states.new_empty(0).to(device).device != here:
+            raise NotImplementedError(
+                f"layers that share the keys of a PagedCache must be on one device, got {here} "
+                f"and {device}"
+            )
+        return self
 
     def __getattr__(self, name: str) -> object:
         raise AttributeError(f"{ONLY_OURS}, asked for .{name}")

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 HOME = "transformers.masking_utils"  # of the functions that are known here
 
@@ -88,8 +89,12 @@ def sequence_mask(**call: Any) -> Tensor | SequenceMask | None:
     padding = call.get("attention_mask")
     if isinstance(padding, SequenceMask):  # a model within a model got a mask that is made already
         return padding
+    tensors = [x for x in call.values() if isinstance(x, Tensor)]
+    if not all(map(has_values, tensors)) and not _is_traced():  # meta and fake tensors
+        skips = ("allow_is_causal_skip", "allow_is_bidirectional_skip")
+        return sdpa_mask(**{**call, **dict.fromkeys(skips, False)})
     pattern = None if _is_traced() else _pattern_of(call)
-    if pattern is None:
+    if pattern is None or not (pattern.sequences is None or has_values(pattern.sequences)):
         return sdpa_mask(**call)
     offsets, longest = None, call["kv_length"]
     if pattern.sequences is not None:
@@ -182,6 +187,11 @@ def row_offsets(begins: Tensor) -> Tensor:
     laid behind each other."""
     offsets = begins.flatten().nonzero()[:, 0]
     return torch.nn.functional.pad(offsets, (0, 1), value=begins.numel()).to(torch.int32)
+
+
+def has_values(x: Tensor) -> bool:
+    """Whether a tensor has values to look at: not a meta tensor, nor a fake one."""
+    return not x.is_meta and not isinstance(x, FakeTensor)
 
 
 def _is_traced() -> bool:

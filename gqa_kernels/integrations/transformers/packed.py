@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,9 +11,9 @@ from torch import Tensor, nn
 
 from ...attention import asym_gqa_attention
 from ...varlen import asym_gqa_varlen_attention
-from .masks import SequenceMask, row_offsets
-
-BATCHING = "5.23"  # first release whose continuous batching was tested
+from .call import attention_call
+from .masks import SequenceMask, has_values, row_offsets
+from .versions import BATCHING
 
 
 def packed_attention(
@@ -43,8 +41,6 @@ def packed_attention(
         ``[B, S, Hq, Dv]``; None where the call says no more than its mask, or has what needs one:
         a mask of its own, dropout, a position bias.
     """
-    from .attention import attention_call
-
     window = options.pop("sliding_window", None)
     begins_q, begins_k = options.pop("cu_seq_lens_q", None), options.pop("cu_seq_lens_k", None)
     longest_q, longest_k = options.pop("max_length_q", None), options.pop("max_length_k", None)
@@ -78,8 +74,9 @@ def packed_attention(
     call.update(causal=causal, window=None if window is None else (window - 1, None))
     rows = (call.pop(name).flatten(0, 1) for name in "qkv")  # [B * S, H, D], views where B is 1
     out = asym_gqa_varlen_attention(
-        *rows, call.pop("head_map"), begins_q, begins_k, _longest(longest_q, begins_q),
-        _longest(longest_k, begins_k), **call, backend=backend,
+        *rows, call.pop("head_map"), begins_q, begins_k,
+        _longest(longest_q, begins_q, query.shape[2]), _longest(longest_k, begins_k, key.shape[2]),
+        **call, backend=backend,
     )  # fmt: skip
     return out.unflatten(0, (query.shape[0], query.shape[2]))
 
@@ -96,7 +93,7 @@ class _LastPositions:
 
     def offsets(self, positions: Tensor | None, tokens: int) -> Tensor | None:
         """``[n + 1]``, if positions ``[1, tokens]`` begin again and rise by one otherwise."""
-        if positions is None or positions.shape != (1, tokens):
+        if positions is None or positions.shape != (1, tokens) or not has_values(positions):
             return None
         if positions.is_cuda and torch.cuda.is_current_stream_capturing():
             return None  # looking at them would break the graph
@@ -116,48 +113,28 @@ class _LastPositions:
 _last = _LastPositions()
 
 
-def _longest(given: int | Tensor | None, begins: Tensor) -> int:
-    return int(begins.diff().max() if given is None else given)
+def _longest(given: int | Tensor | None, begins: Tensor, tokens: int) -> int:
+    """Most tokens of a sequence; without values to look at, at most all of a row."""
+    if given is None:
+        given = begins.diff().max() if has_values(begins) else tokens
+    return int(given)
 
 
-@contextmanager
-def continuous_batching(model: nn.Module, backend: str = "auto") -> Iterator[nn.Module]:
-    """Inside, the model's continuous batching runs on this package, maps and all::
-
-        with continuous_batching(model):
-            outputs = model.generate_batch(prompts, ...)
-
-    transformers' own cache holds the pages and gathers a request's keys for every step, as for its
-    flash attention; no mask is made.
-
-    Args:
-        model: with as many KV heads in every layer, and as many for V as for K.
-        backend: as :func:`.register` takes it.
-
-    Raises:
-        ImportError: transformers is missing or too old.
-    """
-    from .attention import register, require_transformers
-
-    require_transformers(BATCHING)
-    # transformers hands packed queries and no mask to names with "flash" in them; it would also
-    # look for a kernel of that name, were it given to set_attn_implementation.
-    name = register(f"asym_gqa_flash_{backend}", backend)
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
-    before = [(config, config._attn_implementation) for config in configs.values()]
-    for config, _ in before:
-        config._attn_implementation = name
-    try:
-        yield model
-    finally:
-        for config, implementation in before:
-            config._attn_implementation = implementation
+def refuse_block_table(options: dict[str, Any]) -> None:
+    """Raise NotImplementedError if continuous batching left keys to be read through a table."""
+    if options.get("block_table") is not None:
+        raise NotImplementedError(
+            "block_table must be None in continuous batching: set max_blocks_per_request=0 in the "
+            "ContinuousBatchingConfig"
+        )
 
 
 def batched_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, backend: str, **options: Any
 ) -> Tensor:
-    """A layer's step in continuous batching: store the new keys, attend over each request's.
+    """A layer's step in continuous batching before transformers 5.24: store the new keys, attend.
+
+    From 5.24 on the model itself stores them, and the call is one of packed sequences.
 
     Args:
         module: the attention layer.
@@ -169,26 +146,15 @@ def batched_attention(
         ``[1, T, Hq, Dv]``.
 
     Raises:
-        NotImplementedError: another cache than continuous batching's, or heads that it can't hold.
+        NotImplementedError: the cache is not that of continuous batching.
     """
     cache = options.pop("cache")
-    update = getattr(cache, "update", None)
-    if update is None or "kwargs" not in inspect.signature(update).parameters:
+    if not _is_batching_cache(cache):
         raise NotImplementedError(
-            f"cache must be that of continuous batching in transformers >= {BATCHING}, got a "
-            f"{type(cache).__name__}"
-        )
-    heads = getattr(module.config, "num_key_value_heads", key.shape[1])
-    if not key.shape[1] == value.shape[1] == heads:
-        raise NotImplementedError(
-            "continuous batching must have config.num_key_value_heads "
-            f"({heads}) key and value heads in every layer, got {key.shape[1]} and "
-            f"{value.shape[1]}: generate() holds any"
-        )
-    if options.get("block_table") is not None:
-        raise NotImplementedError(
-            "block_table must be None in continuous batching: set max_blocks_per_request=0 in the "
-            "ContinuousBatchingConfig"
+            f"{type(module).__name__}.forward must use the cache that it is passed, got a "
+            f"{type(cache).__name__} left to the attention function: the module was written for "
+            "another release of transformers, or continuous batching is older than transformers "
+            f"{BATCHING}"
         )
     key, value = cache.update(
         key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=options
@@ -196,3 +162,12 @@ def batched_attention(
     for name in ("read_index", "write_index", "block_table"):
         options.pop(name, None)
     return packed_attention(module, query, key, value, None, backend, **options)
+
+
+def _is_batching_cache(cache: object) -> bool:
+    """Whether it is continuous batching's cache: other caches also have an ``update``."""
+    from transformers.cache_utils import Cache
+
+    update = getattr(cache, "update", None)
+    takes = () if update is None else inspect.signature(update).parameters
+    return not isinstance(cache, Cache) and "kwargs" in takes

@@ -50,26 +50,28 @@ class Step:
     views: dict[object, tuple[KVView, KVView]] = field(default_factory=dict)
     _translated: tuple[Tensor, Tensor | None] | None = None
 
-    def mask(self, given: Tensor, capacity: int) -> Tensor | None:
+    def mask(self, given: Tensor, capacity: int, queries: int) -> Tensor | None:
         """A mask of transformers, over the stored keys.
 
         Args:
-            given: ``[B or 1, H or 1, S, positions]``, boolean or additive.
+            given: ``[B or 1, H or 1, queries or 1, positions]``, boolean or additive.
             capacity: slots of a row.
+            queries: the last tokens of the step, which attend.
 
         Returns:
-            None where it shows what causality, the window and ``start`` show anyway; otherwise
-            ``[B, H or 1, S, capacity]`` with column ``j`` for a row's ``j``-th stored key.
+            None if it shows just what causality, the window and ``start`` show; otherwise
+            ``[B, H or 1, queries or 1, capacity]`` with column ``j`` for a row's ``j``-th stored
+            key.
 
         Raises:
             ValueError: it lacks columns, or shows a position that is not stored.
         """
         known = self._translated
         if known is None or known[0] is not given:  # layers share one
-            known = self._translated = (given, self._translate(given, capacity))
+            known = self._translated = (given, self._translate(given, capacity, queries))
         return known[1]
 
-    def _translate(self, given: Tensor, capacity: int) -> Tensor | None:
+    def _translate(self, given: Tensor, capacity: int, queries: int) -> Tensor | None:
         after = self.before + self.new
         if given.shape[-1] < after:
             raise ValueError(
@@ -78,7 +80,7 @@ class Step:
             )
         given = given[..., :after]
         column = torch.arange(after, device=given.device)
-        row = column[self.before :, None]
+        row = column[after - queries :, None]
         usual = column <= row
         if self.window is not None:
             usual = usual & (column > row - self.window)

@@ -1,0 +1,57 @@
+"""Continuous batching: transformers' scheduler and pages, our attention."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from ...models.maps import stored_maps
+from .attention import register
+from .versions import BATCHING, require_transformers
+
+
+@contextmanager
+def continuous_batching(model: nn.Module, backend: str = "auto") -> Iterator[nn.Module]:
+    """Inside, the model's continuous batching runs on this package, maps and all::
+
+        with continuous_batching(model):
+            outputs = model.generate_batch(prompts, ...)
+
+    transformers' own cache holds the pages and gathers a request's keys for every step, as for its
+    flash attention; no mask is made.
+
+    Args:
+        model: with as many KV heads in every layer, and as many for V as for K.
+        backend: as :func:`.register` takes it.
+
+    Raises:
+        ImportError: transformers is missing or too old.
+        NotImplementedError: the config's maps have other counts.
+    """
+    require_transformers(BATCHING)
+    _check_heads(model.config)
+    # transformers hands packed queries and no mask to names with "flash" in them; it would also
+    # look for a kernel of that name, were it given to set_attn_implementation.
+    name = register(f"asym_gqa_flash_{backend}", backend)
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    before = [(config, config._attn_implementation) for config in configs.values()]
+    for config, _ in before:
+        config._attn_implementation = name
+    try:
+        yield model
+    finally:
+        for config, implementation in before:
+            config._attn_implementation = implementation
+
+
+def _check_heads(config: Any) -> None:
+    heads = getattr(config, "num_key_value_heads", None)
+    found = {m.num_kv_heads for pair in stored_maps(config) or () for m in pair}
+    if found - {heads}:
+        raise NotImplementedError(
+            f"continuous batching must have config.num_key_value_heads ({heads}) key and value "
+            f"heads in every layer, got {sorted(found)}: generate() holds any"
+        )

@@ -1,0 +1,68 @@
+"""Guards of uneven head maps: transformers' own attention would compute equal groups, silently."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
+from typing import Any
+
+from torch import nn
+
+from ...models.maps import IMPLEMENTATION_FIELD, KEY_FIELD, guard
+
+READS_MAPS = "reads_head_maps"  # attribute of attention functions that go by a config's maps
+
+
+def reads_maps(function: Callable) -> Callable:
+    """Mark an attention function as one that goes by ``config.kv_head_map``."""
+    setattr(function, READS_MAPS, True)
+    return function
+
+
+def restore(config: object, uneven: bool) -> None:
+    """Write the guard into a config again: transformers removes it from a config that it loads."""
+    if uneven and not hasattr(config, IMPLEMENTATION_FIELD):
+        guard(config)
+
+
+@cache
+def watch_new_models() -> None:
+    """From now on, guard every model with head maps when it is built.
+
+    Its config gets its guard back, since the model may be saved again before it ever runs, and its
+    attention layers refuse to run on an attention function that ignores the maps.
+    """
+
+    def look(_: nn.Module, __: str, part: nn.Module | None) -> None:
+        config = None if part is None else part.__dict__.get("config")
+        if getattr(config, KEY_FIELD, None) is not None:
+            with suppress(ValueError, TypeError):  # wrong maps are reported when the model runs
+                restore(config, uneven=True)
+            if hasattr(part, "num_key_value_groups"):
+                protect(part)
+
+    nn.modules.module.register_module_module_registration_hook(look)
+
+
+def protect(module: nn.Module) -> None:
+    """Let an attention layer refuse attention functions that ignore its config's maps."""
+    if refuse_equal_groups not in module._forward_pre_hooks.values():
+        module.register_forward_pre_hook(refuse_equal_groups)
+
+
+def refuse_equal_groups(module: nn.Module, _: Any) -> None:
+    """Raise NotImplementedError if an uneven layer is about to run with equal groups."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    config = module.config
+    if getattr(config, IMPLEMENTATION_FIELD, None) is None:
+        return
+    name = config._attn_implementation
+    function = ALL_ATTENTION_FUNCTIONS.get(name)  # None: eager
+    if not getattr(function, READS_MAPS, False):
+        raise NotImplementedError(
+            f"attn_implementation must be 'asym_gqa' for a model with uneven head maps, got "
+            f"{name!r}, which would compute equal groups: call model.set_attn_implementation("
+            "gqa_kernels.integrations.transformers.register())"
+        )

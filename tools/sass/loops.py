@@ -1,0 +1,272 @@
+"""Loops of a kernel, and the shortest way around a loop that meets all of its matrix products.
+
+A loop's static size counts code that one iteration does not execute, such as masking on the
+diagonal. The hot path is what a warp executes for a tile that needs no mask: the shortest path from
+the loop's head back to it through every block that holds a matrix instruction, and through the
+unrolled asynchronous copies of the next tile. Copies that look up a page for every 16 bytes form
+loops of their own, with the number of instructions for each copy.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import re
+from collections import Counter
+from typing import NamedTuple
+
+from .disassemble import Instruction, Kernel
+
+PRODUCT = re.compile(r"^(HGMMA|HMMA|IMMA|QGMMA|UTCHMMA)")
+COPY = "LDGSTS"
+UNROLLED_COPIES = 4  # a block with as many copies is unrolled; one with fewer is a loop's body
+ENDS_BLOCK = {"BRA", "EXIT", "BRX", "RET"}
+
+# In order: an instruction belongs to the first class whose expression matches its opcode.
+CLASSES = {
+    "matrix": PRODUCT,
+    "ex2": re.compile(r"^MUFU\.EX2"),
+    "other MUFU": re.compile(r"^MUFU"),
+    "FMUL": re.compile(r"^FMUL"),
+    "FFMA": re.compile(r"^FFMA"),
+    "FADD": re.compile(r"^FADD"),
+    "FMNMX": re.compile(r"^FMNMX"),
+    "F2FP": re.compile(r"^F2FP"),
+    "LDSM": re.compile(r"^LDSM"),
+    "LDS": re.compile(r"^LDS"),
+    "STS": re.compile(r"^STS"),
+    "cp.async": re.compile(r"^LDGSTS"),
+    "TMA": re.compile(r"^UTMA"),
+    "LDG": re.compile(r"^LDG"),
+    "STG": re.compile(r"^STG"),
+    "shuffle": re.compile(r"^SHFL"),
+    "barrier": re.compile(r"^(BAR|B2R|SYNCS)"),
+    "compare": re.compile(r"^(FSETP|FSEL)"),
+    "branch": re.compile(r"^(BRA|EXIT|BRX|CALL|RET|NANOSLEEP)"),
+    "warp sync": re.compile(r"^(WARPSYNC|WARPGROUP|BSSY|BSYNC|ELECT|VOTE|DEPBAR|LDGDEPBAR|FENCE)"),
+    "integer and moves": re.compile(r"."),
+}
+
+
+class Loop(NamedTuple):
+    """A loop with matrix products.
+
+    ``size`` counts every instruction of its blocks, ``path`` are those of the hot path.
+    ``per_copy`` has, for each inner loop of asynchronous copies, its instructions per copy.
+    """
+
+    kernel: str
+    address: int
+    size: int
+    path: list[Instruction]
+    per_copy: list[float]
+
+    @property
+    def counts(self) -> Counter[str]:
+        """Instructions of the hot path by class."""
+        return Counter(
+            next(name for name, pattern in CLASSES.items() if pattern.match(i.opcode))
+            for i in self.path
+        )
+
+
+class Graph(NamedTuple):
+    """Basic blocks as half-open ranges of instructions, and the successors of each."""
+
+    blocks: list[tuple[int, int]]
+    successors: list[list[int]]
+
+
+def control_flow(kernel: Kernel) -> Graph:
+    """The kernel's basic blocks and the edges between them."""
+    instructions = kernel.instructions
+    starts = {0} | set(kernel.labels.values())
+    starts |= {i + 1 for i, x in enumerate(instructions) if x.operation in ENDS_BLOCK}
+    bounds = [*sorted(s for s in starts if s < len(instructions)), len(instructions)]
+    blocks = list(itertools.pairwise(bounds))
+    index = {begin: number for number, (begin, _) in enumerate(blocks)}
+    successors = []
+    for _, end in blocks:
+        targets = _targets(instructions[end - 1], end, kernel.labels)
+        successors.append([index[t] for t in targets if t in index])
+    return Graph(blocks, successors)
+
+
+def _targets(last: Instruction, end: int, labels: dict[str, int]) -> list[int]:
+    """Where a block continues, given its last instruction."""
+    conditional = last.text.startswith("@")
+    if last.operation == "BRA":
+        if ".DIV" in last.opcode:  # the divergent case of a warp-wide instruction: never hot
+            return [end]
+        match = re.search(r"`\((\.L\S+?)\)", last.text)
+        targets = [labels[match[1]]] if match and match[1] in labels else []
+        has_predicate = re.search(r"BRA(\.\w+)*\s+!?U?P", last.text) is not None
+        return [*targets, end] if conditional or has_predicate or ".U" in last.opcode else targets
+    if last.operation in ("EXIT", "RET"):
+        return [end] if conditional else []
+    return [end]
+
+
+def natural_loops(graph: Graph) -> dict[int, set[int]]:
+    """Blocks of each loop, by the loop's head (the target of a back edge that dominates it)."""
+    # Indirect jumps hide edges. A virtual entry leads to every block that nothing seems to reach.
+    targets = {successor for successors in graph.successors for successor in successors}
+    entries = [block for block in range(len(graph.blocks)) if block == 0 or block not in targets]
+    successors = [*graph.successors, entries]
+    order = _reverse_postorder(successors)
+    predecessors: dict[int, list[int]] = {block: [] for block in order}
+    for block in order:
+        for successor in successors[block]:
+            predecessors[successor].append(block)
+    dominator = _immediate_dominators(order, predecessors)
+    loops: dict[int, set[int]] = {}
+    for block in order:
+        for head in successors[block]:
+            if not _dominates(head, block, dominator):
+                continue
+            body, pending = {head, block}, [block]
+            while pending:
+                current = pending.pop()
+                if current == head:
+                    continue
+                new = [p for p in predecessors[current] if p not in body]
+                body.update(new)
+                pending += new
+            loops.setdefault(head, set()).update(body)
+    return loops
+
+
+def _reverse_postorder(successors: list[list[int]]) -> list[int]:
+    """What the last block reaches, each block before its successors unless they form a cycle."""
+    entry = len(successors) - 1
+    finished, seen = [], {entry}
+    stack = [(entry, iter(successors[entry]))]
+    while stack:
+        block, rest = stack[-1]
+        following = next((s for s in rest if s not in seen), None)
+        if following is None:
+            finished.append(block)
+            stack.pop()
+        else:
+            seen.add(following)
+            stack.append((following, iter(successors[following])))
+    return finished[::-1]
+
+
+def _immediate_dominators(order: list[int], predecessors: dict[int, list[int]]) -> dict[int, int]:
+    """The closest dominator of each block.
+
+    Source: Cooper, Harvey and Kennedy, "A Simple, Fast Dominance Algorithm".
+    """
+    position = {block: number for number, block in enumerate(order)}
+    dominator = {order[0]: order[0]}
+    changed = True
+    while changed:
+        changed = False
+        for block in order[1:]:
+            known = [p for p in predecessors[block] if p in dominator]
+            new = known[0]
+            for other in known[1:]:
+                while new != other:
+                    if position[new] > position[other]:
+                        new = dominator[new]
+                    else:
+                        other = dominator[other]
+            if dominator.get(block) != new:
+                dominator[block], changed = new, True
+    return dominator
+
+
+def _dominates(head: int, block: int, dominator: dict[int, int]) -> bool:
+    while block != head and dominator[block] != block:
+        block = dominator[block]
+    return block == head
+
+
+def main_loops(kernel: Kernel, min_products: int = 8) -> list[Loop]:
+    """Innermost loops with at least ``min_products`` matrix instructions, in address order."""
+    graph = control_flow(kernel)
+    code = [kernel.instructions[begin:end] for begin, end in graph.blocks]
+    products = [sum(PRODUCT.match(i.opcode) is not None for i in block) for block in code]
+    copies = [sum(i.operation == COPY for i in block) for block in code]
+    loops = natural_loops(graph)
+    heavy = {h: body for h, body in loops.items() if sum(products[b] for b in body) >= min_products}
+    found = []
+    for head, body in sorted(heavy.items()):
+        if any(other != head and heavy[other] < body for other in heavy):
+            continue
+        path = _hot_path(graph, products, copies, head, body)
+        if path is None:
+            continue
+        per_copy = [
+            sum(len(code[b]) for b in inner) / sum(copies[b] for b in inner)
+            for inner in (loops[h] for h in sorted(loops) if h != head and loops[h] < body)
+            if 0 < sum(copies[b] for b in inner) < UNROLLED_COPIES
+        ]
+        size = sum(len(code[b]) for b in body)
+        hot = [i for b in path for i in code[b]]
+        found.append(Loop(kernel.name, code[head][0].address, size, hot, per_copy))
+    return found
+
+
+def _hot_path(
+    graph: Graph, products: list[int], copies: list[int], head: int, body: set[int]
+) -> list[int] | None:
+    """The shortest walk from ``head`` back to it through all products and the unrolled copies."""
+    through = {b for b in body if products[b] and b != head}
+    # Neighbouring blocks of copies are alternatives (the whole row, or a row with a tail).
+    alternatives: list[list[int]] = []
+    for block in sorted(b for b in body if copies[b] >= UNROLLED_COPIES):
+        if alternatives and alternatives[-1][-1] == block - 1:
+            alternatives[-1].append(block)
+        else:
+            alternatives.append([block])
+    walks = [
+        walk
+        for chosen in itertools.product(*alternatives)
+        if (walk := _walk(graph, body, head, through | set(chosen))) is not None
+    ]
+    return min(walks, key=lambda walk: _instructions(graph, walk), default=None)
+
+
+def _walk(graph: Graph, body: set[int], head: int, through: set[int]) -> list[int] | None:
+    """The shortest walk from ``head`` back to it that visits ``through`` in the loop's order."""
+    others = sorted(through - {head})
+    # Blocks that lie before the head in memory come after the others in the loop's order.
+    order = [b for b in others if b > head] + [b for b in others if b < head] + [head]
+    walk: list[int] = []
+    current = head
+    for target in order:
+        step = _shortest(graph, body, current, target)
+        if step is None:
+            return None
+        walk += step
+        current = target
+    return walk
+
+
+def _instructions(graph: Graph, walk: list[int]) -> int:
+    return sum(end - begin for begin, end in (graph.blocks[b] for b in walk))
+
+
+def _shortest(graph: Graph, body: set[int], source: int, target: int) -> list[int] | None:
+    """Blocks after ``source`` up to ``target`` with the fewest instructions, inside ``body``."""
+
+    def length(block: int) -> int:
+        begin, end = graph.blocks[block]
+        return end - begin
+
+    queue = [(length(b), b, (b,)) for b in graph.successors[source] if b in body]
+    heapq.heapify(queue)
+    seen = set()
+    while queue:
+        cost, block, path = heapq.heappop(queue)
+        if block in seen:
+            continue
+        seen.add(block)
+        if block == target:
+            return list(path)
+        for b in graph.successors[block]:
+            if b in body and b not in seen:
+                heapq.heappush(queue, (cost + length(b), b, (*path, b)))
+    return None
