@@ -45,8 +45,8 @@ def merge_attention_states(
     total = weight_a + weight_b
     divisor = total.masked_fill(total == 0, 1)
     out = sum(
-        _over_heads_and_tokens(weight / divisor, part, layout)
-        * part.masked_fill(_over_heads_and_tokens(lse == -math.inf, part, layout), 0)
+        over_heads_and_tokens(weight / divisor, part, layout)
+        * part.masked_fill(over_heads_and_tokens(lse == -math.inf, part, layout), 0)
         for weight, part, lse in ((weight_a, out_a, lse_a), (weight_b, out_b, lse_b))
     )
     lse = (shift + torch.log(divisor)).masked_fill(total == 0, -math.inf)
@@ -114,7 +114,7 @@ def merge_sinks(
     return merge_attention_states(out, lse, torch.zeros_like(out), sink, layout=layout)
 
 
-def _over_heads_and_tokens(weight: Tensor, out: Tensor, layout: Layout) -> Tensor:
+def over_heads_and_tokens(weight: Tensor, out: Tensor, layout: Layout) -> Tensor:
     """Weights ``[B, Hq, Sq]`` or ``[Hq, total]`` in the dims of the output, the last one 1."""
     if weight.dim() == 2:
         weight = weight.transpose(0, 1)

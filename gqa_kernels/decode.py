@@ -10,6 +10,7 @@ from .backends.base import Backend
 from .backends.dispatch import select
 from .cache.base import KVCache
 from .cache.tensors import Layout
+from .cache.view import KVView
 from .call.append import AppendCall
 from .call.attention import AttentionCall
 from .call.checks import HeadMapLike, from_heads_first, heads_first
@@ -76,9 +77,9 @@ def asym_gqa_decode(
         ValueError, TypeError, NotImplementedError: as ``asym_gqa_attention``; nothing was appended.
     """
     call = decode_call(
-        q, cache, head_map, causal, scale, window, softcap, cu_seqlens_q=cu_seqlens_q,
-        max_seqlen_q=max_seqlen_q, value_head_map=value_head_map, alibi_slopes=alibi_slopes,
-        sinks=sinks, attn_mask=attn_mask, layout=layout,
+        q, cache, head_map, causal=causal, scale=scale, window=window, softcap=softcap,
+        cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q, value_head_map=value_head_map,
+        alibi_slopes=alibi_slopes, sinks=sinks, attn_mask=attn_mask, layout=layout,
     )  # fmt: skip
     plan = DecodePlan(call, layout, select(call, backend))
     if k_new is None:
@@ -91,16 +92,21 @@ def asym_gqa_decode(
     return result
 
 
-def decode_call(
-    q: Tensor, cache: KVCache, head_map: HeadMapLike, causal: bool = True,
-    scale: float | None = None, window: tuple[int | None, int | None] | None = None,
-    softcap: float | None = None, **others,
-) -> AttentionCall:  # fmt: skip
+def decode_call(q: Tensor, cache: KVCache, head_map: HeadMapLike, **options) -> AttentionCall:
     """The call that :func:`asym_gqa_decode` makes of its arguments, without new tokens."""
     if not isinstance(cache, KVCache):
         raise TypeError(f"cache must be a DenseKVCache or PagedKVCache, got {type(cache).__name__}")
+    return view_call(q, cache.unchecked_view(), head_map, **options)
+
+
+def view_call(
+    q: Tensor, view: KVView, head_map: HeadMapLike, *, causal: bool = True,
+    scale: float | None = None, window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None, **tensors,
+) -> AttentionCall:  # fmt: skip
+    """:func:`decode_call` over the view of a cache."""
     options = Options.of(causal, scale, window, softcap)
-    return AttentionCall.over(q, cache.unchecked_view(), head_map, options, **others)
+    return AttentionCall.over(q, view, head_map, options, **tensors)
 
 
 def plan_decode(

@@ -10,9 +10,9 @@ from gqa_kernels import (
     available_backends,
     explain_backend,
 )
+from gqa_kernels.attention import attention_call
 from gqa_kernels.backends import dispatch
 from gqa_kernels.backends.base import Capabilities
-from gqa_kernels.native import build
 from gqa_kernels.testing import make_inputs
 
 MAP = HeadMap([0, 1, 1])
@@ -33,9 +33,9 @@ def test_explain_lists_every_backend_and_agrees_with_the_choice():
         (small(torch.float64), {"causal": True}),
         (small(requires_grad=True), {"sinks": torch.zeros(3)}),
     ]:
-        reasons = explain_backend(*call, **options)
+        reasons = explain_backend(asym_gqa_attention, *call, **options)
         assert set(reasons) == set(dispatch.BACKENDS)
-        inputs = dispatch.AttentionInputs.create(*call, **options)
+        inputs = attention_call(*call, **options)
         chosen = dispatch.select(inputs).name
         assert chosen == next(name for name, why in reasons.items() if not why)
         for name, why in reasons.items():
@@ -46,21 +46,22 @@ def test_explain_lists_every_backend_and_agrees_with_the_choice():
 
 
 def test_reasons_have_values():
-    reasons = explain_backend(*small(torch.float64, requires_grad=True))
+    reasons = explain_backend(asym_gqa_attention, *small(torch.float64, requires_grad=True))
     for name in ("cpu", "triton"):
         assert any("dtype float64" in why for why in reasons[name])
         no_backward = any("requires grad" in why for why in reasons[name])
         assert no_backward != dispatch.BACKENDS[name].capabilities.autograd
     wide = make_inputs(1, MAP, 2, 2, 300)
     assert any(
-        "head dim D = 300 (at most 256)" in why for why in explain_backend(*wide, MAP)["cpu"]
+        "head dim D = 300 (at most 256)" in why
+        for why in explain_backend(asym_gqa_attention, *wide, MAP)["cpu"]
     )
 
 
 def test_no_grad_lifts_the_need_for_a_backward():
     call = small(requires_grad=True)
     with torch.no_grad():
-        reasons = explain_backend(*call)
+        reasons = explain_backend(asym_gqa_attention, *call)
     assert not any("requires grad" in why for whys in reasons.values() for why in whys)
 
 
@@ -75,7 +76,6 @@ def test_auto_falls_back_and_warns_where_a_backend_fails_to_build(monkeypatch):
     backend = dispatch.BACKENDS["cpu"]
     monkeypatch.setattr(type(backend), "unavailable_reason", lambda self: None)
     monkeypatch.setattr(type(backend), "prepare", lambda self: "the compiler said no")
-    monkeypatch.setattr(build, "library_path", lambda part="cpu": None)
     call = small()
     with pytest.warns(UserWarning, match="'cpu' is not usable: the compiler said no"):
         out = asym_gqa_attention(*call)

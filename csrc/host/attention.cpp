@@ -16,7 +16,7 @@ std::tuple<Tensor, Tensor> attention_forward_cpu(const Inputs& in, bool bshd) {
 
 Tensor attention_output_cpu(const Inputs& in, bool bshd) {
   Call call(in);
-  const Tensor out = add_output(call.params, in.q, bshd);
+  const Tensor out = add_unfilled_output(call.params, in.q, bshd);
   const std::unique_ptr<float[]> lse(new float[in.q.size(0) * in.q.size(1) * in.q.size(2)]);
   call.params.lse = lse.get();
   cpu::attention_forward(call.params, torch_threads(), false);

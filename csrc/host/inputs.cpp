@@ -285,9 +285,19 @@ AttentionParams params_of(const Inputs& in) {
 Tensor add_output(AttentionParams& params, const Tensor& q, bool bshd) {
   const int64_t batch = q.size(0), heads = q.size(1), tokens = q.size(2);
   const int64_t dim = params.value_head_dim;
+  using torch::stable::new_empty;
+  Tensor out = bshd ? torch::stable::transpose(new_empty(q, {batch, tokens, heads, dim}), 1, 2)
+                    : new_empty(q, {batch, heads, tokens, dim});
+  params.out = out.mutable_data_ptr();
+  params.out_stride = strides_of(out);
+  return out;
+}
+
+Tensor add_unfilled_output(AttentionParams& params, const Tensor& q, bool bshd) {
+  const int64_t heads = q.size(1), tokens = q.size(2), dim = params.value_head_dim;
   const int64_t rows = std::max<int64_t>(tokens, 1);  // strides of an empty tensor as torch's
   Tensor out =
-      empty_beside(q, q.scalar_type(), {batch, heads, tokens, dim},
+      empty_beside(q, q.scalar_type(), {q.size(0), heads, tokens, dim},
                    {heads * rows * dim, bshd ? dim : rows * dim, bshd ? heads * dim : dim, 1});
   params.out = out.mutable_data_ptr();
   params.out_stride = strides_of(out);
@@ -295,9 +305,7 @@ Tensor add_output(AttentionParams& params, const Tensor& q, bool bshd) {
 }
 
 Tensor add_lse(AttentionParams& params, const Tensor& q) {
-  const int64_t heads = q.size(1), tokens = q.size(2), rows = std::max<int64_t>(tokens, 1);
-  Tensor lse =
-      empty_beside(q, ScalarType::Float, {q.size(0), heads, tokens}, {heads * rows, rows, 1});
+  Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
   params.lse = static_cast<float*>(lse.mutable_data_ptr());
   return lse;
 }

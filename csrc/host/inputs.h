@@ -48,6 +48,8 @@ AttentionParams params_of(const Inputs& in);
 // Outputs in memory of their own, entered into the params of the call: out [B, Hq, Sq, Dv], in
 // memory [B, Sq, Hq, Dv] for bshd, and the LSE, fp32 [B, Hq, Sq].
 Tensor add_output(AttentionParams& params, const Tensor& q, bool bshd);
+// The same from empty_beside.
+Tensor add_unfilled_output(AttentionParams& params, const Tensor& q, bool bshd);
 Tensor add_lse(AttentionParams& params, const Tensor& q);
 
 }  // namespace gqa::host

@@ -14,7 +14,6 @@ from ..native import build
 from ..native.schema import APPEND, FORWARD
 from .base import Backend, Call
 
-
 # FORWARD's arguments of a call, by its kind.
 _arguments_of: dict[int, Callable[[AttentionCall], tuple]] = {}
 
@@ -41,7 +40,12 @@ class CompiledBackend(Backend):
         arguments_of = _arguments_of.get(kind)
         if arguments_of is None:
             arguments_of = _arguments_of[kind] = FORWARD.arguments_like(call)
-        if call.lse_wanted or call.requires_grad or type(call.q) is not Tensor:
+        if (
+            call.lse_wanted
+            or call.requires_grad
+            or type(call.q) is not Tensor  # DTensor has rules for this op
+            or torch._C._get_deterministic_algorithms()  # which fills this op's memory
+        ):
             return _run(torch.ops.gqa_kernels.attention_forward.default, arguments_of(call), call)
         op = torch.ops.gqa_kernels.attention_output.default
         return _run(op, arguments_of(call), call), None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 import torch
@@ -171,6 +171,19 @@ class AttentionCall:
         heads_of: tuple[str, str],
     ) -> AttentionCall:  # fmt: skip
         """Check and enter the maps and the biases."""
+        try:
+            self._enter(alibi_slopes, sinks, attn_mask, heads_of)
+        except (TypeError, ValueError):
+            self._check_tensors()  # whatever is wrong with them comes first
+            raise
+        if torch.is_grad_enabled():
+            self.requires_grad = requires_grad(self.q, self.kv.k, self.kv.v, *self.biases)
+        return self
+
+    def _enter(
+        self, alibi_slopes: Tensor | None, sinks: Tensor | None, attn_mask: Tensor | None,
+        heads_of: tuple[str, str],
+    ) -> None:  # fmt: skip
         q, k, v, head_map = self.q, self.kv.k, self.kv.v, self.head_map
         # The op finds a map whose length is not that of q's heads.
         if type(head_map) is not HeadMap or head_map.num_kv_heads != k.size(1):
@@ -191,9 +204,6 @@ class AttentionCall:
             self.sinks = checks.resolve_sinks(sinks, q)
         if attn_mask is not None:
             self.attn_mask = checks.resolve_mask(attn_mask, q, self.kv.capacity)
-        if torch.is_grad_enabled():
-            self.requires_grad = requires_grad(q, k, v, alibi_slopes, sinks, attn_mask)
-        return self
 
     def _refuse_heads(self, heads_of: tuple[str, str]) -> None:
         k_heads, v_heads = self.kv.num_k_heads, self.kv.num_v_heads
@@ -214,17 +224,21 @@ class AttentionCall:
             ValueError, TypeError: the message names the argument, the rule and the value.
             NotImplementedError: a value head map over pages per head.
         """
+        self._check_tensors()
         q, view = self.q, self.kv
+        heads_of = _HEADS_OF[1 + self.bshd] if self.memory == "dense" else _CACHE_HEADS
+        for value, name, heads, rule in (
+            (self.head_map, "head_map", view.num_k_heads, heads_of[0]),
+            (self.value_head_map, "value_head_map", view.num_v_heads, heads_of[1]),
+        ):
+            if value is not None:
+                resolve_map(name, value, q.shape[1], heads, rule, q.device)
+
+    def _check_tensors(self) -> None:
         if self.memory == "dense":
-            checks.check_dense(q, view.k, view.v, 1 + self.bshd)
-            heads_of = _HEADS_OF[1 + self.bshd]
+            checks.check_dense(self.q, self.kv.k, self.kv.v, 1 + self.bshd)
         else:
             self._check_view()
-            heads_of = _CACHE_HEADS
-        for i, name in enumerate(("head_map", "value_head_map")):
-            value, heads = getattr(self, name), (view.num_k_heads, view.num_v_heads)[i]
-            if value is not None:
-                resolve_map(name, value, q.shape[1], heads, heads_of[i], q.device)
 
     def _check_view(self) -> None:
         q, view = self.q, self.kv
@@ -233,9 +247,7 @@ class AttentionCall:
             for name, x in (("k", view.k), ("v", view.v)):
                 checks.check_floating(name, x, view.device)
             if view.v.dtype != view.k.dtype:
-                raise TypeError(
-                    f"v.dtype must equal k.dtype ({view.k.dtype}), got {view.v.dtype}"
-                )
+                raise TypeError(f"v.dtype must equal k.dtype ({view.k.dtype}), got {view.v.dtype}")
         if self.q_offsets is None and q.shape[0] != view.batch:
             raise ValueError(
                 f"q.shape[0] must equal the cache's batch ({view.batch}), got {q.shape[0]}"
@@ -287,9 +299,15 @@ class AttentionCall:
             *self.biases, self.q_offsets, self.max_q_len, self.max_kv_len, requires_grad=grad,
         )  # fmt: skip
 
-    def with_kv(self, k: Tensor, v: Tensor) -> AttentionCall:
-        """The same call with other keys and values in the place of its own."""
-        return replace(self, kv=replace(self.kv, k=k, v=v))
+    def replace(self, **changes: object) -> AttentionCall:
+        """The same call with other values, unchecked. Those of the view and of the options go by
+        their own names."""
+        for part in ("kv", "options"):
+            names = {field.name for field in fields(getattr(self, part))} & changes.keys()
+            if names:
+                inner = {name: changes.pop(name) for name in names}
+                changes[part] = replace(getattr(self, part), **inner)
+        return replace(self, **changes)
 
     @property
     def k(self) -> Tensor:

@@ -36,7 +36,14 @@ LICENSE = "Apache-2.0"
 CORE = "core"  # the package's folder in a variant
 NAMESPACE = "gqa_kernels"  # of the package's ops
 # What attention needs; the rest (search, conversion, engines) is not for a kernel repository.
-PARTS = ("*.py", "backends/**/*.py", "cache/**/*.py", "models/**/*.py", "native/**/*.py")
+PARTS = (
+    "*.py",
+    "backends/**/*.py",
+    "cache/**/*.py",
+    "call/*.py",
+    "models/**/*.py",
+    "native/**/*.py",
+)
 PARTS += ("partition/**/*.py", "integrations/__init__.py")
 PARTS += ("integrations/transformers*.py", "integrations/transformers*/**/*.py")
 LEFT_OUT = ("__main__.py", "cli.py", "testing.py")

@@ -15,9 +15,7 @@ for _name, _schema in (
 ):
     schema.define(_name, _schema)
 
-torch.library.register_fake(
-    "gqa_kernels::attention_forward", schema.fake_forward(schema.FORWARD)
-)
+torch.library.register_fake("gqa_kernels::attention_forward", schema.fake_forward(schema.FORWARD))
 torch.library.register_fake("gqa_kernels::attention_output", schema.fake_output)
 torch.library.register_fake(
     "gqa_kernels::attention_backward", schema.fake_backward(schema.BACKWARD)

@@ -1,7 +1,8 @@
 """The arguments of the ops: each list is written here, once.
 
-From a :class:`Schema` come the op's definition, its fake kernel's and autograd's access by name, and
-the arguments of a call. ``csrc/host`` has the same lists, once for all devices, in the same order.
+From a :class:`Schema` come the op's definition, the arguments by name for its fake kernel and its
+autograd, and the arguments of a call. ``csrc/host`` has the same lists, in the same order, once for
+all devices.
 """
 
 from __future__ import annotations

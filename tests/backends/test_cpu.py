@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from gqa_kernels import HeadMap, asym_gqa_attention
+from gqa_kernels.attention import attention_call
 from gqa_kernels.backends.cpu import CPUBackend
-from gqa_kernels.inputs import AttentionInputs
 from gqa_kernels.native import build
 from gqa_kernels.testing import assert_attention_close, make_inputs
 from tests.cases import CASES, UNEVEN
@@ -181,10 +181,11 @@ def test_masks_of_any_strides(isa, q_len):
 
 def op_arguments(q_len=5, **options):
     q, k, v = make_inputs(2, UNEVEN, q_len, 9, 16)
-    x = AttentionInputs.create(q, k, v, UNEVEN, **options)
+    x = attention_call(q, k, v, UNEVEN, **options)
     return [
         x.q, x.k, x.v, x.head_map_tensor, x.value_head_map_tensor, x.alibi_slopes, x.sinks,
-        x.attn_mask, x.kv_lengths, x.scale, x.window_left, x.window_right, x.softcap, False,
+        x.attn_mask, x.kv.kv_lengths, x.scale,
+        x.options.window_left, x.options.window_right, x.options.softcap, False,
     ]  # fmt: skip
 
 

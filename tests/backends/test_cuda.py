@@ -13,11 +13,11 @@ from gqa_kernels import (
     asym_gqa_decode,
     asym_gqa_varlen_attention,
 )
+from gqa_kernels.attention import attention_call
 from gqa_kernels.backends.cuda import CUDABackend
-from gqa_kernels.cache.quantized import FORMAT_OF_NAME
-from gqa_kernels.inputs import AttentionInputs
+from gqa_kernels.backends.triton.splits import choose_splits
+from gqa_kernels.cache.formats import FORMAT_OF_NAME
 from gqa_kernels.native import sources
-from gqa_kernels.splits import choose_splits
 from gqa_kernels.testing import (
     assert_attention_close,
     assert_decode_close,
@@ -35,7 +35,7 @@ DTYPES = sorted(CUDABackend.capabilities.dtypes, key=str)
 
 def test_what_the_backend_declares():
     q, k, v = make_inputs(1, UNEVEN, 1, 3, 16)
-    reasons = CUDABackend().unsupported_reasons(AttentionInputs.create(q, k, v, UNEVEN))
+    reasons = CUDABackend().unsupported(attention_call(q, k, v, UNEVEN))
     assert reasons == ["device cpu (supported: cuda)", "dtype float32 (bfloat16, float16 only)"]
 
 

@@ -323,7 +323,7 @@ def test_garbage_that_is_never_used_is_no_error():
 def test_explanations_name_the_kind_of_cache():
     cache = DenseKVCache.empty(2, HEADS, 8, 300, dtype=torch.float32)
     q = torch.zeros(2, 3, 1, 300, requires_grad=True)
-    reasons = explain_backend(q, cache, MAP)
+    reasons = explain_backend(asym_gqa_decode, q, cache, MAP)
     assert reasons["reference"] == []
     for name in ("cpu", "triton"):
         assert "head dim D = 300 (at most 256)" in reasons[name]

@@ -15,8 +15,9 @@ from gqa_kernels import (
     plan_decode,
 )
 from gqa_kernels.backends.dispatch import BACKENDS
-from gqa_kernels.backends.reference_cache import gather
-from gqa_kernels.cache.inputs import AppendInputs, CacheInputs
+from gqa_kernels.backends.reference.cache import gather
+from gqa_kernels.call.append import AppendCall
+from gqa_kernels.decode import view_call
 from gqa_kernels.testing import assert_decode_close
 from tests.cache.histories import Kind
 from tests.cache.test_append import rotary_table, stored
@@ -254,14 +255,14 @@ def test_opcheck(backend, kind, device):
     cos, sin = (x.to(device) for x in rotary_table(12))
     new = torch.randn(5, 3, 24, device=device).to(dtype)
     view = cache.view()
-    append = AppendInputs.create(
+    append = AppendCall.create(
         new[..., :16].contiguous(), new, view, q=q, new_offsets=offsets, max_new=3, rotary_cos=cos,
         rotary_sin=sin,
     )  # fmt: skip
-    attend = CacheInputs.create(q, view, UNEVEN, q_offsets=offsets, max_q_len=3)
+    attend = view_call(q, view, UNEVEN, q_offsets=offsets, max_q_len=3)
     with Recorded(op_of(backend)) as recorded:
         BACKENDS[backend].append(append)
-        BACKENDS[backend].run_cache(attend)
+        BACKENDS[backend].attend(attend)
     assert len(recorded.calls) == 2
     for op, args, kwargs in recorded.calls:
         torch.library.opcheck(op, args, kwargs)

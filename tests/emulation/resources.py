@@ -20,7 +20,7 @@ from gqa_kernels.backends.triton.backward_launch import backward_launches
 from gqa_kernels.backends.triton.cache_launch import append_launch
 from gqa_kernels.backends.triton.configs import decode_config, heads_per_section, prefill_tile
 from gqa_kernels.backends.triton.launch import Launch, decode_launches, prefill_launch
-from gqa_kernels.cache.inputs import AppendInputs
+from gqa_kernels.call.append import AppendCall
 
 from .aot import (
     TARGETS,
@@ -95,7 +95,7 @@ class CacheConfiguration:
         if self.phase == "append":
             table = torch.ones(64, self.head_dim // 2)
             new, q = (torch.ones(2, h, 4, self.head_dim, dtype=self.dtype) for h in (3, 8))
-            append = AppendInputs.create(
+            append = AppendCall.create(
                 new, new, cache.view(), q=q, rotary_cos=table, rotary_sin=table
             )
             return [append_launch(append, q)]

@@ -1,7 +1,7 @@
 """Reference backend, eager torch: the definition of correct for every other backend.
 
-    formula.py  attention over dense tensors
-    cache.py    attention over any view, and the append
+formula.py  attention over dense tensors
+cache.py    attention over any view, and the append
 """
 
 from __future__ import annotations

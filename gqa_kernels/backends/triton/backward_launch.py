@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .plan import largest_first, num_groups, regrouped
-from .splits import ceil_div
 from .backward_kv import backward_kv_kernel
 from .backward_q import backward_q_kernel
 from .backward_rows import delta_kernel
@@ -21,6 +19,8 @@ from .configs import (
     padded_dim,
 )
 from .launch import ForwardCall, Launch, strides_of
+from .plan import largest_first, num_groups, regrouped
+from .splits import ceil_div
 
 DELTA_ELEMENTS = 4096  # of out that a program of the delta kernel reads
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...call.append import AppendCall
 from ...cache.view import is_dynamic
-from .splits import ceil_div
+from ...call.append import AppendCall
 from . import kv
 from .append import append_kernel
 from .configs import padded_dim, power_of_two
 from .launch import FORMATS, Launch, strides_of
+from .splits import ceil_div
 
 BLOCK_T = 16  # most tokens of a program
 

@@ -8,8 +8,6 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .plan import num_groups
-from .splits import ceil_div
 from . import common, kv
 from .combine import combine_kernel
 from .configs import (
@@ -25,7 +23,9 @@ from .configs import (
     prefill_tile,
 )
 from .decode import decode_kernel
+from .plan import num_groups
 from .prefill import prefill_kernel
+from .splits import ceil_div
 
 COMBINE_CHUNK = 16  # splits whose partial outputs the combine kernel holds at once
 
