@@ -36,10 +36,12 @@ class CompiledBackend(Backend):
         return None
 
     def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
-        kind = call.kind if call.kind >= 0 else call.find_kind()
-        arguments_of = _arguments_of.get(kind)
-        if arguments_of is None:
-            arguments_of = _arguments_of[kind] = FORWARD.arguments_like(call)
+        arguments_of = FORWARD.arguments_of
+        if not torch.compiler.is_compiling():
+            kind = call.kind if call.kind >= 0 else call.find_kind()
+            arguments_of = _arguments_of.get(kind)
+            if arguments_of is None:
+                arguments_of = _arguments_of[kind] = FORWARD.arguments_like(call)
         if (
             call.lse_wanted
             or call.requires_grad

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import namedtuple
 from collections.abc import Callable
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -39,7 +38,7 @@ class Schema:
         defaults = [_DEFAULTS[part.partition("=")[2]] for part in parts if "=" in part]
         self.Arguments = namedtuple("Arguments", self.names, defaults=defaults)
         #: ``arguments_of(call)``: a call's arguments, in order.
-        self.arguments_of: Callable[[Any], tuple] = attrgetter(*self._paths)
+        self.arguments_of: Callable[[Any], tuple] = _tuple_of(self._paths)
 
     def arguments_like(self, call: Any) -> Callable[[Any], tuple]:
         """:attr:`arguments_of` for calls with the tensors that ``call`` has: what comes after the
@@ -48,7 +47,12 @@ class Schema:
         last = max(i for i, name in enumerate(self.names) if isinstance(given[name], Tensor))
         while last + 1 < len(self.names) and self.names[last + 1] not in self.tensors:
             last += 1
-        return attrgetter(*self._paths[: last + 1])
+        return _tuple_of(self._paths[: last + 1])
+
+
+def _tuple_of(paths: list[str]) -> Callable[[Any], tuple]:
+    """A function of a call that returns these attributes. Written out: torch.compile reads it."""
+    return eval(f"lambda call: ({', '.join(f'call.{path}' for path in paths)},)")
 
 
 _DEFAULTS = {"None": None, "0": 0, "-1": -1, "0.0": 0.0, "False": False, "True": True}

@@ -15,6 +15,7 @@ from gqa_kernels.cache.view import KVView
 from gqa_kernels.call.append import AppendCall
 from gqa_kernels.decode import view_call
 from gqa_kernels.native import build
+from gqa_kernels.native.schema import APPEND, FORWARD
 from gqa_kernels.testing import assert_cache_close
 from tests.backends.test_cpu import isa  # noqa: F401  (a fixture)
 
@@ -86,7 +87,7 @@ def random_call(seed, dtype, name):
         torch.randn(shape, generator=generator).to(dtype),
         view,
         HeadMap([rnd.randrange(view.num_k_heads) for _ in range(heads)], view.num_k_heads),
-        q_offsets=offsets,
+        cu_seqlens_q=offsets,
         window=(rnd.choice([None, 5]), rnd.choice([None, 0, 3])),
         softcap=rnd.choice([None, None, 2.0]),
         sinks=torch.rand(heads) if rnd.random() < 0.2 else None,
@@ -111,7 +112,7 @@ def decode_of(q, k, v, name, zeros=False):
     (k, ks, kz), (v, vs, vz) = (stored_rows(x, q.dtype, name, zeros) for x in (k, v))
     lengths = torch.full((q.shape[0],), k.shape[2]).int()
     view = KVView.create(k, v, lengths, k_scale=ks, v_scale=vs, k_zero=kz, v_zero=vz)
-    inputs = replace(view_call(q, view, HeadMap([0, 0, 1, 0, 1])), lse_wanted=False)
+    inputs = view_call(q, view, HeadMap([0, 0, 1, 0, 1])).replace(lse_wanted=False)
     return CPU.attend(inputs)[0], inputs
 
 
@@ -193,7 +194,7 @@ def test_ragged_queries_are_the_sequences_one_by_one(isa):  # noqa: F811
     q = torch.randn(9, 5, 64)
     offsets = torch.tensor([0, 4, 7], dtype=torch.int32)  # 2 tokens more than sequences have
     out, lse = CPU.attend(
-        view_call(q, paged.kv, paged.head_map, q_offsets=offsets, window=(None, 0))
+        view_call(q, paged.kv, paged.head_map, cu_seqlens_q=offsets, window=(None, 0))
     )
     for b in range(2):
         tokens = slice(offsets[b], offsets[b + 1])
@@ -202,9 +203,7 @@ def test_ragged_queries_are_the_sequences_one_by_one(isa):  # noqa: F811
             kv_lengths=paged.kv.kv_lengths[b : b + 1],
             page_table=paged.kv.page_table[b : b + 1],
         )
-        alone = replace(
-            paged, q=q[tokens].transpose(0, 1)[None], view=view, max_q_len=len(q[tokens])
-        )
+        alone = paged.replace(q=q[tokens].transpose(0, 1)[None], kv=view)
         expected_out, expected_lse = CPU.attend(alone)
         assert torch.equal(out[:, :, tokens], expected_out)
         assert torch.equal(lse[:, :, tokens], expected_lse)
@@ -310,7 +309,7 @@ def after(append, inputs):
     parts = ("k", "v", "k_scale", "v_scale", "k_zero", "v_zero")
     memory = {part: getattr(inputs.kv, part) for part in parts}
     memory = {part: x if x is None or 0 in x.stride() else x.clone() for part, x in memory.items()}
-    rotated = append(inputs.replace(kv=replace(inputs.kv, **memory)))
+    rotated = append(replace(inputs, kv=replace(inputs.kv, **memory)))
     return {"q": rotated, **memory}
 
 
@@ -362,33 +361,17 @@ def test_append_is_the_same_on_any_number_of_threads():
     assert torch.equal(memory[0], memory[1]) and torch.equal(memory[0], memory[2])
 
 
-def forward_arguments(inputs):
-    x, view = inputs, inputs.kv
-    return dict(
-        q=x.q, k=view.k, v=view.v, head_map=x.head_map_tensor.int(), value_head_map=None,
-        alibi_slopes=None, sinks=None, attn_mask=None, kv_lengths=view.kv_lengths,
-        page_table=view.page_table, kv_begin=view.kv_begin, q_offsets=x.q_offsets,
-        max_q_len=x.max_q_len, k_scale=view.k_scale, v_scale=view.v_scale, k_zero=view.k_zero,
-        v_zero=view.v_zero, scale=x.scale, window_left=x.options.window_left,
-        window_right=x.options.window_right, softcap=0.0, bshd=False,
-    )  # fmt: skip
+def forward_arguments(call):
+    return dict(zip(FORWARD.names, FORWARD.arguments_of(call), strict=True))
 
 
 @pytest.mark.parametrize("seed, name", [(0, None), (1, "int4"), (2, "int8")])
 def test_opcheck(seed, name):
     op = torch.ops.gqa_kernels
     inputs = random_call(seed, torch.float32, name)
-    torch.library.opcheck(
-        op.cache_attention_forward.default, tuple(forward_arguments(inputs).values())
-    )
-    x = random_append(seed, torch.float32, name)
-    view = x.kv
-    arguments = (
-        x.q, x.k_new, x.v_new, view.k, view.v, view.kv_lengths, view.page_table, view.kv_begin,
-        x.new_offsets, view.k_scale, view.v_scale, view.k_zero, view.v_zero, x.rotary_cos,
-        x.rotary_sin, x.rotary_interleaved,
-    )  # fmt: skip
-    torch.library.opcheck(op.cache_append.default, arguments)
+    torch.library.opcheck(op.attention_forward.default, tuple(forward_arguments(inputs).values()))
+    call = random_append(seed, torch.float32, name)
+    torch.library.opcheck(op.cache_append.default, APPEND.arguments_of(call))
 
 
 @pytest.mark.parametrize(
@@ -435,7 +418,7 @@ def test_op_refuses_what_memory_safety_forbids(changes, message):
     paged, _ = paged_call(torch.bfloat16)
     arguments = {**forward_arguments(paged), **changes}
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.gqa_kernels.cache_attention_forward.default(*arguments.values())
+        torch.ops.gqa_kernels.attention_forward.default(*arguments.values())
 
 
 def test_append_needs_a_key_head():
@@ -443,5 +426,5 @@ def test_append_needs_a_key_head():
     with pytest.raises(RuntimeError, match="k must have at least 1 head, got 0"):
         torch.ops.gqa_kernels.cache_append.default(
             None, x[:, :0, :1], x[:, :, :1], x[:, :0].clone(), x, torch.zeros(1, 0).int(),
-            *[None] * 9, False,
+            *[None] * 3, 1, *[None] * 6, False,
         )  # fmt: skip

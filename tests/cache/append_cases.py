@@ -48,7 +48,7 @@ def appends(
     options = {}
     if packed:
         offsets = torch.tensor([0, *counts]).cumsum(0).to(device)
-        options = {"new_offsets": offsets, "max_new": max(counts)}
+        options = {"cu_seqlens": offsets, "max_seqlen": max(counts)}
     if rotary_dim:
         cos, sin = (x.to(device) for x in rotary_table(rotary_dim, dtype=table_dtype))
         options |= {"q": tokens(6, dim), "rotary_cos": cos, "rotary_sin": sin,

@@ -207,7 +207,7 @@ BAD = {
         ), ValueError, "cu_seqlens must ascend from 0",
     ),
     "append-begin-overflow": (
-        lambda: append_behind(MOST), ValueError, f"new tokens included, got {MOST}",
+        lambda: append_behind(MOST), ValueError, f"new tokens included, got {MOST + 4}",
     ),
     "append-64-bit": (
         lambda: append(K[0].transpose(0, 1), cu_seqlens=torch.tensor([0, 2**62, -(2**62)])),

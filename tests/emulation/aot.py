@@ -239,7 +239,7 @@ def make_cache_call(
     view = inputs.kv
     out = inputs.q.new_full((*inputs.q.shape[:3], inputs.value_head_dim), torch.nan)
     lse = torch.full(out.shape[:3], torch.nan)
-    packing = (view.page_table, view.kv_begin, inputs.q_offsets, inputs.max_q_len, view.capacity)
+    packing = (view.page_table, view.kv_begin, inputs.q_offsets, inputs.q_len, view.capacity)
     scales = (view.k_scale, view.v_scale, view.k_zero, view.v_zero)
     call = ForwardCall(
         inputs.q, view.k, view.v, plan_for(inputs), inputs.alibi_slopes, inputs.sinks,

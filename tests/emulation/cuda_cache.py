@@ -25,7 +25,7 @@ def make_cache_call(inputs: AttentionCall) -> Call:
     )  # fmt: skip
     call = make_call(
         dense, page_table=view.page_table, kv_begin=view.kv_begin, q_offsets=inputs.q_offsets,
-        batch=view.batch, max_q_len=inputs.max_q_len,
+        batch=view.batch, max_q_len=inputs.q_len,
     )  # fmt: skip
     call.params.k_dtype = call.params.v_dtype = DTYPES.index(view.k.dtype)
     call.params.value_head_dim = view.value_head_dim
