@@ -36,19 +36,19 @@ class CompiledBackend(Backend):
         return None
 
     def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
-        arguments_of = FORWARD.arguments_of
-        if not torch.compiler.is_compiling():
-            kind = call.kind if call.kind >= 0 else call.find_kind()
-            arguments_of = _arguments_of.get(kind)
-            if arguments_of is None:
-                arguments_of = _arguments_of[kind] = FORWARD.arguments_like(call)
+        if torch.compiler.is_compiling():
+            return _run(_forward(), FORWARD.arguments_of(call), call)
+        kind = call.kind if call.kind >= 0 else call.find_kind()
+        arguments_of = _arguments_of.get(kind)
+        if arguments_of is None:
+            arguments_of = _arguments_of[kind] = FORWARD.arguments_like(call)
         if (
             call.lse_wanted
             or call.requires_grad
             or type(call.q) is not Tensor  # DTensor has rules for this op
             or torch._C._get_deterministic_algorithms()  # which fills this op's memory
         ):
-            return _run(torch.ops.gqa_kernels.attention_forward.default, arguments_of(call), call)
+            return _run(_forward(), arguments_of(call), call)
         op = torch.ops.gqa_kernels.attention_output.default
         return _run(op, arguments_of(call), call), None
 
@@ -56,6 +56,10 @@ class CompiledBackend(Backend):
         op = torch.ops.gqa_kernels.cache_append.default
         q = _run(op, APPEND.arguments_of(call), call)
         return call.q if call.rotated_q is None else q
+
+
+def _forward() -> Callable[..., tuple[Tensor, Tensor]]:
+    return torch.ops.gqa_kernels.attention_forward.default
 
 
 def _run(op: Callable[..., Any], arguments: tuple, call: Call) -> Any:
