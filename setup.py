@@ -2,7 +2,8 @@
 
 ``pip install .`` builds in isolation, without torch: its wheel compiles the kernels at first use.
 ``pip install --no-build-isolation .`` compiles them now, with the sources and flags of
-``gqa_kernels/native/sources.py``: those for CUDA as well where there is an nvcc
+``gqa_kernels/native/sources.py``, through torch's ``BuildExtension`` and ninja, which compiles only
+what has changed: those for CUDA as well where there is an nvcc
 (``GQA_KERNELS_CUDA=0``: not; ``1``: it must be there), with the CPU build of torch, too. Everything
 else about the project is in pyproject.toml.
 """
@@ -10,19 +11,18 @@ else about the project is in pyproject.toml.
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 
 # Without the package, which needs torch.
 sys.path.insert(0, str(ROOT / "gqa_kernels"))
 from native import cuda_build as cuda  # noqa: E402
 from native import env  # noqa: E402
-from native.sources import COMPILE_FLAGS, cpu_sources  # noqa: E402
+from native.sources import COMPILE_FLAGS, cpu_sources, key_unit, source_key  # noqa: E402
 
 del sys.path[0]
 
@@ -42,10 +42,13 @@ def compiled_part() -> dict:
         from torch.utils.cpp_extension import BuildExtension, CppExtension
     except ImportError:
         return {}
+    from native import compiler
+
     toolkit, archs = cuda_toolkit(), env.cuda_arch_list()
     archs = cuda.parse_archs(archs) if archs else cuda.DEFAULT_ARCHS
     # The interpreter's own flags come first, -g among them: most of the library would be that.
-    flags = [*COMPILE_FLAGS, "-g0"]
+    # py_limited_api below defines Py_LIMITED_API.
+    flags = [*(flag for flag in COMPILE_FLAGS if "Py_LIMITED_API" not in flag), "-g0"]
     sources, link = cpu_sources(CSRC), {}
     if toolkit:
         sources += cuda.host_sources(CSRC)
@@ -56,30 +59,22 @@ def compiled_part() -> dict:
         }
 
     class Build(BuildExtension):
-        """Compiles the .cu files first; torch's own way to do so needs torch's CUDA build."""
+        """Compiles the .cu files first: ``cuda_build.py`` says why torch can't."""
 
         def build_extensions(self) -> None:
-            if toolkit:
-                self.extensions[0].extra_objects = self.cuda_objects()
-            super().build_extensions()
-
-        def cuda_objects(self) -> list[str]:
-            folder = Path(self.build_temp).absolute() / "cuda"
+            folder = Path(self.build_temp).absolute()
             folder.mkdir(parents=True, exist_ok=True)
-
-            def compiled(source: Path) -> str:
-                name = "-".join(source.relative_to(CSRC).with_suffix(".o").parts)
-                command = cuda.compile_command(
-                    toolkit, CSRC, source, folder / name, archs, ptx=True
-                )
-                done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-                # At once: files that compile at the same time must not mix their lines.
-                print(" ".join(command) + "\n" + done.stdout.decode(), flush=True)
-                done.check_returncode()
-                return str(folder / name)
-
-            with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-                return list(pool.map(compiled, cuda.kernel_sources(CSRC, archs)))
+            os.environ["CXX"] = compiler.as_one_program(compiler.find_compiler().command, folder)
+            if toolkit:
+                kernels = cuda.write_ninja(folder / "cuda", toolkit, CSRC, archs, ptx=True)
+                command = [compiler.find_ninja(), "-v", "-j", str(env.max_jobs())]
+                subprocess.run(command, cwd=folder / "cuda", check=True)
+                self.extensions[0].extra_objects = [str(path) for path in kernels]
+            # By its key a checkout knows a library that was built before an edit.
+            key = folder / "sources_key.cpp"
+            key.write_text(key_unit(source_key("cuda")))
+            self.extensions[0].sources.append(str(key))
+            super().build_extensions()
 
     return {
         "ext_modules": [

@@ -18,17 +18,19 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from . import display
-from .cases import CACHE_OPS, parse_shape, vary
-from .compare import compare
-from .contestants import Contestant
-from .harness import measure, row_key
-from .limits import Limits
-from .ops import ALIASES, OPS
-from .results import FOLDER, Results, folder_name, header
-from .search import parse_instance
-from .suites import SUITES, AnyCase
-from .timing import Settings
+from gqa_kernels.models.fingerprint import fingerprint
+
+from .data.cases import CACHE_OPS, parse_shape, vary
+from .data.instances import parse_instance
+from .data.suites import SUITES, AnyCase
+from .measure.harness import measure, row_key
+from .measure.limits import Limits
+from .measure.timing import Settings
+from .ops.registry import ALIASES, OPS
+from .peers.base import Contestant
+from .report import display
+from .report.compare import compare
+from .report.results import FOLDER, Results, folder_name, header
 
 SLOW_SEARCHES = "NSGA-II, 100*"
 SUITE_WITHOUT = {  # contestants left out by default
@@ -95,14 +97,15 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
         case.check()  # a map that does not fit its model is refused before anything is timed
     cases = [c for c in cases if c.threads is None or c.threads <= torch.get_num_threads()]
     chosen, reasons = _contestants(arguments, suite, device, {case.op for case in cases})
-    results = Results(header(device, suite, reasons))
+    options = fingerprint(quick=arguments.quick, seconds=arguments.seconds)
+    results = Results(header(device, suite, reasons, options))
     path = arguments.json
     if arguments.save:
         path = FOLDER / folder_name(results.header) / f"{suite}.json"
     if arguments.resume and path is None:
         raise ValueError("--resume must come with --json or --save, got neither")
     if arguments.resume and path.exists():
-        results.resume(Results.load(path))
+        results.resume(Results.load(path), path)
     limits, settings = Limits(device), _settings(arguments, device)
     display.show_header(console, results.header)
 

@@ -11,6 +11,7 @@ from .cache.tensors import Layout
 from .call.attention import AttentionCall
 from .call.checks import HeadMapLike
 from .call.options import Options
+from .native.arguments import as_bool
 from .native.autograd import autocast, is_autocast_on
 
 
@@ -48,6 +49,11 @@ def asym_gqa_attention(
     Scores and softmax are fp32, P has q's dtype. A query that sees no key gives 0. Inputs are read
     through their strides, never copied or modified; the last dim must be contiguous.
 
+    NaN and infinities: K at a hidden key (by a mask, causality or a window) has no effect on out
+    and LSE. V at a hidden key within the sequence's length may turn a row of out into NaN, as with
+    SDPA, because its probability of 0 is multiplied by V; a backend that skips the key's tile does
+    not read it. Either makes gradients NaN. Slots beyond ``kv_lengths`` are never used.
+
     Differentiable in q, k, v, slopes and sinks, through the LSE too. Gradients of an additive mask,
     second derivatives, ``torch.func`` and forward mode are for the reference alone; ``vmap`` runs
     the fused kernels once per sample. Under autocast q, k and v take its type, as SDPA's do.
@@ -69,8 +75,8 @@ def asym_gqa_attention(
         sinks: ``[Hq]``, one extra logit per head in the softmax's denominator, for queries that
             see a key.
         attn_mask: boolean (True is visible) or additive, broadcastable to ``[B, Hq, Sq, Sk]`` in
-            either layout. An additive -inf makes a key invisible; so does, but not for the
-            reference, anything below -2.3e38 (``torch.finfo(torch.float32).min``).
+            either layout. An additive value below ``torch.finfo(torch.float32).min / 2``
+            (about -1.7e38) hides the key, as -inf and ``torch.finfo(torch.float32).min`` do.
         kv_lengths: ``[B]`` or ``[B, Hk]`` integers: valid keys per sequence, or per sequence and
             key head (K and V of a query head then have that length).
         dropout_p: part of the probabilities to drop, as SDPA's: the others are divided by
@@ -92,6 +98,8 @@ def asym_gqa_attention(
         NotImplementedError: the backend asked for can't run this call; the message says why
             (:func:`explain_backend` says so for every backend).
     """
+    if deterministic is not False:
+        as_bool("deterministic", deterministic)
     call = attention_call(
         q, k, v, head_map, value_head_map, causal, scale, window, softcap, alibi_slopes, sinks,
         attn_mask, kv_lengths, dropout_p, layout,

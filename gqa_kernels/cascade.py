@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from .cache.base import KVCache
-from .cache.tensors import Layout
-from .call.checks import HeadMapLike
+from .cache.tensors import Layout, check_layout
+from .call.checks import HeadMapLike, heads_first
 from .decode import asym_gqa_decode
+from .native.arguments import check_tensors
 
 
 def merge_attention_states(
@@ -31,12 +32,7 @@ def merge_attention_states(
     Returns:
         out in the type of ``out_a``, and the LSE, fp32.
     """
-    if out_a.shape != out_b.shape:
-        raise ValueError(f"out_b must have out_a's shape {tuple(out_a.shape)}, got "
-                         f"{tuple(out_b.shape)}")  # fmt: skip
-    if lse_a.shape != lse_b.shape:
-        raise ValueError(f"lse_b must have lse_a's shape {tuple(lse_a.shape)}, got "
-                         f"{tuple(lse_b.shape)}")  # fmt: skip
+    _check_states({"out_a": out_a, "out_b": out_b}, {"lse_a": lse_a, "lse_b": lse_b}, layout)
     # FlashAttention-2 marks a row that sees no key by +inf.
     lse_a, lse_b = (lse.masked_fill(lse == math.inf, -math.inf) for lse in (lse_a, lse_b))
     highest = torch.maximum(lse_a, lse_b)
@@ -51,6 +47,35 @@ def merge_attention_states(
     )
     lse = (shift + torch.log(divisor)).masked_fill(total == 0, -math.inf)
     return out.to(out_a.dtype), lse
+
+
+def _check_states(outs: dict[str, Tensor], lses: dict[str, Tensor], layout: Layout) -> None:
+    """Types, devices and shapes of two states, each pair by name."""
+    check_layout(layout)
+    for name, x in (outs | lses).items():
+        check_tensors(**{name: x})
+        if not x.dtype.is_floating_point or x.dtype.itemsize == 1 or x.layout != torch.strided:
+            raise TypeError(
+                f"{name} must be a dense tensor of fp16, bf16, fp32 or fp64, got {x.dtype} "
+                f"({x.layout})"
+            )
+    for pair in (outs, lses):
+        (first, x), (second, y) = pair.items()
+        if y.shape != x.shape:
+            raise ValueError(
+                f"{second} must have {first}'s shape {tuple(x.shape)}, got {tuple(y.shape)}"
+            )
+        if x.device != outs["out_a"].device or y.device != x.device:
+            raise ValueError(
+                f"{first} and {second} must be on the device of out_a "
+                f"({outs['out_a'].device}), got {x.device} and {y.device}"
+            )
+    out, lse = outs["out_a"], lses["lse_a"]
+    if out.dim() not in (3, 4) or lse.dim() != out.dim() - 1:
+        raise ValueError(
+            "out_a must have 4 dimensions and lse_a 3, or 3 and 2 if packed, got shapes "
+            f"{tuple(out.shape)} and {tuple(lse.shape)}"
+        )
 
 
 def shared_prefix_attention(
@@ -84,16 +109,22 @@ def shared_prefix_attention(
     Returns:
         as :func:`gqa_kernels.asym_gqa_decode`.
     """
+    for name, cache in (("prefix", prefix), ("suffix", suffix)):
+        if not isinstance(cache, KVCache):
+            raise TypeError(
+                f"{name} must be a DenseKVCache or PagedKVCache, got {type(cache).__name__}"
+            )
     if prefix.lengths.shape[0] != 1:
         raise ValueError(f"prefix must hold 1 sequence, got {prefix.lengths.shape[0]}")
     options = {"value_head_map": value_head_map, "scale": scale, "softcap": softcap}
     options |= {"return_lse": True, "backend": backend}
-    tokens = q if layout == "bshd" else q.transpose(1, 2)  # [B, Sq, Hq, D]
+    q_heads_first = heads_first("q", q, layout, packed=False)
+    tokens = q_heads_first.transpose(1, 2)  # [B, Sq, Hq, D]
     batch, q_len, heads, _ = tokens.shape
     out_a, lse_a = asym_gqa_decode(
         tokens.flatten(0, 1)[None], prefix, head_map, causal=False, layout="bshd", **options
     )
-    out_a = out_a.view(batch, q_len, heads, -1)
+    out_a = out_a.view(batch, q_len, heads, out_a.shape[-1])
     out_a = out_a if layout == "bshd" else out_a.transpose(1, 2)
     lse_a = lse_a.view(heads, batch, q_len).transpose(0, 1)
     out_b, lse_b = asym_gqa_decode(q, suffix, head_map, layout=layout, **options)

@@ -15,6 +15,7 @@ from .call.append import AppendCall
 from .call.attention import AttentionCall
 from .call.checks import HeadMapLike, from_heads_first, heads_first
 from .call.options import Options
+from .native.arguments import as_bool
 
 
 def asym_gqa_decode(
@@ -76,6 +77,8 @@ def asym_gqa_decode(
     Raises:
         ValueError, TypeError, NotImplementedError: as ``asym_gqa_attention``; nothing was appended.
     """
+    if deterministic is not False:
+        as_bool("deterministic", deterministic)
     call = decode_call(
         q, cache, head_map, causal=causal, scale=scale, window=window, softcap=softcap,
         cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q, value_head_map=value_head_map,
@@ -122,6 +125,7 @@ def plan_decode(
             without those of the append and of the result.
         deterministic: as for :func:`asym_gqa_decode`.
     """
+    as_bool("deterministic", deterministic)
     call = decode_call(q, cache, head_map, **options)
     chosen = select(call, backend)
     call.check()
@@ -240,7 +244,10 @@ def append(
         max_seqlen: most new tokens of a sequence; needed where ``cu_seqlens`` is on a device.
         rotary_cos, rotary_sin: ``[max_position, R / 2]``, cosines and sines of the angles: the
             first ``R`` columns of k_new and q are rotated by the angle of their position, which
-            is the length before the append plus the token's index.
+            is the length before the append plus the token's index. Contiguous tables in fp32 or the
+            tokens' dtype are read as they are. Others are copied first: strided tables, other
+            floating dtypes, and tables ``[max_position, R]`` with ``R > D / 2`` that hold every
+            angle twice.
         rotary_interleaved: pairs are columns ``(2i, 2i + 1)`` and not ``(i, i + R / 2)``.
         advance: add the new tokens to ``lengths``. Caches of several layers may share one
             ``lengths``: then only the last one advances it.

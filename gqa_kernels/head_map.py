@@ -9,7 +9,11 @@ from functools import cached_property
 
 import torch
 
+from .native.arguments import as_int, shown
 from .partition import Groups, assign
+
+MAX_HEADS = 1 << 20  # of a map; far above any model, and small enough to list
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -42,25 +46,33 @@ class HeadMap:
 
     Raises:
         TypeError: an entry is not an integer.
-        ValueError: the map is empty, or an entry lies outside ``[0, num_kv_heads)``.
+        ValueError: the map is empty, an entry lies outside ``[0, num_kv_heads)``, or there are more
+            than ``MAX_HEADS`` heads.
     """
 
     def __init__(self, entries: Iterable[int], num_kv_heads: int | None = None):
-        entries = tuple(_as_int("head_map", h, e) for h, e in enumerate(entries))
+        entries = tuple(
+            _as_entry("head_map", h, e) for h, e in enumerate(bounded("head_map", entries))
+        )
         if not entries:
             raise ValueError("head_map must have at least one entry, got none")
         if num_kv_heads is None:
             num_kv_heads = max(entries) + 1
+        num_kv_heads = as_int("num_kv_heads", num_kv_heads)
+        _check_count("num_kv_heads", num_kv_heads)
         for h, e in enumerate(entries):
             if not 0 <= e < num_kv_heads:
                 raise ValueError(
                     f"head_map entries must lie in [0, {num_kv_heads}), got {e} at head {h}"
                 )
-        self.__dict__.update(_entries=entries, _num_kv_heads=int(num_kv_heads), _tensors={})
+        self.__dict__.update(_entries=entries, _num_kv_heads=num_kv_heads, _tensors={})
 
     @classmethod
     def uniform(cls, num_heads: int, num_kv_heads: int) -> HeadMap:
         """The map of ordinary GQA: ``h // (num_heads / num_kv_heads)``."""
+        num_heads = as_int("num_heads", num_heads)
+        num_kv_heads = as_int("num_kv_heads", num_kv_heads)
+        _check_count("num_heads", num_heads)
         if num_kv_heads < 1 or num_heads < 1 or num_heads % num_kv_heads:
             raise ValueError(
                 f"num_heads must be a positive multiple of num_kv_heads ({num_kv_heads}), "
@@ -72,18 +84,22 @@ class HeadMap:
     @classmethod
     def from_group_sizes(cls, sizes: Sequence[int]) -> HeadMap:
         """Contiguous groups: ``[3, 1, 2]`` gives ``[0, 0, 0, 1, 2, 2]``. A size may be 0."""
-        sizes = [_as_int("sizes", g, s) for g, s in enumerate(sizes)]
+        sizes = [_as_entry("sizes", g, s) for g, s in enumerate(bounded("sizes", sizes))]
         if min(sizes, default=0) < 0:
-            raise ValueError(f"sizes must be non-negative, got {sizes}")
+            raise ValueError(f"sizes must be non-negative, got {shown(sizes)}")
+        _check_count("the sum of sizes", sum(sizes))
         return cls((g for g, size in enumerate(sizes) for _ in range(size)), len(sizes))
 
     @classmethod
     def from_groups(cls, groups: Sequence[Iterable[int]]) -> HeadMap:
         """``[[0, 2], [1]]`` gives ``[0, 1, 0]``; every head must appear exactly once."""
-        groups = [sorted(_as_int("groups", g, h) for h in group) for g, group in enumerate(groups)]
+        groups = [
+            sorted(_as_entry(f"groups[{g}]", i, h) for i, h in enumerate(bounded("groups", group)))
+            for g, group in enumerate(bounded("groups", groups))
+        ]
         heads = sorted(h for group in groups for h in group)
         if heads != list(range(len(heads))):
-            raise ValueError(f"groups must hold each of the query heads once, got {groups}")
+            raise ValueError(f"groups must hold each of the query heads once, got {shown(groups)}")
         entries = [0] * len(heads)
         for g, group in enumerate(groups):
             for h in group:
@@ -123,10 +139,17 @@ class HeadMap:
         return rest == 0 and all(e == h // ratio for h, e in enumerate(self._entries))
 
     def cached(self, key: object, build: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """``build()``, kept per key; nothing is kept while torch.compile traces."""
+        """``build()``, kept per key.
+
+        While torch.compile traces, or under a dispatch mode (FakeTensorMode, say), nothing is kept:
+        such a tensor has no values, or belongs to the mode. FakeTensorMode refuses real tensors, so
+        that under a mode nothing kept is used either.
+        """
+        compiling = torch.compiler.is_compiling()
+        if not compiling and torch._C._len_torch_dispatch_stack():
+            return build()
         found = self._tensors.get(key)
         if found is None:
-            compiling = torch.compiler.is_compiling()
             if not compiling and torch.is_inference_mode_enabled():
                 with torch.inference_mode(False):  # what is kept may be needed in training later
                     found = build()
@@ -143,10 +166,11 @@ class HeadMap:
             device, lambda: torch.tensor(self._entries, dtype=torch.int32, device=device)
         )
 
-    @cached_property
+    @property
     def cpu_tensor(self) -> torch.Tensor:
-        """:meth:`tensor` on the CPU."""
-        return self.tensor()
+        """:meth:`tensor` on the CPU; for calls without a tensor subclass or dispatch mode."""
+        found = self._tensors.get(_CPU)
+        return self.tensor() if found is None else found
 
     def shard(
         self,
@@ -174,6 +198,12 @@ class HeadMap:
                 differ in length.
             ImportError: no simple cut is optimal and SciPy is missing.
         """
+        rank, world = as_int("rank", rank), as_int("world", world)
+        query_cost, kv_cost = as_int("query_cost", query_cost), as_int("kv_cost", kv_cost)
+        if value_head_map is not None and not isinstance(value_head_map, HeadMap):
+            raise TypeError(
+                f"value_head_map must be a HeadMap or None, got {shown(value_head_map)}"
+            )
         if world < 1 or world > self.num_heads:
             raise ValueError(f"world must lie in [1, {self.num_heads}], got {world}")
         if not 0 <= rank < world:
@@ -222,10 +252,15 @@ class HeadMap:
 
     @classmethod
     def from_json(cls, text: str) -> HeadMap:
-        data = json.loads(text)
+        if not isinstance(text, (str, bytes, bytearray)):
+            raise TypeError(f"HeadMap JSON must be a string, got {shown(text)}")
+        try:
+            data = json.loads(text)
+        except RecursionError:
+            raise ValueError("HeadMap JSON must be an object of numbers, got a deep nest") from None
         if not isinstance(data, dict) or set(data) != {"entries", "num_kv_heads"}:
             raise ValueError(
-                f"HeadMap JSON must be an object with entries and num_kv_heads, got {text[:80]}"
+                f"HeadMap JSON must be an object with entries and num_kv_heads, got {shown(text)}"
             )
         return cls(data["entries"], data["num_kv_heads"])
 
@@ -263,7 +298,28 @@ def _renumbered(indices: Iterable[int]) -> tuple[int, ...]:
     return tuple(numbers[index] for index in indices)
 
 
-def _as_int(name: str, index: int, value: object) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} entries must be integers, got {value!r} at index {index}")
-    return value.__index__()
+def bounded(name: str, values: Iterable) -> Iterator:
+    """The values, of which there may be ``MAX_HEADS`` at most: an iterable may have no end."""
+    if isinstance(values, (str, bytes)) or not hasattr(values, "__iter__"):
+        raise TypeError(f"{name} must be a sequence, got {shown(values)}")
+    try:
+        iterator = iter(values)
+    except TypeError:  # a 0-d array
+        raise TypeError(f"{name} must be a sequence, got {shown(values)}") from None
+    for count, value in enumerate(iterator):
+        _check_count(f"len({name})", count + 1)
+        yield value
+
+
+def _check_count(name: str, count: int) -> None:
+    if count > MAX_HEADS:
+        raise ValueError(f"{name} must be at most {MAX_HEADS}, got {count}")
+
+
+def _as_entry(name: str, index: int, value: object) -> int:
+    try:
+        return as_int(name, value)
+    except TypeError:
+        raise TypeError(
+            f"{name} entries must be integers, got {shown(value)} at index {index}"
+        ) from None

@@ -233,13 +233,13 @@ def _fused_gradients(
     """The same with the softmax's gradient from the output as it was returned, which is rounded.
 
     ``dS = P * (dP - rowsum(dout * out) + dlse)``: what kernels do that keep no P
-    (FlashAttention-2, arXiv 2307.08691, section 2.3). Forward and backward are two kernels: the one
-    that gave out and LSE summed q . k in the opposite order.
+    (FlashAttention-2, arXiv 2307.08691, section 2.3). The scores are those that gave out and LSE,
+    bit for bit: a kernel that recomputes them in another order loses as many digits of the
+    gradients as the scores are large.
     """
-    forward = inputs.replace(q=inputs.q.flip(-1), k=inputs.k.flip(-1))
     s, v, _ = scores_and_values(inputs, matmul_dtype, base2)
     with torch.no_grad():
-        out, lse = reference_attention(forward, matmul_dtype, base2)
+        out, lse = reference_attention(inputs, matmul_dtype, base2)
         dout = torch.zeros_like(out) if dout is None else dout
         delta = (dout.to(s.dtype) * out).sum(-1)
         delta = delta if dlse is None else delta - dlse

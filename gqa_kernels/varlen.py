@@ -8,6 +8,7 @@ from .backends.dispatch import select
 from .call.attention import AttentionCall
 from .call.checks import HeadMapLike
 from .call.options import Options
+from .native.arguments import as_bool
 from .native.autograd import autocast
 
 
@@ -55,6 +56,7 @@ def asym_gqa_varlen_attention(
     Raises:
         ValueError, TypeError, NotImplementedError: as ``asym_gqa_attention``.
     """
+    as_bool("deterministic", deterministic)
     call = varlen_call(
         q, k, v, head_map, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, scale,
         window, softcap, value_head_map=value_head_map, alibi_slopes=alibi_slopes, sinks=sinks,

@@ -12,6 +12,7 @@ from gqa_kernels import HeadMap
 from gqa_kernels.backends.dispatch import BACKENDS
 from gqa_kernels.testing import make_inputs
 
+LOWEST = torch.finfo(torch.float32).min
 UNEVEN = HeadMap([0, 0, 0, 1, 2, 2])
 INTERLEAVED = HeadMap([2, 0, 1, 0, 2, 2, 0])
 DIVISIBLE_BUT_UNEVEN = HeadMap([0, 0, 0, 1])  # ordinary kernels silently compute another function
@@ -106,10 +107,12 @@ def padding_mask(case: Case) -> torch.Tensor:
 
 
 def additive_mask(case: Case) -> torch.Tensor:
-    """``[Sq, Sk]`` with -inf entries, one whole row of them."""
+    """``[Sq, Sk]`` with values that hide a key, one whole row of each kind."""
     mask = _random(case, case.q_len, case.kv_len)
-    mask = mask.masked_fill(mask > 1, -torch.inf)
-    mask[case.q_len // 2] = -torch.inf
+    below_half = torch.nextafter(torch.tensor(LOWEST / 2), torch.tensor(-torch.inf)).item()
+    for i, (value, above) in enumerate([(-torch.inf, 1.5), (LOWEST, 1.2), (below_half, 1.0)]):
+        mask = mask.masked_fill(mask > above, value)
+        mask[(case.q_len // 2 + i) % case.q_len] = value
     return mask
 
 

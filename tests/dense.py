@@ -4,6 +4,8 @@ import math
 
 import numpy as np
 
+HIDING = -(2 - 2**-23) * 2.0**126  # half of fp32's lowest number: additive values below it hide
+
 
 def dense_attention(
     q, k, v, head_map, *, value_head_map=None, causal=False, scale=None, window=None,
@@ -47,7 +49,7 @@ def dense_attention(
                 s -= alibi_slopes[b, h] * abs(position - j)
             if attn_mask is not None:
                 entry = attn_mask[b, h, i, j]
-                if (boolean and not entry) or entry == -math.inf:
+                if (boolean and not entry) or entry < HIDING:
                     continue
                 s += 0.0 if boolean else entry
             scores[j] = s

@@ -131,3 +131,83 @@ def test_tolerance_rule_catches_stray_and_missing_nonfinite():
                   [1.0, torch.inf, torch.nan], [1.0, -torch.inf, -torch.inf]):  # fmt: skip
         with pytest.raises(AssertionError, match="non-finite"):
             assert_close("x", torch.tensor(wrong), exact, [right])
+
+
+@pytest.mark.parametrize("backend", USABLE)
+@pytest.mark.parametrize("q_len", [1, 20])
+@pytest.mark.parametrize("mask_dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_lowest_mask_values_hide_a_row(backend, q_len, mask_dtype, device):
+    """A row of values below half of fp32's lowest number sees nothing; other rows see all keys."""
+    dtype = widest(backend)
+    q, k, v = make_inputs(1, UNEVEN, q_len, 9, 16, dtype=dtype, device=device)
+    half = torch.tensor(torch.finfo(torch.float32).min / 2, dtype=torch.float32)
+    below = torch.nextafter(half, 2 * half) if mask_dtype != torch.bfloat16 else 1.01 * half
+    values = [
+        (below, True),
+        (2 * half, True),
+        (-torch.inf * half.abs(), True),
+        (half / half, False),
+    ]
+    if backend != "triton":  # it loses a row's sum to rounding at such magnitudes
+        values.append((0.99 * half, False))  # rounded to bf16, half itself is below half
+    for value, hides in values:
+        mask = torch.zeros(q_len, 9, dtype=mask_dtype, device=device)
+        mask[0] = value.to(mask_dtype)
+        out, lse = asym_gqa_attention(
+            q, k, v, UNEVEN, attn_mask=mask, return_lse=True, backend=backend,
+        )  # fmt: skip
+        assert (lse[:, :, 0] == -torch.inf).all() == hides
+        assert (not out[:, :, 0].any()) == hides
+        assert out.isfinite().all() and lse[:, :, 1:].isfinite().all()
+
+
+@pytest.mark.parametrize("backend", USABLE)
+def test_masks_of_the_lowest_number_have_no_gradient(backend, device):
+    q, k, v = make_inputs(1, UNEVEN, 5, 9, 16, dtype=widest(backend), device=device)
+    mask = torch.zeros(5, 9, device=device)
+    mask[1], mask[2, 4:] = torch.finfo(torch.float32).min, torch.finfo(torch.float32).min
+
+    def gradients(mask):
+        leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+        out, lse = asym_gqa_attention(
+            *leaves, UNEVEN, attn_mask=mask, return_lse=True, backend=backend
+        )
+        finite = lse.masked_fill(lse == -torch.inf, 0)
+        return torch.autograd.grad(out.square().sum() + finite.sum().to(out.dtype), leaves)
+
+    for x, y in zip(gradients(mask), gradients(mask == 0), strict=True):
+        torch.testing.assert_close(x, y)
+        assert not gradients(mask)[0][:, :, 1].any()
+
+
+EMPTY = {"no batch": (0, 4, 5), "no queries": (2, 0, 5), "no keys": (2, 4, 0), "nothing": (0, 0, 0)}
+
+
+@pytest.mark.parametrize("backend", USABLE)
+@pytest.mark.parametrize("batch, q_len, kv_len", EMPTY.values(), ids=EMPTY)
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+@pytest.mark.parametrize("last_stride", [1, 2])
+def test_nothing_has_gradients(backend, batch, q_len, kv_len, layout, last_stride, device):
+    """Of a sum, too, whose gradient is one number expanded; and in memory of any stride."""
+
+    def empty(heads, tokens, columns):
+        shape = (batch, heads, tokens) if layout == "bhsd" else (batch, tokens, heads)
+        x = torch.randn(*shape, columns * last_stride, device=device, dtype=widest(backend))
+        # A tensor with elements must be contiguous in its last dim.
+        x = x[..., ::last_stride] if x.numel() == 0 else x[..., :columns]
+        return x.requires_grad_()
+
+    q, k, v = empty(6, q_len, 16), empty(3, kv_len, 16), empty(3, kv_len, 24)
+    slopes = torch.rand(6, device=device, requires_grad=True)
+    sinks = torch.rand(6, device=device, requires_grad=True)
+    out, lse = asym_gqa_attention(
+        q, k, v, UNEVEN, alibi_slopes=slopes, sinks=sinks, causal=True, layout=layout,
+        return_lse=True, backend=backend,
+    )  # fmt: skip
+    assert out.shape == (*q.shape[:3], 24)
+    for loss in (out.sum(), lse.sum()):
+        leaves = (q, k, v, slopes, sinks)
+        gradients = torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True)
+        for x, gradient in zip(leaves, gradients, strict=True):
+            if gradient is not None:
+                assert gradient.shape == x.shape and not gradient.any()

@@ -1,10 +1,20 @@
 """torch.compile without graph breaks, on every backend."""
 
+import subprocess
+import sys
+import textwrap
+
 import pytest
 import torch
 from torch import nn
 
-from gqa_kernels import HeadMap, asym_gqa_attention
+from gqa_kernels import (
+    DenseKVCache,
+    HeadMap,
+    asym_gqa_attention,
+    asym_gqa_decode,
+    asym_gqa_varlen_attention,
+)
 from gqa_kernels.testing import assert_attention_close, make_inputs
 from tests.test_attention import USABLE, widest
 
@@ -109,3 +119,73 @@ def test_inductor(backend, device):
     module = torch.compile(Attention(MAP, backend, causal=True), fullgraph=True)
     out, lse = module(q, k, v)
     assert_attention_close(out, q, k, v, MAP, lse=lse, causal=True)
+
+
+def fresh_process(code: str) -> subprocess.CompletedProcess:
+    """Code in a process of its own, in which nothing of the package has run yet."""
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=600
+    )
+
+
+FIRST_CALLS = {
+    "attention": "asym_gqa_attention(q, k, k, head_map, causal=True)",
+    "a map as a list": "asym_gqa_attention(q, k, k, [0, 1, 0, 2, 0, 0], softcap=2.0)",
+    "decode": "asym_gqa_decode(q, DenseKVCache(k, k, lengths), head_map)",
+    "varlen": "asym_gqa_varlen_attention(q[0].transpose(0, 1), k[0].transpose(0, 1),"
+    " k[0].transpose(0, 1), head_map, cu_q, cu_k, q.shape[2], k.shape[2])",
+}
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("call", FIRST_CALLS.values(), ids=FIRST_CALLS)
+def test_first_use_in_a_process(call, dynamic):
+    """A graph break makes Dynamo trace again, and must find everything as it was."""
+    done = fresh_process(
+        f"""
+        import torch
+        from gqa_kernels import (
+            DenseKVCache, HeadMap, asym_gqa_attention, asym_gqa_decode, asym_gqa_varlen_attention
+        )
+        head_map = HeadMap([0, 1, 0, 2, 0, 0], 3)
+        q, k = torch.randn(2, 6, 23, 16), torch.randn(2, 3, 23, 16)
+        lengths = torch.tensor([23, 7], dtype=torch.int32)
+        cu_q, cu_k = torch.tensor([0, q.shape[2]]), torch.tensor([0, k.shape[2]])
+        def f(q, k):
+            out = {call}
+            torch._dynamo.graph_break()
+            return out + 1
+        out = torch.compile(f, backend="aot_eager", dynamic={dynamic})(q, k)
+        torch.testing.assert_close(out, f(q, k))
+        """
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("backend", USABLE)
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("option", ["scale", "softcap", "dropout_p"])
+@pytest.mark.parametrize("function", ["attention", "decode", "varlen"])
+def test_numbers_that_change(function, option, dynamic, backend, device):
+    if option == "dropout_p" and function != "attention":
+        pytest.skip("has no dropout")
+    dtype = widest(backend)
+    q, k, v = make_inputs(1, MAP, 5, 9, 16, dtype=dtype, device=device)
+    offsets = [torch.tensor([0, n], device=device) for n in (5, 9)]
+    lengths = torch.tensor([9], dtype=torch.int32, device=device)
+
+    def call(q, k, v, x):
+        options = {option: x, "backend": backend}
+        if function == "attention":
+            return asym_gqa_attention(q, k, v, MAP, **options)
+        if function == "decode":
+            return asym_gqa_decode(q, DenseKVCache(k, v, lengths), MAP, **options)
+        packed = (y[0].transpose(0, 1) for y in (q, k, v))
+        return asym_gqa_varlen_attention(*packed, MAP, *offsets, 5, 9, **options)
+
+    graph = compiled(call, dynamic)
+    for x in (0.3, 0.4, 0.5):
+        torch.manual_seed(0)
+        found = graph(q, k, v, x)
+        torch.manual_seed(0)
+        torch.testing.assert_close(found, call(q, k, v, x))

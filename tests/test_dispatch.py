@@ -1,5 +1,6 @@
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -72,7 +73,7 @@ def test_error_of_an_explicit_backend_says_what_was_asked():
     assert "with softcap" in str(error.value)
 
 
-def test_auto_falls_back_and_warns_where_a_backend_fails_to_build(monkeypatch):
+def test_auto_falls_back_and_warns_where_a_backend_fails_to_build(nothing_said, monkeypatch):
     backend = dispatch.BACKENDS["cpu"]
     monkeypatch.setattr(type(backend), "unavailable_reason", lambda self: None)
     monkeypatch.setattr(type(backend), "prepare", lambda self: "the compiler said no")
@@ -82,6 +83,59 @@ def test_auto_falls_back_and_warns_where_a_backend_fails_to_build(monkeypatch):
     assert torch.equal(out, asym_gqa_attention(*call, backend="reference"))
     with pytest.raises(NotImplementedError, match="the compiler said no"):
         asym_gqa_attention(*call, backend="cpu")
+
+
+@pytest.fixture
+def nothing_said(monkeypatch):
+    monkeypatch.setattr(dispatch, "_warned", set())
+    monkeypatch.setattr(dispatch, "_failures", {})
+
+
+def test_auto_says_once_per_reason_that_it_takes_the_reference(nothing_said):
+    wide = [torch.randn(1, heads, 3, 300) for heads in (2, 1, 1)]
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            asym_gqa_attention(*wide, [0, 0])
+            asym_gqa_attention(*small(torch.float64))
+            asym_gqa_attention(*wide, [0, 0], backend="reference")
+            asym_gqa_attention(*(x.to("meta") for x in wide), HeadMap([0, 0]))
+    messages = [str(w.message) for w in seen]
+    assert len(messages) == 2
+    for message, reason in zip(
+        messages, ("head dim D = 300 (at most 256)", "dtype float64"), strict=True
+    ):
+        assert "backend='auto' runs the eager reference" in message and reason in message
+        assert "pass backend='reference'" in message
+    assert seen[0].filename == __file__
+    assert "head dim D = 300 (at most 256)" in explain_backend(*wide, [0, 0])["cpu"]
+
+
+def test_auto_stays_silent_with_a_fused_backend_or_while_compiling(nothing_said):
+    def wide(q, k):
+        return asym_gqa_attention(q, k, k, [0, 0], softcap=2.0)
+
+    q, k = torch.randn(1, 2, 3, 300), torch.randn(1, 1, 3, 300)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("ignore", message="Dynamo detected a call to a")
+        asym_gqa_attention(*small())
+        torch.compile(wide, fullgraph=True, backend="eager")(q, k)
+
+
+def test_explanations_know_of_a_failed_build(nothing_said, monkeypatch):
+    backend = dispatch.BACKENDS["cpu"]
+    monkeypatch.setattr(type(backend), "unavailable_reason", lambda self: None)
+    monkeypatch.setattr(type(backend), "prepare", lambda self: "the compiler said no")
+    with pytest.warns(UserWarning, match="eager reference.*cpu: the compiler said no"):
+        asym_gqa_attention(*small())
+    assert explain_backend(*small())["cpu"] == ["the compiler said no"]
+
+
+@pytest.mark.parametrize("backend", [None, [], 1, "CPU", {}, torch.zeros(2)])
+def test_backends_have_names(backend):
+    with pytest.raises(ValueError, match="backend must be one of"):
+        asym_gqa_attention(*small(), backend=backend)
 
 
 def test_no_backend_names_them_all(monkeypatch):

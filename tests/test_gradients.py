@@ -329,3 +329,27 @@ def test_compiled_forward_and_backward(backend, compiler, device):
     gradients = dict(zip(("q", "k", "v", "sinks"), found, strict=True))
     assert_gradients_close(gradients, *args, UNEVEN, dout=dout, dlse=dlse, **options)
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("backend", [name for name in FUSED if widest(name) == torch.float32])
+@pytest.mark.parametrize("offset", [-1000.0, 120.0])
+@pytest.mark.parametrize("q_len, kv_len", [(1, 90), (5, 90), (40, 70), (100, 120)])
+@pytest.mark.parametrize("extra", [{}, {"alibi_slopes": True}, {"value_head_map": True}], ids=str)
+def test_scores_that_share_a_large_offset(backend, offset, q_len, kv_len, extra, device):
+    """P = exp(S - LSE) only adds up to 1 if S is summed as it was for the LSE."""
+    large_scores(UNEVEN, backend, offset, q_len, kv_len, extra, device)
+
+
+def large_scores(head_map, backend, offset, q_len, kv_len, extra, device="cpu", head_dim=64):
+    extra = dict(extra)
+    if "alibi_slopes" in extra:
+        extra["alibi_slopes"] = torch.rand(head_map.num_heads, device=device) / 8
+    if "value_head_map" in extra:
+        extra["value_head_map"] = HeadMap([i % 2 for i in range(head_map.num_heads)])
+    q, k, v = make_inputs(
+        1, head_map, q_len, kv_len, head_dim,
+        value_head_map=extra.get("value_head_map"), device=device,
+    )  # fmt: skip
+    q, k = q * 0.1, k * 0.1
+    q[..., 0], k[..., 0] = 1.0, offset * head_dim**0.5
+    check((q, k, v, head_map), {"causal": True, **extra}, backend)

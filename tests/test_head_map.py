@@ -1,4 +1,6 @@
 import copy
+import itertools
+import json
 import pickle
 
 import numpy as np
@@ -6,8 +8,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from gqa_kernels import HeadMap
+from gqa_kernels import HeadMap, asym_gqa_attention
 from gqa_kernels.attention import attention_call
 from gqa_kernels.backends.triton.plan import build_plan, num_groups, plan_for
 from gqa_kernels.testing import make_inputs
@@ -127,6 +130,47 @@ def test_plan_of_two_maps(pairs, num_k_heads, num_v_heads):
     assert all(pairs[perm[i]] not in valid for i in range(offsets[groups], heads))
 
 
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (lambda: HeadMap.from_group_sizes([2**40]), ValueError, "the sum of sizes must be at most"),
+        (
+            lambda: HeadMap.from_group_sizes(itertools.repeat(0)),
+            ValueError,
+            r"len\(sizes\) must be",
+        ),
+        (lambda: HeadMap.uniform(2**40, 1), ValueError, "num_heads must be at most"),
+        (lambda: HeadMap(itertools.repeat(0)), ValueError, r"len\(head_map\) must be at most"),
+        (lambda: HeadMap([0], 2**40), ValueError, "num_kv_heads must be at most"),
+        (lambda: HeadMap([2**40]), ValueError, "num_kv_heads must be at most"),
+        (lambda: HeadMap([0], 1.0), TypeError, "num_kv_heads must be an integer, got 1.0"),
+        (lambda: HeadMap(5), TypeError, "head_map must be a sequence, got 5"),
+        (lambda: HeadMap.from_groups([0, 1]), TypeError, "groups must be a sequence, got 0"),
+        (lambda: HeadMap.from_json("[" * 10**5), ValueError, "got a deep nest"),
+        (lambda: HeadMap.from_json(None), TypeError, "HeadMap JSON must be a string, got None"),
+        (
+            lambda: HeadMap.from_json(json.dumps({"entries": "01", "num_kv_heads": 2})),
+            TypeError,
+            "head_map must be a sequence, got '01'",
+        ),
+        (
+            lambda: HeadMap.from_json(json.dumps({"entries": [0], "num_kv_heads": 2**60})),
+            ValueError,
+            "num_kv_heads must be at most",
+        ),
+        (lambda: HeadMap([0, 0]).shard(0.5, 2), TypeError, "rank must be an integer, got 0.5"),
+        (
+            lambda: HeadMap([0, 0]).shard(0, 2, value_head_map=[0, 1]),
+            TypeError,
+            "value_head_map must be a HeadMap or None",
+        ),
+    ],
+)
+def test_hostile_maps_end_at_once(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
 def test_plan_is_built_once_for_a_head_map(device):
     head_map = HeadMap([0, 1, 1])
     q, k, v = make_inputs(1, head_map, 2, 3, 8, device=device)
@@ -142,3 +186,30 @@ def test_tensors_made_in_inference_mode_serve_training():
     head_map = HeadMap([0, 0, 1])
     with torch.inference_mode():
         assert not head_map.tensor().is_inference()
+
+
+@pytest.mark.parametrize("first", ["real", "fake"])
+def test_kept_tensors_stay_in_their_mode(first):
+    """A map used on real tensors and under FakeTensorMode, in either order."""
+    head_map = HeadMap([0, 1, 1])
+    q, k, v = make_inputs(1, head_map, 2, 3, 8)
+
+    def real():
+        assert asym_gqa_attention(q, k, v, head_map, softcap=2.0).isfinite().all()
+        assert type(head_map.tensor()) is torch.Tensor and head_map.tensor().tolist() == [0, 1, 1]
+
+    def fake():
+        with FakeTensorMode() as mode:
+            tensors = [mode.from_tensor(x) for x in (q, k, v)]
+            out = asym_gqa_attention(*tensors, head_map, softcap=2.0)
+            assert isinstance(out, FakeTensor) and out.shape == q.shape
+
+    for step in (real, fake, real) if first == "real" else (fake, real, fake):
+        step()
+
+
+def test_meta_tensors_have_shapes():
+    head_map = HeadMap([0, 1, 1])
+    q, k, v = (x.to("meta") for x in make_inputs(1, head_map, 2, 3, 8))
+    out, lse = asym_gqa_attention(q, k, v, head_map, causal=True, return_lse=True)
+    assert out.shape == q.shape and lse.shape == (1, 3, 2) and out.is_meta

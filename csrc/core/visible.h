@@ -6,6 +6,9 @@
 
 namespace gqa {
 
+// An additive mask value below this hides its key: half of fp32's lowest number.
+constexpr float kLowestMaskValue = -0x1.fffffep126f;
+
 // Keys [begin, end); empty where begin >= end.
 struct KeyRange {
   int64_t begin, end;

@@ -1,6 +1,6 @@
 // One row (token of one head) at a time: widen, rotate, round to the tokens' type, then store or
-// quantise. Memory bounds it, so there is one version for all instruction sets. What is stored is
-// the same on every backend, so products are not fused with sums.
+// quantise. Memory bandwidth limits it, so one version serves all instruction sets. Every backend
+// stores the same bits.
 #define GQA_ISA append
 
 #include "append.h"
@@ -12,12 +12,6 @@
 #include "../core/quantize.h"
 #include "kv_rows.h"
 #include "vec_portable.h"
-
-#if defined(__clang__)
-#pragma STDC FP_CONTRACT OFF
-#else
-#pragma GCC optimize("fp-contract=off")
-#endif
 
 namespace gqa::cpu {
 namespace append {
@@ -209,34 +203,43 @@ class Append {
   const AttentionParams& cache_;
 };
 
-// A worker's share of the tokens.
-struct Work {
-  const AppendParams& params;
-  int64_t tokens, workers;
-};
-
 template <class T, class S>
-void run_worker(void* context, int64_t worker) {
-  const Work& work = *static_cast<const Work*>(context);
-  const Append<T, S> append(work.params);
-  const int64_t end = work.tokens * (worker + 1) / work.workers;
-  for (int64_t token = work.tokens * worker / work.workers; token < end; ++token) {
-    append.run_token(token);
-  }
+void run_tokens(const AppendParams& params, int64_t begin, int64_t end) {
+  const Append<T, S> append(params);
+  for (int64_t token = begin; token < end; ++token) append.run_token(token);
 }
 
-using Worker = void (*)(void* context, int64_t worker);
+using TokensFunction = void (*)(const AppendParams& params, int64_t begin, int64_t end);
 
 template <class T>
-Worker worker_of(DType stored) {
+TokensFunction tokens_function(DType stored) {
   switch (stored) {
-    case DType::kFloat8E4M3: return run_worker<T, Float8E4M3>;
-    case DType::kFloat8E5M2: return run_worker<T, Float8E5M2>;
-    case DType::kInt8: return run_worker<T, Int8>;
-    case DType::kInt4: return run_worker<T, Int4Pair>;
-    default: return run_worker<T, T>;
+    case DType::kFloat8E4M3: return run_tokens<T, Float8E4M3>;
+    case DType::kFloat8E5M2: return run_tokens<T, Float8E5M2>;
+    case DType::kInt8: return run_tokens<T, Int8>;
+    case DType::kInt4: return run_tokens<T, Int4Pair>;
+    default: return run_tokens<T, T>;
   }
 }
+
+TokensFunction tokens_function(DType tokens, DType stored) {
+  switch (tokens) {
+    case DType::kBFloat16: return tokens_function<BFloat16>(stored);
+    case DType::kFloat16: return tokens_function<Float16>(stored);
+    default: return tokens_function<float>(stored);
+  }
+}
+
+// Every worker takes an equal share of the tokens.
+struct Work {
+  const AppendParams& params;
+  TokensFunction run_tokens;
+  int64_t tokens, workers;
+
+  void run_worker(int64_t worker) const {
+    run_tokens(params, tokens * worker / workers, tokens * (worker + 1) / workers);
+  }
+};
 
 }  // namespace
 }  // namespace append
@@ -248,14 +251,8 @@ void cache_append(const AppendParams& params, const ThreadPool& pool) {
   const int64_t heads = cache.num_k_heads + cache.num_v_heads + (params.q ? cache.num_heads : 0);
   const int64_t wanted = tokens * heads * cache.head_dim / append::kMinNumbersPerWorker;
   const int64_t workers = std::min<int64_t>(pool.num_threads, std::max<int64_t>(wanted, 1));
-  append::Work work{params, tokens, workers};
-  switch (params.dtype) {
-    case DType::kBFloat16:
-      return pool.run(workers, append::worker_of<BFloat16>(cache.k_dtype), &work);
-    case DType::kFloat16:
-      return pool.run(workers, append::worker_of<Float16>(cache.k_dtype), &work);
-    default: return pool.run(workers, append::worker_of<float>(cache.k_dtype), &work);
-  }
+  append::Work work{params, append::tokens_function(params.dtype, cache.k_dtype), tokens, workers};
+  run_workers(pool, workers, work);
 }
 
 }  // namespace gqa::cpu

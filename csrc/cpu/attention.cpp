@@ -113,10 +113,7 @@ void attention_forward(const AttentionParams& params, const ThreadPool& pool, bo
   const CallState call{params,           schedule,   partials.get(),
                        unfinished.get(), lse_wanted, cheap_subnormals()};
   Work work{call, kernels.run_bundle[static_cast<int>(params.k_dtype)], scratch.get(), floats};
-  pool.run(
-      schedule.num_workers,
-      [](void* context, int64_t worker) { static_cast<Work*>(context)->run_worker(worker); },
-      &work);
+  run_workers(pool, schedule.num_workers, work);
 }
 
 }  // namespace gqa::cpu

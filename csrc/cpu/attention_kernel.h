@@ -396,7 +396,7 @@ void run_with(const CallState& call, const Bundle& bundle, const RowBlocks& bloc
 template <class V, class S, class Few = DirectProducts<V, S>, class Many = PackedProducts<V, S>>
 void run_bundle(const CallState& call, const Bundle& bundle, float* scratch) {
   constexpr RowBlocks kBlocks = Many::kBlocks;
-  if (call.schedule.tasks[bundle.first].num_rows() > kMaxDirectRows) {
+  if (!call.schedule.tasks[bundle.first].direct) {
     run_with<V, S, Many>(call, bundle, kBlocks, scratch);
   } else if constexpr (V::kMovesFloat8 && kFloat8<S>) {
     call.cheap_subnormals

@@ -100,7 +100,7 @@ struct Work {
   std::vector<PartSums>& heads;  // KV heads in parts, by BackwardTask::merge
   std::atomic<size_t> next{0};
 
-  void run_worker() {
+  void run_worker(int64_t) {
     const AttentionParams& call = state.params.call;
     const std::vector<BackwardTask>& tasks = state.schedule.tasks;
     const SumWidths widths = kernels.sum_widths(call);
@@ -123,6 +123,7 @@ struct Work {
 }  // namespace
 
 void attention_backward(const BackwardParams& params, const ThreadPool& pool) {
+  const DefaultFloatMode mode;  // for the sums that this thread adds at the end
   const BackwardKernels& kernels =
       select_kernels(kAllKernels, chosen_isa(), [](const BackwardKernels&) { return true; });
   const AttentionParams& call = params.call;
@@ -139,9 +140,7 @@ void attention_backward(const BackwardParams& params, const ThreadPool& pool) {
   const BackwardState state{params, schedule, params.dslopes ? slope_rows.data() : nullptr,
                             params.dsinks ? sink_rows.data() : nullptr};
   Work work{state, kernels, heads};
-  pool.run(
-      schedule.num_workers,
-      [](void* context, int64_t) { static_cast<Work*>(context)->run_worker(); }, &work);
+  run_workers(pool, schedule.num_workers, work);
   sum_slopes_and_sinks(params, slope_rows, sink_rows);
 }
 

@@ -5,13 +5,15 @@
 //     dV += P^T dO;  dK += dS^T Q;  dQ += dS K
 //   then, of all keys of the KV head, its parts added up (backward_sums.h): dK, dV
 //
-// All five products go through the packed micro-kernel of the forward (products_packed.h). dQ of a
-// block stays in the caches; dK and dV of all keys are summed in fp32 in memory that is the task's
+// All five products go through the packed micro-kernel of the forward (products_packed.h), except
+// that the scores of few fp32 rows are the forward's direct ones (products_direct.h). dQ of a block
+// stays in the caches; dK and dV of all keys are summed in fp32 in memory that is the task's
 // own.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #include "../core/dropout.h"
 #include "../core/visible.h"
@@ -21,6 +23,7 @@
 #include "isa.h"
 #include "kv_rows.h"
 #include "math.h"
+#include "products_direct.h"
 #include "products_packed.h"
 
 namespace gqa::cpu::GQA_ISA {
@@ -109,6 +112,7 @@ class BackwardRun {
       q_rows[r] = q + head(r) * call_.q_stride.h + token(r) * call_.q_stride.s;
       dout_rows[r] = dout + head(r) * params_.dout_stride.h + token(r) * params_.dout_stride.s;
       widen_row<V>(q_rows[r], call_.head_dim, tile_.q + r * l.q_ld);
+      for (int64_t d = call_.head_dim; d < l.q_ld; ++d) tile_.q[r * l.q_ld + d] = 0.0f;
       widen_row<V>(dout_rows[r], call_.value_head_dim, tile_.dout + r * l.o_ld);
       const float lse = call_.lse[row_index(r)];
       tile_.lse[r] = lse == -INFINITY ? INFINITY : lse * kLog2E;
@@ -172,9 +176,8 @@ class BackwardRun {
       const int n =
           static_cast<int>(block_->key_end - first < step ? block_->key_end - first : step);
       k.fetch(first, n, k_rows);
-      pack_transposed<V>(k_rows, n, call_.head_dim, tile_.k_columns);
       for (int r = 0; r < rows_; r += kStripRows) strips[r / kStripRows] = strip_keys(r, first, n);
-      scores(tile_.q, l.q_ld, tile_.k_columns, call_.head_dim, n, strips, tile_.p);
+      query_scores(k_rows, n, strips);
       if (wants_keys()) {
         v.fetch(first, n, v_rows);
         pack_transposed<V>(v_rows, n, call_.value_head_dim, tile_.v_columns);
@@ -203,6 +206,27 @@ class BackwardRun {
 
   static int clamp(int64_t x, int low, int high) {
     return x < low ? low : x < high ? static_cast<int>(x) : high;
+  }
+
+  // S of the keys each strip sees, summed in the forward's order: its LSE and output are of those
+  // very sums, and P = exp(S - LSE) of others would not add up to 1 where scores are large.
+  // Numbers of 16 bits hide that, since P is rounded to them.
+  void query_scores(const T* const* k_rows, int n, const StripKeys* strips) const {
+    const BackwardLayout<V>& l = tile_.layout;
+    if constexpr (std::is_same_v<T, float>) {
+      if (block_->direct) {
+        StripKeys all = strips[0];
+        for (int r = kStripRows; r < rows_; r += kStripRows) {
+          const StripKeys& strip = strips[r / kStripRows];
+          all = {strip.begin < all.begin ? strip.begin : all.begin,
+                 strip.end > all.end ? strip.end : all.end};
+        }
+        return direct_scores<V>(tile_.q, l.q_ld, rows_, k_rows, all, call_.head_dim, tile_.p,
+                                l.keys);
+      }
+    }
+    pack_transposed<V>(k_rows, n, call_.head_dim, tile_.k_columns);
+    scores(tile_.q, l.q_ld, tile_.k_columns, call_.head_dim, n, strips, tile_.p);
   }
 
   // s[rows, keys] = a * columns, for the keys each strip sees

@@ -24,7 +24,7 @@ struct BackwardLayout {
   BackwardLayout(const AttentionParams& params, const TileShape& tile)
       : rows(tile.rows),
         keys(round_up(tile.keys, kPanel)),
-        q_ld(round_up(params.head_dim, V::kWidth)),
+        q_ld(round_up(params.head_dim, kPanel)),
         o_ld(round_up(params.value_head_dim, V::kWidth)),
         dk_ld(round_up(params.head_dim, kPanel)),
         dv_ld(round_up(params.value_head_dim, kPanel)),

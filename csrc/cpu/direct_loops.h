@@ -24,6 +24,33 @@ GQA_INLINE const S* again(const S* p) {
 // The head dim whose loops are unrolled whole.
 constexpr int kUsualDims = 128;
 
+// Calls visit(n as a constant) for n from 1 to kStripRows.
+template <class Visit>
+GQA_INLINE void with_count(int n, Visit visit) {
+  switch (n) {
+    case 1: return visit(std::integral_constant<int, 1>());
+    case 2: return visit(std::integral_constant<int, 2>());
+    case 3: return visit(std::integral_constant<int, 3>());
+    case 4: return visit(std::integral_constant<int, 4>());
+    case 5: return visit(std::integral_constant<int, 5>());
+    case 6: return visit(std::integral_constant<int, 6>());
+  }
+}
+
+// The blocks of rows whose scores are computed together, as equal as can be: a block of few rows
+// has few sums to hide the latency of FMA, and still pays for widening K.
+inline int num_score_blocks(int rows) { return (rows + kStripRows - 1) / kStripRows; }
+
+// Calls visit(first row, number of rows as a constant) for each of them.
+template <class Visit>
+GQA_INLINE void for_score_blocks(int rows, Visit visit) {
+  for (int r = 0, blocks = num_score_blocks(rows); blocks > 0; --blocks) {
+    const int n = (rows - r + blocks - 1) / blocks;
+    with_count(n, [&](auto count) { visit(r, count); });
+    r += n;
+  }
+}
+
 // Derived has
 //   dot_rows<kRows>(r, keys, ahead)  s[r + i, key] = q[r + i] . k[key], a whole number of kRowStep
 //                                    keys, calling ahead.step() for every kRowStep
@@ -71,15 +98,10 @@ class DirectLoops {
     const StripKeys need = strips[0];
     const StripKeys steps{need.begin / kRowStep * kRowStep,
                           (need.end + kRowStep - 1) / kRowStep * kRowStep};
-    int blocks = (rows + kStripRows - 1) / kStripRows;
     Prefetcher<S> ahead(v_rows_ + need.begin, need.end - need.begin, value_head_dim_,
-                        blocks * (steps.end - steps.begin) / kRowStep);
-    // Blocks of rows as equal as can be: few rows keep few sums, and widen K no cheaper.
-    for (int r = 0; blocks > 0; --blocks) {
-      const int n = (rows - r + blocks - 1) / blocks;
-      with_count(n, [&](auto count) { derived().template dot_rows<count()>(r, steps, ahead); });
-      r += n;
-    }
+                        num_score_blocks(rows) * (steps.end - steps.begin) / kRowStep);
+    for_score_blocks(
+        rows, [&](int r, auto count) { derived().template dot_rows<count()>(r, steps, ahead); });
   }
 
   // o += p . v; asks for the next tile's K rows
@@ -102,19 +124,6 @@ class DirectLoops {
   static constexpr int kW = V::kWidth;
 
   Derived& derived() { return static_cast<Derived&>(*this); }
-
-  // visit(n as a constant) for n from 1 to kStripRows.
-  template <class Visit>
-  static GQA_INLINE void with_count(int n, Visit visit) {
-    switch (n) {
-      case 1: return visit(std::integral_constant<int, 1>());
-      case 2: return visit(std::integral_constant<int, 2>());
-      case 3: return visit(std::integral_constant<int, 3>());
-      case 4: return visit(std::integral_constant<int, 4>());
-      case 5: return visit(std::integral_constant<int, 5>());
-      case 6: return visit(std::integral_constant<int, 6>());
-    }
-  }
 
   const S* const* next_k_rows_ = nullptr;
   int next_n_ = 0;

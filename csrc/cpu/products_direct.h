@@ -156,6 +156,27 @@ GQA_INLINE void add_keys(const float* p, int64_t ldp, const S* const* v, int64_t
   }
 }
 
+// Keys whose products with kRows rows are summed together: as many sums as hide the latency of FMA
+// and fit in registers.
+template <int kRows>
+inline constexpr int kDirectKeys = kRows <= 2 ? 4 : 2;
+
+// s[r, key] = q[r] . k_rows[key] for at most kMaxDirectRows rows, summed in the order of
+// DirectProducts, for the backward. q's rows end with zeros up to two whole vectors; k_rows has a
+// whole number of kRowStep keys.
+template <class V, class S>
+inline void direct_scores(const float* q, int64_t ldq, int rows, const S* const* k_rows,
+                          StripKeys keys, int64_t head_dim, float* s, int64_t lds) {
+  static_assert(!V::template kSplits<S>, "q would have to be split first");
+  const int begin = keys.begin / kRowStep * kRowStep;
+  for_score_blocks(rows, [&](int r, auto count) {
+    constexpr int kRows = count(), kKeys = kDirectKeys<kRows>;
+    for (int i = begin; i < keys.end; i += kKeys) {
+      dot_keys<V, S, kRows, kKeys>(q + r * ldq, ldq, k_rows + i, head_dim, s + r * lds + i, lds);
+    }
+  });
+}
+
 template <class V, class S>
 class DirectProducts : public DirectLoops<DirectProducts<V, S>, V, S> {
   using Loops = DirectLoops<DirectProducts<V, S>, V, S>;
@@ -181,9 +202,8 @@ class DirectProducts : public DirectLoops<DirectProducts<V, S>, V, S> {
  private:
   static constexpr int kW = V::kWidth;
 
-  // Two or four keys at a time: as many sums as hide the latency of FMA and fit in registers. A
-  // function of its own, and add_rows too: all of them inlined into one, gcc stores the widened
-  // numbers of every block to memory that nobody reads.
+  // This and add_rows are functions of their own: if all were inlined into one, gcc would store the
+  // widened numbers of every block to memory that nobody reads.
   template <int kRows>
   GQA_NOINLINE void dot_rows(int r, StripKeys keys, Prefetcher<S>& ahead) {
     if (this->head_dim_ == kUsualDims) return dot_rows<kRows, kUsualDims>(r, keys, ahead);
@@ -198,7 +218,7 @@ class DirectProducts : public DirectLoops<DirectProducts<V, S>, V, S> {
     const float* q = this->tile_.q + r * ldq;
     const S* const* rows = this->k_rows_;
     float* s = this->tile_.s + r * lds;
-    constexpr int kKeys = kRows <= 2 ? 4 : 2;
+    constexpr int kKeys = kDirectKeys<kRows>;
     for (int i = keys.begin; i < keys.end; i += kKeys) {
       if (i % kRowStep == 0) ahead.step();
       dot_keys<V, S, kRows, kKeys>(q, ldq, rows + i, dims, s + i, lds);

@@ -132,6 +132,7 @@ void add_row_blocks(const AttentionParams& params, const std::vector<Group>& gro
           task.key_begin = visible_keys(params, length, t).begin;
           task.key_end = visible_keys(params, length, task.token_end - 1).end;
           if (task.key_end < task.key_begin) task.key_end = task.key_begin;
+          task.direct = q_len * group_heads <= kMaxDirectRows;
           task.num_splits = 1;
           task.merge = -1;
           task.cost = (task.key_end - task.key_begin) * dims * (kLoadRows + task.num_rows());

@@ -16,7 +16,8 @@
 
 namespace gqa::cpu {
 
-// Tasks with so few rows read K and V where they lie (products_direct.h); others pack them.
+// Groups with at most so many rows in a sequence read K and V where they lie (products_direct.h);
+// others pack them.
 constexpr int kMaxDirectRows = 16;
 // Most keys of a tile where all tasks are such, and of any tile.
 constexpr int kMaxDirectKeys = 64;
@@ -52,6 +53,10 @@ struct Task {
   int32_t merge;                   // which merge it takes part in; -1 where num_splits is 1
   int64_t partial;                 // floats before the partial result of split 0
   int64_t cost;                    // multiply-adds, roughly
+  // Whether K and V are read where they lie: the sequence has at most kMaxDirectRows rows in the
+  // task's group. The rows of a task alone don't decide, because the backward cuts a group into
+  // other tasks and has to sum its scores in the same order.
+  bool direct;
 
   int num_heads() const { return head_end - head_begin; }
   int num_rows() const { return static_cast<int>(token_end - token_begin) * num_heads(); }

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "../core/params.h"
+#include "../core/visible.h"
 #include "isa.h"
 #include "math.h"
 
@@ -34,7 +35,7 @@ inline void widen_mask(const void* data, int64_t offset, int64_t stride, int beg
 }
 
 // attn_mask[b, h, token, first + i], number i of what is returned for i in [begin, end), which may
-// be `out`; hidden keys have -inf. Whole vectors may be read.
+// be `out`; a boolean mask gives 0 or -inf. Whole vectors may be read.
 template <class V>
 inline const float* mask_row(const AttentionParams& params, int64_t b, int64_t h, int64_t token,
                              int64_t first, int begin, int end, float* out) {
@@ -78,13 +79,13 @@ GQA_INLINE typename V::F add_bias(typename V::F score, int key, const RowBias& b
   if (bias.slope != 0.0f) {
     const F keys = V::add(V::iota(), V::set1(static_cast<float>(key)));
     const F distance = V::abs(V::sub(V::set1(bias.position), keys));
-    score = V::sub(score, V::mul(V::set1(bias.slope), distance));
+    score = V::fma(V::set1(-bias.slope), distance, score);
   }
   if (bias.additive != nullptr) {
     const F added = V::load(bias.additive + key);
     const F hidden = V::set1(-INFINITY);
     const F sum = V::fma(added, V::set1(kLog2E), score);
-    score = V::select(V::equal(added, hidden), hidden, sum);
+    score = V::select(V::less(added, V::set1(kLowestMaskValue)), hidden, sum);
   }
   return score;
 }

@@ -3,6 +3,10 @@
 // about the processor.
 #pragma once
 
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
 #include <cstdint>
 #include <cstring>
 
@@ -103,7 +107,13 @@ struct Vec {
   static GQA_INLINE F sub(F a, F b) { return a - b; }
   static GQA_INLINE F mul(F a, F b) { return a * b; }
   static GQA_INLINE F div(F a, F b) { return a / b; }
+#if defined(__aarch64__)
+  static GQA_INLINE F fma(F a, F b, F c) {
+    return (F)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+  }
+#else
   static GQA_INLINE F fma(F a, F b, F c) { return a * b + c; }
+#endif
   // b where either is NaN.
   static GQA_INLINE F max(F a, F b) { return select(a > b, a, b); }
   static GQA_INLINE F abs(F x) { return (F)((I)x & I{kAbs, kAbs, kAbs, kAbs}); }

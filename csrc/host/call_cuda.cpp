@@ -1,7 +1,8 @@
 #include "call_cuda.h"
 
-#include <dlfcn.h>
 #include <torch/csrc/stable/ops.h>
+
+#include "stream_lookup_cuda.h"
 
 namespace gqa::host {
 namespace {
@@ -43,9 +44,7 @@ cuda::Device check_cuda_call(const Inputs& in) {
 
 cudaStream_t current_stream(int32_t device) {
   // Looked up when called: the library loads where torch has no CUDA.
-  using Get = int32_t (*)(int32_t device, void** stream);
-  static const Get get =
-      reinterpret_cast<Get>(dlsym(RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
+  static const GetStream get = find_get_stream();
   STD_TORCH_CHECK(get != nullptr, "this torch was built without CUDA");
   void* stream = nullptr;
   STD_TORCH_CHECK(get(device, &stream) == 0, "torch has no current stream on cuda:", device);

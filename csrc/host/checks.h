@@ -25,10 +25,10 @@ inline void check_dtype(const char* name, const Tensor& x, ScalarType dtype) {
                   torch::headeronly::toString(x.scalar_type()));
 }
 
-// One element needs no stride.
+// A dim of one element has no stride, and an empty tensor has none at all.
 inline void check_last_dim_contiguous(const char* name, const Tensor& x) {
   const int64_t last = x.dim() - 1;
-  STD_TORCH_CHECK(last >= 0 && (x.size(last) <= 1 || x.stride(last) == 1), name,
+  STD_TORCH_CHECK(last >= 0 && (x.size(last) <= 1 || x.stride(last) == 1 || x.numel() == 0), name,
                   " must have a last dim of stride 1, got stride ", last >= 0 ? x.stride(last) : 0);
 }
 

@@ -27,8 +27,11 @@ class CUDABackend(CompiledBackend):
     append_capabilities = replace(capabilities, dtypes=capabilities.dtypes | {torch.float32})
 
     def unavailable_reason(self) -> str | None:
-        if env.cuda_kernels() == "0":
-            return "GQA_KERNELS_CUDA=0 forbids CUDA kernels"
+        try:
+            if env.cuda_kernels() == "0":
+                return "GQA_KERNELS_CUDA=0 forbids CUDA kernels"
+        except ValueError as error:
+            return str(error)
         if torch.version.hip:
             return "this torch is built for ROCm"
         if not torch.cuda.is_available():

@@ -7,6 +7,7 @@ import warnings
 import torch
 
 from ..call.attention import AttentionCall
+from ..native.arguments import check_choice
 from ..native.autograd import is_transformed_now
 from .base import Backend, Call
 from .cpu import CPUBackend
@@ -22,6 +23,8 @@ BACKENDS: dict[str, Backend] = {
 AUTO_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 DEFAULT_ORDER = ("reference",)
 
+_failures: dict[str, str] = {}  # of backends that looked usable and could not be loaded
+_warned: set[str] = set()  # reasons why the reference was taken that the user knows of
 # Choices made so far. What decides is the kind of a call: its key holds no size but the head dims,
 # and no number's value. Only what can run is kept: it stays usable.
 _choices: dict[tuple, Backend] = {}
@@ -41,7 +44,11 @@ def explain(call: Call) -> dict[str, list[str]]:
     """For every backend, in the order of ``auto``, why it can't run a call."""
     order = AUTO_ORDER.get(call.device.type, DEFAULT_ORDER)
     order = (*order, *(name for name in BACKENDS if name not in order))
-    return {name: _reasons(BACKENDS[name], call) for name in order}
+    reasons = {name: _reasons(BACKENDS[name], call) for name in order}
+    for name, failure in _failures.items():
+        if not reasons[name]:
+            reasons[name] = [failure]
+    return reasons
 
 
 def select(call: Call, backend: str = "auto") -> Backend:
@@ -51,7 +58,7 @@ def select(call: Call, backend: str = "auto") -> Backend:
         ValueError, TypeError: ``call.check()`` refuses it, or no backend has that name.
         NotImplementedError: the named backend, or with ``"auto"`` every backend, can't run it.
     """
-    if torch.compiler.is_compiling() or is_transformed_now():
+    if type(backend) is not str or torch.compiler.is_compiling() or is_transformed_now():
         call.check()
         return _choose(call, backend)
     key = (_attention_key if type(call) is AttentionCall else _append_key)(call, backend)
@@ -88,15 +95,23 @@ def _append_key(call: Call, backend: str) -> tuple:
 
 def _choose(call: Call, backend: str) -> Backend:
     if backend == "auto":
+        passed_over = []
         for name in AUTO_ORDER.get(call.device.type, DEFAULT_ORDER):
-            if not _reasons(BACKENDS[name], call) and _prepare(name) is None:
+            reasons = _reasons(BACKENDS[name], call)
+            if not reasons:
+                failure = _prepare(name)
+                reasons = [failure] if failure else []
+            if not reasons:
+                if name == "reference" and passed_over:
+                    _warn_of_reference(passed_over)
                 return BACKENDS[name]
+            passed_over.append((name, reasons))
+            passed_over.append((name, reasons))
         raise NotImplementedError(
             f"no backend can run {call.describe()}:\n"
             + "\n".join(f"  {name}: {'; '.join(why)}" for name, why in explain(call).items())
         )
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {backend!r}")
+    check_choice("backend", backend, ("auto", *BACKENDS))
     reasons = _reasons(BACKENDS[backend], call)
     if not reasons:
         failure = _prepare(backend)
@@ -121,11 +136,31 @@ def _unavailable(name: str) -> str | None:
 
 @_constant_while_compiling
 def _prepare(name: str) -> str | None:
-    """Make a backend ready, once; warn if it should be but can't."""
+    """Load a backend's kernels. Returns None on success, else why it failed, which is a warning
+    too: the backend looked usable."""
     failure = BACKENDS[name].prepare()
+    _failures.pop(name, None)
     if failure:
-        warnings.warn(f"gqa_kernels: backend {name!r} is not usable: {failure}", stacklevel=4)
+        _failures[name] = failure
+        warnings.warn(f"gqa_kernels: backend {name!r} is not usable: {failure}", stacklevel=5)
     return failure
+
+
+def _warn_of_reference(passed_over: list[tuple[str, list[str]]]) -> None:
+    """Say once per reason that ``backend="auto"`` fell back to the reference. Not while
+    torch.compile traces, whose graphs a warning would break."""
+    if torch.compiler.is_compiling():
+        return
+    why = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in passed_over)
+    if why in _warned:
+        return
+    _warned.add(why)
+    warnings.warn(
+        "gqa_kernels: backend='auto' runs the eager reference, which is slow and expands K and V, "
+        f"because no fused backend can run this call ({why}). Change what the reasons name, or "
+        "pass backend='reference' to choose it without this warning.",
+        stacklevel=5,
+    )
 
 
 def _reasons(backend: Backend, call: Call) -> list[str]:

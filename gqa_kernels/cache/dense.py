@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..native.arguments import check_tensors
 from .base import KVCache, empty_scales, empty_storage
 from .tensors import Layout, check_layout
 from .view import KVView
@@ -41,6 +42,16 @@ class DenseKVCache(KVCache):
         layout: Layout = "bhsd",
     ):
         check_layout(layout)
+        check_tensors(k=k, v=v, lengths=lengths)
+        if batch_index is not None:
+            check_tensors(batch_index=batch_index)
+            if batch_index.dim() != 1:
+                raise ValueError(
+                    f"batch_index must have 1 dimension, got {batch_index.dim()} "
+                    f"(shape {tuple(batch_index.shape)})"
+                )
+        if layout == "bshd" and min(k.dim(), v.dim()) < 3:
+            raise ValueError(f"k and v must have 4 dimensions, got {k.dim()} and {v.dim()}")
         if layout == "bshd":
             k, v = k.transpose(1, 2), v.transpose(1, 2)
         self.k, self.v, self.lengths = k, v, lengths

@@ -8,9 +8,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..native.arguments import as_int, check_tensors
 from .allocator import PageBatch
 from .base import KVCache, empty_scales, empty_storage
-from .tensors import as_int, check_is_tensor, is_readable, to_int32
+from .tensors import is_readable, to_int32
 from .view import KVView
 
 Order = Literal["HND", "NHD"]
@@ -50,6 +51,7 @@ class PagedKVCache(KVCache):
         v_zero: Tensor | float | None = None,
     ):
         _check_order(order)
+        check_tensors(k=k, v=v, page_table=page_table, lengths=lengths)
         if k.dim() == 3 and v.dim() == 3:
             if page_table.dim() != 3:
                 raise ValueError(
@@ -75,6 +77,10 @@ class PagedKVCache(KVCache):
                 ``[2, P, ...]``; what is left without that dim is k and v in ``order``.
             options: as the constructor has them.
         """
+        check_tensors(kv=kv)
+        axis = as_int("axis", axis)
+        if not -kv.dim() <= axis < kv.dim():
+            raise ValueError(f"axis must be a dim of kv {tuple(kv.shape)}, got {axis}")
         if kv.shape[axis] != 2:
             raise ValueError(f"kv.shape[{axis}] must be 2 (K and V), got {kv.shape[axis]}")
         k, v = kv.unbind(axis)
@@ -207,8 +213,8 @@ def _longest_row(
 ) -> int | None:
     """Check the tensors of a CSR page table. Returns the most pages of a sequence, or None when the
     host can't read the values."""
+    check_tensors(indptr=indptr, indices=indices, last_page_len=last_page_len)
     for name, x in (("indptr", indptr), ("indices", indices), ("last_page_len", last_page_len)):
-        check_is_tensor(name, x)
         if x.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"{name}.dtype must be int32 or int64, got {x.dtype}")
         if x.dim() != 1:
@@ -245,8 +251,8 @@ def _longest_row(
 
 
 def _check_pages_rank(k: Tensor, v: Tensor, ranks: tuple[int, ...]) -> None:
+    check_tensors(k=k, v=v)
     for name, x in (("k", k), ("v", v)):
-        check_is_tensor(name, x)
         if x.dim() not in ranks:
             allowed = " or ".join(map(str, ranks))
             raise ValueError(

@@ -27,8 +27,9 @@ import torch
 from torch import Tensor
 
 from ..native import build
+from ..native.arguments import check_tensors
 from .formats import FORMATS, Format
-from .tensors import DTYPES, check_is_tensor, check_last_stride, is_readable, to_int32
+from .tensors import DTYPES, check_last_stride, is_readable, to_int32
 
 
 @dataclass(slots=True, eq=False)
@@ -330,7 +331,7 @@ def is_dynamic(rows: Tensor) -> bool:
 
 def _check_storage(k: Tensor, v: Tensor) -> None:
     for name, x in (("k", k), ("v", v)):
-        check_is_tensor(name, x)
+        check_tensors(**{name: x})
         if x.dim() != 4:
             raise ValueError(
                 f"{name} must have 4 dimensions, got {x.dim()} (shape {tuple(x.shape)})"
@@ -358,7 +359,7 @@ def _check_storage(k: Tensor, v: Tensor) -> None:
 
 
 def _as_int32(name: str, x: Tensor, k: Tensor) -> Tensor:
-    check_is_tensor(name, x)
+    check_tensors(**{name: x})
     if x.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name}.dtype must be int32 or int64, got {x.dtype}")
     if x.device != k.device:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..cache.tensors import Layout
 from ..cache.view import KVView
+from ..native.arguments import as_bool
 from ..native.autograd import requires_grad
 from . import checks
 from .attention import described
@@ -73,7 +74,8 @@ class AppendCall:
         q = q_heads_first if q is None else checks.heads_first("q", q, layout, packed)
         call = cls(
             q, k_new, v_new, view, cu_seqlens, k_new.size(2), rotary_cos, rotary_sin,
-            bool(rotary_interleaved), torch.is_grad_enabled() and requires_grad(q, k_new, v_new),
+            as_bool("rotary_interleaved", rotary_interleaved),
+            torch.is_grad_enabled() and requires_grad(q, k_new, v_new),
         )  # fmt: skip
         if packed:
             call.check()
@@ -111,7 +113,9 @@ class AppendCall:
         if (self.rotary_cos is None) != (self.rotary_sin is None):
             raise ValueError("rotary_cos and rotary_sin must be given together, got one of them")
         if self.rotary_cos is not None:
-            checks.check_rotary(self.rotary_cos, self.rotary_sin, self.k_new)
+            self.rotary_cos, self.rotary_sin = checks.resolve_rotary(
+                self.rotary_cos, self.rotary_sin, self.k_new, self.rotary_interleaved
+            )
             if view.lengths_per_head and self.q is not None:
                 raise NotImplementedError(
                     "append: with lengths per head a query has no one position; rotate q and k_new "

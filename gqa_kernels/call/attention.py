@@ -12,6 +12,7 @@ from torch import Tensor
 from ..cache.tensors import Layout, check_layout
 from ..cache.view import KVView
 from ..head_map import HeadMap
+from ..native.arguments import check_tensors
 from ..native.autograd import is_transformed, requires_grad
 from ..native.dropout import draw_seed
 from . import checks
@@ -157,7 +158,8 @@ class AttentionCall:
         k, v = (checks.heads_first(name, x, "bhsd", True) for name, x in (("k", k), ("v", v)))
         if k.shape[2] != v.shape[2]:
             raise ValueError(f"v.shape[0] must equal k.shape[0] ({k.shape[2]}), got {v.shape[2]}")
-        batch = cu_seqlens_k.shape[0] - 1 if isinstance(cu_seqlens_k, Tensor) else 0
+        check_tensors(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+        batch = max(cu_seqlens_k.numel() - 1, 0)
         offsets, max_seqlen_k = checks.resolve_offsets(
             "cu_seqlens_k", cu_seqlens_k, "max_seqlen_k", max_seqlen_k, k, batch
         )

@@ -11,14 +11,13 @@ from torch import Tensor
 from ..cache.tensors import (
     DTYPES,
     Layout,
-    as_int,
-    check_is_tensor,
     check_last_stride,
     check_layout,
     is_readable,
     to_int32,
 )
 from ..head_map import HeadMap
+from ..native.arguments import as_int, check_tensors, shown
 
 HeadMapLike = HeadMap | Sequence[int] | Tensor
 
@@ -30,7 +29,7 @@ def check_dense(q: Tensor, k: Tensor, v: Tensor, head_axis: int) -> None:
     """Types, devices, strides and sizes of ``[B, H, S, D]`` views; ``head_axis`` is where the
     caller's layout has the heads."""
     for name, x in (("q", q), ("k", k), ("v", v)):
-        check_is_tensor(name, x)
+        check_tensors(**{name: x})
         if x.dim() != 4:
             shape = _shape(x.transpose(1, 2)) if head_axis == 2 and x.dim() > 2 else _shape(x)
             raise ValueError(f"{name} must have 4 dimensions, got {x.dim()} (shape {shape})")
@@ -77,7 +76,7 @@ def check_floating(name: str, x: Tensor, device: torch.device) -> None:
 def heads_first(name: str, x: Tensor, layout: Layout, packed: bool) -> Tensor:
     """``[B, H, S, D]`` view of a tensor in ``layout``, or of packed ``[total, H, D]``."""
     check_layout(layout)
-    check_is_tensor(name, x)
+    check_tensors(**{name: x})
     rank = 3 if packed else 4
     if x.dim() != rank:
         raise ValueError(f"{name} must have {rank} dimensions, got {x.dim()} (shape {_shape(x)})")
@@ -180,7 +179,7 @@ def resolve_sinks(sinks: Tensor, q: Tensor) -> Tensor:
 
 def resolve_mask(mask: Tensor, q: Tensor, kv_len: int) -> Tensor:
     """Boolean or floating ``[B, Hq, Sq, Sk]``, strides may be 0."""
-    check_is_tensor("attn_mask", mask)
+    check_tensors(attn_mask=mask)
     if mask.dtype != torch.bool:
         if not mask.dtype.is_floating_point:
             raise TypeError(f"attn_mask.dtype must be bool or floating, got {mask.dtype}")
@@ -267,30 +266,48 @@ def resolve_offsets(
     return to_int32(offsets), min(longest, tokens)
 
 
-def check_rotary(cos: Tensor, sin: Tensor, x: Tensor) -> None:
-    """Rotary tables for vectors like ``x [B, H, S, D]``."""
+def resolve_rotary(cos: Tensor, sin: Tensor, x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """Tables as kernels read them: contiguous ``[max_position, R / 2]``, fp32 or x's dtype."""
     for name, table in (("rotary_cos", cos), ("rotary_sin", sin)):
-        check_is_tensor(name, table)
-        if table.dtype not in (x.dtype, torch.float32):
-            raise TypeError(f"{name}.dtype must be float32 or {x.dtype}, got {table.dtype}")
+        check_tensors(**{name: table})
+        if table.dtype not in DTYPES:
+            raise TypeError(f"{name}.dtype must be floating, got {table.dtype}")
         if table.device != x.device:
             raise ValueError(f"{name}.device must be {x.device}, got {table.device}")
-        if table.dim() != 2 or table.shape[0] < 1 or not 2 <= 2 * table.shape[1] <= x.shape[3]:
+        width = table.shape[1] if table.dim() == 2 and table.shape[0] >= 1 else 0
+        is_full = 2 * width > x.shape[3]
+        if not 1 <= width <= x.shape[3] or (is_full and width % 2):
             raise ValueError(
-                f"{name} must have shape [max_position, R / 2] with R <= D ({x.shape[3]}), "
-                f"got {_shape(table)}"
+                f"{name} must have shape [max_position, R / 2], or [max_position, R] with every "
+                f"angle twice, with even R <= D ({x.shape[3]}), got {_shape(table)}"
             )
-        if not table.is_contiguous():
-            raise ValueError(f"{name} must be contiguous, got strides {table.stride()}")
-    if cos.shape != sin.shape or cos.dtype != sin.dtype:
+    if cos.shape != sin.shape:
         raise ValueError(
-            f"rotary_sin must have the shape and dtype of rotary_cos ({_shape(cos)}, "
-            f"{cos.dtype}), got {_shape(sin)}, {sin.dtype}"
+            f"rotary_sin must have the shape of rotary_cos ({_shape(cos)}), got {_shape(sin)}"
         )
+    if 2 * cos.shape[1] > x.shape[3]:
+        cos = _first_half("rotary_cos", cos, interleaved)
+        sin = _first_half("rotary_sin", sin, interleaved)
+    if cos.dtype != sin.dtype or cos.dtype not in (x.dtype, torch.float32):
+        cos, sin = cos.float(), sin.float()
+    return cos.contiguous(), sin.contiguous()
+
+
+def _first_half(name: str, table: Tensor, interleaved: bool) -> Tensor:
+    """Each angle once, of a table ``[max_position, R]`` that has it in both columns of its pair."""
+    pairs = table.unflatten(1, (-1, 2) if interleaved else (2, -1))
+    once, again = pairs.unbind(2 if interleaved else 1)
+    if is_readable(table) and not torch.equal(once, again):
+        where = "(2i, 2i + 1)" if interleaved else "(i, i + R / 2)"
+        raise ValueError(
+            f"{name} of full width [max_position, R] must have equal columns {where} for "
+            f"rotary_interleaved={interleaved}, got {shown(table)}"
+        )
+    return once
 
 
 def _check_float_tensor(name: str, x: object, q: Tensor) -> None:
-    check_is_tensor(name, x)
+    check_tensors(**{name: x})
     if not x.dtype.is_floating_point:
         raise TypeError(f"{name}.dtype must be floating, got {x.dtype}")
     if x.device != q.device:

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, cross_entropy, kl_div
 
 from ..attention import asym_gqa_attention
-from ..grouping.calibration import Batch, model_inputs, token_mask
 from ..grouping.evaluation import layer_errors
 from ..integrations.transformers import attention_call
 from ..integrations.transformers.guards import reads_maps
 from ..models.families import AttentionLayer, attention_layers
+from ..models.inputs import Batch, model_inputs, token_mask
 from ..reporting.progress import track
 
 _PROBE = "asym_gqa_probe"

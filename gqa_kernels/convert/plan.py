@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from ..grouping import LayerStats, SearchResult, allocate, search, search_curve
-from ..grouping.calibration import Batch
-from ..grouping.search import subset_dp
-from ..grouping.similarity import similarity
+from ..grouping.key_norms import key_norms
+from ..grouping.merging import check_merging
+from ..grouping.search import check_method, subset_dp
+from ..grouping.similarity import check_kind, similarity
 from ..head_map import HeadMap
-from ..models.families import attention_layers
+from ..models.families import AttentionLayer, attention_layers, layer_weights
+from ..models.inputs import Batch
 from ..reporting.files import write_atomically
 from ..reporting.progress import track
 from .selection import select_maps
 
-FORMAT = "gqa-kernels plan 1"
+FORMAT = "gqa-kernels plan 2"
 SIDES = ("k", "v")
+SIZES = ("free", "equal", "auto")
 
 
 @dataclass(frozen=True)
@@ -55,12 +60,15 @@ class Plan:
         layers: one entry per attention layer.
         curves: per layer ``{"k": {G: objective}, "v": ...}`` for every number of groups; the
             least objectives up to 18 query heads, Ward's beyond.
+        made_from: ``fingerprint(model, batches)`` of the model and the data it was made for; empty
+            if unknown.
     """
 
     kind: str
     merging: str
     layers: tuple[LayerPlan, ...]
     curves: tuple[Mapping[str, Mapping[int, float]], ...] = ()
+    made_from: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def maps(self) -> list[tuple[HeadMap, HeadMap]]:
@@ -84,11 +92,18 @@ class Plan:
             ValueError: no such file, or something else.
         """
         try:
-            data = json.loads(Path(path).read_text())
-        except (OSError, ValueError) as error:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"{path} must be a plan in JSON: {error}") from error
         if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
             raise ValueError(f"{path} must hold {FORMAT!r}, got something else")
+        try:
+            return cls._from_dict(data)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} must be a complete plan: {error!r}") from error
+
+    @classmethod
+    def _from_dict(cls, data: dict) -> Plan:
         for layer in data["layers"]:
             for side in ("key", "value"):
                 layer[side] = SearchResult.from_json(json.dumps(layer[side]))
@@ -97,7 +112,7 @@ class Plan:
             {side: {int(g): cost for g, cost in curve.items()} for side, curve in layer.items()}
             for layer in data["curves"]
         )
-        return cls(data["kind"], data["merging"], layers, curves)
+        return cls(data["kind"], data["merging"], layers, curves, dict(data["made_from"]))
 
 
 def plan(
@@ -125,24 +140,23 @@ def plan(
             ``shared``, a KV head counts twice).
         kind, method: of ``similarity`` and ``search``.
         sizes: ``"free"``, ``"equal"``, or ``"auto"``: whichever of the two (and of adjacent heads)
-            gives the lower attention-output error on ``held_out``, layer by layer, with norms
+            has the lower attention-output error on ``held_out``, layer by layer, with norms
             restored or not.
         shared: the same map for K and V.
         merging: of ``convert``.
         held_out: batches, needed for ``"auto"``.
-        seed: of searches that draw.
-        progress: show a bar, where standard error is a terminal.
+        seed: of searches that draw random numbers.
+        progress: show a bar if standard error is a terminal.
 
     Raises:
         ValueError: not just one of ``num_kv_heads`` and ``budget``, ``"auto"`` without batches, or
             what ``search`` refuses.
     """
-    if (num_kv_heads is None) == (budget is None):
-        raise ValueError(
-            f"one of num_kv_heads and budget must be given, got {num_kv_heads} and {budget}"
-        )
+    check_plan(
+        model, num_kv_heads, budget=budget, kind=kind, method=method, sizes=sizes, merging=merging
+    )
     if sizes == "auto" and held_out is None:
-        raise ValueError("held_out batches must be given where sizes is 'auto', got None")
+        raise ValueError("held_out batches must be given if sizes is 'auto', got None")
     layers = attention_layers(model)
     sides = ("shared",) if shared else SIDES
     distances, curves = [], []
@@ -156,8 +170,8 @@ def plan(
     candidates = {}
     for rule in ("free", "equal", "neighbour") if sizes == "auto" else (sizes,):
         candidates[rule] = [
-            _results(D, count, rule, method, seed)
-            for D, count in zip(distances, counts, strict=True)
+            _results(D, count, rule, method, seed, partial(_options, method, layer, stats))
+            for D, count, layer in zip(distances, counts, layers, strict=True)
         ]
     costs = tuple(
         {side: {g: r.objective for g, r in curve.items()} for side, curve in each.items()}
@@ -180,6 +194,41 @@ def plan(
     return Plan(kind, merging, chosen, costs)
 
 
+def check_plan(
+    model: nn.Module,
+    num_kv_heads: int | None,
+    *,
+    budget: int | None,
+    kind: str,
+    method: str,
+    sizes: str,
+    merging: str,
+) -> None:
+    """Raise what ``plan`` would raise for these arguments, before data is collected.
+
+    Raises:
+        ValueError: an unknown name, or a number of KV heads that a layer can't have.
+    """
+    if (num_kv_heads is None) == (budget is None):
+        raise ValueError(
+            f"one of num_kv_heads and budget must be given, got {num_kv_heads} and {budget}"
+        )
+    check_kind(kind)
+    check_method(method)
+    check_merging(merging)
+    if sizes not in SIZES:
+        raise ValueError(f"sizes must be one of {', '.join(SIZES)}, got {sizes!r}")
+    layers = attention_layers(model)
+    heads = min(layer.num_heads for layer in layers)
+    if num_kv_heads is not None and not 1 <= num_kv_heads <= heads:
+        raise ValueError(f"num_kv_heads must lie in [1, {heads}], got {num_kv_heads}")
+    if budget is not None and budget < 2 * len(layers):
+        raise ValueError(
+            f"budget must be at least {2 * len(layers)}, a K and a V head for each of "
+            f"{len(layers)} layers, got {budget}"
+        )
+
+
 def _counts(
     curves: list[dict], num_kv_heads: int | None, budget: int | None, shared: bool
 ) -> list[dict[str, int]]:
@@ -195,9 +244,14 @@ def _counts(
 
 
 def _results(
-    distances: dict, counts: dict[str, int], rule: str, method: str, seed: int
+    distances: dict,
+    counts: dict[str, int],
+    rule: str,
+    method: str,
+    seed: int,
+    options: Callable[[int], dict[str, Any]],
 ) -> tuple[SearchResult, SearchResult]:
-    """K's and V's partitions by one rule."""
+    """K's and V's partitions by one rule; ``options(G)`` are those of the method."""
     found = {}
     for side, D in distances.items():
         heads, groups = len(D), counts[side]
@@ -207,5 +261,15 @@ def _results(
             # Where heads don't divide, "equal" is as equal as can be.
             low = heads // max(groups, 1)
             limits = (low, low + 1) if rule == "equal" and groups and heads % groups else rule
-            found[side] = search(D, groups, method, sizes=limits, seed=seed)
+            found[side] = search(D, groups, method, sizes=limits, seed=seed, **options(groups))
     return tuple(found.values()) * (1 if len(found) == 2 else 2)
+
+
+def _options(
+    method: str, layer: AttentionLayer, stats: Sequence[LayerStats] | None, num_groups: int
+) -> dict[str, Any]:
+    """What a method needs to know about a layer beside its distances."""
+    if method != "key_norm":
+        return {}
+    moments = None if stats is None else stats[layer.index]
+    return {"norms": key_norms(layer_weights(layer), num_groups, moments).numpy()}

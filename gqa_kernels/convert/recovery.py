@@ -1,10 +1,11 @@
-"""recover(): short training of a converted model, so that it makes the best of its fewer KV heads.
+"""recover(): a short training of a converted model, which recovers quality lost to the conversion.
 
 Up-training as in GQA (arXiv 2305.13245, section 2.2): the ordinary next-token loss on text, with
 AdamW, a warm-up and a cosine to a tenth of the learning rate; of all weights, the attention's, or
 of low-rank adapters (LoRA, arXiv 2106.09685). With the parent at hand, its next-token distributions
 are a second target (distillation, arXiv 1503.02531); models without next-token loss or labels, as
-encoders, learn the parent's last hidden states alone. Dropout stays off.
+encoders, learn the parent's last hidden states alone. Dropout stays off. Training runs in fp32, and
+the model gets its own types back at the end.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import io
 import json
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import kl_div
 
-from ..grouping.calibration import Batch, model_inputs, token_mask
 from ..models.families import attention_layers
-from ..reporting.files import write_atomically
+from ..models.fingerprint import Fingerprint, check_same, fingerprint
+from ..models.float_types import float_types, set_float_types
+from ..models.inputs import Batch, model_inputs, token_mask
+from ..reporting.files import read_state, write_atomically
+from ..reporting.interval import Interval
 from ..reporting.progress import track
 from .evaluation import (
     hidden_states,
@@ -116,7 +120,8 @@ def recover(
     validate: Callable[[nn.Module], float] | None = None,
     validate_every: int = 50,
     folder: str | Path | None = None,
-    save_every: int = 50,
+    save_seconds: float = 60.0,
+    made_from: Fingerprint | None = None,
     progress: bool = False,
 ) -> Recovery:
     """Train a converted model in place, through the attention implementation it has.
@@ -126,35 +131,46 @@ def recover(
             or, with distillation, one with hidden states.
         batches: as in ``calibrate``; each epoch goes through them in another order.
         recipe: how to train.
-        parent: needed where ``recipe.distillation`` is not 0.
+        parent: needed if ``recipe.distillation`` is not 0.
         validate: called on the model before the first step, every ``validate_every`` steps and
             after the last.
-        folder: where to keep the state, written whole or not at all every ``save_every`` steps. A
-            run that finds a state there continues it: give the same model, batches and recipe.
-        progress: show a bar, where standard error is a terminal.
+        folder: for the state. It is written after the first step, then every ``save_seconds``, and
+            after the last; whole or not at all. A run that finds a state there continues it.
+        save_seconds: time between two writes of the state.
+        made_from: fingerprint of what ``model`` was converted from and how; default that of
+            ``model`` (and ``parent``) itself. The state holds it, with those of the batches and the
+            recipe, and can't be continued with others.
+        progress: show a bar if standard error is a terminal.
 
     Raises:
-        ValueError: no batches, a loss that is not finite, a parent that is missing, or a state of
-            another recipe.
+        ValueError: no batches, a loss that is not finite, a parent that is missing, or a state that
+            was made from something else.
         ImportError: LoRA, and peft is missing or too old.
         NotImplementedError: no next-token loss, no labels and no distillation.
     """
     if not len(batches):
         raise ValueError("batches must hold at least one batch, got none")
     if recipe.distillation and parent is None:
-        raise ValueError("parent must be given where recipe.distillation is not 0, got None")
+        raise ValueError("parent must be given if recipe.distillation is not 0, got None")
     training = model.training
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     causal = predicts_next_token(model)
+    state = None
+    if folder is not None:
+        state = _State(folder, _origin(model, batches, recipe, parent, made_from))
     model.eval()
-    trained = _adapted(model, recipe) if recipe.trained == "lora" else model
-    parameters = _trainable(trained, recipe)
-    optimizer = torch.optim.AdamW(
-        list(parameters.values()), betas=recipe.betas, weight_decay=recipe.weight_decay
-    )
-    state = _State(folder, recipe, parameters, optimizer)
-    history, first = state.load()
+    types = float_types(model)
+    trained, interval = model, Interval(save_seconds)
     try:
+        model.float()
+        if recipe.trained == "lora":
+            trained = _adapted(model, recipe)
+        parameters = _trainable(trained, recipe)
+        optimizer = torch.optim.AdamW(
+            list(parameters.values()), betas=recipe.betas, weight_decay=recipe.weight_decay
+        )
+        history = Recovery([], []) if state is None else state.load(parameters, optimizer)
+        first = len(history.loss)
         if validate is not None and first == 0:
             history.validation.append((0, validate(model)))
         steps = range(first, recipe.steps)
@@ -169,14 +185,16 @@ def recover(
             done = step + 1
             if validate is not None and (done % validate_every == 0 or done == recipe.steps):
                 history.validation.append((done, validate(model)))
-            if done % save_every == 0 or done == recipe.steps:
-                state.save(history)
+            if state is not None and (interval.is_due() or done == recipe.steps):
+                state.save(history, parameters, optimizer)
+                interval.restart()
     finally:
         if trained is not model:
             trained.merge_and_unload()  # adapters into the weights, in place
         model.requires_grad_(True)
         for parameter in frozen:
             parameter.requires_grad_(False)
+        set_float_types(model, types)
         model.train(training)
     return history
 
@@ -298,61 +316,61 @@ def _adapted(model: nn.Module, recipe: Recipe) -> nn.Module:
     return get_peft_model(model, config)
 
 
+def _origin(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    recipe: Recipe,
+    parent: nn.Module | None,
+    made_from: Fingerprint | None,
+) -> Fingerprint:
+    """The fingerprint of a recovery."""
+    if made_from is None:
+        made_from = fingerprint(model)
+        if recipe.distillation:
+            made_from |= {f"parent's {n}": value for n, value in fingerprint(parent).items()}
+    return made_from | fingerprint(batches=batches, **asdict(recipe))
+
+
 class _State:
-    """A recovery in progress, in one file.
+    """A recovery in progress, in one file."""
 
-    Attributes:
-        path: the file, None to keep nothing.
-    """
+    def __init__(self, folder: str | Path, made_from: Fingerprint):
+        self.path = Path(folder) / STATE
+        self.made_from = made_from
 
-    def __init__(
+    def save(
         self,
-        folder: str | Path | None,
-        recipe: Recipe,
+        history: Recovery,
         parameters: dict[str, nn.Parameter],
         optimizer: torch.optim.Optimizer,
-    ):
-        self.path = None if folder is None else Path(folder) / STATE
-        self.recipe = json.loads(json.dumps(asdict(recipe)))
-        self.parameters = parameters
-        self.optimizer = optimizer
-
-    def save(self, history: Recovery) -> None:
-        if self.path is None:
-            return
+    ) -> None:
         data = io.BytesIO()
         content: dict[str, Any] = {
-            "recipe": self.recipe,
+            "made from": self.made_from,
             "loss": history.loss,
             "validation": history.validation,
-            "parameters": {name: p.detach() for name, p in self.parameters.items()},
-            "optimizer": self.optimizer.state_dict(),
+            "parameters": {name: p.detach() for name, p in parameters.items()},
+            "optimizer": optimizer.state_dict(),
         }
         torch.save(content, data)
         write_atomically(self.path, data.getvalue())
 
-    def load(self) -> tuple[Recovery, int]:
-        """The history so far and the steps done; sets parameters and optimizer."""
-        if self.path is None or not self.path.exists():
-            return Recovery([], []), 0
-        try:
-            content = torch.load(self.path, weights_only=True)
-        except Exception as error:
-            raise ValueError(f"{self.path} must be a complete state: {error}") from error
-        if content["recipe"] != self.recipe:
-            changed = [name for name, x in self.recipe.items() if content["recipe"].get(name) != x]
-            raise ValueError(
-                f"{self.path} must be of the same recipe, got another {', '.join(changed)}"
-            )
-        held = content["parameters"]
-        if {n: p.shape for n, p in held.items()} != {n: p.shape for n, p in self._shapes()}:
-            raise ValueError(f"{self.path} must hold the parameters of this model, got others")
+    def load(
+        self, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
+    ) -> Recovery:
+        """The history so far. Sets parameters and optimizer."""
+        if not self.path.exists():
+            return Recovery([], [])
+        content = read_state(self.path)
+        check_same(self.path, content.get("made from"), self.made_from)
         with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(held[name])
-        self.optimizer.load_state_dict(content["optimizer"])
-        history = Recovery(content["loss"], [tuple(each) for each in content["validation"]])
-        return history, len(history.loss)
+            for name, parameter in parameters.items():
+                parameter.copy_(content["parameters"][name])
+        optimizer.load_state_dict(content["optimizer"])
+        return Recovery(content["loss"], [tuple(each) for each in content["validation"]])
 
-    def _shapes(self) -> Iterator[tuple[str, Tensor]]:
-        yield from self.parameters.items()
+
+def steps_kept(folder: str | Path) -> int:
+    """Steps in the state of a folder, 0 if it has none."""
+    path = Path(folder) / STATE
+    return len(read_state(path)["loss"]) if path.exists() else 0

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..grouping.calibration import Batch
 from ..grouping.evaluation import layer_errors
 from ..grouping.moments import LayerStats
 from ..head_map import HeadMap
+from ..models.inputs import Batch
 from .model import convert
 
 LayerMaps = Sequence[tuple[HeadMap, HeadMap]]

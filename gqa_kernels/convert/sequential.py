@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..grouping.calibration import Batch, attention_inputs, model_inputs, token_mask
+from ..grouping.calibration import attention_inputs
 from ..grouping.merging import merge_layer
 from ..grouping.moments import LayerStats, Sums
 from ..head_map import HeadMap
 from ..integrations.transformers import register
 from ..models.families import AttentionLayer, attention_layers, family_of, layer_weights
+from ..models.inputs import Batch, model_inputs, token_mask
 from ..models.maps import IMPLEMENTATION
 from ..reporting.progress import track
 from .model import set_maps, write_layer

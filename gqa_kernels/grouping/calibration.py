@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ..models.families import AttentionLayer, attention_layers
+from ..models.fingerprint import DataDigest, check_same, fingerprint
+from ..models.inputs import Batch, model_inputs, token_mask
+from ..reporting.interval import Interval
 from ..reporting.progress import track
 from .moments import LayerStats, Sums, combine, load_sums, save_sums
-
-Batch = Tensor | Mapping[str, Tensor]
 
 
 @torch.no_grad()
@@ -24,7 +25,7 @@ def calibrate(
     *,
     halves: bool = False,
     resume: str | Path | None = None,
-    save_every: int = 16,
+    save_seconds: float = 60.0,
     progress: bool = False,
 ) -> list[LayerStats]:
     """Run data through a Hugging Face model and collect moments of every attention input.
@@ -38,51 +39,43 @@ def calibrate(
             dicts of the model's inputs; masks (``attention_mask [B, S]``, for encoder-decoders also
             ``decoder_attention_mask``) are 0 on padding, which is left out of every moment.
         halves: keep the moments of every second batch apart, for ``split_half``: twice the memory.
-        resume: file to keep the running sums in. Where it exists, that many batches are skipped:
-            give the same ones. It is replaced as a whole, never half-written.
-        save_every: batches between two writes of that file.
-        progress: show a bar, where standard error is a terminal.
+        resume: file for the running sums. If it exists, the run continues from it and skips the
+            batches that are in it. It is replaced as a whole, never half-written.
+        save_seconds: time between two writes of that file; the first batch is written at once.
+        progress: show a bar if standard error is a terminal.
 
     Returns:
         One entry per attention layer.
 
     Raises:
-        ValueError: no batch, only padding, activations that are not finite, or a file to resume
-            from that is of another model.
+        ValueError: no batch, only padding, activations that are not finite, tokens that the model
+            doesn't know, or a file to resume from that was made from another model or other data.
         NotImplementedError: the model's family is not known.
     """
     layers = attention_layers(model)
     names = [name for layer in layers for name in _names(layer)]
     sums, done = [{name: Sums() for name in names} for _ in range(1 + halves)], 0
-    if resume is not None and Path(resume).exists():
-        sums, done = load_sums(resume, names, 1 + halves)
     total = len(batches) if hasattr(batches, "__len__") else None
-    seen = done
+    remaining, data = iter(batches), DataDigest()
+    made_from = {} if resume is None else fingerprint(model, halves=halves)
+    if resume is not None and Path(resume).exists():
+        sums, done, stored = load_sums(resume, names, 1 + halves, made_from)
+        for batch in islice(remaining, done):
+            data.add(batch)
+        check_same(resume, stored, {"data": data.value})
+    seen, interval = done, Interval(save_seconds)
     with _collecting(model, layers) as collect:
-        remaining = islice(iter(batches), done, None)
         for batch in track(remaining, "Calibrating", total, progress, done):
             collect(model_inputs(model, batch), sums[seen % len(sums)])
             seen += 1
-            if resume is not None and seen % save_every == 0:
-                save_sums(resume, sums, seen)
+            if resume is not None:
+                data.add(batch)
+                if interval.is_due():
+                    save_sums(resume, sums, seen, made_from | {"data": data.value})
+                    interval.restart()
     if resume is not None and seen > done:
-        save_sums(resume, sums, seen)
+        save_sums(resume, sums, seen, made_from | {"data": data.value})
     return [_stats(layer, sums) for layer in layers]
-
-
-def model_inputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-    """A batch as keyword arguments of a model, on its device."""
-    if isinstance(batch, Tensor):
-        batch = {"pixel_values" if batch.is_floating_point() else "input_ids": batch}
-    return {name: tensor.to(model.device) for name, tensor in batch.items()}
-
-
-def token_mask(inputs: Mapping[str, Tensor], name: str, states: Tensor) -> Tensor:
-    """``[B, S]``, True where ``states [B, S, d]`` are no padding by the mask of that name."""
-    mask = inputs.get(name)
-    if mask is None:
-        return torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
-    return mask.bool()
 
 
 def attention_inputs(layer: AttentionLayer, args: tuple, kwargs: dict) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.families import AttentionLayer, attention_layers
-from .calibration import Batch, model_inputs, token_mask
+from ..models.inputs import Batch, model_inputs, token_mask
 
 
 @torch.no_grad()

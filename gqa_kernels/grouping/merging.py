@@ -167,8 +167,7 @@ def merge_layer(
         ValueError: no such method, a map that doesn't fit, a KV head without a reader, or one that
             the method refuses.
     """
-    if method not in MERGING:
-        raise ValueError(f"merging must be one of {', '.join(MERGING)}, got {method!r}")
+    check_merging(method)
     parent = weights
     for side, head_map in (("k", key_map), ("v", value_map)):
         space = None
@@ -187,6 +186,12 @@ def merge_layer(
                 decoders |= _by_query_head(group, merged.decoders)
         weights = _fold(weights, side, decoders).with_rows(side, torch.stack(rows), head_map)
     return weights
+
+
+def check_merging(method: str) -> None:
+    """Raise ValueError unless there is such a method."""
+    if method not in MERGING:
+        raise ValueError(f"merging must be one of {', '.join(MERGING)}, got {method!r}")
 
 
 def align_layer(

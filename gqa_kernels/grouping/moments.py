@@ -6,14 +6,17 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..models.fingerprint import Fingerprint, check_same
 from ..reporting.files import write_atomically
 
-FORMAT = "gqa-kernels moments 1"
-SUMS_FORMAT = "gqa-kernels running sums 1"
+FORMAT = "gqa-kernels moments 2"
+SUMS_FORMAT = "gqa-kernels running sums 2"
+METADATA = "gqa-kernels"
 
 
 @dataclass
@@ -97,25 +100,39 @@ def combine(parts: Sequence[Sums]) -> Sums:
     return whole
 
 
-def save_stats(stats: Sequence[LayerStats], path: str | Path) -> Path:
-    """Write what ``calibrate`` returned as one safetensors file, whole or not at all."""
+def save_stats(
+    stats: Sequence[LayerStats], path: str | Path, made_from: Fingerprint | None = None
+) -> Path:
+    """Write what ``calibrate`` returned as one safetensors file, whole or not at all.
+
+    Args:
+        made_from: ``fingerprint(model, batches)``, so that ``load_stats`` can check it.
+    """
     tensors = {}
     for layer, each in enumerate(stats):
         _put(tensors, str(layer), each)
-    return _write(tensors, {"format": FORMAT, "layers": str(len(stats))}, path)
+    return _write(tensors, {"format": FORMAT, "layers": len(stats)}, made_from, path)
 
 
-def load_stats(path: str | Path) -> list[LayerStats]:
+def load_stats(path: str | Path, made_from: Fingerprint | None = None) -> list[LayerStats]:
     """Read what ``save_stats`` wrote.
 
+    Args:
+        made_from: refuse moments of another model, or of other data if it says which.
+
     Raises:
-        ValueError: no such file, or one that is truncated or something else.
+        ValueError: no such file, one that is truncated or something else, or moments that were made
+            from something else.
     """
-    tensors, metadata = _read(path, FORMAT)
-    return [_get(tensors, str(layer)) for layer in range(int(metadata["layers"]))]
+    tensors, metadata, stored = _read(path, FORMAT)
+    if made_from is not None:
+        check_same(path, stored, made_from)
+    return [_get(tensors, str(layer)) for layer in range(metadata["layers"])]
 
 
-def save_sums(path: str | Path, sums: Sequence[dict[str, Sums]], batches: int) -> Path:
+def save_sums(
+    path: str | Path, sums: Sequence[dict[str, Sums]], batches: int, made_from: Fingerprint
+) -> Path:
     """Write running sums after a number of batches."""
     tensors = {
         f"{part}/{name}/{field_}": getattr(each, field_)
@@ -123,33 +140,46 @@ def save_sums(path: str | Path, sums: Sequence[dict[str, Sums]], batches: int) -
         for name, each in named.items()
         for field_ in Sums.NAMES
     }
-    metadata = {"format": SUMS_FORMAT, "batches": str(batches), "parts": str(len(sums))}
-    metadata["names"] = json.dumps(list(sums[0]))
-    return _write(tensors, metadata, path)
+    metadata = {"format": SUMS_FORMAT, "batches": batches}
+    return _write(tensors, metadata, made_from, path)
 
 
 def load_sums(
-    path: str | Path, names: Sequence[str], parts: int
-) -> tuple[list[dict[str, Sums]], int]:
-    """Running sums, and the number of batches in them.
+    path: str | Path, names: Sequence[str], parts: int, made_from: Fingerprint
+) -> tuple[list[dict[str, Sums]], int, Fingerprint]:
+    """Running sums, the number of batches in them, and all that they were made from.
+
+    Args:
+        names: of the attention inputs.
+        parts: 2 if the moments of every second batch are kept apart, else 1.
+        made_from: the model and the options of this run.
 
     Raises:
-        ValueError: as ``load_stats``, or sums of other layers or halves.
+        ValueError: as ``load_stats``.
     """
-    tensors, metadata = _read(path, SUMS_FORMAT)
-    held = json.loads(metadata["names"]), int(metadata["parts"])
-    if held != (list(names), parts):
-        raise ValueError(
-            f"{path} must hold sums of {len(names)} attention inputs in {parts} parts, got "
-            f"{len(held[0])} in {held[1]}"
-        )
+    tensors, metadata, stored = _read(path, SUMS_FORMAT)
+    check_same(path, stored, made_from)
     sums = []
     for part in range(parts):
         sums.append({name: Sums() for name in names})
         for name, each in sums[-1].items():
             for field_ in Sums.NAMES:
                 setattr(each, field_, tensors[f"{part}/{name}/{field_}"])
-    return sums, int(metadata["batches"])
+    return sums, metadata["batches"], stored or {}
+
+
+def made_from(path: str | Path) -> Fingerprint:
+    """What moments were made from; empty if unknown.
+
+    Raises:
+        ValueError: as ``load_stats``.
+    """
+    return _read(path, FORMAT)[2] or {}
+
+
+def batches_kept(path: str | Path) -> int:
+    """The number of batches in running sums."""
+    return _read(path, SUMS_FORMAT)[1]["batches"]
 
 
 _FIELDS = ("mean", "second_moment", "position_count", "position_mean")
@@ -174,24 +204,34 @@ def _get(tensors: dict[str, Tensor], prefix: str) -> LayerStats:
     return stats
 
 
-def _write(tensors: dict[str, Tensor], metadata: dict[str, str], path: str | Path) -> Path:
+def _write(
+    tensors: dict[str, Tensor],
+    metadata: dict[str, Any],
+    made_from: Fingerprint | None,
+    path: str | Path,
+) -> Path:
     from safetensors.torch import save
 
-    return write_atomically(path, save(tensors, metadata))
+    # One field: safetensors writes several in random order, and equal files should be equal.
+    text = json.dumps({**metadata, "made from": made_from}, sort_keys=True)
+    return write_atomically(path, save(tensors, {METADATA: text}))
 
 
-def _read(path: str | Path, expected: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _read(
+    path: str | Path, expected: str
+) -> tuple[dict[str, Tensor], dict[str, Any], Fingerprint | None]:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
+            text = (file.metadata() or {}).get(METADATA, "{}")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} must be a complete safetensors file: {error}") from error
+    metadata = json.loads(text)
     if metadata.get("format") != expected:
         raise ValueError(f"{path} must hold {expected!r}, got {metadata.get('format')!r}")
-    return tensors, metadata
+    return tensors, metadata, metadata["made from"]
 
 
 def _sum(a: Tensor, b: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..models.families import attention_layers, layer_weights
 from ..models.weights import LayerWeights
 from .low_rank import GroupLosses
 from .moments import LayerStats
@@ -166,8 +167,6 @@ def similarity(
         ValueError: a bad side, kind or layer, no stats, stats that are not finite, or a head whose
             K or V is zero.
     """
-    from ..models.families import attention_layers, layer_weights
-
     _check(side, kind, stats)
     layers = attention_layers(model)
     if not 0 <= layer < len(layers):
@@ -210,11 +209,16 @@ def layer_similarity(
     return (total / len(sides)).numpy().copy()
 
 
+def check_kind(kind: str) -> None:
+    """Raise ValueError unless there is such a kind."""
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+
+
 def _check(side: str, kind: str, moments: object) -> None:
     if side not in SIDES:
         raise ValueError(f"side must be one of {SIDES}, got {side!r}")
-    if kind not in KINDS:
-        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    check_kind(kind)
     if KINDS[kind].needs_moments and moments is None:
         raise ValueError(f"stats must be given for kind={kind!r}, got None")
 

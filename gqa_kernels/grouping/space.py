@@ -80,7 +80,7 @@ class HeadSpace:
         sigma = None if moments is None else _input_moment(weights, side, moments)
         rows = projections
         if side == "k" and weights.k_norm is not None:
-            alike = _normalised(projections, sigma)
+            alike = normalised(projections, sigma)
             rows = alike * weights.k_norm.double().cpu()[:, None]
             projections = alike * (projections.norm() / alike.norm())
         query_moments = moments if query_moments is None else query_moments
@@ -103,7 +103,7 @@ class HeadSpace:
 
     def energy_of(self, rows: Tensor) -> Tensor:
         """``E|k|^2`` of heads ``[n, D, d (+ 1)] -> [n]``."""
-        return _energy(rows, self.sigma)
+        return mean_energy(rows, self.sigma)
 
 
 def _input_moment(weights: LayerWeights, side: str, moments: Moments) -> Tensor:
@@ -117,24 +117,24 @@ def _input_moment(weights: LayerWeights, side: str, moments: Moments) -> Tensor:
         if biased:
             second = torch.nn.functional.pad(second, (0, 1, 0, 1))
         return second
-    return _augmented(mean, second) if biased else second
+    return augmented(mean, second) if biased else second
 
 
-def _augmented(mean: Tensor, second: Tensor) -> Tensor:
+def augmented(mean: Tensor, second: Tensor) -> Tensor:
     """``E[[x; 1] [x; 1]^T]``."""
     top = torch.cat([second, mean[:, None]], 1)
     return torch.cat([top, torch.cat([mean, mean.new_ones(1)])[None]], 0)
 
 
-def _energy(rows: Tensor, sigma: Tensor | None) -> Tensor:
+def mean_energy(rows: Tensor, sigma: Tensor | None) -> Tensor:
     moved = rows if sigma is None else rows @ sigma
     return (moved * rows).sum((1, 2))
 
 
-def _normalised(rows: Tensor, sigma: Tensor | None) -> Tensor:
+def normalised(rows: Tensor, sigma: Tensor | None) -> Tensor:
     """Heads scaled to an RMS of 1 over their dims and all tokens: what an RMS norm does to each
     token, on average."""
-    rms = (_energy(rows, sigma) / rows.shape[1]).sqrt().clamp(min=1e-300)
+    rms = (mean_energy(rows, sigma) / rows.shape[1]).sqrt().clamp(min=1e-300)
     return rows / rms[:, None, None]
 
 
@@ -151,9 +151,9 @@ def _score_metric(weights: LayerWeights, moments: Moments | None) -> Tensor:
     if moments is not None:
         mean, sigma = moments.mean.double().cpu(), moments.second_moment.double().cpu()
         if weights.q_bias is not None:
-            sigma = _augmented(mean, sigma)
+            sigma = augmented(mean, sigma)
     if weights.q_norm is not None:
-        rows = _normalised(rows, sigma) * weights.q_norm.double().cpu()[:, None]
+        rows = normalised(rows, sigma) * weights.q_norm.double().cpu()[:, None]
     moved = rows if sigma is None else rows @ sigma
     metric = moved @ rows.transpose(1, 2)
     scale = weights.scale if weights.scale is not None else 1 / math.sqrt(rows.shape[1])

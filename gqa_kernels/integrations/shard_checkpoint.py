@@ -8,28 +8,27 @@ rank has in each layer. :func:`load_shard` loads one rank's folder alone.
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..convert import checkpoint
-from ..convert.model import set_maps
 from ..head_map import HeadMap, HeadMapShard
-from ..models.families import family_of
-from ..models.maps import IMPLEMENTATION, stored_maps
+from ..models.checkpoint_files import INDEX, check_links, weight_files
+from ..models.maps import IMPLEMENTATION
+from ..reporting.files import check_new_folder, new_folder
 from .tensor_parallel import Cut, attention_names, cut, cuts_of, rules_of, shard_of, tell_maps
 from .transformers import register
 
 SHARD = "shard.json"
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+COPIED = (".json", ".txt", ".model", ".tiktoken", ".jinja", ".md")  # all but weights and code
+LICENSES = ("LICENSE", "LICENCE", "NOTICE")
 
 
 def shard_checkpoint(
@@ -50,19 +49,18 @@ def shard_checkpoint(
         ``out``.
 
     Raises:
-        ValueError: no complete checkpoint there, ``out`` holds something, or ``world`` is out of
-            range.
+        ValueError: no complete checkpoint there, an index or a link that leads out of the folder,
+            ``out`` holds something, or ``world`` is out of range.
         NotImplementedError: the model can't be cut, or its weights are quantised.
     """
-    folder, out = Path(folder), Path(out).absolute()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"out must not exist or be empty, got {out}")
-    files = _weight_files(folder)
+    folder, out = Path(folder), check_new_folder("out", out)
+    if world < 1:
+        raise ValueError(f"world must be at least 1 rank, got {world}")
+    check_links(folder)
+    files = weight_files(folder)
     model = _empty_model(folder)
     rules = rules_of(model)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
+    with new_folder(out) as unfinished:
         for rank in range(world):
             shards = {
                 name: shard_of(model, name, rank, world, query_cost, kv_cost)
@@ -75,11 +73,6 @@ def shard_checkpoint(
             _write_weights(files, target, cuts, model.base_model_prefix + ".", rank)
             content = {"rank": rank, "world": world, "layers": _to_json(shards)}
             (target / SHARD).write_text(json.dumps(content, indent=1))
-        unfinished.chmod(0o755)
-        os.replace(unfinished, out)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
     return out
 
 
@@ -99,84 +92,65 @@ def load_shard(
     Raises:
         ValueError: the folder was cut for another number of ranks, or is not complete.
     """
-    from safetensors import SafetensorError
-
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     own = Path(folder) / f"rank-{rank}"
     if not (own / SHARD).is_file():
         raise ValueError(f"folder must hold rank-{rank}/{SHARD}, got {folder}")
-    content = json.loads((own / SHARD).read_text())
+    content = _read_json(own / SHARD)
+    shards = content["layers"]
     if (content["rank"], content["world"]) != (rank, world):
         raise ValueError(
             f"{own} must be for rank {rank} of {world}, got rank {content['rank']} of "
             f"{content['world']}"
         )
-    shards = _from_json(content["layers"])
     register(IMPLEMENTATION)
-    config, whole_class, maps = _whole(own)
-
-    def make(self, config, *args, **others):
-        whole_class.__init__(self, config, *args, **others)
-        cut(self, rules_of(self), shards, rank, world, group)
-
-    # By name and module transformers finds how weights are renamed between file and model.
-    members = {"__init__": make, "__module__": whole_class.__module__}
-    cut_class = type(whole_class.__name__, (whole_class,), members)
+    whole = _whole(own)
+    cut_class = checkpoint.made_with(
+        whole.made, lambda model: cut(model, rules_of(model), shards, rank, world, group)
+    )
     options = {"attn_implementation": IMPLEMENTATION, **options}
-    try:
-        model, info = cut_class.from_pretrained(
-            own, output_loading_info=True, ignore_mismatched_sizes=True, **options
-        )
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{own} must be a complete checkpoint: {error}") from error
-    checkpoint._check_loaded(own, info)
-    model.__class__ = checkpoint._model_class(config)
-    if maps is not None:
-        set_maps(model, family_of(model), maps)
+    loaded = checkpoint.load_weights(own, cut_class, whole.config, options)
+    model = checkpoint.finish(own, loaded, whole.model_class, whole.maps)
     tell_maps(model, shards)
     return model
 
 
-def _whole(folder: Path) -> tuple[Any, type[nn.Module], list | None]:
-    """The config of a checkpoint, the class of its uncut model, and its maps."""
-    import transformers
+class _Whole(NamedTuple):
+    """What a checkpoint holds before it is cut.
 
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"folder must be a checkpoint with a config.json, got {folder}")
-    config = transformers.AutoConfig.from_pretrained(folder)
+    Attributes:
+        made: its model class with the projections of its maps.
+        model_class: its model class in transformers.
+    """
+
+    config: Any
+    made: type[nn.Module]
+    model_class: type[nn.Module]
+    maps: checkpoint.Maps | None
+
+
+def _whole(folder: Path) -> _Whole:
+    config, model_class, maps = checkpoint.read_config(folder)
     if getattr(config, "quantization_config", None) is not None:
         raise NotImplementedError(f"{folder} must not be quantised to be cut over ranks")
-    model_class, maps = checkpoint._model_class(config), stored_maps(config)
-    if maps is not None:
-        register(IMPLEMENTATION)
-        model_class = checkpoint._resized(model_class, checkpoint._family(config), maps)
-    return config, model_class, maps
+    made = model_class if maps is None else checkpoint.resized(model_class, config, maps)
+    return _Whole(config, made, model_class, maps)
 
 
 def _empty_model(folder: Path) -> nn.Module:
     """The uncut model of a checkpoint, without memory for its weights."""
-    config, model_class, _ = _whole(folder)
-    with torch.device("meta"):
-        return model_class(config)
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    if (folder / INDEX).is_file():
-        names = json.loads((folder / INDEX).read_text())["weight_map"].values()
-        files = [folder / name for name in dict.fromkeys(names)]
-    else:
-        files = [folder / WEIGHTS]
-    missing = [file.name for file in files if not file.is_file()]
-    if missing:
-        raise ValueError(f"{folder} must hold its weights as safetensors, {missing[0]} not found")
-    return files
+    whole = _whole(folder)
+    with checkpoint.as_value_errors(folder), torch.device("meta"):
+        return whole.made(whole.config)
 
 
 def _copy_rest(folder: Path, target: Path) -> None:
-    """Config, tokenizer and the like: all but weights."""
+    """Copy config, tokenizer and texts; not weights, in whatever format."""
     for file in folder.iterdir():
-        if file.is_file() and file.suffix not in (".safetensors", ".bin") and file.name != INDEX:
-            shutil.copy(file, target / file.name)
+        if not file.is_file() or file.name.endswith(".index.json"):
+            continue
+        if file.suffix in COPIED or file.name.startswith(LICENSES):
+            shutil.copyfile(file, target / file.name)
 
 
 def _write_weights(
@@ -237,6 +211,19 @@ def _to_json(shards: dict[str, HeadMapShard]) -> dict[str, dict[str, Any]]:
             "value_heads": shard.value_heads,
         }
     return layers
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """What ``shard_checkpoint`` wrote about a rank."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return {
+            "rank": content["rank"],
+            "world": content["world"],
+            "layers": _from_json(content["layers"]),
+        }
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} must be what shard_checkpoint wrote: {error!r}") from error
 
 
 def _from_json(layers: dict[str, dict[str, Any]]) -> dict[str, HeadMapShard]:

@@ -1,8 +1,8 @@
-"""Head maps in a Hugging Face model's config: one list per layer, so that they save and load.
+"""Head maps in a Hugging Face model's config: one list per layer, saved and loaded with it.
 
-``config.kv_head_map[layer][h]`` is the KV head that query head ``h`` reads in that layer;
-``config.value_head_map`` is the same for V where K and V are grouped apart. A config without them
-is ordinary GQA.
+``config.kv_head_map[layer][h]`` is the KV head that query head ``h`` reads in that layer.
+``config.value_head_map`` is the same for V, if K and V are grouped apart. A config without them is
+ordinary GQA.
 
 A config with maps that ordinary GQA doesn't compute also asks for the implementation ``asym_gqa``.
 If that name is not registered, transformers refuses to load the model. Otherwise it would silently
@@ -34,15 +34,23 @@ INDEX = "attention_index"  # of an attention module: which map is its own
 def layer_maps(
     config: Any, layer: int | None, num_heads: int, num_k_heads: int, num_v_heads: int
 ) -> tuple[HeadMap, HeadMap | None]:
-    """The maps of a layer: for K, and for V where it has its own (else None).
+    """The maps of a layer: for K, and for V if it has its own (else None).
 
     Raises:
         ValueError: the config's maps don't fit the head counts, or it has none and the counts
             don't divide.
+        TypeError: the config's maps are not lists of integers.
     """
     key_map = _read(config, KEY_FIELD, layer, num_heads, num_k_heads)
     value_map = _read(config, VALUE_FIELD, layer, num_heads, num_v_heads)
     if key_map is None:
+        if num_heads % num_k_heads:
+            raise ValueError(
+                f"config.{KEY_FIELD} must say which of {num_k_heads} KV heads each of {num_heads} "
+                "query heads reads, since the counts don't divide, got none: load a converted "
+                "checkpoint with gqa_kernels.convert.load, or set a list of "
+                f"{num_heads} KV heads for each layer"
+            )
         uniform = HeadMap.uniform if torch.compiler.is_compiling() else _uniform
         key_map = uniform(num_heads, num_k_heads)
     return key_map, value_map
@@ -60,7 +68,7 @@ def layer_index(module: Any) -> int | None:
     if index is not None:
         return index
     config = getattr(module, "config", None)
-    maps, layers = getattr(config, KEY_FIELD, None), getattr(config, "num_hidden_layers", None)
+    maps, layers = _field(config, KEY_FIELD), getattr(config, "num_hidden_layers", None)
     if maps is not None and layers is not None and len(maps) > layers:
         raise ValueError(
             f"a model with {len(maps)} maps for {layers} layers must be loaded by "
@@ -80,12 +88,12 @@ def store_maps(config: Any, key_maps: Sequence[HeadMap], value_maps: Sequence[He
 
 
 def stored_maps(config: Any) -> list[tuple[HeadMap, HeadMap]] | None:
-    """(K's map, V's map) of every layer, as ``store_maps`` wrote them; None where there are none.
+    """(K's map, V's map) of every layer, as ``store_maps`` wrote them; None if there are none.
 
     Raises:
         ValueError, TypeError: the fields hold something else.
     """
-    keys, values = getattr(config, KEY_FIELD, None), getattr(config, VALUE_FIELD, None)
+    keys, values = _field(config, KEY_FIELD), _field(config, VALUE_FIELD)
     if keys is None:
         if values is not None:
             raise ValueError(f"config.{VALUE_FIELD} must come with {KEY_FIELD}, got it alone")
@@ -95,11 +103,13 @@ def stored_maps(config: Any) -> list[tuple[HeadMap, HeadMap]] | None:
             f"config.{VALUE_FIELD} must have a map for each of {len(keys)} layers, got "
             f"{len(values)}"
         )
-    return [(HeadMap(k), HeadMap(v)) for k, v in zip(keys, values or keys, strict=True)]
+    named = ((KEY_FIELD, keys), (VALUE_FIELD, keys if values is None else values))
+    sides = ([_stored(name, i, entries) for i, entries in enumerate(maps)] for name, maps in named)
+    return list(zip(*sides, strict=True))
 
 
 def guard(config: Any) -> None:
-    """Ask for ``asym_gqa`` when the config is loaded again, if its maps need it."""
+    """Set ``attn_implementation: asym_gqa`` in a config whose maps need it, for later loads."""
     fields = vars(config)
     if is_uneven(config):
         setattr(config, IMPLEMENTATION_FIELD, IMPLEMENTATION)
@@ -129,11 +139,13 @@ def stock_architecture(name: str) -> str:
 def _read(
     config: Any, field: str, layer: int | None, num_heads: int, num_kv_heads: int
 ) -> HeadMap | None:
-    maps = getattr(config, field, None)
+    maps = _field(config, field)
     if maps is None:
         return None
     if layer is None or not 0 <= layer < len(maps):
         raise ValueError(f"config.{field} must have a map for layer {layer}, got {len(maps)} maps")
+    if not isinstance(maps[layer], (list, tuple)):
+        raise TypeError(_not_entries(field, layer, maps[layer]))
     if len(maps[layer]) != num_heads:
         raise ValueError(
             f"config.{field}[{layer}] must have {num_heads} entries, one per query head, got "
@@ -141,6 +153,29 @@ def _read(
         )
     make = HeadMap if torch.compiler.is_compiling() else _head_map
     return make(tuple(maps[layer]), num_kv_heads)
+
+
+def _field(config: Any, field: str) -> Sequence[Sequence[int]] | None:
+    """The maps in a field; what each holds is not checked."""
+    maps = getattr(config, field, None)
+    if maps is not None and not isinstance(maps, (list, tuple)):
+        raise TypeError(f"config.{field} must be a list with a head map per layer, got {maps!r}")
+    return maps
+
+
+def _stored(field: str, layer: int, entries: Any) -> HeadMap:
+    if not isinstance(entries, (list, tuple)):
+        raise TypeError(_not_entries(field, layer, entries))
+    try:
+        return HeadMap(entries)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"config.{field}[{layer}]: {error}") from error
+
+
+def _not_entries(field: str, layer: int, entries: Any) -> str:
+    return (
+        f"config.{field}[{layer}] must be a list with a KV head per query head, got {entries!r:.80}"
+    )
 
 
 @cache

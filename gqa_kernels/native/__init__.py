@@ -1,5 +1,6 @@
 """The compiled kernels as Python sees them: their sources, building, finding and loading them.
 
-``setup.py`` imports ``sources``, ``cuda_build`` and ``env`` from this folder without the package,
-so these three and this file import neither torch nor the package.
+``setup.py`` imports ``sources``, ``cuda_build``, ``env`` and, where there is a torch, ``compiler``
+from this folder without the package: they and this file import nothing above this folder, and all
+but ``compiler`` no torch.
 """

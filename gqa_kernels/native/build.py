@@ -13,25 +13,18 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import os
-import shutil
-import subprocess
 import sys
-import tempfile
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 
-from . import cuda_build, env, sources
-from .sources import COMPILE_FLAGS, PACKAGE, cpu_sources, source_root
+from . import compiler, cuda_build, env, library_cache, sources
+from .sources import PACKAGE, cpu_sources, source_root
 
 LIBRARY = "_C.abi3.so"  # ahead of time, in the package
-
-COMPILERS = ("c++", "g++", "clang++")
-ERROR_LINES = 15
 
 _lock = threading.RLock()
 _loaded: dict[str, Path] = {}
@@ -60,10 +53,12 @@ def load(part: str = "cpu") -> None:
                 library = _find_or_build(part)
                 if library not in _loaded.values():
                     _load_library(library)
+                if part == "cuda":
+                    _probe(library)
                 _loaded[part] = library
                 return
-            except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
-                _failures[part] = str(error)
+            except Exception as error:  # whatever it is, another backend can run the call
+                _failures[part] = str(error) or type(error).__name__
         raise RuntimeError(_failures[part])
 
 
@@ -78,17 +73,20 @@ def cpu_instruction_set() -> str | None:
     None where they are not built yet: nothing is built here.
 
     Raises:
+        OSError: the library can't be loaded.
         ValueError: the variable names none that this processor has.
     """
-    if "cpu" not in _loaded and not (_ahead_of_time("cpu") or _cached_builds("cpu")):
-        return None
-    load("cpu")
+    with _lock:
+        if "cpu" not in _loaded:
+            library = _kept("cpu")
+            if library is None:
+                return None
+            _load_library(library)
+            _loaded["cpu"] = library
     name = ctypes.CDLL(str(_loaded["cpu"])).gqa_kernels_cpu_isa
     name.restype = ctypes.c_char_p
     found = name()
     if found is None:
-        from . import env
-
         raise ValueError(
             "GQA_KERNELS_CPU_ISA must name an instruction set of this processor, "
             f"got {env.cpu_isa()}"
@@ -97,23 +95,36 @@ def cpu_instruction_set() -> str | None:
 
 
 def unavailable_reason(part: str = "cpu") -> str | None:
-    """Why :func:`load` can't work, as far as can be told without compiling; or None."""
+    """Why :func:`load` can't work, as far as can be told without compiling; or None. No errors."""
     if part in _loaded:
         return None
     if part in _failures:
         return _failures[part]
-    if _ahead_of_time(part) or _cached_builds(part):
-        return None
-    return _cannot_build(part)
+    try:
+        return None if _exists(part) else _cannot_build(part)
+    except Exception as error:  # an answer is expected, not an error
+        return str(error) or type(error).__name__
 
 
 def cuda_build_info() -> str:
     """What the CUDA kernels at hand were built with, or why there are none."""
-    library = _ahead_of_time("cuda") or next(iter(_cached_builds("cuda")), None)
+    library = _kept("cuda")
     if library is not None:
         return f"{cuda_build.build_info(library)} ({library})"
     reason = _cannot_build("cuda")
     return f"none: {reason}" if reason else "none yet: compiled at first use"
+
+
+def _kept(part: str) -> Path | None:
+    """A library of the sources as they are, by whatever compiler, that may be loaded."""
+    return _ahead_of_time(part) or library_cache.find(f"{part}-{sources.source_key(part)}-*.so")
+
+
+def _exists(part: str) -> bool:
+    """Whether there seems to be a library of the sources as they are, by whatever compiler."""
+    if _ahead_of_time(part):
+        return True
+    return bool(library_cache.candidates(f"{part}-{sources.source_key(part)}-*.so"))
 
 
 def _ahead_of_time(part: str) -> Path | None:
@@ -121,22 +132,21 @@ def _ahead_of_time(part: str) -> Path | None:
     library = PACKAGE / LIBRARY
     if not library.exists():
         return None
-    root = source_root()
-    if root.parent == PACKAGE.parent:
-        newest = max(path.stat().st_mtime for path in sources.source_files(root))
-        if newest > library.stat().st_mtime:
-            return None
-    if part == "cuda" and _build_info(library, library.stat().st_mtime) is None:
+    key, cuda = _facts(library, library.stat().st_mtime_ns)
+    in_checkout = source_root().parent == PACKAGE.parent
+    if in_checkout and key != sources.source_key("cuda"):  # of all sources
         return None
-    return library
+    return None if part == "cuda" and cuda is None else library
 
 
 @lru_cache(maxsize=4)  # searches the whole file
-def _build_info(library: Path, modified: float) -> str | None:
-    return cuda_build.build_info(library)
+def _facts(library: Path, modified: int) -> tuple[str | None, str | None]:
+    """The key of a library's sources, and what its CUDA kernels were built with."""
+    return sources.key_in(library), cuda_build.build_info(library)
 
 
 def _cannot_build(part: str) -> str | None:
+    """Why nothing can be compiled here, with what to do about it."""
     if sys.platform != "linux":
         return f"the kernels compile on Linux only, this is {sys.platform}"
     if not cpu_sources(source_root()):
@@ -144,10 +154,13 @@ def _cannot_build(part: str) -> str | None:
     missing = _missing_cuda() if part == "cuda" else None
     if missing:
         return missing
-    if not env.build_enabled():
-        return "no compiled kernels were found, and GQA_KERNELS_BUILD=0 forbids building them"
-    if _compiler() is None:
-        return f"no C++ compiler was found (looked for $CXX, {', '.join(COMPILERS)})"
+    try:
+        if not env.build_enabled():
+            return "no compiled kernels were found, and GQA_KERNELS_BUILD=0 forbids building them"
+        compiler.find_compiler()
+        compiler.find_ninja()
+    except (RuntimeError, ValueError) as error:
+        return str(error)
     return None
 
 
@@ -163,19 +176,29 @@ def _without_cuda() -> bool:
     return _ahead_of_time("cpu") is not None and _ahead_of_time("cuda") is None
 
 
-def _toolkit():
+def _toolkit() -> cuda_build.Toolkit | None:
     return cuda_build.find_toolkit(env.cuda_home())
 
 
 def _find_or_build(part: str) -> Path:
+    """A library of the sources as they are: ahead of time, kept, or compiled now.
+
+    One of this very compiler comes first, but one of another compiler is better than none, and
+    than one that could only be kept among the temporary files.
+    """
     library = _ahead_of_time(part)
     if library is not None:
         return library
+    files = sources.read(part)
+    name = f"{part}-{sources.key_of(files)}"
     reason = _cannot_build(part)
+    if reason is None and library_cache.preferred_is_writable():
+        return _build_once(part, name, files)
+    library = library_cache.find(f"{name}-*.so")
+    if library is not None:
+        return library
     if reason is None:
-        return _build_once(part)
-    if _cached_builds(part):
-        return _cached_builds(part)[0]
+        return _build_once(part, name, files)
     raise RuntimeError(reason)
 
 
@@ -185,46 +208,47 @@ def _load_library(path: Path) -> None:
     torch.ops.load_library(str(path))
 
 
-def _compiler() -> str | None:
-    explicit = env.cxx()
-    if explicit:
-        return shutil.which(explicit)
-    return next(filter(None, map(shutil.which, COMPILERS)), None)
+def _probe(library: Path) -> None:
+    """Launch an empty kernel of a library on the current device.
+
+    Raises:
+        RuntimeError: no kernel of the library runs there, with what to do about it.
+    """
+    probe = ctypes.CDLL(str(library)).gqa_kernels_cuda_probe
+    probe.restype = ctypes.c_char_p
+    reason = probe()
+    if reason is not None:
+        raise RuntimeError(
+            f"the CUDA kernels ({cuda_build.build_info(library)}) don't run here: "
+            f"{reason.decode(errors='replace')}. Update the driver, install a CUDA toolkit that is "
+            "not newer than it, or set GQA_KERNELS_CUDA=0 to do without these kernels"
+        )
 
 
-def _cached_builds(part: str) -> list[Path]:
-    """Builds of these very sources, by whatever compiler."""
-    return sorted(env.cache_dir().glob(f"{part}-{sources.source_key(part)}-*.so"))
-
-
-def _build_once(part: str) -> Path:
-    """The cached library for this compiler, built now if need be, by one process at a time."""
+def _build_once(part: str, name: str, files: Mapping[str, bytes]) -> Path:
+    """The kept library of this compiler, built now if need be, by one process at a time."""
     import fcntl
 
-    cache = env.cache_dir()
-    compiler = _compiler()
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60)
-    if version.returncode != 0:
-        raise RuntimeError(f"{compiler} --version failed: {version.stderr.strip()}")
-    made_by = version.stdout
-    if part == "cuda":
-        made_by += f"{_toolkit().version} {cuda_archs()}"
-    compiler_key = hashlib.sha256(made_by.encode()).hexdigest()[:8]
-    library = cache / f"{part}-{sources.source_key(part)}-{compiler_key}.so"
-    if library.exists():
+    by = compiler.find_compiler()
+    target = compiler.CudaTarget(_toolkit(), cuda_archs()) if part == "cuda" else None
+    made_by = by.key + (f"{target.toolkit.version} {target.archs}" if target else "")
+    name = f"{name}-{hashlib.sha256(made_by.encode()).hexdigest()[:8]}.so"
+    library = library_cache.find(name)
+    if library is not None:
         return library
-
-    cache.mkdir(parents=True, exist_ok=True)
+    cache = library_cache.writable_folder()
+    library = cache / name
     with open(cache / "build.lock", "w") as lock:
-        # The kernel drops the lock of a process that dies, so a killed build blocks nobody.
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if library.exists():
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print("gqa_kernels: waiting for a build in another process", file=sys.stderr)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if library_cache.is_intact(library):
             return library
-        for stale in cache.glob("build-*"):  # left by killed builds: we hold the lock
-            shutil.rmtree(stale, ignore_errors=True)
-        with tempfile.TemporaryDirectory(prefix="build-", dir=cache) as folder:
-            built = _compile(part, compiler, Path(folder))
-            os.replace(built, library)  # atomic: nobody sees half a file
+        library_cache.remove_unfinished(cache)
+        built = compiler.compile_library(part, by, target, files, cache / "objects", lock)
+        library_cache.keep(built, library)
     return library
 
 
@@ -240,60 +264,3 @@ def cuda_archs() -> tuple[str, ...]:
         return cuda_build.DEFAULT_ARCHS
     devices = range(torch.cuda.device_count())
     return tuple(sorted({cuda_build.arch_of(torch.cuda.get_device_capability(i)) for i in devices}))
-
-
-def _compile(part: str, compiler: str, folder: Path) -> Path:
-    """Compile and link the library of a part in ``folder``."""
-    torch_root = Path(torch.__file__).parent
-    commands = (_cuda_commands if part == "cuda" else _cpu_commands)(compiler, folder)
-    print(
-        f"gqa_kernels: building the {part.upper()} kernels (first use only), "
-        f"{len(commands)} files ...",
-        file=sys.stderr,
-        flush=True,
-    )
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        list(pool.map(lambda command: _run(part, command), commands))
-    built = folder / "library.so"
-    objects = [command[-1] for command in commands]
-    libraries = [f"-L{torch_root / 'lib'}", "-ltorch_cpu"]
-    if part == "cuda":
-        from . import cuda_build
-
-        libraries += [f"-L{_toolkit().libraries}", *cuda_build.LINK_FLAGS]
-    _run(part, [compiler, "-shared", *objects, "-o", str(built), *libraries])
-    return built
-
-
-def _cpu_commands(compiler: str, folder: Path, units=None, flags=()) -> list[list[str]]:
-    """One command per C++ file; the object comes last."""
-    include = ["-isystem", str(Path(torch.__file__).parent / "include")]
-    units = cpu_sources(source_root()) if units is None else units
-    return [
-        [compiler, *COMPILE_FLAGS, *flags, *include, "-c", str(source), "-o", f"{folder}/{i}.o"]
-        for i, source in enumerate(units)
-    ]
-
-
-def _cuda_commands(compiler: str, folder: Path) -> list[list[str]]:
-    root, toolkit, archs = source_root(), _toolkit(), cuda_archs()
-    kernels = [
-        cuda_build.compile_command(toolkit, root, source, folder / f"k{i}.o", archs, ptx=False)
-        for i, source in enumerate(cuda_build.kernel_sources(root, archs))
-    ]
-    # The checks of the host code are in both libraries, hidden from each other.
-    checks = (root / "host" / f"{name}.cpp" for name in ("inputs", "append_inputs", "gradients"))
-    host = [*cuda_build.host_sources(root), *checks]
-    flags = cuda_build.host_flags(toolkit, archs)
-    return [*kernels, *_cpu_commands(compiler, folder, host, flags)]
-
-
-def _run(part: str, command: list[str]) -> None:
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode != 0:
-        lines = (result.stderr or result.stdout).strip().splitlines()
-        said = "\n".join(lines[-ERROR_LINES:]) or "it printed nothing"
-        raise RuntimeError(
-            f"building the {part.upper()} kernels failed: {command[0]} exited with "
-            f"{result.returncode}:\n{said}"
-        )

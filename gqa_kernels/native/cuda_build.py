@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import importlib.util
-import mmap
 import re
+import shlex
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -15,12 +15,16 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+from .sources import find_text, is_cuda
+
 # Of a wheel. Kernels under csrc/cuda/sm90 use instructions of 90a; the others run from 80 on, and
 # their PTX lets later devices compile them.
 DEFAULT_ARCHS = ("80", "90a")
 # ptxas tells of registers and spills; tests/emulation/cuda_resources.py reads them from the log.
 NVCC_FLAGS = ("-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xptxas", "-v")
 LINK_FLAGS = ("-lcudart_static", "-ldl", "-lrt", "-lpthread")
+
+SHARED_CHECKS = ("inputs", "append_inputs", "gradients")
 
 
 class Toolkit(NamedTuple):
@@ -110,11 +114,16 @@ def kernel_sources(root: Path, archs: Sequence[str]) -> list[Path]:
 
 def host_sources(root: Path) -> list[Path]:
     """The C++ files that only a library with CUDA kernels has."""
-    return [
-        *sorted(root.glob("*_cuda.cpp")),
-        *sorted((root / "host").glob("*_cuda.cpp")),
-        *sorted((root / "cuda").rglob("*.cpp")),
-    ]
+    units = sorted(root.rglob("*.cpp"))
+    return [path for path in units if is_cuda(root, path)]
+
+
+def shared_checks(root: Path) -> list[Path]:
+    """The C++ files that a library of CUDA kernels alone has, too.
+
+    The checks of host code are in both libraries then, hidden from each other.
+    """
+    return [root / "host" / f"{name}.cpp" for name in SHARED_CHECKS]
 
 
 def host_flags(toolkit: Toolkit, archs: Sequence[str]) -> list[str]:
@@ -143,15 +152,40 @@ def compile_command(
     return [str(toolkit.nvcc), *NVCC_FLAGS, *gencode, "-c", str(source), "-o", str(target)]
 
 
+def write_ninja(
+    folder: Path, toolkit: Toolkit, root: Path, archs: Sequence[str], ptx: bool
+) -> list[Path]:
+    """Write ``folder/build.ninja``, which compiles the kernels.
+
+    Torch's own way has one list of devices for all .cu files of a library, takes the compiler of
+    torch's own CUDA version only, and none with a CPU build of torch.
+
+    Returns:
+        The objects that ninja will make.
+    """
+    lines = ["rule kernel", "  command = $command", "  depfile = $out.d", "  deps = gcc", ""]
+    objects = []
+    for source in kernel_sources(root, archs):
+        name = ".".join(source.relative_to(root).with_suffix(".o").parts)
+        command = compile_command(toolkit, root, source, Path(name), archs, ptx)
+        command = shlex.join([*command, "-MD", "-MF", f"{name}.d"])
+        escaped = re.sub("([$ :])", r"$\1", str(source))
+        lines.append(f"build {name}: kernel {escaped}")
+        lines.append(f"  command = {command.replace('$', '$$')}")
+        objects.append(folder / name)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    (folder / "build.ninja").write_text("\n".join(lines) + "\n")
+    return objects
+
+
 def build_info(library: Path) -> str | None:
     """What the CUDA kernels in a library were built with, as ``"CUDA 13.0: sm_80, sm_90a"``.
 
     None where it has no CUDA kernels. Reads the text in ``csrc/bindings_cuda.cpp`` from the file.
     """
-    with open(library, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
-        found = re.search(rb"gqa_kernels CUDA build (\d+) ([0-9a-z_]+)\0", text)
-        if found is None:
-            return None
-        version, archs = int(found[1]), found[2].decode().split("_")
+    found = find_text(library, rb"gqa_kernels CUDA build (\d+) ([0-9a-z_]+)\0")
+    if found is None:
+        return None
+    version, archs = int(found[0]), found[1].decode().split("_")
     names = ", ".join(f"sm_{arch}" for arch in archs)
     return f"CUDA {version // 1000}.{version % 1000 // 10}: {names}"

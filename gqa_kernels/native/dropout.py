@@ -62,5 +62,6 @@ def keep_mask(
             seed[1] & WORD,
         ),
     )
-    words = torch.stack(lanes, -1).view(batch, num_heads, q_len, -1)[..., :kv_len]
+    padded_kv_len = (kv_len + 3) // 4 * 4
+    words = torch.stack(lanes, -1).view(batch, num_heads, q_len, padded_kv_len)[..., :kv_len]
     return words >= int(dropout_p * 2**32)

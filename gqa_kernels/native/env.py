@@ -4,7 +4,9 @@
 |---|---|
 | ``GQA_KERNELS_CACHE`` | folder of compiled kernels (``$XDG_CACHE_HOME/gqa_kernels``) |
 | ``GQA_KERNELS_BUILD`` | ``0``: never compile at first use (``1``) |
-| ``CXX`` | C++ compiler for that (``c++``, ``g++`` or ``clang++``) |
+| ``CXX`` | C++ compiler for that, with arguments if need be: ``ccache g++`` (``c++``, ``g++`` or \
+``clang++``) |
+| ``MAX_JOBS`` | how many files to compile at a time, as everywhere in torch (one per processor) |
 | ``CUDA_HOME`` | CUDA toolkit for that and for ``setup.py`` (the one of the nvcc on PATH) |
 | ``GQA_KERNELS_CUDA`` | ``0``: no CUDA kernels; ``1``: ``setup.py`` fails without nvcc (``auto``) |
 | ``TORCH_CUDA_ARCH_LIST`` | devices to compile for, ``8.0;9.0`` (at first use: those at hand) |
@@ -19,27 +21,62 @@ operands, by which these read fp8 (``cheap`` on AMD) |
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import sys
 from pathlib import Path
 
+# What the table above lists.
+VARIABLES = tuple(re.findall(r"^\| ``(\w+)`` \|", __doc__ or "", re.M))
+
 
 def cache_dir() -> Path:
-    """Folder for kernels compiled at first use (not created here)."""
+    """Folder for kernels compiled at first use (not created here).
+
+    Raises:
+        ValueError: it lies in a home directory, and there is none.
+    """
     explicit = os.environ.get("GQA_KERNELS_CACHE")
+    setting = explicit or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    try:
+        folder = Path(setting).expanduser()
+    except RuntimeError:
+        raise ValueError(f"the home directory of {setting} can't be found") from None
     if explicit:
-        return Path(explicit).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "gqa_kernels"
+        return folder.absolute()
+    if not folder.is_absolute():  # HOME or XDG_CACHE_HOME: such a path means nothing
+        raise ValueError(f"the folder of caches must be an absolute path, got {folder}")
+    return folder / "gqa_kernels"
 
 
 def build_enabled() -> bool:
-    """Whether the compiled part may be built at first use."""
-    return os.environ.get("GQA_KERNELS_BUILD", "1") != "0"
+    """Whether the compiled part may be built at first use.
+
+    Raises:
+        ValueError: the variable is neither 0 nor 1.
+    """
+    setting = os.environ.get("GQA_KERNELS_BUILD", "1")
+    if setting not in ("0", "1"):
+        raise ValueError(f"GQA_KERNELS_BUILD must be 0 or 1, got {setting!r}")
+    return setting == "1"
 
 
-def cxx() -> str | None:
-    """The C++ compiler asked for, if any."""
-    return os.environ.get("CXX") or None
+def cxx() -> list[str]:
+    """The C++ compiler asked for and its arguments, as ``["ccache", "g++"]``; empty: none.
+
+    Raises:
+        ValueError: the variable has a quotation mark too many.
+    """
+    try:
+        return shlex.split(os.environ.get("CXX", ""))
+    except ValueError as error:
+        raise ValueError(f"CXX must be a command, got {os.environ['CXX']!r} ({error})") from None
+
+
+def max_jobs() -> int:
+    """How many files may be compiled at a time: ``MAX_JOBS``, or the processors of this process."""
+    setting = os.environ.get("MAX_JOBS", "")
+    return int(setting) if setting.isdecimal() and int(setting) else len(os.sched_getaffinity(0))
 
 
 def cpu_isa() -> str | None:

@@ -7,7 +7,10 @@
 from __future__ import annotations
 
 import hashlib
+import mmap
 import platform
+import re
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 
@@ -18,6 +21,8 @@ COMPILE_FLAGS = (
     "-fPIC",
     "-fvisibility=hidden",
     "-fno-math-errno",
+    # The backward recomputes the forward's scores bit for bit, which fused products would prevent.
+    "-ffp-contract=off",
     # The stable ABI of torch 2.10 and of Python 3.10: one library serves every later version.
     "-DTORCH_TARGET_VERSION=0x020a000000000000",
     "-DPy_LIMITED_API=0x030a0000",
@@ -26,6 +31,7 @@ PARTS = ("cpu", "cuda")  # a library each; the second adds the CUDA kernels of t
 SUFFIXES = (".h", ".cpp", ".cuh", ".cu")
 # A file that instantiates kernels for one of these compiles many times longer than any other.
 ISAS = ("amx", "avx512", "avx2", "portable")
+SLOWEST_ISAS = ("avx512", "avx2")  # those with loops for every type, the forward's above all
 
 
 def source_root() -> Path:
@@ -48,15 +54,50 @@ def is_cuda(root: Path, path: Path) -> bool:
 def cpu_sources(root: Path) -> list[Path]:
     """The translation units of the CPU library, those first that take longest to compile."""
     units = [path for path in source_files(root, "cpu") if path.suffix == ".cpp"]
-    return sorted(units, key=lambda path: any(isa in path.stem for isa in ISAS), reverse=True)
+    return sorted(units, key=lambda path: _seems_slow(path.relative_to(root)), reverse=True)
 
 
-@lru_cache(maxsize=4)  # reads every file
-def source_key(part: str) -> str:
-    """Hash of everything that decides what the library does, apart from the compiler."""
+def _seems_slow(path: Path) -> tuple[bool, bool, bool]:
+    instantiates = any(isa in path.stem for isa in ISAS)
+    slowest = path.stem.endswith(SLOWEST_ISAS)
+    return instantiates, slowest, slowest and "backward" not in path.as_posix()
+
+
+def read(part: str) -> dict[str, bytes]:
+    """The content of each of :func:`source_files` by its path below the root."""
     root = source_root()
+    files = source_files(root, part)
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in files}
+
+
+def key_of(files: Mapping[str, bytes]) -> str:
+    """Hash of everything that decides what the library does, apart from the compiler."""
     digest = hashlib.sha256(repr((COMPILE_FLAGS, platform.machine())).encode())
-    for path in source_files(root, part):
-        digest.update(f"{path.relative_to(root).as_posix()}\0".encode())
-        digest.update(path.read_bytes() + b"\0")
+    for name, content in files.items():
+        digest.update(f"{name}\0".encode() + content + b"\0")
     return digest.hexdigest()[:16]
+
+
+@lru_cache(maxsize=4)
+def source_key(part: str) -> str:
+    """:func:`key_of` the sources as they were when this was first called."""
+    return key_of(read(part))
+
+
+def key_unit(key: str) -> str:
+    """A C++ file that writes a key into the library that it becomes a part of."""
+    visible = '__attribute__((visibility("default")))'
+    return f'extern "C" {visible} const char gqa_kernels_sources[] = "gqa_kernels sources {key}";\n'
+
+
+def key_in(library: Path) -> str | None:
+    """The key that :func:`key_unit` wrote, read from the file; None: there is none."""
+    found = find_text(library, rb"gqa_kernels sources ([0-9a-f]+)\0")
+    return found[0].decode() if found else None
+
+
+def find_text(library: Path, pattern: bytes) -> tuple[bytes, ...] | None:
+    """The groups of the first match in a file's content, without loading it."""
+    with open(library, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+        found = re.search(pattern, text)
+        return found.groups() if found else None

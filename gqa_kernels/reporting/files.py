@@ -9,6 +9,9 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import torch
 
 
 def write_atomically(path: str | Path, data: bytes | str) -> Path:
@@ -26,6 +29,21 @@ def write_atomically(path: str | Path, data: bytes | str) -> Path:
         unfinished.unlink(missing_ok=True)
         raise
     return path
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Read what ``torch.save`` wrote; no code in the file runs.
+
+    Raises:
+        ValueError: the file is truncated, or holds something else.
+    """
+    try:
+        content = torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as error:
+        raise ValueError(f"{path} must be a complete state: {type(error).__name__}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a state, got a {type(content).__name__}")
+    return content
 
 
 def check_new_folder(name: str, folder: str | Path) -> Path:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ..reporting.errors import UsageError
 from .methods import start
 from .models import Transformer
 from .report import Outcome, Report
@@ -19,16 +16,15 @@ from .tasks import TASK_CLASSES, Task
 from .training import train
 
 FINE_TUNING = 0.1  # of the learning rate
-SETTINGS_FILE = "settings.json"
 
 
 def run(settings: Settings, folder: Path, console: Console) -> Report:
-    """Train everything, with checkpoints in ``folder``; what is finished there is not run again.
+    """Train everything, with checkpoints in ``folder``. Finished runs are not run again.
 
     Raises:
-        UsageError: the folder holds a run with other settings.
+        ValueError: the folder holds checkpoints of other settings, models or data.
     """
-    _claim(folder, settings)
+    folder.mkdir(parents=True, exist_ok=True)
     outcomes = []
     columns = [TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn()]
     with Progress(
@@ -41,15 +37,6 @@ def run(settings: Settings, folder: Path, console: Console) -> Report:
             for seed in range(settings.seeds):
                 outcomes += _seed(task, seed, folder, lambda n, bar=bar: bars.advance(bar, n))
     return Report(settings, outcomes)
-
-
-def _claim(folder: Path, settings: Settings) -> None:
-    """Checkpoints fit the settings they were made with only."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path, mine = folder / SETTINGS_FILE, json.loads(json.dumps(asdict(settings)))
-    if path.exists() and json.loads(path.read_text()) != mine:
-        raise UsageError(f"{folder} holds a run with other settings ({SETTINGS_FILE}); use another")
-    path.write_text(json.dumps(mine, indent=1) + "\n")
 
 
 def _seed(task: Task, seed: int, folder: Path, advance) -> list[Outcome]:

@@ -23,7 +23,7 @@ class Settings:
             method after it.
         window: steps between two DGQA allocations.
         learning_rate: of AdamW; a tenth of it for ``steps``.
-        evaluate_every, save_every: steps between points of the curve, and between checkpoints.
+        evaluate_every: steps between two points of the curve.
         backend: of ``asym_gqa_attention``.
     """
 
@@ -41,12 +41,11 @@ class Settings:
     window: int = 50
     learning_rate: float = 2e-3
     evaluate_every: int = 25
-    save_every: int = 100
     backend: str = "auto"
 
     def quick(self) -> Settings:
         """The same in well under a minute; the models learn little."""
         return replace(
             self, seeds=min(self.seeds, 2), head_dim=8, num_layers=2, batch=8, length=48,
-            pretrain_steps=30, steps=15, window=5, evaluate_every=5, save_every=10,
+            pretrain_steps=30, steps=15, window=5, evaluate_every=5,
         )  # fmt: skip

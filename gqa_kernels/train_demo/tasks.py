@@ -38,8 +38,12 @@ class Task(ABC):
         """A model with new weights from torch's default generator."""
 
     @abstractmethod
+    def data(self) -> dict[str, Tensor]:
+        """All that batches and evaluation are taken from."""
+
+    @abstractmethod
     def batch(self, seed: int, step: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of a training step: the same whenever asked for."""
+        """Inputs and targets of a training step, a function of the arguments alone."""
 
     @abstractmethod
     def evaluate(self, model: Transformer) -> tuple[float, float]:
@@ -64,6 +68,9 @@ class TextTask(Task):
         return Transformer(
             embedding, len(self.characters), True, self.settings, num_kv_heads, allocation
         )
+
+    def data(self) -> dict[str, Tensor]:
+        return {"train": self.train, "test": self.test}
 
     def batch(self, seed: int, step: int) -> tuple[Tensor, Tensor]:
         last = len(self.train) - self.settings.length - 1
@@ -113,6 +120,9 @@ class DigitsTask(Task):
     def model(self, num_kv_heads: int, allocation: str | None = None) -> Transformer:
         width = self.settings.num_heads * self.settings.head_dim
         return Transformer(Patches(width), 10, False, self.settings, num_kv_heads, allocation)
+
+    def data(self) -> dict[str, Tensor]:
+        return {"images": self.images, "targets": self.targets}
 
     def batch(self, seed: int, step: int) -> tuple[Tensor, Tensor]:
         count = len(self.images) - TEST_IMAGES

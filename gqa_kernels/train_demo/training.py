@@ -1,15 +1,18 @@
-"""The training loop; a run that was cut off goes on from its checkpoint as if it had not been."""
+"""The training loop. A run that was interrupted continues from its checkpoint, bit for bit."""
 
 from __future__ import annotations
 
-import os
+import io
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 
+from ..models.fingerprint import Fingerprint, check_same, fingerprint
 from ..nn import step_allocations
+from ..reporting.files import read_state, write_atomically
+from ..reporting.interval import Interval
 from .models import Transformer
 from .tasks import Task, loss
 
@@ -44,13 +47,20 @@ def train(
 
     Args:
         first_step: index of the first batch.
-        checkpoint: file that is written as training goes, and gone on from where it is there.
-        advance: called with the number of steps that are done since the last call.
+        checkpoint: file for the state. It is written after the first step, then once a minute, and
+            after the last. If it exists, training continues from it.
+        advance: called with the number of steps done since the last call.
+
+    Raises:
+        ValueError: the checkpoint was made from another model, other data or other options.
     """
     settings, history, done = task.settings, History(), 0
+    made_from = _origin(model, task, seed, steps, learning_rate, first_step)
+    interval = Interval()
     optimizer = torch.optim.AdamW(model.parameters(), learning_rate)
     if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
+        state = read_state(checkpoint)
+        check_same(checkpoint, state.get("made from"), made_from)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         history, done = History(**state["history"]), state["done"]
@@ -70,9 +80,20 @@ def train(
             history.steps.append(first_step + done)
             history.losses.append(value)
             history.measures.append(measure)
-        if done % settings.save_every == 0 or done == steps:
-            _save(checkpoint, model, optimizer, history, done)
+        if interval.is_due() or done == steps:
+            _save(checkpoint, model, optimizer, history, done, made_from)
+            interval.restart()
     return history
+
+
+def _origin(
+    model: Transformer, task: Task, seed: int, steps: int, learning_rate: float, first_step: int
+) -> Fingerprint:
+    options = asdict(task.settings)
+    for name in ("seeds", "tasks", "methods"):  # how many runs there are, not what one of them does
+        del options[name]
+    options |= {"seed": seed, "steps": steps, "learning_rate": learning_rate}
+    return fingerprint(model, [task.data()], **options, first_step=first_step)
 
 
 def _save(
@@ -81,9 +102,11 @@ def _save(
     optimizer: torch.optim.Optimizer,
     history: History,
     done: int,
+    made_from: Fingerprint,
 ) -> None:
-    """Whole or not at all, whenever the run is cut off."""
-    partial = path.with_suffix(".partial")
+    """Write the state, whole or not at all."""
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    torch.save({**state, "history": vars(history), "done": done}, partial)
-    os.replace(partial, path)
+    data = io.BytesIO()
+    content = {**state, "history": vars(history), "done": done, "made from": made_from}
+    torch.save(content, data)
+    write_atomically(path, data.getvalue())

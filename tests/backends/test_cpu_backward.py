@@ -1,15 +1,17 @@
 """What is particular to the native CPU backward; cases all backends share are in test_gradients."""
 
+import itertools
+
 import pytest
 import torch
 
-from gqa_kernels import HeadMap, asym_gqa_attention
+from gqa_kernels import HeadMap, asym_gqa_attention, asym_gqa_varlen_attention
 from gqa_kernels.native import build
 from gqa_kernels.native.schema import BACKWARD
 from gqa_kernels.testing import assert_gradients_close, make_inputs
 from tests.backends.test_cpu import DTYPES, isa, op_arguments, threads  # noqa: F401 (fixtures)
 from tests.cases import PREFILL_CASES, UNEVEN
-from tests.test_gradients import check, differentiate
+from tests.test_gradients import check, differentiate, large_scores
 
 pytestmark = pytest.mark.skipif(
     build.unavailable_reason() is not None, reason="no compiled kernels and no compiler"
@@ -127,3 +129,34 @@ def test_gradients_of_strided_tensors_and_bshd():
     assert_gradients_close(
         dict(zip("qkv", found, strict=True)), q, k, v, UNEVEN, dout=dout, layout="bshd", causal=True
     )
+
+
+@pytest.mark.parametrize("q_len", [1, 2, 3, 5, 16, 17, 23, 70, 150])
+@pytest.mark.parametrize("head_map", [HeadMap([0]), HeadMap([0, 1, 0, 1, 1])], ids=str)
+def test_scores_are_summed_as_in_the_forward(isa, threads, head_map, q_len):  # noqa: F811
+    """Groups of few rows and of many have orders of their own, however many threads there are."""
+    for count in (1, 2, 5):
+        threads(count)
+        for head_dim in (20, 64, 128):
+            large_scores(head_map, "cpu", -1000.0, q_len, 150, {}, head_dim=head_dim)
+
+
+def test_packed_sequences_sum_scores_as_in_the_forward(isa):  # noqa: F811
+    head_map, lengths = HeadMap([0, 1, 0, 0]), [5, 40, 9, 70, 17]
+    offsets = torch.tensor([0, *lengths]).cumsum(0).int()
+    q, k, v = (torch.randn(sum(lengths), heads, 64) * 0.1 for heads in (4, 2, 2))
+    q[..., 0], k[..., 0] = 1.0, -8000.0
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out = asym_gqa_varlen_attention(
+        *leaves, head_map, offsets, offsets, 70, 70, causal=True, backend="cpu"
+    )
+    dout = torch.randn_like(out)
+    found = torch.autograd.grad(out, leaves, dout)
+    for begin, end in itertools.pairwise(offsets.tolist()):
+
+        def alone(x, rows=slice(begin, end)):
+            return x.detach()[rows].transpose(0, 1)[None]
+
+        gradients = {name: alone(x) for name, x in zip("qkv", found, strict=True)}
+        call = (*map(alone, leaves), head_map)
+        assert_gradients_close(gradients, *call, dout=alone(dout), causal=True)

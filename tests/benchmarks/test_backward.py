@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from benchmarks.backward import (
+from benchmarks.data.cases import backward
+from benchmarks.ops.backward import (
     BackwardGate,
     BackwardProblem,
     backward_backends,
     backward_peers,
     backward_work,
 )
-from benchmarks.cases import backward
 
 CPU = torch.device("cpu")
 

@@ -7,7 +7,10 @@ import pytest
 import torch
 
 from benchmarks import run
-from benchmarks.caches import (
+from benchmarks.data.cases import CacheKind, Case
+from benchmarks.data.suites import CACHE_KINDS
+from benchmarks.measure.roofline import append_work, attention_work
+from benchmarks.ops.caches import (
     AppendGate,
     CacheGate,
     CacheProblem,
@@ -16,9 +19,6 @@ from benchmarks.caches import (
     budgets,
     cache_backends,
 )
-from benchmarks.cases import CacheKind, Case
-from benchmarks.roofline import append_work, attention_work
-from benchmarks.suites import CACHE_KINDS
 from gqa_kernels import HeadMap
 
 CASE = Case("decode-cache", "smollm2-135m", "4-3-2", 2, 1, 50, "float32", cache="pages16-int8")

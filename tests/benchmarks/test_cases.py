@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from benchmarks.cases import parse_shape, vary
-from benchmarks.models import MODELS, head_map
-from benchmarks.ops import OPS
-from benchmarks.problem import num_copies
-from benchmarks.suites import SUITES
-from benchmarks.timing import cache_bytes
+from benchmarks.data.cases import parse_shape, vary
+from benchmarks.data.models import MODELS, head_map
+from benchmarks.data.suites import SUITES
+from benchmarks.measure.timing import cache_bytes
+from benchmarks.ops.attention import num_copies
+from benchmarks.ops.registry import OPS
 from gqa_kernels import HeadMap
 
 

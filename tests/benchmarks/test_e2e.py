@@ -7,9 +7,10 @@ import torch
 
 pytest.importorskip("transformers")
 
-from benchmarks import e2e, run
-from benchmarks.cases import end_to_end
-from benchmarks.ops import OPS
+from benchmarks import run
+from benchmarks.data.cases import end_to_end
+from benchmarks.ops import decoder as e2e
+from benchmarks.ops.registry import OPS
 from gqa_kernels import HeadMap
 from gqa_kernels.backends import dispatch
 from gqa_kernels.backends.reference import ReferenceBackend

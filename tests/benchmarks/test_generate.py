@@ -3,7 +3,7 @@
 import torch
 from transformers import DynamicCache
 
-from benchmarks.generate import STOCK, contestants, held_bytes, run
+from benchmarks.studies.generate import STOCK, contestants, held_bytes, run
 from tests.tiny_models import batch, tiny
 
 CONTEXT, STEPS, TEXT = 70, 5, 9

@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks import gpu_peers
-from benchmarks.backward import BackwardGate, BackwardProblem, backward_peers
-from benchmarks.cases import backward, decode, prefill
-from benchmarks.peers import UNEVEN, peers
-from benchmarks.problem import Gate, Problem
+from benchmarks.data.cases import backward, decode, prefill
+from benchmarks.ops.attention import Gate, Problem
+from benchmarks.ops.backward import BackwardGate, BackwardProblem, backward_peers
+from benchmarks.peers import gpu as gpu_peers
+from benchmarks.peers import peers
+from benchmarks.peers.torch import UNEVEN
 
 MODEL = "smollm2-135m"
 MAPS = ("even", "4-3-2", "5-0-4", "interleaved")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import run
-from benchmarks.suites import SUITES
+from benchmarks.data.suites import SUITES
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_session.sh"
 STAGES = ["cuda-tests", "tests", "memcheck", "racecheck", "gpu", "scaling-gpu", "e2e-gpu"]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.grouping_merging import METHODS, Row, figure, findings, table
+from benchmarks.studies.merging import METHODS, Row, figure, findings, table
 
 
 def rows():

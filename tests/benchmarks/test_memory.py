@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import memory
+from benchmarks.studies import memory
 from gqa_kernels.native import build
 
 

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from benchmarks.cases import Case, decode, prefill
-from benchmarks.peers import UNEVEN, peers
-from benchmarks.problem import Gate, Problem
+from benchmarks.data.cases import Case, decode, prefill
+from benchmarks.ops.attention import Gate, Problem
+from benchmarks.peers import peers
+from benchmarks.peers.torch import UNEVEN
 from gqa_kernels.attention import attention_call
 from gqa_kernels.backends.reference.formula import reference_attention
 

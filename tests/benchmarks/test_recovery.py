@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import recovery
+from benchmarks.studies import recovery
 from tests.test_demo import load_tiny
 
 SMALL = recovery.Settings(
@@ -52,5 +52,5 @@ def test_rows_and_resuming(tmp_path, capsys):
 def test_file_of_other_settings(tmp_path):
     path = tmp_path / "rows.json"
     path.write_text(json.dumps({"settings": {}, "rows": []}))
-    with pytest.raises(ValueError, match="must be of these settings"):
+    with pytest.raises(ValueError, match="must say what it was made from"):
         recovery.run(SMALL, [0], (3, 2), path)

@@ -2,13 +2,14 @@
 
 import pytest
 
-from benchmarks import memory, report
-from benchmarks.cases import decode, prefill
-from benchmarks.harness import row_key
-from benchmarks.models import MILD, SKEWED
-from benchmarks.results import FOLDER, Results
-from benchmarks.search import SearchCase
-from benchmarks.suites import BOTH
+from benchmarks.data.cases import decode, prefill
+from benchmarks.data.instances import SearchCase
+from benchmarks.data.models import MILD, SKEWED
+from benchmarks.data.suites import BOTH
+from benchmarks.measure.harness import row_key
+from benchmarks.report import report
+from benchmarks.report.results import FOLDER, Results
+from benchmarks.studies import memory
 
 HEADER = {
     "schema": 1, "device": "Test CPU", "device_type": "cpu", "driver": None, "threads": 2,

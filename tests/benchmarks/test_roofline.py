@@ -4,7 +4,14 @@ import itertools
 
 import pytest
 
-from benchmarks.roofline import Bound, Work, attention_work, bound, visible_keys, visible_pairs
+from benchmarks.measure.roofline import (
+    Bound,
+    Work,
+    attention_work,
+    bound,
+    visible_keys,
+    visible_pairs,
+)
 from gqa_kernels import HeadMap
 
 UNEVEN = HeadMap([0, 0, 0, 1])

@@ -7,12 +7,12 @@ import time
 import pytest
 import torch
 
-from benchmarks import results as results_file
 from benchmarks import run
-from benchmarks.compare import compare
-from benchmarks.ops import OPS
-from benchmarks.problem import Problem
-from benchmarks.results import SCHEMA
+from benchmarks.ops.attention import Problem
+from benchmarks.ops.registry import OPS
+from benchmarks.report import results as results_file
+from benchmarks.report.compare import compare
+from benchmarks.report.results import SCHEMA
 from gqa_kernels.backends import dispatch
 from gqa_kernels.backends.reference import ReferenceBackend
 
@@ -150,7 +150,13 @@ def test_resume_refuses_other_conditions(tmp_path, capsys):
     data = results(path)
     path.write_text(json.dumps(data | {"commit": "another"}))
     assert run.main([*measure, "--resume"]) == 2
-    assert "commit must be" in capsys.readouterr().err
+    assert 'commit (was "another", is ' in capsys.readouterr().err
+    path.write_text(json.dumps(data | {"versions": {**data["versions"], "torch": "1.0"}}))
+    assert run.main([*measure, "--resume"]) == 2
+    assert "other parts than this run: versions" in capsys.readouterr().err
+    path.write_text(json.dumps(data | {"made_from": {}}))
+    assert run.main([*measure, "--resume"]) == 2
+    assert "quick (was not given, is false)" in capsys.readouterr().err
 
 
 def test_budget_stops_and_says_so(tmp_path, capsys):

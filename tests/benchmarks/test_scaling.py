@@ -3,12 +3,16 @@
 import pytest
 import torch
 
-from benchmarks import scaling, tables
-from benchmarks.cases import decode
-from benchmarks.harness import row_key
-from benchmarks.problem import Gate, Problem
-from benchmarks.results import Results
-from gqa_kernels.backends.triton import configs, launch
+from benchmarks.data import scaling
+from benchmarks.data.cases import decode
+from benchmarks.measure.harness import row_key
+from benchmarks.measure.timing import torch_threads
+from benchmarks.ops.attention import Gate, Problem
+from benchmarks.peers import base
+from benchmarks.report import tables
+from benchmarks.report.results import Results
+from gqa_kernels.backends.triton import configs
+from gqa_kernels.backends.triton.launch import forward as launch
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -62,7 +66,7 @@ def test_table_of_fits():
 def test_parts_of_the_keys_make_the_whole(splits):
     (case,) = decode("smollm2-135m", ("4-3-2",), 2, 50, "float32")
     problem = Problem.build(case, torch.device("cpu"))
-    out = scaling.attention_in_splits(
+    out = base.attention_in_splits(
         *problem.copies[0], case.head_map, "reference", splits, case.options
     )
     Gate(problem).check(out)
@@ -72,15 +76,15 @@ def test_triton_is_told_its_splits():
     shape = configs.Shape(1, 32, 8, 1, 8192, 128, 128, 2)
     facts = configs.DeviceFacts("sm90", 132, 50 << 20)
     chosen = launch.decode_config(shape, facts).splits.num_splits
-    with scaling._triton_splits(chosen + 1):
+    with base._triton_splits(chosen + 1):
         assert launch.decode_config(shape, facts).splits.num_splits == chosen + 1
     assert launch.decode_config(shape, facts).splits.num_splits == chosen
 
 
 def test_threads_are_set_and_put_back():
     before = torch.get_num_threads()
-    with scaling.torch_threads(1):
+    with torch_threads(1):
         assert torch.get_num_threads() == 1
-    with scaling.torch_threads(None):
+    with torch_threads(None):
         assert torch.get_num_threads() == before
     assert torch.get_num_threads() == before

@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import run, tables
-from benchmarks.results import Results
-from benchmarks.search import (
-    SearchCase,
+from benchmarks import run
+from benchmarks.data.instances import SearchCase, parse_instance
+from benchmarks.ops.search import (
     SearchGate,
     SearchProblem,
-    parse_instance,
     search_backends,
     search_peers,
 )
+from benchmarks.report import tables
+from benchmarks.report.results import Results
 from gqa_kernels.grouping import search
 from gqa_kernels.grouping.result import SearchResult
 

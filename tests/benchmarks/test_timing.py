@@ -4,7 +4,7 @@ import time
 
 import torch
 
-from benchmarks.timing import Settings, time_alternating
+from benchmarks.measure.timing import Settings, time_alternating
 
 CPU = torch.device("cpu")
 

@@ -122,6 +122,35 @@ def test_rotation_is_a_rotation_by_the_position(backend, interleaved, layout, de
 
 
 @pytest.mark.parametrize("backend", USABLE)
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("form", ["full width", "strided", "fp16", "bf16", "fp64", "mixed"])
+def test_forms_of_a_rotary_table(form, interleaved, backend, device):
+    """Whatever form holds the angles, the rotation is the same."""
+    cos, sin = (x.to(device) for x in rotary_table(16))
+    if form in ("fp16", "bf16", "mixed"):  # the same angles, rounded
+        cos, sin = (x.to(torch.bfloat16 if form == "bf16" else torch.float16) for x in (cos, sin))
+
+    def rotated(cos, sin):
+        generator = torch.Generator().manual_seed(0)
+        q, k = (torch.randn(2, h, 5, 16, generator=generator).to(device) for h in (6, 3))
+        cache = DenseKVCache.empty(2, 3, 9, 16, dtype=torch.float32, device=device)
+        q = cache.append(k, k, q=q, rotary_cos=cos, rotary_sin=sin, backend=backend,
+                         rotary_interleaved=interleaved)  # fmt: skip
+        return q, cache.k[:, :, :5]
+
+    def changed(x):
+        if form == "full width":
+            return x.repeat_interleave(2, 1) if interleaved else x.repeat(1, 2)
+        if form == "strided":
+            return x.T.contiguous().T
+        return x.double() if form == "fp64" else x
+
+    other = (changed(cos), sin.float()) if form == "mixed" else (changed(cos), changed(sin))
+    for x, y in zip(rotated(cos.float(), sin.float()), rotated(*other), strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backend", USABLE)
 @pytest.mark.parametrize("kind", [kind for kind in FORMATS if kind.format], ids=str)
 def test_error_of_the_format(backend, kind, device):
     """Stored values are as near to the tokens as the format's definition allows."""

@@ -147,3 +147,35 @@ def test_shared_prefix(backend, q_len, layout, device):
     assert_attention_close(
         out, q, k, v, UNEVEN, lse=lse, causal=True, kv_lengths=lengths, sinks=sinks, layout=layout
     )
+
+
+@pytest.mark.parametrize("wrong, error, match", [
+    ({"lse_b": 0.5}, TypeError, "lse_b must be a torch.Tensor, got float"),
+    ({"lse_a": torch.zeros(1, 2, 3, dtype=torch.uint8)}, TypeError, "lse_a must be a dense tensor"),
+    ({"out_a": torch.zeros(1, 2, 3, 4).to_sparse()}, TypeError, "out_a must be a dense tensor"),
+    ({"out_b": torch.zeros(2, 3, 4)}, ValueError, "out_b must have out_a's shape"),
+    ({"out_b": torch.zeros(1, 2, 3, 4, device="meta")}, ValueError, "device of out_a"),
+    ({"lse_a": torch.zeros(2), "lse_b": torch.zeros(2)}, ValueError, "lse_a 3, or 3 and 2"),
+    ({"layout": "sbhd"}, ValueError, "layout must be one of"),
+])  # fmt: skip
+def test_merge_checks_its_states(wrong, error, match):
+    out, lse = torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3)
+    states = {"out_a": out, "lse_a": lse, "out_b": out, "lse_b": lse}
+    with pytest.raises(error, match=match):
+        merge_attention_states(**states | wrong)
+
+
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+def test_shared_prefix_without_queries(layout):
+    prefix, suffix = (DenseKVCache.empty(n, 3, 8, 16, dtype=torch.float32) for n in (1, 2))
+    q = torch.zeros(2, 0, 6, 16) if layout == "bshd" else torch.zeros(2, 6, 0, 16)
+    out = shared_prefix_attention(q, prefix, suffix, UNEVEN, layout=layout, backend="reference")
+    assert out.shape == q.shape
+
+
+@pytest.mark.parametrize("name", ["prefix", "suffix"])
+def test_shared_prefix_checks_its_caches(name):
+    cache = DenseKVCache.empty(1, 3, 8, 16, dtype=torch.float32)
+    caches = {"prefix": cache, "suffix": cache, name: None}
+    with pytest.raises(TypeError, match=f"{name} must be a DenseKVCache or PagedKVCache, got None"):
+        shared_prefix_attention(torch.zeros(1, 6, 1, 16), head_map=UNEVEN, **caches)

@@ -67,6 +67,19 @@ def varlen(q=K[0], k=K[0], cu_q=(0, 1, 2), cu_k=(0, 2), longest=2, **options):
 
 BAD = {
     "rank": (lambda: paged(k=K[0, 0]), ValueError, "k must have 4 dimensions, got 2"),
+    "no-tensor": (lambda: paged(k=[1.0]), TypeError, "k must be a torch.Tensor, got list"),
+    "no-table": (lambda: paged(page_table=[[0]]), TypeError, "page_table must be a torch.Tensor"),
+    "dense-no-tensor": (lambda: dense(v=1, layout="bshd"), TypeError, "v must be a torch.Tensor"),
+    "index-rank": (
+        lambda: dense(batch_index=torch.tensor(0)), ValueError, "batch_index must have 1 dim",
+    ),
+    "packed-list": (
+        lambda: PagedKVCache.from_packed([1], TABLE, LENGTHS), TypeError, "kv must be a torch",
+    ),
+    "packed-far-axis": (
+        lambda: PagedKVCache.from_packed(K, TABLE, LENGTHS, axis=9), ValueError, "a dim of kv",
+    ),
+    "varlen-0d": (lambda: varlen(cu_k=torch.tensor(3)), ValueError, "cu_seqlens_k must have shape"),
     "dtype": (lambda: paged(k=K.int(), v=K.int()), TypeError, "k.dtype must be .*torch.int32"),
     "value-dtype": (lambda: paged(v=K.half()), NotImplementedError, "stored alike, got .*float16"),
     "pages": (lambda: paged(v=K[:4]), ValueError, r"as many pages or sequences as k \(5\), got 4"),
@@ -217,11 +230,19 @@ BAD = {
     "rotary-one": (lambda: append(rotary_cos=K[0, 0]), ValueError, "must be given together"),
     "rotary-wide": (
         lambda: append(rotary_cos=K[0, 0], rotary_sin=K[0, 0]), ValueError,
-        r"\[max_position, R / 2\] with R <= D \(8\), got \(4, 8\)",
+        r"of full width .* must have equal columns \(i, i . R / 2\)",
+    ),
+    "rotary-wider": (
+        lambda: append(rotary_cos=torch.ones(4, 9), rotary_sin=torch.ones(4, 9)), ValueError,
+        r"with even R <= D \(8\), got \(4, 9\)",
+    ),
+    "rotary-odd": (
+        lambda: append(rotary_cos=torch.ones(4, 7), rotary_sin=torch.ones(4, 7)), ValueError,
+        r"with even R <= D \(8\), got \(4, 7\)",
     ),
     "rotary-shapes": (
         lambda: append(rotary_cos=torch.ones(4, 4), rotary_sin=torch.ones(5, 4)), ValueError,
-        "rotary_sin must have the shape and dtype of rotary_cos",
+        r"rotary_sin must have the shape of rotary_cos \(\(4, 4\)\), got \(5, 4\)",
     ),
     "rotary-heads": (
         lambda: append(

@@ -256,8 +256,8 @@ def test_opcheck(backend, kind, device):
     new = torch.randn(5, 3, 24, device=device).to(dtype)
     view = cache.view()
     append = AppendCall.create(
-        new[..., :16].contiguous(), new, view, q=q, cu_seqlens=offsets, max_seqlen=3, rotary_cos=cos,
-        rotary_sin=sin,
+        new[..., :16].contiguous(), new, view, q=q, cu_seqlens=offsets, max_seqlen=3,
+        rotary_cos=cos, rotary_sin=sin,
     )  # fmt: skip
     attend = view_call(q, view, UNEVEN, cu_seqlens_q=offsets, max_seqlen_q=3)
     with Recorded(op_of(backend)) as recorded:

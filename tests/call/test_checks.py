@@ -92,12 +92,12 @@ BAD = {
     ),
     "layout": (dict(layout="sbhd"), ValueError, "layout must be one of .*, got 'sbhd'"),
     "scale-nan": (dict(scale=float("nan")), ValueError, "scale must be finite, got nan"),
-    "softcap-zero": (dict(softcap=0.0), ValueError, "softcap must be positive .*, got 0.0"),
-    "softcap-nan": (dict(softcap=float("nan")), ValueError, "softcap must be positive"),
-    "window-int": (dict(window=4), ValueError, r"window must be a pair \(left, right\) or None"),
+    "softcap-negative": (dict(softcap=-0.5), ValueError, "softcap must be positive, .*got -0.5"),
+    "softcap-nan": (dict(softcap=float("nan")), ValueError, "softcap must be finite"),
+    "window-int": (dict(window=4), TypeError, r"window must be a pair \(left, right\) or None"),
     "window-three": (dict(window=(1, 2, 3)), ValueError, "window must be a pair"),
-    "window-negative": (dict(window=(-1, 0)), ValueError, "window left must be non-negative, or"),
-    "window-float": (dict(window=(0, 1.5)), TypeError, "window right must be an integer or None"),
+    "window-negative": (dict(window=(-2, 0)), ValueError, "window left must be non-negative, or"),
+    "window-float": (dict(window=(0, 1.5)), TypeError, "window right must be an integer, got 1.5"),
     "alibi-shape": (
         dict(alibi_slopes=torch.ones(2)),
         ValueError,
@@ -189,6 +189,39 @@ def test_normal_form():
     assert inputs.used == ["window", "alibi", "additive_mask", "kv_lengths"]
     with pytest.raises(AttributeError):
         inputs.options.scale = 1.0
+
+
+NO_WINDOW = (None, None)
+
+
+@pytest.mark.parametrize(
+    "option, values",
+    [
+        ("window", [None, NO_WINDOW, (-1, -1), [-1, None], (np.int64(-1), torch.tensor(-1))]),
+        (
+            "window",
+            [(3, 2), (np.int32(3), torch.tensor(2)), [np.uint8(3), torch.tensor(2).short()]],
+        ),
+        ("window", [(3, None), (3, -1), (torch.tensor(3), -1)]),
+        ("softcap", [None, 0.0, 0, np.float32(0), torch.tensor(0.0)]),
+        ("softcap", [2.5, np.float64(2.5), torch.tensor(2.5), np.float16(2.5)]),
+        ("scale", [2.0, 2, np.float32(2), torch.tensor(2), torch.tensor(2.0).half()]),
+        ("dropout_p", [0.0, 0, np.float32(0), torch.tensor(0.0)]),
+        ("causal", [True, 1, np.bool_(True), torch.tensor(True)]),
+        ("deterministic", [False, 0, np.bool_(False)]),
+    ],
+)
+def test_forms_of_an_option(option, values):
+    """FlashAttention's words for off, and every kind of number, mean what Python's do."""
+    if option != "deterministic":  # no part of a call: results always are
+        calls = [attention_call(Q, K, V, MAP, **{option: x}) for x in values]
+        assert all(call.options is calls[0].options for call in calls)
+        for name in ("window_left", "window_right", "softcap", "scale", "dropout_p"):
+            found = getattr(calls[0].options, name)
+            assert found is None or type(found) in (int, float)
+    expected = asym_gqa_attention(Q, K, V, MAP, **{option: values[0]})
+    for value in values[1:]:
+        assert torch.equal(asym_gqa_attention(Q, K, V, MAP, **{option: value}), expected)
 
 
 def test_stride_of_a_single_element_does_not_matter():

@@ -1,6 +1,8 @@
 """save() and load(): round trips, and what is refused."""
 
 import json
+import os
+import stat
 
 import pytest
 import torch
@@ -151,6 +153,17 @@ class TestSaving:
         assert not list(tmp_path.iterdir())
 
 
+def test_others_may_read_a_child(tmp_path):
+    """safetensors writes files for their owner only; the umask decides."""
+    before = os.umask(0o022)
+    try:
+        folder = save(tiny("llama"), tmp_path / "child")
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(file.stat().st_mode) for file in folder.iterdir()} == {0o644}
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o755
+
+
 class TestLoading:
     def saved(self, tmp_path, family="llama"):
         return save(child_of(family), tmp_path / "child")
@@ -215,6 +228,56 @@ class TestLoading:
         folder = self.saved(tmp_path)
         self.edit(folder, model_type="gemma", architectures=["GemmaForCausalLM"])
         with pytest.raises(NotImplementedError, match="'gemma' model with head maps"):
+            load(folder)
+
+    @pytest.mark.parametrize("pickled", [b"", b"cos\nsystem\n(S'true'\ntR.", "tensor"])
+    def test_pickled_weights(self, tmp_path, pickled):
+        folder = self.saved(tmp_path)
+        (folder / "model.safetensors").unlink()
+        target = folder / "pytorch_model.bin"
+        if pickled == "tensor":
+            torch.save(torch.ones(3), target)
+        else:
+            target.write_bytes(pickled)
+        with pytest.raises(ValueError, match="must be a complete checkpoint"):
+            load(folder)
+
+    @pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin"])
+    def test_index_that_leads_out(self, tmp_path, weights):
+        folder = self.saved(tmp_path)
+        (folder / "model.safetensors").rename(tmp_path / "outside.safetensors")
+        content = {"metadata": {}, "weight_map": {"model.norm.weight": "../outside.safetensors"}}
+        (folder / f"{weights}.index.json").write_text(json.dumps(content))
+        with pytest.raises(ValueError, match="must name files in its own folder"):
+            load(folder)
+
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            {"num_attention_heads": 0},
+            {"num_attention_heads": -6},
+            {"num_attention_heads": "six"},
+            {"hidden_size": None},
+            {"num_hidden_layers": -1},
+            {"rope_scaling": 3},
+            {"kv_head_map": True},
+            {"architectures": "LlamaForCausalLM"},
+            {"architectures": ["LlamaConfig"]},
+            {"architectures": [3]},
+            {"model_type": ["llama"]},
+        ],
+    )
+    def test_hostile_config(self, tmp_path, fields):
+        folder = self.saved(tmp_path)
+        self.edit(folder, **fields)
+        with pytest.raises((ValueError, TypeError)):
+            load(folder)
+
+    @pytest.mark.parametrize("text", ["", "[1]", "{", "[" * 100_000])
+    def test_config_that_is_none(self, tmp_path, text):
+        folder = self.saved(tmp_path)
+        (folder / "config.json").write_text(text)
+        with pytest.raises(ValueError, match="must be a complete checkpoint"):
             load(folder)
 
     def test_unknown_architecture(self, tmp_path):

@@ -9,7 +9,7 @@ import torch
 from gqa_kernels import HeadMap
 from gqa_kernels.convert import convert
 from gqa_kernels.convert.evaluation import evaluate, perplexity
-from gqa_kernels.convert.recovery import Recipe, recover
+from gqa_kernels.convert.recovery import Recipe, recover, steps_kept
 from gqa_kernels.integrations.transformers import register
 from tests import tiny_families
 from tests.tiny_models import batch, tiny
@@ -86,7 +86,7 @@ def test_resumed_run_gives_the_same(tmp_path):
             raise Died
         return 0.0
 
-    options = {"folder": tmp_path, "save_every": 2, "validate": dies, "validate_every": 2}
+    options = {"folder": tmp_path, "save_seconds": 0, "validate": dies, "validate_every": 2}
     with pytest.raises(Died):
         recover(resumed, texts(), recipe(), **options)
     resumed = child_of(parent)  # a new process
@@ -94,6 +94,44 @@ def test_resumed_run_gives_the_same(tmp_path):
     assert seen.loss == expected.loss
     assert not changed(whole, resumed)
     assert [path.name for path in tmp_path.iterdir()] == ["recovery.pt"]
+
+
+def test_the_first_step_is_kept(tmp_path):
+    """Interrupted within the first minute, a run still continues after its first step."""
+    whole, model = child_of(tiny(num_kv_heads=6)), child_of(tiny(num_kv_heads=6))
+    expected = recover(whole, texts(), recipe(steps=3))
+
+    def interrupted(_, calls=[]):  # noqa: B006
+        calls.append(1)
+        if len(calls) == 4:  # before the first step, after the first, after the second
+            raise KeyboardInterrupt
+        return 0.0
+
+    with pytest.raises(KeyboardInterrupt):
+        recover(
+            model, texts(), recipe(steps=3), folder=tmp_path, validate=interrupted, validate_every=1
+        )
+    assert steps_kept(tmp_path) == 1
+    model = child_of(tiny(num_kv_heads=6))
+    assert recover(model, texts(), recipe(steps=3), folder=tmp_path).loss == expected.loss
+    assert not changed(whole, model)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_models_are_trained_in_fp32(dtype):
+    """Steps that 16-bit weights would round away add up, and the model keeps its types."""
+    model = child_of(tiny(num_kv_heads=6)).to(dtype)
+    before = copy.deepcopy(model)
+    types = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    small = recipe(steps=40, learning_rate=1e-4)
+    recover(model, texts(), small)
+    assert {name: tensor.dtype for name, tensor in model.state_dict().items()} == types
+    reference = copy.deepcopy(before).float()
+    recover(reference, texts(), small)
+    weight = "model.layers.0.self_attn.q_proj.weight"
+    exact, start = reference.state_dict()[weight], before.state_dict()[weight].float()
+    assert torch.equal(model.state_dict()[weight], exact.to(dtype))
+    assert (exact - start).abs().max() > 0
 
 
 def test_distillation_pulls_towards_the_parent():
@@ -165,13 +203,41 @@ class TestErrors:
 
     def test_state_of_another_recipe(self, tmp_path):
         recover(tiny(), texts(), recipe(steps=1), folder=tmp_path)
-        with pytest.raises(ValueError, match="same recipe, got another learning_rate"):
+        with pytest.raises(ValueError, match=r"learning_rate \(was 0.003, is 1.0\)"):
             recover(tiny(), texts(), recipe(steps=1, learning_rate=1.0), folder=tmp_path)
 
-    def test_state_of_another_model(self, tmp_path):
-        recover(tiny(), texts(), recipe(steps=1), folder=tmp_path)
-        with pytest.raises(ValueError, match="must hold the parameters of this model"):
-            recover(tiny(num_kv_heads=6), texts(), recipe(steps=1), folder=tmp_path)
+    @pytest.mark.parametrize("trained", ["all", "attention"])
+    def test_state_of_something_else(self, tmp_path, trained):
+        parent = tiny(num_kv_heads=6)
+        given = recipe(steps=1, trained=trained, distillation=0.5)
+        recover(child_of(parent), texts(), given, folder=tmp_path, parent=parent)
+        another = tiny(num_kv_heads=6)
+        with torch.no_grad():
+            another.model.norm.weight[2] += 1
+        other_maps = convert(parent, [HeadMap([0, 1, 0, 1, 0, 2])] * 2)
+        for model, batches, teacher, name in (
+            (child_of(another), texts(), parent, "weights"),
+            (other_maps, texts(), parent, "head maps"),
+            (child_of(parent), texts()[1:], parent, "data"),
+            (child_of(parent), texts(), another, "parent's weights"),
+        ):
+            before = copy.deepcopy(model)
+            with pytest.raises(ValueError, match=f"other parts than this run: .*{name}"):
+                recover(model, batches, given, folder=tmp_path, parent=teacher)
+            assert not changed(before, model)
+
+    def test_what_the_child_was_made_from_may_stand_for_its_weights(self, tmp_path):
+        model, again = child_of(tiny(num_kv_heads=6)), child_of(tiny(num_kv_heads=6))
+        with torch.no_grad():  # as on another machine, which rounds the conversion differently
+            again.model.layers[0].self_attn.k_proj.weight[0, 0] += 1e-7
+        options = {"folder": tmp_path, "made_from": {"weights": "the same"}}
+        recover(model, texts(), recipe(steps=1), **options)
+        recover(again, texts(), recipe(steps=1), **options)
+        assert not changed(model, again)
+        with pytest.raises(ValueError, match=r"weights \(was the same, is others\)"):
+            recover(
+                again, texts(), recipe(steps=1), folder=tmp_path, made_from={"weights": "others"}
+            )
 
     def test_truncated_state(self, tmp_path):
         recover(tiny(), texts(), recipe(steps=1), folder=tmp_path)

@@ -17,13 +17,16 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.compiler.compiler import make_backend
+from triton.runtime.jit import compute_cache_key, create_function_from_signature
 
 from gqa_kernels import HeadMap
 from gqa_kernels.attention import attention_call
 from gqa_kernels.backends.base import empty_output
-from gqa_kernels.backends.triton.backward_launch import BackwardCall
 from gqa_kernels.backends.triton.configs import DeviceFacts
-from gqa_kernels.backends.triton.launch import CacheCall, ForwardCall, Launch
+from gqa_kernels.backends.triton.launch.backward import BackwardCall
+from gqa_kernels.backends.triton.launch.base import Launch
+from gqa_kernels.backends.triton.launch.forward import CacheCall, ForwardCall
 from gqa_kernels.backends.triton.plan import plan_for
 from gqa_kernels.backends.triton.splits import ceil_div
 from gqa_kernels.cache.base import KVCache
@@ -32,16 +35,6 @@ from gqa_kernels.call.attention import AttentionCall
 from gqa_kernels.decode import view_call
 
 assert os.environ.get("TRITON_INTERPRET", "0") != "1"
-
-POINTER_TYPES = {
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.float32: "*fp32",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
-    torch.uint8: "*u8",
-    torch.int8: "*i8",
-}
 
 
 @dataclass(frozen=True)
@@ -64,50 +57,56 @@ TARGETS = {
 
 
 @dataclass(frozen=True)
-class Signature:
-    """Types, compile-time values and promised divisors of a launch's arguments, as a real launch
-    specialises on them."""
+class Specialisation:
+    """What Triton compiles for a launch, by the functions that a real launch calls.
 
-    types: dict[str, str]
-    constants: dict[str, object]
-    divisors: dict[str, int]
+    Attributes:
+        key: what a launch looks its compiled kernel up by. Equal keys compile once.
+        types: by argument, of tuples a tuple; ``"constexpr"`` of what is known at compile time.
+        constants, attributes: by path, (argument, member, ...).
+    """
+
+    key: str
+    types: dict[str, str | tuple]
+    constants: dict[tuple[int, ...], object]
+    attributes: dict[tuple[int, ...], list]
+    options: dict[str, object]
 
     @classmethod
-    def of(cls, launch: Launch) -> Signature:
-        types, constants, divisors = {}, {}, {}
-        for parameter in launch.kernel.params:
-            name, value = parameter.name, launch.arguments[parameter.name]
-            specialised = not parameter.do_not_specialize
-            if parameter.is_constexpr or value is None:
-                constants[name] = value
-            elif isinstance(value, torch.Tensor):
-                types[name], divisors[name] = POINTER_TYPES[value.dtype], 16
-            elif isinstance(value, float):
-                types[name] = "fp32"
-            elif specialised and value == 1:
-                constants[name] = 1
-            else:
-                types[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-                if specialised and value % 16 == 0:
-                    divisors[name] = 16
-        return cls(types, constants, divisors)
+    def of(cls, launch: Launch, gpu: GPUTarget) -> Specialisation:
+        kernel, backend = launch.kernel, make_backend(gpu)
+        given = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+        bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+        bound, specialised, _ = bind(**launch.arguments, **given)
+        options, types, constants, attributes = kernel._pack_args(
+            backend, given, bound, specialised, given
+        )
+        key = compute_cache_key({}, specialised, given)
+        return cls(key, types, constants, attributes, options.__dict__)
+
+
+def runtime_arguments(launch: Launch, types: dict[str, str | tuple]) -> dict[str, object]:
+    """What a launch hands to its compiled kernel, in order; members of tuples as ``q.ptr``."""
+    found = {}
+
+    def visit(name: str, value: object, kind: str | tuple) -> None:
+        if isinstance(kind, tuple):
+            members = getattr(value, "_fields", range(len(value)))
+            for member, x, x_kind in zip(members, value, kind, strict=True):
+                visit(f"{name}.{member}", x, x_kind)
+        elif kind != "constexpr":
+            found[name] = value
+
+    for name, kind in types.items():
+        visit(name, launch.arguments[name], kind)
+    return found
 
 
 def compile_launch(launch: Launch, gpu: GPUTarget):
     """Triton's compiled kernel of a launch."""
-    names = [parameter.name for parameter in launch.kernel.params]
-    signature = Signature.of(launch)
-    source = ASTSource(
-        fn=launch.kernel,
-        signature={name: signature.types.get(name, "constexpr") for name in names},
-        constexprs={(names.index(name),): value for name, value in signature.constants.items()},
-        attrs={
-            (names.index(name),): [["tt.divisibility", divisor]]
-            for name, divisor in signature.divisors.items()
-        },
-    )
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    return triton.compile(source, target=gpu, options=options)
+    what = Specialisation.of(launch, gpu)
+    source = ASTSource(launch.kernel, what.types, what.constants, what.attributes)
+    return triton.compile(source, target=gpu, options=what.options)
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,10 @@ import torch
 
 from gqa_kernels import HeadMap
 from gqa_kernels.backends.reference.formula import reference_attention
-from gqa_kernels.backends.triton.backward_launch import backward_launches
 from gqa_kernels.backends.triton.configs import backward_q_tile
-from gqa_kernels.backends.triton.launch import CacheCall, ForwardCall, Launch
+from gqa_kernels.backends.triton.launch.backward import backward_launches
+from gqa_kernels.backends.triton.launch.base import Launch
+from gqa_kernels.backends.triton.launch.forward import CacheCall, ForwardCall
 from gqa_kernels.backends.triton.plan import plan_for
 from gqa_kernels.backends.triton.splits import ceil_div
 from gqa_kernels.cache.view import KVView

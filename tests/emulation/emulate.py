@@ -20,15 +20,25 @@ import torch
 from gqa_kernels import HeadMap
 from gqa_kernels.backends.reference.formula import reference_attention
 from gqa_kernels.backends.triton.configs import Tile, decode_config
-from gqa_kernels.backends.triton.launch import ForwardCall, Launch, decode_launches, prefill_launch
+from gqa_kernels.backends.triton.launch.base import Launch
+from gqa_kernels.backends.triton.launch.forward import ForwardCall, decode_launches, prefill_launch
 from gqa_kernels.backends.triton.plan import build_plan
 from gqa_kernels.call.attention import AttentionCall
 from gqa_kernels.testing import assert_cache_close, assert_close, upcast
-from tools import ptxsim
 from tools.ptxsim.races import WRITE, Shadow
+from tools.ptxsim.triton_front import TritonModule
 
 from . import backward_cases
-from .aot import TARGETS, Signature, every_option, make_cache, make_cache_call, make_call
+from .aot import (
+    TARGETS,
+    Specialisation,
+    compile_launch,
+    every_option,
+    make_cache,
+    make_cache_call,
+    make_call,
+    runtime_arguments,
+)
 from .backward_cases import UNEVEN
 
 LARGE_GROUP = HeadMap([0] * 19 + [1], num_kv_heads=4)  # more heads than a tile has rows
@@ -149,17 +159,9 @@ def report_races(stock_report: Callable = Shadow.report) -> None:
 
 def emulate(launch: Launch, arch: str) -> dict[str, object]:
     """Run a launch; its outputs are updated. Returns the emulator's counters."""
-    signature = Signature.of(launch)
-    module = ptxsim.Module.from_triton(
-        launch.kernel,
-        signature.types,
-        signature.constants,
-        num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
-        arch=TARGETS[arch].gpu.arch,
-        attrs=signature.divisors,
-    )
-    arguments = {name: launch.arguments[name] for name in signature.types}
+    gpu = TARGETS[arch].gpu
+    arguments = runtime_arguments(launch, Specialisation.of(launch, gpu).types)
+    module = TritonModule.from_compiled(compile_launch(launch, gpu), arguments)
     report = module.launch((launch.grid,), arguments, timeout=400)
     assert not report.warnings, report.warnings
     loads = [

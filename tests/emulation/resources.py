@@ -16,10 +16,11 @@ from itertools import product
 import torch
 
 from gqa_kernels import HeadMap
-from gqa_kernels.backends.triton.backward_launch import backward_launches
-from gqa_kernels.backends.triton.cache_launch import append_launch
 from gqa_kernels.backends.triton.configs import decode_config, heads_per_section, prefill_tile
-from gqa_kernels.backends.triton.launch import Launch, decode_launches, prefill_launch
+from gqa_kernels.backends.triton.launch.append import append_launch
+from gqa_kernels.backends.triton.launch.backward import backward_launches
+from gqa_kernels.backends.triton.launch.base import Launch
+from gqa_kernels.backends.triton.launch.forward import decode_launches, prefill_launch
 from gqa_kernels.call.append import AppendCall
 
 from .aot import (

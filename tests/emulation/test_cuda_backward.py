@@ -12,6 +12,7 @@ import torch
 from gqa_kernels import HeadMap
 from gqa_kernels.attention import attention_call
 from gqa_kernels.testing import assert_gradients_close, make_inputs
+from tools.ptxsim import PtxError
 
 from ..cases import PREFILL_CASES, Case
 from .cuda_backward import (
@@ -25,7 +26,7 @@ from .cuda_backward import (
 )  # fmt: skip
 from .cuda_harness import Phase, unavailable_reason
 from .cuda_params import DTYPES
-from .test_cuda_prefill_sm80 import NEVER, SMALL, ptx_error
+from .test_cuda_prefill_sm80 import NEVER, SMALL
 
 pytestmark = pytest.mark.skipif(
     unavailable_reason() is not None, reason=unavailable_reason() or "emulator present"
@@ -324,7 +325,7 @@ def test_main_loop_counters(head_dim: int, dtype: torch.dtype):
 def test_broken_kernels_are_noticed(file: str, old: str, new: str):
     differentiate_and_check(None)
     broken = Phase("sm80", "backward", ("launch", "numbers", "bf16_d64"), ((file, old, new),))
-    with pytest.raises((AssertionError, ptx_error())):
+    with pytest.raises((AssertionError, PtxError)):
         differentiate_and_check(broken)
 
 

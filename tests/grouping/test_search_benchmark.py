@@ -6,8 +6,8 @@ import sys
 import numpy as np
 import pytest
 
-from benchmarks import grouping_search
-from benchmarks.grouping_instances import FAMILIES, instance
+from benchmarks.data.instances import FAMILIES, instance
+from benchmarks.studies import search as grouping_search
 from gqa_kernels.grouping.objective import as_distances
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.grouping_instances import FAMILIES, instance
+from benchmarks.data.instances import FAMILIES, instance
 from gqa_kernels.grouping import search, search_curve, search_groups
 from gqa_kernels.grouping.objective import group_cost
 from gqa_kernels.grouping.search import column_generation

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.grouping_instances import FAMILIES, instance
+from benchmarks.data.instances import FAMILIES, instance
 from gqa_kernels import HeadMap
 from gqa_kernels.grouping import METHODS, SearchResult, search, search_curve
 from gqa_kernels.grouping.search import descent, nsga2, partitions

@@ -1,6 +1,7 @@
 """SGLang's batches over its token pool; and its classes, where SGLang can be imported."""
 
 import sys
+from importlib import import_module
 from importlib.util import find_spec
 from itertools import accumulate
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import torch
 from gqa_kernels import HeadMap, asym_gqa_attention
 from gqa_kernels.integrations import sglang as integration
 from gqa_kernels.integrations.sglang.attention import Layer, Step, page_tables, pooled_attention
+from gqa_kernels.models.maps import guarded_architecture
 from tests.integrations.stand_ins import stand_in
 
 HEAD_MAP = HeadMap([0, 2, 0, 1, 0])  # 5 query heads over 3 KV heads
@@ -126,6 +128,48 @@ def test_sglang_missing(monkeypatch):
         integration.register()
 
 
+class TestModels:
+    """Model classes for uneven checkpoints, over classes that stand in for SGLang's."""
+
+    @pytest.fixture
+    def uneven(self, monkeypatch):
+        class Stock:
+            def __init__(self, config, prefix=""):
+                self.given = config, prefix
+
+        models = "gqa_kernels.integrations.sglang.models.uneven"
+        for family in ("Llama", "Mistral", "Qwen2", "Qwen3"):
+            name = f"{family}ForCausalLM"
+            stock = type(name, (Stock,), {})
+            stand_in(monkeypatch, f"sglang.srt.models.{family.lower()}", **{name: stock})
+        self.arguments = SimpleNamespace(attention_backend="asym_gqa")
+        stand_in(
+            monkeypatch, "sglang.srt.server_args", get_global_server_args=lambda: self.arguments
+        )
+        monkeypatch.delitem(sys.modules, models, raising=False)
+        yield import_module(models)
+        sys.modules.pop(models, None)
+
+    def test_names_are_those_that_save_writes(self, uneven):
+        names = [c.__name__ for c in uneven.EntryClass]
+        assert names[0] == guarded_architecture("LlamaForCausalLM") and len(names) == 4
+        assert uneven.EntryClass[0]("config", prefix="model").given == ("config", "model")
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"attention_backend": "flashinfer"},
+            {"attention_backend": None},
+            {"attention_backend": "asym_gqa", "decode_attention_backend": "triton"},
+        ],
+    )
+    def test_other_backends_are_refused(self, uneven, options):
+        self.arguments = SimpleNamespace(**options)
+        for model_class in uneven.EntryClass:
+            with pytest.raises(NotImplementedError, match="would compute equal groups"):
+                model_class("config")
+
+
 def test_sglang_too_old(monkeypatch):
     """Its backends have another contract."""
     attention = "sglang.srt.layers.attention"
@@ -140,6 +184,8 @@ def test_sglang_too_old(monkeypatch):
     )  # fmt: skip
     with pytest.raises(ImportError, match=r"needs sglang >= 0\.5\.23: this one has another"):
         integration.register()
+    with pytest.warns(UserWarning, match=r"not registered with SGLang: .* another contract"):
+        integration.plugin()  # which must not stop SGLang
 
 
 @needs_sglang

@@ -1,6 +1,7 @@
 """Two processes of a cut model give what the whole model gives."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -110,6 +111,43 @@ class TestShardCheckpoint:
         with pytest.raises(ValueError, match=r"world must lie in \[1, 6\], got 7"):
             shard_checkpoint(folder, tmp_path / "out", 7)
         assert not list(tmp_path.iterdir())
+
+    def test_copies_no_other_weights_and_no_code(self, folder, tmp_path):
+        given = tmp_path / "given"
+        shutil.copytree(folder, given)
+        for name in ("pytorch_model.bin", "tf_model.h5", "flax_model.msgpack", "model.gguf",
+                     "model.onnx", "rust_model.ot", "old.ckpt", "a.pth", "modeling_x.py",
+                     "pytorch_model.bin.index.json"):  # fmt: skip
+            (given / name).write_text('{"weight_map": {}}')
+        for name in ("tokenizer.json", "merges.txt", "spiece.model", "LICENSE", "chat.jinja"):
+            (given / name).write_text("{}")
+        shard_checkpoint(given, tmp_path / "out", 2)
+        found = {file.name for file in (tmp_path / "out" / "rank-1").iterdir()}
+        texts = {"tokenizer.json", "merges.txt", "spiece.model", "LICENSE", "chat.jinja"}
+        own = {file.name for file in folder.iterdir()}
+        assert found == own | texts | {"shard.json"}
+
+    def test_stays_in_its_folder(self, folder, tmp_path):
+        given, secret = tmp_path / "given", tmp_path / "secret"
+        shutil.copytree(folder, given)
+        secret.write_text("secret")
+        (given / "tokenizer.json").unlink()
+        (given / "tokenizer.json").symlink_to(secret)
+        with pytest.raises(ValueError, match=r"got a link: tokenizer.json"):
+            shard_checkpoint(given, tmp_path / "out", 2)
+        (given / "tokenizer.json").unlink()
+        next(given.glob("*.safetensors")).rename(tmp_path / "outside.safetensors")
+        path = given / "model.safetensors.index.json"
+        names = json.loads(path.read_text())["weight_map"]
+        path.write_text(json.dumps({"weight_map": dict.fromkeys(names, "../outside.safetensors")}))
+        with pytest.raises(ValueError, match="must name files in its own folder"):
+            shard_checkpoint(given, tmp_path / "out", 2)
+        assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize("world", [0, -1])
+    def test_no_ranks(self, folder, tmp_path, world):
+        with pytest.raises(ValueError, match=f"world must be at least 1 rank, got {world}"):
+            shard_checkpoint(folder, tmp_path / "out", world)
 
     def test_errors(self, folder, tmp_path, capsys):
         with pytest.raises(ValueError, match="out must not exist or be empty"):

@@ -10,7 +10,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 from gqa_kernels import HeadMap
 from gqa_kernels.convert import convert
 from gqa_kernels.integrations.transformers import register
-from tests.integrations.releases import CACHE
+from tests.integrations.releases import CACHE, needs_5
 from tests.tiny_models import FAMILIES, batch, expanded, split, tiny
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}  # logits of two fp32 summation orders, values up to about 5
@@ -215,6 +215,7 @@ def test_output_is_contiguous_and_inputs_are_not_copied():
     assert out.is_contiguous()
 
 
+@needs_5  # torch 2.13 doesn't trace the vmap by which transformers 4 makes masks
 @pytest.mark.parametrize("family", ["llama", "gpt_oss"])
 def test_compiled(family):
     inputs = batch([17, 9], "left")

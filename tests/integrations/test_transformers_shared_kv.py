@@ -51,17 +51,20 @@ def caches(model):
 
 
 @torch.no_grad()
-def logits(model, inputs, **options):
+def logits(model, inputs, cache=None, **options):
+    """Logits of the tokens that are not padding. transformers 4 shares keys in caches only."""
+    cache = DynamicCache(config=model.config) if cache is None else cache
+    options = {CACHE: cache, "use_cache": True, **options}
     return model(**inputs, **options).logits[inputs["attention_mask"].bool()]
 
 
 @pytest.mark.parametrize("lengths", [[19], [19, 7]], ids=["whole", "padded"])
 def test_logits(model, lengths):
     inputs = batch(lengths, "left")
-    expected = logits(model, inputs, use_cache=False)
+    expected = logits(model, inputs)
     ours(model)
     for cache in caches(model).values():
-        found = logits(model, inputs, use_cache=True, **{CACHE: cache})
+        found = logits(model, inputs, cache)
         torch.testing.assert_close(found, expected, **CLOSE)
 
 
@@ -82,10 +85,11 @@ def test_only_the_last_logits(model, lengths, kept):
     """Gemma 4 then leaves all other queries out of the layers that share."""
     inputs = batch(lengths, "left")
     with torch.no_grad():
-        expected = model(**inputs, use_cache=False).logits[:, -kept:]
+        cache = DynamicCache(config=model.config)
+        expected = model(**inputs, use_cache=True, **{CACHE: cache}).logits[:, -kept:]
         ours(model)
-        for cache in (None, *caches(model).values()):
-            options = {} if cache is None else {CACHE: cache, "use_cache": True}
+        for cache in caches(model).values():
+            options = {CACHE: cache, "use_cache": True}
             found = model(**inputs, logits_to_keep=kept, **options).logits
             torch.testing.assert_close(found, expected, **CLOSE)
 
@@ -94,7 +98,7 @@ def test_only_the_last_logits(model, lengths, kept):
 def test_a_prompt_in_chunks(model):
     """Over pages, whole windows behind the first tokens."""
     inputs = batch([29], "left")
-    expected = logits(model, inputs, use_cache=False)
+    expected = logits(model, inputs)
     cache = PagedCache(ours(model).config, page_size=4)
     found = []
     for part in inputs["input_ids"].split([11, 1, 10, 7], dim=1):

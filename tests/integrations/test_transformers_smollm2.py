@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.generate import STOCK, contestants
+from benchmarks.studies.generate import STOCK, contestants
 from gqa_kernels.reporting.errors import UsageError
 from gqa_kernels.samples.smollm2 import load_smollm2
 

@@ -16,9 +16,10 @@ from gqa_kernels import HeadMap
 from gqa_kernels.convert import convert
 from gqa_kernels.integrations import transformers as integration
 from gqa_kernels.integrations.transformers import PagedCache, attention, register
+from gqa_kernels.integrations.transformers.versions import installed
 from gqa_kernels.testing import assert_close
 from tests import tiny_families
-from tests.integrations.releases import CACHE, needs_batching
+from tests.integrations.releases import CACHE, needs_5, needs_batching
 from tests.tiny_models import batch, expanded, split, tiny
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}  # logits of two fp32 summation orders, values up to about 5
@@ -142,7 +143,8 @@ class TestGeneration:
             pipe = pipeline("text-generation", model=one, tokenizer=tokenizer, batch_size=2)
             found.append(pipe(texts, max_new_tokens=8, do_sample=False))
         assert found[0] == found[1]
-        assert len(found[0][1][0]["generated_text"].split()) == 8  # "w9" runs into the first of 8
+        # "w9" and 8 tokens; transformers 5 joins the first of them to it.
+        assert len(found[0][1][0]["generated_text"].split()) == (9 if installed() < (5, 0) else 8)
 
 
 class TestEvenMaps:
@@ -157,7 +159,7 @@ class TestEvenMaps:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
     @pytest.mark.parametrize("family", MODELS)
     def test_equals_eager_attention(self, family, dtype):
-        of_family = family in tiny_families.FAMILIES and family not in ("llama", "qwen3")
+        of_family = family in tiny_families.CONFIGS and family not in ("llama", "qwen3")
         window = {"sliding_window": 4} if family == "mistral" else {}
         model = tiny_families.tiny(family) if of_family else tiny(family, **window)
         model.to(dtype)  # weights that every type holds
@@ -278,6 +280,7 @@ class TestVersion:
 class TestNoValues:
     """Meta and fake tensors, which have shapes only: tools that plan memory and devices."""
 
+    @needs_5  # transformers 4 makes masks by vmap, which has no meta tensors
     @pytest.mark.parametrize("padded", [True, False])
     @pytest.mark.parametrize("family", tiny_families.FAMILIES)
     def test_meta(self, family, padded):
@@ -321,7 +324,7 @@ def test_attention_weights_are_not_to_be_had(model):
     with pytest.warns(UserWarning, match="output_attentions gets no attention weights") as seen:
         for _ in range(2):
             model(**inputs, output_attentions=True)
-    assert len([w for w in seen if "output_attentions" in str(w.message)]) == 1
+    assert len([w for w in seen if "gets no attention weights" in str(w.message)]) == 1
 
 
 @needs_batching

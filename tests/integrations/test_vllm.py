@@ -1,7 +1,13 @@
 """vLLM's batches over its packed paged cache; and its classes, where vLLM can be imported."""
 
+import os
+import subprocess
+import sys
+from importlib import import_module
 from importlib.util import find_spec
 from itertools import pairwise
+from pathlib import Path
+from textwrap import dedent
 
 import pytest
 import torch
@@ -9,11 +15,18 @@ import torch
 from gqa_kernels import HeadMap, asym_gqa_attention
 from gqa_kernels.integrations import vllm as integration
 from gqa_kernels.integrations.vllm.attention import Batch, Layer, cached_attention
+from tests.integrations import fake_vllm
 from tests.integrations.stand_ins import stand_in
+
+try:
+    import tomllib
+except ImportError:  # Python 3.10
+    tomllib = pytest.importorskip("tomli")
 
 HEAD_MAP = HeadMap([0, 2, 0, 1, 0])  # 5 query heads over 3 KV heads
 HEAD_SIZE = 16
 BLOCK_SIZE = 16
+ROOT = Path(__file__).parents[2]
 
 needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="vllm is not installed")
 
@@ -117,19 +130,116 @@ def test_fp8_cache():
 
 def test_vllm_missing(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "vllm", None)
-    with pytest.raises(ImportError, match=r"needs vllm >= 0\.33"):
+    with pytest.raises(ImportError, match=r"needs vllm >= 0\.32"):
         integration.register()
 
 
 def test_vllm_too_old(monkeypatch):
     """It has the enumeration of backends, and no way into it."""
     stand_in(monkeypatch, "vllm.model_executor.models.registry", ModelRegistry=object)
+    stand_in(monkeypatch, "vllm.platforms", current_platform=object)
     stand_in(
         monkeypatch, "vllm.v1.attention.backends.registry",
         AttentionBackendEnum=object, register_backend=object,
     )  # fmt: skip
-    with pytest.raises(ImportError, match=r"needs vllm >= 0\.33: this one can't register"):
+    with pytest.raises(ImportError, match=r"needs vllm >= 0\.32: this one can't register"):
         integration.register()
+    with pytest.warns(UserWarning, match=r"not registered with vLLM: .* can't register"):
+        integration.plugin()  # which must not stop vLLM
+
+
+def test_any_error_of_the_entry_point_is_a_warning(monkeypatch):
+    monkeypatch.setattr(integration, "register", lambda: 1 / 0)
+    with pytest.warns(UserWarning, match="not registered with vLLM: division by zero"):
+        integration.plugin()
+
+
+def test_entry_points_lead_to_functions_that_never_raise():
+    found = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
+    for group in ("vllm.general_plugins", "sglang.srt.plugins"):
+        module, name = found[group]["asym_gqa"].split(":")
+        assert name == "plugin" and callable(import_module(module).plugin)
+
+
+class TestRegistered:
+    """In processes of their own, with a package that stands in for vLLM."""
+
+    def run(self, folder, code: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", dedent(code)], capture_output=True, text=True, check=False,
+            env={**os.environ, "PYTHONPATH": f"{fake_vllm.write(folder)}{os.pathsep}{ROOT}"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def test_a_spawned_engine_unpickles_its_config_before_plug_ins_load(self, tmp_path):
+        config = tmp_path / "config"
+        self.run(
+            tmp_path,
+            f"""
+            import multiprocessing.reduction, pathlib
+            from gqa_kernels.integrations import vllm as integration
+            integration.register()
+            integration.register()
+            from vllm.v1.attention.backends.registry import AttentionBackendEnum as Backends
+            members = {{"ours": Backends["ASYM_GQA"], "theirs": Backends.FLASH_ATTN}}
+            data = multiprocessing.reduction.ForkingPickler.dumps(members)
+            pathlib.Path({str(config)!r}).write_bytes(data)
+            """,
+        )
+        out = self.run(
+            tmp_path,
+            f"""
+            import pathlib, pickle
+            config = pickle.loads(pathlib.Path({str(config)!r}).read_bytes())
+            from vllm.model_executor.models.registry import ModelRegistry
+            from vllm.v1.attention.backends.registry import AttentionBackendEnum as Backends
+            assert config == {{"ours": Backends["ASYM_GQA"], "theirs": Backends.FLASH_ATTN}}
+            print(config["ours"].get_class().__name__, *ModelRegistry.models)
+            """,
+        )
+        assert out.split() == ["AsymGQABackend", "AsymGQALlamaForCausalLM"]
+
+    def test_cpu_platform(self, tmp_path):
+        """It always takes CPU_ATTN, which is ours just where the user asked for ours."""
+        out = self.run(
+            tmp_path,
+            """
+            from gqa_kernels.integrations import vllm as integration
+            integration.register()
+            from vllm.config import using
+            from vllm.v1.attention.backends.registry import AttentionBackendEnum as Backends
+            uneven = {"kv_head_map": [[0, 0, 0, 1]], "architectures": ["LlamaForCausalLM"]}
+            for backend, model in (
+                (None, {}), (Backends.FLASH_ATTN, {}), (Backends["ASYM_GQA"], {}), (None, uneven),
+            ):
+                with using(backend, **model):
+                    print(Backends.CPU_ATTN.get_class().__name__)
+            """,
+        )
+        theirs, ours = "CPUAttentionBackend", "AsymGQABackend"
+        assert out.split() == [theirs, theirs, ours, ours]
+
+    def test_a_model_class_that_ignores_the_maps(self, tmp_path):
+        """Loaded under a stock architecture, an uneven child would compute equal groups."""
+        out = self.run(
+            tmp_path,
+            """
+            from vllm.config import using
+            from gqa_kernels import HeadMap
+            from gqa_kernels.integrations.vllm.backend import AsymGQAImpl
+            maps = [[0, 0, 0, 1]]
+            with using(kv_head_map=maps, architectures=["LlamaForCausalLM"]):
+                AsymGQAImpl(4, 16, 1.0, 2, head_map=HeadMap(maps[0]))
+                try:
+                    AsymGQAImpl(4, 16, 1.0, 2)
+                except NotImplementedError as error:
+                    print(error)
+            with using(kv_head_map=[[0, 0, 1, 1]]):
+                AsymGQAImpl(4, 16, 1.0, 2)
+            """,
+        )
+        assert "got ['LlamaForCausalLM'], which would compute equal groups" in out
 
 
 @needs_vllm

@@ -84,7 +84,6 @@ def test_generation_with_a_cache(family):
         assert held.values.shape[1] == layer.value_map.num_kv_heads
 
 
-@pytest.mark.skipif("t5" not in FAMILIES, reason="needs transformers 5")
 def test_generation_of_an_encoder_decoder():
     parent, child = converted("t5")
     given = {k: v for k, v in inputs("t5").items() if k != "decoder_input_ids"}
@@ -192,7 +191,6 @@ class TestForward:
             takes.read((1,), {"extra": 0.5})
 
 
-@pytest.mark.skipif("bert" not in FAMILIES, reason="needs transformers 5")
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
 def test_models_with_cross_attention_are_refused(family):
     config = tiny(family).config
@@ -202,7 +200,6 @@ def test_models_with_cross_attention_are_refused(family):
         convert(model, maps_for(tiny(family)))
 
 
-@pytest.mark.skipif("t5" not in FAMILIES, reason="needs transformers 5")
 def test_maps_of_an_encoder_decoder_that_transformers_loaded(tmp_path):
     """Equal shapes load, but the modules don't know which map is theirs."""
     parent = tiny("t5")

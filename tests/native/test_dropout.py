@@ -129,3 +129,13 @@ def test_bad_probability(dropout_p):
     q, k, v = make_inputs(1, MAP, 2, 3, 8)
     with pytest.raises(ValueError, match=r"dropout_p must lie in \[0, 1\), got"):
         asym_gqa_attention(q, k, v, MAP, dropout_p=dropout_p)
+
+
+@pytest.mark.parametrize("backend", DROPPING)
+@pytest.mark.parametrize("batch, q_len, kv_len", [(0, 3, 4), (2, 0, 4), (2, 3, 0)])
+def test_dropout_of_nothing(backend, batch, q_len, kv_len, device):
+    kind = {"dtype": widest(backend), "device": device}
+    q = torch.zeros(batch, MAP.num_heads, q_len, 8, **kind)
+    k = torch.zeros(batch, 3, kv_len, 8, **kind)
+    out = asym_gqa_attention(q, k, k, MAP, dropout_p=0.5, backend=backend)
+    assert out.shape == q.shape and not out.any()

@@ -8,7 +8,6 @@ import torch
 
 from gqa_kernels import HeadMap
 from gqa_kernels.cli import main
-from gqa_kernels.reporting.errors import UsageError
 from gqa_kernels.train_demo.methods import METHODS, pool, searched_maps, start
 from gqa_kernels.train_demo.run import run
 from gqa_kernels.train_demo.settings import Settings
@@ -16,7 +15,7 @@ from gqa_kernels.train_demo.tasks import TASK_CLASSES, loss
 from gqa_kernels.train_demo.training import train
 
 TINY = replace(
-    Settings().quick(), seeds=1, pretrain_steps=4, steps=2, evaluate_every=2, save_every=2, batch=2,
+    Settings().quick(), seeds=1, pretrain_steps=4, steps=2, evaluate_every=2, batch=2,
     length=12, window=1,
 )  # fmt: skip
 
@@ -101,8 +100,28 @@ def test_finished_runs_are_not_run_again(tmp_path, console, monkeypatch):
     first = run(settings, tmp_path, console)
     monkeypatch.setattr("gqa_kernels.train_demo.training.loss", None)  # training would fail
     assert run(settings, tmp_path, console).outcomes == first.outcomes
-    with pytest.raises(UsageError, match="run with other settings"):
+    with pytest.raises(ValueError, match=r"steps \(was 2, is 3\)"):
         run(replace(settings, steps=3), tmp_path, console)
+    with pytest.raises(ValueError, match=r"batch \(was 2, is 3\)"):
+        run(replace(settings, batch=3), tmp_path, console)
+
+
+def test_a_checkpoint_of_another_start_or_other_data(tmp_path):
+    task = TASK_CLASSES["digits"](TINY)
+
+    def trained(seed, task):
+        torch.manual_seed(seed)
+        return train(task.model(4), task, 0, 1, 1e-3, 0, tmp_path / "one.pt", lambda n: None)
+
+    trained(0, task)
+    with pytest.raises(ValueError, match="other parts than this run: weights"):
+        trained(1, task)
+    task.images[0] += 1
+    with pytest.raises(ValueError, match="other parts than this run: data"):
+        trained(0, task)
+    (tmp_path / "one.pt").write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match="must be a complete state"):
+        trained(0, task)
 
 
 def test_pooling_averages_groups():

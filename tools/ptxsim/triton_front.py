@@ -64,13 +64,23 @@ class TritonModule(Module):
             target=GPUTarget("cuda", num, 32),
             options=dict(num_warps=num_warps, num_stages=num_stages, **options),
         )
-        m = cls(ck.asm["ptx"], fn.__name__)
-        md = ck.metadata
-        m.metadata = md
-        m.kernel_name = md.name
-        m.runtime_args = [n for n in names if sig[n] != "constexpr"]
+        m = cls.from_compiled(ck, [n for n in names if sig[n] != "constexpr"])
         m.signature = sig
-        m.asm = ck.asm
+        return m
+
+    @classmethod
+    def from_compiled(cls, compiled, runtime_args):
+        """A kernel that ``triton.compile`` made.
+
+        ``runtime_args`` names its parameters in order; a tuple argument has one for each member
+        that is not known at compile time.
+        """
+        m = cls(compiled.asm["ptx"], compiled.metadata.name)
+        m.metadata = compiled.metadata
+        m.kernel_name = compiled.metadata.name
+        m.runtime_args = list(runtime_args)
+        m.signature = {}
+        m.asm = compiled.asm
         return m
 
     def launch(self, grid, args, block=None, **kw):

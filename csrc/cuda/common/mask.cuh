@@ -54,14 +54,20 @@ __device__ __forceinline__ ScoreRow score_row(const AttentionParams& params, int
   return row;
 }
 
-// The element of attn_mask as what it adds to a base-2 score: 0 or -inf where it is boolean.
+// What a value of an additive mask adds to a base-2 score; -inf if it hides the key.
+__device__ __forceinline__ float additive_mask_score(float value) {
+  return value < kLowestMaskValue ? minus_infinity() : kLog2e * value;
+}
+
+// What an element of attn_mask adds to a base-2 score; -inf if it hides the key.
 template <class T>
 __device__ __forceinline__ float mask_score(const AttentionParams& params, int64_t offset) {
   switch (params.mask_dtype) {
     case DType::kBool:
       return static_cast<const uint8_t*>(params.attn_mask)[offset] ? 0.0f : minus_infinity();
-    case DType::kFloat32: return kLog2e * static_cast<const float*>(params.attn_mask)[offset];
-    default: return kLog2e * to_float(static_cast<const T*>(params.attn_mask)[offset]);
+    case DType::kFloat32:
+      return additive_mask_score(static_cast<const float*>(params.attn_mask)[offset]);
+    default: return additive_mask_score(to_float(static_cast<const T*>(params.attn_mask)[offset]));
   }
 }
 

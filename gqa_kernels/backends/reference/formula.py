@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...call.attention import AttentionCall
-from ...call.options import UNBOUNDED
+from ...call.options import LOWEST_MASK_VALUE, UNBOUNDED
 from ...native.dropout import keep_mask
 
 
@@ -131,5 +131,6 @@ def visibility(call: AttentionCall, k_index: Tensor) -> tuple[Tensor, Tensor]:
         visible = visible & (distance <= call.options.window_right)
     if call.attn_mask is not None:
         mask = call.attn_mask
-        visible = visible & (mask if mask.dtype == torch.bool else mask != -math.inf)
+        hidden = ~mask if mask.dtype == torch.bool else mask.float() < LOWEST_MASK_VALUE
+        visible = visible & ~hidden
     return in_range[..., None] if in_range.dim() == 1 else in_range.transpose(-1, -2), visible

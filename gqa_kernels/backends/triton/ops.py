@@ -17,9 +17,9 @@ if env.triton_interpreter():
 
     interpreter.install()
 
-from .backward_launch import BackwardCall, run_backward, sinks_gradient
-from .cache_launch import append_launch
-from .launch import CacheCall, ForwardCall, forward_launches
+from .launch.append import append_launch
+from .launch.backward import BackwardCall, run_backward, sinks_gradient
+from .launch.forward import CacheCall, ForwardCall, forward_launches
 
 FORWARD, BACKWARD = schema.forward("plan"), schema.backward("plan")
 

@@ -76,7 +76,7 @@ def search(
         TypeError: an option the method doesn't have.
     """
     started = time.perf_counter()
-    chosen = _method(method)
+    chosen = check_method(method)
     chosen.check_options(options)
     problem = Problem.create(D, num_groups, sizes, seed, time_limit)
     return _result(problem, chosen.solve(problem, **options), started, method)
@@ -95,7 +95,7 @@ def search_curve(
     Methods that can (subset DP, linkages) work out all of them at once; then each result's
     ``seconds`` is the time of the whole curve. ``time_limit`` is for each number of groups.
     """
-    chosen = _method(method)
+    chosen = check_method(method)
     chosen.check_options(options)
     sizes = check_sizes(sizes)
     D = as_distances(D)
@@ -112,7 +112,12 @@ def search_curve(
     }
 
 
-def _method(name: str) -> Method:
+def check_method(name: str) -> Method:
+    """The method of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
     if name not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {name!r}")
     return METHODS[name]

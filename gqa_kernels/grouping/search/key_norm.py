@@ -1,7 +1,8 @@
-"""Group sizes from key norms, as KDGQA and DGQA give query heads to KV heads (arXiv 2408.08454).
+"""Group sizes from key norms, as KDGQA and DGQA assign query heads to KV heads (arXiv 2408.08454).
 
-There the sizes change while the model runs; here they are computed once, from calibration norms,
-and the heads are then assigned to groups of those sizes so that the objective is low.
+There the sizes change while the model runs. Here they are computed once, from calibration norms
+(``grouping.key_norms``), and the heads are then assigned to groups of those sizes so that the
+objective is low.
 """
 
 from __future__ import annotations
@@ -42,9 +43,9 @@ def key_norm_sizes(
 
     Args:
         norms: ``[G]`` non-negative key norms.
-        num_heads: query heads to give out.
-        rule: ``"kdgqa"`` gives in proportion to the norm less the smallest norm (so the KV head of
-            smallest norm gets ``lo``), ``"dgqa"`` in proportion to the norm itself.
+        num_heads: query heads to assign.
+        rule: ``"kdgqa"`` assigns in proportion to the norm minus the smallest norm (so the KV head
+            of smallest norm gets ``lo``), ``"dgqa"`` in proportion to the norm itself.
         lo, hi: smallest and largest size.
     """
     norms = np.asarray(norms, dtype=np.float64)

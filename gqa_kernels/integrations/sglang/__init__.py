@@ -7,19 +7,27 @@ parsed. Then::
     python -m sglang.launch_server --model-path MODEL --attention-backend asym_gqa
 
 MODEL is an even model, or a converted LLaMA, Mistral or Qwen checkpoint with one count of KV heads
-in all layers: its maps are read from its config (``kv_head_map``, ``value_head_map``), and SGLang's
-own model classes load it. SGLang's other backends must not serve such a checkpoint: they would
-compute equal groups, without an error.
+in all layers. Its maps are read from its config (``kv_head_map``, ``value_head_map``). If
+``gqa_kernels.convert.save`` wrote the checkpoint, its config names a model class of :mod:`.models`,
+which refuses SGLang's other backends: they would compute equal groups, without an error.
 """
 
 from __future__ import annotations
 
-OLDEST = "0.5.23"  # first release tested
-BACKEND = "asym_gqa"
+import os
+import warnings
+
+from .names import BACKEND, OLDEST
+
+__all__ = ["BACKEND", "OLDEST", "plugin", "register"]
+
+# SGLang imports models from the package that this variable names, also in processes it starts.
+MODELS_VARIABLE = "SGLANG_EXTERNAL_MODEL_PACKAGE"
+MODELS = f"{__name__}.models"
 
 
 def register() -> None:
-    """Make the backend known to SGLang; more than one call does no harm.
+    """Make the backend and the model classes known to SGLang; more than one call does no harm.
 
     Raises:
         ImportError: SGLang is missing or too old.
@@ -48,6 +56,23 @@ def register() -> None:
         register_attention_backend(BACKEND)(_create)
     if BACKEND not in ATTENTION_BACKEND_CHOICES:
         add_attention_backend_choices([BACKEND])
+    if os.environ.setdefault(MODELS_VARIABLE, MODELS) != MODELS:
+        warnings.warn(
+            f"{MODELS_VARIABLE} is {os.environ[MODELS_VARIABLE]!r}, so SGLang can't load models "
+            f"with uneven head maps: unset it, or import {MODELS}.uneven in that package",
+            stacklevel=2,
+        )
+
+
+def plugin() -> None:
+    """The entry point: :func:`register`, with a warning in place of any error.
+
+    An error here would stop SGLang for every model.
+    """
+    try:
+        register()
+    except Exception as error:
+        warnings.warn(f"gqa_kernels is not registered with SGLang: {error}", stacklevel=2)
 
 
 def _create(model_runner):

@@ -10,8 +10,8 @@ from sglang.srt.runtime_context import get_parallel
 from torch import Tensor
 
 from ...models.maps import KEY_FIELD, VALUE_FIELD, layer_maps, stored_maps
-from . import BACKEND
 from .attention import Layer, Step, page_tables, pooled_attention
+from .names import BACKEND
 
 MODES = ("DECODE", "EXTEND", "MIXED", "SPLIT_PREFILL", "IDLE")
 

@@ -4,17 +4,23 @@ Installed beside vLLM, the package registers itself through the entry point
 ``vllm.general_plugins``; elsewhere call :func:`register` once before a model is built. Then::
 
     vllm serve <even model> --attention-backend ASYM_GQA
-    vllm serve <converted model> --hf-overrides '{"architectures": ["AsymGQALlamaForCausalLM"]}'
+    vllm serve <converted model>
 
-The first runs any model that vLLM's own backends run. The second carries the maps of a converted
-LLaMA checkpoint (``config.kv_head_map``) past vLLM's rule that KV heads divide query heads.
+The first runs any model that vLLM's own backends run. The second runs a LLaMA checkpoint that
+``gqa_kernels.convert.save`` wrote: its config names a model class that this package registers.
+vLLM requires the number of query heads to be a multiple of the number of KV heads. Our model class
+works around that check.
 """
 
 from __future__ import annotations
 
-OLDEST = "0.33"  # first release tested
-BACKEND = "ASYM_GQA"
-ARCHITECTURE = "AsymGQALlamaForCausalLM"
+import copyreg
+import warnings
+from typing import Any
+
+from .names import ARCHITECTURE, BACKEND, OLDEST
+
+__all__ = ["ARCHITECTURE", "BACKEND", "OLDEST", "plugin", "register"]
 
 
 def register() -> None:
@@ -25,6 +31,7 @@ def register() -> None:
     """
     try:
         from vllm.model_executor.models.registry import ModelRegistry
+        from vllm.platforms import current_platform
         from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
     except ImportError as error:
         raise ImportError(
@@ -38,4 +45,35 @@ def register() -> None:
         )
     if BACKEND not in AttentionBackendEnum.__members__:
         register_backend(BACKEND, f"{__name__}.backend.AsymGQABackend")
+    # Engine processes are spawned. They unpickle their config before plug-ins are loaded, when the
+    # enumeration does not have our name yet: so members are pickled as a call that registers it.
+    copyreg.pickle(AttentionBackendEnum, _reduce)
+    if current_platform.is_cpu():
+        # On CPUs vLLM always takes the class behind this member, whatever the user asks for.
+        register_backend(AttentionBackendEnum.CPU_ATTN, f"{__name__}.cpu.ChosenBackend")
     ModelRegistry.register_model(ARCHITECTURE, f"{__name__}.llama:{ARCHITECTURE}")
+
+
+def plugin() -> None:
+    """The entry point: :func:`register`, with a warning in place of any error.
+
+    vLLM does not catch what an entry point raises. An error here would stop it for every model, on
+    every machine on which this package is installed.
+    """
+    try:
+        register()
+    except Exception as error:
+        warnings.warn(f"gqa_kernels is not registered with vLLM: {error}", stacklevel=2)
+
+
+def backend_named(name: str) -> Any:
+    """vLLM's ``AttentionBackendEnum[name]``, registered if need be."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    if name not in AttentionBackendEnum.__members__:
+        register()
+    return AttentionBackendEnum[name]
+
+
+def _reduce(member: Any) -> tuple[Any, tuple[str]]:
+    return backend_named, (member.name,)

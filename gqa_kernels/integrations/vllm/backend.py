@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from vllm.config import get_current_vllm_config
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
     AttentionBackend,
@@ -17,8 +18,9 @@ from vllm.v1.attention.backend import (
 )
 
 from ...head_map import HeadMap
-from . import BACKEND
+from ...models.maps import KEY_FIELD, is_uneven
 from .attention import Batch, Layer, cached_attention
+from .names import BACKEND
 
 FP8_FORMATS = ("fp8", "fp8_e4m3", "fp8_e5m2")
 
@@ -99,6 +101,9 @@ class AsymGQAImpl(AttentionImpl[Batch]):
     Args:
         head_map: the KV head of each query head; default the even map of ordinary GQA. vLLM passes
             it on from the model class.
+
+    Raises:
+        NotImplementedError: the model has uneven maps, and its class passes none.
     """
 
     def __init__(
@@ -122,6 +127,7 @@ class AsymGQAImpl(AttentionImpl[Batch]):
                 f"attn_type must be 'decoder' with {BACKEND}, got {attn_type!r}"
             )
         if head_map is None:
+            _refuse_equal_groups()
             head_map = HeadMap.uniform(num_heads, num_kv_heads)
         if head_map.num_heads != num_heads:
             raise ValueError(f"head_map must have {num_heads} entries, got {head_map.num_heads}")
@@ -187,3 +193,14 @@ class AsymGQAImpl(AttentionImpl[Batch]):
             **quantised,
         )
         return output
+
+
+def _refuse_equal_groups() -> None:
+    """Raise NotImplementedError if the model being built has uneven maps."""
+    model = get_current_vllm_config().model_config
+    if model is not None and is_uneven(model.hf_text_config):
+        raise NotImplementedError(
+            f"a model with config.{KEY_FIELD} must be loaded by a model class that reads it, got "
+            f"{model.hf_text_config.architectures}, which would compute equal groups: save the "
+            "model with gqa_kernels.convert.save, which names the class"
+        )

@@ -93,7 +93,7 @@ __device__ __forceinline__ void modify_scores(const AttentionParams& params,
         if (hidden(row, j)) return;
         const float value = mask_value(row.mask + j * stride, dtype);
         // A hidden key is hidden even where its score is NaN.
-        x = value == minus_infinity() ? value : fmaf(value, kLog2e, x);
+        x = value < kLowestMaskValue ? minus_infinity() : fmaf(value, kLog2e, x);
       });
     }
   }

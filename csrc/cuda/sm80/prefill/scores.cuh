@@ -101,11 +101,11 @@ __device__ __forceinline__ void modify_scores(Scores<C>& scores, const PrefillAr
       break;
     case DType::kFloat32:
       add_mask<float, C>(scores, args, tile, warp_token, first_key,
-                         [](float x) { return x * kLog2e; });
+                         [](float x) { return additive_mask_score(x); });
       break;
     default:
       add_mask<T, C>(scores, args, tile, warp_token, first_key,
-                     [](T x) { return to_float(x) * kLog2e; });
+                     [](T x) { return additive_mask_score(to_float(x)); });
   }
 }
 

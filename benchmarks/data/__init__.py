@@ -1,0 +1,1 @@
+"""Models, head maps, cases and suites, as data."""

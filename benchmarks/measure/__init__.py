@@ -1,0 +1,1 @@
+"""Gate, timing, the machine's limits, and the roofline."""

@@ -1,0 +1,1 @@
+"""What can be measured: problems, gates and contestants of each op."""

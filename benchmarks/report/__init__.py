@@ -1,0 +1,1 @@
+"""Results files, tables, figures and the README's block."""

@@ -1,0 +1,1 @@
+"""Measurements that are no race: each is a command of its own."""

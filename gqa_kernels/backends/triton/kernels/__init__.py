@@ -1,0 +1,1 @@
+"""The Triton kernels, and the NamedTuples that they take (arguments.py)."""

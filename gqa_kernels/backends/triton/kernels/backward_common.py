@@ -1,0 +1,53 @@
+"""Device helpers of the backward kernels."""
+
+import triton
+import triton.language as tl
+
+from . import common
+
+
+@triton.jit
+def load_lse(p_rows, m_rows):
+    """LSE of rows; +inf, so that P is 0, where no key was seen or no row is."""
+    b_lse = tl.load(p_rows, mask=m_rows, other=float("inf"))
+    return tl.where(b_lse == float("-inf"), float("inf"), b_lse)
+
+
+@triton.jit
+def probabilities(b_score, b_lse, EXACT: tl.constexpr):
+    """exp(score - LSE) of a tile.
+
+    The exponent is the forward's, ``fma(score, LOG2E, -maximum)``, so that the score is rounded in
+    the same way. A plain ``score - LSE`` would let the compiler fuse the subtraction with the
+    product that made the score; P would then differ from the forward's in its last digits, the more
+    the larger the scores. EXACT also subtracts what rounding took off ``LSE * LOG2E``, which 16
+    bits hide and fp32 does not.
+    """
+    b_shift = b_lse * common.LOG2E
+    b_exponent = tl.fma(b_score, common.LOG2E, -b_shift)
+    if EXACT:
+        b_finite = tl.where(b_lse < float("inf"), b_lse, 0.0)  # inf - inf is NaN
+        b_exponent -= tl.fma(b_finite, common.LOG2E, -(b_finite * common.LOG2E))
+    return tl.exp2(b_exponent)
+
+
+@triton.jit
+def through_dropout(
+    b_dp,  # gradient of what multiplied V
+    m_keep,  # what dropout kept, or None
+    dropout_scale,
+):
+    """Gradient of the probabilities; from it that of the scores as softmax takes them (capped,
+    biased, masked) is ``P * (dP - delta)``, with the delta of `delta_kernel`."""
+    if m_keep is not None:
+        b_dp = tl.where(m_keep, b_dp * dropout_scale, 0.0)
+    return b_dp
+
+
+@triton.jit
+def through_cap(b_ds, b_capped, softcap):
+    """Gradient before the cap of one after it: cap * tanh(s / cap) has slope 1 - tanh^2."""
+    if softcap is not None:
+        b_tanh = b_capped / softcap
+        b_ds = b_ds * (1.0 - b_tanh * b_tanh)
+    return b_ds

@@ -1,0 +1,131 @@
+"""``gqa-kernels convert``: write a model with the KV heads that a plan says."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+from typing import Any
+
+from .data import batches, draw, load_model
+from .native.arguments import add_model, add_text, count_or_zero
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "convert",
+        help="merge a model's KV heads as a plan says, and train it a little if asked",
+        description="Writes a checkpoint folder in the types of the model, with the maps in its "
+        "config, and maps.png in it; with --steps also recovery.json and recovery.png.",
+    )
+    add_model(parser, "model", "what to convert")
+    parser.add_argument("plan", type=Path, help="folder that search wrote, or its plan.json")
+    parser.add_argument("out", type=Path, help="folder for the checkpoint; must not exist")
+    parser.add_argument("--merging", help="instead of the plan's")
+    parser.add_argument("--steps", type=count_or_zero, default=0, help="of recovery (%(default)s)")
+    parser.add_argument("--train", default="attention", help="all, attention or lora (%(default)s)")
+    parser.add_argument("--learning-rate", type=float, default=1e-4, help="(%(default)s)")
+    parser.add_argument(
+        "--distillation", type=float, default=0.0, help="weight of the parent's distributions (0)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the order of texts (%(default)s)")
+    parser.add_argument(
+        "--state",
+        type=Path,
+        metavar="FOLDER",
+        help="keep the state of the recovery there; an interrupted run continues from it "
+        "(OUT.recovery, removed at the end)",
+    )
+    add_text(parser, "text to train on", (16, 512))
+    parser.set_defaults(run=run, kept=kept)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from ..convert import convert, save
+    from ..convert.plan import Plan
+    from ..convert.recovery import Recipe, recover
+    from ..grouping.merging import check_merging
+    from ..grouping.moments import load_stats
+    from ..integrations.transformers import register
+    from ..models.fingerprint import check_same, fingerprint
+    from ..models.float_types import set_float_types
+    from ..reporting import plots
+    from ..reporting.files import check_new_folder, write_atomically
+    from ..samples.text import calibration_text
+
+    # All that can be refused is refused before anything is computed.
+    out = check_new_folder("out", arguments.out)
+    path = arguments.plan / "plan.json" if arguments.plan.is_dir() else arguments.plan
+    found = Plan.load(path)
+    merging = arguments.merging or found.merging
+    check_merging(merging)
+    recipe = None
+    if arguments.steps:
+        recipe = Recipe(
+            steps=arguments.steps,
+            trained=arguments.train,
+            learning_rate=arguments.learning_rate,
+            distillation=arguments.distillation,
+            seed=arguments.seed,
+        )
+    model, tokenizer, types = load_model(arguments.model)
+    made_from = fingerprint(model)
+    if found.made_from:
+        check_same(path, found.made_from, made_from)
+    moments = path.parent / "moments.safetensors"
+    stats = load_stats(moments, {**found.made_from, **made_from}) if moments.exists() else None
+    texts = batches(arguments, tokenizer, calibration_text) if recipe else []
+
+    child = convert(model, found.maps, merging, moments=stats, restore_norms=found.restore_norms)
+    history = None
+    if recipe:
+        child.set_attn_implementation(register())
+        origin = {**made_from, **_origin(found, merging, moments)}
+        history = recover(
+            child,
+            texts,
+            recipe,
+            parent=model,
+            folder=_state(arguments),
+            made_from=origin,
+            progress=True,
+        )
+    set_float_types(child, types)
+    print(f"wrote {save(child, out, processor=tokenizer)}")
+    draw(plots.maps, found.maps, out / "maps.png")
+    if history is not None:
+        write_atomically(out / "recovery.json", history.to_json())
+        draw(plots.training, history.loss, history.validation, out / "recovery.png")
+        if arguments.state is None:
+            shutil.rmtree(_state(arguments))
+    return 0
+
+
+def kept(arguments: argparse.Namespace) -> str | None:
+    from ..convert.recovery import steps_kept
+
+    folder = _state(arguments)
+    steps = steps_kept(folder) if arguments.steps else 0
+    if not steps:
+        return None
+    return (
+        f"{steps} of {arguments.steps} steps of recovery are kept in {folder}: the same command "
+        "continues"
+    )
+
+
+def _state(arguments: argparse.Namespace) -> Path:
+    """The folder of the recovery's state."""
+    return arguments.state or arguments.out.with_name(f"{arguments.out.name}.recovery")
+
+
+def _origin(plan: Any, merging: str, moments: Path) -> dict[str, str]:
+    """What decides, beside the model, how the child starts."""
+    from ..grouping.moments import made_from
+    from ..models.fingerprint import fingerprint
+
+    maps = [[list(head_map) for head_map in pair] for pair in plan.maps]
+    found = fingerprint(maps=maps, merging=merging, restore_norms=plan.restore_norms)
+    if moments.exists():
+        found["calibration data"] = made_from(moments).get("data", "unknown")
+    return found

@@ -1,0 +1,70 @@
+"""``gqa-kernels eval``: a converted model against its parent."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from .data import batches, draw, load_model
+from .native.arguments import add_model, add_text, count
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "eval",
+        help="perplexity, KL, agreement, entropy and errors of a converted model",
+        description="Writes eval.json and pictures of the layers' errors and entropies; with "
+        "--tasks also tasks.json.",
+    )
+    add_model(parser, "parent", "the model it was made from")
+    add_model(parser, "child", "the converted model")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--tasks", nargs="+", default=(), help="lm-eval tasks to run on the child")
+    parser.add_argument("--include-path", type=Path, help="folder of lm-eval task files")
+    parser.add_argument("--limit", type=count, help="examples of each task")
+    add_text(parser, "held-out text", (4, 512))
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from ..convert.evaluation import evaluate
+    from ..convert.lm_harness import run_tasks
+    from ..integrations.transformers import register
+    from ..reporting import plots
+    from ..reporting.files import check_output_folder, write_atomically
+    from ..samples.text import evaluation_text
+
+    register()
+    out = check_output_folder("--out", arguments.out)
+    parent, tokenizer, _ = load_model(arguments.parent)
+    child, own_tokenizer, _ = load_model(arguments.child)
+    tokenizer = own_tokenizer or tokenizer
+    data = batches(arguments, tokenizer, evaluation_text)
+    found = evaluate(parent, child, data, progress=True)
+    for name in ("perplexity", "parent_perplexity", "kl", "top1_agreement", "state_cosine"):
+        if getattr(found, name) is not None:
+            print(f"{name} {getattr(found, name):.6g}")
+    print(f"wrote {write_atomically(out / 'eval.json', found.to_json())}")
+    draw(
+        plots.layers,
+        {"attention output": found.output_error},
+        "held-out error",
+        out / "errors.png",
+    )
+    draw(
+        plots.layers,
+        {"parent": found.parent_entropy, "child": found.entropy},
+        "entropy of attention (nats)",
+        out / "entropy.png",
+    )
+    if arguments.tasks:
+        results = run_tasks(
+            child,
+            tokenizer,
+            arguments.tasks,
+            include_path=arguments.include_path,
+            limit=arguments.limit,
+        )
+        print(f"wrote {write_atomically(out / 'tasks.json', json.dumps(results, indent=1))}")
+    return 0

@@ -1,1 +1,0 @@
-"""Subcommands of ``gqa-kernels``, one a file: each has ``add(commands)``, which adds its parser."""

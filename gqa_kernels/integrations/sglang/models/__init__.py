@@ -1,0 +1,1 @@
+"""Model classes for SGLang, which imports every module of this package."""

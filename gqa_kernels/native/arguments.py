@@ -1,0 +1,95 @@
+"""Arguments as callers pass them: Python or numpy scalars, 0-d tensors, and words from a list.
+
+Every function takes the argument's name, so that errors name what the caller wrote. Symbolic
+values of torch.compile pass through unchecked: a check of their value would specialise the graph.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def as_int(name: str, value: object) -> int:
+    """An integer: Python's, numpy's, or a 0-d integer tensor on the CPU."""
+    if type(value) is int or isinstance(value, torch.SymInt):
+        return value
+    if isinstance(value, Tensor):
+        if value.dtype.is_floating_point or value.dtype.is_complex or value.dtype == torch.bool:
+            raise TypeError(f"{name} must be an integer, got a tensor of {value.dtype}")
+        return int(_item(name, value))
+    if not isinstance(value, bool):
+        try:
+            return operator.index(value)
+        except TypeError:
+            pass
+    raise TypeError(f"{name} must be an integer, got {shown(value)}")
+
+
+def as_float(name: str, value: object) -> float:
+    """A finite real number: Python's, numpy's, or a 0-d tensor on the CPU."""
+    if isinstance(value, (torch.SymFloat, torch.SymInt)):
+        return value
+    if torch.compiler.is_compiling() and isinstance(value, (float, int)):
+        return value  # may be symbolic, whatever its type says
+    if isinstance(value, Tensor):
+        if value.dtype.is_complex or value.dtype == torch.bool:
+            raise TypeError(f"{name} must be a real number, got a tensor of {value.dtype}")
+        value = _item(name, value)
+    if isinstance(value, (bool, str, bytes)) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name} must be a real number, got {shown(value)}")
+    try:
+        number = float(value)
+    except TypeError:
+        raise TypeError(f"{name} must be a real number, got {shown(value)}") from None
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be finite, got {shown(value)}")
+    return number
+
+
+def as_bool(name: str, value: object) -> bool:
+    """True or False: Python's or numpy's, the numbers 1 and 0, or a 0-d boolean tensor."""
+    if isinstance(value, (bool, torch.SymBool)):
+        return value
+    if isinstance(value, Tensor) and value.dtype == torch.bool:
+        return bool(_item(name, value))
+    if type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_"):
+        return bool(value)
+    if type(value) is int and value in (0, 1):
+        return bool(value)
+    raise TypeError(f"{name} must be True or False, got {shown(value)}")
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """``value`` must be one of some words."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} must be one of {tuple(choices)}, got {shown(value)}")
+
+
+def check_tensors(**values: object) -> None:
+    """Each value must be a tensor."""
+    for name, value in values.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+
+
+def shown(value: object) -> str:
+    """A value as an error shows it: never long, and a tensor without its values."""
+    if isinstance(value, Tensor):
+        return f"a {value.dtype} tensor of shape {tuple(value.shape)} on {value.device}"
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _item(name: str, x: Tensor) -> int | float | bool:
+    """The value of a 0-d tensor. A wait for an accelerator would be hidden, so it must be on the
+    CPU."""
+    if x.dim() != 0 or x.device.type != "cpu":
+        raise TypeError(f"{name} must be a number or a 0-d tensor on the CPU, got {shown(x)}")
+    return x.item()

@@ -1,0 +1,301 @@
+"""Compiling a library at first use, with ``torch.utils.cpp_extension.load`` and ninja.
+
+Each part has a build folder per machine type, compiler, flags and torch. It is kept, so that ninja
+compiles only what has changed since the last build in it. What torch can't do is done here:
+
+- *A copy of the sources* lies in the build folder. Torch compiles files where they are: each
+  checkout would compile everything, and a file that is edited during a build would go into a
+  library that is named after the content before.
+- *Units.* Torch names an object after its source without the folder, and several of our sources
+  share a name. So each gets a unit of its own, ``host.append.cpp``, which includes it.
+- *A process of its own.* Torch reads the compiler from the environment, which a process with
+  threads must not change, and sends ninja's progress to standard output.
+- *The compiler's arguments.* Torch quotes ``CXX`` as one word: ``ccache g++`` becomes a script.
+- *The lock.* Torch's is a file, which a killed build leaves behind; every later build would wait
+  for it forever. The caller's flock ends with the processes that hold it, ninja and the compilers
+  among them: a compiler that outlives a killed build writes into nobody's new build.
+- *The CUDA kernels*, whose files are for different devices: see ``cuda_build.py``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, NamedTuple
+
+import torch
+
+from . import cuda_build, env
+from .sources import COMPILE_FLAGS, cpu_sources
+
+COMPILERS = ("c++", "g++", "clang++")
+HOW_TO_INSTALL = (
+    "install one (Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++; "
+    "conda: conda install -c conda-forge cxx-compiler) or set CXX to one"
+)
+# Seconds that one core takes for a whole part, for the estimate before a build.
+CORE_SECONDS = {"cpu": 150, "cuda": 2400}
+ERROR_LINES = 15
+LIBRARY = "library.so"
+# Runs in a process of its own. close_fds: ninja and the compilers inherit the caller's lock.
+LOAD = """
+import functools, json, subprocess, sys
+from torch.utils import cpp_extension
+subprocess.run = functools.partial(subprocess.run, close_fds=False)
+cpp_extension.load(**json.loads(sys.argv[1]))
+"""
+
+
+class Compiler(NamedTuple):
+    """A C++ compiler: its command, and what ``--version`` says."""
+
+    command: tuple[str, ...]
+    version: str
+
+    @property
+    def key(self) -> str:
+        """Compilers with different keys may compile the same source to different code."""
+        return f"{self.version}{self.command[1:]}"
+
+
+class CudaTarget(NamedTuple):
+    """What CUDA kernels are compiled with and for."""
+
+    toolkit: cuda_build.Toolkit
+    archs: tuple[str, ...]
+
+
+def find_compiler() -> Compiler:
+    """``CXX``, or the first usual compiler on PATH.
+
+    Raises:
+        RuntimeError: there is none, or it doesn't run; with what to do.
+        ValueError: ``CXX`` is not a command.
+    """
+    wanted = env.cxx()
+    if wanted:
+        path = shutil.which(wanted[0])
+        if path is None:
+            raise RuntimeError(
+                f"the C++ compiler {wanted[0]} in CXX was not found: {HOW_TO_INSTALL}"
+            )
+        command = (path, *wanted[1:])
+    else:
+        path = next(filter(None, map(shutil.which, COMPILERS)), None)
+        if path is None:
+            names = ", ".join(COMPILERS)
+            raise RuntimeError(f"no C++ compiler was found ({names}): {HOW_TO_INSTALL}")
+        command = (path,)
+    try:
+        told = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise RuntimeError(f"the C++ compiler {shlex.join(command)} doesn't run: {error}") from None
+    if told.returncode != 0:
+        raise RuntimeError(
+            f"the C++ compiler {shlex.join(command)} --version failed: {told.stderr.strip()}"
+        )
+    return Compiler(command, told.stdout)
+
+
+def find_ninja() -> str:
+    """The ninja of the package of that name, or the one on PATH.
+
+    Raises:
+        RuntimeError: there is none.
+    """
+    with contextlib.suppress(ImportError):
+        from ninja import BIN_DIR
+
+        if (Path(BIN_DIR) / "ninja").exists():
+            return str(Path(BIN_DIR) / "ninja")
+    found = shutil.which("ninja")
+    if found is None:
+        raise RuntimeError("ninja was not found: pip install ninja")
+    return found
+
+
+def as_one_program(command: Sequence[str], folder: Path) -> str:
+    """A compiler with its arguments as the path of one program: a script in a folder if need be."""
+    if len(command) == 1:
+        return command[0]
+    script = folder / "c++"
+    _write_if_new(script, f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n'.encode())
+    script.chmod(0o700)
+    return str(script)
+
+
+def compile_library(
+    part: str,
+    compiler: Compiler,
+    target: CudaTarget | None,
+    files: Mapping[str, bytes],
+    objects: Path,
+    lock: IO,
+) -> Path:
+    """Compile and link the library of a part.
+
+    Args:
+        part: "cpu" or "cuda".
+        compiler: for the C++ files and the linking.
+        target: for the part "cuda".
+        files: the sources' content by their path below ``csrc``.
+        objects: the folder of build folders.
+        lock: the file whose lock the caller holds; inherited by every process of the build.
+
+    Returns:
+        The library in the build folder, where the next build replaces it.
+
+    Raises:
+        RuntimeError: the compiler says no; with its last lines.
+        OSError: the folder can't be written.
+    """
+    folder = objects / f"{part}-{platform.machine()}-{_settings_key(part, compiler, target)}"
+    root = folder / "csrc"
+    again = (folder / ".ninja_log").exists()
+    _copy_sources(files, root)
+    (folder / "lock").unlink(missing_ok=True)  # torch's, left by a killed build
+    (folder / LIBRARY).unlink(missing_ok=True)  # links again: ninja doesn't know the CUDA objects
+
+    ninja = _Ninja(part, folder, compiler, lock)
+    ninja.announce(objects.parent, again)
+    units, flags, link_flags = cpu_sources(root), list(COMPILE_FLAGS), ["-shared"]
+    if target:
+        kernels = cuda_build.write_ninja(
+            folder / "kernels", target.toolkit, root, target.archs, ptx=False
+        )
+        ninja.run([find_ninja(), "-v", "-j", str(env.max_jobs())], folder / "kernels")
+        units = [*cuda_build.host_sources(root), *cuda_build.shared_checks(root)]
+        flags += cuda_build.host_flags(target.toolkit, target.archs)
+        link_flags += [
+            *map(str, kernels), f"-L{target.toolkit.libraries}", *cuda_build.LINK_FLAGS,
+        ]  # fmt: skip
+    arguments = {
+        "name": LIBRARY,
+        "sources": [str(path) for path in _write_units(units, root, folder / "units")],
+        "extra_cflags": flags,
+        "extra_ldflags": link_flags,
+        "build_directory": str(folder),
+        "verbose": True,  # ninja says which file is done
+        "with_cuda": False,
+        # Not loaded there: it must move to its place first. "-shared" makes it a library.
+        "is_python_module": False,
+        "is_standalone": True,
+    }
+    if not sys.executable:
+        raise RuntimeError("building needs a Python interpreter, and sys.executable names none")
+    ninja.run([sys.executable, "-c", LOAD, json.dumps(arguments)], folder)
+    return folder / LIBRARY
+
+
+def _settings_key(part: str, compiler: Compiler, target: CudaTarget | None) -> str:
+    """Everything but the sources that the objects depend on."""
+    settings = (part, compiler, target, COMPILE_FLAGS, torch.__file__, torch.__version__)
+    return hashlib.sha256(repr(settings).encode()).hexdigest()[:8]
+
+
+def _copy_sources(files: Mapping[str, bytes], root: Path) -> None:
+    """Make a folder hold these files and no others; those that are right keep their times."""
+    for path in [path for path in root.rglob("*") if path.is_file()]:
+        if path.relative_to(root).as_posix() not in files:
+            path.unlink()
+    for name, content in files.items():
+        _write_if_new(root / name, content)
+
+
+def _write_units(sources: Sequence[Path], root: Path, folder: Path) -> list[Path]:
+    units = []
+    for source in sources:
+        name = source.relative_to(root)
+        units.append(folder / ".".join(name.parts))
+        _write_if_new(units[-1], f'#include "../{root.name}/{name.as_posix()}"\n'.encode())
+    return units
+
+
+def _write_if_new(path: Path, content: bytes) -> None:
+    if not path.exists() or path.read_bytes() != content:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path.write_bytes(content)
+
+
+class _Ninja:
+    """Runs ninja, or what runs it, for one library, and says on standard error how far it is."""
+
+    def __init__(self, part: str, folder: Path, compiler: Compiler, lock: IO):
+        self.part, self.lock, self.started = part, lock, time.monotonic()
+        self.command = shlex.join(compiler.command)
+        self.environment = {
+            **os.environ,
+            "CXX": as_one_program(compiler.command, folder),
+            "PATH": f"{Path(find_ninja()).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),  # the same torch
+            "MAX_JOBS": str(env.max_jobs()),
+            "NINJA_STATUS": "[%f/%t] ",
+            # ninja already compiles nothing twice; who wants ccache as well says so in CXX.
+            "TORCH_NO_COMPILER_WRAPPER": "1",
+            # The stable ABI is C: any compiler will do.
+            "TORCH_DONT_CHECK_COMPILER_ABI": "1",
+        }
+
+    def announce(self, cache: Path, again: bool) -> None:
+        if again:
+            extent = "what has changed since the last build"
+        else:
+            minutes = max(1, round(CORE_SECONDS[self.part] / env.max_jobs() / 60))
+            extent = f"once, for about {minutes} min on {env.max_jobs()} free processors"
+        self._say(f"compiling the {self.part.upper()} kernels, {extent}; kept in {cache}")
+
+    def run(self, command: Sequence[str], folder: Path) -> None:
+        """Run a command that prints what ``ninja -v`` prints.
+
+        Raises:
+            RuntimeError: it failed; with the compiler's last lines.
+        """
+        said = []
+        with subprocess.Popen(
+            command, cwd=folder, env=self.environment, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True, errors="replace", pass_fds=[self.lock.fileno()],
+        ) as process:  # fmt: skip
+            for line in process.stdout:
+                done = re.match(r"\[(\d+/\d+)\] .* -o (\S+)", line)
+                if done:
+                    seconds = time.monotonic() - self.started
+                    self._say(f"[{done[1]}] {_described(done[2])}, {seconds:.0f} s")
+                elif line.strip():
+                    said.append(line.rstrip())
+        if process.returncode != 0:
+            raise RuntimeError(self._failure(said, process.returncode))
+
+    def _failure(self, said: list[str], status: int) -> str:
+        first = next((i for i, line in enumerate(said) if line.startswith("FAILED:")), None)
+        if first is None:
+            return "\n".join([f"building the {self.part.upper()} kernels failed:", *said[-15:]])
+        code = re.search(r"code=(\d+)", said[first])
+        lines = [line for line in said[first + 2 :] if not line.startswith("ninja:")]
+        ends = [i for i, line in enumerate(lines) if line.startswith("Traceback")]
+        lines = lines[: ends[0]] if ends else lines
+        words = "\n".join(lines[-ERROR_LINES:]) or "it printed nothing"
+        return (
+            f"building the {self.part.upper()} kernels failed: {self.command} exited with "
+            f"{code[1] if code else status} for {_described(said[first].split()[-1])}:\n{words}"
+        )
+
+    def _say(self, message: str) -> None:
+        print(f"gqa_kernels: {message}", file=sys.stderr, flush=True)
+
+
+def _described(output: str) -> str:
+    """``host.append.o`` as ``host/append``."""
+    if output == LIBRARY:
+        return "linked"
+    return output.removesuffix(".o").replace(".", "/")

@@ -1,0 +1,1 @@
+"""A seeded fuzzer of every public function: ``python -m tests.fuzz --help``."""
