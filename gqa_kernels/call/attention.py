@@ -437,6 +437,6 @@ def _heads_first(q: Tensor, k: Tensor, v: Tensor, bshd: bool) -> Sequence[Tensor
 def _map_tensor(head_map: HeadMap | Tensor, q: Tensor) -> Tensor:
     if type(head_map) is not HeadMap:
         return head_map
-    if torch.compiler.is_compiling() or not q.is_cpu:
-        return head_map.tensor(q.device)
-    return head_map.cpu_tensor
+    if type(q) is Tensor and q.is_cpu:
+        return head_map.cpu_tensor
+    return head_map.tensor(q.device)

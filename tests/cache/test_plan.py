@@ -226,10 +226,10 @@ def op_of(backend):
     """A backend's attention op and append op, caught on their way."""
     if backend in ("cpu", "cuda"):
         ops = torch.ops.gqa_kernels
-        return ops.cache_attention_forward.default, ops.cache_append.default
-    from gqa_kernels.backends.triton.ops import triton_cache_append, triton_cache_attention_forward
+        return ops.attention_forward.default, ops.cache_append.default
+    from gqa_kernels.backends.triton.ops import triton_attention_forward, triton_cache_append
 
-    return triton_cache_attention_forward._opoverload, triton_cache_append._opoverload
+    return triton_attention_forward._opoverload, triton_cache_append._opoverload
 
 
 class Recorded(torch.utils._python_dispatch.TorchDispatchMode):

@@ -5,7 +5,7 @@ from itertools import product
 
 import pytest
 import torch
-from gqa_kernels.cache.decode import asym_gqa_decode
+from gqa_kernels.decode import asym_gqa_decode
 
 from gqa_kernels import HeadMap
 from gqa_kernels.attention import asym_gqa_attention

@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 import torch
-from gqa_kernels.cache.decode import asym_gqa_decode
+from gqa_kernels.decode import asym_gqa_decode
 
 from gqa_kernels import HeadMap
 from tests.peers import eager, vllm
