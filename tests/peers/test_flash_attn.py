@@ -5,10 +5,10 @@ from itertools import product
 
 import pytest
 import torch
-from gqa_kernels.decode import asym_gqa_decode
 
 from gqa_kernels import HeadMap
 from gqa_kernels.attention import asym_gqa_attention
+from gqa_kernels.decode import asym_gqa_decode
 from gqa_kernels.varlen import asym_gqa_varlen_attention
 from tests.peers import eager, flash_attn
 
