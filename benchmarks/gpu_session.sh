@@ -85,8 +85,8 @@ suite() {
 run_stage() {
   case $1 in
     cuda-tests) tests 100 tests/backends/test_cuda.py tests/backends/test_cuda_append.py ;;
-    tests) tests 120 tests/backends/test_triton.py tests/test_attention.py tests/cache \
-      tests/test_gradients.py tests/test_compile.py tests/test_dropout.py tests/nn \
+    tests) tests 120 tests/backends/test_triton.py tests/api/test_attention.py tests/cache \
+      tests/api/test_gradients.py tests/api/test_compile.py tests/test_dropout.py tests/nn \
       tests/benchmarks/test_peers.py ;;
     memcheck | racecheck) sanitized "$1" ;;
     gpu | scaling-gpu | e2e-gpu) suite "$1" ;;

@@ -16,8 +16,8 @@ STABLE_TORCH_LIBRARY_IMPL(gqa_kernels, CUDA, library) {
   library.impl("cache_append", TORCH_BOX(&cache_append<cache_append_cuda>));
 }
 
-// What gqa_kernels/cuda_build.py finds in the file: that there are CUDA kernels, and of which
-// build.
+// What gqa_kernels/native/cuda_build.py finds in the file: that there are CUDA kernels, and of
+// which build.
 #define GQA_TEXT(x) #x
 #define GQA_VALUE(x) GQA_TEXT(x)
 extern "C" __attribute__((visibility("default"))) const char gqa_kernels_cuda_build[] =

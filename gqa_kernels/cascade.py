@@ -11,7 +11,7 @@ from .cache.base import KVCache
 from .cache.tensors import Layout, check_layout
 from .call.checks import HeadMapLike, heads_first
 from .decode import asym_gqa_decode
-from .native.arguments import check_tensors
+from .native.arguments import as_bool, check_tensors
 
 
 def merge_attention_states(
@@ -109,6 +109,9 @@ def shared_prefix_attention(
     Returns:
         as :func:`gqa_kernels.asym_gqa_decode`.
     """
+    return_lse = as_bool("return_lse", return_lse)
+    if sinks is not None and not isinstance(sinks, Tensor):
+        raise TypeError(f"sinks must be a torch.Tensor or None, got {type(sinks).__name__}")
     for name, cache in (("prefix", prefix), ("suffix", suffix)):
         if not isinstance(cache, KVCache):
             raise TypeError(
@@ -141,6 +144,9 @@ def merge_sinks(
 
     A sink is a key with a value of zero: merged last, it counts once, for queries that see a key.
     """
+    heads = lse.shape[-2]
+    if sinks.shape != (heads,):
+        raise ValueError(f"sinks must have shape ({heads},), got {tuple(sinks.shape)}")
     sink = sinks.to(lse.dtype)[:, None].expand_as(lse).masked_fill(lse == -math.inf, -math.inf)
     return merge_attention_states(out, lse, torch.zeros_like(out), sink, layout=layout)
 

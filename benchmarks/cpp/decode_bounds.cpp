@@ -24,8 +24,8 @@
 #endif
 
 #include "core/params.h"
-#include "cpu/attention.h"
-#include "cpu/cpu_features.h"
+#include "cpu/forward/attention.h"
+#include "cpu/isa/cpu_features.h"
 
 namespace {
 

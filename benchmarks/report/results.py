@@ -18,6 +18,7 @@ import torch
 from gqa_kernels import __version__
 from gqa_kernels.models.fingerprint import Fingerprint, check_same, fingerprint
 from gqa_kernels.reporting.device import device_name
+from gqa_kernels.reporting.files import write_atomically
 
 from ..measure.limits import Limits
 
@@ -57,11 +58,7 @@ class Results:
         """Write the JSON; the file appears whole or not at all."""
         if limits is not None:
             self.header["limits"] = _merged(self.header.get("limits"), limits.to_json())
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        text = json.dumps({**self.header, "rows": self.rows}, indent=1)
-        partial.write_text(text + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        write_atomically(path, json.dumps({**self.header, "rows": self.rows}, indent=1) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> Results:

@@ -1,4 +1,4 @@
-// Memory on cache lines of its own.
+// Memory that shares no cache line with other memory.
 #pragma once
 
 #include <cstdint>
@@ -29,7 +29,7 @@ class AlignedFloats {
   float* get() const { return data_; }
   int64_t size() const { return size_; }
 
-  // Room for n floats; what was there is lost where there was not.
+  // Makes room for n floats. If there was less room, the old contents are lost.
   void reserve(int64_t n) {
     if (n <= size_) return;
     *this = AlignedFloats();  // never both at once

@@ -1,6 +1,6 @@
 #include "append.h"
 
-#include "../cpu/append.h"
+#include "../cpu/append/append.h"
 #include "call.h"
 
 namespace gqa::host {

@@ -2,7 +2,7 @@
 
 #include <memory>
 
-#include "../cpu/attention.h"
+#include "../cpu/forward/attention.h"
 #include "call.h"
 
 namespace gqa::host {

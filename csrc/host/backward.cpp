@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "../cpu/backward.h"
+#include "../cpu/backward/backward.h"
 #include "call.h"
 
 namespace gqa::host {

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "../cpu/attention.h"
+#include "../cpu/forward/attention.h"
 #include "inputs.h"
 
 namespace gqa::host {

@@ -10,6 +10,7 @@ from ..native import env
 from ..reporting.errors import UsageError
 from . import (
     backends,
+    check_engine,
     convert,
     demo,
     environment,
@@ -20,7 +21,8 @@ from . import (
     train_demo,
 )
 
-COMMANDS = (demo, train_demo, search, convert, evaluate, inspect, shard, backends, environment)
+COMMANDS = (demo, train_demo, search, convert, evaluate, inspect, shard, check_engine)
+COMMANDS += (backends, environment)
 REFUSALS = (ValueError, TypeError, NotImplementedError, ImportError, OSError, UsageError)
 INTERRUPTED = 130  # the shell's exit status of a program that Ctrl-C stopped
 
@@ -37,8 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return arguments.run(arguments)
     except KeyboardInterrupt:
-        kept = arguments.kept(arguments) if hasattr(arguments, "kept") else None
-        _complain(f"interrupted; {kept or 'nothing was kept'}")
+        _complain(f"interrupted; {_kept(arguments) or 'nothing was kept'}")
         return INTERRUPTED
     except REFUSALS as error:
         _complain(str(error) or type(error).__name__)
@@ -51,6 +52,14 @@ def parser() -> argparse.ArgumentParser:
     for command in COMMANDS:
         command.add(commands)
     return top
+
+
+def _kept(arguments: argparse.Namespace) -> str | None:
+    """What an interrupted command leaves for the next run, None if nothing."""
+    try:
+        return arguments.kept(arguments) if hasattr(arguments, "kept") else None
+    except REFUSALS:  # a file that no run can continue
+        return None
 
 
 def _complain(message: str) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from ..backends.dispatch import BACKENDS
 from ..native import env
-from .environment import instruction_set
+from .environment import answer, instruction_set
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -21,12 +21,13 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"device {device}, Triton interpreter {'on' if env.triton_interpreter() else 'off'}")
     for name, backend in BACKENDS.items():
         can = backend.capabilities
-        reason = backend.unavailable_reason()
-        print(f"{name}: {'usable' if reason is None else f'not usable: {reason}'}")
+        reason = answer(backend.unavailable_reason)
+        usable = reason == "None"
+        print(f"{name}: {'usable' if usable else f'not usable: {reason}'}")
         dtypes = sorted(str(dtype).removeprefix("torch.") for dtype in can.dtypes)
         print(f"  {', '.join(sorted(can.devices))}; {', '.join(dtypes)}")
         print(f"  head dim up to {can.max_head_dim}; backward {'yes' if can.autograd else 'no'}")
         print(f"  options {', '.join(sorted(can.options))}")
-        if name == "cpu" and reason is None:
-            print(f"  instruction set {instruction_set()}")
+        if name == "cpu" and usable:
+            print(f"  instruction set {answer(instruction_set)}")
     return 0

@@ -13,7 +13,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         "shard",
         help="split a checkpoint across the ranks of tensor parallelism",
         description="Writes a folder per rank: its weights, config and maps. Load them with "
-        "gqa_kernels.integrations.shard_checkpoint.load_shard.",
+        "gqa_kernels.parallel.shard_checkpoint.load_shard.",
     )
     parser.add_argument("model", type=Path, help="a checkpoint folder")
     parser.add_argument("out", type=Path, help="folder to write")
@@ -26,7 +26,7 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from ..integrations.shard_checkpoint import shard_checkpoint
+    from ..parallel.shard_checkpoint import shard_checkpoint
 
     costs = {"query_cost": arguments.query_cost, "kv_cost": arguments.kv_cost}
     print(f"wrote {shard_checkpoint(arguments.model, arguments.out, arguments.ranks, **costs)}")

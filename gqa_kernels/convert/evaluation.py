@@ -26,7 +26,7 @@ _PROBE = "asym_gqa_probe"
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A child against its parent. What a model has no use for is None.
+    """A child compared with its parent. Measures that don't apply to a model are None.
 
     Attributes:
         tokens: predicted tokens (next-token models) or hidden states compared (others).
@@ -63,10 +63,10 @@ def evaluate(
     """Compare a converted model with the model it was made from.
 
     Args:
-        parent, child: of one family, on one device, each with the attention implementation it is
-            to be measured with.
+        parent, child: of one family, on one device. Each is measured with the attention
+            implementation that it has.
         batches: as in ``calibrate``.
-        progress: show a bar, where standard error is a terminal.
+        progress: show a bar if standard error is a terminal.
 
     Raises:
         ValueError: no tokens, or models of different depth.
@@ -107,7 +107,7 @@ def evaluate(
 
 @torch.no_grad()
 def perplexity(model: nn.Module, batches: Iterable[Batch], *, progress: bool = False) -> float:
-    """exp of the mean next-token cross entropy over tokens that are no padding."""
+    """exp of the mean next-token cross entropy over tokens that are not padding."""
     loss, tokens = 0.0, 0
     for batch in track(batches, "Perplexity", shown=progress):
         inputs = model_inputs(model, batch)
@@ -119,8 +119,11 @@ def perplexity(model: nn.Module, batches: Iterable[Batch], *, progress: bool = F
 
 
 def next_token_loss(logits: Tensor, inputs: dict[str, Tensor]) -> tuple[int, Tensor]:
-    """Predicted tokens, and their summed cross entropy: logits ``[B, S, V]`` against the tokens
-    after them, padding left out."""
+    """The number of predicted tokens, and the sum of their cross entropies, without padding.
+
+    Args:
+        logits: ``[B, S, V]``; each position predicts the token after it.
+    """
     kept, target = _predicted(inputs)
     return int(kept.sum()), cross_entropy(
         logits[:, :-1][kept].float(), target[kept], reduction="sum"
@@ -152,7 +155,7 @@ def hidden_states(output: Any) -> Tensor:
 
 
 def padding_mask(inputs: dict[str, Tensor]) -> str:
-    """Name of the mask of what the model puts out, which ``token_mask`` takes."""
+    """The name of the mask of the model's output tokens, for ``token_mask``."""
     return "decoder_attention_mask" if "decoder_input_ids" in inputs else "attention_mask"
 
 

@@ -26,16 +26,15 @@ def run_tasks(
     num_fewshot: int | None = None,
     batch_size: int = 1,
 ) -> dict[str, dict[str, Any]]:
-    """Results by task, as ``lm_eval.simple_evaluate`` gives them.
+    """Results by task, as ``lm_eval.simple_evaluate`` returns them.
 
     Args:
         model: a causal language model of transformers, converted or not, set to the attention
-            implementation it is to be measured with.
+            implementation to measure it with.
         tokenizer: its tokenizer, of transformers.
         tasks: names.
         include_path: folder of task files.
-        include_defaults: whether the harness's own tasks are known, too (indexing them takes
-            seconds).
+        include_defaults: also look for the harness's own tasks (indexing them takes seconds).
         limit: examples of each task, None for all.
         num_fewshot, batch_size: of the harness.
 

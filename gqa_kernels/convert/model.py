@@ -37,22 +37,22 @@ def convert(
     moments: Sequence[LayerStats] | None = None,
     restore_norms: bool | Sequence[bool] = False,
 ) -> nn.Module:
-    """A copy of ``model`` whose query heads read the KV heads that ``maps`` say.
+    """A copy of ``model`` whose query heads read the KV heads that ``maps`` name.
 
-    Query heads stay where they are. The child runs with ``attn_implementation="asym_gqa"``
-    (:mod:`gqa_kernels.integrations.transformers`), and its maps are in its config;
-    ``save`` and ``load`` of :mod:`gqa_kernels.convert` keep them.
+    The order of the query heads doesn't change. The child runs with
+    ``attn_implementation="asym_gqa"`` (:mod:`gqa_kernels.integrations.transformers`), and its maps
+    are in its config; ``save`` and ``load`` of :mod:`gqa_kernels.convert` keep them.
 
     Args:
         model: of a known family (``gqa_kernels.models.families``), itself with any map.
-        maps: for every attention layer a map of ``Hq`` entries, or a pair of them (K's, V's); as
-            many KV heads in each layer, for K and for V, as you like. Each must be read by some
-            query head.
+        maps: for every attention layer a map of ``Hq`` entries, or a pair of them (K's, V's).
+            Layers, and K and V, may have different numbers of KV heads. Some query head must read
+            each.
         merging: how the old KV heads that fall into one group are merged: a method of
             ``grouping.merging``. ``"none"`` refuses to mix heads that differ: lossless.
         moments: what ``calibrate(model, ...)`` returned, for methods that need it.
-        restore_norms: give merged heads the mean norm of what they replace; of all layers or of
-            each.
+        restore_norms: scale merged heads to the mean norm of the heads they replace; one value for
+            all layers, or one for each.
 
     Raises:
         ValueError: the maps don't fit the model.
@@ -85,7 +85,7 @@ def convert(
 
 
 def set_maps(model: nn.Module, family: Family, pairs: Sequence[tuple[HeadMap, HeadMap]]) -> None:
-    """Tell a model whose projections fit the maps about them: its config and its modules."""
+    """Store maps in the config and the modules of a model whose projections fit them."""
     places = list(attention_modules(model, family))
     # An encoder and a decoder have configs of their own, copies of the model's.
     configs = {id(c): c for c in (model.config, *(module.config for _, module, _ in places))}
@@ -106,7 +106,8 @@ def set_maps(model: nn.Module, family: Family, pairs: Sequence[tuple[HeadMap, He
 
 
 def resize(model: nn.Module, family: Family, pairs: Sequence[tuple[HeadMap, HeadMap]]) -> None:
-    """Give an unconverted model the projection shapes of these maps, values undefined."""
+    """Change the projections of an unconverted model to the shapes of these maps. Their values are
+    undefined."""
     config = model.config
     num_heads, dim = getattr(config, family.num_heads), head_dim(config, family)
     places = list(attention_modules(model, family))
@@ -148,7 +149,7 @@ def _pair(entry: LayerMap) -> tuple[HeadMap, HeadMap]:
 def write_layer(
     module: nn.Module, output: nn.Module, family: Family, weights: LayerWeights
 ) -> None:
-    """Give an attention module and its output projection the weights of a merged layer."""
+    """Copy the weights of a merged layer into an attention module and its output projection."""
     projections.write(
         module,
         family.names,

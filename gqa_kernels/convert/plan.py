@@ -30,13 +30,13 @@ SIZES = ("free", "equal", "auto")
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What to do with one layer.
+    """The conversion of one layer.
 
     Attributes:
         key, value: the partitions of the query heads.
         restore_norms: whether to scale merged heads.
-        error: held-out error of the layer's attention output, where it was measured.
-        candidate: which rule the maps came from: ``"free"``, ``"equal"`` or ``"neighbour"``.
+        error: held-out error of the layer's attention output, None if not measured.
+        candidate: the rule that the maps come from: ``"free"``, ``"equal"`` or ``"neighbour"``.
     """
 
     key: SearchResult
@@ -56,7 +56,8 @@ class Plan:
     """Maps for all layers of a model, and how they were found.
 
     Attributes:
-        kind, merging: of similarity, and how heads are to be merged.
+        kind: of similarity.
+        merging: how to merge heads, a method of ``convert``.
         layers: one entry per attention layer.
         curves: per layer ``{"k": {G: objective}, "v": ...}`` for every number of groups; the
             least objectives up to 18 query heads, Ward's beyond.
@@ -134,7 +135,7 @@ def plan(
 
     Args:
         model: of a known family.
-        stats: of ``calibrate``; None for kinds and merging that go by the weights alone.
+        stats: of ``calibrate``; None for kinds and merging that only need the weights.
         num_kv_heads: K and V heads of each layer.
         budget: instead, K heads plus V heads over all layers, spent where they help most (with
             ``shared``, a KV head counts twice).
@@ -163,7 +164,7 @@ def plan(
     for layer in track(layers, "Searching", shown=progress):
         found = {s: similarity(model, stats, layer.index, s, kind).array for s in sides}
         distances.append(found)
-        # Beyond what the subset DP can, Ward's linkage gives all numbers of groups at once.
+        # For more heads than the subset DP can handle, Ward's linkage finds all curves at once.
         curve = "exact" if layer.num_heads <= subset_dp.MAX_HEADS else "hierarchical"
         curves.append({s: search_curve(D, curve) for s, D in found.items()})
     counts = _counts(curves, num_kv_heads, budget, shared)
@@ -258,7 +259,7 @@ def _results(
         if rule == "neighbour":
             found[side] = search(D, groups, "neighbour")
         else:
-            # Where heads don't divide, "equal" is as equal as can be.
+            # If the heads don't divide, "equal" means sizes that differ by at most one.
             low = heads // max(groups, 1)
             limits = (low, low + 1) if rule == "equal" and groups and heads % groups else rule
             found[side] = search(D, groups, method, sizes=limits, seed=seed, **options(groups))

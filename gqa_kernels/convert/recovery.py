@@ -2,9 +2,9 @@
 
 Up-training as in GQA (arXiv 2305.13245, section 2.2): the ordinary next-token loss on text, with
 AdamW, a warm-up and a cosine to a tenth of the learning rate; of all weights, the attention's, or
-of low-rank adapters (LoRA, arXiv 2106.09685). With the parent at hand, its next-token distributions
+of low-rank adapters (LoRA, arXiv 2106.09685). If the parent is given, its next-token distributions
 are a second target (distillation, arXiv 1503.02531); models without next-token loss or labels, as
-encoders, learn the parent's last hidden states alone. Dropout stays off. Training runs in fp32, and
+encoders, learn only the parent's last hidden states. Dropout stays off. Training runs in fp32, and
 the model gets its own types back at the end.
 """
 
@@ -97,7 +97,7 @@ class Recipe:
 
 @dataclass
 class Recovery:
-    """What happened, step by step.
+    """The history of a training.
 
     Attributes:
         loss: mean loss of each step.
@@ -129,7 +129,7 @@ def recover(
     Args:
         model: a causal language model with its head; or any model whose batches hold ``labels``;
             or, with distillation, one with hidden states.
-        batches: as in ``calibrate``; each epoch goes through them in another order.
+        batches: as in ``calibrate``; each epoch uses another order.
         recipe: how to train.
         parent: needed if ``recipe.distillation`` is not 0.
         validate: called on the model before the first step, every ``validate_every`` steps and
@@ -266,7 +266,7 @@ def _divergence(ours: Tensor, theirs: Tensor, inputs: dict, recipe: Recipe) -> T
 
 
 def _batches(batches: Sequence[Batch], recipe: Recipe, step: int) -> list[Batch]:
-    """The batches of a step; a function of the seed and the step alone, so that runs resume."""
+    """The batches of a step: a function of the seed and the step only, so that runs can resume."""
     found = []
     for number in range(step * recipe.accumulate, (step + 1) * recipe.accumulate):
         epoch, place = divmod(number, len(batches))

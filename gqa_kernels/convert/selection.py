@@ -54,9 +54,8 @@ def select_maps(
 
     Args:
         parent: a Hugging Face model of a known family.
-        candidates: by name, the maps of all layers. Of equals the first is taken.
-        batches: held-out inputs, other ones than those of ``moments``; gone through once for each
-            candidate.
+        candidates: by name, the maps of all layers. Of equal errors the first wins.
+        batches: held-out inputs, not those of ``moments``; used once for each candidate.
         merging, moments: as for ``convert``.
         restore_norms: which of False and True to try.
         attention: attention implementation that the children run with.

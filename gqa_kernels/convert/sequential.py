@@ -1,9 +1,9 @@
 """convert_sequentially(): calibrate and convert one layer after the other.
 
-Each layer is calibrated on what the converted layers before it give, so that its maps and merged
-heads fit the inputs it will really see (the order of work of GPTQ, arXiv 2210.17323, and
-SparseGPT). The data passes every block twice, whatever the depth: inputs of the next block are
-kept, in the model's dtype, on its device.
+Each layer is calibrated on the outputs of the converted layers before it, so that its maps and
+merged heads fit the inputs that it will see (the order of GPTQ, arXiv 2210.17323, and SparseGPT).
+The data passes every block twice, whatever the depth. The inputs of the next block are kept in the
+model's dtype, on its device.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class _Blocks:
 
     Attributes:
         blocks: the modules.
-        calls: per batch and block the arguments of the block after its input.
-        states: per batch ``[B, S, d]`` the input of the block that is next.
-        inputs: per batch the model's inputs.
+        calls: for each batch and block, its arguments after the first.
+        states: for each batch the input ``[B, S, d]`` of the next block.
+        inputs: for each batch the model's inputs.
     """
 
     def __init__(self, model: nn.Module, path: str, batches: Iterable[Batch]):
@@ -49,7 +49,7 @@ class _Blocks:
             self._record(model, model_inputs(model, batch))
 
     def _record(self, model: nn.Module, inputs: dict[str, Tensor]) -> None:
-        """One pass of the whole model, for what each block is called with beside its input."""
+        """Run the whole model once and record the other arguments of each block."""
         calls: list[tuple[tuple, dict[str, Any]]] = []
 
         def hook(_: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -90,10 +90,10 @@ def convert_sequentially(
     Args:
         model: of a known family with one stack of blocks (not an encoder-decoder).
         batches: as in ``calibrate``; their hidden states are all kept.
-        choose: ``choose(layer, stats) -> (K's map, V's map)``; ``layer`` is the one about to be
-            converted, ``layer_weights(layer)`` its weights.
+        choose: ``choose(layer, stats) -> (K's map, V's map)``; ``layer`` is the next one to
+            convert, ``layer_weights(layer)`` its weights.
         merging, restore_norms: as in ``convert``.
-        progress: show a bar, where standard error is a terminal.
+        progress: show a bar if standard error is a terminal.
 
     Returns:
         The child, set to ``asym_gqa`` attention, and the moments that each layer was converted by.
@@ -113,7 +113,7 @@ def convert_sequentially(
     child.set_attn_implementation(IMPLEMENTATION)
     layers = attention_layers(child)
     pairs = [(layer.key_map, layer.value_map) for layer in layers]
-    for layer in layers:  # in the layout of converted layers, with the maps it has
+    for layer in layers:  # to the layout of converted layers, with the same maps
         write_layer(layer.module, layer.output, family, layer_weights(layer))
     set_maps(child, family, pairs)
     blocks = _Blocks(child, family.stacks[0].blocks, batches)

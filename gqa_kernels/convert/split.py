@@ -1,4 +1,4 @@
-"""Lossless splits: maps under which every query head still reads the K and V it read before."""
+"""Lossless splits: maps under which every query head reads the same K and V as before."""
 
 from __future__ import annotations
 
@@ -7,16 +7,11 @@ import random
 from ..head_map import HeadMap
 
 
-def is_refinement(head_map: HeadMap, parent: HeadMap) -> bool:
-    """True where no group of ``head_map`` mixes query heads of two groups of ``parent``."""
-    return all(len({parent[h] for h in group}) <= 1 for group in head_map.groups)
-
-
 def random_split(parent: HeadMap, num_kv_heads: int, seed: int | str) -> HeadMap:
     """A random refinement of ``parent`` into ``num_kv_heads`` groups, none of them empty.
 
-    Groups are cut one at a time, a random one with more than one head at a random place, and the
-    new KV heads are numbered at random: groups come out uneven and interleaved.
+    Repeatedly cuts a random group of two or more heads at a random position. The new KV heads are
+    numbered at random, so groups are uneven and interleaved.
 
     Raises:
         ValueError: ``num_kv_heads`` is below the groups ``parent`` has or above its query heads.

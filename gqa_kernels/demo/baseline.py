@@ -1,4 +1,4 @@
-"""What users do today: expand K and V by the map, then torch's SDPA. And our error against it."""
+"""The baseline: expand K and V by the map, then call torch's SDPA. And our difference from it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from .. import attention
 from ..attention import asym_gqa_attention
 from ..backends.dispatch import select
 from ..integrations.transformers import attention_call
+from ..integrations.transformers.guards import reads_maps
 
 EXPAND = "expand_sdpa"  # attn_implementation of the baseline
 CHECKED = "asym_gqa_checked"  # attn_implementation that runs both and compares
@@ -20,7 +21,7 @@ CHECKED = "asym_gqa_checked"  # attn_implementation that runs both and compares
 def expand_sdpa(call: dict[str, object]) -> Tensor:
     """The baseline on the arguments of ``asym_gqa_attention``; ``[B, Sq, Hq, Dv]``.
 
-    Knows masks and causality, which is all that a LLaMA model asks for.
+    Supports masks and causality, all that a LLaMA model uses.
     """
     q, k, v = (call[name].transpose(1, 2) for name in "qkv")
     key_map = call["head_map"]
@@ -63,7 +64,11 @@ def register_baseline() -> None:
 
 
 def register_checked(backend: str) -> Comparison:
-    """Make ``attn_implementation="asym_gqa_checked"`` available; what it sees is in the result."""
+    """Make ``attn_implementation="asym_gqa_checked"`` available.
+
+    Returns:
+        the differences that it sees.
+    """
     comparison = Comparison()
 
     def both(call: dict[str, object]) -> Tensor:
@@ -86,7 +91,7 @@ def _register(name: str, attend) -> None:
         call = attention_call(module, query, key, value, attention_mask, **options)
         return attend(call), None
 
-    AttentionInterface.register(name, attention)
+    AttentionInterface.register(name, reads_maps(attention))
     AttentionMaskInterface.register(name, sdpa_mask)
 
 

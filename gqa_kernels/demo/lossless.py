@@ -1,4 +1,4 @@
-"""First part: an uneven split of the KV heads gives the stock model's text, token for token."""
+"""First part: with unevenly split KV heads the model writes the same text, token by token."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .settings import Settings
 
 @dataclass(frozen=True)
 class Lossless:
-    """What the split model did.
+    """The split model's results.
 
     Attributes:
         maps: of each layer, for K and V.

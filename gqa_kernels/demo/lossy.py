@@ -1,8 +1,8 @@
 """Second part: fewer KV heads by a map found from activations, and what that does to perplexity.
 
-Every query head counts as having its own K and V (copies of the shared ones), as in an MHA model;
-the query heads are then grouped anew and each group's K and V projections are averaged. There is no
-training afterwards.
+Every query head counts as having its own K and V (copies of the shared ones), as in an MHA model.
+The query heads are grouped by similarity and each group's K and V projections are averaged. There
+is no training afterwards.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Merged:
 
 
 def neighbour_maps(model: nn.Module, num_kv_heads: int) -> LayerMaps:
-    """Adjacent query heads together, the same for K and V: what uptraining GQA starts from."""
+    """Adjacent query heads together, the same for K and V, as in uptraining for GQA."""
     layers = attention_layers(model)
     found = [
         search(similarity(model, None, layer.index, "k", "weight"), num_kv_heads, "neighbour")
@@ -56,7 +56,7 @@ def neighbour_maps(model: nn.Module, num_kv_heads: int) -> LayerMaps:
 
 
 def similar_maps(model: nn.Module, stats: list[LayerStats], num_kv_heads: int) -> LayerMaps:
-    """Query heads whose keys (and, apart, values) are alike together: the optimal partitions."""
+    """Optimal partitions of the query heads by how alike their keys (and their values) are."""
     return [
         tuple(
             search(similarity(model, stats, layer.index, side), num_kv_heads, "exact").head_map

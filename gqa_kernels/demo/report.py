@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -14,6 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ..head_map import HeadMap
+from ..reporting.device import device_summary
+from ..reporting.files import write_atomically
 from ..samples import text
 from ..samples.smollm2 import LoadedModel
 from ..version import __version__
@@ -95,9 +96,7 @@ class Report:
 
     def save(self, path: Path) -> None:
         """Write the JSON; the file appears whole or not at all."""
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        write_atomically(path, json.dumps(self.to_dict(), indent=1) + "\n")
 
     def show(self, console: Console) -> None:
         for table in (self._maps(), self._speeds(), self._perplexities()):
@@ -125,10 +124,8 @@ class Report:
         return table
 
     def _speeds(self) -> Table:
-        settings = self.settings
-        table = Table(
-            title=f"Speed, {settings.dtype}, context {settings.context}, {_device(self.loaded)}"
-        )
+        settings, device = self.settings, device_summary(self.loaded.model.device)
+        table = Table(title=f"Speed, {settings.dtype}, context {settings.context}, {device}")
         table.add_column("model: attention")
         for name in ("KV bytes/token", "prefill tokens/s", "decode tokens/s"):
             table.add_column(name, justify="right")
@@ -194,13 +191,6 @@ def versions() -> dict[str, str]:
         "machine": platform.machine(),
         "threads": str(torch.get_num_threads()),
     }
-
-
-def _device(loaded: LoadedModel) -> str:
-    device = loaded.model.device
-    if device.type == "cpu":
-        return f"CPU with {torch.get_num_threads()} threads"
-    return torch.cuda.get_device_name(device)
 
 
 def _entries(head_map: HeadMap) -> str:

@@ -62,12 +62,12 @@ def run(settings: Settings, load: Callable[[], LoadedModel], console: Console) -
 def _device(settings: Settings) -> str:
     found = torch.cuda.is_available()
     if settings.device == "cuda" and not found:
-        raise UsageError("--device must be cpu where torch finds no GPU, got cuda")
+        raise UsageError("--device must be cpu if torch finds no GPU, got cuda")
     return ("cuda" if found else "cpu") if settings.device == "auto" else settings.device
 
 
 def _prepare(backend: str, device: str) -> None:
-    """A first call, so that no timing holds a compilation."""
+    """Make a first call, so that no timing includes a compilation."""
     try:
         asym_gqa_attention(
             *torch.zeros(3, 1, 2, 4, 16, device=device), HeadMap([1, 0]), backend=backend

@@ -13,17 +13,17 @@ class Settings:
 
     Attributes:
         backend: backend of ``asym_gqa_attention``.
-        device: ``"cpu"``, ``"cuda"``, or ``"auto"``, the GPU where there is one.
+        device: ``"cpu"``, ``"cuda"``, or ``"auto"``, the GPU if there is one.
         prompt: text that generation continues.
         new_tokens: tokens to generate.
         dtype: type of weights and cache for error, speed and perplexity. Generation is compared in
-            float32, where a tie is all but impossible.
+            float32, in which ties practically never happen.
         seed: of the lossless maps.
         split_kv_heads: KV heads of the lossless maps; must not divide the query heads.
         merged_kv_heads: KV heads of the lossy maps.
         context: tokens of the prefill that is timed.
         decode_steps: tokens decoded after it, one by one.
-        repeats: timings, of which the median counts.
+        repeats: timings; the median counts.
         calibration_shape, evaluation_shape: texts, tokens of each.
     """
 

@@ -22,7 +22,7 @@ class Allocation:
 
     Attributes:
         num_kv_heads: ``[L]`` KV heads of each layer.
-        cost: sum of the layers' costs, least for this budget.
+        cost: sum of the layers' costs, minimal for this budget.
     """
 
     num_kv_heads: tuple[int, ...]
@@ -39,8 +39,8 @@ def allocate(curves: Sequence[Mapping[int, float | SearchResult]], budget: int) 
 
     Args:
         curves: per layer ``{number of KV heads: cost}``; a cost may be a ``SearchResult``, as
-            ``search_curve`` gives them. Layers may offer different numbers. Multiply costs by
-            weights beforehand where layers don't matter alike.
+            ``search_curve`` returns them. Layers may offer different numbers. Multiply costs by
+            weights first if some layers matter more than others.
         budget: KV heads in total over the layers. Of two choices that cost the same, the one that
             spends fewer heads is taken.
 

@@ -30,8 +30,8 @@ def calibrate(
 ) -> list[LayerStats]:
     """Run data through a Hugging Face model and collect moments of every attention input.
 
-    All layers at once, with the inputs that the unconverted model gives them.
-    ``convert.sequential`` calibrates layer by layer on what converted layers give.
+    Collects all layers in one pass, on the inputs they have in the unconverted model.
+    ``convert.sequential`` calibrates layer by layer on the outputs of converted layers.
 
     Args:
         model: of a known family, on any device.
@@ -79,8 +79,10 @@ def calibrate(
 
 
 def attention_inputs(layer: AttentionLayer, args: tuple, kwargs: dict) -> dict[str, Tensor]:
-    """What an attention module is called with: its ``hidden_states``, and in cross-attention what
-    K and V are made of, by the names of ``_names``."""
+    """The inputs of a call of an attention module, by the names of ``_names``.
+
+    They are its ``hidden_states``, and in cross-attention the states that K and V come from.
+    """
     states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     if layer.stack.kv_mask is None:
         return {f"{layer.index}": states}
@@ -88,7 +90,7 @@ def attention_inputs(layer: AttentionLayer, args: tuple, kwargs: dict) -> dict[s
 
 
 def _names(layer: AttentionLayer) -> list[str]:
-    """Names of the inputs of a layer: of K and V, and of q where that is another one."""
+    """Names of the inputs of a layer: of K and V, and of q if that is another one."""
     return [f"{layer.index}", *([f"{layer.index}.query"] if layer.stack.kv_mask else [])]
 
 

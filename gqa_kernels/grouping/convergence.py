@@ -23,7 +23,7 @@ class SplitHalf:
             0 is equal, 1 is nothing in common.
         labels: the groups found from each half.
         excess: how much worse each half's groups are than the other's by the other's distances,
-            relative: 0 where they are the same.
+            relative: 0 if they are the same.
     """
 
     layer: int
@@ -33,7 +33,7 @@ class SplitHalf:
 
     @property
     def same(self) -> bool:
-        """True where both halves lead to the same groups."""
+        """Whether both halves lead to the same groups."""
         return self.labels[0] == self.labels[1]
 
 
@@ -75,5 +75,5 @@ def split_half(
 
 
 def _ratio(value: float, best: float) -> float:
-    """``value / best - 1``; 0 where both are 0."""
+    """``value / best - 1``; 0 if both are 0."""
     return 0.0 if value == best else value / best - 1 if best else float("inf")

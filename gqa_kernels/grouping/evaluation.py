@@ -18,7 +18,7 @@ def layer_errors(parent: nn.Module, child: nn.Module, batches: Iterable[Batch]) 
     """Error of each attention layer of ``child`` on the inputs that layer has in ``parent``.
 
     The mean squared difference of the two layers' outputs over the variance of the parent's: 0 is
-    the same function, 1 what the best constant output would give.
+    the same function, 1 the error of the best constant output.
 
     Args:
         parent: a Hugging Face model of a known family.

@@ -1,7 +1,7 @@
 """The best shared head of a group: what its query heads read is a linear function of it.
 
 Aligned merging lets query head ``h`` read ``R_h^T m`` with ``R_h`` orthogonal and ``m`` the mean of
-the turned heads. Where any invertible matrix is allowed in place of ``R_h^T`` (:mod:`.symmetry`),
+the turned heads. If any invertible matrix is allowed in place of ``R_h^T`` (:mod:`.symmetry`),
 the ``m [D]`` and the decoders ``T_h`` that minimise ``sum_h E[e_h^T M_h e_h]``,
 ``e_h = k_h - T_h m``, are known in closed form: with ``B_h^T B_h = M_h``, ``m`` holds the ``D``
 leading principal components of the stacked ``B_h k_h`` (Eckart and Young). Under rotary embedding
@@ -47,7 +47,7 @@ def shared_head(space: HeadSpace, query_heads: Sequence[int]) -> SharedHead:
         roots, inverses = _roots(metric, dims)
         vectors = _components(space, old, roots, dims)
         decoder, encoder = inverses @ vectors, vectors.transpose(1, 2) @ roots  # [n, r, r] each
-        # m and its decoders are free up to a change of basis: give the decoders unit scale
+        # m and its decoders are free up to a change of basis: scale the decoders to one
         scale = _symmetric_power((decoder.transpose(1, 2) @ decoder).mean(0), 0.5)
         merged[dims] = torch.einsum("nab,nbd->ad", scale @ encoder, rows[:, dims])
         decoders[:, dims[:, None], dims] = decoder @ torch.linalg.inv(scale)

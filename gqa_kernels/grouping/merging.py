@@ -22,7 +22,7 @@ from .low_rank import shared_head
 from .space import HeadSpace, Moments
 
 _SEED = 0  # of merging="random"
-_TINY = 1e-300  # keeps a mean of zero from dividing by zero
+_TINY = 1e-300  # avoids a division by a mean of zero
 _NEED_SPACE = ("medoid", "weighted", "aligned", "low_rank")
 
 
@@ -59,7 +59,7 @@ class Merged(NamedTuple):
 
 
 def keep(group: Group) -> Merged:
-    """Copy the old head; an error where the group reads several that differ."""
+    """Copy the old head; an error if the group reads several that differ."""
     if any(not torch.equal(rows, group.rows[0]) for rows in group.rows):
         raise ValueError(
             "maps must keep heads that differ apart with merging='none', got query heads "
@@ -99,7 +99,7 @@ def weighted(group: Group) -> Merged:
     K, its output weights for V.
 
     WGQA (arXiv 2407.10855) learns such weights by fine-tuning; these are the ones that minimise the
-    squared error of scores or outputs where every direction of a head counts alike.
+    squared error of scores or outputs if every direction of a head counts alike.
     """
     strength = torch.einsum("haa->h", group.space.metric)
     shares = torch.zeros(len(group.heads), dtype=group.rows.dtype)
@@ -145,7 +145,7 @@ def merge_layer(
     query_moments: Moments | None = None,
     restore_norms: bool = False,
 ) -> LayerWeights:
-    """The layer with the KV heads that new maps ask for.
+    """The layer with the KV heads of new maps.
 
     A group whose query heads all read one old head gets its exact copy, whatever the method.
 
@@ -153,9 +153,9 @@ def merge_layer(
         weights: the layer; it may have maps already.
         key_map, value_map: the new maps, ``Hq`` entries each; every KV head must have a reader.
         method: a name of ``MERGING``. ``"none"`` refuses to mix heads that differ: lossless.
-        moments: of the input of K and V, as ``calibrate`` gives them: then heads are compared by
-            what they compute, else by their weights.
-        query_moments: of the input of q where it is another one (cross-attention).
+        moments: of the input of K and V, as ``calibrate`` returns them. With them heads are
+            compared by what they compute, otherwise by their weights.
+        query_moments: of the input of q if it is another one (cross-attention).
         restore_norms: scale each merged head so that its mean square is that of the old heads its
             readers read. Without effect on K that an RMS norm follows.
 
@@ -204,8 +204,8 @@ def align_layer(
 ) -> LayerWeights:
     """The layer with its heads turned as ``merge_layer(method="aligned")`` turns them, not merged.
 
-    It computes the same function; merging it with ``method="mean"`` is aligned merging. An old KV
-    head that several new groups read comes out once for each of them.
+    It computes the same function; merging it with ``method="mean"`` is aligned merging. If several
+    new groups read one old KV head, the layer has a copy for each of them.
     """
     parent = weights
     for side, head_map in (("k", key_map), ("v", value_map)):
@@ -234,7 +234,7 @@ def _groups(
         )
     empty = [g for g, heads in enumerate(head_map.groups) if not heads]
     if empty:
-        raise ValueError(f"maps must give every KV head a query head, got none for {empty}")
+        raise ValueError(f"maps must have a query head for every KV head, got none for {empty}")
     old = weights.key_map if side == "k" else weights.value_map
     rows = weights.rows(side).detach().double() if space is None else space.projections
     groups = []
@@ -253,7 +253,7 @@ def _by_query_head(group: Group, decoders: Tensor) -> dict[int, Tensor]:
 
 
 def _fold(weights: LayerWeights, side: str, decoders: dict[int, Tensor]) -> LayerWeights:
-    """The layer with what query heads do to the K or V they read folded into their q or o."""
+    """Fold the decoders of K or V into the q or o of the query heads that read them."""
     if not decoders:
         return weights
     if side == "k":

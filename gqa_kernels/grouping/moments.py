@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,16 +24,16 @@ METADATA = "gqa-kernels"
 class LayerStats:
     """Moments of one attention layer's input ``x [d]`` over the tokens that are not padding.
 
-    Everything is fp64 on the CPU. In cross-attention ``x`` is what K and V are made of.
+    Everything is fp64 on the CPU. In cross-attention ``x`` is the input of K and V.
 
     Attributes:
         count: tokens.
         mean: ``[d]``, E[x].
         second_moment: ``[d, d]``, E[x x^T].
         position_count: ``[P]``, tokens at each position of a sequence.
-        position_mean: ``[P, d]``, E[x] at each position, 0 where there was no token.
+        position_mean: ``[P, d]``, E[x] at each position, 0 if there was no token.
         query: the same of q's input in cross-attention, else None.
-        halves: the same of the even and of the odd batches, where they were kept apart.
+        halves: the same of the even and of the odd batches, if they were kept apart.
     """
 
     count: int
@@ -127,7 +128,8 @@ def load_stats(path: str | Path, made_from: Fingerprint | None = None) -> list[L
     tensors, metadata, stored = _read(path, FORMAT)
     if made_from is not None:
         check_same(path, stored, made_from)
-    return [_get(tensors, str(layer)) for layer in range(metadata["layers"])]
+    with _complete(path):
+        return [_get(tensors, str(layer)) for layer in range(metadata["layers"])]
 
 
 def save_sums(
@@ -159,13 +161,13 @@ def load_sums(
     """
     tensors, metadata, stored = _read(path, SUMS_FORMAT)
     check_same(path, stored, made_from)
-    sums = []
-    for part in range(parts):
-        sums.append({name: Sums() for name in names})
-        for name, each in sums[-1].items():
-            for field_ in Sums.NAMES:
-                setattr(each, field_, tensors[f"{part}/{name}/{field_}"])
-    return sums, metadata["batches"], stored or {}
+    sums = [{name: Sums() for name in names} for _ in range(parts)]
+    with _complete(path):
+        for part, named in enumerate(sums):
+            for name, each in named.items():
+                for field_ in Sums.NAMES:
+                    setattr(each, field_, tensors[f"{part}/{name}/{field_}"])
+        return sums, metadata["batches"], stored or {}
 
 
 def made_from(path: str | Path) -> Fingerprint:
@@ -228,10 +230,20 @@ def _read(
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} must be a complete safetensors file: {error}") from error
-    metadata = json.loads(text)
-    if metadata.get("format") != expected:
-        raise ValueError(f"{path} must hold {expected!r}, got {metadata.get('format')!r}")
-    return tensors, metadata, metadata["made from"]
+    with _complete(path):
+        metadata = json.loads(text)
+        if metadata.get("format") != expected:
+            raise ValueError(f"{path} must hold {expected!r}, got {metadata.get('format')!r}")
+        return tensors, metadata, metadata["made from"]
+
+
+@contextmanager
+def _complete(path: str | Path) -> Iterator[None]:
+    """Turn what a file of other content raises into ValueError."""
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} must be complete: {error!r}") from error
 
 
 def _sum(a: Tensor, b: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ class SearchResult:
         objective: sum over groups ``S`` of ``(1/|S|) * sum_{i<j in S} D_ij``.
         lower_bound: no partition within the size rule has a lower objective. 0 (always true) for
             methods that know nothing better.
-        proved: True where ``lower_bound`` equals ``objective`` up to
+        proved: True if ``lower_bound`` equals ``objective`` up to
             ``objective.TOLERANCE`` x max(objective, largest entry of D).
         seconds: wall time of the search.
         method: name of the method.

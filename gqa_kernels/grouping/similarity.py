@@ -156,8 +156,8 @@ def similarity(
 
     Args:
         model: a Hugging Face model of a known family.
-        stats: what ``calibrate(model, ...)`` returned; None will do for kinds that can go by the
-            weights alone: ``"weight"``, ``"weight_sharing_error"``, ``"aligned"``,
+        stats: what ``calibrate(model, ...)`` returned; None is enough for kinds that only need the
+            weights: ``"weight"``, ``"weight_sharing_error"``, ``"aligned"``,
             ``"aligned_cosine"``.
         layer: index of the attention layer.
         side: ``"k"``, ``"v"``, or ``"shared"``, the mean of the two.
@@ -190,7 +190,7 @@ def layer_similarity(
 ) -> np.ndarray:
     """``similarity`` of one layer's weights: ``[Hq, Hq]`` fp64.
 
-    ``query_moments`` are those of the input of q, where it is another one (cross-attention).
+    ``query_moments`` are those of the input of q, if it is another one (cross-attention).
     """
     _check(side, kind, moments)
     chosen = KINDS[kind]

@@ -30,10 +30,10 @@ class HeadSpace:
 
     Attributes:
         side: ``"k"`` or ``"v"``.
-        projections: ``[H, D, d (+ 1)]`` of the ``H`` KV heads; a bias is the last column. Where an
-            RMS norm follows they are scaled to the same RMS, which it doesn't notice.
+        projections: ``[H, D, d (+ 1)]`` of the ``H`` KV heads; a bias is the last column. If an RMS
+            norm follows, they are scaled to the same RMS, which doesn't change its output.
         rows: ``[H, D, d (+ 1)]`` what heads are compared by: the projections, times the weights of
-            the norm where one follows.
+            the norm if one follows.
         sigma: ``[d (+ 1), d (+ 1)]`` second moment of the input the rows are applied to, or None
             for the identity: heads compared by their weights. For K that is not rotated it is the
             covariance: what all keys of a head have in common adds the same to all scores of a
@@ -65,7 +65,7 @@ class HeadSpace:
 
         Args:
             moments: of the input of K and V; None compares by weights.
-            query_moments: of the input of q, where it is another one (cross-attention).
+            query_moments: of the input of q, if it is another one (cross-attention).
 
         Raises:
             ValueError: weights or moments that are not finite, or a head whose K or V is zero.
@@ -164,7 +164,7 @@ def _score_metric(weights: LayerWeights, moments: Moments | None) -> Tensor:
 
 def _turned(metric: Tensor, rotary: Rotary) -> Tensor:
     """Mean of ``R^T metric R`` over the rotations ``R`` by the distances 0 to ``_WINDOW - 1`` of a
-    key to its query; where the frequencies are not known, over independent rotations of all planes.
+    key to its query; if the frequencies are not known, over independent rotations of all planes.
 
     In the basis ``(x_a +- i x_b) / sqrt 2`` of each plane a rotation multiplies every coordinate by
     a phase, so the mean multiplies every entry of the metric by a number.

@@ -1,8 +1,6 @@
-"""Ways into other libraries, and over several devices; imported only on demand.
+"""Ways into other libraries; each is imported on demand.
 
-transformers, vllm, sglang, dtensor   one ``register()`` each
-hf_kernels, hf_kernel_entry           the package as a Hugging Face kernel repository
-check_engine                          an engine's text against transformers', on a GPU machine
-tensor_parallel, shard_checkpoint     models and checkpoints cut over ranks
-context_parallel, context_ring        attention over keys on several ranks
+transformers, vllm, sglang   one ``register()`` each
+hf_kernels                   the package as a Hugging Face kernel repository
+engine_layer                 what the engines' attention layers have in common
 """

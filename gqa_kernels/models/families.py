@@ -1,4 +1,4 @@
-"""Model families as data: where a model keeps its attention layers, projections and rotation."""
+"""Model families as data: the places of attention layers, projections and rotation in a model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Stack:
         attention: path to the attention module, from a block.
         output: path to the output projection, from a block.
         mask: the model input that is 0 on padding of the layer's own tokens.
-        kv_mask: the same for K and V, where they are made from other tokens (cross-attention).
+        kv_mask: the same for K and V if they come from other tokens (cross-attention).
     """
 
     blocks: str
@@ -41,14 +41,14 @@ class Family:
 
     Attributes:
         model_types: values of ``config.model_type``.
-        stacks: where attention layers are, in the order in which their maps are numbered. A model
-            may lack some of them (an encoder out of an encoder-decoder).
+        stacks: the places of attention layers, in the order of their maps. A model may lack some
+            of them (the encoder of an encoder-decoder).
         names: of the projections inside the attention module.
         num_heads, head_dim: config fields; ``head_dim`` None or absent is hidden size / heads.
-        num_kv_heads: config field of ``Hkv``, None where the family has none (plain MHA).
+        num_kv_heads: config field of ``Hkv``, None if the family has none (MHA only).
         rotary: layout of the rotation's planes, None without rotation.
         adapter: name of the attention class of ``attention.py`` that a converted model needs,
-            None where transformers' own handles fewer KV heads.
+            None if transformers' own handles fewer KV heads.
     """
 
     model_types: tuple[str, ...]
@@ -120,11 +120,11 @@ class AttentionLayer:
         module: the attention module; its first input is ``hidden_states [B, S, d]``, in
             cross-attention with another, ``key_value_states``.
         output: the output projection.
-        family, stack: what it belongs to.
+        family, stack: the ones it belongs to.
         num_heads: ``Hq``.
         head_dim: ``D`` of K and V.
         key_map, value_map: the KV head that each query head reads.
-        rotary: how q and k turn with the position, None if they don't.
+        rotary: the rotation of q and k by position, None if there is none.
     """
 
     index: int
@@ -145,12 +145,12 @@ class AttentionLayer:
 
     @property
     def key(self) -> nn.Module:
-        """The projection of K: the fused one where q, k and v are one."""
+        """The projection of K; the fused one if there is one."""
         return getattr(self.module, self.family.names.fused or self.family.names.key)
 
     @property
     def value(self) -> nn.Module:
-        """The projection of V: the fused one where q, k and v are one."""
+        """The projection of V; the fused one if there is one."""
         return getattr(self.module, self.family.names.fused or self.family.names.value)
 
 
@@ -158,8 +158,8 @@ def attention_layers(model: nn.Module) -> list[AttentionLayer]:
     """The attention layers of a Hugging Face model, with the maps they have now.
 
     Raises:
-        NotImplementedError: the model's family is not known, or its modules are named otherwise
-            (transformers before 5 names those of some families differently).
+        NotImplementedError: the model's family is not known, or its modules have other names (as
+            some families do in transformers before 5).
         ValueError: a projection's shape doesn't fit the config.
     """
     family = family_of(model)
@@ -222,8 +222,8 @@ def attention_modules(
 ) -> Iterator[tuple[Stack, nn.Module, nn.Module]]:
     """``(stack, attention module, output projection)`` of each attention layer.
 
-    Their order is that of the maps: in T5 encoder first, then the decoder's, then its
-    cross-attentions, which is not the ``layer_idx`` that caches go by.
+    They are in the order of the maps. T5: first the encoder's, then the decoder's, then its
+    cross-attentions. Caches number them otherwise, by ``layer_idx``.
     """
     for stack in family.stacks:
         for block in _reach(model.base_model, stack.blocks) or ():
@@ -257,5 +257,5 @@ def _rotary(model: nn.Module, family: Family) -> Rotary | None:
 
 
 def _reach(module: nn.Module, path: str) -> nn.Module | None:
-    """The submodule at a dotted path, None where there is none."""
+    """The submodule at a dotted path, None if there is none."""
     return reduce(lambda at, name: getattr(at, name, None), path.split("."), module)

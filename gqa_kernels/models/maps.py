@@ -57,12 +57,12 @@ def layer_maps(
 
 
 def layer_index(module: Any) -> int | None:
-    """Which of the config's maps an attention module goes by.
+    """The index of an attention module's map in the config.
 
-    Converted modules know it; in a model that transformers loaded it is the ``layer_idx``.
+    Converted modules store it. In a model that transformers loaded it is the ``layer_idx``.
 
     Raises:
-        ValueError: an encoder-decoder that transformers loaded, where ``layer_idx`` is not enough.
+        ValueError: an encoder-decoder that transformers loaded; its ``layer_idx`` is ambiguous.
     """
     index = getattr(module, INDEX, None)
     if index is not None:
@@ -78,7 +78,7 @@ def layer_index(module: Any) -> int | None:
 
 
 def store_maps(config: Any, key_maps: Sequence[HeadMap], value_maps: Sequence[HeadMap]) -> None:
-    """Write the maps of all layers into a config, V's only where they differ from K's."""
+    """Write the maps of all layers into a config; V's only if they differ from K's."""
     setattr(config, KEY_FIELD, [list(m.entries) for m in key_maps])
     if list(key_maps) != list(value_maps):
         setattr(config, VALUE_FIELD, [list(m.entries) for m in value_maps])

@@ -2,8 +2,8 @@
 
 A fused projection holds q, k and v in one. Two layouts of its outputs exist in checkpoints:
 concatenated ``[q heads | k heads | v heads]`` (GPT-2) and interleaved, ``[q | k | v]`` head by head
-(GPT-NeoX), which can't hold fewer K than query heads. What is written here is concatenated, and the
-module then has ``asym_heads``, its head counts.
+(GPT-NeoX), which can't hold fewer K than query heads. ``write`` concatenates, and stores the head
+counts in the module as ``asym_heads``.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Names:
     """Attributes of an attention module.
 
     Attributes:
-        query, key, value: the projections, where they are separate.
-        fused: the one projection, where they are fused.
+        query, key, value: the projections, if they are separate.
+        fused: the one projection, if they are fused.
         interleaved: layout of the fused projection in the family's own checkpoints.
     """
 
@@ -76,7 +76,7 @@ def head_counts(module: nn.Module, names: Names, num_heads: int, head_dim: int) 
 
 
 def read(module: nn.Module, names: Names, heads: Heads) -> list[Projection]:
-    """q, k and v by head; views where the layout allows it."""
+    """q, k and v by head; views if the layout allows it."""
     if not names.fused:
         return [
             _by_head(*_rows(getattr(module, name)), count)
@@ -100,7 +100,7 @@ def read(module: nn.Module, names: Names, heads: Heads) -> list[Projection]:
 
 
 def write(module: nn.Module, names: Names, parts: list[Projection]) -> None:
-    """Replace q, k and v; modules take the number of heads that the parts have."""
+    """Replace q, k and v. The modules get as many heads as the parts."""
     flat = [
         (part.weight.flatten(0, 1), None if part.bias is None else part.bias.flatten())
         for part in parts
@@ -115,7 +115,7 @@ def write(module: nn.Module, names: Names, parts: list[Projection]) -> None:
 
 
 def resize(module: nn.Module, names: Names, heads: Heads, head_dim: int) -> None:
-    """Give the projections the shapes of these head counts; what they then hold is undefined."""
+    """Change the projections to these head counts. Their values are then undefined."""
     if names.fused:
         _resize(getattr(module, names.fused), sum(heads) * head_dim)
         mark(module, heads)
@@ -127,7 +127,7 @@ def resize(module: nn.Module, names: Names, heads: Heads, head_dim: int) -> None
 def mark(module: nn.Module, heads: Heads) -> None:
     """Record the head counts of a concatenated fused projection.
 
-    ``split_size`` is what transformers' GPT-2 splits its projection by.
+    transformers' GPT-2 splits its projection by ``split_size``.
     """
     setattr(module, FUSED_HEADS, heads)
     if hasattr(module, "split_size"):

@@ -18,14 +18,14 @@ ROTARY_LAYOUTS = ("half_split", "interleaved")
 
 @dataclass(frozen=True)
 class Rotary:
-    """Rotary position embedding of q and k: pairs of dims ("planes") turn with the position.
+    """Rotary position embedding of q and k: the position rotates pairs of dims ("planes").
 
     Attributes:
-        dim: how many dims of a head turn, the first ones (partial rotary: less than ``D``).
+        dim: how many dims of a head are rotated, the first ones (partial rotary: fewer than ``D``).
         layout: ``"half_split"``: plane ``p`` is dims ``(p, p + dim / 2)`` (LLaMA, NeoX);
             ``"interleaved"``: dims ``(2p, 2p + 1)`` (GPT-J).
-        frequencies: ``[dim / 2]`` radians per token of each plane (``inv_freq``), or None where
-            they are not known.
+        frequencies: ``[dim / 2]`` radians per token of each plane (``inv_freq``), or None if
+            unknown.
     """
 
     dim: int
@@ -51,7 +51,7 @@ class Rotary:
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """What one attention layer computes with, by head.
+    """The weights of one attention layer by head.
 
     ``q_h = q[h] x + q_bias[h]``, ``k`` and ``v`` alike from the same input (or, in cross-attention,
     another one), norms and rotation applied to q and k, and
@@ -63,7 +63,7 @@ class LayerWeights:
         o: ``[d_out, Hq, Dv]``.
         key_map, value_map: the K and V head that each query head reads.
         q_bias ``[Hq, D]``, k_bias ``[Hk, D]``, v_bias ``[Hv, Dv]``, o_bias ``[d_out]``: or None.
-        rotary: None where q and k are not rotated.
+        rotary: None if q and k are not rotated.
         q_norm, k_norm: ``[D]`` weights of the RMS norm of each head of q and k before the rotation
             (Qwen3), or None.
         norm_eps: epsilon of these norms.
@@ -129,8 +129,12 @@ class LayerWeights:
         return weight if bias is None else torch.cat([weight, bias[..., None]], -1)
 
     def with_rows(self, side: str, rows: Tensor, head_map: HeadMap | None = None) -> LayerWeights:
-        """The layer with another projection, as ``rows`` gives it, in the dtype it had before; for
-        K and V with the map that goes with it."""
+        """The layer with another projection, in the dtype of the old one.
+
+        Args:
+            rows: as ``rows(side)`` returns them.
+            head_map: of K or V, if the number of heads changes.
+        """
         weight = getattr(self, side)
         rows = rows.to(weight.dtype)
         changes = {side: rows}

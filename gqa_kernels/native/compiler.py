@@ -31,6 +31,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -97,6 +98,11 @@ def find_compiler() -> Compiler:
             names = ", ".join(COMPILERS)
             raise RuntimeError(f"no C++ compiler was found ({names}): {HOW_TO_INSTALL}")
         command = (path,)
+    return Compiler(command, _version(command))
+
+
+@lru_cache(maxsize=4)  # asked for at every call where nothing is built yet
+def _version(command: tuple[str, ...]) -> str:
     try:
         told = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.SubprocessError) as error:
@@ -105,7 +111,7 @@ def find_compiler() -> Compiler:
         raise RuntimeError(
             f"the C++ compiler {shlex.join(command)} --version failed: {told.stderr.strip()}"
         )
-    return Compiler(command, told.stdout)
+    return told.stdout
 
 
 def find_ninja() -> str:

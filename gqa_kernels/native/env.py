@@ -80,7 +80,7 @@ def max_jobs() -> int:
 
 
 def cpu_isa() -> str | None:
-    """The instruction set asked for (csrc/cpu/cpu_features.cpp reads it, too), if any."""
+    """The instruction set asked for (csrc/cpu/isa/cpu_features.cpp reads it, too), if any."""
     return os.environ.get("GQA_KERNELS_CPU_ISA") or None
 
 

@@ -5,7 +5,7 @@ allocation.py   how many query heads each KV head gets, from key norms
 rotary.py       rotary position embedding
 """
 
-from .allocation import ALLOCATIONS, step_allocations
-from .attention import AsymGroupedQueryAttention
+from .allocation import ALLOCATIONS
+from .attention import AsymGroupedQueryAttention, step_allocations
 
 __all__ = ["ALLOCATIONS", "AsymGroupedQueryAttention", "step_allocations"]

@@ -113,12 +113,3 @@ class KeyNormAllocation(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.kind}, window={self.window}"
-
-
-def step_allocations(model: nn.Module) -> None:
-    """Tell every AsymGroupedQueryAttention of ``model`` that a training step is over."""
-    from .attention import AsymGroupedQueryAttention
-
-    for module in model.modules():
-        if isinstance(module, AsymGroupedQueryAttention):
-            module.step_allocation()

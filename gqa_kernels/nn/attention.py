@@ -147,3 +147,10 @@ def _noise_like(out: Tensor) -> Tensor:
     return noise.masked_fill(token == torch.arange(out.shape[3], device=out.device), 0).to(
         out.dtype
     )
+
+
+def step_allocations(model: nn.Module) -> None:
+    """Tell every AsymGroupedQueryAttention of ``model`` that a training step is over."""
+    for module in model.modules():
+        if isinstance(module, AsymGroupedQueryAttention):
+            module.step_allocation()

@@ -1,4 +1,4 @@
-"""What a device is called, for reports."""
+"""Names of devices, for reports."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def device_name(device: torch.device) -> str:
-    """The maker's name of a GPU, or of the processor."""
+    """The manufacturer's name of a GPU, or of the processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
@@ -18,3 +18,9 @@ def device_name(device: torch.device) -> str:
     except OSError:
         found = None
     return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def device_summary(device: torch.device) -> str:
+    """The name, and on the CPU the number of threads."""
+    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    return device_name(device) + threads

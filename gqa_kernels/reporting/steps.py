@@ -1,4 +1,4 @@
-"""Progress bars: one per step; a finished step leaves a line with its time."""
+"""Steps: a progress bar for each step of a program. A finished step leaves a line with its time."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class Steps:
-    """Runs the demo's steps under progress bars on a console."""
+    """Runs steps under progress bars on a console."""
 
     def __init__(self, console: Console):
         self.console = console
 
     @contextmanager
     def step(self, title: str, total: int | None = None) -> Iterator[Callable[[], None]]:
-        """Show ``title`` with a bar; the value is to be called once per unit of ``total``."""
+        """Show ``title`` with a bar. Call the value once per unit of ``total``."""
         columns = [TextColumn("{task.description}"), BarColumn(bar_width=30)]
         if total is not None:
             columns.append(MofNCompleteColumn())

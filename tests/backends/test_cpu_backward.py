@@ -9,9 +9,9 @@ from gqa_kernels import HeadMap, asym_gqa_attention, asym_gqa_varlen_attention
 from gqa_kernels.native import build
 from gqa_kernels.native.schema import BACKWARD
 from gqa_kernels.testing import assert_gradients_close, make_inputs
+from tests.api.test_gradients import check, differentiate, large_scores
 from tests.backends.test_cpu import DTYPES, isa, op_arguments, threads  # noqa: F401 (fixtures)
-from tests.cases import PREFILL_CASES, UNEVEN
-from tests.test_gradients import check, differentiate, large_scores
+from tests.cases.attention import PREFILL_CASES, UNEVEN
 
 pytestmark = pytest.mark.skipif(
     build.unavailable_reason() is not None, reason="no compiled kernels and no compiler"

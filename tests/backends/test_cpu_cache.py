@@ -118,8 +118,8 @@ def decode_of(q, k, v, name, zeros=False):
 
 @pytest.mark.parametrize("name, zeros", [("int8", False), ("int8", True), ("int4", True)])
 @pytest.mark.parametrize("dtype", DTYPES[1:])
-def test_products_of_words(isa, name, zeros, dtype):  # noqa: F811
-    """Queries with outlier channels, as models have them, leave few bits of a word to the other
+def test_products_of_int16(isa, name, zeros, dtype):  # noqa: F811
+    """Queries with outlier channels, as models have them, leave few of the 16 bits to the other
     channels; sharp and flat distributions over many keys."""
     for seed, sharpness in enumerate((0.1, 1.0, 4.0)):
         generator = torch.Generator().manual_seed(seed)
@@ -130,7 +130,7 @@ def test_products_of_words(isa, name, zeros, dtype):  # noqa: F811
         assert_cache_close(*decode_of(q.to(dtype), k, v, name, zeros))
 
 
-def test_numbers_that_words_lack(isa):  # noqa: F811
+def test_numbers_that_int16_lacks(isa):  # noqa: F811
     """NaN and infinities of queries and scales show; rows of zeros, and numbers whose step would be
     none, stay finite."""
     k, v = (torch.randn(2, 2, 40, 32, generator=torch.Generator().manual_seed(0)) for _ in "kv")

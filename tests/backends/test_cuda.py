@@ -24,9 +24,9 @@ from gqa_kernels.testing import (
     assert_gradients_close,
     make_inputs,
 )
-from tests.cache.histories import Kind, empty_cache, fill, hide_unused_pages
-from tests.cases import LARGE_GROUP, UNEVEN
-from tests.test_gradients import check as check_gradients
+from tests.api.test_gradients import check as check_gradients
+from tests.cases.attention import LARGE_GROUP, UNEVEN
+from tests.cases.caches import Kind, empty_cache, fill, hide_unused_pages
 
 REASON = CUDABackend().unavailable_reason()
 needs_gpu = pytest.mark.skipif(REASON is not None, reason=f"backend cuda: {REASON}")

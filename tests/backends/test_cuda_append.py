@@ -8,8 +8,8 @@ import torch
 from gqa_kernels.backends.cuda import CUDABackend
 from gqa_kernels.backends.dispatch import AUTO_ORDER, explain
 from gqa_kernels.backends.reference.cache import reference_append
-from tests.cache.append_cases import CASES, ROTARY, appends, assert_same_memory, bits
-from tests.cache.histories import Kind
+from tests.cases.appends import CASES, ROTARY, appends, assert_same_memory, bits
+from tests.cases.caches import Kind
 
 REASON = CUDABackend().unavailable_reason()
 needs_gpu = pytest.mark.skipif(REASON is not None, reason=f"backend cuda: {REASON}")

@@ -12,7 +12,7 @@ from gqa_kernels.backends.triton.plan import plan_for
 from gqa_kernels.backends.triton.splits import choose_splits
 from gqa_kernels.native import env
 from gqa_kernels.testing import assert_attention_close, make_inputs
-from tests.cases import LARGE_GROUP, UNEVEN
+from tests.cases.attention import LARGE_GROUP, UNEVEN
 from tests.conftest import DEVICE
 
 usable = TritonBackend().unavailable_reason() is None
@@ -99,6 +99,31 @@ def test_launches_do_not_depend_on_the_map(q_len):
             )
         )
     assert len(seen) == 1
+
+
+def test_kernels_have_few_parameters():
+    """Options come as tuples: a new one adds a member or one parameter, in one place."""
+    import gqa_kernels.backends.triton.ops  # noqa: F401
+    from gqa_kernels.backends.triton.kernels import (
+        append,
+        backward_kv,
+        backward_q,
+        combine,
+        common,
+        decode,
+        delta,
+        prefill,
+    )  # fmt: skip
+
+    counts = {
+        name: len(function.arg_names)
+        for module in (append, backward_kv, backward_q, combine, common, decode, delta, prefill)
+        for name, function in vars(module).items()
+        if hasattr(function, "arg_names")
+    }
+    assert {"prefill_kernel", "decode_kernel", "append_kernel", "attend"} <= counts.keys()
+    assert max(counts.values()) <= 40, counts
+    assert counts["attend"] <= 20
 
 
 @pytest.mark.parametrize("family", ["sm80", "sm86", "sm90", "sm100", "gfx9"])

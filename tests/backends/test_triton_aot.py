@@ -16,10 +16,10 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
 
-def report(*arguments: str) -> None:
+def report(*arguments: str, script: str = "resources") -> None:
     # A process of its own: the interpreter that this one may run replaces Triton's compiler.
     done = subprocess.run(
-        [sys.executable, "-m", "tests.emulation.resources", *arguments],
+        [sys.executable, "-m", f"tests.emulation.{script}", *arguments],
         cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "0"}, capture_output=True, text=True,
     )  # fmt: skip
     print(done.stdout)
@@ -38,3 +38,8 @@ def test_main_configurations(target):
 @pytest.mark.parametrize("target", (*TARGETS, "sm_86"))
 def test_every_configuration(target):
     report(target, "--all")
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_lengths_compile_nothing_again(target):
+    report(target, script="compile_keys")

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from benchmarks.studies import recovery
-from tests.test_demo import load_tiny
+from tests.samples.stand_ins import load_tiny
 
 SMALL = recovery.Settings(
     steps=1, calibration=(2, 16), training=(3, 16), evaluation=(2, 16), learning_rate=1e-3

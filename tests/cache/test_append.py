@@ -9,29 +9,10 @@ from gqa_kernels import DenseKVCache, PagedKVCache
 from gqa_kernels.backends.dispatch import BACKENDS
 from gqa_kernels.backends.reference.cache import gather
 from gqa_kernels.call.append import AppendCall
-from tests.cache.histories import Kind, empty_cache, fill, format_error
 from tests.cache.test_decode import USABLE
-from tests.cases import UNEVEN
-
-FORMATS = [
-    Kind(),
-    Kind(16, "packed"),
-    Kind(3, "NHD"),
-    Kind(5, begin=True),
-    Kind(4, format="fp8_e4m3"),
-    Kind(4, format="fp8_e5m2"),
-    Kind(4, format="int8"),
-    Kind(4, format="int8", zeros=True),
-    Kind(4, format="int4"),
-    Kind(batch_index=True, format="int4", zeros=True),
-]
-
-
-def rotary_table(rotary_dim, positions=50, dtype=torch.float32):
-    angle = torch.outer(
-        torch.arange(positions), 10000.0 ** -(torch.arange(0, rotary_dim, 2) / rotary_dim)
-    )
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+from tests.cases.appends import FORMATS, rotary_table
+from tests.cases.attention import UNEVEN
+from tests.cases.caches import Kind, empty_cache, fill, format_error
 
 
 def stored(cache):

@@ -16,9 +16,9 @@ from gqa_kernels import (
     shared_prefix_attention,
 )
 from gqa_kernels.testing import assert_attention_close
+from tests.api.test_attention import widest
 from tests.cache.test_decode import USABLE, queries
-from tests.cases import UNEVEN
-from tests.test_attention import widest
+from tests.cases.attention import UNEVEN
 
 
 @pytest.mark.parametrize("backend", [name for name in USABLE if name != "triton"])
@@ -179,3 +179,14 @@ def test_shared_prefix_checks_its_caches(name):
     caches = {"prefix": cache, "suffix": cache, name: None}
     with pytest.raises(TypeError, match=f"{name} must be a DenseKVCache or PagedKVCache, got None"):
         shared_prefix_attention(torch.zeros(1, 6, 1, 16), head_map=UNEVEN, **caches)
+
+
+@pytest.mark.parametrize("wrong, error, match", [
+    ({"sinks": "cpu"}, TypeError, "sinks must be a torch.Tensor or None, got str"),
+    ({"sinks": torch.zeros(5)}, ValueError, r"sinks must have shape \(6,\), got \(5,\)"),
+    ({"return_lse": torch.zeros(0)}, TypeError, "return_lse must be True or False"),
+])  # fmt: skip
+def test_shared_prefix_checks_its_options(wrong, error, match):
+    cache = DenseKVCache.empty(1, 3, 8, 16, dtype=torch.float32)
+    with pytest.raises(error, match=match):
+        shared_prefix_attention(torch.zeros(1, 6, 1, 16), cache, cache, UNEVEN, **wrong)

@@ -18,7 +18,9 @@ from gqa_kernels.backends.dispatch import BACKENDS
 from gqa_kernels.backends.reference.cache import gather
 from gqa_kernels.decode import view_call
 from gqa_kernels.testing import assert_attention_close, assert_decode_close
-from tests.cache.histories import (
+from tests.api.test_attention import widest
+from tests.cases.attention import INTERLEAVED, UNEVEN, WITH_EMPTY, interpreted
+from tests.cases.caches import (
     KINDS,
     Kind,
     empty_cache,
@@ -27,9 +29,7 @@ from tests.cache.histories import (
     hide_unused_pages,
     random_history,
 )
-from tests.cases import INTERLEAVED, UNEVEN, WITH_EMPTY, interpreted
 from tests.conftest import DEVICE
-from tests.test_attention import widest
 
 
 def usable(name: str) -> bool:

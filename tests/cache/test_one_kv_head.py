@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from gqa_kernels import DenseKVCache, PagedKVCache, asym_gqa_decode
-from tests.cache.test_append import rotary_table
+from tests.api.test_attention import widest
 from tests.cache.test_decode import USABLE
-from tests.test_attention import widest
+from tests.cases.appends import rotary_table
 
 VALUE_MAP = [0, 1, 2, 1]
 

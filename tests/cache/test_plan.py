@@ -19,12 +19,13 @@ from gqa_kernels.backends.reference.cache import gather
 from gqa_kernels.call.append import AppendCall
 from gqa_kernels.decode import view_call
 from gqa_kernels.testing import assert_decode_close
-from tests.cache.histories import Kind
-from tests.cache.test_append import rotary_table, stored
+from tests.api.test_attention import widest
+from tests.cache.test_append import stored
 from tests.cache.test_decode import USABLE, filled, queries
-from tests.cases import UNEVEN, interpreted
+from tests.cases.appends import rotary_table
+from tests.cases.attention import UNEVEN, interpreted
+from tests.cases.caches import Kind
 from tests.conftest import DEVICE
-from tests.test_attention import widest
 
 
 @pytest.fixture(autouse=True)

@@ -7,9 +7,9 @@ from gqa_kernels import HeadMap, asym_gqa_attention, asym_gqa_varlen_attention, 
 from gqa_kernels.backends.dispatch import BACKENDS
 from gqa_kernels.testing import DIFFERENTIABLE, assert_attention_close, assert_gradients_close
 from gqa_kernels.varlen import varlen_call
-from tests.cases import INTERLEAVED
-from tests.test_attention import USABLE as BACKENDS_HERE
-from tests.test_attention import widest
+from tests.api.test_attention import USABLE as BACKENDS_HERE
+from tests.api.test_attention import widest
+from tests.cases.attention import INTERLEAVED
 
 Q_LENS, K_LENS = [5, 0, 33, 1, 4], [9, 3, 40, 0, 2]
 CU_Q, CU_K = (torch.tensor([0, *lengths]).cumsum(0) for lengths in (Q_LENS, K_LENS))

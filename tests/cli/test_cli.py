@@ -67,7 +67,7 @@ def test_gpu_where_there_is_none(capsys, monkeypatch):
     monkeypatch.setattr("gqa_kernels.samples.smollm2.require", lambda *_: None)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert cli.main(["demo", "--device", "cuda"]) == 2
-    assert "--device must be cpu where torch finds no GPU, got cuda" in capsys.readouterr().err
+    assert "--device must be cpu if torch finds no GPU, got cuda" in capsys.readouterr().err
 
 
 def test_module_waits_passively():

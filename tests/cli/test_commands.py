@@ -17,7 +17,7 @@ from gqa_kernels.models.families import attention_layers
 from gqa_kernels.models.fingerprint import fingerprint
 from gqa_kernels.train_demo import training
 from tests import tiny_families
-from tests.test_demo import ByteTokenizer
+from tests.samples.stand_ins import ByteTokenizer
 from tests.tiny_models import tiny
 
 SHAPE = ("--shape", "6", "24")
@@ -185,6 +185,17 @@ class TestInterrupted:
         assert names(tmp_path) == {"c", "d", "kept"}
         a, b = (load_file(tmp_path / name / "model.safetensors") for name in "cd")
         assert all(torch.equal(a[name], b[name]) for name in b)
+
+    def test_a_state_that_is_broken(self, folders, tmp_path, capsys, monkeypatch):
+        def writes_and_stops(*_):
+            (tmp_path / "c.recovery").mkdir()
+            (tmp_path / "c.recovery" / "recovery.pt").write_bytes(b"half")
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(recovery, "_step", writes_and_stops)
+        convert = ("convert", folders / "parent", folders / "search", tmp_path / "c", "--steps", 3)
+        line = self.interrupted(capsys, *convert, *SHAPE)
+        assert line == "gqa-kernels: interrupted; nothing was kept"
 
     def test_train_demo(self, tmp_path, capsys, monkeypatch):
         pytest.importorskip("sklearn")

@@ -5,8 +5,8 @@ import torch
 
 from gqa_kernels import HeadMap
 from gqa_kernels.convert import convert, random_split
-from gqa_kernels.convert.split import is_refinement
 from gqa_kernels.models.families import attention_layers
+from tests.convert.refinements import is_refinement
 from tests.tiny_models import FAMILIES, tiny
 
 UNEVEN = HeadMap([3, 0, 3, 1, 2, 1])  # refines the uniform map of 6 heads over 2
@@ -151,7 +151,7 @@ class TestErrors:
             convert(tiny(), [HeadMap([0, 1, 1])] * 2)
 
     def test_head_that_nobody_reads(self):
-        with pytest.raises(ValueError, match=r"every KV head a query head, got none for \[1\]"):
+        with pytest.raises(ValueError, match=r"a query head for every KV head, got none for \[1\]"):
             convert(tiny(), [HeadMap([0, 0, 0, 2, 2, 2])] * 2)
 
     def test_lossy_map_with_merging_none(self):

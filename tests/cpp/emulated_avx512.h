@@ -17,8 +17,8 @@
 #include <initializer_list>
 
 #include "core/params.h"
-#include "cpu/isa.h"
-#include "cpu/scalars.h"
+#include "cpu/isa/isa.h"
+#include "cpu/isa/scalars.h"
 
 #ifndef _CMP_EQ_OQ
 #define _CMP_EQ_OQ 0x00
@@ -58,8 +58,8 @@ struct Lanes {
     return result;
   }
 };
-using Words32 = Lanes<uint16_t, 32, __m512i>;
-using Words16 = Lanes<uint16_t, 16, __m256i>;
+using Uint16x32 = Lanes<uint16_t, 32, __m512i>;
+using Uint16x16 = Lanes<uint16_t, 16, __m256i>;
 using Bytes16 = Lanes<uint8_t, 16, __m128i>;
 using Bytes32 = Lanes<uint8_t, 32, __m256i>;
 
@@ -158,7 +158,7 @@ inline __m512i _mm512_setr_epi32(T... x) {
   return __m512i{static_cast<uint32_t>(x)...};
 }
 inline __m256i _mm256_set1_epi16(int16_t x) {
-  emulated::Words16 lanes;
+  emulated::Uint16x16 lanes;
   for (uint16_t& lane : lanes.x) lane = static_cast<uint16_t>(x);
   return lanes.vector();
 }
@@ -220,7 +220,7 @@ inline __m512i _mm512_srli_epi32(__m512i x, unsigned n) { return x >> n; }
 inline __m256i _mm256_and_si256(__m256i a, __m256i b) { return a & b; }
 inline __m128i _mm_and_si128(__m128i a, __m128i b) { return a & b; }
 inline __m256i _mm256_slli_epi16(__m256i x, int n) {
-  emulated::Words16 lanes(x);
+  emulated::Uint16x16 lanes(x);
   for (uint16_t& lane : lanes.x) lane = static_cast<uint16_t>(lane << n);
   return lanes.vector();
 }
@@ -230,27 +230,27 @@ inline __m128i _mm_srli_epi16(__m128i x, int n) {
   return lanes.vector();
 }
 inline __mmask16 _mm256_cmpeq_epi16_mask(__m256i a, __m256i b) {
-  const emulated::Words16 x(a), y(b);
+  const emulated::Uint16x16 x(a), y(b);
   uint32_t mask = 0;
   for (int i = 0; i < 16; ++i) mask |= static_cast<uint32_t>(x.x[i] == y.x[i]) << i;
   return static_cast<__mmask16>(mask);
 }
 inline __m256i _mm256_mask_blend_epi16(__mmask16 mask, __m256i a, __m256i b) {
-  emulated::Words16 x(a);
-  const emulated::Words16 y(b);
+  emulated::Uint16x16 x(a);
+  const emulated::Uint16x16 y(b);
   for (int i = 0; i < 16; ++i) x.x[i] = mask >> i & 1 ? y.x[i] : x.x[i];
   return x.vector();
 }
 
 // ---- conversions
 inline __m512 _mm512_cvtph_ps(__m256i x) {
-  const emulated::Words16 halves(x);
+  const emulated::Uint16x16 halves(x);
   __m512 wide;
   for (int i = 0; i < 16; ++i) wide[i] = to_float(Float16{halves.x[i]});
   return wide;
 }
 inline __m256i _mm512_cvtps_ph(__m512 x, int) {  // to nearest even
-  emulated::Words16 halves;
+  emulated::Uint16x16 halves;
   for (int i = 0; i < 16; ++i) halves.x[i] = to_float16(x[i]).bits;
   return halves.vector();
 }
@@ -265,12 +265,12 @@ inline __m512 _mm512_cvtepi32_ps(__m512i x) {
   return wide;
 }
 inline __m256i _mm512_cvtepi32_epi16(__m512i x) {
-  emulated::Words16 low;
+  emulated::Uint16x16 low;
   for (int i = 0; i < 16; ++i) low.x[i] = static_cast<uint16_t>(x[i]);
   return low.vector();
 }
 inline __m512i _mm512_cvtepu16_epi32(__m256i x) {
-  const emulated::Words16 words(x);
+  const emulated::Uint16x16 words(x);
   __m512i wide;
   for (int i = 0; i < 16; ++i) wide[i] = words.x[i];
   return wide;
@@ -291,13 +291,13 @@ inline __m512i _mm512_cvtepi8_epi32(__m128i x) {
 }
 inline __m256i _mm256_cvtepu8_epi16(__m128i x) {
   const emulated::Bytes16 bytes(x);
-  emulated::Words16 wide;
+  emulated::Uint16x16 wide;
   for (int i = 0; i < 16; ++i) wide.x[i] = bytes.x[i];
   return wide.vector();
 }
 inline __m256i _mm256_cvtepi8_epi16(__m128i x) {
   const emulated::Bytes16 bytes(x);
-  emulated::Words16 wide;
+  emulated::Uint16x16 wide;
   for (int i = 0; i < 16; ++i) {
     wide.x[i] = static_cast<uint16_t>(static_cast<int16_t>(static_cast<int8_t>(bytes.x[i])));
   }
@@ -326,14 +326,14 @@ inline __m128 _mm512_extractf32x4_ps(__m512 x, int quarter) {
   const int i = quarter * 4;
   return __m128{x[i], x[i + 1], x[i + 2], x[i + 3]};
 }
-inline __m512i unpack_words(__m512i a, __m512i b, int first) {
-  const emulated::Words32 x(a), y(b);
-  emulated::Words32 z;
+inline __m512i unpack_int16(__m512i a, __m512i b, int first) {
+  const emulated::Uint16x32 x(a), y(b);
+  emulated::Uint16x32 z;
   for (int i = 0; i < 32; ++i) z.x[i] = (i & 1 ? y : x).x[i / 8 * 8 + first + i % 8 / 2];
   return z.vector();
 }
-inline __m512i _mm512_unpacklo_epi16(__m512i a, __m512i b) { return unpack_words(a, b, 0); }
-inline __m512i _mm512_unpackhi_epi16(__m512i a, __m512i b) { return unpack_words(a, b, 4); }
+inline __m512i _mm512_unpacklo_epi16(__m512i a, __m512i b) { return unpack_int16(a, b, 0); }
+inline __m512i _mm512_unpackhi_epi16(__m512i a, __m512i b) { return unpack_int16(a, b, 4); }
 
 // ---- AVX512_BF16. Volume 2, VDPBF16PS: the odd products first, each a fused multiply-add.
 inline __m512 _mm512_dpbf16_ps(__m512 sum, __m512bh a, __m512bh b) {

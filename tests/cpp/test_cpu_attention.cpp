@@ -15,8 +15,8 @@
 #include <vector>
 
 #include "core/params.h"
-#include "cpu/attention.h"
-#include "cpu/cpu_features.h"
+#include "cpu/forward/attention.h"
+#include "cpu/isa/cpu_features.h"
 
 namespace {
 

@@ -15,7 +15,7 @@
 #include "core/backward_params.h"
 #include "core/dropout.h"
 #include "core/visible.h"
-#include "cpu/backward.h"
+#include "cpu/backward/backward.h"
 
 namespace {
 
@@ -157,11 +157,16 @@ Case make_case(std::mt19937& random) {
 void add_large_offset(Case& c, float offset) {
   const AttentionParams& p = c.p.call;
   const float k0 = std::round(offset / p.scale);
+  for (int i : {0, 1})
+    for (float& x : c.x[i].values) x *= 1.1f;  // sums that no longer are exact in any order
   for (int64_t i = 0; i < p.batch * p.num_heads * p.q_len; ++i)
     c.x[0].values[i * p.head_dim] = 1.0f;
   for (int64_t i = 0; i < p.batch * p.num_k_heads * p.kv_len; ++i)
     c.x[1].values[i * p.head_dim] = k0;
   for (int i : {0, 1}) c.x[i].store();
+  // With these, dS of a row would not sum to 0, and its product with k0 would hide all other errors.
+  std::fill(c.dlse.begin(), c.dlse.end(), 0.0f);
+  c.sinks.clear();
 }
 
 void point_to_tensors(Case& c) {

@@ -11,8 +11,8 @@
 #include <thread>
 #include <vector>
 
-#include "cpu/backward.h"
-#include "cpu/backward_sums.h"
+#include "cpu/backward/backward.h"
+#include "cpu/backward/sums.h"
 
 namespace {
 

@@ -16,9 +16,9 @@
 
 #include "core/append_params.h"
 #include "core/params.h"
-#include "cpu/append.h"
-#include "cpu/attention.h"
-#include "cpu/cpu_features.h"
+#include "cpu/append/append.h"
+#include "cpu/forward/attention.h"
+#include "cpu/isa/cpu_features.h"
 
 namespace {
 

@@ -6,7 +6,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "cpu/cpu_features.h"
+#include "cpu/isa/cpu_features.h"
 
 namespace {
 

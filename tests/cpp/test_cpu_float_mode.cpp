@@ -14,10 +14,10 @@
 
 #include "core/append_params.h"
 #include "core/backward_params.h"
-#include "cpu/append.h"
-#include "cpu/attention.h"
-#include "cpu/backward.h"
-#include "cpu/cpu_features.h"
+#include "cpu/append/append.h"
+#include "cpu/backward/backward.h"
+#include "cpu/forward/attention.h"
+#include "cpu/isa/cpu_features.h"
 
 namespace {
 

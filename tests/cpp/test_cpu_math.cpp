@@ -1,8 +1,8 @@
 // Vector arithmetic of every instruction set against double precision and against the format's
 // definition.
 #define GQA_ISA portable
-#include "cpu/math.h"
-#include "cpu/vec_portable.h"
+#include "cpu/isa/math.h"
+#include "cpu/isa/vec_portable.h"
 #undef GQA_ISA
 
 #include <cmath>

@@ -9,10 +9,10 @@
 #include <cstring>
 
 #include "core/params.h"
-#include "cpu/math.h"
-#include "cpu/pairs.h"
-#include "cpu/scalars.h"
-#include "cpu/vec_avx512.h"
+#include "cpu/forward/pairs.h"
+#include "cpu/isa/math.h"
+#include "cpu/isa/scalars.h"
+#include "cpu/isa/vec_avx512.h"
 
 namespace {
 
@@ -38,7 +38,7 @@ void expect_lanes(const char* what, Vec::F got, const float* expected) {
 template <class S>
 void expect_parts(const char* what, const S* numbers, const float* expected) {
   Vec::F x0 = Vec::load_part<0>(numbers), x1 = Vec::load_part<1>(numbers);
-  if (Vec::kSplits<S>) Vec::join(x0, x1);
+  if (Vec::kDeinterleaves<S>) Vec::interleave(x0, x1);
   expect_lanes(what, x0, expected);
   expect_lanes(what, x1, expected + 16);
 }
@@ -57,7 +57,7 @@ void test_loads(const char* what, uint32_t patterns) {
     expect_lanes(what, Vec::load(numbers), expected);
     Vec::F x0, x1;
     Vec::load_block(numbers, x0, x1);
-    if (Vec::kSplits<S>) Vec::join(x0, x1);
+    if (Vec::kDeinterleaves<S>) Vec::interleave(x0, x1);
     expect_lanes(what, x0, expected);
     expect_lanes(what, x1, expected + 16);
     expect_parts(what, numbers, expected);
@@ -68,7 +68,7 @@ void test_loads(const char* what, uint32_t patterns) {
       std::memcpy(heap, numbers, n * sizeof(S));
       for (int i = n; i < 32; ++i) expected[i] = 0.0f;
       Vec::load_block_first(heap, n, x0, x1);
-      if (Vec::kSplits<S>) Vec::join(x0, x1);
+      if (Vec::kDeinterleaves<S>) Vec::interleave(x0, x1);
       expect_lanes(what, x0, expected);
       expect_lanes(what, x1, expected + 16);
       if (n < 16) expect_lanes(what, load_partial<Vec>(heap, n), expected);
@@ -88,14 +88,14 @@ void test_int4() {
   expect_lanes("int4", Vec::load(numbers), expected);
   Vec::F x0, x1;
   Vec::load_block(numbers, x0, x1);
-  Vec::join(x0, x1);
+  Vec::interleave(x0, x1);
   expect_lanes("int4 block", x0, expected);
   expect_lanes("int4 block", x1, expected + 16);
   expect_parts("int4", numbers, expected);
 }
 
 // Products of words, by the definitions in vec_portable.h.
-void test_words() {
+void test_int16() {
   Int8 bytes[2][64];
   Int4Pair nibbles[2][32];
   const auto nibble = [&](int row, int i) {
@@ -115,9 +115,9 @@ void test_words() {
     expect(got == expected, what, got, expected);
   };
   Vec::I x[2];
-  Vec::load_words(bytes[0], x[0], x[1]);
+  Vec::load_int16(bytes[0], x[0], x[1]);
   for (int i = 0; i < 64; ++i) check("int8", word(x[i / 32], i % 32), bytes[0][i].value);
-  Vec::load_words(nibbles[0], x[0], x[1]);
+  Vec::load_int16(nibbles[0], x[0], x[1]);
   for (int i = 0; i < 64; ++i) check("int4", word(x[i % 2], i / 2), nibble(0, i));
   Vec::load_pairs(bytes[0], bytes[1], x[0], x[1]);
   for (int i = 0; i < 64; ++i) {
@@ -128,14 +128,14 @@ void test_words() {
     check("pairs of int4", word(x[i / 2 % 2], i / 4 * 2 + i % 2), nibble(i % 2, i / 2));
   }
   int16_t words[32];
-  Vec::store_words(words, Vec::add(Vec::iota(), Vec::set1(-32767.4f)));
+  Vec::store_int16(words, Vec::add(Vec::iota(), Vec::set1(-32767.4f)));
   check("words of floats", words[1], -32766);
-  Vec::store_words(words, Vec::set1(40000.0f));
+  Vec::store_int16(words, Vec::set1(40000.0f));
   check("words of large floats", words[3], 32767);
   for (int i = 0; i < 32; ++i) words[i] = static_cast<int16_t>(i * 1000 - 16000);
-  Vec::I sum = Vec::zero_words();
-  Vec::add_products(sum, Vec::load_words(words), Vec::set_pair(words + 4));
-  Vec::add_products(sum, Vec::load_words(words), Vec::set_pair(words + 4));
+  Vec::I sum = Vec::zero_integers();
+  Vec::add_products(sum, Vec::load_int16(words), Vec::set_pair(words + 4));
+  Vec::add_products(sum, Vec::load_int16(words), Vec::set_pair(words + 4));
   const Vec::F sums = Vec::to_float(sum);
   for (int i = 0; i < 16; ++i) {
     const int expected = 2 * (words[2 * i] * words[4] + words[2 * i + 1] * words[5]);
@@ -188,9 +188,9 @@ void test_lanes() {
   for (int i = 0; i < 16; ++i)
     for (int j = 0; j < 16; ++j) expect(x[i][j] == 100 * j + i, "transpose", x[i][j], 100 * j + i);
   Vec::F even = x[0], odd = x[1];
-  Vec::split(even, odd);
+  Vec::deinterleave(even, odd);
   expect(even[8] == x[1][0] && odd[7] == x[0][15], "split", even[8], x[1][0]);
-  Vec::join(even, odd);
+  Vec::interleave(even, odd);
   expect(even[9] == x[0][9] && odd[2] == x[1][2], "join", even[9], x[0][9]);
 }
 
@@ -289,7 +289,7 @@ int main() {
   test_loads<Float8E5M2, uint8_t>("e5m2", 0x100);
   test_loads<Int8, uint8_t>("int8", 0x100);
   test_int4();
-  test_words();
+  test_int16();
   test_rounding();
   test_lanes();
   test_dot_products();

@@ -6,7 +6,7 @@ import torch
 
 from gqa_kernels.cache.view import KVView, is_dynamic
 from gqa_kernels.call.append import AppendCall
-from tests.cache.append_cases import SCALES
+from tests.cases.appends import SCALES
 
 from .cuda_harness import Call, Phase, Result
 from .cuda_harness import compiled as compiled_phase

@@ -33,7 +33,7 @@ def phase_for(inputs: AttentionCall) -> Phase:
     dim = max(inputs.head_dim, inputs.value_head_dim)
     head_dim_class = next(d for d in (64, 128, 256) if dim <= d)
     unit = f"{UNITS[inputs.dtype]}_d{head_dim_class}"
-    return compiled("sm80", "backward", "launch", "numbers", unit)
+    return compiled("sm80", "backward", "launch", "row_stats", unit)
 
 
 def make_backward_call(

@@ -175,8 +175,8 @@ class Phase:
 
     Args:
         arch, name: ``csrc/cuda/<arch>/<name>``.
-        units: stems of its .cu files to compile; the host code must not need the others. Default:
-            all of them.
+        units: stems of its .cu files to compile, those of ``instantiations/`` included; the host
+            code must not need the others. Default: all of them.
         replace: (file name, old text, new text) to break the kernels with; every old text must
             occur. The files are copied first.
     """
@@ -193,8 +193,8 @@ class Phase:
         self.virtual = "compute_90a" if arch == "sm90" else "compute_80"
         self.capability = 90 if arch == "sm90" else 80
         folder = CSRC / "cuda" / arch / name
-        sources = sorted(folder.glob("*.cu"))
-        self.units = [s.stem for s in sources if units is None or s.stem in units]
+        sources = {s.stem: s.relative_to(folder) for s in sorted(folder.rglob("*.cu"))}
+        self.units = {x: path for x, path in sources.items() if units is None or x in units}
         assert units is None or set(units) == set(self.units), (units, sources)
         self._replace = replace
         self._modules: dict[str, object] = {}
@@ -202,7 +202,7 @@ class Phase:
 
     def _build(self) -> Path:
         """Folder with library.so and one .ptx per unit."""
-        digest = hashlib.sha256(repr((self.arch, self.name, self.units, self._replace)).encode())
+        digest = hashlib.sha256(repr((self.arch, self.name, [*self.units], self._replace)).encode())
         for path in self._sources():
             digest.update(path.read_bytes())
         digest.update((Path(__file__).parent / "recorder.cpp").read_bytes())
@@ -224,7 +224,7 @@ class Phase:
         cuda, phase = CSRC / "cuda", CSRC / "cuda" / self.arch / self.name
         shared = [CSRC / "core", cuda, cuda / "common", cuda / self.arch]
         paths = [path for folder in shared for path in folder.glob("*.*h")]
-        return sorted([*paths, *phase.glob("*.*h"), *phase.glob("*.cu")])
+        return sorted([*paths, *phase.glob("*.*h"), *phase.rglob("*.cu")])
 
     def _compile(self, folder: Path) -> None:
         csrc = CSRC
@@ -247,7 +247,7 @@ class Phase:
             _run(
                 nvcc, "-std=c++17", "-lineinfo", "-Xcompiler", "-fPIC", "-gencode",
                 f"arch={self.virtual},code={self.virtual}", "--keep", "--keep-dir", kept,
-                "-c", source / f"{stem}.cu", "-o", folder / f"{stem}.o",
+                "-c", source / self.units[stem], "-o", folder / f"{stem}.o",
             )  # fmt: skip
             shutil.move(kept / f"{stem}.ptx", folder / f"{stem}.ptx")
             shutil.rmtree(kept)

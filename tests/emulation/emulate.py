@@ -25,10 +25,11 @@ from gqa_kernels.backends.triton.launch.forward import ForwardCall, decode_launc
 from gqa_kernels.backends.triton.plan import build_plan
 from gqa_kernels.call.attention import AttentionCall
 from gqa_kernels.testing import assert_cache_close, assert_close, upcast
+from tests.cases import backward as backward_cases
+from tests.cases.backward import UNEVEN
 from tools.ptxsim.races import WRITE, Shadow
 from tools.ptxsim.triton_front import TritonModule
 
-from . import backward_cases
 from .aot import (
     TARGETS,
     Specialisation,
@@ -39,7 +40,6 @@ from .aot import (
     make_call,
     runtime_arguments,
 )
-from .backward_cases import UNEVEN
 
 LARGE_GROUP = HeadMap([0] * 19 + [1], num_kv_heads=4)  # more heads than a tile has rows
 

@@ -13,9 +13,9 @@ from gqa_kernels.backends.reference.cache import reference_append
 from gqa_kernels.cache.formats import FORMAT_OF_NAME
 from gqa_kernels.call.append import AppendCall
 from tests.backends.test_cpu_cache import after, assert_same, random_append
-from tests.cache.append_cases import CASES, ROTARY, SHAPES, appends, assert_same_memory, bits
-from tests.cache.histories import Kind
 from tests.cache.test_append import FORMATS, rotary_table
+from tests.cases.appends import CASES, ROTARY, SHAPES, appends, assert_same_memory, bits
+from tests.cases.caches import Kind
 from tests.emulation.cuda_append import append_phase, emulated_append, make_append_call
 from tests.emulation.cuda_harness import Phase, Result, unavailable_reason
 from tools.ptxsim import PtxError

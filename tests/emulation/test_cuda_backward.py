@@ -12,9 +12,9 @@ import torch
 from gqa_kernels import HeadMap
 from gqa_kernels.attention import attention_call
 from gqa_kernels.testing import assert_gradients_close, make_inputs
+from tests.cases.attention import PREFILL_CASES, Case
 from tools.ptxsim import PtxError
 
-from ..cases import PREFILL_CASES, Case
 from .cuda_backward import (
     Differentiated,
     Packed,
@@ -305,9 +305,9 @@ def test_main_loop_counters(head_dim: int, dtype: torch.dtype):
             ("edge-not-masked", "kv_kernel.cuh", "if (!keys.all)", "if (false)"),
             ("delta-dropped", "gradients.cuh", "dp - numbers.delta", "dp"),
             ("cap-without-slope", "gradients.cuh", "fmaf(-tanh, tanh, 1.0f)", "1.0f"),
-            ("lse-gradient-dropped", "numbers.cu", "delta -= params.dlse[at]", "delta -= 0"),
+            ("lse-gradient-dropped", "row_stats.cu", "delta -= params.dlse[at]", "delta -= 0"),
             ("lse-gradient-not-in-sums", "q_kernel.cuh", "delta -= args.params", "args.params"),
-            ("unseen-rows-kept", "numbers.cu", "lse != minus_infinity()", "true"),
+            ("unseen-rows-kept", "row_stats.cu", "lse != minus_infinity()", "true"),
             ("a-head-skipped", "kv_walk.cuh", "step.head + 1)", "step.head + 2)"),
             ("tokens-cut-short", "kv_walk.cuh", "window_left + 1", "window_left"),
             ("groups-in-no-order", "kv_walk.cuh", "sizes[o] > size || ", ""),
@@ -324,7 +324,7 @@ def test_main_loop_counters(head_dim: int, dtype: torch.dtype):
 )
 def test_broken_kernels_are_noticed(file: str, old: str, new: str):
     differentiate_and_check(None)
-    broken = Phase("sm80", "backward", ("launch", "numbers", "bf16_d64"), ((file, old, new),))
+    broken = Phase("sm80", "backward", ("launch", "row_stats", "bf16_d64"), ((file, old, new),))
     with pytest.raises((AssertionError, PtxError)):
         differentiate_and_check(broken)
 

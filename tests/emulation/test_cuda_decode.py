@@ -11,7 +11,7 @@ from gqa_kernels import HeadMap
 from gqa_kernels.attention import attention_call
 from gqa_kernels.call.attention import AttentionCall
 from gqa_kernels.testing import make_inputs
-from tests.cases import DECODE_CASES
+from tests.cases.attention import DECODE_CASES
 from tests.emulation.cuda_harness import (
     Call,
     Phase,
@@ -269,20 +269,24 @@ def test_every_byte_once_and_no_bank_conflicts(head_dim, page_size):
 
 BREAKS = {
     "wait one group short": (
-        "kernel.cuh", "cp_async_wait<2 * C::kStages - 1>();", "cp_async_wait<2 * C::kStages>();",
+        "pipeline.cuh", "cp_async_wait<2 * C::kStages - 1>();", "cp_async_wait<2 * C::kStages>();",
     ),
     "one key too many": ("load.cuh", "mine < limit", "mine <= limit"),
     "no barrier after the tile is known": (
-        "kernel.cuh", "__syncthreads();  // the tile is known, its scratch is free", "",
+        "tile.cuh", "__syncthreads();  // the tile is known, its scratch is free", "",
     ),
     "no barrier after Q": ("kernel.cuh", "__syncthreads();  // Q is there", ""),
-    "no barrier before the merge": ("kernel.cuh", "__syncthreads();  // every warp is past", "//"),
-    "no barrier before the sum": ("kernel.cuh", "__syncthreads();  // the outputs of all", "//"),
+    "no barrier before the merge": (
+        "merge_warps.cuh", "__syncthreads();  // every warp is past", "//",
+    ),
+    "no barrier before the sum": (
+        "merge_warps.cuh", "__syncthreads();  // the outputs of all", "//",
+    ),
     "V of the wrong head": (
         "copy_rows.cuh", "params.v_stride, b, k_head, v_head", "params.v_stride, b, k_head, k_head",
     ),
     "a split forgotten": ("combine.cuh", "s0 += 32) {", "s0 += 33) {"),
-    "splits that overlap": ("kernel.cuh", "tile.split * chunk", "tile.split * (chunk - 1)"),
+    "splits that overlap": ("tile.cuh", "tile.split * chunk", "tile.split * (chunk - 1)"),
     "invalid entries let through": ("group_rows.cuh", "k_head >= num_k ||", ""),
 }  # fmt: skip
 

@@ -10,9 +10,9 @@ from gqa_kernels import HeadMap
 from gqa_kernels.attention import attention_call
 from gqa_kernels.call.attention import AttentionCall
 from gqa_kernels.testing import make_inputs
+from tests.cases.attention import INTERLEAVED, PREFILL_CASES, UNEVEN, WITH_EMPTY, Case
 from tools.ptxsim import PtxError
 
-from ..cases import INTERLEAVED, PREFILL_CASES, UNEVEN, WITH_EMPTY, Case
 from .cuda_harness import Phase, Result, check, compiled, emulate, make_call, unavailable_reason
 
 pytestmark = pytest.mark.skipif(

@@ -15,9 +15,9 @@ from gqa_kernels import HeadMap
 from gqa_kernels.attention import attention_call
 from gqa_kernels.call.attention import AttentionCall
 from gqa_kernels.testing import make_inputs
+from tests.cases.attention import PREFILL_CASES, WITH_EMPTY, Case
 from tools.ptxsim import PtxError
 
-from ..cases import PREFILL_CASES, WITH_EMPTY, Case
 from .cuda_harness import (
     CSRC,
     Phase,
@@ -234,7 +234,7 @@ def test_softmax_overlaps_with_products_in_machine_code(unit: str, tmp_path: Pat
     if cuobjdump is None:
         pytest.skip("this Triton comes without cuobjdump")
     cubin = tmp_path / "unit.cubin"
-    source = CSRC / "cuda" / "sm90" / "prefill" / f"{unit}.cu"
+    source = CSRC / "cuda/sm90/prefill/instantiations" / f"{unit}.cu"
     built = subprocess.run(
         [toolkit().nvcc, "-std=c++17", "-O3", "-Xptxas", "-v", "-cubin", "-gencode",
          "arch=compute_90a,code=sm_90a", source, "-o", cubin],

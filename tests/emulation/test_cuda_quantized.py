@@ -15,7 +15,7 @@ from gqa_kernels.cache.view import KVView
 from gqa_kernels.call.attention import AttentionCall
 from gqa_kernels.decode import view_call
 from gqa_kernels.testing import assert_cache_close
-from tests.cache.histories import Kind, empty_cache, fill, hide_unused_pages
+from tests.cases.caches import Kind, empty_cache, fill, hide_unused_pages
 from tools.ptxsim import PtxError
 
 from .cuda_cache import make_cache_call
@@ -267,15 +267,19 @@ def test_stored_bytes_cross_memory_once_and_no_bank_conflicts(format, dim):
 
 
 BREAKS = {
-    "a scale of the wrong key": ("numbers.cuh", "(threadIdx.x & 3) * 8", "(threadIdx.x & 2) * 8"),
-    "one key too many": ("numbers.cuh", "mine < limit", "mine <= limit"),
+    "a scale of the wrong key": (
+        "dequantize.cuh", "(threadIdx.x & 3) * 8", "(threadIdx.x & 2) * 8",
+    ),
+    "one key too many": ("dequantize.cuh", "mine < limit", "mine <= limit"),
     "the maximum without the scales": (
-        "kernel.cuh", "C::kQuantized ? x + lane_numbers.log2_v_scale(e) : x", "x",
+        "online_softmax.cuh", "C::kQuantized ? x + numbers.log2_v_scale(e) : x", "x",
     ),
     "stages overlap": ("config.h", "2 * kTileBytes + kNumberBytes", "2 * kTileBytes"),
-    "offsets not rescaled": ("kernel.cuh", "offset[0] *= alpha[0], offset[1] *= alpha[1];", ""),
-    "zeros of V forgotten": ("kernel.cuh", "- offset[h]) * factor", ") * factor"),
-    "zeros of K forgotten": ("numbers.cuh", "x = fmaf(-k_zero[e], sum[h], x)", "x = x"),
+    "offsets not rescaled": (
+        "online_softmax.cuh", "offset[0] *= alpha[0], offset[1] *= alpha[1];", "",
+    ),
+    "zeros of V forgotten": ("merge_warps.cuh", "- state.offset[h]) * factor", ") * factor"),
+    "zeros of K forgotten": ("dequantize.cuh", "x = fmaf(-k_zero[e], sum[h], x)", "x = x"),
 }  # fmt: skip
 
 

@@ -38,15 +38,20 @@ def environment() -> dict[str, str]:
     script = folder / "c++"
     script.write_text(SCRIPT.format(compiler=compiler))
     script.chmod(0o700)
-    runtime = subprocess.run(
-        [compiler, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
-    )
+    runtime = [_library(compiler, "libasan.so"), _library(compiler, "libstdc++.so.6")]
     found = {
         "CXX": str(script),
         "GQA_KERNELS_CACHE": str(folder),
-        "LD_PRELOAD": runtime.stdout.strip(),
+        # ASan looks for the C++ library's __cxa_throw when it starts, long before torch brings it.
+        "LD_PRELOAD": " ".join(runtime),
         # Python and torch free little at the end. Absurd sizes must end in a Python exception.
         "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1:abort_on_error=1",
     }
     subprocess.run([sys.executable, "-c", BUILD], cwd=ROOT, env={**os.environ, **found}, check=True)
     return found
+
+
+def _library(compiler: str, name: str) -> str:
+    """Where a library of the compiler lies."""
+    command = [compiler, f"-print-file-name={name}"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -18,6 +18,7 @@ from .draw import DTYPES, Call, Draw
 EXPECTED_ERRORS = (TypeError, ValueError, NotImplementedError)
 INTEGERS = (-1, 0, 1, 3, 2**31 - 1, 2**31, -(2**31), 2**63 - 1, 2**63, -(2**63), 2**70)
 NUMBERS = (math.nan, math.inf, -math.inf, -1.0, 0.0, 1e-40, 1e300, 0.5)
+LARGEST = 1 << 22  # elements of a tensor whose values may be replaced
 DTYPE_NAMES = (
     "float16", "bfloat16", "float32", "float64", "int8", "uint8", "int16", "int32", "int64",
     "bool", "complex64", "float8_e4m3fn", "float8_e5m2", "uint16",
@@ -53,7 +54,7 @@ def spoil(draw: Draw, call: Call) -> None:
 
 def spoilt(draw: Draw, x: object) -> object:
     """Something like an argument, and wrong for most calls."""
-    if isinstance(x, Tensor) and draw.chance(0.75):
+    if isinstance(x, Tensor) and x.numel() < LARGEST and draw.chance(0.75):
         return draw.pick(*SPOIL_TENSOR)(draw, x.detach())
     if isinstance(x, (list, tuple)) and x and draw.chance(0.6):
         return _spoilt_list(draw, list(x))

@@ -28,9 +28,10 @@ class Precision:
     Attributes:
         scores: type of scores, softmax and sums over tokens.
         products: type of matrix products and their results.
-        base2: scale the queries before the product and use powers of two.
+        base2: scale the queries before the product, to scores in units of ln 2.
         shift: turn the head dims by so much: another order of summation.
-        kept_output: gradients of the softmax from the rounded output, as kernels compute them.
+        recomputed: gradients as kernels compute them that keep no P: P from the LSE, and the
+            softmax's gradient from the rounded output.
         one_by_one: sum the products of a score in one accumulator, one after another.
     """
 
@@ -38,7 +39,7 @@ class Precision:
     products: torch.dtype = torch.float64
     base2: bool = False
     shift: int = 0
-    kept_output: bool = False
+    recomputed: bool = False
     one_by_one: bool = False
 
     def dot(self, q: Tensor, k: Tensor) -> Tensor:
@@ -49,6 +50,11 @@ class Precision:
                 total = total + q[..., i, None] * k[..., None, :, i]
             return total
         return q @ k.transpose(-1, -2)
+
+    @property
+    def unit(self) -> float:
+        """Of scores."""
+        return math.log(2) if self.base2 else 1.0
 
     def order(self, dim: int) -> Tensor:
         order = torch.arange(dim).roll(self.shift)
@@ -142,38 +148,38 @@ class Sequence:
         return distance, visible
 
     def _scores(self, p: Precision) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Scores, their value before the bias, distances, visibility."""
+        """Scores, ``tanh`` of the softcap, distances, visibility; scores are in ``p.unit``."""
         order = p.order(self.q.shape[2])
         scale = self.q.shape[2] ** -0.5 if self.scale is None else self.scale
         q, k = self.q.to(p.products)[..., order], self.k.to(p.products)[self.key_map][..., order]
         if p.base2:
-            s = p.dot(q * scale, k).to(p.scores)
+            s = p.dot(q * (scale / p.unit), k).to(p.scores)
         else:
             s = p.dot(q, k).to(p.scores) * scale
+        capped = None
         if self.softcap:
-            s = self.softcap * torch.tanh(s / self.softcap)
-        raw = s
+            cap = self.softcap / p.unit
+            capped = torch.tanh(s / cap)
+            s = cap * capped
         distance, visible = self._geometry()
         if self.slopes is not None:
-            s = s - self.slopes.to(p.scores)[:, None, None] * distance.abs()
+            s = s - (self.slopes.to(p.scores) / p.unit)[:, None, None] * distance.abs()
         if self.mask is not None and self.mask.dtype != torch.bool:
-            s = s + self.mask.to(p.scores)
-        return s.masked_fill(~visible, -math.inf), raw, distance, visible
+            s = s + self.mask.to(p.scores) / p.unit
+        return s.masked_fill(~visible, -math.inf), capped, distance, visible
 
     def _softmax(self, p: Precision, s: Tensor, visible: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """P, the LSE and the sink's probability; zeros, -inf and 0 where nothing is seen."""
         sees = visible.any(-1)
         sink = torch.full(s.shape[:2], -math.inf, dtype=p.scores)
         if self.sinks is not None:
-            sink = torch.where(sees, self.sinks.to(p.scores)[:, None], sink)
-        unit = math.log(2) if p.base2 else 1.0
+            sink = torch.where(sees, self.sinks.to(p.scores)[:, None] / p.unit, sink)
         exp, log = (torch.exp2, torch.log2) if p.base2 else (torch.exp, torch.log)
-        s, sink = s / unit, sink / unit
         top = sink if s.shape[-1] == 0 else torch.maximum(s.amax(-1), sink)
         top = top.masked_fill(~sees, 0.0)
         z = exp(s - top[..., None]).sum(-1) + exp(sink - top)
         z = z.masked_fill(~sees, 1.0)
-        lse = ((top + log(z)) * unit).masked_fill(~sees, -math.inf)
+        lse = ((top + log(z)) * p.unit).masked_fill(~sees, -math.inf)
         probabilities = exp(s - top[..., None]) / z[..., None]
         return probabilities, lse, exp(sink - top) / z
 
@@ -194,15 +200,20 @@ class Sequence:
         """Gradients of ``(out * dout).sum() + (lse * dlse).sum()`` by name."""
         order = p.order(self.q.shape[2])
         scale = self.q.shape[2] ** -0.5 if self.scale is None else self.scale
-        s, raw, distance, visible = self._scores(p)
+        s, capped, distance, visible = self._scores(p)
         probabilities, _, sink = self._softmax(p, s, visible)
+        if p.recomputed:
+            out, lse = self.attend(replace(p, recomputed=False))
+            lse = lse.masked_fill(lse == -math.inf, math.inf)[..., None]
+            probabilities = (torch.exp2 if p.base2 else torch.exp)(s - lse / p.unit)
         dout, dlse = dout.to(p.products), dlse.to(p.scores)
         v = self.v.to(p.products)[self.value_map]
         dropped = self._dropped(probabilities).to(p.products)
         dv = (dropped.transpose(1, 2) @ dout).to(p.scores)
-        dp = self._dropped((dout @ v.transpose(1, 2)).to(p.scores))
-        if p.kept_output:
-            delta = (self.attend(p)[0].to(p.scores) * dout.to(p.scores)).sum(-1)
+        value_order = p.order(v.shape[-1])
+        dp = self._dropped(p.dot(dout[..., value_order], v[..., value_order]).to(p.scores))
+        if p.recomputed:
+            delta = (out.to(p.scores) * dout.to(p.scores)).sum(-1)
         else:
             delta = (probabilities * dp).sum(-1)
         ds = probabilities * (dp - delta[..., None] + dlse[..., None])
@@ -211,7 +222,7 @@ class Sequence:
             "sinks": (sink * (dlse - delta)).sum(-1),
         }
         if self.softcap:
-            ds = ds * (1 - (raw / self.softcap) ** 2)
+            ds = ds * (1 - capped**2)
         ds = ds.to(p.products)
         # Products in another order; the columns themselves stay where they are.
         columns = order.argsort()
@@ -276,9 +287,9 @@ def check_gradients(
     @lru_cache
     def eager(most: int) -> list[dict[str, Tensor]]:
         return [
-            computed(replace(form, kept_output=kept))
+            computed(replace(form, recomputed=recomputed))
             for form in eager_forms(dtype, dim, most=most)
-            for kept in (False, True)
+            for recomputed in (False, True)
         ]
 
     exact = computed(EXACT)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from gqa_kernels import HeadMap
 from gqa_kernels.convert import convert
@@ -226,6 +227,18 @@ class TestFiles:
         path = tmp_path / "sums.safetensors"
         calibrate(tiny(), self.batches(), resume=path)
         with pytest.raises(ValueError, match="must hold 'gqa-kernels moments 2', got"):
+            load_stats(path)
+
+    @pytest.mark.parametrize(
+        "metadata",
+        ["", "3", "[]", "{}", '{"format": "gqa-kernels moments 2"}', "[" * 100_000,
+         '{"format": "gqa-kernels moments 2", "made from": null, "layers": 2}',
+         '{"format": "gqa-kernels moments 2", "made from": null, "layers": "x"}'],
+    )  # fmt: skip
+    def test_hostile_metadata(self, tmp_path, metadata):
+        path = tmp_path / "moments.safetensors"
+        save_file({"0/mean": torch.ones(3)}, path, {"gqa-kernels": metadata})
+        with pytest.raises(ValueError):
             load_stats(path)
 
     def test_nothing_is_written_of_a_run_with_nan(self, tmp_path):

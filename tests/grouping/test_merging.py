@@ -138,7 +138,7 @@ class TestErrors:
             merged(layer(), "max")
 
     def test_empty_group(self):
-        with pytest.raises(ValueError, match=r"every KV head a query head, got none for \[1\]"):
+        with pytest.raises(ValueError, match=r"a query head for every KV head, got none for \[1\]"):
             merged(layer(), "mean", HeadMap([0, 0, 0, 2, 2, 2]))
 
     def test_length_of_a_map(self):

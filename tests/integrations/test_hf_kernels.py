@@ -12,7 +12,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations import hub_kernels
 
 from gqa_kernels import HeadMap, asym_gqa_attention
-from gqa_kernels.integrations.hf_kernels import BACKENDS, build, main
+from gqa_kernels.integrations.hf_kernels import BACKENDS, build
+from gqa_kernels.integrations.hf_kernels.__main__ import main
 from gqa_kernels.integrations.transformers import register
 from gqa_kernels.testing import make_inputs
 from tests.integrations.test_transformers import CLOSE, logits

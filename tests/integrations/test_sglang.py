@@ -11,7 +11,8 @@ import torch
 
 from gqa_kernels import HeadMap, asym_gqa_attention
 from gqa_kernels.integrations import sglang as integration
-from gqa_kernels.integrations.sglang.attention import Layer, Step, page_tables, pooled_attention
+from gqa_kernels.integrations.engine_layer import Layer
+from gqa_kernels.integrations.sglang.attention import Step, page_tables, pooled_attention
 from gqa_kernels.models.maps import guarded_architecture
 from tests.integrations.stand_ins import stand_in
 
@@ -89,8 +90,7 @@ class Engine:
 
 
 def layer(**options) -> Layer:
-    defaults = {"value_head_map": None, "window": None, "softcap": None, "sinks": None}
-    return Layer(HEAD_MAP, scale=DIM**-0.5, causal=True, **{**defaults, **options})
+    return Layer(HEAD_MAP, DIM**-0.5, **options)
 
 
 @pytest.mark.parametrize("page_size", [1, 4])

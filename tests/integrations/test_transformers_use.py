@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import warnings
 from importlib import metadata
 from pathlib import Path
 
@@ -317,14 +318,21 @@ class TestNoValues:
         return child
 
 
-def test_attention_weights_are_not_to_be_had(model):
+@pytest.mark.parametrize("family", tiny_families.FAMILIES)
+def test_attention_weights_are_not_to_be_had(family):
     """One warning, however many layers and calls."""
+    parent = tiny_families.tiny(family)
+    child = convert(parent, tiny_families.maps_for(parent))
+    child.set_attn_implementation("asym_gqa")
     attention._warn_no_weights.cache_clear()
-    inputs = batch([5], "left")
     with pytest.warns(UserWarning, match="output_attentions gets no attention weights") as seen:
         for _ in range(2):
-            model(**inputs, output_attentions=True)
+            child(**tiny_families.inputs(family), output_attentions=True)
     assert len([w for w in seen if "gets no attention weights" in str(w.message)]) == 1
+    attention._warn_no_weights.cache_clear()
+    with warnings.catch_warnings():  # none without the request
+        warnings.filterwarnings("error", message="output_attentions")
+        child(**tiny_families.inputs(family))
 
 
 @needs_batching

@@ -14,7 +14,8 @@ import torch
 
 from gqa_kernels import HeadMap, asym_gqa_attention
 from gqa_kernels.integrations import vllm as integration
-from gqa_kernels.integrations.vllm.attention import Batch, Layer, cached_attention
+from gqa_kernels.integrations.engine_layer import Layer
+from gqa_kernels.integrations.vllm.attention import Batch, cached_attention
 from tests.integrations import fake_vllm
 from tests.integrations.stand_ins import stand_in
 
@@ -31,9 +32,8 @@ ROOT = Path(__file__).parents[2]
 needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="vllm is not installed")
 
 
-def layer(head_size_v: int = HEAD_SIZE, **options) -> Layer:
-    defaults = {"window": None, "softcap": None, "alibi_slopes": None, "sinks": None}
-    return Layer(HEAD_MAP, HEAD_SIZE, head_size_v, HEAD_SIZE**-0.5, **{**defaults, **options})
+def layer(**options) -> Layer:
+    return Layer(HEAD_MAP, HEAD_SIZE**-0.5, **options)
 
 
 class Engine:
@@ -86,7 +86,7 @@ def test_prefill_then_mixed_then_decode(nhd, head_size_v):
     engine = Engine(3, head_size_v, nhd)
     for new_tokens in ([20, 1, 7], [1, 13, 0], [1, 1, 1]):
         batch, tensors = engine.step(new_tokens)
-        out = cached_attention(layer(head_size_v), batch, *tensors, engine.kv_cache)
+        out = cached_attention(layer(), batch, *tensors, engine.kv_cache)
         torch.testing.assert_close(out, engine.expected(batch, tensors[0]))
 
 

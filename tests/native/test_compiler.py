@@ -102,6 +102,7 @@ def test_the_compilers_version_is_part_of_its_key(tmp_path, monkeypatch):
     for version in ("1.0", "2.0"):
         script.write_text(f"#!/bin/sh\necho {version}\n")
         script.chmod(0o755)
+        compiler._version.cache_clear()
         for arguments in ("", " -m64"):
             monkeypatch.setenv("CXX", f"{script}{arguments}")
             keys.add(compiler.find_compiler().key)

@@ -9,7 +9,7 @@ from gqa_kernels import HeadMap, asym_gqa_attention
 from gqa_kernels.backends.dispatch import BACKENDS
 from gqa_kernels.native.dropout import draw_seed, keep_mask, philox
 from gqa_kernels.testing import assert_close, assert_gradients_close, make_inputs
-from tests.test_attention import USABLE, widest
+from tests.api.test_attention import USABLE, widest
 
 DROPPING = [name for name in USABLE if "dropout" in BACKENDS[name].capabilities.options]
 FUSED = [name for name in DROPPING if name != "reference"]

@@ -66,8 +66,8 @@ def search(
         method: a key of ``METHODS``.
         sizes: ``"free"``, ``"equal"`` (``H`` must be a multiple of ``G``) or ``(lo, hi)``, the
             smallest and largest group allowed.
-        seed: seed of every random choice; the same call gives the same answer (a time limit that
-            strikes excepted).
+        seed: seed of every random choice; the same call returns the same result, unless it
+            reaches its time limit.
         time_limit: seconds after which to return the best partition found so far.
         **options: the method's own, see its file.
 

@@ -71,7 +71,7 @@ def solve_uneven(
 def _step(
     problem: Problem, labels: np.ndarray, head: int, other: int, keep_sizes: bool
 ) -> np.ndarray:
-    """``labels`` with ``head`` in ``other``'s group, and the reverse where sizes are kept."""
+    """``labels`` with ``head`` in ``other``'s group, and the reverse if sizes are kept."""
     source, target = labels[head], labels[other]
     can_join = (labels == source).sum() > problem.lo and (labels == target).sum() < problem.hi
     labels = labels.copy()

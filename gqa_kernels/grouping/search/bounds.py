@@ -20,7 +20,7 @@ def nearest_bound(problem: Problem) -> float:
     distances inside the group, so a head's charge ``c_i(s)`` is at most its true share. The bound
     is the linear program that spreads each head over sizes, ``m_s`` groups of size ``s``:
     ``sum_i y_is = s * m_s`` and ``sum_s m_s = G``. Its dual values, not its optimum, make the
-    bound, so that solver tolerances can't make it too high. 0 where the program is not solved.
+    bound, so that solver tolerances can't make it too high. 0 if the program is not solved.
     """
     H, G = problem.num_heads, problem.num_groups
     sizes = np.arange(problem.lo, problem.hi + 1)
@@ -50,7 +50,7 @@ def nearest_bound(problem: Problem) -> float:
 def semidefinite_bound(problem: Problem, upper: float) -> float:
     """Bound of Peng and Wei's semidefinite relaxation of clustering (SIAM J. Optim. 2007).
 
-    With ``Z_ij = 1/|S|`` where ``i`` and ``j`` share a group ``S``, else 0, a partition costs
+    With ``Z_ij = 1/|S|`` if ``i`` and ``j`` share a group ``S``, else 0, a partition costs
     ``tr(D Z) / 2``, and ``Z`` is a projection of rank ``G`` with ``Z 1 = 1``,
     ``0 <= Z_ij <= Z_ii`` and ``1/hi <= Z_ii <= 1/lo``. Multipliers for these inequalities turn
     ``D / 2`` into some ``C``; the least ``tr(C Z)`` over projections with ``Z 1 = 1`` is

@@ -1,4 +1,4 @@
-"""Exact optimum for many heads, where the size limits leave few enough groups to list them all."""
+"""Exact optimum for many heads, if the size limits leave few enough groups to list them all."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def solve(problem: Problem, max_columns: int = MAX_COLUMNS) -> Found:
     """An optimal partition with its proof.
 
     Args:
-        max_columns: where there are more groups than this within the size limits, the result is
+        max_columns: if there are more groups than this within the size limits, the result is
             local search's partition with the bound of a relaxation, not proved.
     """
     from .bounds import nearest_bound, semidefinite_bound  # these import SciPy

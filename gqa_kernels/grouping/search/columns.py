@@ -21,7 +21,7 @@ class Columns:
     """``n`` groups of heads.
 
     Attributes:
-        members: uint8 ``[K, n]``, the heads of each group, ``H`` where a group is smaller than K.
+        members: uint8 ``[K, n]``, the heads of each group, padded with ``H`` to K entries.
         costs: ``[n]``.
         num_heads: ``H``.
     """
@@ -90,7 +90,7 @@ class Columns:
         return result
 
     def incidence(self) -> csc_array:
-        """``[H, n]``, 1 where the head is in the group."""
+        """``[H, n]``, 1 if the head is in the group."""
         present = np.not_equal(self.members.T, self.num_heads)
         ends = np.cumsum(present.sum(1))
         heads = self.members.T[present].astype(np.int32)

@@ -18,7 +18,7 @@ _MIN_VIOLATION = 1e-3
 
 
 def cut_rows(columns: Columns, triples: np.ndarray) -> csr_array:
-    """``[C, n]``: 1 where the column holds two or three heads of the triple ``triples [C, 3]``."""
+    """``[C, n]``: 1 if the column holds two or three heads of the triple ``triples [C, 3]``."""
     if not len(triples):
         return csr_array((0, len(columns)))
     picks = csr_array(

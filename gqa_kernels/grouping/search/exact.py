@@ -13,7 +13,7 @@ def solve(problem: Problem) -> Found:
     """An optimal partition with its proof: subset DP up to 16 heads, column generation beyond.
 
     The subset DP takes a second at most and ignores the time limit. Column generation lists every
-    group within the size limits; where those are too many, or time runs out, the result is local
+    group within the size limits; if those are too many, or time runs out, the result is local
     search's with the best bound known, not proved.
     """
     if problem.num_heads <= _DP_HEADS:

@@ -1,4 +1,4 @@
-"""Exact search over any cost of a group, where a sum over pairs of heads doesn't tell it."""
+"""Exact search for costs of a group that are not a sum over pairs of heads."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ LINKAGES = ("ward", "average", "complete", "single")
 
 
 def solve(problem: Problem, linkage: str = "ward") -> Found:
-    """The tree cut at ``num_groups`` groups, then moved within the size limits where they bind.
+    """The tree cut at ``num_groups`` groups, then moved within the size limits if they bind.
 
     Args:
         linkage: one of ``LINKAGES``. Ward works on the square roots of D, so that each merge is

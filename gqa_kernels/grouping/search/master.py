@@ -35,7 +35,7 @@ def relax(
 
     Args:
         cut_rows: ``[C, n]``; each row's weighted sum may not exceed 1.
-        seconds: time limit; None is returned when it strikes.
+        seconds: time limit; when it is reached, the result is None.
     """
     H = columns.num_heads
     cuts = {"A_ub": cut_rows, "b_ub": np.ones(cut_rows.shape[0])} if cut_rows.shape[0] else {}

@@ -21,7 +21,7 @@ def solve(problem: Problem, generations: int = 10, population: int = 100) -> Fou
     """Stage 1: the best partition into ``num_groups`` groups of the final population.
 
     The genome is the group of each head. Under a size rule (QCQA-EC) every child is repaired;
-    with free sizes (QCQA-AC) only the final population is, where it has too few groups.
+    with free sizes (QCQA-AC) only the final population is, if it has too few groups.
     """
     D, G, H = problem.distances, problem.num_groups, problem.num_heads
     if generations < 1 or population < 2:

@@ -11,12 +11,12 @@ import numpy as np
 
 
 class Found(NamedTuple):
-    """What a method returns.
+    """The result of a method.
 
     Attributes:
         labels: ``[H]`` group of each head, in any numbering; exactly ``num_groups`` groups, sizes
             within the problem's limits.
-        lower_bound: no feasible partition costs less; 0 where the method knows no better.
+        lower_bound: no feasible partition costs less; 0 if the method has no better one.
     """
 
     labels: np.ndarray

@@ -1,6 +1,6 @@
 """Exact optimum for many heads: enumerated column generation with reduced-cost fixing.
 
-1. Local search gives a partition, hence an upper bound.
+1. Local search finds a partition, hence an upper bound.
 2. All groups within the size limits are listed. The LP relaxation of "every head in exactly one of
    exactly G groups" is solved over a few of them; its prices are tried on all groups and the
    cheapest are added, until none is missing.
@@ -84,7 +84,7 @@ class SetPartitioning:
         self.triples, self.rows = triples, cut_rows(self.columns, triples)
 
     def use_prices(self, prices: np.ndarray, cut_prices: np.ndarray) -> np.ndarray:
-        """Reduced costs ``[n]`` under some prices; kept where the prices raise the bound."""
+        """Reduced costs ``[n]`` under some prices; kept if the prices raise the bound."""
         reduced = self.columns.reduced_costs(prices)
         if len(cut_prices):
             reduced -= self.rows.T @ cut_prices

@@ -58,7 +58,7 @@ class Table:
     """``best [2^n, G + 1]`` over subsets of heads 1..n, and the costs of all groups.
 
     Args:
-        without: ``[2^n]`` cost of a group of the heads 1..n in the mask, inf where it is not
+        without: ``[2^n]`` cost of a group of the heads 1..n in the mask, inf if it is not
             allowed.
         with_first: ``[2^n]`` the same group with head 0 as well.
         num_heads: ``n + 1``.

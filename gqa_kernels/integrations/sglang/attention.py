@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...cache.paged import PagedKVCache
 from ...decode import asym_gqa_decode
-from ...head_map import HeadMap
+from ..engine_layer import Layer
 
 
 @dataclass(frozen=True)
@@ -34,26 +34,6 @@ class Step:
     query_offsets: Tensor | None
     max_query_len: int
     page_size: int
-
-
-@dataclass(frozen=True)
-class Layer:
-    """What sets a layer's attention apart.
-
-    Attributes:
-        head_map, value_head_map: the KV head of each query head, for V where it differs.
-        window: keys a token sees before itself, itself not counted; None for all.
-        causal: whether a token sees no later ones.
-        sinks: ``[Hq]``, or None.
-    """
-
-    head_map: HeadMap
-    value_head_map: HeadMap | None
-    scale: float
-    window: int | None
-    softcap: float | None
-    causal: bool
-    sinks: Tensor | None
 
 
 def page_tables(req_to_token: Tensor, requests: Tensor, max_len: int, page_size: int) -> Tensor:
@@ -95,15 +75,7 @@ def pooled_attention(
         k_scale=k_scale,
         v_scale=v_scale,
     )
-    options = {
-        "value_head_map": layer.value_head_map,
-        "causal": layer.causal,
-        "scale": layer.scale,
-        "window": None if layer.window is None else (layer.window, None),
-        "softcap": layer.softcap,
-        "sinks": layer.sinks,
-        "backend": backend,
-    }
+    options = {**layer.options(), "backend": backend}
     if step.query_offsets is None:
         out = asym_gqa_decode(query[:, None], cache, layer.head_map, layout="bshd", **options)
         return out[:, 0]

@@ -10,7 +10,8 @@ from sglang.srt.runtime_context import get_parallel
 from torch import Tensor
 
 from ...models.maps import KEY_FIELD, VALUE_FIELD, layer_maps, stored_maps
-from .attention import Layer, Step, page_tables, pooled_attention
+from ..engine_layer import Layer
+from .attention import Step, page_tables, pooled_attention
 from .names import BACKEND
 
 MODES = ("DECODE", "EXTEND", "MIXED", "SPLIT_PREFILL", "IDLE")
@@ -155,12 +156,12 @@ class AsymGQABackend(AttentionBackend):
         window = layer.sliding_window_size
         return Layer(
             head_map,
-            value_head_map,
             layer.scaling,
-            None if window is None or window < 0 else window,
-            layer.logit_cap or None,
-            layer.attn_type == AttentionType.DECODER,
-            sinks,
+            value_head_map=value_head_map,
+            window=None if window is None or window < 0 else window,
+            softcap=layer.logit_cap or None,
+            causal=layer.attn_type == AttentionType.DECODER,
+            sinks=sinks,
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextvars import ContextVar
 from functools import cache
 
 import torch
@@ -62,7 +63,7 @@ def asym_gqa(
     """The attention of one layer, as ``AttentionInterface`` calls it: ``[B, Sq, Hq, Dv]``."""
     if not isinstance(key, Tensor):  # new tokens of a PagedCache, see cache.py
         return key.layer.attend(module, query, key, value, attention_mask, backend, **options)
-    if options.get("output_attentions") and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and _weights_are_wanted(options):
         _warn_no_weights()
     refuse_block_table(options)
     if options.get("cache") is not None:  # continuous batching, before transformers 5.24
@@ -74,6 +75,25 @@ def asym_gqa(
             return out
     call = attention_call(module, query, key, value, attention_mask, **options)
     return asym_gqa_attention(**call, backend=backend)
+
+
+def _weights_are_wanted(options: dict[str, object]) -> bool:
+    """Whether the caller of the model asked for attention weights."""
+    if options.get("output_attentions"):
+        return True
+    collector = _collector()  # some models pass the request on by this alone
+    wanted = None if collector is None else collector.get()
+    return bool(wanted) and not {"attentions", "cross_attentions"}.isdisjoint(wanted)
+
+
+@cache
+def _collector() -> ContextVar | None:
+    """Where transformers 5 keeps what outputs of a model's layers it collects."""
+    try:
+        from transformers.utils.output_capturing import _active_collector
+    except ImportError:
+        return None
+    return _active_collector
 
 
 @cache

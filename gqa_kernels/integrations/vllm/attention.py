@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...cache.paged import PagedKVCache
 from ...decode import asym_gqa_decode
-from ...head_map import HeadMap
+from ..engine_layer import Layer
 
 
 @dataclass(frozen=True)
@@ -36,27 +36,6 @@ class Batch:
     old_lens: Tensor
     block_table: Tensor
     causal: bool
-
-
-@dataclass(frozen=True)
-class Layer:
-    """What sets a layer's attention apart.
-
-    Attributes:
-        head_map: the KV head of each query head.
-        head_size: ``D`` of q and k; V has ``head_size_v``.
-        window: keys a token sees before itself, itself not counted; None for all.
-        alibi_slopes, sinks: fp32 ``[Hq]``, or None.
-    """
-
-    head_map: HeadMap
-    head_size: int
-    head_size_v: int
-    scale: float
-    window: int | None
-    softcap: float | None
-    alibi_slopes: Tensor | None
-    sinks: Tensor | None
 
 
 def cached_attention(
@@ -85,7 +64,7 @@ def cached_attention(
     """
     if storage is not None and kv_cache.dtype != storage:
         kv_cache = kv_cache.view(storage)
-    k_cache, v_cache = kv_cache.split([layer.head_size, layer.head_size_v], dim=-1)
+    k_cache, v_cache = kv_cache.tensor_split([query.shape[-1]], dim=-1)
     append = key is not None and value is not None
     cache = PagedKVCache(
         k_cache,
@@ -103,12 +82,7 @@ def cached_attention(
         v_new=value if append else None,
         cu_seqlens_q=batch.query_start_loc,
         max_seqlen_q=batch.max_query_len,
-        causal=batch.causal,
-        scale=layer.scale,
-        window=None if layer.window is None else (layer.window, None),
-        softcap=layer.softcap,
-        alibi_slopes=layer.alibi_slopes,
-        sinks=layer.sinks,
+        **{**layer.options(), "causal": batch.causal},
         advance=False,  # lengths are vLLM's
         backend=backend,
     )

@@ -19,7 +19,8 @@ from vllm.v1.attention.backend import (
 
 from ...head_map import HeadMap
 from ...models.maps import KEY_FIELD, is_uneven
-from .attention import Batch, Layer, cached_attention
+from ..engine_layer import Layer
+from .attention import Batch, cached_attention
 from .names import BACKEND
 
 FP8_FORMATS = ("fp8", "fp8_e4m3", "fp8_e5m2")
@@ -141,8 +142,6 @@ class AsymGQAImpl(AttentionImpl[Batch]):
         slopes = None if alibi_slopes is None else torch.tensor(alibi_slopes, dtype=torch.float32)
         self.layer = Layer(
             head_map=head_map,
-            head_size=head_size,
-            head_size_v=head_size_v or head_size,
             scale=scale,
             window=None if sliding_window is None else sliding_window - 1,
             softcap=logits_soft_cap or None,

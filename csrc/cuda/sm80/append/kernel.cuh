@@ -15,7 +15,7 @@
 
 #include "../../../core/quantize.h"
 #include "args.h"
-#include "numbers.cuh"
+#include "row_vectors.cuh"
 #include "rotary.cuh"
 
 namespace gqa::cuda::sm80 {

@@ -4,7 +4,7 @@
 #include <cstdint>
 
 #include "../../../core/append_params.h"
-#include "numbers.cuh"
+#include "row_vectors.cuh"
 
 namespace gqa::cuda::sm80 {
 

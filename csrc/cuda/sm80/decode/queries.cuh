@@ -11,8 +11,8 @@
 #include "../../common/state.cuh"
 #include "../../common/stored_numbers.cuh"
 #include "config.h"
+#include "dequantize.cuh"
 #include "load.cuh"
-#include "numbers.cuh"
 
 namespace gqa::cuda::sm80 {
 

@@ -1,17 +1,15 @@
 // Prefill for sm_80 and later, after FlashAttention-2 (Dao 2023, algorithm 1): mma.sync, cp.async,
 // online softmax.
 //
-// Grid      one CTA for each (block of kBlockM query tokens, query head, sequence); see
-// query_tile.cuh. CTA       walks over the keys that its rows see, kBlockN at a time. The head map
-// enters as the
-//           head of K (and V) alone, so uneven groups cost what even ones do.
+// Grid      one CTA for each (block of kBlockM query tokens, query head, sequence): query_tile.cuh.
+// CTA       loops over the keys that its rows see, kBlockN at a time. The head map only selects the
+//           head of K (and V), so uneven groups cost what even ones do.
 // Warp      kWarpRows rows of the tile, all keys: S, P and O stay in its registers, and P is the
 //           first operand of the second product as it comes out of the first.
 // Shared    Q, and a ring of three slots for K and V; see config.h. A tile is requested two
 //           products before it is used, behind the barrier that says its slot was read. Quantised
 //           ones arrive in slot 0, as they are stored, and are widened to slots 1 and 2.
-// Masks     causal order and windows cost something in the blocks at the edge only. kGeneral has
-// the
+// Masks     causal order and windows only cost time in the blocks at the edge. kGeneral has the
 //           code for softcap, ALiBi, masks, scales <= 0, dropout and element-wise copies; the other
 //           kernel has neither their branches nor their registers.
 // Softmax   base 2, fp32. O is rescaled only where a row's maximum has grown by more than 2^8 since

@@ -7,9 +7,8 @@
 //           gives NaN.
 // Warps     warpgroup 0 produces (producer.cuh), the others consume (consumer.cuh). Registers
 //           move from the former to the latter.
-// Pipeline  K and V blocks in two stages each, running on from tile to tile. Blocks go from the
-// last
-//           to the first, so that the block with the end of the keys is the first one.
+// Pipeline  K and V blocks in two stages each, without a pause between tiles. Blocks go from the
+//           last to the first, so that the block with the end of the keys comes first.
 // Shared    config.h.
 //
 // After FlashAttention-3 (Shah et al., 2024, arXiv:2407.08608): sections 3.1, warp specialisation

@@ -4,7 +4,7 @@
 
 #include "config.h"
 #include "launch.h"
-#include "plan.h"
+#include "launch_choices.h"
 
 namespace gqa::cuda::sm90 {
 

@@ -2,13 +2,13 @@
 
 Grid    one program per (sequence, head, block of BLOCK_T new tokens), flattened, token blocks
         fastest; the heads are those of k_new, then of v_new, then of q.
-Program loads its rows, rotates those of k_new and q by their position, and stores the rows of q to
-        the rotated copy and all others to their slots: as they are, or as stored numbers with the
-        scale (and zero) of each row, found here from the row or given.
-        Tokens beyond the cache, or in a page out of range, are dropped.
+Program loads its rows, and rotates those of k_new and q by their position. It stores the rows of q
+        to the rotated copy and all others to their slots, as they are or quantised. The scale
+        (and zero) of a quantised row is computed from the row, or read if the cache fixes it.
+        It drops tokens beyond the cache and tokens in a page out of range.
 
-A rotated column is one multiplication with its own and one with its partner's value, so the columns
-of a row are taken in any order: int4 takes the even and the odd ones apart.
+A rotated column needs its own value and its partner's, so a program may take the columns of a row
+in any order: for int4 it takes the even and the odd ones separately.
 
 Source: formats and rounding as gqa_kernels/cache/quantized.py defines them; own code.
 """

@@ -8,7 +8,7 @@ from . import common
 
 @triton.jit
 def load_lse(p_rows, m_rows):
-    """LSE of rows; +inf, so that P is 0, where no key was seen or no row is."""
+    """LSE of rows. It is +inf, so that P is 0, if the row saw no key or does not exist."""
     b_lse = tl.load(p_rows, mask=m_rows, other=float("inf"))
     return tl.where(b_lse == float("-inf"), float("inf"), b_lse)
 

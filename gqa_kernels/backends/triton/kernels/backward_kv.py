@@ -1,15 +1,15 @@
 """Backward, gradients of K and V: the sum over a group's heads is taken inside the kernel.
 
 Grid    one program per (group, sequence, block of BLOCK_N keys), flattened, blocks fastest; groups
-        come in the order that the caller gives, largest first, so that the longest work starts
-        first (with causal masking the first blocks are seen by most queries).
+        come largest first, in the order of p_order, so that the longest work starts first
+        (with causal masking most queries see the first blocks).
 Program keeps its block of K and V, and walks over the query heads of its group, for each over the
         blocks of query tokens that see its keys: recomputes P from the LSE, and adds up
         dV += P^T dO and dK += dS^T Q in fp32 registers. Each element is written once: no atomics,
         no expanded gradients, bitwise repeatable. A group without heads writes zeros.
-        Where V is grouped apart (not SHARED), one launch over the groups of K writes dK and
-        another over those of V writes dV; the tile that then varies is loaded for each head.
-        Of packed sequences each program writes the keys of its own sequence and no others.
+        If V has a head map of its own (not SHARED), one launch over the groups of K writes dK
+        and another over those of V writes dV; each then loads the other tile for every head.
+        With packed sequences, a program writes the keys of its own sequence and no others.
 
 Tiles are keys x queries: P^T and dS^T are then left operands as they come out of the products.
 

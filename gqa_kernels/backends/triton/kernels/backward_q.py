@@ -4,9 +4,10 @@ Grid    as prefill's: one program per (sequence, query head, block of BLOCK_M qu
         in the plan's order in sections whose K and V fit the L2 cache, last block first.
 Program keeps its block of Q and dO, and walks over the key blocks that some row can see:
         recomputes P from the LSE and adds up dQ += dS K in fp32. A head whose map entry is out of
-        range gives NaN. The slope's gradient is left as one sum per program, for the caller to add
-        up in a fixed order. It and the sink's have whole rows in one number, where it would show
-        that delta comes from the output, which is rounded: for them, delta is summed anew.
+        range gets NaN. Each program writes one sum for the gradient of its head's slope, and the
+        caller adds these up in a fixed order. The gradients of slopes and sinks sum whole rows
+        into one number. That would show that delta comes from the rounded output, so with them
+        the kernel sums delta again, in fp32.
 
 Source: FlashAttention-2 (arXiv 2307.08691), algorithm 2 in two passes, so that nothing is summed
 through memory; own code.

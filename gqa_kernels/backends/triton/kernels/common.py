@@ -1,15 +1,14 @@
 """Device helpers shared by the forward kernels: key ranges, scores, masking, online softmax.
 
-A kernel works on a tile of BLOCK_M *rows*. A row is one (query token, query head) pair; how rows
-map to tokens and heads is the kernel's business. The helpers take one vector per fact about the
-rows (query position, ALiBi slope, row of the mask), so that prefill and decode share one
-definition of the formula (DESIGN section 3).
+A kernel works on a tile of BLOCK_M *rows*. A row is one (query token, query head) pair. Each kernel
+maps rows to tokens and heads in its own way, and describes its rows by one vector per fact
+(``TileRows``). So prefill and decode share one definition of the formula.
 
 The running state of a tile is (b_acc, b_sum, b_max): the unnormalised output, the sum of the
-exponentials, and the maximum of the scores seen so far. Of a row that has seen no key, it is
-(0, 0, -inf). Scores are in natural units, but b_max is in units of base 2 (times LOG2E): then
-exp2(score * LOG2E - b_max) is one fused multiply-add and one instruction, and b_max, being exactly
-what was subtracted, leaves no rounding error in the LSE.
+exponentials, and the maximum of the scores seen so far. A row that has seen no key has the state
+(0, 0, -inf). Scores are in natural units, but b_max is in base 2 (times LOG2E). Then
+exp2(score * LOG2E - b_max) takes one fused multiply-add and one instruction. b_max is exactly the
+number that was subtracted, so it leaves no rounding error in the LSE.
 
 Source: the online softmax is that of FlashAttention (Dao et al., arXiv 2205.14135).
 """

@@ -1,14 +1,14 @@
 """Prefill: forward attention with one query head per tile.
 
 Grid    one program per (sequence, query head, block of BLOCK_M query tokens), flattened.
-        Query heads are taken in the plan's order, sorted by group, in sections whose K and V fit
-        the L2 cache; inside a section, block by block from the last block to the first. So heads
-        of one group run at the same time and meet in L2, and with causal masking the longest
-        work starts first.
+        Query heads come in the plan's order, sorted by group, in sections whose K and V fit the
+        L2 cache. Inside a section, programs go block by block from the last block to the first.
+        So heads of one group run at the same time and share K and V in L2, and with causal
+        masking the longest work starts first.
 Program reads its query block once, walks over the key blocks that some row can see with an
         online softmax, and writes its rows of the output and of the LSE. Blocks that every row
-        sees in full take no masking code.
-        A head whose map entry is out of range sees no keys, reads no K or V, and gives NaN.
+        sees in full run without masking code.
+        A head whose map entry is out of range reads no K or V, and its rows become NaN.
 
 Source: FlashAttention-2 (arXiv 2307.08691) for the loop order; own code.
 """

@@ -1,0 +1,13 @@
+// Entry point of the CPU backward kernels. Torch-free, like attention.h.
+#pragma once
+
+#include "../../core/backward_params.h"
+#include "../forward/attention.h"
+
+namespace gqa::cpu {
+
+// Writes params.dq, dk, dv and, unless they are null, dslopes and dsinks. The same number of
+// threads computes the same bits. Throws std::invalid_argument for a bad GQA_KERNELS_CPU_ISA.
+void attention_backward(const BackwardParams& params, const ThreadPool& pool);
+
+}  // namespace gqa::cpu

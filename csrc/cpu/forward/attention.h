@@ -1,0 +1,14 @@
+// Entry point of the CPU kernels. Torch-free: threads come in from the caller.
+#pragma once
+
+#include "../../core/params.h"
+#include "../thread_pool.h"
+
+namespace gqa::cpu {
+
+// Writes params.out and params.lse. lse_wanted: false if nobody will read the LSE, which then may
+// be as inexact as the output. Throws std::invalid_argument for a bad GQA_KERNELS_CPU_ISA.
+void attention_forward(const AttentionParams& params, const ThreadPool& pool,
+                       bool lse_wanted = true);
+
+}  // namespace gqa::cpu

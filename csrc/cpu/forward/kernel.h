@@ -1,0 +1,427 @@
+// Runs tasks: the online softmax over the keys of a task, tile after tile, for all its rows.
+//
+//   for every tile of keys:  S = Q K^T;  P = exp(S - max);  O = O * exp(old max - max) + P V
+//   then:                    out = O / sum, or a partial result; the last split merges them
+//
+// Rows are query tokens x heads of one group, token-major: row r is token r / heads, head r %
+// heads. Direct tasks (few rows, decode) read K and V in place: products_direct.h, products_fp8.h,
+// products_int16.h, products_amx.h. The others pack K and V first: products_packed.h,
+// products_pairs.h. Tasks of one bundle alternate after every tile of keys.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <deque>
+#include <vector>
+
+#include "../../core/dropout.h"
+#include "../../core/visible.h"
+#include "../isa/isa.h"
+#include "../isa/math.h"
+#include "dequantize.h"
+#include "kernel_table.h"
+#include "kv_rows.h"
+#include "products_direct.h"
+#include "products_fp8.h"
+#include "products_int16.h"
+#include "products_packed.h"
+#include "schedule.h"
+#include "softmax.h"
+#include "tile.h"
+
+namespace gqa::cpu::GQA_ISA {
+
+template <class S>
+inline constexpr bool kInteger = std::is_same_v<S, Int8> || std::is_same_v<S, Int4Pair>;
+template <class S>
+inline constexpr bool kFloat8 = std::is_same_v<S, Float8E4M3> || std::is_same_v<S, Float8E5M2>;
+
+// Calls `visit` with a null pointer whose type is the query's element type. If the cache is not
+// quantised, that is S.
+template <class S, class Visit>
+GQA_INLINE auto with_query_type(const AttentionParams& params, Visit visit) {
+  if constexpr (!kQuantized<S>) {
+    return visit(static_cast<S*>(nullptr));
+  } else {
+    switch (params.dtype) {
+      case DType::kBFloat16: return visit(static_cast<BFloat16*>(nullptr));
+      case DType::kFloat16: return visit(static_cast<Float16*>(nullptr));
+      default: return visit(static_cast<float*>(nullptr));
+    }
+  }
+}
+
+// The rows of K of the next tile, to be prefetched.
+template <class S>
+struct NextRows {
+  const S* const* rows;
+  int n;
+};
+
+template <class V, class S, class Products>
+class AttentionTask {
+ public:
+  // own, shared: memory as TileLayout describes it. more: further arguments of Products.
+  template <class... More>
+  AttentionTask(const CallState& call, const Task& task, const TileLayout<V>& layout, float* own,
+                float* shared, More... more)
+      : call_(call),
+        params_(call.params),
+        task_(task),
+        tile_(layout, own, shared),
+        pages_(params_, task.batch, task.k_head),
+        k_(KVRows<S>::k(params_, pages_, task.k_head)),
+        v_(KVRows<S>::v(params_, pages_, task.v_head)),
+        dequantizer_(params_, pages_, task.k_head, task.v_head, tile_),
+        products_(params_, tile_, more...),
+        rows_(task.num_rows()) {
+    for (int r = 0; r < rows_; ++r) {
+      const int64_t t = task.token_begin + r / task.num_heads();
+      row_info_[r] = {t, call.schedule.heads[task.head_begin + r % task.num_heads()],
+                      visible_keys(params_, task.kv_length, t)};
+    }
+  }
+  AttentionTask(const AttentionTask&) = delete;  // parts point to each other
+  AttentionTask& operator=(const AttentionTask&) = delete;
+
+  void begin() {
+    with_query_type<S>(params_, [&](auto* type) {
+      load_queries(type, round_up(rows_, Products::kBlocks.padding));
+    });
+    products_.begin(rows_);
+    if (kQuantized<S>) dequantizer_.begin(rows_);
+  }
+
+  // Finds the rows of K of keys first to first + n - 1, and prefetches the scales of the tile.
+  void prepare(int64_t first, int n, const S** k_rows) const {
+    k_.fetch(first, n, k_rows);
+    if (kQuantized<S>) dequantizer_.prefetch(first, n);
+  }
+
+  // Keys first to first + n - 1, at most a tile; k_rows: as prepared.
+  void add_tile(int64_t first, int n, const S* const* k_rows, const NextRows<S>& next_rows) {
+    const bool bias = params_.softcap != 0.0f || params_.alibi_slopes || params_.attn_mask;
+    constexpr RowBlocks kBlocks = Products::kBlocks;
+    const S* v_rows[kMaxTileKeys];
+    StripKeys strips[(Products::kMaxRows + Products::kStrip - 1) / Products::kStrip];
+    v_.fetch(first, n, v_rows);
+    for (int r = 0; r < rows_; r += Products::kStrip) {
+      strips[r / Products::kStrip] = strip_keys(r, r + Products::kStrip, first, n);
+    }
+    products_.begin_tile(k_rows, v_rows, n, next_rows.rows, next_rows.n);
+    if (kQuantized<S>) dequantizer_.begin_tile(first, n);
+    for (int begin = 0; begin < rows_; begin += kBlocks.rows) {
+      const int block_end = rows_ - begin < kBlocks.rows ? rows_ : begin + kBlocks.rows;
+      products_.scores(begin, block_end, strips);
+      for (int r = begin; r < block_end; r += kSoftmaxRows) {
+        const int n = block_end - r < kSoftmaxRows ? block_end - r : kSoftmaxRows;
+        bias ? softmax<true>(r, n, row_scores(r - begin), first, strips)
+             : softmax<false>(r, n, row_scores(r - begin), first, strips);
+      }
+      products_.accumulate(begin, block_end, strips);
+    }
+  }
+
+  void end() {
+    products_.end(rows_);
+    if (task_.merge < 0) {
+      for (int r = 0; r < rows_; ++r)
+        write_row(r, tile_.o + r * tile_.layout.o_ld, tile_.max[r], tile_.sum[r]);
+    } else {
+      store_partial_result();
+      // The last split to finish sees all others' results: acquire pairs with their release.
+      if (call_.unfinished[task_.merge].fetch_sub(1, std::memory_order_acq_rel) == 1)
+        merge_splits();
+    }
+  }
+
+ private:
+  // Rows that go through the softmax together. In tasks with many rows, more than one would evict
+  // packed K and V from the first-level cache.
+  static constexpr int kSoftmaxRows = Products::kMaxRows > kMaxDirectRows ? 1 : kMaxDirectRows;
+
+  struct RowInfo {
+    int64_t token;
+    int32_t head;
+    KeyRange visible;
+  };
+
+  int64_t token(int r) const { return row_info_[r].token; }
+  int32_t head(int r) const { return row_info_[r].head; }
+  // The token's index in q, out and lse.
+  int64_t stored_token(int r) const { return token(r) + task_.token_offset; }
+  int64_t stored_batch() const { return params_.q_offsets != nullptr ? 0 : task_.batch; }
+
+  template <class T>
+  void load_queries(const T*, int64_t padded_rows) {
+    const TileLayout<V>& layout = tile_.layout;
+    const T* q = static_cast<const T*>(params_.q) + stored_batch() * params_.q_stride.b;
+    for (int r = 0; r < padded_rows; ++r) {
+      float* to = tile_.q + r * layout.q_ld;
+      const int64_t filled = r < rows_ ? params_.head_dim : 0;
+      if (r < rows_) {
+        const T* from = q + head(r) * params_.q_stride.h + stored_token(r) * params_.q_stride.s;
+        widen_row<V>(from, params_.head_dim, to);
+      }
+      for (int64_t d = filled; d < layout.q_ld; ++d) to[d] = 0.0f;
+      for (int64_t d = 0; d < layout.o_ld; ++d) tile_.o[r * layout.o_ld + d] = 0.0f;
+    }
+    for (int r = 0; r < rows_; ++r) {
+      tile_.max[r] = -INFINITY;
+      tile_.sum[r] = 0.0f;
+    }
+    for (int64_t key = 0; key < layout.keys; ++key) tile_.keep[key] = 0.0f;
+  }
+
+  // Keys of the tile that rows [begin, end) see between them.
+  StripKeys strip_keys(int begin, int end, int64_t first, int n) const {
+    if (end > rows_) end = rows_;
+    const int64_t low = row_info_[begin].visible.begin - first;
+    const int64_t high = row_info_[end - 1].visible.end - first;
+    return {static_cast<int>(low < 0   ? 0
+                             : low < n ? low
+                                       : n),
+            static_cast<int>(high < 0   ? 0
+                             : high < n ? high
+                                        : n)};
+  }
+
+  // The softmax of rows [r, r + n), whose scores are at s. Two loops let the processor overlap the
+  // latencies of different rows.
+  template <bool kBias>
+  void softmax(int r, int n, float* s, int64_t first, const StripKeys* strips) {
+    float block_max[kSoftmaxRows];
+    for (int i = 0; i < n; ++i) {
+      const StripKeys& strip = strips[(r + i) / Products::kStrip];
+      if (strip.begin >= strip.end) continue;
+      block_max[i] = finish_scores<kBias>(r + i, s + i * tile_.layout.keys, first, strip);
+    }
+    for (int i = 0; i < n; ++i) {
+      const StripKeys& strip = strips[(r + i) / Products::kStrip];
+      if (strip.begin >= strip.end) continue;
+      exponentiate(r + i, s + i * tile_.layout.keys, block_max[i], first, strip);
+    }
+  }
+
+  float* row_scores(int r) const { return tile_.s + r * tile_.layout.keys; }
+
+  RowKeys row_keys(int r, int64_t first, const StripKeys& strip) const {
+    const int64_t low = row_info_[r].visible.begin - first, high = row_info_[r].visible.end - first;
+    const auto within = [&strip](int64_t key) {
+      return static_cast<int>(key < strip.begin ? strip.begin : key < strip.end ? key : strip.end);
+    };
+    return {strip.begin, strip.end, within(low), within(high)};
+  }
+
+  template <bool kBias>
+  float finish_scores(int r, float* s, int64_t first, const StripKeys& strip) {
+    RowBias bias{};
+    if (kBias) {
+      bias.softcap = params_.softcap;
+      bias.position =
+          static_cast<float>(query_position(params_, task_.kv_length, token(r)) - first);
+      if (params_.alibi_slopes) {
+        bias.slope = kLog2E * params_.alibi_slopes[task_.batch * params_.alibi_stride_b +
+                                                   head(r) * params_.alibi_stride_h];
+      }
+      if (params_.attn_mask) {
+        bias.additive = mask_row<V>(params_, task_.batch, head(r), token(r), first, strip.begin,
+                                    strip.end, tile_.bias);
+      }
+    }
+    return finish_row_scores<V, kBias, kQuantized<S>>(
+        s, row_keys(r, first, strip), params_.scale * products_.score_step(r), bias, row_scales(r));
+  }
+
+  void exponentiate(int r, float* s, float block_max, int64_t first, const StripKeys& strip) {
+    const RowKeys keys = row_keys(r, first, strip);
+    const float* keep = nullptr;
+    if (params_.dropout_threshold != 0) {
+      dropout_row(params_, task_.batch, head(r), token(r), first, keys.visible_begin,
+                  keys.visible_end, tile_.keep);
+      keep = tile_.keep;
+    }
+    float most = 0.0f;
+    const float rescale = exponentiate_row<V, kQuantized<S>, typename Products::Probability>(
+        s, keys, block_max, row_scales(r), keep, tile_.max[r], tile_.sum[r], most);
+    if (rescale != 1.0f) scale_row(tile_.o + r * tile_.layout.o_ld, rescale);
+    if (kQuantized<S>) dequantizer_.subtract_zeros(r, strip);
+    if constexpr (Products::kRoundsProbabilities) products_.round_probabilities(r, strip, most);
+  }
+
+  RowScales row_scales(int r) const {
+    return kQuantized<S> ? dequantizer_.row_scales(r) : RowScales{};
+  }
+
+  void scale_row(float* o, float factor) {
+    for (int64_t d = 0; d < tile_.layout.o_ld; d += V::kWidth) {
+      V::store(o + d, V::mul(V::load(o + d), V::set1(factor)));
+    }
+  }
+
+  // Row r of this task's split: [max, sum, o[Dv]]
+  float* partial_row(int split, int r) const {
+    return call_.partials + task_.partial +
+           (static_cast<int64_t>(split) * rows_ + r) * partial_row_floats(params_);
+  }
+
+  void store_partial_result() {
+    for (int r = 0; r < rows_; ++r) {
+      float* row = partial_row(task_.split, r);
+      row[0] = tile_.max[r];
+      row[1] = tile_.sum[r];
+      widen_row<V>(tile_.o + r * tile_.layout.o_ld, params_.value_head_dim, row + 2);
+    }
+  }
+
+  // Merges in the order of the splits, so that results do not depend on the threads' timing.
+  void merge_splits() {
+    for (int r = 0; r < rows_; ++r) {
+      float max = -INFINITY, sum = 0.0f;
+      for (int i = 0; i < task_.num_splits; ++i) {
+        if (partial_row(i, r)[0] > max) max = partial_row(i, r)[0];
+      }
+      float* o = tile_.o + r * tile_.layout.o_ld;
+      for (int64_t d = 0; d < params_.value_head_dim; ++d) o[d] = 0.0f;
+      for (int i = 0; i < task_.num_splits; ++i) {
+        const float* row = partial_row(i, r);
+        const float factor = exp2_scalar<V>(row[0] - (max == -INFINITY ? 0.0f : max));
+        sum += row[1] * factor;
+        for (int64_t d = 0; d < params_.value_head_dim; ++d) o[d] += row[2 + d] * factor;
+      }
+      write_row(r, o, max, sum);
+    }
+  }
+
+  void write_row(int r, const float* o, float max, float sum) {
+    with_query_type<S>(params_, [&](auto* type) { write_row(type, r, o, max, sum); });
+  }
+
+  // out = o / sum and LSE = ln(sum) + max, with the head's sink in the sum.
+  template <class T>
+  void write_row(const T*, int r, const float* o, float max, float sum) {
+    const int32_t h = head(r);
+    const int64_t b = stored_batch(), t = stored_token(r);
+    const bool sees_nothing =
+        sum == 0.0f;  // a visible key adds about 1 at the maximum; NaN is not 0
+    float factor = 1.0f;
+    if (params_.sinks && !sees_nothing) {
+      const float sink = params_.sinks[h] * kLog2E;
+      const float new_max = sink > max ? sink : max;
+      factor = std::exp2(max - new_max);
+      sum = sum * factor + std::exp2(sink - new_max);
+      max = new_max;
+    }
+    // In double, because an error of the LSE is a relative error of the backward's P. `max` carries
+    // the rounding of kLog2E, and so must the factor.
+    constexpr double kNatural = 1.0 / static_cast<double>(kLog2E);
+    params_.lse[(b * params_.num_heads + h) * params_.q_tokens + t] =
+        sees_nothing ? -INFINITY
+                     : static_cast<float>(max * kNatural + std::log(static_cast<double>(sum)));
+    const typename V::F inverse = V::set1(sees_nothing ? 0.0f : factor / sum);
+    T* out = static_cast<T*>(params_.out) + b * params_.out_stride.b + h * params_.out_stride.h +
+             t * params_.out_stride.s;
+    const int64_t dims = params_.value_head_dim;
+    int64_t d = 0;
+    for (; d + V::kWidth <= dims; d += V::kWidth)
+      V::store(out + d, V::mul(V::load(o + d), inverse));
+    if (d < dims) store_partial<V>(out + d, V::mul(V::load(o + d), inverse), dims - d);
+  }
+
+  const CallState& call_;
+  const AttentionParams& params_;
+  const Task& task_;
+  Tile<V> tile_;
+  Pages pages_;
+  KVRows<S> k_, v_;
+  Dequantizer<V, S> dequantizer_;
+  Products products_;
+  int rows_;
+  RowInfo row_info_[Products::kMaxRows];
+};
+
+// Runs the tasks of one bundle, which have the same keys: all tasks on the first tile, then all on
+// the next.
+template <class S, class Running>
+void run_interleaved(Running* const* tasks, int count, int64_t key_begin, int64_t key_end,
+                     int tile_keys) {
+  const S* k_rows[2][kMaxTileKeys];  // of this step and the next
+  const auto keys_of_tile = [&](int64_t first) {
+    const int64_t n = first < key_end ? key_end - first : 0;
+    return static_cast<int>(n < tile_keys ? n : tile_keys);
+  };
+  for (int i = 0; i < count; ++i) tasks[i]->begin();
+  tasks[0]->prepare(key_begin, keys_of_tile(key_begin), k_rows[0]);
+  int which = 0;
+  for (int64_t first = key_begin; first < key_end; first += tile_keys) {
+    const int n = keys_of_tile(first);
+    for (int i = 0; i < count; ++i, which ^= 1) {
+      const bool last = i + 1 == count;
+      const int64_t next = last ? first + n : first;
+      const NextRows<S> next_rows{k_rows[which ^ 1], keys_of_tile(next)};
+      tasks[last ? 0 : i + 1]->prepare(next, next_rows.n, k_rows[which ^ 1]);
+      tasks[i]->add_tile(first, n, k_rows[which], next_rows);
+    }
+  }
+  for (int i = 0; i < count; ++i) tasks[i]->end();
+}
+
+template <class V, class S, class Products, class... More>
+void run_with(const CallState& call, const Bundle& bundle, const RowBlocks& blocks, float* scratch,
+              More... more) {
+  using Running = AttentionTask<V, S, Products>;
+  const TileShape& tile = call.schedule.tile;
+  const Task* tasks = call.schedule.tasks.data() + bundle.first;
+  const auto layout = [&](int i) {
+    return TileLayout<V>(call.params, tile, blocks, tasks[i].num_rows());
+  };
+  const int64_t begin = tasks[0].key_begin, end = tasks[0].key_end;
+  float* own = scratch + layout(0).shared_floats();
+  if (bundle.count == 1) {  // needs no allocation
+    Running task(call, tasks[0], layout(0), own, scratch, more...);
+    Running* only = &task;
+    return run_interleaved<S>(&only, 1, begin, end, tile.keys);
+  }
+  std::deque<Running> running;  // a deque never moves its elements
+  std::vector<Running*> places;
+  for (int i = 0; i < bundle.count; ++i) {
+    places.push_back(&running.emplace_back(call, tasks[i], layout(i), own, scratch, more...));
+    own += layout(i).own_floats();
+  }
+  run_interleaved<S>(places.data(), bundle.count, begin, end, tile.keys);
+}
+
+// Runs the tasks of one bundle, with K and V in type S. Few, Many: the products of direct tasks and
+// of others. Direct tasks over fp8, int8 and int4 have products of their own if the processor and
+// the type of the queries allow them.
+template <class V, class S, class Few = DirectProducts<V, S>, class Many = PackedProducts<V, S>>
+void run_bundle(const CallState& call, const Bundle& bundle, float* scratch) {
+  constexpr RowBlocks kBlocks = Many::kBlocks;
+  if (!call.schedule.tasks[bundle.first].direct) {
+    run_with<V, S, Many>(call, bundle, kBlocks, scratch);
+  } else if constexpr (V::kShiftsFp8 && kFloat8<S>) {
+    call.cheap_subnormals
+        ? run_with<V, BitShiftedFp8<S>, Fp8Products<V, S>>(call, bundle, kBlocks, scratch)
+        : run_with<V, S, Few>(call, bundle, kBlocks, scratch);
+  } else if (!uses_int16_products<V>(call.params, call.schedule.tile)) {
+    run_with<V, S, Few>(call, bundle, kBlocks, scratch);
+  } else if constexpr (V::kHasInt16 && kInteger<S>) {
+    run_with<V, S, Int16Products<V, S>>(call, bundle, kBlocks, scratch, call.lse_wanted);
+  }
+}
+
+// The scratch memory of run_bundle.
+template <class V, class Many = PackedProducts<V, float>>
+int64_t scratch_floats(const AttentionParams& params, const Schedule& schedule,
+                       const Bundle& bundle) {
+  int64_t floats = 0;
+  for (int i = 0; i < bundle.count; ++i) {
+    const TileLayout<V> layout(params, schedule.tile, Many::kBlocks,
+                               schedule.tasks[bundle.first + i].num_rows());
+    if (i == 0) floats += layout.shared_floats();
+    floats += layout.own_floats();
+  }
+  return floats;
+}
+
+}  // namespace gqa::cpu::GQA_ISA

@@ -1,0 +1,54 @@
+// The forward kernels of one instruction set, for attention.cpp to choose from.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <cstdint>
+
+#include "../../core/params.h"
+#include "../aligned.h"
+#include "../isa/cpu_features.h"
+#include "schedule.h"
+
+namespace gqa::cpu {
+
+// What the tasks of a call share.
+struct CallState {
+  const AttentionParams& params;
+  const Schedule& schedule;
+  float* partials;                   // [schedule.partial_floats]
+  std::atomic<int32_t>* unfinished;  // [schedule.num_merges] splits still at work
+  bool lse_wanted;
+  bool cheap_subnormals;
+};
+
+// Runs the tasks of one bundle. scratch has scratch_floats(...) floats.
+using BundleFunction = void (*)(const CallState& call, const Bundle& bundle, float* scratch);
+
+template <class T>
+using ByDType = std::array<T, kNumDTypes>;
+
+struct ForwardKernels {
+  Isa isa;
+  TileLimits limits;
+  int64_t (*scratch_floats)(const AttentionParams& params, const Schedule& schedule,
+                            const Bundle& bundle);
+  // nullptr: for this type of K and V, use the kernels of the next set in the list.
+  ByDType<BundleFunction> run_bundle;
+};
+
+extern const ForwardKernels kPortableForward;
+#if defined(__x86_64__)
+extern const ForwardKernels kAvx2Forward;
+#endif
+#if defined(GQA_HAVE_AVX512)
+extern const ForwardKernels kAvx512Forward;
+#endif
+#if defined(GQA_HAVE_AVX512_BF16)
+extern const ForwardKernels kAvx512Bf16Forward;
+#endif
+#if defined(GQA_HAVE_AMX)
+extern const ForwardKernels kAmxForward;
+#endif
+
+}  // namespace gqa::cpu

@@ -1,6 +1,0 @@
-#include "unit.cuh"
-
-template void gqa::cuda::sm80::launch_backward_kv<gqa::BFloat16, 64>(const BackwardArgs&, bool,
-                                                                     unsigned, cudaStream_t);
-template void gqa::cuda::sm80::launch_backward_q<gqa::BFloat16, 64>(const BackwardArgs&, bool,
-                                                                    unsigned, cudaStream_t);

@@ -1,0 +1,6 @@
+#include "../instantiate.cuh"
+
+template void gqa::cuda::sm80::launch_backward_kv<gqa::BFloat16, 256>(const BackwardArgs&, bool,
+                                                                      unsigned, cudaStream_t);
+template void gqa::cuda::sm80::launch_backward_q<gqa::BFloat16, 256>(const BackwardArgs&, bool,
+                                                                     unsigned, cudaStream_t);

@@ -1,0 +1,6 @@
+#include "../instantiate.cuh"
+
+template void gqa::cuda::sm80::launch_backward_kv<gqa::Float16, 128>(const BackwardArgs&, bool,
+                                                                     unsigned, cudaStream_t);
+template void gqa::cuda::sm80::launch_backward_q<gqa::Float16, 128>(const BackwardArgs&, bool,
+                                                                    unsigned, cudaStream_t);

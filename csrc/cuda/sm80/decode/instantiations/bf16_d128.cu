@@ -1,0 +1,4 @@
+#include "../instantiate.cuh"
+
+template void gqa::cuda::sm80::launch_decode<gqa::BFloat16, 128>(const DecodeParams&, DecodeVariant,
+                                                                 cudaStream_t);

@@ -1,4 +1,0 @@
-#include "unit.cuh"
-
-template void gqa::cuda::sm80::launch_prefill<gqa::BFloat16, 256>(const PrefillArgs&, bool,
-                                                                  unsigned, cudaStream_t);

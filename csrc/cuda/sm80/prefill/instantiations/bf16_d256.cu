@@ -1,0 +1,4 @@
+#include "../instantiate.cuh"
+
+template void gqa::cuda::sm80::launch_prefill<gqa::BFloat16, 256>(const PrefillArgs&, bool,
+                                                                  unsigned, cudaStream_t);

@@ -1,0 +1,4 @@
+#include "../instantiate.cuh"
+
+template void gqa::cuda::sm80::launch_prefill<gqa::Float16, 128>(const PrefillArgs&, bool, unsigned,
+                                                                 cudaStream_t);

@@ -1,4 +1,0 @@
-#include "quantized_unit.cuh"
-
-template void gqa::cuda::sm80::launch_quantized_prefill<gqa::BFloat16, 128>(const PrefillArgs&,
-                                                                            unsigned, cudaStream_t);

@@ -1,4 +1,0 @@
-#include "quantized_unit.cuh"
-
-template void gqa::cuda::sm80::launch_quantized_prefill<gqa::Float16, 256>(const PrefillArgs&,
-                                                                           unsigned, cudaStream_t);

@@ -1,4 +1,0 @@
-#include "unit.cuh"
-
-template void gqa::cuda::sm90::launch_prefill<gqa::Float16, 256>(const AttentionParams&, void*, int,
-                                                                 cudaStream_t);

@@ -1,0 +1,4 @@
+#include "../instantiate.cuh"
+
+template void gqa::cuda::sm90::launch_prefill<gqa::BFloat16, 64>(const AttentionParams&, void*, int,
+                                                                 cudaStream_t);

@@ -1,0 +1,4 @@
+#include "../instantiate.cuh"
+
+template void gqa::cuda::sm90::launch_prefill<gqa::Float16, 128>(const AttentionParams&, void*, int,
+                                                                 cudaStream_t);

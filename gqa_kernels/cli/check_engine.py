@@ -1,0 +1,125 @@
+"""``gqa-kernels check-engine``: does an engine write what transformers writes?
+
+For a machine with a GPU and the engine on it. Loads SmolLM2 twice: as it is, and with uneven,
+interleaved KV heads, another map in each layer (lossless: the same function). Runs both in the
+engine on our backend and in transformers on ``asym_gqa``, greedily and in fp32, and compares token
+by token. Exit status 0: all equal; 1: not; 2: it could not run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from .arguments import count
+
+PROMPTS = (
+    "The three primary colours are",
+    "Water boils at",
+    "def fibonacci(n):\n",
+    "Once upon a time there was a mapmaker who",
+)
+Tokens = list[list[int]]
+
+
+def vllm(folder: Path, converted: bool, prompts: Tokens, new_tokens: int) -> Tokens:
+    """Greedy continuations by vLLM."""
+    from ..integrations import vllm as integration
+
+    integration.register()
+    from vllm import LLM, SamplingParams
+
+    engine = LLM(
+        str(folder), dtype="float32", max_model_len=512, gpu_memory_utilization=0.4,
+        attention_backend=integration.BACKEND,
+    )  # fmt: skip
+    sampling = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True)
+    found = engine.generate([{"prompt_token_ids": ids} for ids in prompts], sampling)
+    return [list(one.outputs[0].token_ids) for one in found]
+
+
+def sglang(folder: Path, converted: bool, prompts: Tokens, new_tokens: int) -> Tokens:
+    """Greedy continuations by SGLang."""
+    from ..integrations import sglang as integration
+
+    integration.register()
+    from sglang import Engine
+
+    engine = Engine(
+        model_path=str(folder), dtype="float32", attention_backend=integration.BACKEND,
+        context_length=512, mem_fraction_static=0.4,
+    )  # fmt: skip
+    try:
+        sampling = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
+        found = engine.generate(input_ids=prompts, sampling_params=sampling)
+        return [list(one["output_ids"]) for one in found]
+    finally:
+        engine.shutdown()
+
+
+ENGINES: dict[str, Callable[[Path, bool, Tokens, int], Tokens]] = {"vllm": vllm, "sglang": sglang}
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "check-engine",
+        help="compare an engine's text with transformers', on a GPU",
+        description="Prints for each model and prompt how many tokens are equal.",
+    )
+    parser.add_argument("engine", choices=ENGINES)
+    parser.add_argument("--new-tokens", type=count, default=32, help="(%(default)s)")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return 0 if check(ENGINES[arguments.engine], arguments.new_tokens, device) else 1
+
+
+def check(generate: Callable, new_tokens: int, device: str) -> bool:
+    """Print a line per model and prompt; whether all of them are equal.
+
+    Args:
+        generate: a function like :func:`vllm`.
+        new_tokens: tokens to write for each prompt.
+        device: where transformers runs.
+    """
+    from ..convert import convert, random_split, save
+    from ..integrations.transformers import register
+    from ..models.families import attention_layers
+    from ..samples.smollm2 import load_smollm2
+
+    loaded = load_smollm2()
+    layers = attention_layers(loaded.model)
+    maps = [random_split(layer.key_map, 5, layer.index) for layer in layers]
+    models = {"even": loaded.model, "converted": convert(loaded.model, maps, merging="none")}
+    prompts = [loaded.tokenizer.encode(text) for text in PROMPTS]
+    equal = True
+    for name, model in models.items():
+        model.set_attn_implementation(register())
+        model.to(device)
+        expected = [greedy(model, ids, new_tokens) for ids in prompts]
+        model.to("cpu")
+        with tempfile.TemporaryDirectory() as folder:
+            target = save(model, Path(folder) / name, processor=loaded.tokenizer)
+            found = generate(target, name == "converted", prompts, new_tokens)
+        for text, theirs, ours in zip(PROMPTS, expected, found, strict=True):
+            same = next((i for i, pair in enumerate(zip(theirs, ours, strict=False))
+                         if pair[0] != pair[1]), len(theirs))  # fmt: skip
+            equal &= ours == theirs
+            print(f"{name}: {same} of {len(theirs)} tokens equal after {text!r}")
+    return equal
+
+
+def greedy(model: torch.nn.Module, ids: list[int], new_tokens: int) -> list[int]:
+    """The continuation of a prompt by transformers."""
+    given = torch.tensor([ids], device=model.device)
+    out = model.generate(
+        given, attention_mask=torch.ones_like(given), do_sample=False, min_new_tokens=new_tokens,
+        max_new_tokens=new_tokens,
+    )  # fmt: skip
+    return out[0, len(ids) :].tolist()

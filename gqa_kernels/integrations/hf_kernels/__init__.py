@@ -1,0 +1,12 @@
+"""Hugging Face ``kernels``: the package as a kernel repository, which ``get_kernel`` loads.
+
+::
+
+    python -m gqa_kernels.integrations.hf_kernels FOLDER
+
+writes one.
+"""
+
+from .repository import BACKENDS, build
+
+__all__ = ["BACKENDS", "build"]

@@ -1,0 +1,7 @@
+"""Attention and models over several devices; each module is imported on demand.
+
+tensor             models cut over ranks by query heads, with the KV heads they read
+shard_checkpoint   the same for a checkpoint on disk
+context, ring      attention over keys on several ranks
+dtensor            ``register()``: placements of our ops for ``torch.distributed.tensor``
+"""

@@ -1,0 +1,216 @@
+"""Tensor parallelism over uneven head maps, for inference with Hugging Face models.
+
+:func:`shard_model` keeps one rank's part of every layer: the query heads that
+:meth:`gqa_kernels.HeadMap.shard` gives it with just the KV heads that these read, and an equal
+slice of the feed-forward layers. Sizes that do not divide by the number of ranks are fine.
+:mod:`.shard_checkpoint` does the same to a checkpoint on disk, tensor by tensor. What is cut how is
+read from transformers' own plan (``config.base_model_tp_plan``).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..head_map import HeadMap, HeadMapShard
+from ..integrations.transformers import register
+from ..models.maps import layer_maps, store_maps
+
+# Projections of attention: which of a shard's heads each keeps, as its outputs (0) or inputs (1).
+HEADS = {
+    "q_proj": ("query_heads", 0),
+    "k_proj": ("kv_heads", 0),
+    "v_proj": ("value_heads", 0),
+    "o_proj": ("query_heads", 1),
+}
+COLUMNS, ROWS = "colwise", "rowwise"  # transformers' names: outputs cut, inputs cut and summed
+REPLICATED = "replicated_with_grad_allreduce"
+
+
+def shard_model(
+    model: nn.Module,
+    rank: int,
+    world: int,
+    *,
+    group: dist.ProcessGroup | None = None,
+    query_cost: int = 1,
+    kv_cost: int = 1,
+) -> nn.Module:
+    """Cut ``model`` in place to rank ``rank``'s part, and return it.
+
+    The model then runs on ``attn_implementation="asym_gqa"``. Every rank must call it with the same
+    inputs; outputs are whole on every rank. KV caches hold the rank's own KV heads only.
+
+    Args:
+        model: a Hugging Face model whose ``config.base_model_tp_plan`` names ``q_proj``,
+            ``k_proj``, ``v_proj`` and ``o_proj``, with or without head maps in its config.
+        rank, world: this rank and the number of ranks, at most the number of query heads.
+        group: process group of the sums; default the world's.
+        query_cost, kv_cost: as :meth:`gqa_kernels.HeadMap.shard` takes them.
+
+    Raises:
+        NotImplementedError: the model has no such plan, or it has a rule not known here.
+        ValueError: ``rank`` or ``world`` is out of range.
+    """
+    rules = rules_of(model)
+    shards = {
+        name: shard_of(model, name, rank, world, query_cost, kv_cost)
+        for name in attention_names(rules)
+    }
+    cut(model, rules, shards, rank, world, group)
+    tell_maps(model, shards)
+    model.set_attn_implementation(register())
+    return model
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What a rank keeps of a linear layer.
+
+    Attributes:
+        dim: 0 where outputs are cut, 1 where inputs are.
+        kept: indices along it.
+    """
+
+    dim: int
+    kept: Tensor
+
+
+def cuts_of(
+    model: nn.Module,
+    rules: dict[str, str],
+    shards: dict[str, HeadMapShard],
+    rank: int,
+    world: int,
+) -> dict[str, Cut]:
+    """What rank ``rank`` keeps of every linear layer of which it does not keep all.
+
+    Args:
+        model: uncut, its weights undefined if you like.
+        rules: of the modules by name, from :func:`rules_of`.
+        shards: the rank's heads by name of the attention module.
+    """
+    cuts = {}
+    for name, rule in rules.items():
+        module = model.base_model.get_submodule(name)
+        parent, _, last = name.rpartition(".")
+        if parent in shards and last in HEADS:
+            (kind, dim), head_dim = HEADS[last], model.base_model.get_submodule(parent).head_dim
+            cuts[name] = Cut(dim, _rows_of(getattr(shards[parent], kind), head_dim))
+        elif rule == COLUMNS:
+            cuts[name] = Cut(0, _slice(module.out_features, rank, world))
+        elif rule == ROWS:
+            cuts[name] = Cut(1, _slice(module.in_features, rank, world))
+    return cuts
+
+
+def cut(
+    model: nn.Module,
+    rules: dict[str, str],
+    shards: dict[str, HeadMapShard],
+    rank: int,
+    world: int,
+    group: dist.ProcessGroup | None,
+) -> None:
+    """Cut the projections of a model in place, and sum over the ranks where inputs were cut."""
+    for name, one in cuts_of(model, rules, shards, rank, world).items():
+        module = model.base_model.get_submodule(name)
+        _keep(module, one)
+        if one.dim == 1:
+            _sum_over_ranks(module, rank, group)
+
+
+def tell_maps(model: nn.Module, shards: dict[str, HeadMapShard]) -> None:
+    """Tell a cut model its rank's maps."""
+    for name, shard in shards.items():
+        # What transformers' own attention repeats K and V by; 0 makes it fail on uneven groups.
+        local: HeadMap = shard.head_map
+        uniform = local.is_uniform and shard.value_head_map is None
+        module = model.base_model.get_submodule(name)
+        module.num_key_value_groups = local.num_heads // local.num_kv_heads if uniform else 0
+    store_maps(
+        model.config,
+        [shard.head_map for shard in shards.values()],
+        [shard.value_head_map or shard.head_map for shard in shards.values()],
+    )
+
+
+def attention_names(rules: dict[str, str]) -> list[str]:
+    """Names of the attention modules, in order."""
+    return [name.removesuffix(".q_proj") for name in rules if name.endswith(".q_proj")]
+
+
+def shard_of(
+    model: nn.Module, name: str, rank: int, world: int, query_cost: int, kv_cost: int
+) -> HeadMapShard:
+    """The heads of rank ``rank`` in the attention module ``name`` of an uncut model."""
+    module = model.base_model.get_submodule(name)
+    projections = (module.q_proj, module.k_proj, module.v_proj)
+    counts = (projection.out_features // module.head_dim for projection in projections)
+    head_map, value_map = layer_maps(model.config, module.layer_idx, *counts)
+    return head_map.shard(
+        rank, world, value_head_map=value_map, query_cost=query_cost, kv_cost=kv_cost
+    )
+
+
+def rules_of(model: nn.Module) -> dict[str, str]:
+    """The rule of every module that transformers' plan names."""
+    plan = getattr(model.config, "base_model_tp_plan", None) or {}
+    missing = [p for p in HEADS if not any(key.endswith("." + p) for key in plan)]
+    if missing:
+        raise NotImplementedError(
+            f"config.base_model_tp_plan of a {model.config.model_type} model must name "
+            f"{', '.join(HEADS)}, {', '.join(missing)} not found"
+        )
+    for key, rule in plan.items():
+        if rule not in (COLUMNS, ROWS, REPLICATED):
+            raise NotImplementedError(
+                f"config.base_model_tp_plan[{key!r}] must be {COLUMNS}, {ROWS} or {REPLICATED}, "
+                f"got {rule!r}"
+            )
+    patterns = {
+        re.compile(re.escape(key).replace(r"\*", r"[^.]+")): rule for key, rule in plan.items()
+    }
+    return {
+        name: rule
+        for name, _ in model.base_model.named_modules()
+        for pattern, rule in patterns.items()
+        if pattern.fullmatch(name)
+    }
+
+
+def _rows_of(heads: tuple[int, ...], head_dim: int) -> Tensor:
+    return (torch.tensor(heads)[:, None] * head_dim + torch.arange(head_dim)).flatten()
+
+
+def _slice(size: int, rank: int, world: int) -> Tensor:
+    return torch.arange(size * rank // world, size * (rank + 1) // world)
+
+
+def _keep(linear: nn.Linear, one: Cut) -> None:
+    kept = one.kept.to(linear.weight.device)
+    weight = linear.weight.detach().index_select(one.dim, kept)
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    linear.out_features, linear.in_features = weight.shape
+    if one.dim == 0 and linear.bias is not None:
+        linear.bias = nn.Parameter(linear.bias.detach().index_select(0, kept), requires_grad=False)
+
+
+def _sum_over_ranks(linear: nn.Linear, rank: int, group: dist.ProcessGroup | None) -> None:
+    """Add up the outputs of all ranks; the bias counts once."""
+    if linear.bias is not None and rank > 0:
+        linear.bias = None
+
+    def all_reduce(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and output.requires_grad:
+            raise NotImplementedError(
+                "a model cut by shard_model is for inference: call it under torch.no_grad()"
+            )
+        dist.all_reduce(output, group=group)
+        return output
+
+    linear.register_forward_hook(all_reduce)

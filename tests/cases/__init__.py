@@ -1,0 +1,1 @@
+"""Calls and caches that tests of several backends share, as data."""
