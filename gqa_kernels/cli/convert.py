@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from .arguments import add_model, add_text, count_or_zero
 from .data import batches, draw, load_model
-from .native.arguments import add_model, add_text, count_or_zero
 
 
 def add(commands: argparse._SubParsersAction) -> None:

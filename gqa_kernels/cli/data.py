@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ..models.float_types import FloatTypes, float_types
-from .native.arguments import SMOLLM2
+from .arguments import SMOLLM2
 
 
 class Loaded(NamedTuple):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..backends.dispatch import BACKENDS
 from ..reporting.errors import UsageError
-from .native.arguments import count
+from .arguments import count
 
 
 def add(commands: argparse._SubParsersAction) -> None:

@@ -6,8 +6,8 @@ import argparse
 import json
 from pathlib import Path
 
+from .arguments import add_model, add_text, count
 from .data import batches, draw, load_model
-from .native.arguments import add_model, add_text, count
 
 
 def add(commands: argparse._SubParsersAction) -> None:

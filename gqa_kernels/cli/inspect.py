@@ -6,8 +6,8 @@ import argparse
 import json
 from pathlib import Path
 
+from .arguments import add_model
 from .data import draw, load_model
-from .native.arguments import add_model
 
 
 def add(commands: argparse._SubParsersAction) -> None:

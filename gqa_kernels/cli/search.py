@@ -6,8 +6,8 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
+from .arguments import add_model, add_text, count
 from .data import batches, draw, load_model
-from .native.arguments import add_model, add_text, count
 
 SUMS = "sums.safetensors"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .native.arguments import count, count_or_zero
+from .arguments import count, count_or_zero
 
 
 def add(commands: argparse._SubParsersAction) -> None:

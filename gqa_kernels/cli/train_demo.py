@@ -6,7 +6,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from .native.arguments import count
+from .arguments import count
 
 
 def add(commands: argparse._SubParsersAction) -> None:
