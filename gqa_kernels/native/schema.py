@@ -170,13 +170,17 @@ def fake_append(*arguments: Any, **named: Any) -> Tensor:
 def empty_results(call: Any) -> tuple[Tensor, Tensor]:
     """Uninitialised out and LSE of a forward op's arguments."""
     q, v = call.q, call.v
-    batch, heads, tokens, _ = q.shape
     dim = v.shape[3] * (2 if v.dtype == torch.uint8 else 1)  # int4: two numbers in a byte
-    if call.bshd:
-        out = q.new_empty(batch, tokens, heads, dim).transpose(1, 2)
-    else:
-        out = q.new_empty(batch, heads, tokens, dim)
-    return out, q.new_empty(q.shape[:3], dtype=torch.float32)
+    return empty_output(q, dim, call.bshd), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def empty_output(q: Tensor, value_head_dim: int, bshd: bool) -> Tensor:
+    """Uninitialised ``[B, Hq, Sq, Dv]`` for queries ``[B, Hq, Sq, D]``, in memory ``[B, Sq, Hq,
+    Dv]`` for ``bshd``."""
+    batch, heads, tokens, _ = q.shape
+    if bshd:
+        return q.new_empty(batch, tokens, heads, value_head_dim).transpose(1, 2)
+    return q.new_empty(batch, heads, tokens, value_head_dim)
 
 
 def empty_gradients(call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

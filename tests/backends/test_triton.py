@@ -22,15 +22,15 @@ pytestmark = pytest.mark.skipif(not usable, reason="no GPU, and the interpreter 
 def call_of(q, k, v, head_map, **options):
     """The op's arguments, wrapped as the launch code takes them."""
     import gqa_kernels.backends.triton.ops  # noqa: F401  (mends the interpreter)
-    from gqa_kernels.backends.base import empty_output
     from gqa_kernels.backends.triton.launch.forward import ForwardCall
+    from gqa_kernels.native.schema import empty_output
 
     x = attention_call(q, k, v, head_map, **options)
     lse = q.new_empty(x.q.shape[:3], dtype=torch.float32)
     call = ForwardCall(
         x.q, x.k, x.v, plan_for(x), x.alibi_slopes, x.sinks, x.attn_mask, x.kv.kv_lengths, x.scale,
         x.options.window_left, x.options.window_right, x.options.softcap,
-        x.options.dropout_p, x.dropout_seed, empty_output(x), lse,
+        x.options.dropout_p, x.dropout_seed, empty_output(x.q, x.value_head_dim, x.bshd), lse,
     )  # fmt: skip
     return call
 

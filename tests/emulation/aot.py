@@ -22,7 +22,6 @@ from triton.runtime.jit import compute_cache_key, create_function_from_signature
 
 from gqa_kernels import HeadMap
 from gqa_kernels.attention import attention_call
-from gqa_kernels.backends.base import empty_output
 from gqa_kernels.backends.triton.configs import DeviceFacts
 from gqa_kernels.backends.triton.launch.backward import BackwardCall
 from gqa_kernels.backends.triton.launch.base import Launch
@@ -33,6 +32,7 @@ from gqa_kernels.cache.base import KVCache
 from gqa_kernels.cache.paged import PagedKVCache
 from gqa_kernels.call.attention import AttentionCall
 from gqa_kernels.decode import view_call
+from gqa_kernels.native.schema import empty_output
 
 assert os.environ.get("TRITON_INTERPRET", "0") != "1"
 
@@ -170,7 +170,7 @@ def make_call(
         head_map,
         **options,
     ).draw_dropout_seed()
-    out = empty_output(inputs).fill_(torch.nan)
+    out = empty_output(inputs.q, inputs.value_head_dim, inputs.bshd).fill_(torch.nan)
     lse = torch.full(out.shape[:3], torch.nan)
     call = ForwardCall(
         inputs.q, inputs.k, inputs.v, plan_for(inputs), inputs.alibi_slopes, inputs.sinks,

@@ -30,10 +30,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gqa_kernels.backends.base import empty_output
 from gqa_kernels.backends.reference.formula import reference_attention
 from gqa_kernels.call.attention import AttentionCall
 from gqa_kernels.native import cuda_build, env
+from gqa_kernels.native.schema import empty_output
 from gqa_kernels.testing import assert_close, equivalent_forms, upcast
 from tools import ptxsim
 
@@ -100,7 +100,7 @@ def make_call(
         page_table, kv_begin, q_offsets: int32, as in csrc/core/params.h.
         batch, max_q_len: of the sequences, where q is packed (``q_offsets``) or storage is paged.
     """
-    out = empty_output(inputs).fill_(torch.nan)
+    out = empty_output(inputs.q, inputs.value_head_dim, inputs.bshd).fill_(torch.nan)
     lse = torch.full(inputs.q.shape[:3], torch.nan)
     if head_map is None:
         head_map = inputs.head_map_tensor.to(torch.int32)
