@@ -77,3 +77,9 @@ def test_commands(monkeypatch, which, status):
     )
     assert pytest_[-2:] == ["-k", "attention"]
     assert written == ([["a==1"]] if which == "renew" and status == 0 else [])
+
+
+def test_ci_installs_the_pinned_torch():
+    """From where it is smallest, before the rest: so it is named there, too."""
+    torch = next(line for line in versions.read() if line.startswith("torch=="))
+    assert torch in (versions.ROOT / ".ci/run").read_text()

@@ -13,6 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..native.arguments import as_int
+
+MAX_PAGES = 2**31 - 1  # page tables hold int32
+
 
 class OutOfPages(RuntimeError):
     """There are too few free pages. Nothing was changed."""
@@ -51,10 +55,11 @@ class PageAllocator:
     """
 
     def __init__(self, num_pages: int, page_size: int):
-        if num_pages < 0 or page_size < 1:
+        num_pages, page_size = as_int("num_pages", num_pages), as_int("page_size", page_size)
+        if not 0 <= num_pages <= MAX_PAGES or page_size < 1:
             raise ValueError(
-                f"num_pages must be at least 0 and page_size at least 1, got {num_pages} and "
-                f"{page_size}"
+                f"num_pages must lie in [0, 2**31) and page_size be at least 1, got {num_pages} "
+                f"and {page_size}"
             )
         self.num_pages, self.page_size = num_pages, page_size
         self._free = list(range(num_pages - 1, -1, -1))

@@ -61,6 +61,8 @@ class PagedKVCache(KVCache):
             heads = page_table.shape[1]
             k, v = (x[:, None].expand(-1, heads, -1, -1) for x in (k, v))
         elif order == "NHD":
+            if min(k.dim(), v.dim()) < 3:
+                raise ValueError(f"k and v must have 4 dimensions, got {k.dim()} and {v.dim()}")
             k, v = k.transpose(1, 2), v.transpose(1, 2)
         self.k, self.v, self.page_table, self.lengths, self.begin = k, v, page_table, lengths, begin
         self.k_scale, self.v_scale, self.k_zero, self.v_zero = k_scale, v_scale, k_zero, v_zero

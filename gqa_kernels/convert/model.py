@@ -10,7 +10,7 @@ from torch import nn
 from ..grouping.calibration import LayerStats
 from ..grouping.merging import merge_layer
 from ..head_map import HeadMap
-from ..integrations.transformers.guards import protect
+from ..integrations.transformers.guards import guard_layer
 from ..models import projections
 from ..models.families import (
     AttentionLayer,
@@ -97,12 +97,7 @@ def set_maps(model: nn.Module, family: Family, pairs: Sequence[tuple[HeadMap, He
     for index, (_, module, _) in enumerate(places):
         setattr(module, INDEX, index)
         install(module, family.adapter)
-        key_map, value_map = pairs[index]
-        # transformers' own attention repeats K and V by this count. 0 makes it fail on uneven
-        # groups, which it would compute as even ones whenever the head counts divide.
-        even = key_map == value_map and key_map.is_uniform
-        module.num_key_value_groups = key_map.num_heads // key_map.num_kv_heads if even else 0
-        protect(module)
+        guard_layer(module, *pairs[index])
 
 
 def resize(model: nn.Module, family: Family, pairs: Sequence[tuple[HeadMap, HeadMap]]) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from .families import family_of
+
 Batch = Tensor | Mapping[str, Tensor]
 _TOKENS = ("input_ids", "decoder_input_ids", "labels")
 _IGNORED = -100  # a label that takes no part in the loss
@@ -21,7 +23,7 @@ def model_inputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
 
     Raises:
         TypeError: tokens that are not integers.
-        ValueError: tokens outside the model's vocabulary.
+        ValueError: tokens outside the model's vocabulary, or more than it has learned positions.
     """
     if isinstance(batch, Tensor):
         batch = {"pixel_values" if batch.is_floating_point() else "input_ids": batch}
@@ -44,6 +46,12 @@ def _check_tokens(model: nn.Module, name: str, ids: Tensor) -> None:
     """An embedding reads out of bounds, or raises IndexError, on other ids."""
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise TypeError(f"{name} must hold integers, got {ids.dtype}")
+    most = getattr(model.config, "max_position_embeddings", None)
+    if family_of(model).rotary is None and most is not None and ids.shape[1] > most:
+        raise ValueError(
+            f"{name} must have at most {most} tokens a row, the model's positions, got "
+            f"{ids.shape[1]}"
+        )
     known = model.get_input_embeddings().num_embeddings
     if name == "labels":
         ids = ids[ids != _IGNORED]

@@ -73,10 +73,12 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
 
 
 def check_tensors(**values: object) -> None:
-    """Each value must be a tensor."""
+    """Each value must be a tensor, and not a sparse one."""
     for name, value in values.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+        if value.layout is not torch.strided:
+            raise TypeError(f"{name}.layout must be torch.strided, got {value.layout}")
 
 
 def shown(value: object) -> str:

@@ -1,6 +1,6 @@
 """How many query heads each KV head gets, from the norms of its keys (arXiv 2408.08454).
 
-With ``n_g = sum over the batch of ||K_{b,g}||_F``, query heads are given out in proportion to
+With ``n_g = sum over the batch of ||K_{b,g}||_F``, query heads are assigned in proportion to
 
     kdgqa       (n - min n) / (max n - min n), at every forward in training
     dgqa-diff   |n - n'|, n' the norms one window of steps before

@@ -150,7 +150,7 @@ def _noise_like(out: Tensor) -> Tensor:
 
 
 def step_allocations(model: nn.Module) -> None:
-    """Tell every AsymGroupedQueryAttention of ``model`` that a training step is over."""
+    """Count a finished training step in every AsymGroupedQueryAttention of ``model``."""
     for module in model.modules():
         if isinstance(module, AsymGroupedQueryAttention):
             module.step_allocation()

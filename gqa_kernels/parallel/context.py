@@ -65,17 +65,17 @@ def context_parallel_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`gqa_kernels.asym_gqa_attention` of this rank's queries over the keys of all ranks.
 
-    Every rank of the group calls it, with its own q, k and v and everything else alike. Where one
-    rank's q, k or v requires a gradient all ranks' must, and all must run backward, which
-    communicates. Gradients of ``sinks`` are those of this rank's queries: sum them over the group,
-    as those of any parameter.
+    Every rank of the group must call it, with its own q, k and v and otherwise the same arguments.
+    If one rank's q, k or v requires a gradient, all ranks' must. All ranks must then run backward,
+    which communicates. The gradient of ``sinks`` covers this rank's queries only: sum it over the
+    group, like that of any parameter.
 
     Args:
         q: ``[B, Hq, Sq, D]``, this rank's queries; k and v ``[B, Hkv, Sk, D or Dv]`` its keys. Any
-            number of tokens, 0 too. What is sent is packed into a buffer first.
-        q_ranges, kv_ranges: where every rank's tokens lie in the whole sequence. Default: behind
-            each other in the order of the ranks (of lengths that the ranks then tell each other,
-            waiting for it), the last query at the last key.
+            number of tokens, 0 too. They are packed into a buffer before they are sent.
+        q_ranges, kv_ranges: positions of every rank's tokens in the whole sequence. By default
+            rank r's tokens follow rank r-1's, and the last query is at the last key. The ranks then
+            exchange their lengths first, and wait for them.
         alibi_slopes: for causal attention; no gradient.
         group: process group; default the world.
         others: as for ``asym_gqa_attention``; causality and windows go by positions in the whole

@@ -179,9 +179,12 @@ def _visible(queries: Range, keys: Range, left: int | None, right: int | None) -
 
 
 class RingAttention(torch.autograd.Function):
-    """Forward: one round of K and V. Backward: another one, in which each part is computed anew and
-    differentiated by itself: with ``w = exp(lse_part - lse)`` the gradients of its out and LSE are
-    ``w dout`` and ``w (dout . (out_part - out) + dlse)``."""
+    """Attention over all ranks' keys, and its gradient.
+
+    Forward passes K and V around the ring once. Backward does so again: it recomputes each part and
+    differentiates it alone. With ``w = exp(lse_part - lse)`` the gradients of the part's out and
+    LSE are ``w dout`` and ``w (dout . (out_part - out) + dlse)``.
+    """
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,8 @@
 """Checkpoints cut into the ranks of tensor parallelism, on disk.
 
 :func:`shard_checkpoint` reads a checkpoint tensor by tensor and writes a folder per rank: its part
-of the weights as safetensors, the config, and ``shard.json``, which says what heads and maps the
-rank has in each layer. :func:`load_shard` loads one rank's folder alone.
+of the weights as safetensors, the config, and ``shard.json`` with the rank's heads and maps of each
+layer. :func:`load_shard` loads a single rank's folder.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ..integrations.transformers import register
 from ..models.checkpoint_files import INDEX, check_links, weight_files
 from ..models.maps import IMPLEMENTATION
 from ..reporting.files import check_new_folder, new_folder
-from .tensor import Cut, attention_names, cut, cuts_of, rules_of, shard_of, tell_maps
+from .tensor import Cut, attention_names, cut, cuts_of, rules_of, shard_of, store_shard_maps
 
 SHARD = "shard.json"
 COPIED = (".json", ".txt", ".model", ".tiktoken", ".jinja", ".md")  # all but weights and code
@@ -36,7 +36,7 @@ def shard_checkpoint(
 ) -> Path:
     """Cut a checkpoint into ``out/rank-0`` up to ``out/rank-{world - 1}``.
 
-    At most one rank's part of one weights file is in memory. Nothing is left behind if it fails.
+    At most one rank's part of one weights file is in memory. If it fails, it leaves nothing behind.
 
     Args:
         folder: a Hugging Face checkpoint in safetensors, converted or not, of a model as
@@ -111,7 +111,7 @@ def load_shard(
     options = {"attn_implementation": IMPLEMENTATION, **options}
     loaded = checkpoint.load_weights(own, cut_class, whole.config, options)
     model = checkpoint.finish(own, loaded, whole.model_class, whole.maps)
-    tell_maps(model, shards)
+    store_shard_maps(model, shards)
     return model
 
 

@@ -1,10 +1,10 @@
 """Tensor parallelism over uneven head maps, for inference with Hugging Face models.
 
 :func:`shard_model` keeps one rank's part of every layer: the query heads that
-:meth:`gqa_kernels.HeadMap.shard` gives it with just the KV heads that these read, and an equal
-slice of the feed-forward layers. Sizes that do not divide by the number of ranks are fine.
-:mod:`.shard_checkpoint` does the same to a checkpoint on disk, tensor by tensor. What is cut how is
-read from transformers' own plan (``config.base_model_tp_plan``).
+:meth:`gqa_kernels.HeadMap.shard` assigns to it, only the KV heads that these read, and an equal
+slice of the feed-forward layers. Sizes need not divide by the number of ranks.
+:mod:`.shard_checkpoint` does the same to a checkpoint on disk, tensor by tensor. transformers' own
+plan (``config.base_model_tp_plan``) says which layers to cut, and how.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..head_map import HeadMap, HeadMapShard
+from ..head_map import HeadMapShard
 from ..integrations.transformers import register
+from ..integrations.transformers.guards import guard_layer
 from ..models.maps import layer_maps, store_maps
 
 # Projections of attention: which of a shard's heads each keeps, as its outputs (0) or inputs (1).
@@ -43,7 +44,7 @@ def shard_model(
     """Cut ``model`` in place to rank ``rank``'s part, and return it.
 
     The model then runs on ``attn_implementation="asym_gqa"``. Every rank must call it with the same
-    inputs; outputs are whole on every rank. KV caches hold the rank's own KV heads only.
+    inputs and gets the complete outputs. KV caches hold only the rank's own KV heads.
 
     Args:
         model: a Hugging Face model whose ``config.base_model_tp_plan`` names ``q_proj``,
@@ -62,7 +63,7 @@ def shard_model(
         for name in attention_names(rules)
     }
     cut(model, rules, shards, rank, world, group)
-    tell_maps(model, shards)
+    store_shard_maps(model, shards)
     model.set_attn_implementation(register())
     return model
 
@@ -72,7 +73,7 @@ class Cut:
     """What a rank keeps of a linear layer.
 
     Attributes:
-        dim: 0 where outputs are cut, 1 where inputs are.
+        dim: 0 if outputs are cut, 1 if inputs are.
         kept: indices along it.
     """
 
@@ -87,10 +88,10 @@ def cuts_of(
     rank: int,
     world: int,
 ) -> dict[str, Cut]:
-    """What rank ``rank`` keeps of every linear layer of which it does not keep all.
+    """What rank ``rank`` keeps of every linear layer that is cut.
 
     Args:
-        model: uncut, its weights undefined if you like.
+        model: uncut; its weights are not read.
         rules: of the modules by name, from :func:`rules_of`.
         shards: the rank's heads by name of the attention module.
     """
@@ -124,19 +125,12 @@ def cut(
             _sum_over_ranks(module, rank, group)
 
 
-def tell_maps(model: nn.Module, shards: dict[str, HeadMapShard]) -> None:
-    """Tell a cut model its rank's maps."""
-    for name, shard in shards.items():
-        # What transformers' own attention repeats K and V by; 0 makes it fail on uneven groups.
-        local: HeadMap = shard.head_map
-        uniform = local.is_uniform and shard.value_head_map is None
-        module = model.base_model.get_submodule(name)
-        module.num_key_value_groups = local.num_heads // local.num_kv_heads if uniform else 0
-    store_maps(
-        model.config,
-        [shard.head_map for shard in shards.values()],
-        [shard.value_head_map or shard.head_map for shard in shards.values()],
-    )
+def store_shard_maps(model: nn.Module, shards: dict[str, HeadMapShard]) -> None:
+    """Write a rank's maps into the config of its model, and guard its attention layers."""
+    pairs = [(shard.head_map, shard.value_head_map or shard.head_map) for shard in shards.values()]
+    for name, pair in zip(shards, pairs, strict=True):
+        guard_layer(model.base_model.get_submodule(name), *pair)
+    store_maps(model.config, *zip(*pairs, strict=True))
 
 
 def attention_names(rules: dict[str, str]) -> list[str]:

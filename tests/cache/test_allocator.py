@@ -138,7 +138,8 @@ def test_shared_pages_are_kept_once_and_copied_when_written():
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda a: PageAllocator(3, 0), "page_size at least 1, got 3 and 0"),
+        (lambda a: PageAllocator(3, 0), "page_size be at least 1, got 3 and 0"),
+        (lambda a: PageAllocator(2**63, 4), r"num_pages must lie in \[0, 2\*\*31\)"),
         (lambda a: a.append([7], 1), "allocated and not freed, got 7"),
         (lambda a: a.append([0, 0], 1), r"sequences must be distinct, got \[0, 0\]"),
         (lambda a: a.append([0], -1), "tokens must be non-negative"),
@@ -159,3 +160,9 @@ def test_errors(call, message):
         call(allocator)
     with pytest.raises(OutOfPages, match="2 pages are needed, 1 are free"):
         allocator.append([0], 7)
+
+
+@pytest.mark.parametrize("wrong", [1.0, "3", None, True])
+def test_sizes_are_integers(wrong):
+    with pytest.raises(TypeError, match="num_pages must be an integer"):
+        PageAllocator(wrong, 4)

@@ -66,6 +66,12 @@ def varlen(q=K[0], k=K[0], cu_q=(0, 1, 2), cu_k=(0, 2), longest=2, **options):
 
 
 BAD = {
+    "sparse": (
+        lambda: paged(k=K.to_sparse()), TypeError, "k.layout must be torch.strided, got torch.spar"
+    ),
+    "pages-of-one-dim": (
+        lambda: paged(v=torch.zeros(7), order="NHD"), ValueError, "must have 4 dim.* got 4 and 1"
+    ),
     "rank": (lambda: paged(k=K[0, 0]), ValueError, "k must have 4 dimensions, got 2"),
     "no-tensor": (lambda: paged(k=[1.0]), TypeError, "k must be a torch.Tensor, got list"),
     "no-table": (lambda: paged(page_table=[[0]]), TypeError, "page_table must be a torch.Tensor"),

@@ -9,10 +9,10 @@ import torch
 
 from gqa_kernels import HeadMap
 from gqa_kernels.backends.reference.formula import reference_attention
-from gqa_kernels.backends.triton.configs import backward_q_tile
+from gqa_kernels.backends.triton.configs import Tile, backward_q_tile
 from gqa_kernels.backends.triton.launch.backward import backward_launches
 from gqa_kernels.backends.triton.launch.base import Launch
-from gqa_kernels.backends.triton.launch.forward import CacheCall, ForwardCall
+from gqa_kernels.backends.triton.launch.forward import CacheCall, ForwardCall, prefill_launch
 from gqa_kernels.backends.triton.plan import plan_for
 from gqa_kernels.backends.triton.splits import ceil_div
 from gqa_kernels.cache.view import KVView
@@ -62,6 +62,25 @@ def backward_everything(arch: str) -> Case:
     return dense_case(arch, 40, 72, 48, 32, torch.float16, **options)
 
 
+def backward_large_scores(arch: str) -> Case:
+    """fp32 scores near -1000, after the forward kernel, whose rounding the backward must repeat."""
+    inputs, forward = make_call(24, 64, 32, torch.float32, batch=1, head_map=UNEVEN, causal=True)
+    for x in (inputs.q, inputs.k):
+        x.mul_(0.1)
+    inputs.q[..., 0], inputs.k[..., 0] = 1.0, -1000.0 / inputs.scale
+    call = make_backward(forward)
+    call.dlse.zero_()
+
+    def check() -> None:
+        gradients = {"q": call.dq, "k": call.dk, "v": call.dv}
+        assert_gradients_close(
+            gradients, inputs.q, inputs.k, inputs.v, UNEVEN, dout=call.dout, causal=True
+        )
+
+    forward_launch = prefill_launch(forward, Tile(32, 32, 4, 2), 3)
+    return [forward_launch, *backward_launches(call, TARGETS[arch].facts)], check
+
+
 def backward_packed(arch: str) -> Case:
     """Two sequences behind each other: each writes the gradients of its own tokens."""
     q_lens, k_lens = (40, 21), (33, 60)
@@ -109,4 +128,7 @@ def backward_packed(arch: str) -> Case:
     return backward_launches(call, TARGETS[arch].facts), check
 
 
-CASES = {make.__name__: make for make in (backward_causal, backward_everything, backward_packed)}
+CASES = {
+    make.__name__: make
+    for make in (backward_causal, backward_everything, backward_large_scores, backward_packed)
+}

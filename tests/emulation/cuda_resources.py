@@ -80,7 +80,8 @@ def parse(log: str) -> list[Kernel]:
         re.sub(r"\((?!anonymous)[\w:]*\)", "", name.split("(gqa::cuda", 1)[0])  # casts of enums
         for name in told.stdout.splitlines()
     ]
-    names = [re.sub(r"^(void )?(\w+::)*(?=\w+<|\w+$)", "", name) for name in names]
+    namespaces = r"^(void )?((\w+|\(anonymous namespace\))::)*(?=\w+<|\w+$)"
+    names = [re.sub(namespaces, "", name) for name in names]
     kernels = [
         Kernel(arch, name, registers, spills, static)
         for ((arch, _), (registers, spills, static)), name in zip(

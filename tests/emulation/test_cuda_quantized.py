@@ -274,7 +274,7 @@ BREAKS = {
     "the maximum without the scales": (
         "online_softmax.cuh", "C::kQuantized ? x + numbers.log2_v_scale(e) : x", "x",
     ),
-    "stages overlap": ("config.h", "2 * kTileBytes + kNumberBytes", "2 * kTileBytes"),
+    "stages overlap": ("pipeline.cuh", "warp * C::kWarpBytes", "warp * 2 * C::kTileBytes"),
     "offsets not rescaled": (
         "online_softmax.cuh", "offset[0] *= alpha[0], offset[1] *= alpha[1];", "",
     ),

@@ -1,5 +1,6 @@
 """SGLang's batches over its token pool; and its classes, where SGLang can be imported."""
 
+import os
 import sys
 from importlib import import_module
 from importlib.util import find_spec
@@ -126,6 +127,40 @@ def test_sglang_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "sglang", None)
     with pytest.raises(ImportError, match=r"needs sglang >= 0\.5\.23"):
         integration.register()
+
+
+class TestRegistered:
+    """With stand-ins for the parts of SGLang that registration touches."""
+
+    @pytest.fixture(autouse=True)
+    def sglang(self, monkeypatch):
+        self.backends, self.choices = {}, []
+        attention = "sglang.srt.layers.attention"
+        stand_in(
+            monkeypatch, f"{attention}.attention_registry", ATTENTION_BACKENDS=self.backends,
+            register_attention_backend=lambda name: lambda make: self.backends.update({name: make}),
+        )  # fmt: skip
+        backend = type("AttentionBackend", (), {"init_forward_metadata_out_graph": None})
+        stand_in(monkeypatch, f"{attention}.base_attn_backend", AttentionBackend=backend)
+        stand_in(
+            monkeypatch, "sglang.srt.server_args", ATTENTION_BACKEND_CHOICES=self.choices,
+            add_attention_backend_choices=self.choices.extend,
+        )  # fmt: skip
+        monkeypatch.setenv(integration.MODELS_VARIABLE, "")
+        monkeypatch.delenv(integration.MODELS_VARIABLE)
+
+    def test_backend_and_models(self):
+        integration.register()
+        integration.plugin()
+        assert list(self.backends) == self.choices == ["asym_gqa"]
+        assert os.environ[integration.MODELS_VARIABLE] == integration.MODELS
+        assert find_spec(f"{integration.MODELS}.uneven")
+
+    def test_a_model_package_of_the_user_stays(self, monkeypatch):
+        monkeypatch.setenv(integration.MODELS_VARIABLE, "mine")
+        with pytest.warns(UserWarning, match="is 'mine', so SGLang can't load models with uneven"):
+            integration.register()
+        assert os.environ[integration.MODELS_VARIABLE] == "mine"
 
 
 class TestModels:

@@ -1,4 +1,4 @@
-"""model_inputs(): batches by name, with tokens that the model knows."""
+"""model_inputs(): batches by name, with tokens and positions that the model knows."""
 
 import pytest
 import torch
@@ -33,6 +33,18 @@ def test_tokens_of_decoders_and_labels():
     assert "labels" in model_inputs(model, {**given, "labels": labels})
     with pytest.raises(ValueError, match="labels must lie in"):
         model_inputs(model, {**given, "labels": labels - 1})
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bert"])
+def test_more_tokens_than_learned_positions(family):
+    model = tiny_families.tiny(family)
+    most = model.config.max_position_embeddings
+    ids = torch.ones(1, most + 1, dtype=torch.long)
+    with pytest.raises(ValueError, match=f"at most {most} tokens a row, the model's positions"):
+        calibrate(model, [ids])
+    model_inputs(model, ids[:, 1:])
+    rotary = tiny(max_position_embeddings=8)
+    model_inputs(rotary, torch.ones(1, 9, dtype=torch.long))  # rotary positions have no end
 
 
 def test_tokens_that_are_no_integers():

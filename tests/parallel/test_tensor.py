@@ -54,6 +54,10 @@ def ranks(rank, folder):
         part = load_shard(folder / f"{name}-shards", dtype=torch.float32)
         assert part.num_parameters() < load(folder / name).num_parameters()
         check(load(folder / name, dtype=torch.float32), part, f"{name} from shards", tokens=4)
+    part = shard_model(MODELS["uneven"](), rank, WORLD)
+    part.set_attn_implementation("sdpa")
+    with pytest.raises(NotImplementedError, match="would compute equal groups"):
+        logits(part, batch([5], "right"))
     with pytest.raises(ValueError, match=r"must be for rank . of 2, got rank . of 3"):
         load_shard(folder / "three")
     with pytest.raises(ValueError, match=r"folder must hold rank-.*shard\.json"):

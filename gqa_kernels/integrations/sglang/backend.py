@@ -70,7 +70,7 @@ class AsymGQABackend(AttentionBackend):
         self.forward_metadata = Step(table, lens, offsets, most, self.page_size)
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
-        """Memory that captured kernels read: filled anew before each replay."""
+        """Memory that captured kernels read: refilled before each replay."""
         pages = -(-self.req_to_token.shape[1] // self.page_size)
         self.graph_table = self.req_to_token.new_zeros(max_bs, pages)
         self.graph_lens = torch.ones(max_bs, dtype=torch.int32, device=self.req_to_token.device)

@@ -36,14 +36,14 @@ def attention_call(
         module: the attention layer; its ``config`` and ``layer_idx`` lead to the maps.
         query: ``[B, Hq, Sq, D]``.
         key, value: ``[B, Hkv, Sk, D]``, cached tokens included.
-        attention_mask: ``[B, 1 or Hq, Sq, >= Sk]``, boolean or additive, with causality, window and
-            padding in it; or what says so in short; None where plain causality is enough.
+        attention_mask: ``[B, 1 or Hq, Sq, >= Sk]``, boolean or additive, causality, window and
+            padding included; a SequenceMask; or None if plain causality is enough.
         sliding_window: keys a query sees, its own included.
-        dropout: part of the probabilities to drop; 0 outside training.
+        dropout: fraction of the probabilities to drop; 0 outside training.
         s_aux: attention sinks ``[Hq]``.
         position_bias: ``[1 or B, Hq, Sq, Sk]``, added to the scores (T5).
-        cu_seq_lens_q: ``[n + 1]``, where packed sequences begin in the one row. They don't see each
-            other, even if the model's mask ignores position ids (GPT-OSS).
+        cu_seq_lens_q: ``[n + 1]``, where packed sequences begin in the single row. They don't see
+            each other, even if the model's mask ignores position ids (GPT-OSS).
         position_ids: ``[..., S]``, of all new tokens. Layers that share keys and values (Gemma 4)
             may get the queries of the last of them only.
     """

@@ -15,13 +15,13 @@ from .versions import BATCHING, require_transformers
 
 @contextmanager
 def continuous_batching(model: nn.Module, backend: str = "auto") -> Iterator[nn.Module]:
-    """Inside, the model's continuous batching runs on this package, maps and all::
+    """Run the model's continuous batching on this package, with its maps::
 
         with continuous_batching(model):
             outputs = model.generate_batch(prompts, ...)
 
-    transformers' own cache holds the pages and gathers a request's keys for every step, as for its
-    flash attention; no mask is made.
+    transformers' own cache holds the pages. It gathers a request's keys for every step, as it does
+    for flash attention, and makes no mask.
 
     Args:
         model: with as many KV heads in every layer, and as many for V as for K.
@@ -33,8 +33,8 @@ def continuous_batching(model: nn.Module, backend: str = "auto") -> Iterator[nn.
     """
     require_transformers(BATCHING)
     _check_heads(model.config)
-    # transformers hands packed queries and no mask to names with "flash" in them; it would also
-    # look for a kernel of that name, were it given to set_attn_implementation.
+    # transformers passes packed queries and no mask to names with "flash" in them. Setting the name
+    # by set_attn_implementation would make it look for a kernel of that name.
     name = register(f"asym_gqa_flash_{backend}", backend)
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
     before = [(config, config._attn_implementation) for config in configs.values()]

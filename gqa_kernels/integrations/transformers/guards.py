@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from ...head_map import HeadMap
 from ...models.maps import IMPLEMENTATION_FIELD, KEY_FIELD, guard
 
 READS_MAPS = "reads_head_maps"  # attribute of attention functions that go by a config's maps
@@ -43,6 +44,15 @@ def watch_new_models() -> None:
                 protect(part)
 
     nn.modules.module.register_module_module_registration_hook(look)
+
+
+def guard_layer(module: nn.Module, key_map: HeadMap, value_map: HeadMap) -> None:
+    """Guard an attention layer that has the heads of these maps."""
+    # transformers' own attention repeats K and V by this count. 0 makes it fail on uneven groups,
+    # which it would compute as even ones whenever the head counts divide.
+    even = key_map == value_map and key_map.is_uniform
+    module.num_key_value_groups = key_map.num_heads // key_map.num_kv_heads if even else 0
+    protect(module)
 
 
 def protect(module: nn.Module) -> None:

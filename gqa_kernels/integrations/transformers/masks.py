@@ -1,8 +1,8 @@
-"""SequenceMask: what causality, a window and packed sequences show, without a mask of S² entries.
+"""SequenceMask: causality, a window and packed sequences, without a mask of S² entries.
 
-transformers makes a mask by evaluating a function of indices for all pairs of tokens. Where that
-function is put together from nothing but transformers' own causal, sliding-window and
-packed-sequence parts, and no token is padding, attention needs three numbers of it, which are read
+transformers makes a mask by evaluating a function of indices for all pairs of tokens. If that
+function consists only of transformers' own causal, sliding-window and packed-sequence parts, and no
+token is padding, attention needs just the window and the offsets of the sequences. They are read
 out of the function. Every other mask is made as for SDPA.
 """
 
@@ -22,15 +22,15 @@ HOME = "transformers.masking_utils"  # of the functions that are known here
 
 
 class SequenceMask:
-    """Causal attention inside sequences that lie behind each other; not a tensor.
+    """Causal attention inside each of several concatenated sequences; not a tensor.
 
-    The models hand it to their attention layers as it is. One that looks into it (a slice, a
-    ``torch`` function, an attribute of tensors) gets the mask made, and works on that.
+    Models pass it to their attention layers unchanged. Code that looks into it (a slice, a
+    ``torch`` function, an attribute of tensors) gets the dense mask.
 
     Attributes:
         window: keys that a query sees, its own included; None: all before it.
-        offsets: int32 ``[n + 1]``, where sequences begin in the batch's rows laid behind each
-            other, ``[B * S]`` tokens; None: every row is one sequence.
+        offsets: int32 ``[n + 1]``, where each sequence begins in the concatenated rows of the
+            batch, ``[B * S]`` tokens; None: every row is one sequence.
         longest: most tokens of a sequence.
         dense: the boolean mask, ``[B, 1, S, S]``.
     """
@@ -81,13 +81,13 @@ def sequence_mask(**call: Any) -> Tensor | SequenceMask | None:
     """The mask function of ``AttentionMaskInterface``; arguments as for transformers' sdpa_mask.
 
     Returns:
-        None where plain causality (or nothing) is enough; a SequenceMask; or a boolean mask
+        None if plain causality (or no mask at all) is enough; a SequenceMask; or a boolean mask
         ``[B, 1, Sq, Sk]``.
     """
     from transformers.masking_utils import sdpa_mask
 
     padding = call.get("attention_mask")
-    if isinstance(padding, SequenceMask):  # a model within a model got a mask that is made already
+    if isinstance(padding, SequenceMask):  # of a model within a model: the mask exists already
         return padding
     tensors = [x for x in call.values() if isinstance(x, Tensor)]
     if not all(map(has_values, tensors)) and not _is_traced():  # meta and fake tensors
@@ -103,14 +103,14 @@ def sequence_mask(**call: Any) -> Tensor | SequenceMask | None:
         begins[:, 1:] = sequences.diff() != 0
         offsets = row_offsets(begins)
         longest = int(offsets.diff().max())
-        if len(offsets) == len(begins) + 1:  # transformers 4 says so of every batch
+        if len(offsets) == len(begins) + 1:  # transformers 4 reports every batch as packed
             offsets = None
     return SequenceMask(pattern.window, offsets, longest, lambda: sdpa_mask(**call))
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """What a mask function shows: causal attention, and
+    """What a mask function allows besides causal attention.
 
     Attributes:
         window: keys that a query sees, its own included; None: all before it.
@@ -122,7 +122,7 @@ class Pattern:
 
 
 def read(function: Callable) -> Pattern | None:
-    """The pattern of a mask function; None where it has a part that is not known here."""
+    """The pattern of a mask function; None if it has an unknown part."""
     parts = _parts(function)
     if parts is None or "causal" not in parts:
         return None
@@ -152,7 +152,7 @@ def _parts(function: Callable) -> dict[str, Any] | None:
 
 
 def _joined(parts: list[dict[str, Any] | None]) -> dict[str, Any] | None:
-    """All of the parts; None where one is not known, or there are two of a kind."""
+    """All of the parts; None if one is unknown, or two are of the same kind."""
     found: dict[str, Any] = {}
     for part in parts:
         if part is None or (part.keys() & found.keys()) - {"causal"}:
@@ -162,8 +162,10 @@ def _joined(parts: list[dict[str, Any] | None]) -> dict[str, Any] | None:
 
 
 def _pattern_of(call: dict[str, Any]) -> Pattern | None:
-    """The pattern of a call that sees as many keys as it has queries, all from the first on; None
-    where it has padding, a part that is not known, or nothing to be said beyond causality."""
+    """The pattern of a call in which queries and keys are the same tokens, from the first on.
+
+    None if it has padding or an unknown part, or if plain causality says it all.
+    """
     num_keys = call["kv_length"]
     positions = call.get("cache_position")  # transformers 4
     num_queries = len(positions) if positions is not None else call["q_length"]
@@ -183,8 +185,11 @@ def _pattern_of(call: dict[str, Any]) -> Pattern | None:
 
 
 def row_offsets(begins: Tensor) -> Tensor:
-    """int32 ``[n + 1]`` of the sequences that begin where ``begins`` ``[B, S]`` says, in the rows
-    laid behind each other."""
+    """Offsets, int32 ``[n + 1]``, of sequences in the concatenated rows.
+
+    Args:
+        begins: bool ``[B, S]``, true at the first token of each sequence.
+    """
     offsets = begins.flatten().nonzero()[:, 0]
     return torch.nn.functional.pad(offsets, (0, 1), value=begins.numel()).to(torch.int32)
 

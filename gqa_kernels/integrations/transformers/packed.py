@@ -29,17 +29,17 @@ def packed_attention(
 
     Args:
         module: the attention layer.
-        query: ``[B, Hq, S, D]``, rows that lie behind each other.
+        query: ``[B, Hq, S, D]``; its rows are concatenated.
         key, value: ``[B, Hkv, Sk, D]``, likewise.
-        attention_mask: None, or the mask that says where sequences begin.
-        options: of the interface. Flash attention's ``cu_seq_lens_q`` ``[n + 1]`` says where they
-            begin, too, and comes first; ``cu_seq_lens_k`` where their keys do, if elsewhere;
-            ``max_length_q`` and ``max_length_k`` the most tokens of one. Last come
-            ``position_ids`` ``[1, S]`` that begin again.
+        attention_mask: None, or a SequenceMask, which has the offsets of the sequences.
+        options: of the interface. The offsets are the first of these that is given: flash
+            attention's ``cu_seq_lens_q`` ``[n + 1]`` (with ``cu_seq_lens_k`` if those of the keys
+            differ, and the longest sequences in ``max_length_q`` and ``max_length_k``), the mask's,
+            those that ``position_ids`` ``[1, S]`` imply by starting over.
 
     Returns:
-        ``[B, S, Hq, Dv]``; None where the call says no more than its mask, or has what needs one:
-        a mask of its own, dropout, a position bias.
+        ``[B, S, Hq, Dv]``; None if the call has no offsets, or needs a dense mask: one of its own,
+        dropout, a position bias.
     """
     window = options.pop("sliding_window", None)
     begins_q, begins_k = options.pop("cu_seq_lens_q", None), options.pop("cu_seq_lens_k", None)
@@ -82,9 +82,9 @@ def packed_attention(
 
 
 class _LastPositions:
-    """Where sequences begin by the positions that were looked at last: layers share them.
+    """Offsets of the sequences in the last position ids, which all layers of a model share.
 
-    Models that make their masks without the positions (GPT-OSS) tell the layers of them.
+    Some models (GPT-OSS) pass positions to their layers without using them in the mask.
     """
 
     def __init__(self) -> None:
@@ -92,7 +92,7 @@ class _LastPositions:
         self.last: tuple[Any, ...] = (lambda: None, None, None)
 
     def offsets(self, positions: Tensor | None, tokens: int) -> Tensor | None:
-        """``[n + 1]``, if positions ``[1, tokens]`` begin again and rise by one otherwise."""
+        """``[n + 1]``, if positions ``[1, tokens]`` start over, and rise by one elsewhere."""
         if positions is None or positions.shape != (1, tokens) or not has_values(positions):
             return None
         if positions.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -100,7 +100,7 @@ class _LastPositions:
         version = None if positions.is_inference() else positions._version
         last, last_version, found = self.last
         if version is not None and last() is positions and last_version == version:
-            return found  # an inference tensor may have changed unseen
+            return found  # not of inference tensors, which have no version
         begins = torch.ones_like(positions, dtype=torch.bool)
         begins[:, 1:] = positions.diff() != 1
         first = positions[begins]
@@ -139,8 +139,8 @@ def batched_attention(
     Args:
         module: the attention layer.
         query: ``[1, Hq, T, D]``, new tokens of all requests; key and value likewise.
-        options: of the interface, with transformers' ``cache`` and where requests lie in it. A mask
-            among them says what the lengths do.
+        options: of the interface, with transformers' ``cache`` and the requests' places in it. A
+            mask among them is ignored: it says the same as the lengths.
 
     Returns:
         ``[1, T, Hq, Dv]``.

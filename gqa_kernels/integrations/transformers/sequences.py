@@ -1,9 +1,9 @@
-"""SequenceTable: where in the pages a batch's tokens are, for all layers that keep the same ones.
+"""SequenceTable: the pages of a batch's tokens, for all layers that keep the same tokens.
 
-transformers counts positions: column ``p`` of a mask is the ``p``-th token given to the model,
-padding included, and a batch is a rectangle. A page table has sequences, each of its own length. A
-row here keeps its positions from ``start`` on: neither left padding nor what lies behind a sliding
-window takes memory, and decode runs over lengths, without a mask.
+transformers counts positions: column ``p`` of a mask is the ``p``-th token that the model got,
+padding included, and all rows of a batch have as many. A page table has sequences of different
+lengths. Each row here keeps its positions from ``start`` on. So left padding and tokens behind a
+sliding window take no memory, and decode needs lengths but no mask.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ SPARE = 8  # a full pool grows by an eighth of itself
 
 @dataclass
 class Step:
-    """New tokens of a batch, as every layer of the table has to store and to see them.
+    """New tokens of a batch, the same for every layer of the table.
 
     Attributes:
         before: positions before this step.
         new: positions of the step, ``S``.
         page_table: int32 ``[B, max_pages]``, the pages of the new tokens included.
         lengths: int32 ``[B]``, stored tokens before the step.
-        lengths_after: int32 ``[B]``, with those of the step.
+        lengths_after: int32 ``[B]``, stored tokens after the step.
         copies: pages to copy before they are written, ``(from, to)``.
-        kept: bool ``[B, S]``, which new tokens to store; None: all of them.
+        kept: bool ``[B, S]``, the new tokens to store; None: all of them.
         start: int64 ``[B]``, position of each row's first stored token; None: 0 in all.
         window: positions that a query sees, its own included; None: all.
-        views: what layers of a shape see before and after their append, in some layer's memory.
+        views: by shape of the pool, a layer's views before and after its append.
     """
 
     before: int
@@ -114,11 +114,11 @@ class SequenceTable:
             pages.
 
     Attributes:
-        positions: given so far, padding included; the same for all rows.
-        allocator: who holds which page; layers have as many.
+        positions: passed so far, padding included; the same for all rows.
+        allocator: assigns pages to rows; every layer has as many pages.
         current: the last step.
-        keep_past: drop only what lay behind the window at the last :meth:`crop`, by which assisted
-            generation rolls back after every call.
+        keep_past: drop only what was behind the window at the last :meth:`crop`. Assisted
+            generation crops after every call to roll back.
     """
 
     def __init__(self, page_size: int, num_pages: int | None, window: int | None):
@@ -140,7 +140,7 @@ class SequenceTable:
     def step(
         self, seen: int, batch: int, new: int, mask: Tensor | None, device: torch.device
     ) -> Step:
-        """The step of a layer; the first layer that comes with new tokens begins it.
+        """The step of a layer; the first layer with new tokens begins it.
 
         Args:
             seen: positions that the layer has.

@@ -51,15 +51,15 @@ def cached_attention(
     v_scale: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Append the new keys and values to the cache, and attend: ``[tokens, Hq, Dv]``.
+    """Append the new keys and values to the cache, then attend: ``[tokens, Hq, Dv]``.
 
     Args:
         query: ``[tokens, Hq, D]``, requests packed one after another.
-        key, value: ``[tokens, Hkv, D]`` and ``[tokens, Hkv, Dv]``; None where they are in the cache
+        key, value: ``[tokens, Hkv, D]`` and ``[tokens, Hkv, Dv]``; None if the cache has them
             already.
         kv_cache: ``[num_blocks, Hkv, block_size, D + Dv]`` in any memory order: K and V of a token
             side by side.
-        storage: type of the cache's elements where it is not the tensor's (fp8 as bytes).
+        storage: type of the cache's elements if the tensor has another one (fp8 as bytes).
         k_scale, v_scale: one number each, of an fp8 cache.
     """
     if storage is not None and kv_cache.dtype != storage:

@@ -15,8 +15,8 @@
 
 #include "../../../core/quantize.h"
 #include "args.h"
-#include "row_vectors.cuh"
 #include "rotary.cuh"
+#include "row_vectors.cuh"
 
 namespace gqa::cuda::sm80 {
 

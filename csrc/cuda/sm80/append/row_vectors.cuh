@@ -1,4 +1,4 @@
-// Eight numbers of a row: from memory to fp32 and back, as vectors where they may be.
+// Eight numbers of a row, from memory to fp32 and back: as vectors if the row is aligned.
 #pragma once
 
 #include <cstdint>

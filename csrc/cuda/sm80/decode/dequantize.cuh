@@ -1,11 +1,11 @@
-// What makes products of stored numbers products of values: scales and zeros, once a key and row.
+// Turns products of stored numbers into products of values, by the scale and zero of each key.
 //
 //   q . (scale * (k - zero)) = scale * (q . k - zero * sum(q))
 //   p * scale * (v - zero)   = (p * scale) * v - (p * scale) * zero
 //
 // Both products run in fp16 (stored_numbers.cuh). Rows of q are brought to the range of fp16 by a
 // power of two each. p * scale is kept in it by the running maximum, which is that of
-// score + log2(scale of V) and so bounds p * scale, wherever the scales lie.
+// score + log2(scale of V) and so bounds p * scale, whatever the scales are.
 #pragma once
 
 #include <cstdint>
@@ -51,7 +51,7 @@ struct NumberLoader {
   }
 };
 
-// In its place where K and V have q's type.
+// Stands in for NumberLoader if K and V have q's type.
 struct NoNumbers {
   __device__ __forceinline__ NoNumbers(const AttentionParams&, int, int, int, int) {}
   __device__ __forceinline__ void load(int, uint32_t, uint32_t) const {}

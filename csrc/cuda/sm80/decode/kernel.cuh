@@ -1,17 +1,19 @@
 // Attention of few query tokens: split-KV, with the rows of a group packed (sm_80 and later).
 //
 // Grid      (tiles x B, splits). Tiles are an upper bound over every head map of the shape, so that
-//           the grid never depends on the map's contents; surplus CTAs leave at once.
+//           the grid never depends on the map's contents; surplus CTAs return at once.
 // CTA       up to 16 rows (query heads of one group x query tokens) of one sequence, and one split
 //           of the keys they see: each K and V byte is read once per tile, however the group is
 //           shaped. Further tiles of a large group read the same bytes at the same time, from L2.
 // Warps     4, each with its own 16 of a block's 64 keys, its own ring of stages in shared memory
 //           and its own softmax: no barrier of the CTA between the first block and the last.
-// Shared    [stage][warp][K: 16 rows | V: 16 rows | scales and zeros], then Q: 16 rows. K and V are
-//           as they are stored: a quantised cache crosses shared memory in its own bytes, too, and
-//           is widened in registers. The 16-byte chunks of a row are permuted (load.cuh). After the
-//           loop the stages hold the warps' outputs, fp32 [warp][16][kOutStride]. Before it, they
-//           are scratch of the search for the tile.
+// Shared    [stage][warp][K: 16 rows | V: 16 rows | scales and zeros], then Q: 16 rows. K and V
+//           have their stored form here: the warps dequantise a quantised cache in registers. The
+//           16-byte chunks of a row are permuted (load.cuh). After the loop the stages hold the
+//           warps' outputs, fp32 [warp][16][kOutStride]. Before it, they are scratch memory of the
+//           search for the tile.
+// Files     tile.cuh, pipeline.cuh (copies), products.cuh, scores.cuh (masks), online_softmax.cuh,
+//           dequantize.cuh, merge_warps.cuh and store.cuh are the steps of the kernel below.
 // Result    one split: out and LSE. Several: normalised fp32 outputs and base-2 LSEs; combine.cuh.
 // Source    split-KV as in Flash-Decoding (Dao et al. 2023), packed rows as in FlashAttention-3.
 #pragma once
