@@ -1,5 +1,5 @@
-// Which function implements which op on CUDA devices; schemas are in bindings.cpp. In the library
-// only where nvcc compiled the kernels.
+// Which function implements which op on CUDA devices; schemas are in gqa_kernels/native/schema.py.
+// In the library only if nvcc compiled the kernels.
 #include <cuda_runtime_api.h>
 #include <torch/csrc/stable/library.h>
 
@@ -7,12 +7,13 @@
 #include "host/attention.h"
 #include "host/backward.h"
 
+using namespace gqa::host;
+
 STABLE_TORCH_LIBRARY_IMPL(gqa_kernels, CUDA, library) {
-  library.impl("attention_forward", TORCH_BOX(&gqa::host::attention_forward_cuda));
-  library.impl("cache_attention_forward", TORCH_BOX(&gqa::host::cache_attention_forward_cuda));
-  library.impl("cache_append", TORCH_BOX(&gqa::host::cache_append_cuda));
-  library.impl("attention_backward", TORCH_BOX(&gqa::host::attention_backward_cuda));
-  library.impl("packed_attention_backward", TORCH_BOX(&gqa::host::packed_attention_backward_cuda));
+  library.impl("attention_forward", TORCH_BOX(&attention<attention_forward_cuda>));
+  library.impl("attention_output", TORCH_BOX(&attention<attention_output_cuda>));
+  library.impl("attention_backward", TORCH_BOX(&attention_backward<attention_backward_cuda>));
+  library.impl("cache_append", TORCH_BOX(&cache_append<cache_append_cuda>));
 }
 
 // What gqa_kernels/native/cuda_build.py finds in the file: that there are CUDA kernels, and of

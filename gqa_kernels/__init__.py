@@ -3,10 +3,10 @@
 from .attention import asym_gqa_attention
 from .backends.dispatch import available_backends
 from .cache.allocator import OutOfPages, PageAllocator
-from .cache.cascade import merge_attention_states, shared_prefix_attention
-from .cache.decode import asym_gqa_decode, plan_decode
 from .cache.dense import DenseKVCache
 from .cache.paged import PagedKVCache
+from .cascade import merge_attention_states, shared_prefix_attention
+from .decode import asym_gqa_decode, plan_decode
 from .explain import explain_backend
 from .head_map import HeadMap
 from .varlen import asym_gqa_varlen_attention

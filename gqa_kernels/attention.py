@@ -1,4 +1,4 @@
-"""The public attention functions."""
+"""asym_gqa_attention: attention over dense tensors."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .autograd import autocast
-from .backends import plain
 from .backends.dispatch import select
-from .inputs import AttentionInputs, HeadMapLike, Layout
+from .cache.tensors import Layout
+from .call.attention import AttentionCall
+from .call.checks import HeadMapLike
+from .call.options import Options
+from .native.arguments import as_bool
+from .native.autograd import autocast, is_autocast_on
 
 
 def asym_gqa_attention(
@@ -81,10 +84,9 @@ def asym_gqa_attention(
             (``torch.manual_seed``), and is the same in every backend.
         layout: ``"bhsd"``, or ``"bshd"`` for q, k, v and out as ``[B, S, H, D]``.
         return_lse: also return the LSE.
-        deterministic: demand bitwise repeatable results, backward included.
-        backend: ``"auto"`` takes the first backend that can run the call. It warns once per reason
-            when that is the eager reference. A name out of :func:`available_backends` never falls
-            back.
+        deterministic: accepted for drop-in use: results are always bitwise repeatable, backward
+            included.
+        backend: ``"auto"``, or a name out of :func:`available_backends`, which never falls back.
 
     Returns:
         out ``[B, Hq, Sq, Dv]`` (``[B, Sq, Hq, Dv]`` for ``"bshd"``) in q's dtype; with
@@ -96,22 +98,33 @@ def asym_gqa_attention(
         NotImplementedError: the backend asked for can't run this call; the message says why
             (:func:`explain_backend` says so for every backend).
     """
-    if (
-        value_head_map is None and window is None and softcap is None and alibi_slopes is None
-        and sinks is None and attn_mask is None and kv_lengths is None and dropout_p == 0.0
-        and backend in ("auto", "cpu")
-    ):  # fmt: skip
-        found = plain.attend(q, k, v, head_map, causal, scale, layout, return_lse)
-        if found is not None:
-            return found if return_lse else found[0]
-    q, k, v = autocast(q, k, v)
-    inputs = AttentionInputs.create(
-        q, k, v, head_map, value_head_map=value_head_map, causal=causal, scale=scale,
-        window=window, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
-        attn_mask=attn_mask, kv_lengths=kv_lengths, layout=layout, deterministic=deterministic,
-        dropout_p=dropout_p,
+    if deterministic is not False:
+        as_bool("deterministic", deterministic)
+    call = attention_call(
+        q, k, v, head_map, value_head_map, causal, scale, window, softcap, alibi_slopes, sinks,
+        attn_mask, kv_lengths, dropout_p, layout,
     )  # fmt: skip
-    out, lse = select(inputs, backend).run(inputs.with_dropout_seed())
-    if layout == "bshd":
+    call.lse_wanted = return_lse
+    runs = select(call, backend)
+    out, lse = runs.attend(call.draw_dropout_seed() if dropout_p else call)
+    if call.bshd:
         out = out.transpose(1, 2)
     return (out, lse) if return_lse else out
+
+
+def attention_call(
+    q: Tensor, k: Tensor, v: Tensor, head_map: HeadMapLike,
+    value_head_map: HeadMapLike | None = None, causal: bool = False, scale: float | None = None,
+    window: tuple[int | None, int | None] | None = None, softcap: float | None = None,
+    alibi_slopes: Tensor | None = None, sinks: Tensor | None = None,
+    attn_mask: Tensor | None = None, kv_lengths: Tensor | Sequence[int] | None = None,
+    dropout_p: float = 0.0, layout: Layout = "bhsd",
+) -> AttentionCall:  # fmt: skip
+    """The call that :func:`asym_gqa_attention` makes of its arguments."""
+    options = Options.of(causal, scale, window, softcap, dropout_p)
+    if is_autocast_on():
+        q, k, v = autocast(q, k, v)
+    return AttentionCall.dense(
+        q, k, v, head_map, options, value_head_map, alibi_slopes, sinks, attn_mask, kv_lengths,
+        layout,
+    )  # fmt: skip

@@ -2,29 +2,73 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from .attention import asym_gqa_attention, attention_call
 from .backends.dispatch import explain
 from .cache.base import KVCache
-from .cache.decode import decode_inputs
-from .inputs import AttentionInputs
-from .varlen import varlen_inputs
+from .call.append import AppendCall
+from .decode import append, asym_gqa_decode, decode_call, plan_decode
+from .varlen import asym_gqa_varlen_attention, varlen_call
+
+_NO_PART = ("backend", "return_lse", "deterministic", "advance")  # in what a backend can run
+_OF_APPEND = ("k_new", "v_new", "rotary_cos", "rotary_sin", "rotary_interleaved")
 
 
-def explain_backend(q, *call, **options) -> dict[str, list[str]]:
-    """Why each backend can't run a call.
+def explain_backend(function: Callable, *args, **kwargs) -> dict[str, list[str]]:
+    """Why each backend can't run a call of a public function.
 
     Args:
-        q, call, options: as one of these takes them (without ``backend`` and ``return_lse``):
-            ``(q, k, v, head_map)`` of :func:`gqa_kernels.asym_gqa_attention`, ``(q, cache,
-            head_map)`` of :func:`gqa_kernels.asym_gqa_decode`, or ``(q, k, v, head_map,
-            cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)`` of
-            :func:`gqa_kernels.asym_gqa_varlen_attention`.
+        function: :func:`gqa_kernels.asym_gqa_attention`, :func:`~gqa_kernels.asym_gqa_decode`,
+            :func:`~gqa_kernels.asym_gqa_varlen_attention`, :func:`~gqa_kernels.plan_decode`, or a
+            cache's ``append``.
+        args, kwargs: as the function takes them. Nothing is computed or written.
 
     Returns:
         For every backend the list of reasons against it, in the order in which ``"auto"`` tries
         them: it takes the first whose list is empty.
+
+    Raises:
+        ValueError, TypeError: as the function does for malformed arguments.
+
+    Example:
+        >>> explain_backend(asym_gqa_attention, q, k, v, head_map, softcap=30.0)
+        {'cpu': [], 'reference': [], 'cuda': ['no CUDA device', ...], ...}
     """
-    if call and isinstance(call[0], KVCache):
-        return explain(decode_inputs(q, *call, **options))
-    if len(call) > 3 or "cu_seqlens_q" in options:
-        return explain(varlen_inputs(q, *call, **options))
-    return explain(AttentionInputs.create(q, *call, **options))
+    kwargs = {name: x for name, x in kwargs.items() if name not in _NO_PART}
+    if getattr(function, "__func__", function) is append:
+        return _explain_append(getattr(function, "__self__", None), *args, **kwargs)
+    if function not in _CALLS:
+        names = ", ".join(known.__name__ for known in _CALLS)
+        raise TypeError(f"function must be one of {names} or a cache's append, got {function!r}")
+    new = {name: kwargs.pop(name) for name in _OF_APPEND if name in kwargs}
+    call = _CALLS[function](*args, **kwargs)
+    call.check()
+    reasons = explain(call)
+    if new.get("k_new") is not None:
+        sizes = {"cu_seqlens": kwargs.get("cu_seqlens_q"), "max_seqlen": kwargs.get("max_seqlen_q")}
+        layout = kwargs.get("layout", "bhsd")
+        append_call = AppendCall.create(
+            new.pop("k_new"), new.pop("v_new"), call.kv, layout=layout, q_heads_first=call.q,
+            **sizes, **new,
+        )  # fmt: skip
+        for name, why in explain(append_call).items():
+            reasons[name] += [f"append: {reason}" for reason in why if reason not in reasons[name]]
+    return reasons
+
+
+def _explain_append(cache: KVCache | None, *args, **kwargs) -> dict[str, list[str]]:
+    if cache is None:
+        cache, *args = args
+    k_new, v_new = args
+    call = AppendCall.create(k_new, v_new, cache.view(), **kwargs)
+    call.check()
+    return explain(call)
+
+
+_CALLS = {
+    asym_gqa_attention: attention_call,
+    asym_gqa_decode: decode_call,
+    asym_gqa_varlen_attention: varlen_call,
+    plan_decode: decode_call,
+}

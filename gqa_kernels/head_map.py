@@ -9,7 +9,7 @@ from functools import cached_property
 
 import torch
 
-from .arguments import as_int, shown
+from .native.arguments import as_int, shown
 from .partition import Groups, assign
 
 MAX_HEADS = 1 << 20  # of a map; far above any model, and small enough to list

@@ -18,18 +18,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from .backends.reference import drop, reference_attention, scores_and_values
-from .backends.reference_cache import dense_inputs, query_tokens
+from .attention import attention_call
+from .backends.reference.cache import dense_call, query_tokens
+from .backends.reference.formula import drop, reference_attention, scores_and_values
 from .cache.base import KVCache
-from .cache.decode import decode_inputs
-from .cache.inputs import CacheInputs
+from .cache.tensors import Layout
+from .call.attention import AttentionCall
+from .call.checks import HeadMapLike
+from .decode import decode_call
 from .head_map import HeadMap
-from .inputs import AttentionInputs, HeadMapLike, Layout
 
 
 def make_inputs(
@@ -128,8 +129,8 @@ def assert_attention_close(
         out: as returned for ``layout``; likewise ``lse``.
         q, k, v, head_map, options: as given to the call (without ``backend`` and ``return_lse``).
     """
-    inputs = AttentionInputs.create(q, k, v, head_map, **options)
-    if inputs.layout == "bshd":
+    inputs = attention_call(q, k, v, head_map, **options)
+    if inputs.bshd:
         out = out.transpose(1, 2)
     assert out.dtype == inputs.dtype, f"out: dtype {out.dtype}, expected {inputs.dtype}"
     with torch.no_grad():
@@ -174,11 +175,11 @@ def assert_gradients_close(
     if dout is not None and options.get("layout") == "bshd":
         dout = dout.transpose(1, 2)
 
-    def leaves_and_inputs(up: Callable[[Tensor], Tensor]) -> tuple[list[Tensor], AttentionInputs]:
+    def leaves_and_inputs(up: Callable[[Tensor], Tensor]) -> tuple[list[Tensor], AttentionCall]:
         call = {**given, **{name: up(given[name].detach()) for name in {*"qkv", *gradients}}}
         leaves = [call[name].requires_grad_() for name in gradients]
-        inputs = AttentionInputs.create(*(call.pop(name) for name in "qkv"), head_map, **call)
-        return leaves, replace(inputs, dropout_seed=dropout_seed)
+        inputs = attention_call(*(call.pop(name) for name in "qkv"), head_map, **call)
+        return leaves, inputs.replace(dropout_seed=dropout_seed)
 
     leaves, inputs = leaves_and_inputs(Tensor.double)
     exact = _autograd_gradients(leaves, inputs, dout, dlse)
@@ -195,20 +196,20 @@ def assert_gradients_close(
 
 
 def _gradient_forms(
-    inputs: AttentionInputs, dout: Tensor | None
-) -> Iterator[tuple[AttentionInputs, Tensor | None]]:
+    inputs: AttentionCall, dout: Tensor | None
+) -> Iterator[tuple[AttentionCall, Tensor | None]]:
     """The call and its ``dout`` with both head dims in other orders, more where it is small."""
     rows = inputs.q.shape[:3].numel()
     orders = _reorderings(inputs)[: 8 if rows < 256 else 3]
     for shift, reorder in enumerate(orders):
         order = torch.arange(inputs.value_head_dim, device=inputs.device).roll(shift)
-        form = replace(reorder(inputs), v=inputs.v[..., order])
+        form = reorder(inputs).replace(v=inputs.v[..., order])
         yield form, None if dout is None else dout[..., order]
 
 
 def _autograd_gradients(
     leaves: list[Tensor],
-    inputs: AttentionInputs,
+    inputs: AttentionCall,
     dout: Tensor | None,
     dlse: Tensor | None,
     matmul_dtype: torch.dtype | None = None,
@@ -223,7 +224,7 @@ def _autograd_gradients(
 
 def _fused_gradients(
     leaves: list[Tensor],
-    inputs: AttentionInputs,
+    inputs: AttentionCall,
     dout: Tensor | None,
     dlse: Tensor | None,
     matmul_dtype: torch.dtype,
@@ -271,7 +272,7 @@ def assert_decode_close(
         out, lse: as returned for ``layout``.
         q, cache, head_map, options: as given to the call, without new keys: the cache has them.
     """
-    inputs = decode_inputs(q, cache, head_map, **options)
+    inputs = decode_call(q, cache, head_map, **options)
     if inputs.q_offsets is not None:
         out, lse = out.transpose(0, 1)[None], None if lse is None else lse[None]
     elif options.get("layout") == "bshd":
@@ -279,10 +280,10 @@ def assert_decode_close(
     assert_cache_close(out, inputs, lse)
 
 
-def assert_cache_close(out: Tensor, inputs: CacheInputs, lse: Tensor | None = None) -> None:
-    """The same for results as a backend's ``run_cache`` gives them."""
+def assert_cache_close(out: Tensor, inputs: AttentionCall, lse: Tensor | None = None) -> None:
+    """The same for results as a backend's ``attend`` returns them."""
     assert out.dtype == inputs.dtype, f"out: dtype {out.dtype}, expected {inputs.dtype}"
-    dense, unreadable = dense_inputs(inputs)
+    dense, unreadable = dense_call(inputs)
     assert not unreadable.any(), "a page id is out of range"
     if inputs.q_offsets is not None:  # compare where there are tokens
         token, valid = query_tokens(inputs)
@@ -296,19 +297,19 @@ def assert_cache_close(out: Tensor, inputs: CacheInputs, lse: Tensor | None = No
             return x
         return x.masked_fill(~(valid[:, None, :, None] if x.dim() == 4 else valid[:, None]), 0)
 
-    low = replace(dense, k=dense.k.to(inputs.dtype), v=dense.v.to(inputs.dtype))
+    low = dense.replace(k=dense.k.to(inputs.dtype), v=dense.v.to(inputs.dtype))
     with torch.no_grad():
         exact_out, exact_lse = map(valid_only, reference_attention(upcast(dense)))
         forms = list(equivalent_forms(low))
         eager = [valid_only(reference_attention(x, inputs.dtype, base2)[0]) for x, base2 in forms]
         assert_close("out", out, exact_out, eager)
         if lse is not None:
-            forms = list(equivalent_forms(low if inputs.view.format is None else dense))
+            forms = list(equivalent_forms(low if inputs.kv.format is None else dense))
             eager = [valid_only(reference_attention(x, None, base2)[1]) for x, base2 in forms]
             assert_close("lse", lse, exact_lse, eager)
 
 
-def equivalent_forms(inputs: AttentionInputs) -> Iterator[tuple[AttentionInputs, bool]]:
+def equivalent_forms(inputs: AttentionCall) -> Iterator[tuple[AttentionCall, bool]]:
     """The same call in forms that differ by rounding only, as (inputs, base2)."""
     for reorder in _reorderings(inputs):
         form = reorder(inputs)
@@ -316,27 +317,27 @@ def equivalent_forms(inputs: AttentionInputs) -> Iterator[tuple[AttentionInputs,
         yield form, True
 
 
-def _reorderings(inputs: AttentionInputs) -> list[Callable[[AttentionInputs], AttentionInputs]]:
+def _reorderings(inputs: AttentionCall) -> list[Callable[[AttentionCall], AttentionCall]]:
     """Other orders of the head dim: other partial sums of q . k. Fewer where a call is large."""
 
-    def reordering(shift: int) -> Callable[[AttentionInputs], AttentionInputs]:
+    def reordering(shift: int) -> Callable[[AttentionCall], AttentionCall]:
         order = torch.arange(inputs.head_dim, device=inputs.device).roll(shift)
         if shift % 2:
             order = torch.cat([order[::2], order[1::2]])
-        return lambda x: replace(x, q=x.q[..., order], k=x.k[..., order])
+        return lambda x: x.replace(q=x.q[..., order], k=x.k[..., order])
 
     few = inputs.q.shape[:3].numel() < 4096
     return [reordering(shift) for shift in range(min(8 if few else 1, inputs.head_dim))]
 
 
-def upcast(inputs: AttentionInputs) -> AttentionInputs:
+def upcast(inputs: AttentionCall) -> AttentionCall:
     """The same call in fp64, for an exact result."""
 
     def up(x: Tensor | None) -> Tensor | None:
         return x.double() if x is not None and x.dtype.is_floating_point else x
 
     names = ("q", "k", "v", "alibi_slopes", "sinks", "attn_mask")
-    return replace(inputs, **{name: up(getattr(inputs, name)) for name in names})
+    return inputs.replace(**{name: up(getattr(inputs, name)) for name in names})
 
 
 def _rounding(x: Tensor) -> float:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from .arguments import check_tensors
-from .autograd import autocast
 from .backends.dispatch import select
-from .cache.inputs import CacheInputs, PackedKV, resolve_offsets, to_heads_first
-from .cache.view import KVView
-from .inputs import HeadMapLike
+from .call.attention import AttentionCall
+from .call.checks import HeadMapLike
+from .call.options import Options
+from .native.arguments import as_bool
+from .native.autograd import autocast
 
 
 def asym_gqa_varlen_attention(
@@ -57,35 +56,26 @@ def asym_gqa_varlen_attention(
     Raises:
         ValueError, TypeError, NotImplementedError: as ``asym_gqa_attention``.
     """
-    inputs = varlen_inputs(
-        q, k, v, head_map, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-        value_head_map=value_head_map, causal=causal, scale=scale, window=window, softcap=softcap,
-        alibi_slopes=alibi_slopes, sinks=sinks, deterministic=deterministic,
+    as_bool("deterministic", deterministic)
+    call = varlen_call(
+        q, k, v, head_map, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, scale,
+        window, softcap, value_head_map=value_head_map, alibi_slopes=alibi_slopes, sinks=sinks,
     )  # fmt: skip
-    out, lse = select(inputs, backend).run_cache(inputs)
+    call.lse_wanted = return_lse
+    out, lse = select(call, backend).attend(call)
     out = out[0].transpose(0, 1)
     return (out, lse[0]) if return_lse else out
 
 
-def varlen_inputs(
+def varlen_call(
     q: Tensor, k: Tensor, v: Tensor, head_map: HeadMapLike, cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int, *, causal: bool = False, **options,
-) -> CacheInputs:  # fmt: skip
-    """The checked call: storage that every sequence sees, and where each sequence begins in it."""
-    q, k, v = autocast(q, k, v)
-    k, _ = to_heads_first("k", k, "bhsd", True)
-    v, _ = to_heads_first("v", v, "bhsd", True)
-    if k.shape[2] != v.shape[2]:
-        raise ValueError(f"v.shape[0] must equal k.shape[0] ({k.shape[2]}), got {v.shape[2]}")
-    check_tensors(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
-    batch = max(cu_seqlens_k.numel() - 1, 0)
-    offsets, max_seqlen_k = resolve_offsets(
-        "cu_seqlens_k", cu_seqlens_k, "max_seqlen_k", max_seqlen_k, k, batch
-    )
-    if k.shape[2] == 0:  # a view has at least one slot
-        k, v = (torch.nn.functional.pad(x, (0, 0, 0, 1)) for x in (k, v))
-    return CacheInputs.create(
-        q, KVView.packed(k, v, offsets), head_map, packed_kv=PackedKV(k, v, offsets),
-        q_offsets=cu_seqlens_q, max_q_len=max_seqlen_q, max_kv_len=max_seqlen_k, causal=causal,
-        **options,
+    cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int, causal: bool = False,
+    scale: float | None = None, window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None, **tensors,
+) -> AttentionCall:  # fmt: skip
+    """The call that :func:`asym_gqa_varlen_attention` makes of its arguments."""
+    options = Options.of(causal, scale, window, softcap)
+    return AttentionCall.packed(
+        *autocast(q, k, v), head_map, options, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
+        max_seqlen_k, **tensors,
     )  # fmt: skip

@@ -17,6 +17,8 @@ settings.register_profile(
 )
 settings.load_profile("gqa-kernels")
 
+from gqa_kernels.backends.dispatch import forget_choices  # noqa: E402  (reads the environment)
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -27,6 +29,12 @@ def poisoned_memory():
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def fresh_choices():
+    """Tests change what backends can run: no choice of another test is kept."""
+    forget_choices()
 
 
 @pytest.fixture

@@ -1,138 +1,108 @@
-"""Imports go down the layers, never up, and never in a circle; lazy imports count."""
+"""Imports go down: a module imports its own layer or lower ones, and no circle, lazy imports
+counted. The layers are those of the design."""
 
 import ast
-from functools import cache
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-PACKAGE = "gqa_kernels"
-PUBLIC = "public functions"
-LAYERS = (  # from the top; a module imports its own layer and lower ones
-    ("__main__", "cli", "demo", "train_demo", "samples"),
-    (
-        "integrations.vllm",
-        "integrations.sglang",
-        "integrations.kvpress",
-        "integrations.hf_kernels",
-        "integrations.engine_layer",
-    ),
-    ("convert", "parallel"),
-    ("integrations.transformers", "nn"),
-    (PUBLIC,),
-    ("grouping", "backends"),
-    ("call", "models"),
-    ("native", "cache"),
-    ("head_map", "partition", "reporting", "env", "version"),
+import gqa_kernels
+
+ROOT = Path(gqa_kernels.__file__).parent
+PUBLIC = "attention cascade decode explain testing varlen"
+
+# Top first. A name is a module or a package; a module belongs to the longest name that it is in.
+LAYERS = (
+    "cli demo train_demo samples __main__",
+    "integrations",
+    "convert parallel",
+    "integrations.transformers integrations.engine_layer nn",
+    f"{PUBLIC} __init__",
+    "grouping backends",
+    "call models",
+    "native cache",
+    "head_map partition reporting version native.env native.arguments integrations.__init__",
 )
-TEMPLATES = ("integrations/hf_kernels/entry.py",)  # copied, not imported
-# Modules that wait for their place (issue 18). Delete an entry when its last import goes down.
-WAITING = {
-    "arguments", "autograd", "dropout", "inputs", "ops", "plan", "splits", "backends.plain",
-    "cache.base", "cache.decode", "cache.inputs", "cache.view",
-}  # fmt: skip
-CIRCLES = (  # likewise
-    {"backends.base", "backends.plain", "cache.inputs", "cache.view", "native.build", "ops"},
-    {"backends.reference", "backends.reference_cache"},
-)
+LAYER_OF = {name: i for i, names in enumerate(reversed(LAYERS)) for name in names.split()}
 
 
-@cache
 def modules() -> dict[str, Path]:
-    """Files by dotted name below the package; the package itself is ``""``."""
+    """Every module by its name within the package; a package by its own name."""
     found = {}
-    for path in sorted((ROOT / PACKAGE).rglob("*.py")):
-        name = path.relative_to(ROOT / PACKAGE)
-        if name.as_posix() not in TEMPLATES:
-            parts = name.with_suffix("").parts
-            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    for path in sorted(ROOT.rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+        found[name] = path
     return found
 
 
-@cache
-def imports() -> dict[str, set[str]]:
-    """The package's modules that each module imports, anywhere in its code."""
-    return {name: set(_imported(name, path)) for name, path in modules().items()}
+MODULES = modules()
 
 
-def _imported(name: str, path: Path):
+def imports_of(name: str) -> dict[str, int]:
+    """Modules of the package that a module imports anywhere, with a line."""
+    path, found = MODULES[name], {}
     package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
-    package = [part for part in package if part]
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if not isinstance(node, ast.ImportFrom):
-            continue
-        base = (node.module or "").split(".") if node.module else []
-        if node.level:
-            base = package[: len(package) - node.level + 1] + base
-        elif base[:1] == [PACKAGE]:
-            base = base[1:]
+    package = [part for part in package if part != "__init__"]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = package[: len(package) - node.level + 1]
+            base = [*base, *(node.module or "").split(".")] if node.module else base
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("gqa_kernels"):
+            base = node.module.split(".")[1:]
         else:
             continue
         for alias in node.names:
-            inner = ".".join([*base, alias.name])
-            target = inner if inner in modules() else ".".join(base)
-            if target != name:
-                yield target
-
-
-def layer(module: str) -> int | None:
-    """Index into LAYERS, None if the module has no place there."""
-    parts = module.split(".")
-    for depth in (2, 1):
-        for index, names in enumerate(LAYERS):
-            if ".".join(parts[:depth]) in names:
-                return index
-    return next(i for i, names in enumerate(LAYERS) if PUBLIC in names) if len(parts) == 1 else None
-
-
-def waits(module: str) -> bool:
-    return any(module == name or module.startswith(f"{name}.") for name in WAITING)
-
-
-def test_imports_go_down():
-    up = []
-    for module, targets in imports().items():
-        for target in targets:
-            if not module or waits(module) or waits(target) or module == "integrations":
-                continue
-            if layer(module) is None or layer(target) is None or layer(target) < layer(module):
-                up.append(f"{module} -> {target}")
-    assert not up
-
-
-def test_no_circles():
-    found = [circle for circle in circles(imports()) if not any(circle <= c for c in CIRCLES)]
-    assert not found
-
-
-def circles(graph: dict[str, set[str]]) -> list[set[str]]:
-    """Strongly connected components of two or more modules (Tarjan)."""
-    order, low, stack, found = {}, {}, [], []
-
-    def visit(node):
-        order[node] = low[node] = len(order)
-        stack.append(node)
-        for other in graph.get(node, ()):
-            if other not in order:
-                visit(other)
-                low[node] = min(low[node], low[other])
-            elif other in stack:
-                low[node] = min(low[node], order[other])
-        if low[node] == order[node]:
-            at = stack.index(node)
-            if len(stack) - at > 1:
-                found.append(set(stack[at:]))
-            del stack[at:]
-
-    for node in graph:
-        if node not in order:
-            visit(node)
+            full = ".".join([*base, alias.name])
+            target = full if full in MODULES else ".".join(base) or "__init__"
+            if target in MODULES and target != name:
+                found.setdefault(target, node.lineno)
     return found
 
 
-def test_a_circle_is_found():
-    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [{"a", "b", "c"}]
+IMPORTS = {name: imports_of(name) for name in MODULES}
 
 
-def test_no_code_file_over_500_lines():
-    long = {name: len(path.read_text().splitlines()) for name, path in modules().items()}
-    assert not {n: lines for n, lines in long.items() if lines > 500 and not waits(n)}
+def layer(name: str) -> int:
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        if ".".join(parts[:end]) in LAYER_OF:
+            return LAYER_OF[".".join(parts[:end])]
+    raise AssertionError(f"{name} is in no layer: the root holds public modules only")
+
+
+def test_imports_go_down():
+    up = [
+        f"{name}:{line} imports {target}, a layer above"
+        for name, targets in IMPORTS.items()
+        for target, line in targets.items()
+        if layer(target) > layer(name)
+    ]
+    assert not up, "\n".join(up)
+
+
+def test_no_circles():
+    """Tarjan's strongly connected components: each must be one module."""
+    index, low, stack, circles = {}, {}, [], []
+
+    def visit(name):
+        index[name] = low[name] = len(index)
+        stack.append(name)
+        for target in IMPORTS[name]:
+            if target not in index:
+                visit(target)
+            if target in stack:
+                low[name] = min(low[name], low[target])
+        if low[name] == index[name]:
+            circle = stack[stack.index(name) :]
+            del stack[stack.index(name) :]
+            if len(circle) > 1:
+                circles.append(sorted(circle))
+
+    for name in MODULES:
+        if name not in index:
+            visit(name)
+    assert not circles, circles
+
+
+def test_the_root_holds_public_modules_only():
+    here = {path.stem for path in ROOT.glob("*.py")}
+    assert here == {*PUBLIC.split(), "__init__", "__main__", "head_map", "version"}

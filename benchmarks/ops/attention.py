@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from gqa_kernels import HeadMap
-from gqa_kernels.backends.reference import reference_attention
-from gqa_kernels.inputs import AttentionInputs
+from gqa_kernels.attention import attention_call
+from gqa_kernels.backends.reference.formula import reference_attention
 from gqa_kernels.testing import assert_close, equivalent_forms, upcast
 
 from ..data.cases import Case
@@ -147,7 +147,7 @@ class _Block:
         options = dict(case.options)
         if problem.bias is not None:
             options["attn_mask"] = problem.bias[:, :, start:stop, :keys]
-        inputs = AttentionInputs.create(
+        inputs = attention_call(
             q[:, :, start:stop], k[:, :, :keys], v[:, :, :keys], case.head_map, **options
         )
         with torch.no_grad():

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from gqa_kernels import DenseKVCache, PagedKVCache, asym_gqa_decode, explain_backend, plan_decode
 from gqa_kernels.backends.dispatch import BACKENDS, explain, select
-from gqa_kernels.backends.reference_cache import gather
+from gqa_kernels.backends.reference.cache import gather
 from gqa_kernels.cache.base import KVCache
-from gqa_kernels.cache.decode import decode_inputs
-from gqa_kernels.cache.inputs import AppendInputs, CacheInputs
+from gqa_kernels.call.append import AppendCall
+from gqa_kernels.call.attention import AttentionCall
+from gqa_kernels.decode import decode_call
 from gqa_kernels.testing import assert_cache_close
 
 from ..data.cases import Case
@@ -102,24 +103,24 @@ class CacheGate:
 
     def __init__(self, problem: CacheProblem):
         q, cache = problem.copies[0]
-        self.inputs = decode_inputs(q, cache, problem.case.head_map, **problem.case.options)
+        self.inputs = decode_call(q, cache, problem.case.head_map, **problem.case.options)
 
     def check(self, out: Tensor) -> None:
         assert out.shape == self.inputs.q.shape, f"out: shape {tuple(out.shape)}"
-        for b in {0, self.inputs.view.batch - 1}:
+        for b in {0, self.inputs.kv.batch - 1}:
             assert_cache_close(out[b : b + 1], _sequence(self.inputs, b))
 
 
-def _sequence(inputs: CacheInputs, b: int) -> CacheInputs:
+def _sequence(inputs: AttentionCall, b: int) -> AttentionCall:
     """The call of one sequence."""
-    view, one = inputs.view, slice(b, b + 1)
+    view, one = inputs.kv, slice(b, b + 1)
     changes = {"kv_lengths": view.kv_lengths[one]}
     if view.page_table is not None:
         changes["page_table"] = view.page_table[one]
     else:
         names = ("k", "v", "k_scale", "v_scale", "k_zero", "v_zero")
         changes |= {n: getattr(view, n)[one] for n in names if getattr(view, n) is not None}
-    return replace(inputs, q=inputs.q[one], view=replace(view, **changes))
+    return inputs.replace(q=inputs.q[one], kv=replace(view, **changes))
 
 
 class CacheContestant(BackendContestant):
@@ -131,7 +132,9 @@ class CacheContestant(BackendContestant):
 
     def unsupported_reason(self, problem: CacheProblem) -> str | None:
         q, cache = problem.copies[0]
-        reasons = explain_backend(q, cache, problem.case.head_map, **problem.case.options)
+        reasons = explain_backend(
+            asym_gqa_decode, q, cache, problem.case.head_map, **problem.case.options
+        )
         return "; ".join(reasons[self.backend]) or None
 
     def prepare(self, problem: CacheProblem) -> Prepared:
@@ -215,10 +218,10 @@ class AppendContestant(CacheContestant):
         return None
 
     @staticmethod
-    def _calls(problem: CacheProblem) -> list[AppendInputs]:
+    def _calls(problem: CacheProblem) -> list[AppendCall]:
         new = _new_tokens(problem)
         caches = [_shortened(cache, problem.case) for _, cache in problem.copies]
-        return [AppendInputs.create(new, new, cache.view()) for cache in caches]
+        return [AppendCall.create(new, new, cache.view()) for cache in caches]
 
 
 class IndexPutPeer(Contestant):

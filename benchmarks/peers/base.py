@@ -91,7 +91,9 @@ class BackendContestant(Contestant):
         return backend.unavailable_reason()
 
     def unsupported_reason(self, problem: Problem) -> str | None:
-        reasons = explain_backend(*problem.copies[0], problem.head_map, **problem.options)
+        reasons = explain_backend(
+            asym_gqa_attention, *problem.copies[0], problem.head_map, **problem.options
+        )
         return "; ".join(reasons[self.backend]) or None
 
     def prepare(self, problem: Problem) -> Prepared:

@@ -1,21 +1,26 @@
-// Entry points that bindings.cpp and bindings_cuda.cpp register.
+// The append op that the bindings register: its arguments, once for all devices.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-
-#include "inputs.h"
+#include "append_inputs.h"
 
 namespace gqa::host {
 
-// k, v and, where they hold one number for each row, the scales and zeros are written.
-using CacheAppend = torch::stable::Tensor(
-    const OptionalTensor& q, const torch::stable::Tensor& k_new, const torch::stable::Tensor& v_new,
-    torch::stable::Tensor k, torch::stable::Tensor v, const torch::stable::Tensor& kv_lengths,
-    const OptionalTensor& page_table, const OptionalTensor& kv_begin,
-    const OptionalTensor& new_offsets, OptionalTensor k_scale, OptionalTensor v_scale,
-    OptionalTensor k_zero, OptionalTensor v_zero, const OptionalTensor& rotary_cos,
-    const OptionalTensor& rotary_sin, bool rotary_interleaved);
+// Writes k, v and, where they hold one number for each row, the scales and zeros; returns q
+// rotated.
+using Append = Tensor(const AppendInputs& in);
 
-CacheAppend cache_append_cpu, cache_append_cuda;
+Append cache_append_cpu, cache_append_cuda;
+
+// The op's arguments, in the order of its schema.
+template <Append* append>
+Tensor cache_append(const OptionalTensor& q, const Tensor& k_new, const Tensor& v_new, Tensor k,
+                    Tensor v, const Tensor& kv_lengths, const OptionalTensor& page_table,
+                    const OptionalTensor& kv_begin, const OptionalTensor& new_offsets,
+                    int64_t max_new, OptionalTensor k_scale, OptionalTensor v_scale,
+                    OptionalTensor k_zero, OptionalTensor v_zero, const OptionalTensor& rotary_cos,
+                    const OptionalTensor& rotary_sin, bool rotary_interleaved) {
+  return append({q, k_new, v_new, k, v, kv_lengths, page_table, kv_begin, new_offsets, max_new,
+                 k_scale, v_scale, k_zero, v_zero, rotary_cos, rotary_sin, rotary_interleaved});
+}
 
 }  // namespace gqa::host

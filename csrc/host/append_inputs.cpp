@@ -56,14 +56,18 @@ AppendedCache::AppendedCache(const AppendInputs& in)
                              {in.k_new.dim() == 4 ? in.k_new.size(1) : 0}, {1})) {}
 
 Inputs AppendedCache::inputs() const {
-  return {in_.k_new, in_.k, in_.v, head_map_, none_, none_, none_, none_,
-          lengths_,  1.0,   -1,    -1,        0.0,   0.0,   none_};
-}
-
-CacheInputs AppendedCache::cache() const {
-  return {
-      in_.page_table, in_.kv_begin, in_.new_offsets, in_.k_new.dim() == 4 ? in_.k_new.size(2) : 0,
-      in_.k_scale,    in_.v_scale,  in_.k_zero,      in_.v_zero};
+  return {in_.k_new,    in_.k,
+          in_.v,        head_map_,
+          none_,        none_,
+          none_,        none_,
+          lengths_,     in_.page_table,
+          in_.kv_begin, in_.new_offsets,
+          in_.max_new,  0,
+          in_.k_scale,  in_.v_scale,
+          in_.k_zero,   in_.v_zero,
+          1.0,          -1,
+          -1,           0.0,
+          0.0,          none_};
 }
 
 AppendParams params_of(const AppendInputs& in, const AttentionParams& cache,

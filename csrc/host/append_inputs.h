@@ -13,6 +13,7 @@ struct AppendInputs {
   Tensor &k, &v;
   const Tensor& kv_lengths;
   const OptionalTensor &page_table, &kv_begin, &new_offsets;
+  int64_t max_new;  // most new tokens of a sequence
   OptionalTensor &k_scale, &v_scale, &k_zero, &v_zero;
   const OptionalTensor &rotary_cos, &rotary_sin;
   bool rotary_interleaved;
@@ -24,7 +25,6 @@ class AppendedCache {
  public:
   explicit AppendedCache(const AppendInputs& in);
   Inputs inputs() const;
-  CacheInputs cache() const;
 
  private:
   const AppendInputs& in_;

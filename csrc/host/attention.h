@@ -1,4 +1,4 @@
-// Tensors to AttentionParams: the entry points of the forward ops that bindings.cpp registers.
+// The forward op that the bindings register: its arguments, once for all devices.
 #pragma once
 
 #include <tuple>
@@ -7,45 +7,32 @@
 
 namespace gqa::host {
 
-std::tuple<Tensor, Tensor> attention_forward_cpu(
-    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& head_map,
-    const OptionalTensor& value_head_map, const OptionalTensor& alibi_slopes,
-    const OptionalTensor& sinks, const OptionalTensor& attn_mask, const OptionalTensor& kv_lengths,
-    double scale, int64_t window_left, int64_t window_right, double softcap, bool bshd,
-    double dropout_p, const OptionalTensor& dropout_seed);
+// Attention of a call on one device; bshd: out's memory is [B, Sq, Hq, Dv]. The second form keeps
+// no LSE, and may round it as out is rounded.
+using Forward = std::tuple<Tensor, Tensor>(const Inputs& in, bool bshd);
+using ForwardOutput = Tensor(const Inputs& in, bool bshd);
 
-// A plain call in as few arguments as can be: converting one costs about as much as checking it.
-// num_kv_heads: of K and of V. Without a scale, D ** -0.5. The LSE is not kept.
-Tensor plain_attention_forward_cpu(const Tensor& q, const Tensor& k, const Tensor& v,
-                                   const Tensor& head_map, int64_t num_kv_heads,
-                                   std::optional<double> scale, bool causal, bool bshd);
+Forward attention_forward_cpu, attention_forward_cuda;
+ForwardOutput attention_output_cpu, attention_output_cuda;
 
-std::tuple<Tensor, Tensor> attention_forward_cuda(
-    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& head_map,
-    const OptionalTensor& value_head_map, const OptionalTensor& alibi_slopes,
-    const OptionalTensor& sinks, const OptionalTensor& attn_mask, const OptionalTensor& kv_lengths,
-    double scale, int64_t window_left, int64_t window_right, double softcap, bool bshd,
-    double dropout_p, const OptionalTensor& dropout_seed);
-
-// On the CPU max_q_len is not needed: q_offsets says it. On CUDA devices lse_wanted is not.
-std::tuple<Tensor, Tensor> cache_attention_forward_cpu(
-    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& head_map,
-    const OptionalTensor& value_head_map, const OptionalTensor& alibi_slopes,
-    const OptionalTensor& sinks, const OptionalTensor& attn_mask, const Tensor& kv_lengths,
-    const OptionalTensor& page_table, const OptionalTensor& kv_begin,
-    const OptionalTensor& q_offsets, int64_t max_q_len, const OptionalTensor& k_scale,
-    const OptionalTensor& v_scale, const OptionalTensor& k_zero, const OptionalTensor& v_zero,
-    double scale, int64_t window_left, int64_t window_right, double softcap, bool bshd,
-    bool lse_wanted);
-
-std::tuple<Tensor, Tensor> cache_attention_forward_cuda(
-    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& head_map,
-    const OptionalTensor& value_head_map, const OptionalTensor& alibi_slopes,
-    const OptionalTensor& sinks, const OptionalTensor& attn_mask, const Tensor& kv_lengths,
-    const OptionalTensor& page_table, const OptionalTensor& kv_begin,
-    const OptionalTensor& q_offsets, int64_t max_q_len, const OptionalTensor& k_scale,
-    const OptionalTensor& v_scale, const OptionalTensor& k_zero, const OptionalTensor& v_zero,
-    double scale, int64_t window_left, int64_t window_right, double softcap, bool bshd,
-    bool lse_wanted);
+// The arguments of both ops, in the order of their schema.
+template <auto* forward>
+auto attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& head_map,
+               std::optional<double> scale, int64_t window_left, int64_t window_right,
+               double softcap, bool bshd, const OptionalTensor& kv_lengths,
+               const OptionalTensor& page_table, const OptionalTensor& kv_begin,
+               const OptionalTensor& sinks, const OptionalTensor& value_head_map,
+               const OptionalTensor& alibi_slopes, const OptionalTensor& attn_mask,
+               const OptionalTensor& q_offsets, int64_t max_q_len, int64_t max_kv_len,
+               const OptionalTensor& k_scale, const OptionalTensor& v_scale,
+               const OptionalTensor& k_zero, const OptionalTensor& v_zero, double dropout_p,
+               const OptionalTensor& dropout_seed) {
+  return forward(
+      {q,         k,          v,           head_map, value_head_map, alibi_slopes, sinks,
+       attn_mask, kv_lengths, page_table,  kv_begin, q_offsets,      max_q_len,    max_kv_len,
+       k_scale,   v_scale,    k_zero,      v_zero,   scale,          window_left,  window_right,
+       softcap,   dropout_p,  dropout_seed},
+      bshd);
+}
 
 }  // namespace gqa::host

@@ -1,25 +1,79 @@
 #include "backward.h"
 
+#include <algorithm>
+#include <vector>
+
 #include "../cpu/backward/backward.h"
 #include "call.h"
 
 namespace gqa::host {
+namespace {
 
-Gradients attention_backward_cpu(
-    const Tensor& dout, const OptionalTensor& dlse, const Tensor& q, const Tensor& k,
-    const Tensor& v, const Tensor& out, const Tensor& lse, const Tensor& head_map,
-    const OptionalTensor& value_head_map, const OptionalTensor& alibi_slopes,
-    const OptionalTensor& sinks, const OptionalTensor& attn_mask, const OptionalTensor& kv_lengths,
-    double scale, int64_t window_left, int64_t window_right, double softcap, double dropout_p,
-    const OptionalTensor& dropout_seed, bool need_slopes, bool need_sinks) {
-  const Inputs in{q,       k,         v,           head_map, value_head_map, alibi_slopes,
-                  sinks,   attn_mask, kv_lengths,  scale,    window_left,    window_right,
-                  softcap, dropout_p, dropout_seed};
-  const Results results{dout, dlse, out, lse, need_slopes, need_sinks};
+// The data of a [B, H, S, D] tensor from token `first` on.
+template <class T>
+T* from_token(T* data, int64_t first, const Strides& stride, DType dtype) {
+  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+  const int64_t size = dtype == DType::kFloat32 ? 4 : 2;
+  return reinterpret_cast<Byte*>(data) + first * stride.s * size;
+}
+
+// Rows [first, first + count) of each head of contiguous [heads, tokens] numbers, into `rows`.
+const float* copy_rows(const float* x, int64_t heads, int64_t tokens, int64_t first, int64_t count,
+                       std::vector<float>& rows) {
+  rows.resize(heads * count);
+  for (int64_t h = 0; h < heads; ++h)
+    std::copy_n(x + h * tokens + first, count, rows.data() + h * count);
+  return rows.data();
+}
+
+// Gradients of packed sequences, each as a dense call of its own, which spreads over the threads.
+void backward_of_sequences(const BackwardParams& all, const cpu::ThreadPool& pool) {
+  const AttentionParams& call = all.call;
+  const int64_t heads = call.num_heads;
+  std::vector<float> lse, dlse, dsinks(heads);
+  if (all.dslopes) std::fill_n(all.dslopes, call.batch * heads, 0.0f);
+  if (all.dsinks) std::fill_n(all.dsinks, heads, 0.0f);
+  for (int64_t b = 0; b < call.batch; ++b) {
+    const int64_t first = call.q_offsets[b], rows = call.q_offsets[b + 1] - first;
+    const int64_t begin = call.kv_begin[b];
+    const int64_t keys =
+        std::clamp<int64_t>(call.kv_lengths[b * call.kv_lengths_stride_b], 0, call.kv_len - begin);
+    if (rows == 0 || keys == 0) continue;
+    BackwardParams one = all;
+    one.call.batch = one.call.num_pages = 1;
+    one.call.q_len = one.call.q_tokens = rows;
+    one.call.kv_len = one.call.page_size = one.max_kv_len = keys;
+    one.call.q_offsets = one.call.kv_begin = one.call.kv_lengths = nullptr;
+    one.call.q = from_token(call.q, first, call.q_stride, call.dtype);
+    one.call.k = from_token(call.k, begin, call.k_stride, call.dtype);
+    one.call.v = from_token(call.v, begin, call.v_stride, call.dtype);
+    one.call.out = from_token(call.out, first, call.out_stride, call.dtype);
+    copy_rows(call.lse, heads, call.q_tokens, first, rows, lse);
+    one.call.lse = lse.data();
+    if (call.alibi_slopes) one.call.alibi_slopes += b * call.alibi_stride_b;
+    one.dout = from_token(all.dout, first, all.dout_stride, call.dtype);
+    if (all.dlse) one.dlse = copy_rows(all.dlse, heads, call.q_tokens, first, rows, dlse);
+    one.dq = from_token(all.dq, first, all.dq_stride, call.dtype);
+    one.dk = from_token(all.dk, begin, all.dk_stride, call.dtype);
+    one.dv = from_token(all.dv, begin, all.dv_stride, call.dtype);
+    if (all.dslopes) one.dslopes += b * heads;
+    if (all.dsinks) one.dsinks = dsinks.data();
+    cpu::attention_backward(one, pool);
+    for (int64_t h = 0; all.dsinks && h < heads; ++h) all.dsinks[h] += dsinks[h];
+  }
+}
+
+}  // namespace
+
+Gradients attention_backward_cpu(const Inputs& in, const Results& results) {
   const Call call(in);
   check_results(in, results, check_cpu);
-  auto [gradients, params] = add_gradients(call.params, in, results, in.k.size(2));
-  cpu::attention_backward(params, torch_threads());
+  auto [gradients, params] = add_gradients(call.params, in, results);
+  if (in.q_offsets) {
+    backward_of_sequences(params, torch_threads());
+  } else {
+    cpu::attention_backward(params, torch_threads());
+  }
   return gradients;
 }
 

@@ -1,32 +1,34 @@
-// Tensors to BackwardParams: the entry points that the bindings register.
+// The backward op that the bindings register: its arguments, once for all devices.
 #pragma once
 
 #include "gradients.h"
 
 namespace gqa::host {
 
-Gradients attention_backward_cpu(
-    const Tensor& dout, const OptionalTensor& dlse, const Tensor& q, const Tensor& k,
-    const Tensor& v, const Tensor& out, const Tensor& lse, const Tensor& head_map,
-    const OptionalTensor& value_head_map, const OptionalTensor& alibi_slopes,
-    const OptionalTensor& sinks, const OptionalTensor& attn_mask, const OptionalTensor& kv_lengths,
-    double scale, int64_t window_left, int64_t window_right, double softcap, double dropout_p,
-    const OptionalTensor& dropout_seed, bool need_slopes, bool need_sinks);
+// Gradients of checked tensors on one device.
+using Backward = Gradients(const Inputs& in, const Results& results);
 
-Gradients attention_backward_cuda(
-    const Tensor& dout, const OptionalTensor& dlse, const Tensor& q, const Tensor& k,
-    const Tensor& v, const Tensor& out, const Tensor& lse, const Tensor& head_map,
-    const OptionalTensor& value_head_map, const OptionalTensor& alibi_slopes,
-    const OptionalTensor& sinks, const OptionalTensor& attn_mask, const OptionalTensor& kv_lengths,
-    double scale, int64_t window_left, int64_t window_right, double softcap, double dropout_p,
-    const OptionalTensor& dropout_seed, bool need_slopes, bool need_sinks);
+Backward attention_backward_cpu, attention_backward_cuda;
 
-Gradients packed_attention_backward_cuda(
-    const Tensor& dout, const OptionalTensor& dlse, const Tensor& q, const Tensor& k,
-    const Tensor& v, const Tensor& out, const Tensor& lse, const Tensor& head_map,
-    const OptionalTensor& value_head_map, const OptionalTensor& alibi_slopes,
-    const OptionalTensor& sinks, const Tensor& kv_lengths, const Tensor& kv_begin,
-    const Tensor& q_offsets, int64_t max_q_len, int64_t max_kv_len, double scale,
-    int64_t window_left, int64_t window_right, double softcap, bool need_slopes, bool need_sinks);
+// The op's arguments, in the order of its schema.
+template <Backward* backward>
+Gradients attention_backward(const Tensor& dout, const OptionalTensor& dlse, const Tensor& q,
+                             const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
+                             const Tensor& head_map, const OptionalTensor& sinks,
+                             const OptionalTensor& value_head_map,
+                             const OptionalTensor& alibi_slopes, const OptionalTensor& attn_mask,
+                             const OptionalTensor& kv_lengths, const OptionalTensor& kv_begin,
+                             const OptionalTensor& q_offsets, int64_t max_q_len, int64_t max_kv_len,
+                             std::optional<double> scale, int64_t window_left, int64_t window_right,
+                             double softcap, double dropout_p, const OptionalTensor& dropout_seed,
+                             bool need_slopes, bool need_sinks) {
+  const OptionalTensor none;
+  return backward(
+      {q,         k,          v,           head_map, value_head_map, alibi_slopes, sinks,
+       attn_mask, kv_lengths, none,        kv_begin, q_offsets,      max_q_len,    max_kv_len,
+       none,      none,       none,        none,     scale,          window_left,  window_right,
+       softcap,   dropout_p,  dropout_seed},
+      {dout, dlse, out, lse, need_slopes, need_sinks});
+}
 
 }  // namespace gqa::host

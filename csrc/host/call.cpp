@@ -32,9 +32,9 @@ cpu::ThreadPool torch_threads() {
           }};
 }
 
-Call::Call(const Inputs& in, const CacheInputs* cache) {
-  check_inputs(in, cache, check_cpu);
-  params = params_of(in, cache);
+Call::Call(const Inputs& in) {
+  check_inputs(in, check_cpu);
+  params = params_of(in);
   key_map_ = elements_of<int32_t>(in.head_map);
   params.head_map = key_map_.data();
   if (in.value_head_map) {
@@ -49,20 +49,21 @@ Call::Call(const Inputs& in, const CacheInputs* cache) {
     dropout_seed_ = elements_of<int64_t>(*in.dropout_seed);
     params.dropout_seed = dropout_seed_.data();
   }
-  if (cache) copy_cache(in, *cache);
+  if (in.kv_begin) copy_begins(in);
+  if (in.q_offsets) copy_offsets(in);
 }
 
-void Call::copy_cache(const Inputs& in, const CacheInputs& cache) {
-  if (cache.kv_begin) {
-    kv_begin_ = elements_of<int32_t>(*cache.kv_begin);
-    params.kv_begin = kv_begin_.data();
-    for (const int32_t begin : kv_begin_) {
-      STD_TORCH_CHECK(begin >= 0 && begin <= params.kv_len, "kv_begin must lie in [0, ",
-                      params.kv_len, "], got ", begin);
-    }
+void Call::copy_begins(const Inputs& in) {
+  kv_begin_ = elements_of<int32_t>(*in.kv_begin);
+  params.kv_begin = kv_begin_.data();
+  for (const int32_t begin : kv_begin_) {
+    STD_TORCH_CHECK(begin >= 0 && begin <= params.kv_len, "kv_begin must lie in [0, ",
+                    params.kv_len, "], got ", begin);
   }
-  if (!cache.q_offsets) return;
-  q_offsets_ = elements_of<int32_t>(*cache.q_offsets);
+}
+
+void Call::copy_offsets(const Inputs& in) {
+  q_offsets_ = elements_of<int32_t>(*in.q_offsets);
   params.q_offsets = q_offsets_.data();
   params.q_len = 0;  // the longest sequence, and not a bound of it
   for (size_t b = 0; b < q_offsets_.size(); ++b) {

@@ -12,14 +12,15 @@ namespace gqa::host {
 // Checks the arguments, values included; owns what its params point to beside the tensors.
 class Call {
  public:
-  explicit Call(const Inputs& in, const CacheInputs* cache = nullptr);
+  explicit Call(const Inputs& in);
   Call(const Call&) = delete;
   Call& operator=(const Call&) = delete;
 
   AttentionParams params;  // without outputs
 
  private:
-  void copy_cache(const Inputs& in, const CacheInputs& cache);
+  void copy_begins(const Inputs& in);
+  void copy_offsets(const Inputs& in);
 
   std::vector<int32_t> key_map_, value_map_, kv_begin_, q_offsets_;
   std::vector<float> sinks_;

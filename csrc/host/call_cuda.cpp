@@ -22,24 +22,23 @@ void check_cuda(const char* name, const Tensor& x, const Tensor& q) {
                   x.is_cuda() ? "cuda:" : "another device", x.is_cuda() ? x.get_device_index() : 0);
 }
 
-cuda::Device check_cuda_call(const Inputs& in, const CacheInputs* cache) {
+cuda::Device check_cuda_call(const Inputs& in) {
   const cuda::Device device = cuda::current_device();
   STD_TORCH_CHECK(device.capability >= kMinCapability,
                   "the device must have compute capability 8.0 or more, got ",
                   device.capability / 10, ".", device.capability % 10);
-  check_inputs(in, cache, check_cuda);
+  check_inputs(in, check_cuda);
   // Kernels read these as arrays, and the host can't copy them.
   check_contiguous("head_map", in.head_map);
   if (in.value_head_map) check_contiguous("value_head_map", *in.value_head_map);
   if (in.sinks) check_contiguous("sinks", *in.sinks);
   if (in.dropout_seed) check_contiguous("dropout_seed", *in.dropout_seed);
-  if (cache && cache->q_offsets) {
-    STD_TORCH_CHECK(cache->max_q_len >= 0 && cache->max_q_len <= in.q.size(2),
-                    "max_q_len must be 0 to q.shape[2] (", in.q.size(2), "), got ",
-                    cache->max_q_len);
-    check_contiguous("q_offsets", *cache->q_offsets);
+  if (in.q_offsets) {
+    STD_TORCH_CHECK(in.max_q_len >= 0 && in.max_q_len <= in.q.size(2),
+                    "max_q_len must be 0 to q.shape[2] (", in.q.size(2), "), got ", in.max_q_len);
+    check_contiguous("q_offsets", *in.q_offsets);
   }
-  if (cache && cache->kv_begin) check_contiguous("kv_begin", *cache->kv_begin);
+  if (in.kv_begin) check_contiguous("kv_begin", *in.kv_begin);
   return device;
 }
 

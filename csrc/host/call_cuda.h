@@ -11,7 +11,7 @@ namespace gqa::host {
 void check_cuda(const char* name, const Tensor& x, const Tensor& q);
 
 // The current device's facts, after the checks of the inputs that need no look at their values.
-cuda::Device check_cuda_call(const Inputs& in, const CacheInputs* cache);
+cuda::Device check_cuda_call(const Inputs& in);
 
 // Torch's current stream of a device.
 cudaStream_t current_stream(int32_t device);

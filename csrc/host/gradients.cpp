@@ -10,6 +10,14 @@ void check_results(const Inputs& in, const Results& results,
                    void (*check_device)(const char* name, const Tensor& x, const Tensor& q)) {
   const auto& [dout, dlse, out, lse, need_slopes, need_sinks] = results;
   const Tensor& q = in.q;
+  check_dtype("k", in.k, q.scalar_type());
+  STD_TORCH_CHECK(!in.kv_begin == !in.q_offsets, "kv_begin and q_offsets must be given together");
+  if (in.q_offsets) {
+    STD_TORCH_CHECK(in.k.size(0) == 1, "k must have one row of packed sequences, got ",
+                    in.k.size(0));
+    STD_TORCH_CHECK(in.max_kv_len >= 0 && in.max_kv_len <= in.k.size(2),
+                    "max_kv_len must be 0 to k.shape[2] (", in.k.size(2), "), got ", in.max_kv_len);
+  }
   check_dtype("dout", dout, q.scalar_type());
   check_dtype("out", out, q.scalar_type());
   check_dtype("lse", lse, ScalarType::Float);
@@ -32,7 +40,7 @@ void check_results(const Inputs& in, const Results& results,
 }
 
 std::pair<Gradients, BackwardParams> add_gradients(const AttentionParams& call, const Inputs& in,
-                                                   const Results& results, int64_t max_kv_len) {
+                                                   const Results& results) {
   using torch::stable::new_empty;
   const bool packed = call.q_offsets != nullptr;
   const auto like = [&](const Tensor& x) {
@@ -49,7 +57,7 @@ std::pair<Gradients, BackwardParams> add_gradients(const AttentionParams& call, 
 
   BackwardParams params{};
   params.call = call;
-  params.max_kv_len = max_kv_len;
+  params.max_kv_len = packed ? in.max_kv_len : in.k.size(2);
   // The kernels only read the forward's results.
   params.call.out = const_cast<void*>(results.out.const_data_ptr());
   params.call.lse = static_cast<float*>(const_cast<void*>(results.lse.const_data_ptr()));

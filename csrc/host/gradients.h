@@ -26,9 +26,8 @@ void check_results(const Inputs& in, const Results& results,
 
 // Gradients in memory of their own, and the params to compute them with. `call`: without outputs.
 // Of packed sequences (q_offsets), which all see k and v through a batch stride of 0, dk and dv
-// have a batch of 1, and are zeros at tokens of no sequence, as dq is. `max_kv_len`: most keys of a
-// sequence.
+// have a batch of 1, and are zeros at tokens of no sequence, as dq is.
 std::pair<Gradients, BackwardParams> add_gradients(const AttentionParams& call, const Inputs& in,
-                                                   const Results& results, int64_t max_kv_len);
+                                                   const Results& results);
 
 }  // namespace gqa::host

@@ -2,6 +2,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <cmath>
 #include <initializer_list>
 #include <tuple>
@@ -48,15 +49,17 @@ DType storage_dtype_of(const char* name, const Tensor& x, const Tensor& q) {
   }
 }
 
-void check_dtypes(const Inputs& in, const CacheInputs* cache) {
+void check_dtypes(const Inputs& in) {
   const DType dtype = dtype_of("q", in.q);
   STD_TORCH_CHECK(dtype != DType::kBool, "q must be floating point, got Bool");
-  const DType stored = cache ? storage_dtype_of("k", in.k, in.q) : dtype;
-  if (!cache) check_dtype("k", in.k, in.q.scalar_type());
+  const bool quantized = storage_dtype_of("k", in.k, in.q) != dtype;
   check_dtype("v", in.v, in.k.scalar_type());
   check_dtype("head_map", in.head_map, ScalarType::Int);
   for (const auto& [name, x] : NamedTensors{{"value_head_map", get(in.value_head_map)},
-                                            {"kv_lengths", get(in.kv_lengths)}}) {
+                                            {"kv_lengths", get(in.kv_lengths)},
+                                            {"page_table", get(in.page_table)},
+                                            {"kv_begin", get(in.kv_begin)},
+                                            {"q_offsets", get(in.q_offsets)}}) {
     if (x) check_dtype(name, *x, ScalarType::Int);
   }
   for (const auto& [name, x] :
@@ -70,55 +73,54 @@ void check_dtypes(const Inputs& in, const CacheInputs* cache) {
                     torch::headeronly::toString(in.attn_mask->scalar_type()));
   }
   if (in.dropout_seed) check_dtype("dropout_seed", *in.dropout_seed, ScalarType::Long);
-  if (!cache) return;
-  for (const auto& [name, x] : NamedTensors{{"page_table", get(cache->page_table)},
-                                            {"kv_begin", get(cache->kv_begin)},
-                                            {"q_offsets", get(cache->q_offsets)}}) {
-    if (x) check_dtype(name, *x, ScalarType::Int);
-  }
-  for (const auto& [name, x] : NamedTensors{{"k_scale", get(cache->k_scale)},
-                                            {"v_scale", get(cache->v_scale)},
-                                            {"k_zero", get(cache->k_zero)},
-                                            {"v_zero", get(cache->v_zero)}}) {
+  STD_TORCH_CHECK(!quantized || (in.k_scale && in.v_scale),
+                  "k_scale and v_scale must be given where k does not have q's dtype");
+  for (const auto& [name, x] : NamedTensors{{"k_scale", get(in.k_scale)},
+                                            {"v_scale", get(in.v_scale)},
+                                            {"k_zero", get(in.k_zero)},
+                                            {"v_zero", get(in.v_zero)}}) {
     if (!x) continue;
-    STD_TORCH_CHECK(stored != dtype, name, " must be None where k has q's dtype");
+    STD_TORCH_CHECK(quantized, name, " must be None where k has q's dtype");
     check_dtype(name, *x, ScalarType::Float);
   }
 }
 
-// Shapes of what a cache adds; returns (sequences, slots of a sequence).
-std::pair<int64_t, int64_t> check_cache_shapes(const Inputs& in, const CacheInputs& cache) {
-  const int64_t pages = in.k.size(0), page_size = in.k.size(2);
-  STD_TORCH_CHECK(in.kv_lengths && in.kv_lengths->dim() == 2,
-                  "kv_lengths must have 2 dims, [B, Hk], got ",
-                  in.kv_lengths ? in.kv_lengths->dim() : 0);
-  const int64_t batch = in.kv_lengths->size(0);
+// Packed sequences: all see the one row of k and v.
+bool shares_storage(const Inputs& in) { return in.kv_begin && !in.page_table && in.k.size(0) == 1; }
+
+// Shapes of the storage and of what says where keys lie; returns slots of a sequence.
+int64_t check_storage_shapes(const Inputs& in, int64_t batch) {
+  const int64_t pages = in.k.size(0), heads = in.k.size(1), page_size = in.k.size(2);
   int64_t max_pages = 1;
-  if (cache.page_table) {
-    STD_TORCH_CHECK(cache.page_table->dim() == 3,
-                    "page_table must have 3 dims, [B, Hk, max_pages], got ",
-                    cache.page_table->dim());
-    max_pages = cache.page_table->size(2);
-    check_shape("page_table", *cache.page_table, {batch, in.k.size(1), max_pages});
+  if (in.page_table) {
+    STD_TORCH_CHECK(in.page_table->dim() == 3,
+                    "page_table must have 3 dims, [B, Hk, max_pages], got ", in.page_table->dim());
+    max_pages = in.page_table->size(2);
+    check_shape("page_table", *in.page_table, {batch, heads, max_pages});
   } else {
-    STD_TORCH_CHECK(pages >= batch, "k must have a page for each of ", batch,
+    STD_TORCH_CHECK(pages == batch || shares_storage(in), "k must have a page for each of ", batch,
                     " sequences where there is no page_table, got ", pages);
   }
+  STD_TORCH_CHECK(in.kv_lengths || !(in.page_table || in.kv_begin || in.q_offsets),
+                  "kv_lengths must be given with page_table, kv_begin and q_offsets");
+  check_shape("v", in.v, {pages, in.v.size(1), page_size, in.v.size(3)});
   for (const auto& [name, x] :
-       NamedTensors{{"k_scale", get(cache.k_scale)}, {"k_zero", get(cache.k_zero)}}) {
-    if (x) check_shape(name, *x, {pages, in.k.size(1), page_size});
+       NamedTensors{{"k_scale", get(in.k_scale)}, {"k_zero", get(in.k_zero)}}) {
+    if (x) check_shape(name, *x, {pages, heads, page_size});
   }
   for (const auto& [name, x] :
-       NamedTensors{{"v_scale", get(cache.v_scale)}, {"v_zero", get(cache.v_zero)}}) {
+       NamedTensors{{"v_scale", get(in.v_scale)}, {"v_zero", get(in.v_zero)}}) {
     if (x) check_shape(name, *x, {pages, in.v.size(1), page_size});
   }
-  if (cache.kv_begin) check_shape("kv_begin", *cache.kv_begin, {batch});
-  if (cache.q_offsets) check_shape("q_offsets", *cache.q_offsets, {batch + 1});
-  STD_TORCH_CHECK(!cache.q_offsets || !in.attn_mask, "attn_mask must be None with q_offsets");
-  return {batch, max_pages * page_size};
+  if (in.kv_lengths) check_shape("kv_lengths", *in.kv_lengths, {batch, heads});
+  if (in.kv_begin) check_shape("kv_begin", *in.kv_begin, {batch});
+  if (in.q_offsets) check_shape("q_offsets", *in.q_offsets, {batch + 1});
+  return max_pages * page_size;
 }
 
-void check_shapes(const Inputs& in, const CacheInputs* cache) {
+int64_t batch_of(const Inputs& in) { return in.kv_lengths ? in.kv_lengths->size(0) : in.q.size(0); }
+
+void check_shapes(const Inputs& in) {
   const Tensor &q = in.q, &k = in.k, &v = in.v;
   const int64_t packed = k.scalar_type() == ScalarType::Byte ? 2 : 1;  // numbers in an element
   for (const auto& [name, x] : NamedTensors{{"q", &q}, {"k", &k}, {"v", &v}}) {
@@ -127,25 +129,23 @@ void check_shapes(const Inputs& in, const CacheInputs* cache) {
     STD_TORCH_CHECK(dim >= 1 && dim <= kMaxHeadDim, name, " must have a head dim of 1 to ",
                     kMaxHeadDim, ", got ", dim);
   }
-  const int64_t heads = q.size(1), tokens = q.size(2);
-  int64_t batch = q.size(0), kv_len = k.size(2);
-  if (cache) {
-    std::tie(batch, kv_len) = check_cache_shapes(in, *cache);
-    check_shape("q", q, {cache->q_offsets ? 1 : batch, heads, tokens, k.size(3) * packed});
-  } else {
-    check_shape("k", k, {batch, k.size(1), kv_len, q.size(3)});
-  }
-  check_shape("v", v, {k.size(0), v.size(1), k.size(2), v.size(3)});
+  STD_TORCH_CHECK(!in.kv_lengths || in.kv_lengths->dim() == 2,
+                  "kv_lengths must have 2 dims, [B, Hk], got ", in.kv_lengths->dim());
+  const int64_t batch = batch_of(in), heads = q.size(1), tokens = q.size(2);
+  check_shape("q", q, {in.q_offsets ? 1 : batch, heads, tokens, k.size(3) * packed});
+  const int64_t kv_len = check_storage_shapes(in, batch);
   check_shape("head_map", in.head_map, {heads});
   if (in.value_head_map) check_shape("value_head_map", *in.value_head_map, {heads});
   if (in.alibi_slopes) check_shape("alibi_slopes", *in.alibi_slopes, {batch, heads});
   if (in.sinks) check_shape("sinks", *in.sinks, {heads});
+  STD_TORCH_CHECK(!in.q_offsets || !in.attn_mask, "attn_mask must be None with q_offsets");
   if (in.attn_mask) check_shape("attn_mask", *in.attn_mask, {batch, heads, tokens, kv_len});
-  if (in.kv_lengths) check_shape("kv_lengths", *in.kv_lengths, {batch, k.size(1)});
   STD_TORCH_CHECK(in.dropout_p >= 0 && in.dropout_p < 1, "dropout_p must lie in [0, 1), got ",
                   in.dropout_p);
   STD_TORCH_CHECK(in.dropout_p == 0 || in.dropout_seed,
                   "dropout_seed must be given with dropout_p > 0");
+  STD_TORCH_CHECK(in.dropout_p == 0 || !(in.page_table || in.kv_begin || in.q_offsets),
+                  "dropout_p must be 0 with page_table, kv_begin or q_offsets, got ", in.dropout_p);
   if (in.dropout_seed) check_shape("dropout_seed", *in.dropout_seed, {2});
 }
 
@@ -155,28 +155,35 @@ void set_row_values(const OptionalTensor& x, const float*& data, Strides& stride
   strides = strides_of(*x);
 }
 
-// After the shapes of q, k and v.
-void set_cache(AttentionParams& params, const Inputs& in, const CacheInputs& cache) {
-  params.batch = in.kv_lengths->size(0);
+// Where keys and values lie; after the shapes of q, k and v.
+void set_storage(AttentionParams& params, const Inputs& in) {
+  params.batch = batch_of(in);
   params.k_dtype = params.v_dtype = storage_dtype_of("k", in.k, in.q);
   if (params.v_dtype == DType::kInt4) params.value_head_dim *= 2;
-  if (cache.page_table) {
-    params.page_table = data_of<int32_t>(cache.page_table);
-    params.page_table_stride_b = cache.page_table->stride(0);
-    params.page_table_stride_h = cache.page_table->stride(1);
-    params.page_table_stride_p = cache.page_table->stride(2);
-    params.max_pages = cache.page_table->size(2);
+  params.page_size = in.k.size(2);
+  params.num_pages = in.k.size(0);
+  params.max_pages = 1;
+  if (shares_storage(in)) {
+    params.num_pages = params.batch;
+    params.k_stride.b = params.v_stride.b = 0;
+  }
+  if (in.page_table) {
+    params.page_table = data_of<int32_t>(in.page_table);
+    params.page_table_stride_b = in.page_table->stride(0);
+    params.page_table_stride_h = in.page_table->stride(1);
+    params.page_table_stride_p = in.page_table->stride(2);
+    params.max_pages = in.page_table->size(2);
   }
   params.kv_len = params.max_pages * params.page_size;
-  params.kv_begin = data_of<int32_t>(cache.kv_begin);
-  if (cache.q_offsets) {
-    params.q_offsets = data_of<int32_t>(cache.q_offsets);
-    params.q_len = cache.max_q_len;
+  params.kv_begin = data_of<int32_t>(in.kv_begin);
+  if (in.q_offsets) {
+    params.q_offsets = data_of<int32_t>(in.q_offsets);
+    params.q_len = in.max_q_len;
   }
-  set_row_values(cache.k_scale, params.k_scale, params.k_scale_stride);
-  set_row_values(cache.v_scale, params.v_scale, params.v_scale_stride);
-  set_row_values(cache.k_zero, params.k_zero, params.k_zero_stride);
-  set_row_values(cache.v_zero, params.v_zero, params.v_zero_stride);
+  set_row_values(in.k_scale, params.k_scale, params.k_scale_stride);
+  set_row_values(in.v_scale, params.v_scale, params.v_scale_stride);
+  set_row_values(in.k_zero, params.k_zero, params.k_zero_stride);
+  set_row_values(in.v_zero, params.v_zero, params.v_zero_stride);
 }
 
 }  // namespace
@@ -195,9 +202,9 @@ Tensor empty_beside(const Tensor& x, ScalarType dtype, std::initializer_list<int
   return Tensor(handle);
 }
 
-void check_inputs(const Inputs& in, const CacheInputs* cache,
+void check_inputs(const Inputs& in,
                   void (*check_device)(const char* name, const Tensor& x, const Tensor& q)) {
-  check_dtypes(in, cache);
+  check_dtypes(in);
   for (const auto& [name, x] : NamedTensors{{"q", &in.q},
                                             {"k", &in.k},
                                             {"v", &in.v},
@@ -207,48 +214,39 @@ void check_inputs(const Inputs& in, const CacheInputs* cache,
                                             {"sinks", get(in.sinks)},
                                             {"attn_mask", get(in.attn_mask)},
                                             {"kv_lengths", get(in.kv_lengths)},
+                                            {"page_table", get(in.page_table)},
+                                            {"kv_begin", get(in.kv_begin)},
+                                            {"q_offsets", get(in.q_offsets)},
+                                            {"k_scale", get(in.k_scale)},
+                                            {"v_scale", get(in.v_scale)},
+                                            {"k_zero", get(in.k_zero)},
+                                            {"v_zero", get(in.v_zero)},
                                             {"dropout_seed", get(in.dropout_seed)}}) {
     if (x) check_device(name, *x, in.q);
-  }
-  if (cache) {
-    for (const auto& [name, x] : NamedTensors{{"page_table", get(cache->page_table)},
-                                              {"kv_begin", get(cache->kv_begin)},
-                                              {"q_offsets", get(cache->q_offsets)},
-                                              {"k_scale", get(cache->k_scale)},
-                                              {"v_scale", get(cache->v_scale)},
-                                              {"k_zero", get(cache->k_zero)},
-                                              {"v_zero", get(cache->v_zero)}}) {
-      if (x) check_device(name, *x, in.q);
-    }
   }
   check_last_dim_contiguous("q", in.q);
   check_last_dim_contiguous("k", in.k);
   check_last_dim_contiguous("v", in.v);
-  check_shapes(in, cache);
+  check_shapes(in);
 }
 
-AttentionParams params_of(const Inputs& in, const CacheInputs* cache) {
+AttentionParams params_of(const Inputs& in) {
   AttentionParams params{};
-  params.batch = in.q.size(0);
   params.num_heads = in.q.size(1);
   params.q_len = params.q_tokens = in.q.size(2);
   params.head_dim = in.q.size(3);
   params.num_k_heads = in.k.size(1);
-  params.kv_len = in.k.size(2);
   params.num_v_heads = in.v.size(1);
   params.value_head_dim = in.v.size(3);
-  params.dtype = params.k_dtype = params.v_dtype = dtype_of("q", in.q);
-  params.num_pages = in.k.size(0);
-  params.page_size = in.k.size(2);
-  params.max_pages = 1;
-  if (cache) set_cache(params, in, *cache);
+  params.dtype = dtype_of("q", in.q);
+  params.k_stride = strides_of(in.k);
+  params.v_stride = strides_of(in.v);
+  set_storage(params, in);
 
   params.q = in.q.const_data_ptr();
   params.k = in.k.const_data_ptr();
   params.v = in.v.const_data_ptr();
   params.q_stride = strides_of(in.q);
-  params.k_stride = strides_of(in.k);
-  params.v_stride = strides_of(in.v);
   params.head_map = static_cast<const int32_t*>(in.head_map.const_data_ptr());
   params.value_head_map = data_of<int32_t>(in.value_head_map);
   params.sinks = data_of<float>(in.sinks);
@@ -274,7 +272,7 @@ AttentionParams params_of(const Inputs& in, const CacheInputs* cache) {
   const int64_t all_tokens = params.q_len + params.kv_len;
   params.window_left = in.window_left < all_tokens ? in.window_left : -1;
   params.window_right = in.window_right < all_tokens ? in.window_right : -1;
-  params.scale = static_cast<float>(in.scale);
+  params.scale = static_cast<float>(in.scale ? *in.scale : std::pow(params.head_dim, -0.5));
   params.softcap = static_cast<float>(in.softcap);
   if (in.dropout_p > 0) {
     params.dropout_threshold = static_cast<uint32_t>(std::floor(in.dropout_p * 0x1p32));
@@ -284,18 +282,32 @@ AttentionParams params_of(const Inputs& in, const CacheInputs* cache) {
   return params;
 }
 
-Outputs add_outputs(AttentionParams& params, const Tensor& q, bool bshd) {
+Tensor add_output(AttentionParams& params, const Tensor& q, bool bshd) {
   const int64_t batch = q.size(0), heads = q.size(1), tokens = q.size(2);
   const int64_t dim = params.value_head_dim;
   using torch::stable::new_empty;
-  Outputs outputs{
-      bshd ? torch::stable::transpose(new_empty(q, {batch, tokens, heads, dim}), 1, 2)
-           : new_empty(q, {batch, heads, tokens, dim}),
-      new_empty(q, {batch, heads, tokens}, ScalarType::Float)};
-  params.out = outputs.out.mutable_data_ptr();
-  params.lse = static_cast<float*>(outputs.lse.mutable_data_ptr());
-  params.out_stride = strides_of(outputs.out);
-  return outputs;
+  Tensor out = bshd ? torch::stable::transpose(new_empty(q, {batch, tokens, heads, dim}), 1, 2)
+                    : new_empty(q, {batch, heads, tokens, dim});
+  params.out = out.mutable_data_ptr();
+  params.out_stride = strides_of(out);
+  return out;
+}
+
+Tensor add_unfilled_output(AttentionParams& params, const Tensor& q, bool bshd) {
+  const int64_t heads = q.size(1), tokens = q.size(2), dim = params.value_head_dim;
+  const int64_t rows = std::max<int64_t>(tokens, 1);  // strides of an empty tensor as torch's
+  Tensor out =
+      empty_beside(q, q.scalar_type(), {q.size(0), heads, tokens, dim},
+                   {heads * rows * dim, bshd ? dim : rows * dim, bshd ? heads * dim : dim, 1});
+  params.out = out.mutable_data_ptr();
+  params.out_stride = strides_of(out);
+  return out;
+}
+
+Tensor add_lse(AttentionParams& params, const Tensor& q) {
+  Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
+  params.lse = static_cast<float*>(lse.mutable_data_ptr());
+  return lse;
 }
 
 }  // namespace gqa::host

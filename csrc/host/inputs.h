@@ -14,26 +14,18 @@ namespace gqa::host {
 
 using OptionalTensor = std::optional<Tensor>;
 
-// Tensors and options of a call, as the ops' schemas have them; they live as long as the op runs.
+// Tensors and options of a call, as the ops' schemas have them (gqa_kernels/native/schema.py); they
+// live as long as the op runs.
 struct Inputs {
   const Tensor &q, &k, &v, &head_map;
   const OptionalTensor &value_head_map, &alibi_slopes, &sinks, &attn_mask, &kv_lengths;
-  double scale;
+  const OptionalTensor &page_table, &kv_begin, &q_offsets;
+  int64_t max_q_len, max_kv_len;  // of packed sequences
+  const OptionalTensor &k_scale, &v_scale, &k_zero, &v_zero;
+  std::optional<double> scale;  // D ** -0.5 without
   int64_t window_left, window_right;
   double softcap, dropout_p;
   const OptionalTensor& dropout_seed;  // int64 [2]: seed, offset
-};
-
-// Where K and V lie if they are a cache's: what cache_attention_forward has beyond them.
-struct CacheInputs {
-  const OptionalTensor &page_table, &kv_begin, &q_offsets;
-  int64_t max_q_len;
-  const OptionalTensor &k_scale, &v_scale, &k_zero, &v_zero;
-};
-
-struct Outputs {
-  Tensor out;  // [B, Hq, Sq, Dv]; where bshd, a view of [B, Sq, Hq, Dv]
-  Tensor lse;  // fp32 [B, Hq, Sq]
 };
 
 Strides strides_of(const Tensor& x);
@@ -45,16 +37,19 @@ Tensor empty_beside(const Tensor& x, ScalarType dtype, std::initializer_list<int
 
 // Throw with name, rule and value where the arguments break a rule that memory safety needs: dtype,
 // device (for each tensor `check_device` is called), layout, sizes, shapes, in this order. Values
-// are not looked at. With `cache`, K and V lie as AttentionParams describes; without, they are
-// [B, H, Sk, D].
-void check_inputs(const Inputs& in, const CacheInputs* cache,
+// are not looked at. K and V lie as AttentionParams describes.
+void check_inputs(const Inputs& in,
                   void (*check_device)(const char* name, const Tensor& x, const Tensor& q));
 
 // Every pointer is that of the tensor, on whatever device it lies; head maps, sinks, kv_begin,
 // q_offsets and the dropout's seed are taken to be contiguous. Without outputs.
-AttentionParams params_of(const Inputs& in, const CacheInputs* cache);
+AttentionParams params_of(const Inputs& in);
 
-// Outputs in memory of their own, entered into the params of the call.
-Outputs add_outputs(AttentionParams& params, const Tensor& q, bool bshd);
+// Outputs in memory of their own, entered into the params of the call: out [B, Hq, Sq, Dv], in
+// memory [B, Sq, Hq, Dv] for bshd, and the LSE, fp32 [B, Hq, Sq].
+Tensor add_output(AttentionParams& params, const Tensor& q, bool bshd);
+// The same from empty_beside.
+Tensor add_unfilled_output(AttentionParams& params, const Tensor& q, bool bshd);
+Tensor add_lse(AttentionParams& params, const Tensor& q);
 
 }  // namespace gqa::host

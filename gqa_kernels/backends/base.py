@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..cache.inputs import AppendInputs, CacheInputs
-from ..inputs import AttentionInputs
+from ..call.append import AppendCall
+from ..call.attention import AttentionCall
+
+Call = AttentionCall | AppendCall
 
 ALL_OPTIONS = frozenset(
     {
@@ -82,103 +84,62 @@ class Backend(ABC):
         return None
 
     def prepare(self) -> str | None:
-        """Make ready to run, compiling at first use where needed; the reason if that fails."""
+        """Load the kernels, compiling them on first use. Returns None on success, else a message
+        that says why it failed."""
         return self.unavailable_reason()
 
-    def unsupported_reasons(self, inputs: AttentionInputs) -> list[str]:
-        """Why the backend can't run these inputs; it can where the list is empty."""
-        reasons = self._data_reasons(inputs, self.capabilities)
-        if inputs.requires_grad and not self.capabilities.autograd:
-            reasons.append("no backward, and an input requires grad")
-        return reasons
-
-    def unsupported_cache_reasons(self, inputs: CacheInputs | AppendInputs) -> list[str]:
-        """The same for attention over a cache and for an append to one."""
-        can = self.capabilities
-        if isinstance(inputs, AppendInputs):
-            can = self.append_capabilities or can
-        if not can.caches:
+    def unsupported(self, call: Call) -> list[str]:
+        """Why the backend can't run a call; it can if the list is empty."""
+        appends = isinstance(call, AppendCall)
+        can = (self.append_capabilities if appends else None) or self.capabilities
+        over_memory = appends or call.memory != "dense"
+        if over_memory and not can.caches:
             return ["attention over caches is not supported"]
-        reasons = self._data_reasons(inputs, can)
-        for kind in inputs.caches:
-            if kind not in can.caches:
-                reasons.append(f"cache kind {kind} is not supported")
-        packed = isinstance(inputs, CacheInputs) and inputs.packed_kv is not None
-        differentiable = can.cache_autograd or (packed and can.varlen_autograd)
-        if inputs.requires_grad and not differentiable:
-            reasons.append("no backward over a cache, and an input requires grad")
-        return reasons
-
-    @staticmethod
-    def _data_reasons(
-        inputs: AttentionInputs | CacheInputs | AppendInputs, can: Capabilities
-    ) -> list[str]:
-        """What the capabilities say against the device, dtype, head dims and options."""
         reasons = []
-        if inputs.device.type not in can.devices:
-            reasons.append(f"device {inputs.device.type} (supported: {_listed(can.devices)})")
-        if inputs.dtype not in can.dtypes:
+        if call.device.type not in can.devices:
+            reasons.append(f"device {call.device.type} (supported: {_listed(can.devices)})")
+        if call.dtype not in can.dtypes:
             supported = _listed(str(dtype).removeprefix("torch.") for dtype in can.dtypes)
-            reasons.append(f"dtype {str(inputs.dtype).removeprefix('torch.')} ({supported} only)")
-        for name, dim in (("D", inputs.head_dim), ("Dv", inputs.value_head_dim)):
+            reasons.append(f"dtype {str(call.dtype).removeprefix('torch.')} ({supported} only)")
+        for name, dim in (("D", call.head_dim), ("Dv", call.value_head_dim)):
             if dim > can.max_head_dim:
                 reasons.append(f"head dim {name} = {dim} (at most {can.max_head_dim})")
-        for option in inputs.options:
-            if option not in can.options:
-                reasons.append(f"option {option} is not supported")
+        reasons += [f"option {name} is not supported" for name in call.used
+                    if name not in can.options]  # fmt: skip
+        reasons += [f"cache kind {kind} is not supported" for kind in call.kinds
+                    if kind not in can.caches]  # fmt: skip
+        if call.requires_grad:
+            if not over_memory and not can.autograd:
+                reasons.append("no backward, and an input requires grad")
+            packed = not appends and call.memory == "packed"
+            if over_memory and not (can.cache_autograd or (packed and can.varlen_autograd)):
+                reasons.append("no backward over a cache, and an input requires grad")
         return reasons
 
     @abstractmethod
-    def run(self, inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
-        """Attention of inputs that the backend supports.
+    def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
+        """Attention of a call that the backend supports.
 
         Returns:
-            out ``[B, Hq, Sq, Dv]`` in q's dtype (memory in the order of ``inputs.layout``), and the
-            natural-log LSE, fp32 (fp64 for fp64 inputs), ``[B, Hq, Sq]``.
+            out ``[B, Hq, Sq, Dv]`` in q's dtype (in memory as ``call.bshd`` says), and the
+            natural-log LSE, fp32 (fp64 for fp64 inputs), ``[B, Hq, Sq]``; of any content and shape
+            if ``call.lse_wanted`` is false. With ``q_offsets`` both have the leading dims of q,
+            ``[1, Hq, total_q]``.
+
+        Raises:
+            ValueError, TypeError, NotImplementedError: what :meth:`AttentionCall.check` says.
         """
 
-    def run_cache(self, inputs: CacheInputs) -> tuple[Tensor, Tensor]:
-        """Attention over a cache, with results as :meth:`run` has them; with ``q_offsets`` both
-        have the leading dims of q, ``[1, Hq, total_q]``."""
-        raise NotImplementedError(f"backend {self.name!r} has no attention over caches")
-
-    def append(self, inputs: AppendInputs) -> Tensor | None:
+    @abstractmethod
+    def append(self, call: AppendCall) -> Tensor | None:
         """Write new tokens into a cache.
 
         Returns:
-            the queries after the rotary embedding, as ``inputs.q`` has them; None without any.
+            the queries after the rotary embedding, as ``call.q`` has them; None without any.
+
+        Raises:
+            ValueError, TypeError: what :meth:`AppendCall.check` says.
         """
-        raise NotImplementedError(f"backend {self.name!r} has no append")
-
-
-def empty_output(inputs: AttentionInputs) -> Tensor:
-    """Uninitialised output, a ``[B, Hq, Sq, Dv]`` view of memory in the order of the layout."""
-    return empty_output_like(inputs.q, inputs.value_head_dim, inputs.layout == "bshd")
-
-
-def empty_output_like(q: Tensor, value_head_dim: int, bshd: bool) -> Tensor:
-    """The same from a ``[B, Hq, Sq, D]`` query, for ops and their fake kernels."""
-    batch, heads, q_len, _ = q.shape
-    if bshd:
-        return q.new_empty(batch, q_len, heads, value_head_dim).transpose(1, 2)
-    return q.new_empty(batch, heads, q_len, value_head_dim)
-
-
-def empty_gradients(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    need_slopes: bool,
-    need_sinks: bool,
-    batch: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Uninitialised dq, dk, dv, dslopes ``[B, Hq]`` and dsinks ``[Hq]``, the latter two fp32.
-    ``batch`` is that of packed sequences."""
-    heads = q.shape[1]
-    batch = q.shape[0] if batch is None else batch
-    dslopes = q.new_empty((batch, heads) if need_slopes else (0,), dtype=torch.float32)
-    dsinks = q.new_empty((heads,) if need_sinks else (0,), dtype=torch.float32)
-    return (*(x.new_empty(x.shape) for x in (q, k, v)), dslopes, dsinks)
 
 
 def _listed(names) -> str:

@@ -1,4 +1,4 @@
-"""CUDA backend: the native kernels under ``csrc/cuda`` for NVIDIA GPUs, through one compiled op."""
+"""CUDA backend: the native kernels under ``csrc/cuda`` for NVIDIA GPUs."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import replace
 import torch
 
 from ..native import build, env
-from .base import ALL_CACHES, FUSED_OPTIONS, Backend, Capabilities
-from .cpu import CPUBackend
+from .base import ALL_CACHES, FUSED_OPTIONS, Capabilities
+from .compiled import CompiledBackend
 
 MIN_CAPABILITY = (8, 0)
 
 
-class CUDABackend(Backend):
-    name = "cuda"
+class CUDABackend(CompiledBackend):
+    name = part = "cuda"
     capabilities = Capabilities(
         devices=frozenset({"cuda"}),
         dtypes=frozenset({torch.float16, torch.bfloat16}),
@@ -40,15 +40,3 @@ class CUDABackend(Backend):
         if capability < MIN_CAPABILITY:
             return f"compute capability must be at least {MIN_CAPABILITY}, got {capability}"
         return build.unavailable_reason("cuda")
-
-    def prepare(self) -> str | None:
-        try:
-            build.load("cuda")
-        except RuntimeError as error:
-            return str(error)
-        return None
-
-    # The same ops: torch's dispatcher takes the kernels of q's device.
-    run = CPUBackend.run
-    run_cache = CPUBackend.run_cache
-    append = CPUBackend.append

@@ -6,10 +6,10 @@ import warnings
 
 import torch
 
-from ..arguments import check_choice
-from ..cache.inputs import AppendInputs, CacheInputs
-from ..inputs import AttentionInputs
-from .base import Backend
+from ..call.attention import AttentionCall
+from ..native.arguments import check_choice
+from ..native.autograd import is_transformed_now
+from .base import Backend, Call
 from .cpu import CPUBackend
 from .cuda import CUDABackend
 from .reference import ReferenceBackend
@@ -25,8 +25,9 @@ DEFAULT_ORDER = ("reference",)
 
 _failures: dict[str, str] = {}  # of backends that looked usable and could not be loaded
 _warned: set[str] = set()  # reasons why the reference was taken that the user knows of
-
-Inputs = AttentionInputs | CacheInputs | AppendInputs
+# Choices made so far. What decides is the kind of a call: its key holds no size but the head dims,
+# and no number's value. Only what can run is kept: it stays usable.
+_choices: dict[tuple, Backend] = {}
 
 
 def available_backends() -> list[str]:
@@ -39,28 +40,64 @@ def available_backends() -> list[str]:
     return [name for name, backend in BACKENDS.items() if backend.unavailable_reason() is None]
 
 
-def explain(inputs: Inputs) -> dict[str, list[str]]:
-    """For every backend, in the order of ``auto``, why it can't run these inputs."""
-    order = AUTO_ORDER.get(inputs.device.type, DEFAULT_ORDER)
+def explain(call: Call) -> dict[str, list[str]]:
+    """For every backend, in the order of ``auto``, why it can't run a call."""
+    order = AUTO_ORDER.get(call.device.type, DEFAULT_ORDER)
     order = (*order, *(name for name in BACKENDS if name not in order))
-    reasons = {name: _reasons(BACKENDS[name], inputs) for name in order}
+    reasons = {name: _reasons(BACKENDS[name], call) for name in order}
     for name, failure in _failures.items():
         if not reasons[name]:
             reasons[name] = [failure]
     return reasons
 
 
-def select(inputs: Inputs, backend: str = "auto") -> Backend:
-    """The backend that runs ``inputs``, ready to run.
+def select(call: Call, backend: str = "auto") -> Backend:
+    """The backend that runs a call, ready to run. A choice is kept for calls of the same kind.
 
     Raises:
-        ValueError: no backend has that name.
-        NotImplementedError: the named backend, or with ``"auto"`` every backend, can't run them.
+        ValueError, TypeError: ``call.check()`` refuses it, or no backend has that name.
+        NotImplementedError: the named backend, or with ``"auto"`` every backend, can't run it.
     """
+    if type(backend) is not str or torch.compiler.is_compiling() or is_transformed_now():
+        call.check()
+        return _choose(call, backend)
+    key = (_attention_key if type(call) is AttentionCall else _append_key)(call, backend)
+    found = _choices.get(key)
+    if found is None:
+        call.check()
+        found = _choices[key] = _choose(call, backend)
+    return found
+
+
+def forget_choices() -> None:
+    """Choose again at the next call of each kind (what a backend can run was changed)."""
+    _choices.clear()
+
+
+def _attention_key(call: AttentionCall, backend: str) -> tuple:
+    """What the choice for an attention call follows from."""
+    q, kv, mask = call.q, call.kv, call.attn_mask
+    return (
+        call.find_kind(), backend, call.options.used, call.memory, q.dtype, kv.k.dtype, q.size(3),
+        kv.v.size(3), q.is_cpu or q.device, type(call.head_map), type(call.value_head_map),
+        mask if mask is None else (mask.dtype, mask.requires_grad), call.requires_grad,
+    )  # fmt: skip
+
+
+def _append_key(call: Call, backend: str) -> tuple:
+    """What the choice for an append follows from."""
+    k_new, kv = call.k_new, call.kv
+    return (
+        backend, "append", k_new.dtype, kv.k.device, kv.k.dtype, kv.k.size(3), kv.v.size(3),
+        kv.page_table is None, kv.kv_begin is None, call.new_offsets is None, call.requires_grad,
+    )  # fmt: skip
+
+
+def _choose(call: Call, backend: str) -> Backend:
     if backend == "auto":
         passed_over = []
-        for name in AUTO_ORDER.get(inputs.device.type, DEFAULT_ORDER):
-            reasons = _reasons(BACKENDS[name], inputs)
+        for name in AUTO_ORDER.get(call.device.type, DEFAULT_ORDER):
+            reasons = _reasons(BACKENDS[name], call)
             if not reasons:
                 failure = _prepare(name)
                 reasons = [failure] if failure else []
@@ -70,17 +107,17 @@ def select(inputs: Inputs, backend: str = "auto") -> Backend:
                 return BACKENDS[name]
             passed_over.append((name, reasons))
         raise NotImplementedError(
-            f"no backend can run {_described(inputs)}:\n"
-            + "\n".join(f"  {name}: {'; '.join(why)}" for name, why in explain(inputs).items())
+            f"no backend can run {call.describe()}:\n"
+            + "\n".join(f"  {name}: {'; '.join(why)}" for name, why in explain(call).items())
         )
     check_choice("backend", backend, ("auto", *BACKENDS))
-    reasons = _reasons(BACKENDS[backend], inputs)
+    reasons = _reasons(BACKENDS[backend], call)
     if not reasons:
         failure = _prepare(backend)
         reasons = [failure] if failure else []
     if reasons:
         raise NotImplementedError(
-            f"backend {backend!r} can't run {_described(inputs)}: {'; '.join(reasons)}"
+            f"backend {backend!r} can't run {call.describe()}: {'; '.join(reasons)}"
         )
     return BACKENDS[backend]
 
@@ -104,7 +141,7 @@ def _prepare(name: str) -> str | None:
     _failures.pop(name, None)
     if failure:
         _failures[name] = failure
-        warnings.warn(f"gqa_kernels: backend {name!r} is not usable: {failure}", stacklevel=4)
+        warnings.warn(f"gqa_kernels: backend {name!r} is not usable: {failure}", stacklevel=5)
     return failure
 
 
@@ -121,24 +158,10 @@ def _warn_of_reference(passed_over: list[tuple[str, list[str]]]) -> None:
         "gqa_kernels: backend='auto' runs the eager reference, which is slow and expands K and V, "
         f"because no fused backend can run this call ({why}). Change what the reasons name, or "
         "pass backend='reference' to choose it without this warning.",
-        stacklevel=4,
+        stacklevel=5,
     )
 
 
-def _reasons(backend: Backend, inputs: Inputs) -> list[str]:
+def _reasons(backend: Backend, call: Call) -> list[str]:
     missing = _unavailable(backend.name)
-    if isinstance(inputs, AttentionInputs):
-        why = backend.unsupported_reasons(inputs)
-    else:
-        why = backend.unsupported_cache_reasons(inputs)
-    return ([missing] if missing else []) + why
-
-
-def _described(inputs: Inputs) -> str:
-    if not isinstance(inputs, AttentionInputs):
-        return inputs.describe()
-    shapes = ", ".join(f"{n} {tuple(getattr(inputs, n).shape)}" for n in "qkv")
-    used = inputs.options
-    return f"{shapes} as [B, H, S, D] in {inputs.dtype} on {inputs.device}" + (
-        f" with {', '.join(used)}" if used else ""
-    )
+    return ([missing] if missing else []) + backend.unsupported(call)

@@ -1,13 +1,13 @@
 """KV caches: dense, paged and quantised memory, one normalised view of it, and page allocation.
 
     view.py       KVView: where K and V lie, in the one form that every kernel reads
-    quantized.py  storage formats fp8, int8 and int4: what a stored number means
-    inputs.py     checked calls: attention over a view, append to a view
+    formats.py    storage formats fp8, int8 and int4: what a stored number means
+    tensors.py    what is asked of any tensor: types, layouts, readable values
+    base.py       KVCache: what the two caches share
     dense.py      DenseKVCache
     paged.py      PagedKVCache
     allocator.py  PageAllocator: pages of sequences, shared prefixes with copy-on-write
-    decode.py     asym_gqa_decode and the planner behind it
-    cascade.py    merge of attention states, shared-prefix attention
+    memory.py     allocation in huge pages
 
-The public names are those of :mod:`gqa_kernels`; backends import the first three files only.
+Memory only: what attends to a cache or appends to it is in :mod:`gqa_kernels.decode`.
 """

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..arguments import as_int
+from ..native.arguments import as_int
 
 MAX_PAGES = 2**31 - 1  # page tables hold int32
 

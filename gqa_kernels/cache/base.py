@@ -1,19 +1,16 @@
-"""KVCache: what dense and paged caches share: lengths, the view, and the append."""
+"""KVCache: what dense and paged caches share: lengths, scales, and the view of their memory."""
 
 from __future__ import annotations
 
 import operator
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from ..backends import plain
-from ..backends.dispatch import select
-from ..inputs import Layout
-from .inputs import AppendInputs
+from .formats import FORMAT_OF_NAME
 from .memory import empty
-from .quantized import FORMAT_OF_NAME
 from .view import KVView
 
 SCALES = ("k_scale", "v_scale", "k_zero", "v_zero")
@@ -35,6 +32,8 @@ class KVCache(ABC):
     v_scale: Tensor | float | None
     k_zero: Tensor | float | None
     v_zero: Tensor | float | None
+
+    append: Callable[..., Tensor | None]  # gqa_kernels.decode.append, which runs a backend
 
     _kept: tuple[tuple, list, KVView] | None = None
 
@@ -93,64 +92,6 @@ class KVCache(ABC):
         """The scales and zeros by name."""
         return {name: getattr(self, name) for name in SCALES}
 
-    def append(
-        self,
-        k_new: Tensor,
-        v_new: Tensor,
-        *,
-        q: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        max_seqlen: int | None = None,
-        rotary_cos: Tensor | None = None,
-        rotary_sin: Tensor | None = None,
-        rotary_interleaved: bool = False,
-        layout: Layout = "bhsd",
-        advance: bool = True,
-        backend: str = "auto",
-    ) -> Tensor | None:
-        """Write new tokens behind the ones there are: rotated, and quantised where the cache is.
-
-        Args:
-            k_new: ``[B, Hk, S, D]`` (``[B, S, Hk, D]`` for layout ``"bshd"``), or packed
-                ``[total, Hk, D]`` with ``cu_seqlens``.
-            v_new: ``[B, Hv, S, Dv]`` likewise.
-            q: queries of the same tokens, to rotate too; not modified.
-            cu_seqlens: ``[B + 1]`` integers: the new tokens of sequence ``b`` are
-                ``cu_seqlens[b]`` up to ``cu_seqlens[b + 1]``.
-            max_seqlen: most new tokens of a sequence; needed where ``cu_seqlens`` is on a device.
-            rotary_cos, rotary_sin: ``[max_position, R / 2]``, cosines and sines of the angles: the
-                first ``R`` columns of k_new and q are rotated by the angle of their position, which
-                is the length before the append plus the token's index. Contiguous tables in fp32 or
-                the tokens' dtype are read as they are. Others are copied first: strided tables,
-                other floating dtypes, and tables ``[max_position, R]`` with ``R > D / 2`` that hold
-                every angle twice.
-            rotary_interleaved: pairs are columns ``(2i, 2i + 1)`` and not ``(i, i + R / 2)``.
-            advance: add the new tokens to ``lengths``. Caches of several layers may share one
-                ``lengths``: then only the last one advances it.
-            backend: as in :func:`gqa_kernels.asym_gqa_attention`.
-
-        Returns:
-            the rotated queries (q itself without a rotary table), or None without queries.
-        """
-        if (
-            q is None and cu_seqlens is None and rotary_cos is None and rotary_sin is None
-            and layout == "bhsd" and backend in ("auto", "cpu")
-            and not torch.compiler.is_compiling()
-            and plain.append(self.unchecked_view(), k_new, v_new)
-        ):  # fmt: skip
-            if advance:
-                self.advance(k_new.shape[2])
-            return None
-        inputs = AppendInputs.create(
-            k_new, v_new, self.view(), q=q, new_offsets=cu_seqlens, max_new=max_seqlen,
-            rotary_cos=rotary_cos, rotary_sin=rotary_sin, rotary_interleaved=rotary_interleaved,
-            layout=layout,
-        )  # fmt: skip
-        rotated = select(inputs, backend).append(inputs)
-        if advance:
-            self.advance(inputs.max_new if cu_seqlens is None else cu_seqlens.diff())
-        return None if q is None else from_heads_first(rotated, layout, cu_seqlens is not None)
-
     def advance(self, tokens: int | Tensor) -> None:
         """Count ``tokens`` (an integer, or ``[B]``) more keys per sequence, in place."""
         if isinstance(tokens, Tensor) and self.lengths.dim() == 2:
@@ -161,13 +102,6 @@ class KVCache(ABC):
 def _place(x: Tensor) -> tuple:
     """What changes where a tensor comes to lie elsewhere or in another form."""
     return x.data_ptr(), x.shape, x.stride(), x.dtype
-
-
-def from_heads_first(x: Tensor, layout: Layout, packed: bool) -> Tensor:
-    """A ``[B, H, S, D]`` tensor in ``layout``, or packed as ``[total, H, D]``."""
-    if packed:
-        return x[0].transpose(0, 1)
-    return x.transpose(1, 2) if layout == "bshd" else x
 
 
 def empty_storage(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..arguments import check_choice, check_tensors
-from ..inputs import LAYOUTS, Layout
+from ..native.arguments import check_tensors
 from .base import KVCache, empty_scales, empty_storage
+from .tensors import Layout, check_layout
 from .view import KVView
 
 
@@ -18,7 +18,7 @@ class DenseKVCache(KVCache):
         k: ``[B_cache, Hk, capacity, D]``, or ``[B_cache, capacity, Hk, D]`` for layout ``"bshd"``;
             any strides with a contiguous last dim. The dtype says the format: the query's own, fp8
             (e4m3fn, e5m2), int8, or uint8 for int4 with ``D / 2`` bytes
-            (:mod:`gqa_kernels.cache.quantized`).
+            (:mod:`gqa_kernels.cache.formats`).
         v: ``[B_cache, Hv, capacity, Dv]`` likewise; K and V may be views of one tensor.
         lengths: ``[B]`` integers, or ``[B, Hk]`` with a budget per head: keys there are.
         batch_index: ``[B]`` integers, the row of each sequence in k and v; default its own number.
@@ -41,7 +41,7 @@ class DenseKVCache(KVCache):
         v_zero: Tensor | float | None = None,
         layout: Layout = "bhsd",
     ):
-        check_choice("layout", layout, LAYOUTS)
+        check_layout(layout)
         check_tensors(k=k, v=v, lengths=lengths)
         if batch_index is not None:
             check_tensors(batch_index=batch_index)

@@ -8,10 +8,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..arguments import as_int, check_tensors
-from ..inputs import _readable, _to_int32
+from ..native.arguments import as_int, check_tensors
 from .allocator import PageBatch
 from .base import KVCache, empty_scales, empty_storage
+from .tensors import is_readable, to_int32
 from .view import KVView
 
 Order = Literal["HND", "NHD"]
@@ -131,9 +131,9 @@ class PagedKVCache(KVCache):
         page = torch.arange(max_pages, device=indptr.device)
         entry = (indptr[:-1, None] + page).clamp(0, max(indices.numel() - 1, 0))
         table = indices[entry] if indices.numel() else entry.new_zeros(entry.shape)
-        table = _to_int32(torch.where(page < count[:, None], table, 0))
+        table = to_int32(torch.where(page < count[:, None], table, 0))
         lengths = torch.where(count > 0, (count - 1) * page_size + last_page_len, 0)
-        return cls(k, v, table, _to_int32(lengths), order=order, **options)
+        return cls(k, v, table, to_int32(lengths), order=order, **options)
 
     @classmethod
     def empty(
@@ -229,7 +229,7 @@ def _longest_row(
             f"got {len(last_page_len)}"
         )
     longest = None
-    if _readable(indptr):
+    if is_readable(indptr):
         low, high = (int(x) for x in indptr.aminmax())
         count = indptr.long().diff()
         if low < 0 or high > len(indices) or (count < 0).any():
@@ -238,7 +238,7 @@ def _longest_row(
                 f"got {indptr.tolist()}"
             )
         longest = int(count.max()) if len(count) else 0
-        if _readable(last_page_len):
+        if is_readable(last_page_len):
             wrong = (count > 0) & ((last_page_len < 0) | (last_page_len > page_size))
             if bool(wrong.any()):
                 b = int(wrong.nonzero()[0])

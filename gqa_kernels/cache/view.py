@@ -13,33 +13,34 @@ and its value in the same place of ``v``. So one form holds
 - a paged cache in any memory order; K and V may be views of one packed tensor;
 - head-wise pages: page-table rows that differ between heads;
 - left padding: ``kv_begin``;
-- packed sequences (varlen): storage ``[total, H, D]`` seen by every sequence through stride 0, and
-  ``kv_begin`` their offsets in it.
+- packed sequences (varlen): one row of storage that every sequence sees, and ``kv_begin`` their
+  offsets in it.
 
 A view owns nothing and copies nothing.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..backends import plain
-from ..inputs import DTYPES, _readable, _to_int32
-from .quantized import FORMATS, Format
+from ..native import build
+from ..native.arguments import check_tensors
+from .formats import FORMATS, Format
+from .tensors import DTYPES, check_last_stride, is_readable, to_int32
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)
 class KVView:
     """Keys and values of ``B`` sequences; made by :meth:`create`.
 
     Attributes:
         k: ``[P, Hk, page_size, D]`` (int4: ``D / 2`` bytes).
         v: ``[P, Hv, page_size, Dv]`` (int4: ``Dv / 2`` bytes).
-        kv_lengths: int32 ``[B, Hk]`` (strides may be 0), valid keys. Kernels clamp it to
-            ``[0, capacity - kv_begin]``.
+        kv_lengths: int32 ``[B, Hk]`` (strides may be 0), valid keys, or None: every slot of dense
+            memory. Kernels clamp it to ``[0, capacity - kv_begin]``.
         page_table: int32 ``[B, Hk, max_pages]`` (strides may be 0), or None: storage ``b`` is
             sequence ``b``'s. Entries beyond the length are never used.
         kv_begin: int32 ``[B]``, slot of a sequence's first key, or None: 0.
@@ -49,21 +50,20 @@ class KVView:
 
     k: Tensor
     v: Tensor
-    kv_lengths: Tensor
-    page_table: Tensor | None
-    kv_begin: Tensor | None
-    k_scale: Tensor | None
-    v_scale: Tensor | None
-    k_zero: Tensor | None
-    v_zero: Tensor | None
+    kv_lengths: Tensor | None = None
+    page_table: Tensor | None = None
+    kv_begin: Tensor | None = None
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
+    k_zero: Tensor | None = None
+    v_zero: Tensor | None = None
 
     @classmethod
     def packed(cls, k: Tensor, v: Tensor, offsets: Tensor) -> KVView:
         """Packed sequences ``[1, H, total, D]``: sequence ``b`` has the tokens ``offsets[b]`` up to
-        ``offsets[b + 1]`` of a storage that all see."""
-        batch = offsets.shape[0] - 1
-        k, v = (x.expand(batch, -1, -1, -1) for x in (k, v))
-        return cls.create(k, v, offsets.diff(), kv_begin=offsets[:-1])
+        ``offsets[b + 1]`` (int32) of a storage that all see."""
+        lengths = offsets.diff()[:, None].expand(-1, k.shape[1])
+        return cls(k, v, lengths, kv_begin=offsets[:-1])
 
     @classmethod
     def create(
@@ -154,33 +154,22 @@ class KVView:
             view.check_slots(0)
         return view
 
-    def with_storage(
-        self,
-        k: Tensor,
-        v: Tensor,
-        *,
-        k_scale: Tensor | float | None = None,
-        v_scale: Tensor | float | None = None,
-        k_zero: Tensor | float | None = None,
-        v_zero: Tensor | float | None = None,
-    ) -> KVView:
+    def with_memory(self, other: KVView) -> KVView:
         """The same sequences in another layer's memory of the same shape and type."""
-        for name, x, planned in (("k", k, self.k), ("v", v, self.v)):
-            if (x.shape, x.dtype, x.device) != (planned.shape, planned.dtype, planned.device):
+        if other is self:
+            return self
+        for name in ("k", "v"):
+            x, planned = getattr(other, name), getattr(self, name)
+            if x.shape != planned.shape or x.dtype != planned.dtype or x.device != planned.device:
                 raise ValueError(
                     f"{name} of the cache must be as planned, {tuple(planned.shape)} in "
                     f"{planned.dtype} on {planned.device}, got {tuple(x.shape)} in {x.dtype} on "
                     f"{x.device}"
                 )
-        return replace(
-            self,
-            k=k,
-            v=v,
-            k_scale=_rows("k_scale", k_scale, k),
-            v_scale=_rows("v_scale", v_scale, v),
-            k_zero=_rows("k_zero", k_zero, k),
-            v_zero=_rows("v_zero", v_zero, v),
-        )
+        return KVView(
+            other.k, other.v, self.kv_lengths, self.page_table, self.kv_begin, other.k_scale,
+            other.v_scale, other.k_zero, other.v_zero,
+        )  # fmt: skip
 
     def check_slots(self, new: int | Tensor) -> None:
         """There must be a slot for every key, and for ``new`` more per sequence (a number, or
@@ -189,17 +178,38 @@ class KVView:
         Raises:
             ValueError: naming what is wrong.
         """
-        if plain.slots_exist(self, new):
+        if self.has_slots(new):
             return
         self._check_lengths()
         self._check_slots(new.diff()[:, None] if isinstance(new, Tensor) else new)
 
+    def has_slots(self, new: int | Tensor) -> bool:
+        """Whether the compiled op finds what :meth:`check_slots` asks for. False, too, if it can't
+        look."""
+        if torch.compiler.is_compiling() or not self.k.is_cpu or build.library_path() is None:
+            return False
+        offsets, tokens = (new, 0) if isinstance(new, Tensor) else (None, new)
+        try:
+            return torch.ops.gqa_kernels.cache_slots_exist.default(
+                self.kv_lengths, self.page_table, self.kv_begin, offsets, tokens,
+                self.k.shape[0], self.k.shape[2],
+            )  # fmt: skip
+        except RuntimeError:  # a form that it does not take
+            return False
+
+    def with_lengths(self, kv_lengths: Tensor) -> KVView:
+        """The same memory with other lengths."""
+        return KVView(
+            self.k, self.v, kv_lengths, self.page_table, self.kv_begin, self.k_scale, self.v_scale,
+            self.k_zero, self.v_zero,
+        )  # fmt: skip
+
     def _check_lengths(self) -> None:
-        if self.kv_lengths.numel() and _readable(self.kv_lengths):
+        if self.kv_lengths.numel() and is_readable(self.kv_lengths):
             low, high = (int(x) for x in self.kv_lengths.aminmax())
             if low < 0:
                 raise ValueError(f"lengths must be non-negative, got {low}")
-            if self.kv_begin is not None and _readable(self.kv_begin) and self.kv_begin.min() < 0:
+            if self.kv_begin is not None and is_readable(self.kv_begin) and self.kv_begin.min() < 0:
                 raise ValueError(f"begin must be non-negative, got {int(self.kv_begin.min())}")
             if high > self.capacity:
                 raise ValueError(
@@ -209,7 +219,7 @@ class KVView:
 
     def _check_slots(self, new: int | Tensor) -> None:
         seen = (self.kv_lengths, self.kv_begin, new if isinstance(new, Tensor) else None)
-        if not self.kv_lengths.numel() or not all(_readable(x) for x in seen if x is not None):
+        if not self.kv_lengths.numel() or not all(is_readable(x) for x in seen if x is not None):
             return
         end = self.kv_lengths.long() + new  # a sum of int32 could wrap into the valid range
         if self.kv_begin is not None:
@@ -221,7 +231,7 @@ class KVView:
                 f"capacity of a sequence ({self.capacity} = {self.max_pages} pages of "
                 f"{self.page_size}), new tokens included, got {most}"
             )
-        if self.page_table is None or not most or not _readable(self.page_table):
+        if self.page_table is None or not most or not is_readable(self.page_table):
             return
         table = self.page_table if self.pages_per_head else self.page_table[:, :1]
         if not self.pages_per_head:
@@ -241,7 +251,7 @@ class KVView:
 
     @property
     def batch(self) -> int:
-        return self.kv_lengths.shape[0]
+        return self.k.shape[0] if self.kv_lengths is None else self.kv_lengths.shape[0]
 
     @property
     def num_k_heads(self) -> int:
@@ -273,7 +283,7 @@ class KVView:
     @property
     def pages_per_head(self) -> bool:
         """Whether page-table rows may differ between heads."""
-        return self.page_table is not None and _differs_between_heads(self.page_table)
+        return _differs_between_heads(self.page_table)
 
     @property
     def lengths_per_head(self) -> bool:
@@ -298,20 +308,20 @@ class KVView:
         return self.k.device
 
     @property
-    def kinds(self) -> list[str]:
+    def kinds(self) -> tuple[str, ...]:
         """What a backend must be able to read, named as in ``Capabilities.caches``."""
         kinds = ["dense" if self.page_table is None else "paged"]
         if self.kv_begin is not None:
             kinds.append("kv_begin")
         if self.format is not None:
             kinds.append(self.format.name)
-        return kinds
+        return tuple(kinds)
 
 
-def _differs_between_heads(x: Tensor) -> bool:
+def _differs_between_heads(x: Tensor | None) -> bool:
     """Whether ``x [B, Hk, ...]`` can hold another value for each head. The stride of a dim of size
     1 means nothing."""
-    return x.shape[1] > 1 and x.stride(1) != 0
+    return x is not None and x.shape[1] > 1 and x.stride(1) != 0
 
 
 def is_dynamic(rows: Tensor) -> bool:
@@ -321,8 +331,7 @@ def is_dynamic(rows: Tensor) -> bool:
 
 def _check_storage(k: Tensor, v: Tensor) -> None:
     for name, x in (("k", k), ("v", v)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        check_tensors(**{name: x})
         if x.dim() != 4:
             raise ValueError(
                 f"{name} must have 4 dimensions, got {x.dim()} (shape {tuple(x.shape)})"
@@ -337,8 +346,7 @@ def _check_storage(k: Tensor, v: Tensor) -> None:
             raise ValueError(
                 f"{name} must have at least one head, slot and column, got shape {tuple(x.shape)}"
             )
-        if x.stride(3) != 1 and x.shape[3] > 1 and x.numel() > 0:
-            raise ValueError(f"{name}.stride(-1) must be 1, got {x.stride(3)}")
+        check_last_stride(name, x)
     if v.dtype != k.dtype:
         raise NotImplementedError(
             f"v.dtype must equal k.dtype ({k.dtype}): K and V are stored alike, got {v.dtype}"
@@ -351,13 +359,12 @@ def _check_storage(k: Tensor, v: Tensor) -> None:
 
 
 def _as_int32(name: str, x: Tensor, k: Tensor) -> Tensor:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    check_tensors(**{name: x})
     if x.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name}.dtype must be int32 or int64, got {x.dtype}")
     if x.device != k.device:
         raise ValueError(f"{name}.device must equal k.device ({k.device}), got {x.device}")
-    return _to_int32(x)
+    return to_int32(x)
 
 
 def _rows(name: str, x: Tensor | float | None, storage: Tensor) -> Tensor | None:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from .. import attention
 from ..attention import asym_gqa_attention
 from ..backends.dispatch import select
-from ..inputs import AttentionInputs
 from ..integrations.transformers import attention_call
 from ..integrations.transformers.guards import reads_maps
 
@@ -73,7 +73,7 @@ def register_checked(backend: str) -> Comparison:
 
     def both(call: dict[str, object]) -> Tensor:
         ours = asym_gqa_attention(**call, backend=backend)
-        ran = select(AttentionInputs.create(**call), backend).name
+        ran = select(attention.attention_call(**call), backend).name
         comparison.add(ours, expand_sdpa(call), ran)
         return ours
 

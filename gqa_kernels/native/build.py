@@ -203,8 +203,9 @@ def _find_or_build(part: str) -> Path:
 
 
 def _load_library(path: Path) -> None:
+    from . import ops  # noqa: F401  (defines the ops)
+
     torch.ops.load_library(str(path))
-    from .. import ops  # noqa: F401  (fake kernels; needs the ops' schemas)
 
 
 def _probe(library: Path) -> None:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from ..attention import asym_gqa_attention
+from ..call.checks import HeadMapLike
 from ..head_map import HeadMap
-from ..inputs import HeadMapLike
 from .allocation import KeyNormAllocation
 from .rotary import rotary
 

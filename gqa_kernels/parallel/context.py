@@ -18,11 +18,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..attention import attention_call
 from ..backends.dispatch import select
 from ..cache.base import KVCache
-from ..cache.cascade import merge_attention_states, merge_sinks
-from ..cache.decode import asym_gqa_decode
-from ..inputs import UNBOUNDED, AttentionInputs, HeadMapLike, Layout, _resolve_window
+from ..cache.tensors import Layout
+from ..call.checks import HeadMapLike
+from ..call.options import UNBOUNDED, Options
+from ..cascade import merge_attention_states, merge_sinks
+from ..decode import asym_gqa_decode
 from .ring import Call, Range, Ranges, Ring, RingAttention
 
 
@@ -96,20 +99,22 @@ def context_parallel_attention(
         q_ranges, kv_ranges = _default_ranges(ring, q.shape[axis], k.shape[axis])
     _check_ranges("q_ranges", q_ranges, ring, q.shape[axis])
     _check_ranges("kv_ranges", kv_ranges, ring, k.shape[axis])
+    options = Options.of(causal, window=window)
     left, right = (
-        None if side == UNBOUNDED else side for side in _resolve_window(window, bool(causal))
+        None if side == UNBOUNDED else side for side in (options.window_left, options.window_right)
     )
     call = Call(
         ring, q_ranges[ring.rank], kv_ranges, left, right, alibi_slopes, axis, layout,
         {
             "head_map": head_map, "value_head_map": value_head_map, "scale": scale,
-            "softcap": softcap, "deterministic": deterministic, "backend": backend,
+            "softcap": softcap, "backend": backend,
         },
     )  # fmt: skip
-    inputs = AttentionInputs.create(
+    inputs = attention_call(
         q, k, v, alibi_slopes=alibi_slopes, sinks=sinks, layout=layout, causal=causal,
         window=window, **{name: x for name, x in call.options.items() if name != "backend"},
     )  # fmt: skip
+    inputs.check()
     select(inputs, backend)  # says at once what no part of the call could run
     out, lse = RingAttention.apply(q, k, v, call)
     if sinks is not None:

@@ -24,14 +24,15 @@ map (:meth:`gqa_kernels.HeadMap.shard`) and call the function on local tensors, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ..backends.dispatch import BACKENDS
-from ..inputs import UNBOUNDED
+from ..call.options import UNBOUNDED
+from ..native import build
+from ..native.schema import BACKWARD, FORWARD, Schema
 
 OLDEST = "2.10"  # of torch, first release tested
 
@@ -88,48 +89,51 @@ def register() -> list[str]:
     """
     registered = []
     if any(not BACKENDS[name].unavailable_reason() for name in ("cpu", "cuda")):
-        from ..native import build
-
         build.load()
-        _register("attention", cuts_map=True)
+        _register("attention", FORWARD, BACKWARD, cuts_map=True)
         registered += [n for n in ("cpu", "cuda") if not BACKENDS[n].unavailable_reason()]
     if BACKENDS["triton"].unavailable_reason() is None:
-        from ..backends.triton import backward_ops  # noqa: F401  (defines both ops)
+        from ..backends.triton import ops  # defines the ops
 
-        _register("triton_attention", cuts_map=False)
+        _register("triton_attention", ops.FORWARD, ops.BACKWARD, cuts_map=False)
         registered.append("triton")
     return registered
 
 
-def _register(name: str, cuts_map: bool) -> None:
-    """Rules of ``name``'s forward and backward op; their arguments are those of
-    :mod:`gqa_kernels.autograd`.
+# How a tensor of an op is cut: the field of its Way. All others are not given, or whole.
+_PLACED_AS = {
+    "q": "q", "out": "q", "lse": "q", "dout": "q", "dlse": "q", "k": "kv", "v": "kv",
+    "head_map": "maps", "plan": "maps", "value_head_map": "maps", "alibi_slopes": "slopes",
+    "sinks": "sinks", "attn_mask": "mask", "kv_lengths": "lengths",
+}  # fmt: skip
+
+
+def _register(name: str, forward_schema: Schema, backward_schema: Schema, cuts_map: bool) -> None:
+    """Rules of ``name``'s forward and backward op.
 
     Args:
         cuts_map: whether the op reads the map itself, which can be cut with the query heads.
     """
 
-    def forward(q, k, v, *others):
-        _refuse_dropout(others[NUM_BEFORE_DROPOUT + 1 :])
+    def forward(*arguments):
+        call = forward_schema.Arguments(*arguments)
+        _refuse_dropout(call.dropout_p)
         return [
-            ([way.q, way.q], [way.q, way.kv, way.kv, *_of_others(way, others)])
-            for way in _ways(cuts_map, others)
+            ([way.q, way.q], _placements(way, call)[: len(arguments)])
+            for way in _ways(cuts_map, call)
         ]
 
-    def backward(dout, dlse, q, k, v, out, lse, *others):
-        *others, need_slopes, need_sinks = others
+    def backward(*arguments):
+        call = backward_schema.Arguments(*arguments)
         return [
             (
                 [
-                    way.q, way.dkv, way.dkv, way.slopes if need_slopes else WHOLE,
-                    way.dsinks if need_sinks else WHOLE,
+                    way.q, way.dkv, way.dkv, way.slopes if call.need_slopes else WHOLE,
+                    way.dsinks if call.need_sinks else WHOLE,
                 ],
-                [
-                    way.q, None if dlse is None else way.q, way.q, way.kv, way.kv, way.q, way.q,
-                    *_of_others(way, others), None, None,
-                ],
+                _placements(way, call)[: len(arguments)],
             )
-            for way in _ways(cuts_map, others)
+            for way in _ways(cuts_map, call)
         ]  # fmt: skip
 
     for suffix, rule in (("forward", forward), ("backward", backward)):
@@ -137,30 +141,26 @@ def _register(name: str, cuts_map: bool) -> None:
         register_sharding(op)(rule)
 
 
-NUM_BEFORE_DROPOUT = 10  # maps, biases, scale, windows and softcap
+def _placements(way: Way, call: Any) -> list[Placement | None]:
+    """Placements of the tensors of a call, in order; None of what is none."""
+    return [
+        None if x is None or name not in _PLACED_AS else getattr(way, _PLACED_AS[name])
+        for name, x in call._asdict().items()
+    ]
 
 
-def _of_others(way: Way, others: Sequence[Any]) -> list[Placement | None]:
-    """Placements of the maps, slopes, sinks, mask and lengths that there are; None of the rest."""
-    tensors = [way.maps, way.maps, way.slopes, way.sinks, way.mask, way.lengths]
-    placed = [None if x is None else p for x, p in zip(others, tensors, strict=False)]
-    return placed + [None] * (len(others) - len(placed))
-
-
-def _ways(cuts_map: bool, others: Sequence[Any]) -> list[Way]:
+def _ways(cuts_map: bool, call: Any) -> list[Way]:
     """The ways in which ranks can work alone."""
-    slopes, (window_left, window_right) = others[2], others[7:9]
     names = ["whole", "batch"]
     if cuts_map:
         names.append("heads")
-    if slopes is None and window_left == window_right == UNBOUNDED:
+    if call.alibi_slopes is None and call.window_left == call.window_right == UNBOUNDED:
         names.append("tokens")
     return [WAYS[name] for name in names]
 
 
-def _refuse_dropout(options: Sequence[Any]) -> None:
-    """``options``: dropout_p and its seed, where the call gives them."""
-    if options and options[0]:
+def _refuse_dropout(dropout_p: float) -> None:
+    if dropout_p:
         raise NotImplementedError(
-            f"dropout_p must be 0 for DTensors: ranks would drop alike, got {options[0]}"
+            f"dropout_p must be 0 for DTensors: ranks would drop alike, got {dropout_p}"
         )

@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..attention import asym_gqa_attention
-from ..cache.cascade import _over_heads_and_tokens, merge_attention_states
-from ..inputs import Layout
+from ..cache.tensors import Layout
+from ..cascade import merge_attention_states, over_heads_and_tokens
 
 Range = tuple[int, int]  # positions [begin, end) in the whole sequence
 Ranges = Sequence[Sequence[Range]]  # for each rank, where its tokens lie, in their order
@@ -245,7 +245,7 @@ def _part_gradients(
     share = torch.exp(part_lse.detach() - lse.masked_fill(lse == -torch.inf, 0))
     delta = (dout * (part_out.detach().to(lse.dtype) - out.to(lse.dtype))).sum(-1)
     delta = delta.transpose(1, 2) if call.layout == "bshd" else delta
-    part_dout = (_over_heads_and_tokens(share, dout, call.layout) * dout).to(part_out.dtype)
+    part_dout = (over_heads_and_tokens(share, dout, call.layout) * dout).to(part_out.dtype)
     return torch.autograd.grad((part_out, part_lse), leaves, (part_dout, share * (delta + dlse)))
 
 

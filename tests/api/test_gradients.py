@@ -197,11 +197,11 @@ def test_double_backward_is_refused(backend, device):
 def test_gradient_of_a_mask_needs_the_reference(backend, device):
     q, k, v = make_inputs(1, UNEVEN, 5, 7, 16, dtype=widest(backend), device=device)
     mask = torch.zeros(5, 7, device=device, requires_grad=True)
-    reasons = explain_backend(q, k, v, UNEVEN, attn_mask=mask)
+    reasons = explain_backend(asym_gqa_attention, q, k, v, UNEVEN, attn_mask=mask)
     assert any("mask_gradient" in reason for reason in reasons[backend])
     assert not reasons["reference"]
     with torch.no_grad():
-        assert not explain_backend(q, k, v, UNEVEN, attn_mask=mask)[backend]
+        assert not explain_backend(asym_gqa_attention, q, k, v, UNEVEN, attn_mask=mask)[backend]
     asym_gqa_attention(q, k, v, UNEVEN, attn_mask=mask).sum().backward()
     assert mask.grad is not None
 

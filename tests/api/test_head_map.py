@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from gqa_kernels import HeadMap, asym_gqa_attention
-from gqa_kernels.inputs import AttentionInputs
-from gqa_kernels.plan import build_plan, num_groups, plan_for
+from gqa_kernels.attention import attention_call
+from gqa_kernels.backends.triton.plan import build_plan, num_groups, plan_for
 from gqa_kernels.testing import make_inputs
 
 
@@ -174,12 +174,12 @@ def test_hostile_maps_end_at_once(call, error, message):
 def test_plan_is_built_once_for_a_head_map(device):
     head_map = HeadMap([0, 1, 1])
     q, k, v = make_inputs(1, head_map, 2, 3, 8, device=device)
-    first = plan_for(AttentionInputs.create(q, k, v, head_map))
-    assert plan_for(AttentionInputs.create(q, k, v, head_map)) is first
-    both = plan_for(AttentionInputs.create(q, k, v, head_map, value_head_map=[1, 0, 0]))
+    first = plan_for(attention_call(q, k, v, head_map))
+    assert plan_for(attention_call(q, k, v, head_map)) is first
+    both = plan_for(attention_call(q, k, v, head_map, value_head_map=[1, 0, 0]))
     assert both.numel() == 3 * 3 + 3 + 2 and both is not first
-    listed = plan_for(AttentionInputs.create(q, k, v, [0, 1, 1]))
-    assert plan_for(AttentionInputs.create(q, k, v, (0, 1, 1))) is listed
+    listed = plan_for(attention_call(q, k, v, [0, 1, 1]))
+    assert plan_for(attention_call(q, k, v, (0, 1, 1))) is listed
 
 
 def test_tensors_made_in_inference_mode_serve_training():

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from gqa_kernels import HeadMap, asym_gqa_attention
+from gqa_kernels.attention import attention_call
 from gqa_kernels.backends.cpu import CPUBackend
-from gqa_kernels.inputs import AttentionInputs
 from gqa_kernels.native import build
+from gqa_kernels.native.schema import FORWARD
 from gqa_kernels.testing import assert_attention_close, make_inputs
 from tests.cases.attention import CASES, UNEVEN
 
@@ -181,11 +182,8 @@ def test_masks_of_any_strides(isa, q_len):
 
 def op_arguments(q_len=5, **options):
     q, k, v = make_inputs(2, UNEVEN, q_len, 9, 16)
-    x = AttentionInputs.create(q, k, v, UNEVEN, **options)
-    return [
-        x.q, x.k, x.v, x.head_map_tensor, x.value_head_map_tensor, x.alibi_slopes, x.sinks,
-        x.attn_mask, x.kv_lengths, x.scale, x.window_left, x.window_right, x.softcap, False,
-    ]  # fmt: skip
+    call = attention_call(q, k, v, UNEVEN, **options)
+    return dict(zip(FORWARD.names, FORWARD.arguments_of(call), strict=True))
 
 
 def op():
@@ -206,45 +204,53 @@ def test_opcheck(q_len):
     }
     for options in ({}, everything):
         for bshd in (False, True):
-            torch.library.opcheck(op(), (*op_arguments(q_len, **options)[:-1], bshd))
+            arguments = op_arguments(q_len, **options) | {"bshd": bshd}
+            torch.library.opcheck(op(), tuple(arguments.values()))
+            torch.library.opcheck(
+                torch.ops.gqa_kernels.attention_output.default, tuple(arguments.values())
+            )
 
 
 def test_out_of_range_map_entries_give_nan_and_read_nothing():
     arguments = op_arguments()
     for bad in (-1, 3, 2**31 - 1, -(2**31)):
-        arguments[3] = torch.tensor([0, bad, 2, 1, bad, 0], dtype=torch.int32)
-        out, lse = op()(*arguments)
+        arguments["head_map"] = torch.tensor([0, bad, 2, 1, bad, 0], dtype=torch.int32)
+        out, lse = op()(*arguments.values())
         assert out[:, [1, 4]].isnan().all() and lse[:, [1, 4]].isnan().all()
-        good = asym_gqa_attention(arguments[0][:, [0, 2, 3, 5]], *arguments[1:3], [0, 2, 1, 0])
+        q, k, v = (arguments[name] for name in "qkv")
+        good = asym_gqa_attention(q[:, [0, 2, 3, 5]], k, v, [0, 2, 1, 0])
         torch.testing.assert_close(out[:, [0, 2, 3, 5]], good)
 
 
 @pytest.mark.parametrize(
-    "index, value, message",
+    "name, value, message",
     [
-        (1, torch.zeros(2, 3, 9, 16, dtype=torch.half), "k must have dtype Float, got Half"),
-        (3, torch.zeros(6, dtype=torch.long), "head_map must have dtype Int, got Long"),
-        (0, torch.zeros(2, 6, 5, 32)[..., ::2], "q must have a last dim of stride 1, got stride 2"),
-        (2, torch.zeros(2, 3, 9, 300), "v must have a head dim of 1 to 256, got 300"),
-        (2, torch.zeros(2, 3, 8, 16), r"v must have shape \(2, 3, 9, 16\), got \(2, 3, 8, 16\)"),
-        (3, torch.zeros(5, dtype=torch.int), r"head_map must have shape \(6\), got \(5\)"),
+        ("k", torch.zeros(2, 3, 9, 16, dtype=torch.half), "k must have q's dtype, .* got Half"),
+        ("head_map", torch.zeros(6, dtype=torch.long), "head_map must have dtype Int, got Long"),
         (
-            7,
+            "q",
+            torch.zeros(2, 6, 5, 32)[..., ::2],
+            "q must have a last dim of stride 1, got stride 2",
+        ),
+        ("v", torch.zeros(2, 3, 9, 300), "v must have a head dim of 1 to 256, got 300"),
+        ("v", torch.zeros(2, 3, 8, 16), r"v must have shape \(2, 3, 9, 16\), got \(2, 3, 8, 16\)"),
+        ("head_map", torch.zeros(5, dtype=torch.int), r"head_map must have shape \(6\), got \(5\)"),
+        (
+            "attn_mask",
             torch.zeros(2, 6, 5, 8),
             r"attn_mask must have shape \(2, 6, 5, 9\), got \(2, 6, 5, 8\)",
         ),
         (
-            8,
+            "kv_lengths",
             torch.zeros(2, 1, dtype=torch.int),
             r"kv_lengths must have shape \(2, 3\), got \(2, 1\)",
         ),
     ],
 )
-def test_op_refuses_what_memory_safety_forbids(index, value, message):
-    arguments = op_arguments()
-    arguments[index] = value
+def test_op_refuses_what_memory_safety_forbids(name, value, message):
+    arguments = op_arguments() | {name: value}
     with pytest.raises(RuntimeError, match=message):
-        op()(*arguments)
+        op()(*arguments.values())
 
 
 def run_alone(code: str) -> list[float]:

@@ -7,6 +7,7 @@ import torch
 
 from gqa_kernels import HeadMap, asym_gqa_attention, asym_gqa_varlen_attention
 from gqa_kernels.native import build
+from gqa_kernels.native.schema import BACKWARD
 from gqa_kernels.testing import assert_gradients_close, make_inputs
 from tests.api.test_gradients import check, differentiate, large_scores
 from tests.backends.test_cpu import DTYPES, isa, op_arguments, threads  # noqa: F401 (fixtures)
@@ -63,9 +64,10 @@ def backward_arguments(need=(True, True), **options):
     """Arguments of the op after a forward through its own op."""
     build.load()
     forward = op_arguments(**{"alibi_slopes": torch.rand(6), "sinks": torch.rand(6), **options})
-    out, lse = torch.ops.gqa_kernels.attention_forward.default(*forward)
-    gradients = torch.randn_like(out), torch.randn_like(lse)
-    return [*gradients, *forward[:3], out, lse, *forward[3:-1], 0.0, None, *need]
+    out, lse = torch.ops.gqa_kernels.attention_forward.default(*forward.values())
+    made = {"dout": torch.randn_like(out), "dlse": torch.randn_like(lse), "out": out, "lse": lse}
+    known = {**forward, **made, "need_slopes": need[0], "need_sinks": need[1]}
+    return {name: known[name] for name in BACKWARD.names}
 
 
 def op():
@@ -75,44 +77,47 @@ def op():
 
 @pytest.mark.parametrize("need", [(True, True), (False, False)])
 def test_opcheck(need):
-    torch.library.opcheck(op(), backward_arguments(need, causal=True))
+    torch.library.opcheck(op(), tuple(backward_arguments(need, causal=True).values()))
     arguments = op_arguments(causal=True, sinks=torch.rand(6))
-    leaves = [x.clone().requires_grad_() for x in arguments[:3]]
+    arguments |= {name: arguments[name].clone().requires_grad_() for name in "qkv"}
     torch.library.opcheck(
-        torch.ops.gqa_kernels.attention_forward.default, (*leaves, *arguments[3:])
+        torch.ops.gqa_kernels.attention_forward.default, tuple(arguments.values())
     )
 
 
 def test_out_of_range_map_entries_give_nan_and_touch_nothing():
     arguments = backward_arguments()
-    good = op()(*arguments)
+    good = op()(*arguments.values())
     kept = [0, 2, 3, 5]
     for bad in (-1, 3, 2**31 - 1, -(2**31)):
-        head_map = arguments[7].clone()
+        head_map = arguments["head_map"].clone()
         head_map[[1, 4]] = bad
-        dq, dk, dv, *_ = op()(*arguments[:7], head_map, *arguments[8:])
+        dq, dk, dv, *_ = op()(*{**arguments, "head_map": head_map}.values())
         assert dq[:, [1, 4]].isnan().all()
         torch.testing.assert_close(dq[:, kept], good[0][:, kept])
         assert dk.isfinite().all() and dv.isfinite().all()
 
 
 @pytest.mark.parametrize(
-    "index, value, message",
+    "name, value, message",
     [
-        (0, torch.zeros(2, 6, 5, 16, dtype=torch.half), "dout must have dtype Float, got Half"),
-        (0, torch.zeros(2, 6, 4, 16), r"dout must have shape \(2, 6, 5, 16\)"),
-        (0, torch.zeros(1).expand(2, 6, 5, 16), "dout must have a last dim of stride 1"),
-        (6, torch.zeros(2, 6, 10)[..., ::2], "lse must be contiguous"),
-        (17, 1.5, r"dropout_p must lie in \[0, 1\), got 1.5"),
-        (17, 0.5, "dropout_seed must be given"),
-        (9, None, "alibi_slopes must be given with need_slopes"),
+        (
+            "dout",
+            torch.zeros(2, 6, 5, 16, dtype=torch.half),
+            "dout must have dtype Float, got Half",
+        ),
+        ("dout", torch.zeros(2, 6, 4, 16), r"dout must have shape \(2, 6, 5, 16\)"),
+        ("dout", torch.zeros(1).expand(2, 6, 5, 16), "dout must have a last dim of stride 1"),
+        ("lse", torch.zeros(2, 6, 10)[..., ::2], "lse must be contiguous"),
+        ("dropout_p", 1.5, r"dropout_p must lie in \[0, 1\), got 1.5"),
+        ("dropout_p", 0.5, "dropout_seed must be given"),
+        ("alibi_slopes", None, "alibi_slopes must be given with need_slopes"),
     ],
 )
-def test_op_refuses_what_memory_safety_forbids(index, value, message):
-    arguments = backward_arguments()
-    arguments[index] = value
+def test_op_refuses_what_memory_safety_forbids(name, value, message):
+    arguments = backward_arguments() | {name: value}
     with pytest.raises(RuntimeError, match=message):
-        op()(*arguments)
+        op()(*arguments.values())
 
 
 def test_gradients_of_strided_tensors_and_bshd():

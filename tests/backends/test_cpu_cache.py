@@ -9,11 +9,13 @@ import torch
 
 from gqa_kernels import HeadMap
 from gqa_kernels.backends.cpu import CPUBackend
-from gqa_kernels.backends.reference_cache import reference_append
-from gqa_kernels.cache.inputs import AppendInputs, CacheInputs
-from gqa_kernels.cache.quantized import FORMAT_OF_NAME, quantize, row_scales
+from gqa_kernels.backends.reference.cache import reference_append
+from gqa_kernels.cache.formats import FORMAT_OF_NAME, quantize, row_scales
 from gqa_kernels.cache.view import KVView
+from gqa_kernels.call.append import AppendCall
+from gqa_kernels.decode import view_call
 from gqa_kernels.native import build
+from gqa_kernels.native.schema import APPEND, FORWARD
 from gqa_kernels.testing import assert_cache_close
 from tests.backends.test_cpu import isa  # noqa: F401  (a fixture)
 
@@ -81,11 +83,11 @@ def random_call(seed, dtype, name):
         shape = (sum(counts), heads, view.head_dim)
     else:
         shape = (view.batch, heads, rnd.choice([1, 1, 3, 20]), view.head_dim)
-    return CacheInputs.create(
+    return view_call(
         torch.randn(shape, generator=generator).to(dtype),
         view,
         HeadMap([rnd.randrange(view.num_k_heads) for _ in range(heads)], view.num_k_heads),
-        q_offsets=offsets,
+        cu_seqlens_q=offsets,
         window=(rnd.choice([None, 5]), rnd.choice([None, 0, 3])),
         softcap=rnd.choice([None, None, 2.0]),
         sinks=torch.rand(heads) if rnd.random() < 0.2 else None,
@@ -96,8 +98,8 @@ def random_call(seed, dtype, name):
 def test_every_instruction_set_on_random_views(isa, name):  # noqa: F811
     for seed in range(24):
         inputs = random_call(seed, DTYPES[seed % 3], name)
-        out, lse = CPU.run_cache(inputs)
-        alone, _ = CPU.run_cache(replace(inputs, lse_wanted=False))
+        out, lse = CPU.attend(inputs)
+        alone, _ = CPU.attend(inputs.replace(lse_wanted=False))
         try:
             assert_cache_close(out, inputs, lse)
             assert_cache_close(alone, inputs)
@@ -110,8 +112,8 @@ def decode_of(q, k, v, name, zeros=False):
     (k, ks, kz), (v, vs, vz) = (stored_rows(x, q.dtype, name, zeros) for x in (k, v))
     lengths = torch.full((q.shape[0],), k.shape[2]).int()
     view = KVView.create(k, v, lengths, k_scale=ks, v_scale=vs, k_zero=kz, v_zero=vz)
-    inputs = replace(CacheInputs.create(q, view, HeadMap([0, 0, 1, 0, 1])), lse_wanted=False)
-    return CPU.run_cache(inputs)[0], inputs
+    inputs = view_call(q, view, HeadMap([0, 0, 1, 0, 1])).replace(lse_wanted=False)
+    return CPU.attend(inputs)[0], inputs
 
 
 @pytest.mark.parametrize("name, zeros", [("int8", False), ("int8", True), ("int4", True)])
@@ -144,8 +146,8 @@ def test_numbers_that_int16_lacks(isa):  # noqa: F811
     for tiny in (0.0, 1e-38, 1e-30):
         assert_cache_close(*decode_of(q * tiny, k, v, "int8"))
     out, inputs = decode_of(q, k, v, "int8")
-    inputs.view.v_scale[1, 0, 5] = float("nan")
-    out, _ = CPU.run_cache(inputs)
+    inputs.kv.v_scale[1, 0, 5] = float("nan")
+    out, _ = CPU.attend(inputs)
     heads = torch.tensor([True, True, False, True, False])  # those of KV head 0
     assert torch.equal(out[1, :, 0].isnan().all(-1), heads) and not out[0].isnan().any()
 
@@ -175,7 +177,7 @@ def paged_call(dtype, name=None, q_len=1, length=300, page_size=16, dim=64):
     )  # fmt: skip
     q = torch.randn(2, 5, q_len, dim, generator=generator).to(dtype)
     head_map = HeadMap([0, 1, 1, 0, 1])
-    return tuple(CacheInputs.create(q, x, head_map, window=(None, 0)) for x in (view, dense))
+    return tuple(view_call(q, x, head_map, window=(None, 0)) for x in (view, dense))
 
 
 @pytest.mark.parametrize("q_len", [1, 30])
@@ -183,7 +185,7 @@ def paged_call(dtype, name=None, q_len=1, length=300, page_size=16, dim=64):
 @pytest.mark.parametrize("page_size", [1, 16, 100])
 def test_pages_change_no_bit(isa, page_size, name, q_len):  # noqa: F811
     paged, dense = paged_call(torch.bfloat16, name, q_len, page_size=page_size)
-    for got, expected in zip(CPU.run_cache(paged), CPU.run_cache(dense), strict=True):
+    for got, expected in zip(CPU.attend(paged), CPU.attend(dense), strict=True):
         assert torch.equal(got, expected)
 
 
@@ -191,20 +193,18 @@ def test_ragged_queries_are_the_sequences_one_by_one(isa):  # noqa: F811
     paged, _ = paged_call(torch.float32, q_len=3)
     q = torch.randn(9, 5, 64)
     offsets = torch.tensor([0, 4, 7], dtype=torch.int32)  # 2 tokens more than sequences have
-    out, lse = CPU.run_cache(
-        CacheInputs.create(q, paged.view, paged.head_map, q_offsets=offsets, window=(None, 0))
+    out, lse = CPU.attend(
+        view_call(q, paged.kv, paged.head_map, cu_seqlens_q=offsets, window=(None, 0))
     )
     for b in range(2):
         tokens = slice(offsets[b], offsets[b + 1])
         view = replace(
-            paged.view,
-            kv_lengths=paged.view.kv_lengths[b : b + 1],
-            page_table=paged.view.page_table[b : b + 1],
+            paged.kv,
+            kv_lengths=paged.kv.kv_lengths[b : b + 1],
+            page_table=paged.kv.page_table[b : b + 1],
         )
-        alone = replace(
-            paged, q=q[tokens].transpose(0, 1)[None], view=view, max_q_len=len(q[tokens])
-        )
-        expected_out, expected_lse = CPU.run_cache(alone)
+        alone = paged.replace(q=q[tokens].transpose(0, 1)[None], kv=view)
+        expected_out, expected_lse = CPU.attend(alone)
         assert torch.equal(out[:, :, tokens], expected_out)
         assert torch.equal(lse[:, :, tokens], expected_lse)
     assert (out[:, :, 7:] == 0).all() and (lse[:, :, 7:] == -torch.inf).all()
@@ -221,7 +221,7 @@ def test_every_stored_number(isa, name):  # noqa: F811
     length = torch.ones(16, dtype=torch.int32)
     view = KVView.create(k, v, length, k_scale=scale, v_scale=scale)
     q = torch.ones(16, 1, 1, view.head_dim)
-    out, _ = CPU.run_cache(CacheInputs.create(q, view, HeadMap([0])))
+    out, _ = CPU.attend(view_call(q, view, HeadMap([0])))
     if form.per_byte == 2:
         numbers = torch.stack([codes & 15, codes >> 4], -1).flatten(-2).float()
     else:
@@ -234,14 +234,14 @@ def test_every_stored_number(isa, name):  # noqa: F811
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_page_out_of_range_is_nan_where_it_is_seen(isa, name, q_len):  # noqa: F811
     paged, _ = paged_call(torch.bfloat16, name, q_len)
-    paged = replace(paged, window_left=100)
-    good, _ = CPU.run_cache(paged)
+    paged = paged.replace(window_left=100)
+    good, _ = CPU.attend(paged)
     position = 300 - q_len + torch.arange(q_len)
     sees = (position >= 144) & (position - 100 < 160)  # page 9
-    for bad in (-1, paged.view.num_pages, 2**31 - 1, -(2**31)):
-        table = paged.view.page_table.clone()
+    for bad in (-1, paged.kv.num_pages, 2**31 - 1, -(2**31)):
+        table = paged.kv.page_table.clone()
         table[0, 0, 9] = bad
-        out, lse = CPU.run_cache(replace(paged, view=replace(paged.view, page_table=table)))
+        out, lse = CPU.attend(paged.replace(kv=replace(paged.kv, page_table=table)))
         lost = torch.zeros(2, 5, q_len, dtype=torch.bool)
         lost[0, [0, 3]] = sees
         assert torch.equal(lse.isnan(), lost)
@@ -252,10 +252,10 @@ def test_a_page_out_of_range_is_nan_where_it_is_seen(isa, name, q_len):  # noqa:
 @pytest.mark.parametrize("bits", [0x7FC00000, 0x7F800001, -1])
 def test_nan_with_any_payload_is_seen(isa, bits):  # noqa: F811
     paged, _ = paged_call(torch.float32)
-    paged.view.k[paged.view.page_table[0, 0, 3], 0, 5, 7] = torch.tensor(
-        bits, dtype=torch.int32
-    ).view(torch.float32)
-    out, lse = CPU.run_cache(paged)
+    paged.kv.k[paged.kv.page_table[0, 0, 3], 0, 5, 7] = torch.tensor(bits, dtype=torch.int32).view(
+        torch.float32
+    )
+    out, lse = CPU.attend(paged)
     assert out[0, [0, 3]].isnan().all() and lse[0, [0, 3]].isnan().all()
     assert out[0, [1, 2, 4]].isfinite().all()
 
@@ -298,7 +298,7 @@ def random_append(seed, dtype, name):
         )
         cos, sin = angle.cos(), angle.sin().to(rnd.choice([dtype, torch.float32]))
     shares_lengths = view.kv_lengths.stride(1) == 0
-    return AppendInputs(
+    return AppendCall(
         q if cos is not None and shares_lengths else None, k_new, v_new, view, offsets, tokens,
         cos, sin, rnd.random() < 0.5,
     )  # fmt: skip
@@ -307,9 +307,9 @@ def random_append(seed, dtype, name):
 def after(append, inputs):
     """Everything that an append writes, from a copy of the cache."""
     parts = ("k", "v", "k_scale", "v_scale", "k_zero", "v_zero")
-    memory = {part: getattr(inputs.view, part) for part in parts}
+    memory = {part: getattr(inputs.kv, part) for part in parts}
     memory = {part: x if x is None or 0 in x.stride() else x.clone() for part, x in memory.items()}
-    rotated = append(replace(inputs, view=replace(inputs.view, **memory)))
+    rotated = append(replace(inputs, kv=replace(inputs.kv, **memory)))
     return {"q": rotated, **memory}
 
 
@@ -338,7 +338,7 @@ def test_append_drops_what_has_no_slot():
     view = KVView.create(memory[1:3], memory[1:3], torch.tensor([3]),
                          page_table=torch.tensor([[1, 0]]))  # fmt: skip
     new = torch.ones(1, 1, 5, 8)
-    CPU.append(AppendInputs(None, new, new, view, None, 5, None, None, False))
+    CPU.append(AppendCall(None, new, new, view, None, 5, None, None, False))
     expected = torch.zeros_like(memory)
     expected[1, 0, 1] = 1  # slot 3: page 0 of the view
     assert torch.equal(memory, expected)
@@ -353,7 +353,7 @@ def test_append_is_the_same_on_any_number_of_threads():
         try:
             k = torch.zeros(3, 4, 256, 64)
             view = KVView.create(k, k, torch.tensor([0, 9, 50]))
-            CPU.append(AppendInputs(None, new, new, view, None, 200, None, None, False))
+            CPU.append(AppendCall(None, new, new, view, None, 200, None, None, False))
         finally:
             torch.set_num_threads(before)
         memory.append(k)
@@ -361,33 +361,17 @@ def test_append_is_the_same_on_any_number_of_threads():
     assert torch.equal(memory[0], memory[1]) and torch.equal(memory[0], memory[2])
 
 
-def forward_arguments(inputs):
-    x, view = inputs, inputs.view
-    return dict(
-        q=x.q, k=view.k, v=view.v, head_map=x.head_map_tensor.int(), value_head_map=None,
-        alibi_slopes=None, sinks=None, attn_mask=None, kv_lengths=view.kv_lengths,
-        page_table=view.page_table, kv_begin=view.kv_begin, q_offsets=x.q_offsets,
-        max_q_len=x.max_q_len, k_scale=view.k_scale, v_scale=view.v_scale, k_zero=view.k_zero,
-        v_zero=view.v_zero, scale=x.scale, window_left=x.window_left,
-        window_right=x.window_right, softcap=0.0, bshd=False,
-    )  # fmt: skip
+def forward_arguments(call):
+    return dict(zip(FORWARD.names, FORWARD.arguments_of(call), strict=True))
 
 
 @pytest.mark.parametrize("seed, name", [(0, None), (1, "int4"), (2, "int8")])
 def test_opcheck(seed, name):
     op = torch.ops.gqa_kernels
     inputs = random_call(seed, torch.float32, name)
-    torch.library.opcheck(
-        op.cache_attention_forward.default, tuple(forward_arguments(inputs).values())
-    )
-    x = random_append(seed, torch.float32, name)
-    view = x.view
-    arguments = (
-        x.q, x.k_new, x.v_new, view.k, view.v, view.kv_lengths, view.page_table, view.kv_begin,
-        x.new_offsets, view.k_scale, view.v_scale, view.k_zero, view.v_zero, x.rotary_cos,
-        x.rotary_sin, x.rotary_interleaved,
-    )  # fmt: skip
-    torch.library.opcheck(op.cache_append.default, arguments)
+    torch.library.opcheck(op.attention_forward.default, tuple(forward_arguments(inputs).values()))
+    call = random_append(seed, torch.float32, name)
+    torch.library.opcheck(op.cache_append.default, APPEND.arguments_of(call))
 
 
 @pytest.mark.parametrize(
@@ -434,7 +418,7 @@ def test_op_refuses_what_memory_safety_forbids(changes, message):
     paged, _ = paged_call(torch.bfloat16)
     arguments = {**forward_arguments(paged), **changes}
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.gqa_kernels.cache_attention_forward.default(*arguments.values())
+        torch.ops.gqa_kernels.attention_forward.default(*arguments.values())
 
 
 def test_append_needs_a_key_head():
@@ -442,5 +426,5 @@ def test_append_needs_a_key_head():
     with pytest.raises(RuntimeError, match="k must have at least 1 head, got 0"):
         torch.ops.gqa_kernels.cache_append.default(
             None, x[:, :0, :1], x[:, :, :1], x[:, :0].clone(), x, torch.zeros(1, 0).int(),
-            *[None] * 9, False,
+            *[None] * 3, 1, *[None] * 6, False,
         )  # fmt: skip

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gqa_kernels import DenseKVCache, HeadMap, asym_gqa_attention, asym_gqa_decode
-from gqa_kernels.cache.quantized import FORMAT_OF_NAME
+from gqa_kernels.cache.formats import FORMAT_OF_NAME
 from gqa_kernels.testing import assert_decode_close
 from tests.backends.test_cpu import isa, pytestmark, threads  # noqa: F401 (fixtures)
 

@@ -13,11 +13,11 @@ from gqa_kernels import (
     asym_gqa_decode,
     asym_gqa_varlen_attention,
 )
+from gqa_kernels.attention import attention_call
 from gqa_kernels.backends.cuda import CUDABackend
-from gqa_kernels.cache.quantized import FORMAT_OF_NAME
-from gqa_kernels.inputs import AttentionInputs
+from gqa_kernels.backends.triton.splits import choose_splits
+from gqa_kernels.cache.formats import FORMAT_OF_NAME
 from gqa_kernels.native import sources
-from gqa_kernels.splits import choose_splits
 from gqa_kernels.testing import (
     assert_attention_close,
     assert_decode_close,
@@ -35,7 +35,7 @@ DTYPES = sorted(CUDABackend.capabilities.dtypes, key=str)
 
 def test_what_the_backend_declares():
     q, k, v = make_inputs(1, UNEVEN, 1, 3, 16)
-    reasons = CUDABackend().unsupported_reasons(AttentionInputs.create(q, k, v, UNEVEN))
+    reasons = CUDABackend().unsupported(attention_call(q, k, v, UNEVEN))
     assert reasons == ["device cpu (supported: cuda)", "dtype float32 (bfloat16, float16 only)"]
 
 
@@ -187,7 +187,7 @@ def test_other_streams(q_len):
 def test_opcheck(q_len):
     CUDABackend().prepare()
     q, k, v = make_inputs(2, UNEVEN, q_len, 90, 64, dtype=torch.bfloat16, device="cuda")
-    args = (q, k, v, UNEVEN.tensor("cuda"), None, None, None, None, None, 0.125, -1, 0, 0.0, False)
+    args = (q, k, v, UNEVEN.tensor("cuda"), 0.125, -1, 0)
     torch.library.opcheck(torch.ops.gqa_kernels.attention_forward.default, args)
 
 
@@ -208,10 +208,15 @@ def test_pages_agree_with_the_dense_cache(page_size, q_len):
         room = room.view(2, 3, pages, page_size, 64).transpose(1, 2).reshape(-1, 3, page_size, 64)
         return torch.empty_like(room).index_copy_(0, order.long(), room)
 
-    out, lse = torch.ops.gqa_kernels.cache_attention_forward.default(
-        q, stored(k), stored(v), UNEVEN.tensor("cuda"), None, None, None, None, lengths, table,
-        None, None, q_len, None, None, None, None, 0.125, -1, 0, 0.0, False,
-    )  # fmt: skip
+    out, lse = torch.ops.gqa_kernels.attention_forward.default(
+        q,
+        stored(k),
+        stored(v),
+        UNEVEN.tensor("cuda"),
+        window_right=0,
+        kv_lengths=lengths,
+        page_table=table,
+    )
     assert_attention_close(out, q, k, v, UNEVEN, lse=lse, causal=True, kv_lengths=lengths)
 
 
@@ -222,12 +227,10 @@ def test_errors_name_the_rule_and_the_value():
     head_map = UNEVEN.tensor("cuda")
 
     def call(q=q, k=k, v=v, head_map=head_map, kv_lengths=None):
-        torch.ops.gqa_kernels.attention_forward.default(
-            q, k, v, head_map, None, None, None, None, kv_lengths, 1.0, -1, -1, 0.0, False
-        )
+        torch.ops.gqa_kernels.attention_forward.default(q, k, v, head_map, kv_lengths=kv_lengths)
 
     for arguments, message in [
-        ({"k": k.half()}, "k must have dtype BFloat16, got Half"),
+        ({"k": k.half()}, "k must have q's dtype"),
         ({"head_map": head_map.cpu()}, "head_map must be on cuda:0 as q is"),
         ({"k": k.transpose(2, 3)}, "k must have a last dim of stride 1"),
         ({"v": v[:, :, :4]}, r"v must have shape \(1, 3, 5, 64\), got \(1, 3, 4, 64\)"),
@@ -349,9 +352,18 @@ def test_backward_errors_name_the_rule_and_the_value():
 
     def call(dout=q, lse=lse, dropout_p=0.0, need_sinks=False):
         torch.ops.gqa_kernels.attention_backward.default(
-            dout, None, q, k, v, q, lse, UNEVEN.tensor("cuda"), None, None, None, None, None, 1.0,
-            -1, -1, 0.0, dropout_p, seed, False, need_sinks,
-        )  # fmt: skip
+            dout,
+            None,
+            q,
+            k,
+            v,
+            q,
+            lse,
+            UNEVEN.tensor("cuda"),
+            dropout_p=dropout_p,
+            dropout_seed=seed,
+            need_sinks=need_sinks,
+        )
 
     call()
     for arguments, message in [

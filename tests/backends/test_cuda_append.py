@@ -7,7 +7,7 @@ import torch
 
 from gqa_kernels.backends.cuda import CUDABackend
 from gqa_kernels.backends.dispatch import AUTO_ORDER, explain
-from gqa_kernels.backends.reference_cache import reference_append
+from gqa_kernels.backends.reference.cache import reference_append
 from tests.cases.appends import CASES, ROTARY, appends, assert_same_memory, bits
 from tests.cases.caches import Kind
 
@@ -18,7 +18,7 @@ needs_gpu = pytest.mark.skipif(REASON is not None, reason=f"backend cuda: {REASO
 def test_every_kind_is_declared():
     """A machine without a GPU is the only reason against any of them."""
     for options in CASES.values():
-        reasons = CUDABackend().unsupported_cache_reasons(appends(**options))
+        reasons = CUDABackend().unsupported(appends(**options))
         assert reasons == ["device cpu (supported: cuda)"]
     assert AUTO_ORDER["cuda"][0] == "cuda"
 
@@ -31,7 +31,7 @@ def test_stores_what_the_definition_says(name):
     assert explain(got)["cuda"] == []
     CUDABackend().prepare()
     rotated, q = CUDABackend().append(got), reference_append(expected)
-    assert_same_memory(got.view, expected.view)
+    assert_same_memory(got.view, expected.kv)
     if q is not None:
         assert torch.equal(bits(rotated.cpu()), bits(q))
 
@@ -58,14 +58,14 @@ def test_a_captured_append_reads_the_current_lengths_and_tables():
     """No synchronisation either: capture forbids it."""
     options = {**ROTARY["half-split"], "kind": Kind(3)}
     inputs = appends(**options, device="cuda")
-    table = inputs.view.page_table[:, 0].clone()  # whose contents change between replays
-    lengths = inputs.view.kv_lengths[:, 0].clone()
+    table = inputs.kv.page_table[:, 0].clone()  # whose contents change between replays
+    lengths = inputs.kv.kv_lengths[:, 0].clone()
     view = replace(
-        inputs.view,
-        page_table=table[:, None].expand_as(inputs.view.page_table),
-        kv_lengths=lengths[:, None].expand_as(inputs.view.kv_lengths),
+        inputs.kv,
+        page_table=table[:, None].expand_as(inputs.kv.page_table),
+        kv_lengths=lengths[:, None].expand_as(inputs.kv.kv_lengths),
     )
-    inputs = replace(inputs, view=view)
+    inputs = replace(inputs, kv=view)
     CUDABackend().prepare()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -77,15 +77,15 @@ def test_a_captured_append_reads_the_current_lengths_and_tables():
         rotated = CUDABackend().append(inputs)
     for new_lengths in ([0, 5, 2], [9, 1, 11]):
         poisoned = appends(**options)
-        inputs.view.k.copy_(poisoned.view.k), inputs.view.v.copy_(poisoned.view.v)
+        inputs.kv.k.copy_(poisoned.kv.k), inputs.kv.v.copy_(poisoned.kv.v)
         lengths.copy_(torch.tensor(new_lengths))
         table.copy_(table.flip(0))
         graph.replay()
         torch.cuda.synchronize()
         place = {"kv_lengths": view.kv_lengths.cpu(), "page_table": view.page_table.cpu()}
-        expected = replace(poisoned, view=replace(poisoned.view, **place))
+        expected = replace(poisoned, kv=replace(poisoned.kv, **place))
         assert torch.equal(bits(rotated.cpu()), bits(reference_append(expected)))
-        assert_same_memory(inputs.view, expected.view)
+        assert_same_memory(inputs.kv, expected.kv)
 
 
 @needs_gpu

@@ -11,9 +11,9 @@ from gqa_kernels import (
     available_backends,
     explain_backend,
 )
+from gqa_kernels.attention import attention_call
 from gqa_kernels.backends import dispatch
 from gqa_kernels.backends.base import Capabilities
-from gqa_kernels.native import build
 from gqa_kernels.testing import make_inputs
 
 MAP = HeadMap([0, 1, 1])
@@ -34,9 +34,9 @@ def test_explain_lists_every_backend_and_agrees_with_the_choice():
         (small(torch.float64), {"causal": True}),
         (small(requires_grad=True), {"sinks": torch.zeros(3)}),
     ]:
-        reasons = explain_backend(*call, **options)
+        reasons = explain_backend(asym_gqa_attention, *call, **options)
         assert set(reasons) == set(dispatch.BACKENDS)
-        inputs = dispatch.AttentionInputs.create(*call, **options)
+        inputs = attention_call(*call, **options)
         chosen = dispatch.select(inputs).name
         assert chosen == next(name for name, why in reasons.items() if not why)
         for name, why in reasons.items():
@@ -47,21 +47,22 @@ def test_explain_lists_every_backend_and_agrees_with_the_choice():
 
 
 def test_reasons_have_values():
-    reasons = explain_backend(*small(torch.float64, requires_grad=True))
+    reasons = explain_backend(asym_gqa_attention, *small(torch.float64, requires_grad=True))
     for name in ("cpu", "triton"):
         assert any("dtype float64" in why for why in reasons[name])
         no_backward = any("requires grad" in why for why in reasons[name])
         assert no_backward != dispatch.BACKENDS[name].capabilities.autograd
     wide = make_inputs(1, MAP, 2, 2, 300)
     assert any(
-        "head dim D = 300 (at most 256)" in why for why in explain_backend(*wide, MAP)["cpu"]
+        "head dim D = 300 (at most 256)" in why
+        for why in explain_backend(asym_gqa_attention, *wide, MAP)["cpu"]
     )
 
 
 def test_no_grad_lifts_the_need_for_a_backward():
     call = small(requires_grad=True)
     with torch.no_grad():
-        reasons = explain_backend(*call)
+        reasons = explain_backend(asym_gqa_attention, *call)
     assert not any("requires grad" in why for whys in reasons.values() for why in whys)
 
 
@@ -76,7 +77,6 @@ def test_auto_falls_back_and_warns_where_a_backend_fails_to_build(nothing_said, 
     backend = dispatch.BACKENDS["cpu"]
     monkeypatch.setattr(type(backend), "unavailable_reason", lambda self: None)
     monkeypatch.setattr(type(backend), "prepare", lambda self: "the compiler said no")
-    monkeypatch.setattr(build, "library_path", lambda part="cpu": None)
     call = small()
     with pytest.warns(UserWarning, match="'cpu' is not usable: the compiler said no"):
         out = asym_gqa_attention(*call)
@@ -108,7 +108,10 @@ def test_auto_says_once_per_reason_that_it_takes_the_reference(nothing_said):
         assert "backend='auto' runs the eager reference" in message and reason in message
         assert "pass backend='reference'" in message
     assert seen[0].filename == __file__
-    assert "head dim D = 300 (at most 256)" in explain_backend(*wide, [0, 0])["cpu"]
+    assert (
+        "head dim D = 300 (at most 256)"
+        in explain_backend(asym_gqa_attention, *wide, [0, 0])["cpu"]
+    )
 
 
 def test_auto_stays_silent_with_a_fused_backend_or_while_compiling(nothing_said):
@@ -127,10 +130,9 @@ def test_explanations_know_of_a_failed_build(nothing_said, monkeypatch):
     backend = dispatch.BACKENDS["cpu"]
     monkeypatch.setattr(type(backend), "unavailable_reason", lambda self: None)
     monkeypatch.setattr(type(backend), "prepare", lambda self: "the compiler said no")
-    monkeypatch.setattr(build, "library_path", lambda part="cpu": None)
     with pytest.warns(UserWarning, match="eager reference.*cpu: the compiler said no"):
         asym_gqa_attention(*small())
-    assert explain_backend(*small())["cpu"] == ["the compiler said no"]
+    assert explain_backend(asym_gqa_attention, *small())["cpu"] == ["the compiler said no"]
 
 
 @pytest.mark.parametrize("backend", [None, [], 1, "CPU", {}, torch.zeros(2)])

@@ -6,11 +6,11 @@ import torch
 pytest.importorskip("triton")
 
 from gqa_kernels import HeadMap, asym_gqa_attention
+from gqa_kernels.attention import attention_call
 from gqa_kernels.backends.triton import TritonBackend, configs
-from gqa_kernels.inputs import AttentionInputs
+from gqa_kernels.backends.triton.plan import plan_for
+from gqa_kernels.backends.triton.splits import choose_splits
 from gqa_kernels.native import env
-from gqa_kernels.plan import plan_for
-from gqa_kernels.splits import choose_splits
 from gqa_kernels.testing import assert_attention_close, make_inputs
 from tests.cases.attention import LARGE_GROUP, UNEVEN
 from tests.conftest import DEVICE
@@ -22,14 +22,15 @@ pytestmark = pytest.mark.skipif(not usable, reason="no GPU, and the interpreter 
 def call_of(q, k, v, head_map, **options):
     """The op's arguments, wrapped as the launch code takes them."""
     import gqa_kernels.backends.triton.ops  # noqa: F401  (mends the interpreter)
-    from gqa_kernels.backends.base import empty_output
     from gqa_kernels.backends.triton.launch.forward import ForwardCall
+    from gqa_kernels.native.schema import empty_output
 
-    x = AttentionInputs.create(q, k, v, head_map, **options)
+    x = attention_call(q, k, v, head_map, **options)
     lse = q.new_empty(x.q.shape[:3], dtype=torch.float32)
     call = ForwardCall(
-        x.q, x.k, x.v, plan_for(x), x.alibi_slopes, x.sinks, x.attn_mask, x.kv_lengths, x.scale,
-        x.window_left, x.window_right, x.softcap, x.dropout_p, x.dropout_seed, empty_output(x), lse,
+        x.q, x.k, x.v, plan_for(x), x.alibi_slopes, x.sinks, x.attn_mask, x.kv.kv_lengths, x.scale,
+        x.options.window_left, x.options.window_right, x.options.softcap,
+        x.options.dropout_p, x.dropout_seed, empty_output(x.q, x.value_head_dim, x.bshd), lse,
     )  # fmt: skip
     return call
 
@@ -141,7 +142,7 @@ def test_row_tiles_suffice_for_every_map(family):
 def test_device_map_is_read_on_the_device():
     """A map in a tensor, with entries out of range: NaN for those heads, the others as ever."""
     from gqa_kernels.backends.triton.ops import triton_attention_forward
-    from gqa_kernels.plan import build_plan
+    from gqa_kernels.backends.triton.plan import build_plan
 
     for q_len in (1, 20):
         q, k, v = make_inputs(1, UNEVEN, q_len, 40, 16, device=DEVICE)
@@ -170,10 +171,11 @@ def op_arguments(q_len: int, everything: bool, bshd: bool):
             "value_head_map": HeadMap([0, 1, 2, 0, 1, 2]),
         }
     q, k, v = make_inputs(2, UNEVEN, q_len, 9, 16, device=DEVICE)
-    x = AttentionInputs.create(q, k, v, UNEVEN, **options)
+    x = attention_call(q, k, v, UNEVEN, **options)
     return (
         x.q, x.k, x.v, plan_for(x), x.value_head_map_tensor, x.alibi_slopes, x.sinks, x.attn_mask,
-        x.kv_lengths, x.scale, x.window_left, x.window_right, x.softcap, bshd,
+        x.kv.kv_lengths, x.scale, x.options.window_left, x.options.window_right,
+        x.options.softcap, bshd,
     )  # fmt: skip
 
 
@@ -221,7 +223,5 @@ def test_reasons(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "set TRITON_INTERPRET=1" in TritonBackend().unavailable_reason()
     q, k, v = make_inputs(1, UNEVEN, 1, 2, 8)
-    inputs = AttentionInputs.create(q, k, v, UNEVEN)
-    assert "device cpu (only with TRITON_INTERPRET=1)" in TritonBackend().unsupported_reasons(
-        inputs
-    )
+    inputs = attention_call(q, k, v, UNEVEN)
+    assert "device cpu (only with TRITON_INTERPRET=1)" in TritonBackend().unsupported(inputs)

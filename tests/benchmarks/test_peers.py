@@ -7,8 +7,8 @@ from benchmarks.data.cases import Case, decode, prefill
 from benchmarks.ops.attention import Gate, Problem
 from benchmarks.peers import peers
 from benchmarks.peers.torch import UNEVEN
-from gqa_kernels.backends.reference import reference_attention
-from gqa_kernels.inputs import AttentionInputs
+from gqa_kernels.attention import attention_call
+from gqa_kernels.backends.reference.formula import reference_attention
 
 MODEL = "smollm2-135m"
 MAPS = ("even", "4-3-2", "5-0-4", "interleaved", "giant", "pruned", "tp-2")
@@ -54,7 +54,7 @@ def test_a_bias_differs_by_head_and_distance_and_the_gate_knows_it():
     assert torch.equal(problem.bias[0, :, 2, 5], problem.bias[0, :, 4, 7])
     assert problem.bias[0, :, 0].unique().numel() == 12 * 9
     unbiased, _ = reference_attention(
-        AttentionInputs.create(*problem.copies[0], case.head_map, **case.options)
+        attention_call(*problem.copies[0], case.head_map, **case.options)
     )
     with pytest.raises(AssertionError, match="exceeds"):
         Gate(problem).check(unbiased)
@@ -108,7 +108,7 @@ def test_each_copy_is_read():
     )
     last = len(problem.copies) - 1
     q, k, v = problem.copies[last]
-    expected, _ = reference_attention(AttentionInputs.create(q, k, v, problem.head_map))
+    expected, _ = reference_attention(attention_call(q, k, v, problem.head_map))
     for name in ("expand+sdpa", "expanded-sdpa", "sdpa-rows", "sdpa-padded", "sdpa-per-size"):
         prepared = peers()[name].prepare(problem)
         torch.testing.assert_close(prepared.result(prepared.run(last)), expected)
@@ -120,7 +120,7 @@ def test_gate_refuses_a_wrong_row_and_a_hole(case, row):
     problem = Problem.build(case, torch.device("cpu"))
     gate = Gate(problem)
     q, k, v = problem.copies[0]
-    inputs = AttentionInputs.create(q, k, v, case.head_map, **case.options)
+    inputs = attention_call(q, k, v, case.head_map, **case.options)
     right, _ = reference_attention(inputs)
     gate.check(right)
     wrong = right.clone()

@@ -7,8 +7,8 @@ import torch
 
 from gqa_kernels import DenseKVCache, PagedKVCache
 from gqa_kernels.backends.dispatch import BACKENDS
-from gqa_kernels.backends.reference_cache import gather
-from gqa_kernels.cache.inputs import AppendInputs
+from gqa_kernels.backends.reference.cache import gather
+from gqa_kernels.call.append import AppendCall
 from tests.cache.test_decode import USABLE
 from tests.cases.appends import FORMATS, rotary_table
 from tests.cases.attention import UNEVEN
@@ -179,15 +179,15 @@ def test_tokens_without_a_place_are_dropped(backend, device):
     lengths = torch.zeros(2, dtype=torch.int32, device=device)
     cache = PagedKVCache(pages, pages.clone(), table, lengths)
     new = torch.ones(2, 3, 3, 16, device=device)
-    inputs = AppendInputs.create(new, new, cache.view())
+    inputs = AppendCall.create(new, new, cache.view())
     lengths = torch.tensor([2, 1], dtype=torch.int32, device=device)
     table = torch.tensor([[0, 1], [4, -1]], dtype=torch.int32, device=device)
     view = replace(
-        inputs.view,
+        inputs.kv,
         kv_lengths=lengths[:, None].expand(2, 3),
         page_table=table[:, None].expand(2, 3, 2),
     )
-    BACKENDS[backend].append(replace(inputs, view=view))
+    BACKENDS[backend].append(replace(inputs, kv=view))
     written = pages.isfinite().all(-1).all(1)
     assert written.tolist() == [[False, False], [True, True], [False, False], [False, False]]
 

@@ -15,8 +15,8 @@ from gqa_kernels import (
     explain_backend,
 )
 from gqa_kernels.backends.dispatch import BACKENDS
-from gqa_kernels.backends.reference_cache import gather
-from gqa_kernels.cache.inputs import CacheInputs
+from gqa_kernels.backends.reference.cache import gather
+from gqa_kernels.decode import view_call
 from gqa_kernels.testing import assert_attention_close, assert_decode_close
 from tests.api.test_attention import widest
 from tests.cases.attention import INTERLEAVED, UNEVEN, WITH_EMPTY, interpreted
@@ -38,7 +38,7 @@ def usable(name: str) -> bool:
         return False
     cache = DenseKVCache.empty(1, 1, 2, 8, dtype=widest(name), device=DEVICE)
     q = torch.zeros(1, 1, 1, 8, dtype=widest(name), device=DEVICE)
-    return not explain_backend(q, cache, [0])[name]
+    return not explain_backend(asym_gqa_decode, q, cache, [0])[name]
 
 
 USABLE = [name for name in available_backends() if usable(name)]
@@ -243,13 +243,13 @@ def test_lengths_that_the_host_cant_see_are_clamped(backend, kind, device):
     for x in (cache.k, cache.v):
         x.nan_to_num_(0)
     q = queries(3, UNEVEN, 2, 16, widest(backend), device)
-    inputs = CacheInputs.create(q, cache.view(), UNEVEN)
+    inputs = view_call(q, cache.view(), UNEVEN)
     begin = 0 if cache.begin is None else cache.begin[0]
     results = []
-    for lengths in ((2**31 - 1, -(2**31), 5), (inputs.view.capacity - begin, 0, 5)):
+    for lengths in ((2**31 - 1, -(2**31), 5), (inputs.kv.capacity - begin, 0, 5)):
         lengths = torch.tensor(lengths, dtype=torch.int32, device=device)
-        view = replace(inputs.view, kv_lengths=lengths[:, None].expand(3, 3))
-        results.append(BACKENDS[backend].run_cache(replace(inputs, view=view)))
+        view = replace(inputs.kv, kv_lengths=lengths[:, None].expand(3, 3))
+        results.append(BACKENDS[backend].attend(inputs.replace(kv=view)))
     for got, expected in zip(*results, strict=True):
         assert torch.equal(got, expected)
 
@@ -260,14 +260,14 @@ def test_page_out_of_range_that_the_host_cant_see(backend, q_len, device):
     """No read out of bounds, NaN for every row that sees the page, and for no other."""
     cache, _ = filled(Kind(3), widest(backend), device, lengths=(37, 9, 20))
     q = queries(3, UNEVEN, q_len, 16, widest(backend), device)
-    inputs = CacheInputs.create(q, cache.view(), UNEVEN, window=(11, None))
-    good, _ = BACKENDS[backend].run_cache(inputs)
+    inputs = view_call(q, cache.view(), UNEVEN, window=(11, None))
+    good, _ = BACKENDS[backend].attend(inputs)
     for bad in (-1, 2**31 - 1, cache.k.shape[0]) if q_len == 1 else (-1,):
         table = cache.page_table.clone()
         table[0, 8] = bad  # keys 24 to 26
         table[1, 0] = bad  # keys 0 to 2
-        view = replace(inputs.view, page_table=table[:, None].expand(-1, 3, -1))
-        out, lse = BACKENDS[backend].run_cache(replace(inputs, view=view))
+        view = replace(inputs.kv, page_table=table[:, None].expand(-1, 3, -1))
+        out, lse = BACKENDS[backend].attend(inputs.replace(kv=view))
         position = torch.arange(q_len) - q_len + torch.tensor([37, 9, 20])[:, None]
         lost = (position >= 24) & (position - 11 <= 26)
         lost[1] = (position[1] >= 0) & (position[1] - 11 <= 2)

@@ -15,8 +15,9 @@ from gqa_kernels import (
     plan_decode,
 )
 from gqa_kernels.backends.dispatch import BACKENDS
-from gqa_kernels.backends.reference_cache import gather
-from gqa_kernels.cache.inputs import AppendInputs, CacheInputs
+from gqa_kernels.backends.reference.cache import gather
+from gqa_kernels.call.append import AppendCall
+from gqa_kernels.decode import view_call
 from gqa_kernels.testing import assert_decode_close
 from tests.api.test_attention import widest
 from tests.cache.test_append import stored
@@ -89,8 +90,8 @@ class Blind(torch.utils._python_dispatch.TorchDispatchMode):
 def test_a_plan_looks_at_no_tensor(backend, packed, device, monkeypatch):
     """With tensors that can't be read for nothing, as on a device: append, rotary and attention."""
     for name, module in list(sys.modules.items()):
-        if name.startswith("gqa_kernels") and hasattr(module, "_readable"):
-            monkeypatch.setattr(module, "_readable", lambda x: False)
+        if name.startswith("gqa_kernels") and hasattr(module, "is_readable"):
+            monkeypatch.setattr(module, "is_readable", lambda x: False)
     dtype = widest(backend)
     cache, _ = filled(Kind(4), dtype, device, lengths=(9, 3), room=True)
     cos, sin = (x.to(device) for x in rotary_table(12))
@@ -226,10 +227,10 @@ def op_of(backend):
     """A backend's attention op and append op, caught on their way."""
     if backend in ("cpu", "cuda"):
         ops = torch.ops.gqa_kernels
-        return ops.cache_attention_forward.default, ops.cache_append.default
-    from gqa_kernels.backends.triton.ops import triton_cache_append, triton_cache_attention_forward
+        return ops.attention_forward.default, ops.cache_append.default
+    from gqa_kernels.backends.triton.ops import triton_attention_forward, triton_cache_append
 
-    return triton_cache_attention_forward._opoverload, triton_cache_append._opoverload
+    return triton_attention_forward._opoverload, triton_cache_append._opoverload
 
 
 class Recorded(torch.utils._python_dispatch.TorchDispatchMode):
@@ -255,14 +256,14 @@ def test_opcheck(backend, kind, device):
     cos, sin = (x.to(device) for x in rotary_table(12))
     new = torch.randn(5, 3, 24, device=device).to(dtype)
     view = cache.view()
-    append = AppendInputs.create(
-        new[..., :16].contiguous(), new, view, q=q, new_offsets=offsets, max_new=3, rotary_cos=cos,
-        rotary_sin=sin,
+    append = AppendCall.create(
+        new[..., :16].contiguous(), new, view, q=q, cu_seqlens=offsets, max_seqlen=3,
+        rotary_cos=cos, rotary_sin=sin,
     )  # fmt: skip
-    attend = CacheInputs.create(q, view, UNEVEN, q_offsets=offsets, max_q_len=3)
+    attend = view_call(q, view, UNEVEN, cu_seqlens_q=offsets, max_seqlen_q=3)
     with Recorded(op_of(backend)) as recorded:
         BACKENDS[backend].append(append)
-        BACKENDS[backend].run_cache(attend)
+        BACKENDS[backend].attend(attend)
     assert len(recorded.calls) == 2
     for op, args, kwargs in recorded.calls:
         torch.library.opcheck(op, args, kwargs)

@@ -6,7 +6,7 @@ import torch
 from gqa_kernels import HeadMap, asym_gqa_attention, asym_gqa_varlen_attention, explain_backend
 from gqa_kernels.backends.dispatch import BACKENDS
 from gqa_kernels.testing import DIFFERENTIABLE, assert_attention_close, assert_gradients_close
-from gqa_kernels.varlen import varlen_inputs
+from gqa_kernels.varlen import varlen_call
 from tests.api.test_attention import USABLE as BACKENDS_HERE
 from tests.api.test_attention import widest
 from tests.cases.attention import INTERLEAVED
@@ -133,7 +133,7 @@ def test_compiled_and_under_autocast(backend, device):
 
 def test_longest_sequence_is_no_longer_than_all_tokens():
     """Sizes of grids that are more than enough."""
-    inputs = varlen_inputs(*packed(torch.float32, "cpu", 3), INTERLEAVED, CU_Q, CU_K, 999, 999)
+    inputs = varlen_call(*packed(torch.float32, "cpu", 3), INTERLEAVED, CU_Q, CU_K, 999, 999)
     assert (inputs.max_q_len, inputs.max_kv_len) == (43, 54)
 
 
@@ -164,4 +164,4 @@ def test_nothing_packed(backend, device):
     )
     assert out.shape == (0, 7, 24)
     call = (q, k, v, INTERLEAVED, CU_Q.to(device), CU_K.to(device), 33, 40)
-    assert explain_backend(*call)[backend] == []
+    assert explain_backend(asym_gqa_varlen_attention, *call)[backend] == []

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gqa_kernels.cache.inputs import AppendInputs
 from gqa_kernels.cache.view import KVView
+from gqa_kernels.call.append import AppendCall
 from tests.cases.attention import UNEVEN
 from tests.cases.caches import Kind, empty_cache
 
@@ -41,7 +41,7 @@ def appends(
     kind: Kind = DENSE, dtype=BF16, dim: int = 16, counts=(3, 0, 6), lengths=(3, 0, 7),
     packed: bool = True, rotary_dim: int = 0, interleaved: bool = False, table_dtype=FP32,
     value_heads: int | None = None, skew: int = 0, surplus: int = 0, device: str = "cpu",
-) -> AppendInputs:  # fmt: skip
+) -> AppendCall:  # fmt: skip
     """An append of random tokens to a poisoned cache; the same at every call.
 
     Args:
@@ -68,13 +68,13 @@ def appends(
     options = {}
     if packed:
         offsets = torch.tensor([0, *counts]).cumsum(0).to(device)
-        options = {"new_offsets": offsets, "max_new": max(counts)}
+        options = {"cu_seqlens": offsets, "max_seqlen": max(counts)}
     if rotary_dim:
         cos, sin = (x.to(device) for x in rotary_table(rotary_dim, dtype=table_dtype))
         options |= {"q": tokens(6, dim), "rotary_cos": cos, "rotary_sin": sin,
                     "rotary_interleaved": interleaved}  # fmt: skip
     k, v = tokens(3, dim), tokens(value_heads or 3, value_dim)
-    return AppendInputs.create(k, v, cache.view(), **options)
+    return AppendCall.create(k, v, cache.view(), **options)
 
 
 def bits(x: Tensor) -> Tensor:

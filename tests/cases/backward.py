@@ -8,14 +8,14 @@ from dataclasses import replace
 import torch
 
 from gqa_kernels import HeadMap
-from gqa_kernels.backends.reference import reference_attention
+from gqa_kernels.backends.reference.formula import reference_attention
 from gqa_kernels.backends.triton.configs import Tile, backward_q_tile
 from gqa_kernels.backends.triton.launch.backward import backward_launches
 from gqa_kernels.backends.triton.launch.base import Launch
 from gqa_kernels.backends.triton.launch.forward import CacheCall, ForwardCall, prefill_launch
+from gqa_kernels.backends.triton.plan import plan_for
+from gqa_kernels.backends.triton.splits import ceil_div
 from gqa_kernels.cache.view import KVView
-from gqa_kernels.plan import plan_for
-from gqa_kernels.splits import ceil_div
 from gqa_kernels.testing import assert_gradients_close
 from tests.emulation.aot import TARGETS, every_option, make_backward, make_call
 
@@ -105,7 +105,8 @@ def backward_packed(arch: str) -> Case:
     cache = CacheCall(None, view.kv_begin, q_offsets, max(q_lens), max(k_lens), *[None] * 4)
     forward = ForwardCall(
         packed("q"), view.k, view.v, plan_for(inputs), None, None, None, view.kv_lengths,
-        inputs.scale, inputs.window_left, inputs.window_right, 0.0, 0.0, None, packed("out"),
+        inputs.scale, inputs.options.window_left, inputs.options.window_right, 0.0, 0.0, None,
+        packed("out"),
         packed("lse"), cache,
     )  # fmt: skip
     call = make_backward(forward)

@@ -10,7 +10,7 @@ from torch import Tensor
 from gqa_kernels import DenseKVCache, HeadMap, PageAllocator, PagedKVCache
 from gqa_kernels.cache.allocator import PageBatch
 from gqa_kernels.cache.base import KVCache
-from gqa_kernels.cache.quantized import FORMAT_OF_NAME
+from gqa_kernels.cache.formats import FORMAT_OF_NAME
 
 GARBAGE_PAGE = 2147480000  # in page-table entries beyond a length
 

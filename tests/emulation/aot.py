@@ -21,17 +21,18 @@ from triton.compiler.compiler import make_backend
 from triton.runtime.jit import compute_cache_key, create_function_from_signature
 
 from gqa_kernels import HeadMap
-from gqa_kernels.backends.base import empty_output
+from gqa_kernels.attention import attention_call
 from gqa_kernels.backends.triton.configs import DeviceFacts
 from gqa_kernels.backends.triton.launch.backward import BackwardCall
 from gqa_kernels.backends.triton.launch.base import Launch
 from gqa_kernels.backends.triton.launch.forward import CacheCall, ForwardCall
+from gqa_kernels.backends.triton.plan import plan_for
+from gqa_kernels.backends.triton.splits import ceil_div
 from gqa_kernels.cache.base import KVCache
-from gqa_kernels.cache.inputs import CacheInputs
 from gqa_kernels.cache.paged import PagedKVCache
-from gqa_kernels.inputs import AttentionInputs
-from gqa_kernels.plan import plan_for
-from gqa_kernels.splits import ceil_div
+from gqa_kernels.call.attention import AttentionCall
+from gqa_kernels.decode import view_call
+from gqa_kernels.native.schema import empty_output
 
 assert os.environ.get("TRITON_INTERPRET", "0") != "1"
 
@@ -154,7 +155,7 @@ def make_call(
     batch: int = 2,
     seed: int = 0,
     **options,
-) -> tuple[AttentionInputs, ForwardCall]:
+) -> tuple[AttentionCall, ForwardCall]:
     """A call on random CPU tensors, with outputs to write into."""
     head_map = head_map or HeadMap.uniform(32, 8)
     generator = torch.Generator().manual_seed(seed)
@@ -162,19 +163,20 @@ def make_call(
     def normal(heads: int, tokens: int, dim: int) -> torch.Tensor:
         return torch.randn(batch, heads, tokens, dim, generator=generator).to(dtype)
 
-    inputs = AttentionInputs.create(
+    inputs = attention_call(
         normal(head_map.num_heads, q_len, head_dim),
         normal(head_map.num_kv_heads, kv_len, head_dim),
         normal(head_map.num_kv_heads, kv_len, value_head_dim or head_dim),
         head_map,
         **options,
-    ).with_dropout_seed()
-    out = empty_output(inputs).fill_(torch.nan)
+    ).draw_dropout_seed()
+    out = empty_output(inputs.q, inputs.value_head_dim, inputs.bshd).fill_(torch.nan)
     lse = torch.full(out.shape[:3], torch.nan)
     call = ForwardCall(
         inputs.q, inputs.k, inputs.v, plan_for(inputs), inputs.alibi_slopes, inputs.sinks,
-        inputs.attn_mask, inputs.kv_lengths, inputs.scale, inputs.window_left, inputs.window_right,
-        inputs.softcap, inputs.dropout_p, inputs.dropout_seed, out, lse,
+        inputs.attn_mask, inputs.kv.kv_lengths, inputs.scale,
+        inputs.options.window_left, inputs.options.window_right,
+        inputs.options.softcap, inputs.options.dropout_p, inputs.dropout_seed, out, lse,
     )  # fmt: skip
     return inputs, call
 
@@ -221,7 +223,7 @@ def make_cache(
 def make_cache_call(
     q_lens: list[int], cache: KVCache, head_map: HeadMap, dtype: torch.dtype, *, seed: int = 1,
     **options,
-) -> tuple[CacheInputs, ForwardCall]:  # fmt: skip
+) -> tuple[AttentionCall, ForwardCall]:  # fmt: skip
     """A call of random queries over a cache, packed where their counts differ; and outputs to
     write into."""
     generator = torch.Generator().manual_seed(seed)
@@ -232,16 +234,17 @@ def make_cache_call(
         shape = (sum(q_lens), heads, view.head_dim)
         options["q_offsets"] = torch.tensor([0, *q_lens]).cumsum(0)
     q = torch.randn(shape, generator=generator).to(dtype)
-    inputs = CacheInputs.create(q, view, head_map, **options)
-    view = inputs.view
+    inputs = view_call(q, view, head_map, **options)
+    view = inputs.kv
     out = inputs.q.new_full((*inputs.q.shape[:3], inputs.value_head_dim), torch.nan)
     lse = torch.full(out.shape[:3], torch.nan)
-    packing = (view.page_table, view.kv_begin, inputs.q_offsets, inputs.max_q_len, view.capacity)
+    packing = (view.page_table, view.kv_begin, inputs.q_offsets, inputs.q_len, view.capacity)
     scales = (view.k_scale, view.v_scale, view.k_zero, view.v_zero)
     call = ForwardCall(
         inputs.q, view.k, view.v, plan_for(inputs), inputs.alibi_slopes, inputs.sinks,
-        inputs.attn_mask, view.kv_lengths, inputs.scale, inputs.window_left, inputs.window_right,
-        inputs.softcap, 0.0, None, out, lse, CacheCall(*packing, *scales),
+        inputs.attn_mask, view.kv_lengths, inputs.scale,
+        inputs.options.window_left, inputs.options.window_right,
+        inputs.options.softcap, 0.0, None, out, lse, CacheCall(*packing, *scales),
     )  # fmt: skip
     return inputs, call
 

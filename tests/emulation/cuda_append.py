@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from gqa_kernels.cache.inputs import AppendInputs
 from gqa_kernels.cache.view import KVView, is_dynamic
+from gqa_kernels.call.append import AppendCall
 from tests.cases.appends import SCALES
 
 from .cuda_harness import Call, Phase, Result
@@ -17,7 +17,7 @@ def append_phase() -> Phase:
     return compiled_phase("sm80", "append")
 
 
-def _cache_params(view: KVView, inputs: AppendInputs) -> AttentionParams:
+def _cache_params(view: KVView, inputs: AppendCall) -> AttentionParams:
     params = AttentionParams(
         batch=view.batch,
         num_heads=0 if inputs.q is None else inputs.q.shape[1],
@@ -49,10 +49,10 @@ def _cache_params(view: KVView, inputs: AppendInputs) -> AttentionParams:
     return params
 
 
-def make_append_call(inputs: AppendInputs) -> Call:
+def make_append_call(inputs: AppendCall) -> Call:
     """What the host code passes to the phase; ``out`` is the rotated queries, full of NaN, ``lse``
     an empty tensor."""
-    view = inputs.view
+    view = inputs.kv
     q = inputs.q if inputs.rotary_cos is not None else None
     tensors = {
         "k": view.k, "v": view.v, **{name: getattr(view, name) for name in SCALES},
@@ -91,7 +91,7 @@ def make_append_call(inputs: AppendInputs) -> Call:
     return Call(params, tensors)
 
 
-def emulated_append(inputs: AppendInputs, phase: Phase | None = None, **options) -> Result:
+def emulated_append(inputs: AppendCall, phase: Phase | None = None, **options) -> Result:
     """Run an append; ``options`` are of :meth:`Phase.run`. ``out`` is the rotated queries."""
     result = (phase or append_phase()).run(make_append_call(inputs), **options)
     assert len(result.launches) <= 1

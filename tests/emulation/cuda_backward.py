@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from gqa_kernels.backends.reference import reference_attention
-from gqa_kernels.inputs import AttentionInputs
+from gqa_kernels.backends.reference.formula import reference_attention
+from gqa_kernels.call.attention import AttentionCall
 from gqa_kernels.testing import assert_gradients_close
 
 from .cuda_harness import Call, Phase, Result, compiled, make_call
@@ -28,7 +28,7 @@ class Differentiated:
     result: Result
 
 
-def phase_for(inputs: AttentionInputs) -> Phase:
+def phase_for(inputs: AttentionCall) -> Phase:
     """The units that these inputs need."""
     dim = max(inputs.head_dim, inputs.value_head_dim)
     head_dim_class = next(d for d in (64, 128, 256) if dim <= d)
@@ -37,7 +37,7 @@ def phase_for(inputs: AttentionInputs) -> Phase:
 
 
 def make_backward_call(
-    inputs: AttentionInputs, use_lse: bool = True, head_map: Tensor | None = None
+    inputs: AttentionCall, use_lse: bool = True, head_map: Tensor | None = None
 ) -> Call:
     """What the host code passes for these inputs: out and LSE as a forward kernel gives them (fp32
     but for P and out, which are rounded), dout (in the inputs' layout) and dlse random, gradients
@@ -63,7 +63,7 @@ class Packed:
         q_offsets, k_offsets: ``[B + 1]`` tokens.
     """
 
-    inputs: AttentionInputs
+    inputs: AttentionCall
     q_offsets: list[int]
     k_offsets: list[int]
 
@@ -75,7 +75,7 @@ class Packed:
         """Of the queries and the keys of a sequence."""
         return slice(*self.q_offsets[b : b + 2]), slice(*self.k_offsets[b : b + 2])
 
-    def sequence(self, b: int) -> AttentionInputs:
+    def sequence(self, b: int) -> AttentionCall:
         """The call on one sequence."""
         rows, keys = self.tokens(b)
         x, slopes = self.inputs, self.inputs.alibi_slopes
@@ -95,7 +95,7 @@ def make_packed_call(packed: Packed) -> Call:
     k, v = (x.expand(batch, -1, -1, -1) for x in (inputs.k, inputs.v))
     lengths = k_offsets.diff()[:, None].expand(batch, k.shape[1])
     forward = make_call(
-        replace(inputs, k=k, v=v, kv_lengths=lengths), batch=batch, q_offsets=q_offsets,
+        inputs.replace(k=k, v=v, kv_lengths=lengths), batch=batch, q_offsets=q_offsets,
         max_q_len=int(q_offsets.diff().max()) + 100, kv_begin=k_offsets[:-1].contiguous(),
     )  # fmt: skip
     for b in range(batch):
@@ -115,13 +115,13 @@ def make_packed_call(packed: Packed) -> Call:
     return call
 
 
-def _with_gradients(forward: Call, inputs: AttentionInputs, use_lse: bool, max_kv_len: int) -> Call:
+def _with_gradients(forward: Call, inputs: AttentionCall, use_lse: bool, max_kv_len: int) -> Call:
     """Gradients of the outputs and room for the inputs'."""
     out, lse = forward.out, forward.lse
     generator = torch.Generator().manual_seed(3)
     # dout has out's strides and lies like it between elements of others.
     room = torch.full((*out.shape[:3], out.shape[3] + 16), torch.nan, dtype=out.dtype)
-    if inputs.layout == "bshd":
+    if inputs.bshd:
         room = room.transpose(1, 2).contiguous().transpose(1, 2)
     dout = room[..., : out.shape[3]].copy_(torch.randn(out.shape, generator=generator))
     tensors = {
@@ -145,7 +145,7 @@ def _with_gradients(forward: Call, inputs: AttentionInputs, use_lse: bool, max_k
 
 
 def differentiate(
-    inputs: AttentionInputs, use_lse: bool = True, phase: Phase | None = None,
+    inputs: AttentionCall, use_lse: bool = True, phase: Phase | None = None,
     head_map: Tensor | None = None, **options,
 ) -> Differentiated:  # fmt: skip
     """Run the backward; ``options`` are of :meth:`Phase.run`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-from gqa_kernels.cache.inputs import CacheInputs
+from gqa_kernels.call.attention import AttentionCall
 
 from .cuda_harness import Call, make_call
 from .cuda_params import DTYPES, Strides
@@ -12,9 +12,9 @@ from .cuda_params import DTYPES, Strides
 NUMBERS = ("k_scale", "v_scale", "k_zero", "v_zero")
 
 
-def make_cache_call(inputs: CacheInputs) -> Call:
+def make_cache_call(inputs: AttentionCall) -> Call:
     """What the host code passes to a phase for attention over a cache; outputs are full of NaN."""
-    view = inputs.view
+    view = inputs.kv
     names = (
         "q", "dtype", "layout", "value_head_dim", "head_map_tensor", "value_head_map_tensor",
         "scale", "softcap", "window_left", "window_right", "alibi_slopes", "sinks", "attn_mask",
@@ -25,7 +25,7 @@ def make_cache_call(inputs: CacheInputs) -> Call:
     )  # fmt: skip
     call = make_call(
         dense, page_table=view.page_table, kv_begin=view.kv_begin, q_offsets=inputs.q_offsets,
-        batch=view.batch, max_q_len=inputs.max_q_len,
+        batch=view.batch, max_q_len=inputs.q_len,
     )  # fmt: skip
     call.params.k_dtype = call.params.v_dtype = DTYPES.index(view.k.dtype)
     call.params.value_head_dim = view.value_head_dim

@@ -6,7 +6,7 @@ maps are those of the product, and every launch is executed by the emulator on C
 its checks on (bounds, races, uninitialised shared memory, copies not waited for).
 
     phase = Phase("sm80", "decode", units=("launch", "bf16_d64"))
-    result = emulate(phase, AttentionInputs.create(q, k, v, head_map, causal=True))
+    result = emulate(phase, attention_call(q, k, v, head_map, causal=True))
     check(inputs, result)                      # the package's tolerance rule
     result.reports[0].bank_conflicts           # counters of each launch
 """
@@ -30,10 +30,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gqa_kernels.backends.base import empty_output
-from gqa_kernels.backends.reference import reference_attention
-from gqa_kernels.inputs import AttentionInputs
+from gqa_kernels.backends.reference.formula import reference_attention
+from gqa_kernels.call.attention import AttentionCall
 from gqa_kernels.native import cuda_build, env
+from gqa_kernels.native.schema import empty_output
 from gqa_kernels.testing import assert_close, equivalent_forms, upcast
 from tools import ptxsim
 
@@ -83,7 +83,7 @@ class Call:
 
 
 def make_call(
-    inputs: AttentionInputs,
+    inputs: AttentionCall,
     *,
     head_map: Tensor | None = None,
     page_table: Tensor | None = None,
@@ -100,7 +100,7 @@ def make_call(
         page_table, kv_begin, q_offsets: int32, as in csrc/core/params.h.
         batch, max_q_len: of the sequences, where q is packed (``q_offsets``) or storage is paged.
     """
-    out = empty_output(inputs).fill_(torch.nan)
+    out = empty_output(inputs.q, inputs.value_head_dim, inputs.bshd).fill_(torch.nan)
     lse = torch.full(inputs.q.shape[:3], torch.nan)
     if head_map is None:
         head_map = inputs.head_map_tensor.to(torch.int32)
@@ -109,7 +109,7 @@ def make_call(
         "q": inputs.q, "k": inputs.k, "v": inputs.v, "out": out, "lse": lse, "head_map": head_map,
         "value_head_map": None if value_map is None else value_map.to(torch.int32),
         "alibi_slopes": inputs.alibi_slopes, "sinks": inputs.sinks,
-        "attn_mask": inputs.attn_mask, "kv_lengths": inputs.kv_lengths,
+        "attn_mask": inputs.attn_mask, "kv_lengths": inputs.kv.kv_lengths,
         "page_table": page_table, "kv_begin": kv_begin, "q_offsets": q_offsets,
         "dropout_seed": inputs.dropout_seed,
     }  # fmt: skip
@@ -125,9 +125,9 @@ def make_call(
         head_dim=inputs.q.shape[3],
         value_head_dim=inputs.v.shape[3],
         scale=inputs.scale,
-        softcap=inputs.softcap,
-        window_left=inputs.window_left,
-        window_right=inputs.window_right,
+        softcap=inputs.options.softcap,
+        window_left=inputs.options.window_left,
+        window_right=inputs.options.window_right,
         dtype=DTYPES.index(inputs.dtype),
         k_dtype=DTYPES.index(inputs.dtype),
         v_dtype=DTYPES.index(inputs.dtype),
@@ -148,8 +148,8 @@ def make_call(
     if inputs.attn_mask is not None:
         params.mask_dtype = DTYPES.index(inputs.attn_mask.dtype)
     if inputs.dropout_seed is not None:
-        params.dropout_threshold = int(inputs.dropout_p * 2**32)
-        params.dropout_scale = 1 / (1 - inputs.dropout_p)
+        params.dropout_threshold = int(inputs.options.dropout_p * 2**32)
+        params.dropout_scale = 1 / (1 - inputs.options.dropout_p)
     if page_table is not None:
         params.num_pages, _, params.page_size, _ = inputs.k.shape
         params.max_pages = page_table.shape[2]
@@ -389,12 +389,12 @@ class _Memory:
         )
 
 
-def emulate(phase: Phase, inputs: AttentionInputs, num_sms: int = 4, **options) -> Result:
+def emulate(phase: Phase, inputs: AttentionCall, num_sms: int = 4, **options) -> Result:
     """Run a call as the API would; ``options`` are of :meth:`Phase.run`."""
     return phase.run(make_call(inputs), num_sms, **options)
 
 
-def check(inputs: AttentionInputs, result: Result) -> None:
+def check(inputs: AttentionCall, result: Result) -> None:
     """Hold the outputs of a call to the package's tolerance rule."""
     exact_out, exact_lse = reference_attention(upcast(inputs))
     forms = list(equivalent_forms(inputs))

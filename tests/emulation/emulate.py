@@ -18,13 +18,12 @@ from functools import partial
 import torch
 
 from gqa_kernels import HeadMap
-from gqa_kernels.backends.reference import reference_attention
+from gqa_kernels.backends.reference.formula import reference_attention
 from gqa_kernels.backends.triton.configs import Tile, decode_config
 from gqa_kernels.backends.triton.launch.base import Launch
 from gqa_kernels.backends.triton.launch.forward import ForwardCall, decode_launches, prefill_launch
-from gqa_kernels.cache.inputs import CacheInputs
-from gqa_kernels.inputs import AttentionInputs
-from gqa_kernels.plan import build_plan
+from gqa_kernels.backends.triton.plan import build_plan
+from gqa_kernels.call.attention import AttentionCall
 from gqa_kernels.testing import assert_cache_close, assert_close, upcast
 from tests.cases import backward as backward_cases
 from tests.cases.backward import UNEVEN
@@ -44,7 +43,7 @@ from .aot import (
 
 LARGE_GROUP = HeadMap([0] * 19 + [1], num_kv_heads=4)  # more heads than a tile has rows
 
-Case = tuple[AttentionInputs | CacheInputs, ForwardCall, list[Launch]]
+Case = tuple[AttentionCall | AttentionCall, ForwardCall, list[Launch]]
 
 
 def prefill_case(arch: str, tile: Tile, q_len: int, kv_len: int, head_dim: int, dtype, **options):
@@ -95,7 +94,7 @@ def decode_invalid_heads(arch: str) -> Case:
     """A map entry out of range, as a device tensor may hold: NaN for its head, others as ever."""
     inputs, call, _ = decode_case(arch, 2, 2, 90, causal=True)
     head_map = torch.tensor([1, 0, 7, 1])
-    inputs = replace(inputs, head_map=head_map)
+    inputs = inputs.replace(head_map=head_map)
     call = replace(call, plan=build_plan(head_map, 3, None, 3))
     config = decode_config(call.shape, TARGETS[arch].facts, 2)
     return inputs, call, decode_launches(call, config)
@@ -182,9 +181,9 @@ def emulate(launch: Launch, arch: str) -> dict[str, object]:
     }
 
 
-def check(inputs: AttentionInputs | CacheInputs, call: ForwardCall) -> None:
+def check(inputs: AttentionCall | AttentionCall, call: ForwardCall) -> None:
     """Hold the outputs of a call to the tolerance rule."""
-    if isinstance(inputs, CacheInputs):
+    if isinstance(inputs, AttentionCall):
         assert_cache_close(call.out, inputs, call.lse)
         return
     exact_out, exact_lse = reference_attention(upcast(inputs))

@@ -21,7 +21,7 @@ from gqa_kernels.backends.triton.launch.append import append_launch
 from gqa_kernels.backends.triton.launch.backward import backward_launches
 from gqa_kernels.backends.triton.launch.base import Launch
 from gqa_kernels.backends.triton.launch.forward import decode_launches, prefill_launch
-from gqa_kernels.cache.inputs import AppendInputs
+from gqa_kernels.call.append import AppendCall
 
 from .aot import (
     TARGETS,
@@ -96,7 +96,7 @@ class CacheConfiguration:
         if self.phase == "append":
             table = torch.ones(64, self.head_dim // 2)
             new, q = (torch.ones(2, h, 4, self.head_dim, dtype=self.dtype) for h in (3, 8))
-            append = AppendInputs.create(
+            append = AppendCall.create(
                 new, new, cache.view(), q=q, rotary_cos=table, rotary_sin=table
             )
             return [append_launch(append, q)]

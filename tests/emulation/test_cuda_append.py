@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from gqa_kernels import PagedKVCache
-from gqa_kernels.backends.reference_cache import reference_append
-from gqa_kernels.cache.inputs import AppendInputs
-from gqa_kernels.cache.quantized import FORMAT_OF_NAME
+from gqa_kernels.backends.reference.cache import reference_append
+from gqa_kernels.cache.formats import FORMAT_OF_NAME
+from gqa_kernels.call.append import AppendCall
 from tests.backends.test_cpu_cache import after, assert_same, random_append
 from tests.cache.test_append import FORMATS, rotary_table
 from tests.cases.appends import CASES, ROTARY, SHAPES, appends, assert_same_memory, bits
@@ -30,7 +30,7 @@ def check(phase: Phase | None = None, change=lambda inputs: inputs, **options) -
     expected, got = (change(appends(**options)) for _ in range(2))
     rotated = reference_append(expected)
     result = emulated_append(got, phase)
-    assert_same_memory(got.view, expected.view)
+    assert_same_memory(got.view, expected.kv)
     if got.rotary_cos is not None and got.q is not None:
         assert torch.equal(bits(result.out), bits(rotated)), "q"
     return result
@@ -63,12 +63,12 @@ def test_lengths_and_pages_of_each_head():
         new = torch.randn(2, 2, 3, 2, 16, generator=generator)
         view = PagedKVCache(k, v, table, lengths).view()
         cos, sin = rotary_table(8)
-        return AppendInputs.create(*new, view, rotary_cos=cos, rotary_sin=sin)
+        return AppendCall.create(*new, view, rotary_cos=cos, rotary_sin=sin)
 
     expected, got = inputs(), inputs()
     reference_append(expected)
     emulated_append(got)
-    assert_same_memory(got.view, expected.view)
+    assert_same_memory(got.view, expected.kv)
 
 
 @pytest.mark.parametrize("kind", [Kind(3), Kind(), Kind(4, format="int8", begin=True)], ids=str)
@@ -77,7 +77,7 @@ def test_what_the_host_cannot_see(kind):
     emulator sees no access out of bounds; the others go where they belong."""
 
     def broken(inputs):
-        view = inputs.view
+        view = inputs.kv
         lengths = view.kv_lengths.clone()
         lengths[0] = 2 * view.capacity
         lengths[1] = -(1 << 31)
@@ -91,7 +91,7 @@ def test_what_the_host_cannot_see(kind):
             begin = view.kv_begin.clone()
             begin[4], begin[5] = 1 << 30, -(1 << 30)
             changes["kv_begin"] = begin
-        return replace(inputs, view=replace(view, **changes))
+        return replace(inputs, kv=replace(view, **changes))
 
     options = {"kind": kind, "counts": (3,) * 6, "lengths": (0,) * 6, "packed": False}
     check(change=broken, **options)
@@ -122,7 +122,7 @@ def test_numbers_that_are_not_finite():
     def changed(inputs):
         inputs.k_new[:, :, 1, 3] = torch.nan
         inputs.v_new[:, :, 4] *= 1e-42  # scales underflow
-        if inputs.view.k.dtype == torch.uint8:  # elsewhere inf / inf has many forms
+        if inputs.kv.k.dtype == torch.uint8:  # elsewhere inf / inf has many forms
             inputs.k_new[:, :, 2, 5] = -torch.inf
             inputs.v_new[:, :, 2, 5] = torch.inf
         return inputs
@@ -144,12 +144,12 @@ def test_given_scales(storage):
         if storage != torch.float8_e4m3fn:
             scales["k_zero"] = 3.0
         table, lengths = torch.tensor([[0, 2], [3, 1]]), torch.zeros(2, dtype=torch.int32)
-        return AppendInputs.create(new, new, PagedKVCache(k, v, table, lengths, **scales).view())
+        return AppendCall.create(new, new, PagedKVCache(k, v, table, lengths, **scales).view())
 
     expected, got = inputs(), inputs()
     reference_append(expected)
     emulated_append(got)
-    assert_same_memory(got.view, expected.view)
+    assert_same_memory(got.view, expected.kv)
     assert got.view.v_scale[0, :, 0].tolist() == [0.5, 0.25, 2.0]
 
 
@@ -244,7 +244,7 @@ def test_other_schedules(seed):
         inputs, expected = appends(**options), appends(**options)
         emulated_append(inputs, seed=seed)
         reference_append(expected)
-        assert_same_memory(inputs.view, expected.view)
+        assert_same_memory(inputs.kv, expected.kv)
 
 
 BREAKS = {
@@ -280,18 +280,18 @@ def test_planted_errors_are_noticed(name):
     phase = Phase("sm80", "append", replace=(BREAKS[name],))
 
     def per_head(inputs):
-        view = inputs.view
+        view = inputs.kv
         lengths = view.kv_lengths + torch.tensor([0, 3, 1], dtype=torch.int32)
         table = view.page_table.clone()
         table[:, 1] = table[:, 1].flip(1)
         table[0, 2, 1:] = view.num_pages
-        return replace(inputs, view=replace(view, kv_lengths=lengths, page_table=table))
+        return replace(inputs, kv=replace(view, kv_lengths=lengths, page_table=table))
 
     def nan(inputs):
         inputs.k_new[:, :, 1, 3] = torch.nan
-        lengths = inputs.view.kv_lengths.clone()
-        lengths[0] = inputs.view.capacity - 1
-        return replace(inputs, view=replace(inputs.view, kv_lengths=lengths))
+        lengths = inputs.kv.kv_lengths.clone()
+        lengths[0] = inputs.kv.capacity - 1
+        return replace(inputs, kv=replace(inputs.kv, kv_lengths=lengths))
 
     with pytest.raises((AssertionError, PtxError)):
         for options in (ROTARY["half-split"], ROTARY["int4"], ROTARY["fp32"], {"dim": 59}):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gqa_kernels import HeadMap
-from gqa_kernels.inputs import AttentionInputs
+from gqa_kernels.attention import attention_call
 from gqa_kernels.testing import assert_gradients_close, make_inputs
 from tests.cases.attention import PREFILL_CASES, Case
 from tools.ptxsim import PtxError
@@ -49,14 +49,14 @@ def run(
         1, head_map, q_len, kv_len, head_dim, value_head_map=options.get("value_head_map"),
         dtype=dtype,
     )  # fmt: skip
-    found = differentiate(AttentionInputs.create(q, k, v, head_map, **options), seed=seed)
+    found = differentiate(attention_call(q, k, v, head_map, **options), seed=seed)
     check_gradients(found, q, k, v, head_map, **options)
     return found
 
 
 def run_case(case: Case, dtype: torch.dtype, layout: str = "bhsd") -> None:
     args, options = case.build(dtype, "cpu", layout)
-    inputs = AttentionInputs.create(*args, **options)
+    inputs = attention_call(*args, **options)
     check_gradients(differentiate(inputs, use_lse=len(case.id) % 2 == 0), *args, **options)
 
 
@@ -110,7 +110,7 @@ def test_unused_slots_are_not_read():
     for b in range(2):
         for h in range(3):
             k[b, h, lengths[b, h] :] = v[b, h, lengths[b, h] :] = torch.nan
-    found = differentiate(AttentionInputs.create(q, k, v, SMALL, **options))
+    found = differentiate(attention_call(q, k, v, SMALL, **options))
     # The tolerance rule multiplies what no key sees by 0.
     check_gradients(found, q, k.nan_to_num(), v.nan_to_num(), SMALL, **options)
 
@@ -131,7 +131,7 @@ def test_dropout(head_dim: int, dtype: torch.dtype, options: dict):
     value_map = options.get("value_head_map")
     q, k, v = make_inputs(2, SMALL, 37, 41, head_dim, dtype=dtype, value_head_map=value_map)
     torch.manual_seed(1)
-    inputs = AttentionInputs.create(q, k, v, SMALL, dropout_p=0.3, **options).with_dropout_seed()
+    inputs = attention_call(q, k, v, SMALL, dropout_p=0.3, **options).draw_dropout_seed()
     found = differentiate(inputs)
     given = {"dropout_p": 0.3, "dropout_seed": inputs.dropout_seed, **options}
     check_gradients(found, q, k, v, SMALL, **given)
@@ -157,10 +157,10 @@ def test_packed_sequences(name: str, head_dim: int):
         value_head_map=options.get("value_head_map"),
     )  # fmt: skip
     q[:, :, 117:] = k[:, :, 224:] = v[:, :, 224:] = torch.nan
-    inputs = AttentionInputs.create(q, k, v, SMALL, **options)
+    inputs = attention_call(q, k, v, SMALL, **options)
     if name == "all":
         slopes = torch.rand((4, 3), generator=torch.Generator().manual_seed(0))
-        inputs = replace(inputs, alibi_slopes=slopes)
+        inputs = inputs.replace(alibi_slopes=slopes)
     packed = Packed(inputs, [0, 37, 37, 48, 117], [0, 77, 91, 91, 224])
     found = differentiate_packed(packed)
     for b in (0, 2, 3):
@@ -194,12 +194,12 @@ def check_sinks(packed: Packed, found: Differentiated) -> None:
         position = torch.arange(rows.start, rows.stop) - rows.stop + n
         distance = position[:, None] - torch.arange(n)
         bias = -inputs.alibi_slopes[b, :, None, None] * distance.abs()
-        seen = (distance >= 0) & (distance <= inputs.window_left)
+        seen = (distance >= 0) & (distance <= inputs.options.window_left)
         mask[0, :, rows, keys] = bias.masked_fill(~seen, -torch.inf)
     q, k, v = inputs.q[:, :, : end[0]], inputs.k[:, :, : end[1]], inputs.v[:, :, : end[1]]
     assert_gradients_close(
         {"sinks": found.gradients["sinks"]}, q, k, v, SMALL, dout=found.dout[:, :, : end[0]],
-        dlse=found.dlse[:, :, : end[0]], attn_mask=mask, softcap=inputs.softcap,
+        dlse=found.dlse[:, :, : end[0]], attn_mask=mask, softcap=inputs.options.softcap,
         sinks=inputs.sinks, value_head_map=inputs.value_head_map,
     )  # fmt: skip
 
@@ -210,7 +210,7 @@ def test_invalid_map_entries(value_map: list[int] | None):
     value_map = None if value_map is None else HeadMap(value_map, num_kv_heads=3)
     q, k, v = make_inputs(1, SMALL, 20, 70, 64, dtype=torch.bfloat16, value_head_map=value_map)
     options = {"causal": True, "alibi_slopes": torch.rand(3), "sinks": torch.rand(3)}
-    inputs = AttentionInputs.create(q, k, v, SMALL, value_head_map=value_map, **options)
+    inputs = attention_call(q, k, v, SMALL, value_head_map=value_map, **options)
     found = differentiate(inputs, head_map=torch.tensor([1, -1, 3], dtype=torch.int32))
     assert found.gradients["q"][:, 1:].isnan().all()
     assert not found.gradients["sinks"][1:].any()
@@ -232,13 +232,13 @@ def test_gradients_of_one_slope_and_one_sink(seed: int, names: tuple[str, ...]):
     drawn = torch.rand(2, 1, generator=torch.Generator().manual_seed(seed))
     options = dict(zip(("alibi_slopes", "sinks"), drawn, strict=True))
     options = {"causal": True, **{name: options[name] for name in names}}
-    found = differentiate(AttentionInputs.create(q, k, v, one, **options))
+    found = differentiate(attention_call(q, k, v, one, **options))
     check_gradients(found, q, k, v, one, **options)
 
 
 def test_what_it_declines():
     q, k, v = make_inputs(1, SMALL, 3, 5, 16, dtype=torch.bfloat16)
-    inputs = AttentionInputs.create(q, k, v, SMALL)
+    inputs = attention_call(q, k, v, SMALL)
     phase = phase_for(inputs)
     for field, value, reason in [
         ("dtype", DTYPES.index(torch.float32), "dtype must be bfloat16 or float16"),
@@ -347,7 +347,7 @@ def differentiate_and_check(phase: Phase | None) -> None:
         keys, values = k.clone(), v.clone()
         if "kv_lengths" in options:
             keys[:, 0, 149:] = values[:, 0, 149:] = torch.nan
-        inputs = AttentionInputs.create(queries, keys, values, head_map, **options)
-        inputs = inputs.with_dropout_seed()
+        inputs = attention_call(queries, keys, values, head_map, **options)
+        inputs = inputs.draw_dropout_seed()
         found = differentiate(inputs, phase=phase)
         check_gradients(found, queries, k, v, head_map, dropout_seed=inputs.dropout_seed, **options)

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from gqa_kernels import HeadMap
-from gqa_kernels.inputs import AttentionInputs
+from gqa_kernels.attention import attention_call
+from gqa_kernels.call.attention import AttentionCall
 from gqa_kernels.testing import make_inputs
 from tests.cases.attention import DECODE_CASES
 from tests.emulation.cuda_harness import (
@@ -38,14 +39,14 @@ def decode_phase(dtype: torch.dtype, head_dim: int) -> Phase:
 def decode_inputs(
     head_map=UNEVEN, q_len=1, kv_len=200, head_dim=64, dtype=BF16, batch=2, seed=0, strided=False,
     layout="bhsd", value_head_dim=None, value_head_map=None, **options,
-) -> AttentionInputs:  # fmt: skip
+) -> AttentionCall:  # fmt: skip
     q, k, v = make_inputs(
         batch, head_map, q_len, kv_len, head_dim, value_head_dim=value_head_dim, dtype=dtype,
         value_head_map=value_head_map, strided=strided, layout=layout, seed=seed,
     )  # fmt: skip
     if value_head_map is not None:
         options["value_head_map"] = value_head_map
-    return AttentionInputs.create(q, k, v, head_map, layout=layout, **options)
+    return attention_call(q, k, v, head_map, layout=layout, **options)
 
 
 def every_option(q_len: int, kv_len: int, num_heads: int, batch: int, mask_dtype) -> dict:
@@ -111,7 +112,7 @@ SLOW_CASES = {
 }  # fmt: skip
 
 
-def run_case(inputs: AttentionInputs, num_sms: int, seed: int = 0):
+def run_case(inputs: AttentionCall, num_sms: int, seed: int = 0):
     phase = decode_phase(inputs.dtype, max(inputs.head_dim, inputs.value_head_dim))
     result = emulate(phase, inputs, num_sms, seed=seed)
     check(inputs, result)
@@ -137,7 +138,7 @@ def test_more_results_and_hazards(name):
 def test_the_cases_of_all_backends(case):
     for dtype in (BF16, FP16):
         args, options = case.build(dtype, "cpu")
-        inputs = AttentionInputs.create(*args, **options)
+        inputs = attention_call(*args, **options)
         check(inputs, emulate(decode_phase(dtype, 64), inputs, MANY_SMS))
 
 
@@ -159,12 +160,12 @@ def test_invalid_map_entries_give_nan_and_leave_the_others():
         good = ~bad
         valid = HeadMap([entry for entry in entries if 0 <= entry < 2], num_kv_heads=2)
         result = replace(result, out=result.out[:, good], lse=result.lse[:, good])
-        check(replace(inputs, q=inputs.q[:, good], head_map=valid), result)
+        check(inputs.replace(q=inputs.q[:, good], head_map=valid), result)
 
 
-def paged(inputs: AttentionInputs, page_size: int, begin: list[int] | None = None) -> Call:
+def paged(inputs: AttentionCall, page_size: int, begin: list[int] | None = None) -> Call:
     """The call with K and V in shuffled pages; NaN in unused slots, garbage in unused entries."""
-    lengths = inputs.kv_lengths
+    lengths = inputs.kv.kv_lengths
     batch, heads, slots, _ = inputs.k.shape
     begin = begin or [0] * batch
     pages = -(-(slots + max(begin)) // page_size)
@@ -186,7 +187,7 @@ def paged(inputs: AttentionInputs, page_size: int, begin: list[int] | None = Non
     # A page of the pool belongs to one head: the head stride is 0.
     k, v = (x[:, None].expand(-1, heads, -1, -1) for x in storage)
     begins = torch.tensor(begin, dtype=torch.int32) if any(begin) else None
-    return make_call(replace(inputs, k=k, v=v), page_table=table, kv_begin=begins)
+    return make_call(inputs.replace(k=k, v=v), page_table=table, kv_begin=begins)
 
 
 @pytest.mark.parametrize("page_size, num_sms", [(16, MANY_SMS), (7, 1), (1, 1)])
@@ -210,7 +211,7 @@ def test_page_outside_the_storage_poisons_the_rows_that_see_it():
         call.tensors["page_table"][0, 0, 2] = bad
         result = decode_phase(BF16, 64).run(call)
         assert result.out[:, [0, 2, 3]].isnan().all() and result.lse[:, [0, 2, 3]].isnan().all()
-        untouched = replace(inputs, q=inputs.q[:, 1:2], head_map=HeadMap([0], num_kv_heads=3))
+        untouched = inputs.replace(q=inputs.q[:, 1:2], head_map=HeadMap([0], num_kv_heads=3))
         check(untouched, replace(result, out=result.out[:, 1:2], lse=result.lse[:, 1:2]))
 
 
@@ -218,8 +219,8 @@ def test_packed_queries():
     """Sequences of 3, 0 and 1 query tokens in one row, over a cache padded on the left."""
     counts, lengths, begin = [3, 0, 1], [40, 7, 70], [2, 0, 9]
     q, k, v = make_inputs(3, UNEVEN, 4, 80, 64, dtype=BF16)
-    packed = AttentionInputs.create(q[:1].contiguous(), k[:1], v[:1], UNEVEN, causal=True)
-    packed = replace(packed, k=k, v=v, kv_lengths=torch.tensor(lengths).int()[:, None].expand(3, 3))
+    packed = attention_call(q[:1].contiguous(), k[:1], v[:1], UNEVEN, causal=True)
+    packed = packed.replace(k=k, v=v, kv_lengths=torch.tensor(lengths).int()[:, None].expand(3, 3))
     call = make_call(
         packed, batch=3, max_q_len=3, kv_begin=torch.tensor(begin, dtype=torch.int32),
         q_offsets=torch.tensor([0, 3, 3, 4], dtype=torch.int32),
@@ -231,7 +232,7 @@ def test_packed_queries():
             continue
         keys = slice(begin[b], begin[b] + lengths[b])
         tokens = slice(first, first + count)
-        alone = AttentionInputs.create(
+        alone = attention_call(
             packed.q[:, :, tokens],
             k[b : b + 1, :, keys],
             v[b : b + 1, :, keys],

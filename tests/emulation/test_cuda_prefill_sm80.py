@@ -3,13 +3,12 @@ races, uninitialised shared memory, copies not waited for."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 
 from gqa_kernels import HeadMap
-from gqa_kernels.inputs import AttentionInputs
+from gqa_kernels.attention import attention_call
+from gqa_kernels.call.attention import AttentionCall
 from gqa_kernels.testing import make_inputs
 from tests.cases.attention import INTERLEAVED, PREFILL_CASES, UNEVEN, WITH_EMPTY, Case
 from tools.ptxsim import PtxError
@@ -28,7 +27,7 @@ GROWTH = torch.tensor([1, 4, 2, 16, 1, 64]).repeat_interleave(64)[:330, None]
 NEVER = 1 << 20  # a page id that is not in storage
 
 
-def phase_for(inputs: AttentionInputs) -> Phase:
+def phase_for(inputs: AttentionCall) -> Phase:
     dim = max(inputs.head_dim, inputs.value_head_dim)
     head_dim_class = next(d for d in (64, 128, 256) if dim <= d)
     return compiled("sm80", "prefill", "launch", f"{UNITS[inputs.dtype]}_d{head_dim_class}")
@@ -40,7 +39,7 @@ def attend(
 ) -> Result:  # fmt: skip
     """Run and check one call."""
     q, k, v = make_inputs(batch, head_map, q_len, kv_len, head_dim, dtype=dtype)
-    inputs = AttentionInputs.create(q, k, v, head_map, **options)
+    inputs = attention_call(q, k, v, head_map, **options)
     result = emulate(phase_for(inputs), inputs, seed=seed)
     check(inputs, result)
     return result
@@ -55,7 +54,7 @@ def attend(
 )
 def test_options(case: Case):
     (q, k, v, head_map), options = case.build(torch.bfloat16, "cpu")
-    inputs = AttentionInputs.create(q, k, v, head_map, **options)
+    inputs = attention_call(q, k, v, head_map, **options)
     check(inputs, emulate(phase_for(inputs), inputs))
 
 
@@ -64,7 +63,7 @@ def test_options(case: Case):
 def test_options_in_fp16(name: str):
     (case,) = (c for c in PREFILL_CASES if c.id == name)
     (q, k, v, head_map), options = case.build(torch.float16, "cpu", layout="bshd")
-    inputs = AttentionInputs.create(q, k, v, head_map, **options)
+    inputs = attention_call(q, k, v, head_map, **options)
     check(inputs, emulate(phase_for(inputs), inputs))
 
 
@@ -105,16 +104,16 @@ def test_dropout(q_len: int, head_dim: int, dtype: torch.dtype):
     q, k, v = make_inputs(2, SMALL, q_len, 150, head_dim, dtype=dtype)
     torch.manual_seed(1)
     lengths = torch.tensor([[150, 7, 64], [149, 0, 101]])
-    inputs = AttentionInputs.create(
+    inputs = attention_call(
         q, k, v, SMALL, causal=True, kv_lengths=lengths, dropout_p=0.3
-    ).with_dropout_seed()
+    ).draw_dropout_seed()
     check(inputs, emulate(phase_for(inputs), inputs))
 
 
 def test_large_scores_rescale_the_output():
     q, k, v = make_inputs(1, SMALL, 130, 330, 64, dtype=torch.bfloat16)
     k *= GROWTH
-    inputs = AttentionInputs.create(q, k, v, SMALL, causal=True)
+    inputs = attention_call(q, k, v, SMALL, causal=True)
     check(inputs, emulate(phase_for(inputs), inputs))
 
 
@@ -124,7 +123,7 @@ def test_unused_slots_are_not_read():
     for b in range(2):
         for h in range(3):
             k[b, h, lengths[b, h] :] = v[b, h, lengths[b, h] :] = torch.nan
-    inputs = AttentionInputs.create(q, k, v, SMALL, causal=True, kv_lengths=lengths)
+    inputs = attention_call(q, k, v, SMALL, causal=True, kv_lengths=lengths)
     check(inputs, emulate(phase_for(inputs), inputs))
 
 
@@ -132,25 +131,25 @@ def test_sections_of_heads():
     """K and V larger than L2: pairs of sequence and head go in sections, the last one smaller."""
     head_map, kv_len, used = HeadMap([1, 0, 2, 1, 1]), 27_000, 70
     q, k, v = make_inputs(2, head_map, 130, used, 64, dtype=torch.bfloat16)
-    inputs = AttentionInputs.create(q, k, v, head_map, causal=True)
+    inputs = attention_call(q, k, v, head_map, causal=True)
     k, v = (
         x.new_full((2, 3, kv_len, 64), torch.nan).index_copy_(2, torch.arange(used), x)
         for x in (k, v)
     )
     lengths = torch.full((2, 3), used, dtype=torch.int32)
-    result = emulate(phase_for(inputs), replace(inputs, k=k, v=v, kv_lengths=lengths))
+    result = emulate(phase_for(inputs), inputs.replace(k=k, v=v, kv_lengths=lengths))
     check(inputs, result)
 
 
 def test_invalid_map_entries():
     """As a device tensor may hold them: NaN for these heads, nothing read, others as ever."""
     q, k, v = make_inputs(1, SMALL, 20, 70, 64, dtype=torch.bfloat16)
-    inputs = AttentionInputs.create(q, k, v, SMALL, causal=True)
+    inputs = attention_call(q, k, v, SMALL, causal=True)
     call = make_call(inputs, head_map=torch.tensor([1, -1, 3], dtype=torch.int32))
     result = phase_for(inputs).run(call)
     assert result.out[:, 1:].isnan().all() and result.lse[:, 1:].isnan().all()
     result.out[:, 1:], result.lse[:, 1:] = 0.0, 0.0  # then as if there were one head
-    one = AttentionInputs.create(q[:, :1], k, v, HeadMap([1], num_kv_heads=3), causal=True)
+    one = attention_call(q[:, :1], k, v, HeadMap([1], num_kv_heads=3), causal=True)
     check(one, Result(result.out[:, :1], result.lse[:, :1]))
 
 
@@ -159,7 +158,7 @@ def test_paged(page_size: int):
     """Pages of one packed pool; garbage page ids beyond the length, NaN in unused slots."""
     batch, kv_len, lengths = 2, 90, torch.tensor([[90] * 3, [41] * 3])
     q, k, v = make_inputs(batch, SMALL, 33, kv_len, 64, dtype=torch.bfloat16)
-    inputs = AttentionInputs.create(q, k, v, SMALL, causal=True, kv_lengths=lengths)
+    inputs = attention_call(q, k, v, SMALL, causal=True, kv_lengths=lengths)
     pages = -(-kv_len // page_size)
     ids = torch.randperm(batch * pages + 2, generator=torch.Generator().manual_seed(3))
     table = ids[: batch * pages].view(batch, pages).to(torch.int32)
@@ -169,7 +168,7 @@ def test_paged(page_size: int):
             pool[table[b, s // page_size], s % page_size] = torch.cat([k[b, :, s], v[b, :, s]], -1)
         table[b, -(-int(lengths[b, 0]) // page_size) :] = NEVER
     pool = pool.transpose(1, 2)
-    paged = replace(inputs, k=pool[..., :64], v=pool[..., 64:])
+    paged = inputs.replace(k=pool[..., :64], v=pool[..., 64:])
     table = table[:, None].expand(batch, 3, pages)
     check(inputs, phase_for(inputs).run(make_call(paged, page_table=table, batch=batch)))
     # A page that is not in storage: NaN for the rows that see its keys, and for them only.
@@ -188,16 +187,16 @@ def test_packed_sequences():
     k_offsets = torch.tensor([0, 77, 90, 90, 200], dtype=torch.int32)
     q, k, v = make_inputs(1, SMALL, 200, 200, 64, dtype=torch.bfloat16)
     lengths = k_offsets.diff()[:, None].expand(4, 3)
-    inputs = AttentionInputs.create(q, k, v, SMALL, causal=True)
+    inputs = attention_call(q, k, v, SMALL, causal=True)
     call = make_call(
-        replace(inputs, kv_lengths=lengths), batch=4, max_q_len=150, q_offsets=q_offsets,
+        inputs.replace(kv_lengths=lengths), batch=4, max_q_len=150, q_offsets=q_offsets,
         page_table=torch.zeros(4, 3, 1, dtype=torch.int32), kv_begin=k_offsets[:-1].contiguous(),
     )  # fmt: skip
     result = phase_for(inputs).run(call)
     for b in range(4):
         tokens = slice(int(q_offsets[b]), int(q_offsets[b + 1]))
         keys = slice(int(k_offsets[b]), int(k_offsets[b + 1]))
-        part = replace(inputs, q=q[:, :, tokens], k=k[:, :, keys], v=v[:, :, keys])
+        part = inputs.replace(q=q[:, :, tokens], k=k[:, :, keys], v=v[:, :, keys])
         if part.q_len:
             check(part, Result(result.out[:, :, tokens], result.lse[:, :, tokens]))
 
@@ -243,7 +242,7 @@ def test_broken_kernels_are_noticed(head_dim: int, file: str, old: str, new: str
     lengths = torch.tensor([[329, 330, 330]])
     k *= GROWTH
     k[:, 0, 329:] = v[:, 0, 329:] = torch.nan
-    inputs = AttentionInputs.create(q, k, v, SMALL, causal=True, kv_lengths=lengths)
+    inputs = attention_call(q, k, v, SMALL, causal=True, kv_lengths=lengths)
     check(inputs, emulate(phase_for(inputs), inputs))
     with pytest.raises((AssertionError, PtxError)):
         check(inputs, emulate(broken, inputs))

@@ -6,14 +6,14 @@ from __future__ import annotations
 import ctypes
 import re
 import subprocess
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from gqa_kernels import HeadMap
-from gqa_kernels.inputs import AttentionInputs
+from gqa_kernels.attention import attention_call
+from gqa_kernels.call.attention import AttentionCall
 from gqa_kernels.testing import make_inputs
 from tests.cases.attention import PREFILL_CASES, WITH_EMPTY, Case
 from tools.ptxsim import PtxError
@@ -42,7 +42,7 @@ SLOW = pytest.mark.slow
 HEAD_DIMS = [64, pytest.param(128, marks=SLOW), pytest.param(256, marks=SLOW)]
 
 
-def phase_for(inputs: AttentionInputs) -> Phase:
+def phase_for(inputs: AttentionCall) -> Phase:
     dim = max(inputs.head_dim, inputs.value_head_dim)
     head_dim_class = next(d for d in (64, 128, 256) if dim <= d)
     return compiled("sm90", "prefill", *HOST, f"{UNITS[inputs.dtype]}_d{head_dim_class}")
@@ -56,13 +56,13 @@ def attend(
     q, k, v = make_inputs(
         batch, head_map, q_len, kv_len, head_dim, dtype=dtype, value_head_dim=value_head_dim
     )
-    inputs = AttentionInputs.create(q, k, v, head_map, **options)
+    inputs = attention_call(q, k, v, head_map, **options)
     result = emulate(phase_for(inputs), inputs, num_sms, seed=seed)
     check(inputs, result)
     return result
 
 
-def reason(inputs: AttentionInputs, **more) -> str:
+def reason(inputs: AttentionCall, **more) -> str:
     return phase_for(inputs).unsupported(make_call(inputs, **more))
 
 
@@ -71,7 +71,7 @@ def reason(inputs: AttentionInputs, **more) -> str:
 )
 def test_options(case: Case):
     (q, k, v, head_map), options = case.build(torch.bfloat16, "cpu")
-    inputs = AttentionInputs.create(q, k, v, head_map, **options)
+    inputs = attention_call(q, k, v, head_map, **options)
     if not reason(inputs):
         check(inputs, emulate(phase_for(inputs), inputs))
     else:  # the only cases that TMA can't address
@@ -115,7 +115,7 @@ def test_large_scores_rescale_the_output():
     """Maxima that grow from block to block, as rescaling on demand must notice, and fall again."""
     q, k, v = make_inputs(1, SMALL, 130, 640, 64, dtype=torch.bfloat16)
     k *= torch.tensor([1, 64, 16, 4, 32]).repeat_interleave(128)[:, None]
-    inputs = AttentionInputs.create(q, k, v, SMALL)
+    inputs = attention_call(q, k, v, SMALL)
     check(inputs, emulate(phase_for(inputs), inputs))
 
 
@@ -127,7 +127,7 @@ def test_unused_slots_do_not_matter(head_dim: int):
     for b in range(2):
         for h in range(3):
             k[b, h, lengths[b, h] :] = v[b, h, lengths[b, h] :] = torch.nan
-    inputs = AttentionInputs.create(q, k, v, SMALL, causal=True, kv_lengths=lengths)
+    inputs = attention_call(q, k, v, SMALL, causal=True, kv_lengths=lengths)
     check(inputs, emulate(phase_for(inputs), inputs))
 
 
@@ -138,15 +138,13 @@ def test_cache_views():
     lengths = torch.tensor([[190] * 3, [123] * 3])
     pages = torch.tensor([3, 1], dtype=torch.int32)
     cache = torch.full((4, 200, 3, 128), torch.nan, dtype=torch.bfloat16)
-    expected = AttentionInputs.create(
-        q, k, v, SMALL, causal=True, kv_lengths=lengths, layout="bshd"
-    )
+    expected = attention_call(q, k, v, SMALL, causal=True, kv_lengths=lengths, layout="bshd")
     for b in range(2):
         n, first = int(lengths[b, 0]), int(begin[b])
         cache[pages[b], first : first + n, :, :64] = k[b, :n]
         cache[pages[b], first : first + n, :, 64:] = v[b, :n]
     cache = cache.transpose(1, 2)
-    inputs = replace(expected, k=cache[..., :64], v=cache[..., 64:])
+    inputs = expected.replace(k=cache[..., :64], v=cache[..., 64:])
     table = pages[:, None, None].expand(2, 3, 1)
     call = make_call(inputs, page_table=table, kv_begin=begin, batch=2)
     check(expected, phase_for(inputs).run(call))
@@ -160,12 +158,12 @@ def test_cache_views():
 def test_invalid_map_entries():
     """As a device tensor may hold them: NaN for these heads, nothing read, others as ever."""
     q, k, v = make_inputs(1, SMALL, 20, 70, 64, dtype=torch.bfloat16)
-    inputs = AttentionInputs.create(q, k, v, SMALL, causal=True)
+    inputs = attention_call(q, k, v, SMALL, causal=True)
     call = make_call(inputs, head_map=torch.tensor([-1, 0, 3], dtype=torch.int32))
     result = phase_for(inputs).run(call)
     for h in (0, 2):
         assert result.out[:, h].isnan().all() and result.lse[:, h].isnan().all()
-    one = AttentionInputs.create(q[:, 1:2], k, v, HeadMap([0], num_kv_heads=3), causal=True)
+    one = attention_call(q[:, 1:2], k, v, HeadMap([0], num_kv_heads=3), causal=True)
     check(one, Result(result.out[:, 1:2], result.lse[:, 1:2]))
 
 
@@ -177,28 +175,28 @@ def test_sections_of_tiles():
     head_map = HeadMap([1, 0, 1, 0, 0], num_kv_heads=2)  # sections of two heads of five
     for options in ({"causal": True}, {}):
         q, k, v = make_inputs(1, head_map, 400, 20, 64, dtype=torch.bfloat16)
-        inputs = AttentionInputs.create(q, k, v, head_map, **options)
+        inputs = attention_call(q, k, v, head_map, **options)
         check(inputs, emulate(phase, inputs))
 
 
 def test_what_is_declined():
     q, k, v = make_inputs(1, SMALL, 8, 8, 64, dtype=torch.bfloat16)
-    inputs = AttentionInputs.create(q, k, v, SMALL)
+    inputs = attention_call(q, k, v, SMALL)
     assert reason(inputs) == ""
     room = torch.zeros(1, 3, 8, 68, dtype=torch.bfloat16)
-    assert reason(replace(inputs, k=room[..., :64])) == (
+    assert reason(inputs.replace(k=room[..., :64])) == (
         "k's sequence stride must be a positive multiple of 16 bytes below 2^40 for TMA, got 136 "
         "bytes"
     )
-    assert "v must begin at a multiple of 16 bytes" in reason(replace(inputs, v=room[..., 1:65]))
+    assert "v must begin at a multiple of 16 bytes" in reason(inputs.replace(v=room[..., 1:65]))
     assert "batch stride" in reason(
-        replace(inputs, q=q.expand(2, -1, -1, -1), k=k.expand(2, -1, -1, -1))
+        inputs.replace(q=q.expand(2, -1, -1, -1), k=k.expand(2, -1, -1, -1))
     )
     table = torch.zeros(1, 3, 2, dtype=torch.int32)
     assert reason(inputs, page_table=table) == "k and v must have one page per sequence, got 2"
     offsets = torch.tensor([0, 8], dtype=torch.int32)
     assert "q_offsets" in reason(inputs, q_offsets=offsets)
-    dropping = replace(inputs, dropout_p=0.5).with_dropout_seed()
+    dropping = inputs.replace(dropout_p=0.5).draw_dropout_seed()
     assert reason(dropping) == "dropout_p must be 0"
     call = make_call(inputs)
     call.params.num_heads = 513
@@ -296,7 +294,7 @@ def test_broken_kernels_are_noticed(name: str):
         lengths = torch.full((1, WITH_EMPTY.num_kv_heads), kv_len - 5)
         k[:, :, -5:] = v[:, :, -5:] = torch.nan
         k[:, :, 200:300] *= 8
-        inputs = AttentionInputs.create(q, k, v, WITH_EMPTY, causal=True, kv_lengths=lengths)
+        inputs = attention_call(q, k, v, WITH_EMPTY, causal=True, kv_lengths=lengths)
         check(inputs, emulate(broken, inputs, num_sms=2))
 
     with pytest.raises((AssertionError, PtxError)):

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from gqa_kernels import HeadMap
-from gqa_kernels.cache.inputs import CacheInputs
-from gqa_kernels.cache.quantized import FORMAT_OF_NAME, dequantize
+from gqa_kernels.cache.formats import FORMAT_OF_NAME, dequantize
 from gqa_kernels.cache.view import KVView
+from gqa_kernels.call.attention import AttentionCall
+from gqa_kernels.decode import view_call
 from gqa_kernels.testing import assert_cache_close
 from tests.cases.caches import Kind, empty_cache, fill, hide_unused_pages
 from tools.ptxsim import PtxError
@@ -33,7 +34,7 @@ QUICK_NUMBERS = [
 MANY_SMS = 24  # enough for the host code to split
 
 
-def phase_for(name: str, inputs: CacheInputs) -> Phase:
+def phase_for(name: str, inputs: AttentionCall) -> Phase:
     dim = max(inputs.head_dim, inputs.value_head_dim)
     dim_class = next(size for size in (64, 128, 256) if dim <= size)
     unit = f"quantized_d{dim_class}"
@@ -42,7 +43,7 @@ def phase_for(name: str, inputs: CacheInputs) -> Phase:
     return compiled("sm80", name, "launch", unit)
 
 
-def run(name: str, inputs: CacheInputs, num_sms: int = MANY_SMS, **options) -> Result:
+def run(name: str, inputs: AttentionCall, num_sms: int = MANY_SMS, **options) -> Result:
     """A phase's results, checked."""
     result = phase_for(name, inputs).run(make_cache_call(inputs), num_sms, **options)
     assert_cache_close(result.out, inputs, result.lse)
@@ -57,7 +58,7 @@ def random_queries(batch: int, head_map: HeadMap, q_len: int, dim: int, dtype) -
 def cache_inputs(
     kind: Kind, lengths=(140, 0, 5), q_len=1, dim=64, value_dim=None, dtype=BF16, head_map=UNEVEN,
     value_heads=None, **options,
-) -> CacheInputs:  # fmt: skip
+) -> AttentionCall:  # fmt: skip
     """A cache with a history: NaN in unused slots and scales, garbage in unused page ids."""
     generator = torch.Generator().manual_seed(3)
     cache = empty_cache(
@@ -71,7 +72,7 @@ def cache_inputs(
         for key, value in options.items()
     }
     q = random_queries(len(lengths), head_map, q_len, dim, dtype)
-    return CacheInputs.create(q, cache.view(), head_map, **options)
+    return view_call(q, cache.view(), head_map, **options)
 
 
 EVERYTHING = {
@@ -108,7 +109,7 @@ SLOW_CASES = {
 }  # fmt: skip
 
 
-def case(name: str, **changes) -> CacheInputs:
+def case(name: str, **changes) -> AttentionCall:
     kind, options = {**CASES, **SLOW_CASES}[name]
     return cache_inputs(kind, **{**options, **changes})
 
@@ -117,7 +118,7 @@ def case(name: str, **changes) -> CacheInputs:
 def test_decode(name):
     inputs = case(name)
     result = run("decode", inputs)
-    assert len(result.launches) == (2 if inputs.view.capacity >= 256 else 1)
+    assert len(result.launches) == (2 if inputs.kv.capacity >= 256 else 1)
 
 
 @pytest.mark.slow
@@ -179,7 +180,7 @@ def test_every_number(phase, dtype, format):
     k = v if format == "int4" else stored.masked_fill(~values.isfinite(), 0).view(storage)
     q = torch.eye(64).view(1, 1, 64, 64).expand(len(v), -1, -1, -1)
     view = view_of(k, v)
-    inputs = CacheInputs.create(q.to(dtype), view, HeadMap([0]), scale=1.0, causal=False)
+    inputs = view_call(q.to(dtype), view, HeadMap([0]), scale=1.0, causal=False)
     result = phase_for(phase, inputs).run(make_cache_call(inputs))
     expected = values.to(dtype).expand_as(result.out)
     torch.testing.assert_close(result.out, expected, rtol=0, atol=0, equal_nan=True)
@@ -201,7 +202,7 @@ def test_scales_and_zeros_of_any_size(dtype):
     v_zero = torch.full(shape[:3], 5.25)
     view = view_of(k, v, k_scale, v_scale, k_zero, v_zero)
     q = random_queries(2, UNEVEN, 2, 64, dtype) * 4096
-    inputs = CacheInputs.create(q, view, UNEVEN, scale=0.125 / 4096, causal=False)
+    inputs = view_call(q, view, UNEVEN, scale=0.125 / 4096, causal=False)
     run("decode", inputs)
 
 
@@ -211,14 +212,14 @@ def test_scales_of_heads_and_of_the_tensor(phase):
     generator = torch.Generator().manual_seed(6)
     k, v = (torch.randn(2, 3, 90, 64, generator=generator).to(torch.float8_e4m3fn) for _ in "kv")
     view = view_of(k, v, k_scale=torch.tensor([0.5, 2.0, 1.0]), v_scale=0.03)
-    run(phase, CacheInputs.create(random_queries(2, UNEVEN, 3, 64, BF16), view, UNEVEN))
+    run(phase, view_call(random_queries(2, UNEVEN, 3, 64, BF16), view, UNEVEN))
 
 
 def test_numbers_that_are_not_given():
     """The op takes None for scales: 1. A cache without zeros has the format's."""
     inputs = cache_inputs(Kind(16, format="int4"), (40, 7))
-    ones = {name: torch.ones_like(getattr(inputs.view, name)) for name in ("k_scale", "v_scale")}
-    inputs = replace(inputs, view=replace(inputs.view, **ones), scale=0.01)
+    ones = {name: torch.ones_like(getattr(inputs.kv, name)) for name in ("k_scale", "v_scale")}
+    inputs = inputs.replace(kv=replace(inputs.kv, **ones), scale=0.01)
     for phase in ("decode", "prefill"):
         call = make_cache_call(inputs)
         call.params.k_scale = call.params.v_scale = None
@@ -230,10 +231,10 @@ def test_numbers_that_are_not_given():
 def test_page_outside_the_storage_poisons_the_rows_that_see_it(phase):
     """Integers have no NaN of their own. No read out of bounds, and other rows as ever."""
     inputs = cache_inputs(Kind(16, format="int8"), (90, 50), q_len=4, window=(20, 0))
-    table = inputs.view.page_table.clone()
+    table = inputs.kv.page_table.clone()
     table[0, :, 4] = -1  # keys 64 to 79: seen
     table[0, :, 2] = 1 << 20  # keys 32 to 47: not seen
-    broken = replace(inputs, view=replace(inputs.view, page_table=table))
+    broken = inputs.replace(kv=replace(inputs.kv, page_table=table))
     good = run(phase, inputs)
     result = phase_for(phase, broken).run(make_cache_call(broken))
     assert result.out[0].isnan().all() and result.lse[0].isnan().all()
@@ -286,9 +287,9 @@ BREAKS = {
 @pytest.mark.parametrize("name", BREAKS)
 def test_planted_errors_are_noticed(name):
     inputs = cache_inputs(Kind(format="int8", zeros=True), (330, 41), q_len=2)
-    wide = torch.exp2(torch.arange(inputs.view.v_scale.numel()) % 31 - 15.0)
-    scale = inputs.view.v_scale * wide.view_as(inputs.view.v_scale)
-    inputs = replace(inputs, view=replace(inputs.view, v_scale=scale))
+    wide = torch.exp2(torch.arange(inputs.kv.v_scale.numel()) % 31 - 15.0)
+    scale = inputs.kv.v_scale * wide.view_as(inputs.kv.v_scale)
+    inputs = inputs.replace(kv=replace(inputs.kv, v_scale=scale))
     run("decode", inputs)
     phase = Phase("sm80", "decode", ("launch", "quantized_d64"), replace=(BREAKS[name],))
     with pytest.raises((AssertionError, PtxError)):

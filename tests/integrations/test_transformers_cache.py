@@ -6,7 +6,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 from transformers.cache_utils import DynamicLayer
 
 from gqa_kernels import OutOfPages
-from gqa_kernels.cache.quantized import FORMAT_OF_NAME, dequantize, quantize, row_scales
+from gqa_kernels.cache.formats import FORMAT_OF_NAME, dequantize, quantize, row_scales
 from gqa_kernels.convert import convert
 from gqa_kernels.integrations.transformers import PagedCache, register
 from gqa_kernels.integrations.transformers.sequences import SequenceTable

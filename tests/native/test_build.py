@@ -94,7 +94,7 @@ def test_reasons_without_compiling(machine, env, reason):
         + """
 from gqa_kernels import available_backends, explain_backend
 assert "cpu" not in available_backends()
-print(explain_backend(q, k, v, head_map)["cpu"])
+print(explain_backend(asym_gqa_attention, q, k, v, head_map)["cpu"])
 """
     )
     out, err = machine.run(code, **env)

@@ -8,7 +8,7 @@ import torch
 
 from gqa_kernels import HeadMap
 from gqa_kernels.attention import asym_gqa_attention
-from gqa_kernels.cache.decode import asym_gqa_decode
+from gqa_kernels.decode import asym_gqa_decode
 from gqa_kernels.varlen import asym_gqa_varlen_attention
 from tests.peers import eager, flash_attn
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gqa_kernels import HeadMap
-from gqa_kernels.cache.decode import asym_gqa_decode
+from gqa_kernels.decode import asym_gqa_decode
 from tests.peers import eager, vllm
 
 MAPS = {"even": HeadMap.uniform(8, 2), "uneven": HeadMap([0, 1, 1, 1, 0, 1, 1, 1])}

@@ -1,19 +1,20 @@
 """Triton backend: attention and its gradients on NVIDIA and AMD GPUs, or in Triton's interpreter.
 
-    ops.py           the torch ops; backward_ops.py and varlen_ops.py: those with gradients
-    configs.py       tiles and launch choices: data and pure functions
-    launch/          tensors of a call -> kernel launches: forward.py, backward.py, append.py
-    kernels/         the kernels
-        arguments.py   the NamedTuples that kernels take
-        prefill.py     many query tokens, one head per tile
-        decode.py      few query tokens: a group's heads packed into one tile, split keys
-        combine.py     merge of the splits
-        delta.py, backward_q.py, backward_kv.py   the gradients
-        append.py      writes new tokens into a cache, rotated and quantised
-        common.py      the formula: scores, masking, online softmax
-        kv.py          where keys and values lie, and what stored numbers mean
-        dropout.py     which probabilities dropout keeps
-    interpreter.py   makes Triton's interpreter numerically right
+    ops.py          the torch ops, with fake kernels and autograd
+    plan.py         the device plan of a head map
+    splits.py       how the keys of a sequence are split
+    launch.py       tensors of a call -> kernel launches
+    configs.py      tiles and launch choices: data and pure functions
+    prefill.py      kernel for many query tokens, one head per tile
+    decode.py       kernel for few query tokens, a group's heads packed into one tile, split keys
+    combine.py      merge of the splits
+    backward_*.py   kernels of the gradients, and their launches
+    dropout.py      which probabilities dropout keeps
+    common.py       the formula: scores, masking, online softmax
+    kv.py           where keys and values lie: dense or paged, and what stored numbers mean
+    append.py       kernel that writes new tokens into a cache, rotated and quantised
+    cache_launch.py tensors of an append -> its launch
+    interpreter.py  corrects the interpreter's bf16
 
 Nothing here imports triton until the backend first runs.
 """
@@ -25,11 +26,12 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from ...cache.inputs import AppendInputs, CacheInputs
-from ...inputs import AttentionInputs
+from ...call.append import AppendCall
+from ...call.attention import AttentionCall
 from ...native import env
-from ...plan import plan_for
-from ..base import ALL_CACHES, FUSED_OPTIONS, Backend, Capabilities
+from ...native.schema import APPEND, FORWARD
+from ..base import ALL_CACHES, FUSED_OPTIONS, Backend, Call, Capabilities
+from .plan import plan_for
 
 MIN_CUDA_CAPABILITY = (8, 0)
 
@@ -58,112 +60,23 @@ class TritonBackend(Backend):
             return f"compute capability must be at least {MIN_CUDA_CAPABILITY}, got {capability}"
         return None
 
-    def unsupported_reasons(self, inputs: AttentionInputs) -> list[str]:
-        return super().unsupported_reasons(inputs) + _device_reasons(inputs.device)
+    def unsupported(self, call: Call) -> list[str]:
+        reasons = super().unsupported(call)
+        if call.device.type == "cpu" and not env.triton_interpreter():
+            reasons.append("device cpu (only with TRITON_INTERPRET=1)")
+        return reasons
 
-    def unsupported_cache_reasons(self, inputs: CacheInputs | AppendInputs) -> list[str]:
-        return super().unsupported_cache_reasons(inputs) + _device_reasons(inputs.device)
-
-    def run(self, inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
-        from . import backward_ops  # noqa: F401  (registers the autograd)
+    def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
         from .ops import triton_attention_forward
 
-        return triton_attention_forward(
-            inputs.q,
-            inputs.k,
-            inputs.v,
-            plan_for(inputs),
-            inputs.value_head_map_tensor,
-            inputs.alibi_slopes,
-            inputs.sinks,
-            inputs.attn_mask,
-            inputs.kv_lengths,
-            inputs.scale,
-            inputs.window_left,
-            inputs.window_right,
-            inputs.softcap,
-            inputs.layout == "bshd",
-            inputs.dropout_p,
-            inputs.dropout_seed,
-        )
+        call.check()
+        named = dict(zip(FORWARD.names, FORWARD.arguments_of(call), strict=True))
+        del named["head_map"]
+        return triton_attention_forward(plan=plan_for(call), **named)
 
-    def run_cache(self, inputs: CacheInputs) -> tuple[Tensor, Tensor]:
-        if inputs.packed_kv is not None and inputs.requires_grad:
-            from .varlen_ops import triton_varlen_forward
-
-            return triton_varlen_forward(
-                inputs.q,
-                inputs.packed_kv.k,
-                inputs.packed_kv.v,
-                plan_for(inputs),
-                inputs.value_head_map_tensor,
-                inputs.alibi_slopes,
-                inputs.sinks,
-                inputs.q_offsets,
-                inputs.packed_kv.offsets,
-                inputs.max_q_len,
-                inputs.max_kv_len,
-                inputs.scale,
-                inputs.window_left,
-                inputs.window_right,
-                inputs.softcap,
-                inputs.layout == "bshd",
-            )
-        from .ops import triton_cache_attention_forward
-
-        view = inputs.view
-        return triton_cache_attention_forward(
-            inputs.q,
-            view.k,
-            view.v,
-            plan_for(inputs),
-            inputs.alibi_slopes,
-            inputs.sinks,
-            inputs.attn_mask,
-            view.kv_lengths,
-            view.page_table,
-            view.kv_begin,
-            inputs.q_offsets,
-            inputs.max_q_len,
-            inputs.max_kv_len,
-            view.k_scale,
-            view.v_scale,
-            view.k_zero,
-            view.v_zero,
-            inputs.scale,
-            inputs.window_left,
-            inputs.window_right,
-            inputs.softcap,
-            inputs.layout == "bshd",
-        )
-
-    def append(self, inputs: AppendInputs) -> Tensor | None:
+    def append(self, call: AppendCall) -> Tensor | None:
         from .ops import triton_cache_append
 
-        view, rotates_q = inputs.view, inputs.q is not None and inputs.rotary_cos is not None
-        rotated = triton_cache_append(
-            inputs.q if rotates_q else None,
-            inputs.k_new,
-            inputs.v_new,
-            view.k,
-            view.v,
-            view.kv_lengths,
-            view.page_table,
-            view.kv_begin,
-            inputs.new_offsets,
-            inputs.max_new,
-            view.k_scale,
-            view.v_scale,
-            view.k_zero,
-            view.v_zero,
-            inputs.rotary_cos,
-            inputs.rotary_sin,
-            inputs.rotary_interleaved,
-        )
-        return rotated if rotates_q else inputs.q
-
-
-def _device_reasons(device: torch.device) -> list[str]:
-    if device.type == "cpu" and not env.triton_interpreter():
-        return ["device cpu (only with TRITON_INTERPRET=1)"]
-    return []
+        call.check()
+        rotated = triton_cache_append(*APPEND.arguments_of(call))
+        return call.q if call.rotated_q is None else rotated

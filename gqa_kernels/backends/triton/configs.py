@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 
 from ...native import env
-from ...splits import SplitChoice, ceil_div, choose_splits, split_choice
+from .splits import SplitChoice, ceil_div, choose_splits, split_choice
 
 
 @dataclass(frozen=True)

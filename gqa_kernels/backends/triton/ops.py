@@ -1,12 +1,15 @@
-"""The op ``gqa_kernels::triton_attention_forward`` and its fake kernel."""
+"""The ops ``gqa_kernels::triton_*``: the arguments of the compiled ops, with a plan of the head map
+(:mod:`.plan`) in the place of the map."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...native import env
-from ..base import empty_output_like
+from ...call.append import AppendCall
+from ...native import autograd, env, schema
 from .configs import device_facts
 
 if env.triton_interpreter():
@@ -14,155 +17,98 @@ if env.triton_interpreter():
 
     interpreter.install()
 
-from ...cache.inputs import AppendInputs
-from ...cache.view import KVView
 from .launch.append import append_launch
+from .launch.backward import BackwardCall, run_backward, sinks_gradient
 from .launch.forward import CacheCall, ForwardCall, forward_launches
 
-
-@torch.library.custom_op("gqa_kernels::triton_attention_forward", mutates_args=())
-def triton_attention_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    plan: Tensor,
-    value_head_map: Tensor | None,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
-    attn_mask: Tensor | None,
-    kv_lengths: Tensor | None,
-    scale: float,
-    window_left: int,
-    window_right: int,
-    softcap: float,
-    bshd: bool,
-    dropout_p: float = 0.0,
-    dropout_seed: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Forward attention on tensors as :class:`~gqa_kernels.inputs.AttentionInputs` has them.
-
-    Args:
-        plan: packed head-map plan, see :mod:`gqa_kernels.plan`.
-        value_head_map: integers ``[Hq]`` where V is grouped apart (the plan has it too), else None.
-        bshd: memory order of the output ``[B, Sq, Hq, Dv]``, returned as the bhsd view.
-
-    Returns:
-        out ``[B, Hq, Sq, Dv]`` and the natural-log LSE, fp32 ``[B, Hq, Sq]``.
-    """
-    out = empty_output_like(q, v.shape[3], bshd)
-    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    call = ForwardCall(
-        q, k, v, plan, alibi_slopes, sinks, attn_mask, kv_lengths, scale, window_left, window_right,
-        softcap, dropout_p, dropout_seed, out, lse,
-    )  # fmt: skip
-    with torch.cuda.device_of(q):
-        for launch in forward_launches(call, device_facts(q.device)):
-            launch.run()
-    return out, lse
-
-
-@triton_attention_forward.register_fake
-def _(
-    q, k, v, plan, value_head_map, alibi_slopes, sinks, attn_mask, kv_lengths, scale, window_left,
-    window_right, softcap, bshd, dropout_p=0.0, dropout_seed=None,
-):  # fmt: skip
-    out = empty_output_like(q, v.shape[3], bshd)
-    return out, q.new_empty(q.shape[:3], dtype=torch.float32)
-
-
-@torch.library.custom_op("gqa_kernels::triton_cache_attention_forward", mutates_args=())
-def triton_cache_attention_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    plan: Tensor,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
-    attn_mask: Tensor | None,
-    kv_lengths: Tensor,
-    page_table: Tensor | None,
-    kv_begin: Tensor | None,
-    q_offsets: Tensor | None,
-    max_q_len: int,
-    max_kv_len: int,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-    k_zero: Tensor | None,
-    v_zero: Tensor | None,
-    scale: float,
-    window_left: int,
-    window_right: int,
-    softcap: float,
-    bshd: bool,
-) -> tuple[Tensor, Tensor]:
-    """Forward attention over a cache: tensors as :class:`~gqa_kernels.cache.inputs.CacheInputs`
-    and its view have them; ``plan``, ``bshd`` and results as for ``triton_attention_forward``."""
-    out = empty_output_like(q, _value_head_dim(v), bshd)
-    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    cache = CacheCall(
-        page_table, kv_begin, q_offsets, max_q_len, max_kv_len, k_scale, v_scale, k_zero, v_zero
-    )
-    call = ForwardCall(
-        q, k, v, plan, alibi_slopes, sinks, attn_mask, kv_lengths, scale, window_left, window_right,
-        softcap, 0.0, None, out, lse, cache,
-    )  # fmt: skip
-    with torch.cuda.device_of(q):
-        for launch in forward_launches(call, device_facts(q.device)):
-            launch.run()
-    return out, lse
-
-
-@triton_cache_attention_forward.register_fake
-def _(
-    q, k, v, plan, alibi_slopes, sinks, attn_mask, kv_lengths, page_table, kv_begin, q_offsets,
-    max_q_len, max_kv_len, k_scale, v_scale, k_zero, v_zero, scale, window_left, window_right,
-    softcap, bshd,
-):  # fmt: skip
-    out = empty_output_like(q, _value_head_dim(v), bshd)
-    return out, q.new_empty(q.shape[:3], dtype=torch.float32)
-
-
-def _value_head_dim(v: Tensor) -> int:
-    return v.shape[3] * (2 if v.dtype == torch.uint8 else 1)  # int4: two numbers in a byte
+FORWARD, BACKWARD = schema.forward("plan"), schema.backward("plan")
 
 
 @torch.library.custom_op(
-    "gqa_kernels::triton_cache_append",
-    mutates_args=("k", "v", "k_scale", "v_scale", "k_zero", "v_zero"),
+    "gqa_kernels::triton_attention_forward", mutates_args=(), schema=FORWARD.text
 )
-def triton_cache_append(
-    q: Tensor | None,
-    k_new: Tensor,
-    v_new: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kv_lengths: Tensor,
-    page_table: Tensor | None,
-    kv_begin: Tensor | None,
-    new_offsets: Tensor | None,
-    max_new: int,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-    k_zero: Tensor | None,
-    v_zero: Tensor | None,
-    rotary_cos: Tensor | None,
-    rotary_sin: Tensor | None,
-    rotary_interleaved: bool,
-) -> Tensor:
-    """Write new tokens into a cache: tensors as :class:`~gqa_kernels.cache.inputs.AppendInputs`
-    and its view have them. Returns q rotated; an empty tensor without q."""
-    view = KVView(k, v, kv_lengths, page_table, kv_begin, k_scale, v_scale, k_zero, v_zero)
-    inputs = AppendInputs(
-        q, k_new, v_new, view, new_offsets, max_new, rotary_cos, rotary_sin, rotary_interleaved
-    )
-    rotated = None if q is None else torch.empty_like(q)
-    with torch.cuda.device_of(k):
-        launch = append_launch(inputs, rotated)
+def triton_attention_forward(*arguments: Any, **named: Any) -> tuple[Tensor, Tensor]:
+    """See :func:`gqa_kernels.native.schema.forward`."""
+    call = FORWARD.Arguments(*arguments, **named)
+    out, lse = schema.empty_results(call)
+    with torch.cuda.device_of(call.q):
+        for launch in forward_launches(_forward_call(call, out, lse), device_facts(call.q.device)):
+            launch.run()
+    return out, lse
+
+
+@torch.library.custom_op(
+    "gqa_kernels::triton_attention_backward", mutates_args=(), schema=BACKWARD.text
+)
+def triton_attention_backward(*arguments: Any, **named: Any) -> tuple[Tensor, ...]:
+    """See :func:`gqa_kernels.native.schema.backward`."""
+    call = BACKWARD.Arguments(*arguments, **named)
+    lse, offsets = call.lse, call.q_offsets
+    dq, dk, dv, dslopes, dsinks = schema.empty_gradients(call)
+    if offsets is not None:  # tokens of no sequence have none
+        for gradient in (dq, dk, dv):
+            gradient.zero_()
+    backward = BackwardCall(
+        _forward_call(call, call.out, lse), call.value_head_map is None, call.dout, call.dlse,
+        torch.empty_like(lse), dq, dk, dv, None, call.need_sinks,
+    )  # fmt: skip
+    with torch.cuda.device_of(call.q):
+        slopes = run_backward(backward, device_facts(call.q.device), call.need_slopes)
+    if call.need_sinks:
+        if offsets is not None:  # tokens of no sequence have any LSE
+            token = torch.arange(lse.shape[2], device=lse.device)
+            lse = lse.masked_fill(token >= offsets[-1], -torch.inf)
+        dsinks = sinks_gradient(call.sinks, lse, backward.delta)
+    return dq, dk, dv, slopes if call.need_slopes else dslopes, dsinks
+
+
+@torch.library.custom_op(
+    "gqa_kernels::triton_cache_append", mutates_args=schema.WRITTEN, schema=schema.APPEND.text
+)
+def triton_cache_append(*arguments: Any, **named: Any) -> Tensor:
+    """See :data:`gqa_kernels.native.schema.APPEND`."""
+    call = AppendCall.of_arguments(schema.APPEND.Arguments(*arguments, **named))
+    rotated = None if call.q is None else torch.empty_like(call.q)
+    with torch.cuda.device_of(call.k_new):
+        launch = append_launch(call, rotated)
         if launch is not None:
             launch.run()
-    return k_new.new_empty(0) if rotated is None else rotated
+    return call.k_new.new_empty(0) if rotated is None else rotated
 
 
-@triton_cache_append.register_fake
-def _(q, k_new, *_):
-    return k_new.new_empty(0) if q is None else torch.empty_like(q)
+def _forward_call(call: Any, out: Tensor, lse: Tensor) -> ForwardCall:
+    """What the kernels take, from the arguments of either op."""
+    given, q, k, v = call._asdict(), call.q, call.k, call.v
+    in_memory = ("page_table", "kv_begin", "k_scale", "v_scale", "k_zero", "v_zero")
+    where = {name: given.get(name) for name in in_memory}
+    cache = None
+    if call.q_offsets is not None or any(x is not None for x in where.values()):
+        table, batch = where["page_table"], call.kv_lengths.shape[0]
+        if table is None and k.shape[0] != batch:  # one row of packed sequences
+            k, v = (x.expand(batch, -1, -1, -1) for x in (k, v))
+        pages = 1 if table is None else table.shape[2]
+        sizes = (q.shape[2], pages * k.shape[2])
+        if call.q_offsets is not None:
+            sizes = (call.max_q_len, call.max_kv_len)
+        cache = CacheCall(
+            table, where["kv_begin"], call.q_offsets, *sizes, where["k_scale"], where["v_scale"],
+            where["k_zero"], where["v_zero"],
+        )  # fmt: skip
+    scale = q.shape[3] ** -0.5 if call.scale is None else call.scale
+    return ForwardCall(
+        q, k, v, call.plan, call.alibi_slopes, call.sinks, call.attn_mask, call.kv_lengths, scale,
+        call.window_left, call.window_right, call.softcap, call.dropout_p, call.dropout_seed, out,
+        lse, cache,
+    )  # fmt: skip
+
+
+for _op, _fake in (
+    (triton_attention_forward, schema.fake_forward(FORWARD)),
+    (triton_attention_backward, schema.fake_backward(BACKWARD)),
+    (triton_cache_append, schema.fake_append),
+):
+    _op.register_fake(_fake)
+autograd.register(
+    "gqa_kernels::triton_attention_forward", "gqa_kernels::triton_attention_backward", FORWARD,
+    BACKWARD,
+)  # fmt: skip

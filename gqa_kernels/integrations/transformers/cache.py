@@ -7,7 +7,6 @@ to store and to attend.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,9 +17,11 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from ...attention import asym_gqa_attention
 from ...backends.base import Backend
 from ...backends.dispatch import select
-from ...cache.inputs import AppendInputs, CacheInputs
 from ...cache.paged import PagedKVCache
 from ...cache.view import KVView
+from ...call.append import AppendCall
+from ...call.attention import AttentionCall
+from ...decode import view_call
 from .call import attention_call, with_bias
 from .sequences import SequenceTable, Step
 
@@ -133,7 +134,7 @@ class PagedLayer(CacheLayerMixin):
         self.seen = 0
         self.pool: PagedKVCache | None = None
         # The last checked call of each attention module that reads this layer.
-        self._checked: WeakKeyDictionary[nn.Module, tuple[tuple, Any, CacheInputs, Backend]]
+        self._checked: WeakKeyDictionary[nn.Module, tuple[tuple, Any, AttentionCall, Backend]]
         self._checked = WeakKeyDictionary()
         self._writer: tuple[tuple, Backend] | None = None
 
@@ -186,7 +187,7 @@ class PagedLayer(CacheLayerMixin):
         inputs, runs = self._attention(
             module, query, key.states, value.states, attention_mask, step, view, backend, **options
         )
-        out, _ = runs.run_cache(inputs)
+        out, _ = runs.attend(inputs)
         return out.transpose(1, 2)
 
     def _take(
@@ -280,7 +281,7 @@ class PagedLayer(CacheLayerMixin):
         backend: str,
         position_bias: Tensor | None = None,
         **options: Any,
-    ) -> tuple[CacheInputs, Backend]:
+    ) -> tuple[AttentionCall, Backend]:
         """The checked call of a step over the pages, and what runs it."""
         if position_bias is not None:
             attention_mask = with_bias(attention_mask, position_bias[..., : self.seen])
@@ -294,8 +295,7 @@ class PagedLayer(CacheLayerMixin):
         if attention_mask is None and module in self._checked:
             known, known_sinks, inputs, runs = self._checked[module]
             if known == same and known_sinks is sinks:
-                max_kv_len = view.capacity
-                return replace(inputs, q=query, view=view, max_kv_len=max_kv_len), runs
+                return inputs.with_q(query, view), runs
         call = attention_call(module, query, key, value, None, **options)
         if attention_mask is not None:
             call.update(attn_mask=attention_mask, causal=False, window=None)
@@ -305,7 +305,7 @@ class PagedLayer(CacheLayerMixin):
                 call["window"] = (step.window - 1, None)
         for name in ("k", "v", "dropout_p"):
             del call[name]
-        inputs = CacheInputs.create(call.pop("q"), view, call.pop("head_map"), **call)
+        inputs = view_call(call.pop("q"), view, call.pop("head_map"), **call)
         runs = select(inputs, backend)
         if attention_mask is None:
             self._checked[module] = same, sinks, inputs, runs
@@ -314,12 +314,12 @@ class PagedLayer(CacheLayerMixin):
     def _store(self, step: Step, key: Tensor, value: Tensor, view: KVView, backend: str) -> None:
         """Append the step's tokens to a view."""
         if step.kept is None:  # room, shapes and types are as they must be: no need to check again
-            inputs = AppendInputs(None, key, value, view, None, step.new, None, None, False)
+            inputs = AppendCall(None, key, value, view, max_new=step.new)
         else:
             packed = (x.transpose(1, 2)[step.kept] for x in (key, value))  # [total, H, D]
             counts = step.lengths_after - step.lengths
             offsets = nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
-            inputs = AppendInputs.create(*packed, view, new_offsets=offsets, max_new=step.new)
+            inputs = AppendCall.create(*packed, view, cu_seqlens=offsets, max_seqlen=step.new)
         packs = step.kept is not None
         if self._writer is None or self._writer[0] != (backend, packs):
             self._writer = (backend, packs), select(inputs, backend)
@@ -336,8 +336,8 @@ class PagedLayer(CacheLayerMixin):
             )
         before, after = step.views[like]
         if before.k is not pool.k:
-            before = before.with_storage(pool.k, pool.v, **pool.scales)
-        return before, replace(before, kv_lengths=after.kv_lengths)
+            before = before.with_memory(pool.unchecked_view())
+        return before, before.with_lengths(after.kv_lengths)
 
     def _empty(self, num_pages: int) -> PagedKVCache:
         (heads, dim), (value_heads, value_dim) = self._shapes

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...cache.decode import asym_gqa_decode
 from ...cache.paged import PagedKVCache
+from ...decode import asym_gqa_decode
 from ..engine_layer import Layer
 
 

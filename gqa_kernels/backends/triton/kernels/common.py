@@ -16,12 +16,12 @@ Source: the online softmax is that of FlashAttention (Dao et al., arXiv 2205.141
 import triton
 import triton.language as tl
 
-from .... import inputs
+from ....call import options
 from . import kv
 from .dropout import keep_tile
 
 LOG2E = tl.constexpr(1.4426950408889634)
-LOWEST_MASK_VALUE = tl.constexpr(inputs.LOWEST_MASK_VALUE)  # values below it hide their key
+LOWEST_MASK_VALUE = tl.constexpr(options.LOWEST_MASK_VALUE)  # values below it hide their key
 LN2 = tl.constexpr(0.6931471805599453)
 
 # Parts of a tile's key range: the inner blocks, which every row sees in full, take no masking code.

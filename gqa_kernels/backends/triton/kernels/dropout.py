@@ -1,4 +1,4 @@
-"""Which probabilities dropout keeps, in registers: :mod:`gqa_kernels.dropout` defines it.
+"""Which probabilities dropout keeps, in registers: :mod:`gqa_kernels.native.dropout` defines it.
 
 One call of Philox gives the four words of keys 4c .. 4c + 3 of a row, so a tile takes a quarter as
 many calls as it has elements. Words are compared as signed integers: ``threshold`` is

@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ....plan import largest_first, num_groups, regrouped
-from ....splits import ceil_div
 from ..configs import (
     DeviceFacts,
     Tile,
@@ -20,6 +18,8 @@ from ..configs import (
 from ..kernels.backward_kv import backward_kv_kernel
 from ..kernels.backward_q import backward_q_kernel
 from ..kernels.delta import delta_kernel
+from ..plan import largest_first, num_groups, regrouped
+from ..splits import ceil_div
 from .base import Argument, Launch, rows_of
 from .forward import ForwardCall
 

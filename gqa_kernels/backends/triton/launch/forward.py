@@ -8,8 +8,6 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ....plan import num_groups
-from ....splits import ceil_div
 from ..configs import (
     DecodeConfig,
     DeviceFacts,
@@ -25,6 +23,8 @@ from ..kernels.arguments import Partial
 from ..kernels.combine import combine_kernel
 from ..kernels.decode import decode_kernel
 from ..kernels.prefill import prefill_kernel
+from ..plan import num_groups
+from ..splits import ceil_div
 from .base import FORMATS, Argument, Launch, dims_of, mask_of, pages_of, per_head, rows_of, stored
 
 COMBINE_CHUNK = 16  # splits whose partial outputs the combine kernel holds at once

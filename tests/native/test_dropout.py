@@ -7,7 +7,7 @@ import torch
 
 from gqa_kernels import HeadMap, asym_gqa_attention
 from gqa_kernels.backends.dispatch import BACKENDS
-from gqa_kernels.dropout import draw_seed, keep_mask, philox
+from gqa_kernels.native.dropout import draw_seed, keep_mask, philox
 from gqa_kernels.testing import assert_close, assert_gradients_close, make_inputs
 from tests.api.test_attention import USABLE, widest
 

@@ -20,8 +20,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .head_map import HeadMap
-from .inputs import AttentionInputs
+from ...call.attention import AttentionCall
+from ...head_map import HeadMap
 
 
 def num_groups(plan: Tensor, num_heads: int) -> int:
@@ -78,16 +78,16 @@ def largest_first(plan: Tensor, num_heads: int) -> Tensor:
     return torch.argsort(sizes, descending=True, stable=True).to(torch.int32)
 
 
-def plan_for(inputs: AttentionInputs) -> Tensor:
+def plan_for(call: AttentionCall) -> Tensor:
     """The plan of a call, built once per device where its maps are HeadMaps."""
-    k_map, v_map = inputs.head_map, inputs.value_head_map
+    k_map, v_map = call.head_map, call.value_head_map
 
     def build() -> Tensor:
         return build_plan(
-            inputs.head_map_tensor, inputs.num_k_heads, inputs.value_head_map_tensor,
-            inputs.num_v_heads,
+            call.head_map_tensor, call.num_k_heads, call.value_head_map_tensor,
+            call.num_v_heads,
         )  # fmt: skip
 
     if isinstance(k_map, HeadMap) and not isinstance(v_map, Tensor):
-        return k_map.cached(("plan", inputs.device, v_map), build)
+        return k_map.cached(("plan", call.device, v_map), build)
     return build()

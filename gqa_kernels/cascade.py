@@ -7,11 +7,11 @@ import math
 import torch
 from torch import Tensor
 
-from ..arguments import as_bool
-from ..inputs import LAYOUTS, HeadMapLike, Layout
-from .base import KVCache
+from .cache.base import KVCache
+from .cache.tensors import Layout, check_layout
+from .call.checks import HeadMapLike, heads_first
 from .decode import asym_gqa_decode
-from .inputs import to_heads_first
+from .native.arguments import as_bool
 
 
 def merge_attention_states(
@@ -41,8 +41,8 @@ def merge_attention_states(
     total = weight_a + weight_b
     divisor = total.masked_fill(total == 0, 1)
     out = sum(
-        _over_heads_and_tokens(weight / divisor, part, layout)
-        * part.masked_fill(_over_heads_and_tokens(lse == -math.inf, part, layout), 0)
+        over_heads_and_tokens(weight / divisor, part, layout)
+        * part.masked_fill(over_heads_and_tokens(lse == -math.inf, part, layout), 0)
         for weight, part, lse in ((weight_a, out_a, lse_a), (weight_b, out_b, lse_b))
     )
     lse = (shift + torch.log(divisor)).masked_fill(total == 0, -math.inf)
@@ -51,8 +51,7 @@ def merge_attention_states(
 
 def _check_states(outs: dict[str, Tensor], lses: dict[str, Tensor], layout: Layout) -> None:
     """Types, devices and shapes of two states, each pair by name."""
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}")
+    check_layout(layout)
     for name, x in (outs | lses).items():
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
@@ -123,7 +122,7 @@ def shared_prefix_attention(
         raise ValueError(f"prefix must hold 1 sequence, got {prefix.lengths.shape[0]}")
     options = {"value_head_map": value_head_map, "scale": scale, "softcap": softcap}
     options |= {"return_lse": True, "backend": backend}
-    q_heads_first, _ = to_heads_first("q", q, layout, packed=False)
+    q_heads_first = heads_first("q", q, layout, packed=False)
     tokens = q_heads_first.transpose(1, 2)  # [B, Sq, Hq, D]
     batch, q_len, heads, _ = tokens.shape
     out_a, lse_a = asym_gqa_decode(
@@ -153,7 +152,7 @@ def merge_sinks(
     return merge_attention_states(out, lse, torch.zeros_like(out), sink, layout=layout)
 
 
-def _over_heads_and_tokens(weight: Tensor, out: Tensor, layout: Layout) -> Tensor:
+def over_heads_and_tokens(weight: Tensor, out: Tensor, layout: Layout) -> Tensor:
     """Weights ``[B, Hq, Sq]`` or ``[Hq, total]`` in the dims of the output, the last one 1."""
     if weight.dim() == 2:
         weight = weight.transpose(0, 1)

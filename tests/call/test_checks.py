@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from gqa_kernels import HeadMap, asym_gqa_attention
-from gqa_kernels.inputs import AttentionInputs
+from gqa_kernels.attention import attention_call
 from gqa_kernels.testing import make_inputs
 
 MAP = HeadMap([0, 1, 1])
@@ -166,27 +166,29 @@ def test_bad_input(change, error, message):
 )
 def test_forms_of_a_map(head_map):
     if isinstance(head_map, range):  # two heads
-        inputs = AttentionInputs.create(Q[:, :2], K, V, head_map)
+        inputs = attention_call(Q[:, :2], K, V, head_map)
         assert inputs.head_map == HeadMap([0, 1])
     else:
-        assert AttentionInputs.create(Q, K, V, head_map).head_map == MAP
+        assert attention_call(Q, K, V, head_map).head_map == MAP
 
 
 def test_normal_form():
     mask = torch.ones(5, dtype=torch.float64)
-    inputs = AttentionInputs.create(
+    inputs = attention_call(
         Q.transpose(1, 2), K.transpose(1, 2), V.transpose(1, 2), MAP, layout="bshd", causal=True,
         window=(3, 7), alibi_slopes=torch.ones(3), attn_mask=mask, kv_lengths=[5, 2],
     )  # fmt: skip
     assert inputs.q.shape == Q.shape and inputs.q.data_ptr() == Q.data_ptr()
-    assert (inputs.window_left, inputs.window_right) == (3, 0)  # causal is a right window of 0
-    assert inputs.scale == 8**-0.5 and inputs.softcap == 0.0
+    assert inputs.options.window_left == 3
+    assert inputs.options.window_right == 0  # causal
+    assert inputs.scale == 8**-0.5 and inputs.options.softcap == 0.0
     assert inputs.alibi_slopes.shape == (2, 3)
     assert inputs.attn_mask.shape == (2, 3, 4, 5) and inputs.attn_mask.dtype == torch.float32
-    assert inputs.kv_lengths.dtype == torch.int32 and inputs.kv_lengths.tolist() == [[5, 5], [2, 2]]
-    assert inputs.options == ["window", "alibi", "additive_mask", "kv_lengths"]
+    lengths = inputs.kv.kv_lengths
+    assert lengths.dtype == torch.int32 and lengths.tolist() == [[5, 5], [2, 2]]
+    assert inputs.used == ["window", "alibi", "additive_mask", "kv_lengths"]
     with pytest.raises(AttributeError):
-        inputs.scale = 1.0
+        inputs.options.scale = 1.0
 
 
 NO_WINDOW = (None, None)
@@ -211,13 +213,12 @@ NO_WINDOW = (None, None)
 )
 def test_forms_of_an_option(option, values):
     """FlashAttention's words for off, and every kind of number, mean what Python's do."""
-    first, *others = (AttentionInputs.create(Q, K, V, MAP, **{option: x}) for x in values)
-    names = ("window_left", "window_right", "softcap", "scale", "dropout_p", "deterministic")
-    for other in others:
-        for name in names:
-            found = getattr(other, name)
-            assert found == getattr(first, name) and type(found) in (int, float, bool)
-        assert other.options == first.options
+    if option != "deterministic":  # no part of a call: results always are
+        calls = [attention_call(Q, K, V, MAP, **{option: x}) for x in values]
+        assert all(call.options is calls[0].options for call in calls)
+        for name in ("window_left", "window_right", "softcap", "scale", "dropout_p"):
+            found = getattr(calls[0].options, name)
+            assert found is None or type(found) in (int, float)
     expected = asym_gqa_attention(Q, K, V, MAP, **{option: values[0]})
     for value in values[1:]:
         assert torch.equal(asym_gqa_attention(Q, K, V, MAP, **{option: value}), expected)
@@ -226,4 +227,4 @@ def test_forms_of_an_option(option, values):
 def test_stride_of_a_single_element_does_not_matter():
     q = torch.randn(2, 3, 4, 2)[..., :1]
     k, v = torch.randn(2, 2, 5, 2)[..., :1], V
-    AttentionInputs.create(q, k, v, MAP)
+    attention_call(q, k, v, MAP)

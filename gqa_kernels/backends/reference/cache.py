@@ -6,19 +6,21 @@ This is the definition of attention over caches and of the append for every othe
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ..cache.inputs import AppendInputs, CacheInputs
-from ..cache.quantized import dequantize, quantize, row_scales
-from ..cache.view import KVView, is_dynamic
-from ..inputs import AttentionInputs
-from .reference import _visibility, reference_attention
+from ...cache.formats import dequantize, quantize, row_scales
+from ...cache.view import KVView, is_dynamic
+from ...call.append import AppendCall
+from ...call.attention import AttentionCall
+from ...native import schema
+from .formula import reference_attention, visibility
 
 
 def reference_cache_attention(
-    inputs: CacheInputs, matmul_dtype: torch.dtype | None = None, base2: bool = False
+    call: AttentionCall, matmul_dtype: torch.dtype | None = None, base2: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Attention over a view; arguments as for :func:`reference_attention`.
 
@@ -26,47 +28,40 @@ def reference_cache_attention(
         out ``[B, Hq, Sq, Dv]`` in q's dtype and LSE ``[B, Hq, Sq]``; with ``q_offsets`` both have
         ``[1, Hq, total_q]`` in front, 0 and -inf at tokens of no sequence.
     """
-    dense, unreadable = dense_inputs(inputs)
+    dense, unreadable = dense_call(call)
     out, lse = reference_attention(dense, matmul_dtype, base2)
-    index = dense.head_map_tensor.long().clamp(0, inputs.num_k_heads - 1)
-    _, visible = _visibility(dense, index)
+    index = dense.head_map_tensor.long().clamp(0, call.num_k_heads - 1)
+    _, visible = visibility(dense, index)
     lost = (visible & unreadable[:, index, None]).any(-1)
     out, lse = out.masked_fill(lost[..., None], math.nan), lse.masked_fill(lost, math.nan)
-    if inputs.q_offsets is None:
+    if call.q_offsets is None:
         return out, lse
     # Right-aligned slots without a token write to one token more, which is cut off.
-    token, valid = query_tokens(inputs)
-    total = inputs.q.shape[2]
+    token, valid = query_tokens(call)
+    total = call.q.shape[2]
     token = torch.where(valid, token, total).flatten()
-    packed_out = out.new_zeros(1, inputs.num_heads, total + 1, out.shape[3])
-    packed_lse = lse.new_full((1, inputs.num_heads, total + 1), -math.inf)
+    packed_out = out.new_zeros(1, call.num_heads, total + 1, out.shape[3])
+    packed_lse = lse.new_full((1, call.num_heads, total + 1), -math.inf)
     packed_out = packed_out.index_copy(2, token, out.transpose(0, 1).flatten(1, 2)[None])
     packed_lse = packed_lse.index_copy(2, token, lse.transpose(0, 1).flatten(1, 2)[None])
     return packed_out[:, :, :-1], packed_lse[:, :, :-1]
 
 
-def dense_inputs(inputs: CacheInputs) -> tuple[AttentionInputs, Tensor]:
+def dense_call(call: AttentionCall) -> tuple[AttentionCall, Tensor]:
     """The same call on gathered, dequantised K and V, and which keys have a page out of range,
     ``[B, Hk, capacity]``.
 
     K and V of a quantised cache are fp32 there, exact. Packed queries become ``[B, Hq, max_q_len,
     D]`` aligned to the right, so that the last token of each sequence stays the last.
     """
-    view = inputs.view
-    k, v, unreadable = gather(view)
-    q = inputs.q
-    if inputs.q_offsets is not None:
-        token, valid = query_tokens(inputs)
+    k, v, unreadable = gather(call.kv)
+    q = call.q
+    if call.q_offsets is not None:
+        token, valid = query_tokens(call)
         q = torch.cat([q, q.new_zeros(1, q.shape[1], 1, q.shape[3])], dim=2)  # of no token
         q = q[0][:, torch.where(valid, token, q.shape[2] - 1)].transpose(0, 1)
-    dense = AttentionInputs(
-        q=q, k=k, v=v, head_map=inputs.head_map, value_head_map=inputs.value_head_map,
-        scale=inputs.scale, window_left=inputs.window_left, window_right=inputs.window_right,
-        softcap=inputs.softcap, alibi_slopes=inputs.alibi_slopes, sinks=inputs.sinks,
-        attn_mask=inputs.attn_mask, kv_lengths=_lengths(view).to(torch.int32), layout="bhsd",
-        deterministic=inputs.deterministic,
-    )  # fmt: skip
-    return dense, unreadable
+    view = KVView(k, v, _lengths(call.kv).to(torch.int32))
+    return replace(call, q=q, kv=view, memory="dense", bshd=False, q_offsets=None), unreadable
 
 
 def gather(view: KVView) -> tuple[Tensor, Tensor, Tensor]:
@@ -112,7 +107,9 @@ def _places(view: KVView, j: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     entry = (j // view.page_size).clamp(0, view.max_pages - 1)
     j = j[:, None].expand(-1, view.num_k_heads, -1)
     if view.page_table is None:
-        page = torch.arange(view.batch, device=view.device)[:, None, None].expand_as(j)
+        # Packed sequences share one row of storage.
+        row = torch.arange(view.batch, device=view.device).clamp(max=view.num_pages - 1)
+        page = row[:, None, None].expand_as(j)
     else:
         entry = entry[:, None].expand_as(j)
         page = view.page_table.long().gather(2, entry)
@@ -133,61 +130,39 @@ def _rows(
     return dequantize(stored, scale[page, head, slot], zero)
 
 
-def query_tokens(inputs: CacheInputs) -> tuple[Tensor, Tensor]:
+def query_tokens(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """Packed token of each right-aligned query slot, and whether it has one: ``[B, max_q_len]``."""
-    offsets = inputs.q_offsets.long()
+    offsets = call.q_offsets.long()
     stop = offsets[1:, None]
-    slot = torch.arange(inputs.max_q_len, device=inputs.device)
-    token = stop - inputs.max_q_len + slot
+    slot = torch.arange(call.max_q_len, device=call.device)
+    token = stop - call.max_q_len + slot
     return token, token >= offsets[:-1, None]
 
 
 @torch.library.custom_op(
-    "gqa_kernels::reference_cache_append",
-    mutates_args=("k", "v", "k_scale", "v_scale", "k_zero", "v_zero"),
+    "gqa_kernels::reference_cache_append", mutates_args=schema.WRITTEN, schema=schema.APPEND.text
 )
-def _append_op(
-    q: Tensor | None, k_new: Tensor, v_new: Tensor, k: Tensor, v: Tensor, kv_lengths: Tensor,
-    page_table: Tensor | None, kv_begin: Tensor | None, new_offsets: Tensor | None, max_new: int,
-    k_scale: Tensor | None, v_scale: Tensor | None, k_zero: Tensor | None, v_zero: Tensor | None,
-    rotary_cos: Tensor | None, rotary_sin: Tensor | None, rotary_interleaved: bool,
-) -> Tensor:  # fmt: skip
-    view = KVView(k, v, kv_lengths, page_table, kv_begin, k_scale, v_scale, k_zero, v_zero)
-    inputs = AppendInputs(
-        q, k_new, v_new, view, new_offsets, max_new, rotary_cos, rotary_sin, rotary_interleaved
-    )
-    rotated = reference_append(inputs)
-    return k_new.new_empty(0) if rotated is None else rotated
-
-
-@_append_op.register_fake
-def _(q, k_new, *_):
-    return k_new.new_empty(0) if q is None else torch.empty_like(q)
-
-
-def append_op(inputs: AppendInputs) -> Tensor | None:
+def append_op(*arguments: object) -> Tensor:
     """:func:`reference_append` as one op: compilers see what it writes, and not how."""
-    view, rotates_q = inputs.view, inputs.q is not None and inputs.rotary_cos is not None
-    rotated = _append_op(
-        inputs.q if rotates_q else None, inputs.k_new, inputs.v_new, view.k, view.v,
-        view.kv_lengths, view.page_table, view.kv_begin, inputs.new_offsets, inputs.max_new,
-        view.k_scale, view.v_scale, view.k_zero, view.v_zero, inputs.rotary_cos,
-        inputs.rotary_sin, inputs.rotary_interleaved,
-    )  # fmt: skip
-    return rotated if rotates_q else inputs.q
+    call = AppendCall.of_arguments(schema.APPEND.Arguments(*arguments))
+    rotated = reference_append(call)
+    return call.k_new.new_empty(0) if rotated is None else rotated
 
 
-def reference_append(inputs: AppendInputs) -> Tensor | None:
+append_op.register_fake(schema.fake_append)
+
+
+def reference_append(call: AppendCall) -> Tensor | None:
     """Write the new tokens into the view's memory and return the rotated queries, if any."""
-    view = inputs.view
-    k_new, v_new, q = inputs.k_new, inputs.v_new, inputs.q
-    if inputs.new_offsets is None:
+    view = call.kv
+    k_new, v_new, q = call.k_new, call.v_new, call.q
+    if call.new_offsets is None:
         i = torch.arange(k_new.shape[2], device=view.device).expand(view.batch, -1)
         sequence = torch.arange(view.batch, device=view.device)[:, None].expand_as(i)
         row = (sequence, i)
     else:
         token = torch.arange(k_new.shape[2], device=view.device)
-        offsets = inputs.new_offsets.long()
+        offsets = call.new_offsets.long()
         sequence = torch.searchsorted(offsets, token, right=True) - 1
         inside = sequence < view.batch
         token, sequence = token[inside], sequence[inside]
@@ -196,8 +171,8 @@ def reference_append(inputs: AppendInputs) -> Tensor | None:
     # One row per new token of a sequence: [..., H, D].
     k_rows, v_rows = k_new.transpose(1, 2)[row], v_new.transpose(1, 2)[row]
     position = view.kv_lengths.long()[sequence] + i[..., None]  # [..., Hk]
-    if inputs.rotary_cos is not None:
-        table = (inputs.rotary_cos, inputs.rotary_sin, inputs.rotary_interleaved)
+    if call.rotary_cos is not None:
+        table = (call.rotary_cos, call.rotary_sin, call.rotary_interleaved)
         k_rows = rotate(k_rows, position, *table)
         if q is not None:
             q = q.clone()

@@ -1,13 +1,7 @@
-"""Autograd of the fused ops: a backward op for a forward op, with what is saved between them.
+"""Autograd of the ops: a backward op for a forward op, and what is saved between them.
 
-Forward ops take ``(q, k, v, *maps, alibi_slopes, sinks, attn_mask, kv_lengths, scale, window_left,
-window_right, softcap, bshd, dropout_p, dropout_seed)`` and return out and LSE, both differentiable.
-Backward ops take ``(dout, dlse, q, k, v, out, lse, *maps, alibi_slopes, sinks, attn_mask,
-kv_lengths, scale, window_left, window_right, softcap, dropout_p, dropout_seed, need_slopes,
-need_sinks)`` and return dq, dk, dv, dslopes and dsinks. ``maps`` is a key and a value head map, or
-one packed plan of both. Ops of packed sequences take their offsets in place of the mask and the
-lengths, two more sizes before the scale, and no dropout. Nothing of the size ``Sq x Sk``, and no
-expanded K or V, is saved.
+The arguments of both are found by name, in their schemas (:mod:`.schema`). Out and LSE are both
+differentiable. Nothing of the size ``Sq x Sk``, and no expanded K or V, is saved.
 """
 
 from __future__ import annotations
@@ -19,59 +13,66 @@ import torch
 from torch import Tensor
 from torch._C import _functorch
 
-NUM_BIASES = 4  # alibi_slopes, sinks, and attn_mask and kv_lengths or offsets of both sides
+from .schema import Schema
+
+RESULTS = ("out", "lse")
 
 
-def register(forward_op: str, backward_op: str, num_maps: int, has_dropout: bool = True) -> None:
+def register(forward_op: str, backward_op: str, forward: Schema, backward: Schema) -> None:
     """Make ``forward_op`` differentiable once by ``backward_op``.
 
     Args:
         forward_op, backward_op: qualified names, ``"gqa_kernels::..."``, of registered ops.
-        num_maps: how many arguments their ``maps`` are.
-        has_dropout: whether they have dropout's two arguments.
+        forward, backward: their schemas. Beyond the forward's arguments the backward has ``dout``,
+            ``dlse``, the forward's results, ``need_slopes`` and ``need_sinks``.
     """
     backward_call = _op(backward_op)
-    biases = 3 + num_maps  # index of alibi_slopes
-    options = biases + NUM_BIASES  # index of scale
+    made = ("dout", "dlse", "need_slopes", "need_sinks")
+    tensors = [name for name in backward.tensors if name not in made]
+    others = [name for name in backward.names if name not in (*backward.tensors, *made)]
 
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-        *scalars, _bshd = inputs[options : -2 if has_dropout else None]
-        dropout = inputs[-2:] if has_dropout else ()
-        ctx.save_for_backward(*inputs[:3], *output, *inputs[3:options], *dropout[1:])
-        ctx.scalars = [*scalars, *dropout[:1]]
+        call = forward.Arguments(*inputs)
+        known = {**call._asdict(), **dict(zip(RESULTS, output, strict=True))}
+        ctx.save_for_backward(*(known[name] for name in tensors))
+        ctx.others = {name: known[name] for name in others}
         ctx.num_inputs = len(inputs)
         ctx.set_materialize_grads(False)
 
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors  # looked at once: activation checkpointing recomputes them
-        tensors, seed = saved[: 2 + options], saved[2 + options :]
-        out, lse = tensors[3:5]
+    def backward_of(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple:
+        # Looked at once: activation checkpointing recomputes them.
+        saved = dict(zip(tensors, ctx.saved_tensors, strict=True))
+        out, lse = saved["out"], saved["lse"]
         if dout is None:
             dout = out.new_zeros(()).expand(out.shape)
         if dout.stride(-1) != 1:  # the gradient of a sum is one element, expanded
             dout = dout.contiguous()
         if dlse is not None:
             dlse = dlse.to(lse.dtype).contiguous()
-        need_slopes, need_sinks = ctx.needs_input_grad[biases : biases + 2]
-        dq, dk, dv, dslopes, dsinks = backward_call(
-            dout, dlse, *tensors, *ctx.scalars, *seed, need_slopes, need_sinks
-        )
-        gradients: list[Tensor | None] = [None] * ctx.num_inputs
-        gradients[:3] = dq, dk, dv
-        gradients[biases] = dslopes if need_slopes else None
-        gradients[biases + 1] = dsinks if need_sinks else None
-        return tuple(gradients)
+        needs = dict(zip(forward.names, ctx.needs_input_grad, strict=False))
+        need_slopes, need_sinks = needs.get("alibi_slopes", False), needs.get("sinks", False)
+        call = backward.Arguments(
+            dout=dout, dlse=dlse, need_slopes=need_slopes, need_sinks=need_sinks, **saved,
+            **ctx.others,
+        )  # fmt: skip
+        dq, dk, dv, dslopes, dsinks = backward_call(*call)
+        gradients = {"q": dq, "k": dk, "v": dv}
+        if need_slopes:
+            gradients["alibi_slopes"] = dslopes
+        if need_sinks:
+            gradients["sinks"] = dsinks
+        return tuple(gradients.get(name) for name in forward.names[: ctx.num_inputs])
 
-    torch.library.register_autograd(forward_op, backward, setup_context=setup_context)
+    torch.library.register_autograd(forward_op, backward_of, setup_context=setup_context)
     torch.library.register_autograd(backward_op, _refuse, setup_context=_save_nothing)
 
 
-def call(op: Callable[..., Any], requires_grad: bool, *arguments: Any) -> Any:
-    """``op(*arguments)``; past autograd (some 20 microseconds) where nothing needs it."""
-    if requires_grad or torch.compiler.is_compiling():
-        return op(*arguments)
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*arguments)
+def is_transformed_now() -> bool:
+    """Whether torch.func or forward-mode differentiation is active, for whatever tensor."""
+    return (
+        torch.autograd.forward_ad._current_level >= 0
+        or _functorch.peek_interpreter_stack() is not None
+    )
 
 
 def is_transformed(*tensors: Tensor | None) -> bool:
@@ -106,6 +107,9 @@ def requires_grad(*tensors: Tensor | None) -> bool:
         if x is not None and x.requires_grad:
             return True
     return False
+
+
+is_autocast_on = torch._C._is_any_autocast_enabled  # for some device
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -27,7 +27,7 @@ class Format:
     """A storage format.
 
     Attributes:
-        name: as in the table above; ``"plain"`` is the query's own type, without scales.
+        name: as in the table above.
         storage: torch dtype of the memory.
         low, high: smallest and largest stored number.
         symmetric_high: where no zeros are kept, the largest magnitude of a row is stored as this

@@ -1,0 +1,77 @@
+"""The compiled ops as a backend runs them, on whatever device has kernels for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..call.append import AppendCall
+from ..call.attention import AttentionCall
+from ..native import build
+from ..native.schema import APPEND, FORWARD
+from .base import Backend, Call
+
+# FORWARD's arguments of a call, by its kind.
+_arguments_of: dict[int, Callable[[AttentionCall], tuple]] = {}
+
+
+class CompiledBackend(Backend):
+    """Torch's dispatcher takes the kernels of q's device.
+
+    The ops check whatever memory safety needs. They may refuse a call whose tensors nobody has
+    checked yet; what :meth:`~gqa_kernels.call.attention.AttentionCall.check` finds is then the
+    error.
+    """
+
+    part: str  # of the compiled library
+
+    def prepare(self) -> str | None:
+        try:
+            build.load(self.part)
+        except RuntimeError as error:
+            return str(error)
+        return None
+
+    def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+        if torch.compiler.is_compiling():
+            return _run(_forward(), FORWARD.arguments_of(call), call)
+        kind = call.kind if call.kind >= 0 else call.find_kind()
+        arguments_of = _arguments_of.get(kind)
+        if arguments_of is None:
+            arguments_of = _arguments_of[kind] = FORWARD.arguments_like(call)
+        if (
+            call.lse_wanted
+            or call.requires_grad
+            or type(call.q) is not Tensor  # DTensor has rules for this op
+            or torch._C._get_deterministic_algorithms()  # which fills this op's memory
+        ):
+            return _run(_forward(), arguments_of(call), call)
+        op = torch.ops.gqa_kernels.attention_output.default
+        return _run(op, arguments_of(call), call), None
+
+    def append(self, call: AppendCall) -> Tensor | None:
+        op = torch.ops.gqa_kernels.cache_append.default
+        q = _run(op, APPEND.arguments_of(call), call)
+        return call.q if call.rotated_q is None else q
+
+
+def _forward() -> Callable[..., tuple[Tensor, Tensor]]:
+    return torch.ops.gqa_kernels.attention_forward.default
+
+
+def _run(op: Callable[..., Any], arguments: tuple, call: Call) -> Any:
+    """``op(*arguments)``; past autograd (some 20 microseconds) if nothing needs it."""
+    if torch.compiler.is_compiling():
+        call.check()
+        return op(*arguments)
+    try:
+        if call.requires_grad:
+            return op(*arguments)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*arguments)
+    except RuntimeError:
+        call.check()
+        raise

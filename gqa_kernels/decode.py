@@ -1,0 +1,270 @@
+"""asym_gqa_decode: attention of new queries over a cache; the append; and the plan of a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .backends.base import Backend
+from .backends.dispatch import select
+from .cache.base import KVCache
+from .cache.tensors import Layout
+from .cache.view import KVView
+from .call.append import AppendCall
+from .call.attention import AttentionCall
+from .call.checks import HeadMapLike, from_heads_first, heads_first
+from .call.options import Options
+from .native.arguments import as_bool
+
+
+def asym_gqa_decode(
+    q: Tensor,
+    cache: KVCache,
+    head_map: HeadMapLike,
+    *,
+    k_new: Tensor | None = None,
+    v_new: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    rotary_interleaved: bool = False,
+    value_head_map: HeadMapLike | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    layout: Layout = "bhsd",
+    return_lse: bool = False,
+    deterministic: bool = False,
+    advance: bool = True,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of the last tokens of each sequence over its cache: decode, or a chunk of prefill.
+
+    The formula and the options are those of :func:`gqa_kernels.asym_gqa_attention`, with the
+    cache's length of a sequence (and head) for ``n``: the queries are its last tokens. With
+    ``k_new`` and ``v_new`` these are appended first and count as keys. Forward only, but for the
+    reference.
+
+    Args:
+        q: ``[B, Hq, Sq, D]`` (``[B, Sq, Hq, D]`` for layout ``"bshd"``), any ``Sq``; or packed
+            ``[total_q, Hq, D]`` with ``cu_seqlens_q``.
+        cache: a :class:`~gqa_kernels.DenseKVCache` or :class:`~gqa_kernels.PagedKVCache`.
+        head_map, value_head_map: as for ``asym_gqa_attention``, over the cache's heads.
+        k_new: ``[B, Hk, Sq, D]``, or packed ``[total_q, Hk, D]``: keys of the queries' tokens.
+        v_new: the values likewise.
+        cu_seqlens_q: ``[B + 1]`` integers: sequence ``b`` has the queries ``cu_seqlens_q[b]`` up to
+            ``cu_seqlens_q[b + 1]``.
+        max_seqlen_q: most queries of a sequence; needed where ``cu_seqlens_q`` is on a device.
+        rotary_cos, rotary_sin, rotary_interleaved: rotate k_new and q by their positions, as
+            :meth:`~gqa_kernels.cache.base.KVCache.append` says.
+        causal, scale, window, softcap, alibi_slopes, sinks: as for ``asym_gqa_attention``.
+        attn_mask: broadcastable to ``[B, Hq, Sq, capacity]``, over the keys of a sequence.
+        advance: count the appended tokens in ``cache.lengths``. Caches of several layers may share
+            one ``lengths``: then only the last one advances it.
+        layout, return_lse, deterministic, backend: as for ``asym_gqa_attention``.
+
+    Returns:
+        out in q's shape (last dim ``Dv``) and dtype; with ``return_lse`` also the LSE, fp32
+        ``[B, Hq, Sq]``, or ``[Hq, total_q]`` where packed. What stands at packed tokens of no
+        sequence is unspecified.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as ``asym_gqa_attention``; nothing was appended.
+    """
+    if deterministic is not False:
+        as_bool("deterministic", deterministic)
+    call = decode_call(
+        q, cache, head_map, causal=causal, scale=scale, window=window, softcap=softcap,
+        cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q, value_head_map=value_head_map,
+        alibi_slopes=alibi_slopes, sinks=sinks, attn_mask=attn_mask, layout=layout,
+    )  # fmt: skip
+    plan = DecodePlan(call, layout, select(call, backend))
+    if k_new is None:
+        call.kv.check_slots(0)
+    result = plan._step(
+        call, k_new, v_new, rotary_cos, rotary_sin, rotary_interleaved, return_lse
+    )  # fmt: skip
+    if k_new is not None and advance:
+        cache.advance(plan.new_tokens)
+    return result
+
+
+def decode_call(q: Tensor, cache: KVCache, head_map: HeadMapLike, **options) -> AttentionCall:
+    """The call that :func:`asym_gqa_decode` makes of its arguments, without new tokens."""
+    if not isinstance(cache, KVCache):
+        raise TypeError(f"cache must be a DenseKVCache or PagedKVCache, got {type(cache).__name__}")
+    return view_call(q, cache.unchecked_view(), head_map, **options)
+
+
+def view_call(
+    q: Tensor, view: KVView, head_map: HeadMapLike, *, causal: bool = True,
+    scale: float | None = None, window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None, **tensors,
+) -> AttentionCall:  # fmt: skip
+    """:func:`decode_call` over the view of a cache."""
+    options = Options.of(causal, scale, window, softcap)
+    return AttentionCall.over(q, view, head_map, options, **tensors)
+
+
+def plan_decode(
+    q: Tensor, cache: KVCache, head_map: HeadMapLike, *, backend: str = "auto",
+    deterministic: bool = False, **options,
+) -> DecodePlan:  # fmt: skip
+    """Check a decode step and choose what runs it, once for all layers.
+
+    Args:
+        q: queries of some layer; shape, strides and dtype count.
+        cache: the cache of some layer. Its lengths and page table serve every layer.
+        head_map, options, backend: as :func:`asym_gqa_decode` has them, ``cu_seqlens_q`` included,
+            without those of the append and of the result.
+        deterministic: as for :func:`asym_gqa_decode`.
+    """
+    as_bool("deterministic", deterministic)
+    call = decode_call(q, cache, head_map, **options)
+    chosen = select(call, backend)
+    call.check()
+    call.kv.check_slots(0)
+    return DecodePlan(call, options.get("layout", "bhsd"), chosen)
+
+
+@dataclass(slots=True, eq=False)
+class DecodePlan:
+    """What the layers of a decode step have in common; made by :func:`plan_decode`.
+
+    Calling it takes one layer's queries and cache. It chooses no backend, reads no values of
+    tensors on a device, and waits for none, so it can be captured in a CUDA graph: lengths, page
+    tables and head maps in tensors are read when the kernels run and may change between replays;
+    shapes may not. How the keys are split follows from shapes alone.
+
+    Attributes:
+        call: the checked call; lengths are those before an append.
+        layout: of q, k_new, v_new and out.
+        backend: what runs it.
+    """
+
+    call: AttentionCall
+    layout: Layout
+    backend: Backend
+
+    @property
+    def new_tokens(self) -> int | Tensor:
+        """Query tokens per sequence: a number, or ``[B]`` if they are packed."""
+        offsets = self.call.q_offsets
+        return self.call.q.size(2) if offsets is None else offsets.diff()
+
+    def __call__(
+        self,
+        q: Tensor,
+        cache: KVCache,
+        k_new: Tensor | None = None,
+        v_new: Tensor | None = None,
+        *,
+        rotary_cos: Tensor | None = None,
+        rotary_sin: Tensor | None = None,
+        rotary_interleaved: bool = False,
+        return_lse: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """One layer: append ``k_new`` and ``v_new``, if any, and attend, as
+        :func:`asym_gqa_decode` does. ``cache.lengths`` is left as it is: advance it once a step.
+
+        Args:
+            cache: memory of the planned shapes; lengths and page table are those of the plan.
+        """
+        planned = self.call
+        packed = planned.q_offsets is not None
+        if packed or self.layout != "bhsd" or type(q) is not Tensor or q.dim() != 4:
+            q = heads_first("q", q, self.layout, packed)
+        if q.shape != planned.q.shape or q.dtype != planned.q.dtype:
+            raise ValueError(
+                f"q must be as planned, {tuple(planned.q.shape)} in {planned.q.dtype} as [B, Hq, "
+                f"S, D], got {tuple(q.shape)} in {q.dtype}"
+            )
+        call = planned.with_q(q, planned.kv.with_memory(cache.unchecked_view()))
+        return self._step(
+            call, k_new, v_new, rotary_cos, rotary_sin, rotary_interleaved, return_lse
+        )  # fmt: skip
+
+    def _step(
+        self, call: AttentionCall, k_new: Tensor | None, v_new: Tensor | None,
+        rotary_cos: Tensor | None, rotary_sin: Tensor | None, rotary_interleaved: bool,
+        return_lse: bool,
+    ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+        """Append the new tokens, if any, and attend."""
+        packed = call.q_offsets is not None
+        if (k_new is None) != (v_new is None):
+            raise ValueError("k_new and v_new must be given together, got one of them")
+        if k_new is not None:
+            append = AppendCall.create(
+                k_new, v_new, call.kv, cu_seqlens=call.q_offsets, max_seqlen=call.max_q_len,
+                rotary_cos=rotary_cos, rotary_sin=rotary_sin,
+                rotary_interleaved=rotary_interleaved, layout=self.layout, q_heads_first=call.q,
+            )  # fmt: skip
+            call.q = select(append, self.backend.name).append(append)
+            new = self.new_tokens[:, None] if packed else append.max_new
+            call.kv = call.kv.with_lengths(call.kv.kv_lengths + new)
+        elif rotary_cos is not None:
+            raise ValueError("rotary_cos must be None where there is no k_new to rotate")
+        call.lse_wanted = return_lse
+        out, lse = self.backend.attend(call)
+        if packed or self.layout != "bhsd":
+            out = from_heads_first(out, self.layout, packed)
+        return (out, lse[0] if packed else lse) if return_lse else out
+
+
+def append(
+    cache: KVCache,
+    k_new: Tensor,
+    v_new: Tensor,
+    *,
+    q: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    rotary_interleaved: bool = False,
+    layout: Layout = "bhsd",
+    advance: bool = True,
+    backend: str = "auto",
+) -> Tensor | None:
+    """Write new tokens behind the ones there are: rotated, and quantised where the cache is.
+
+    Args:
+        k_new: ``[B, Hk, S, D]`` (``[B, S, Hk, D]`` for layout ``"bshd"``), or packed
+            ``[total, Hk, D]`` with ``cu_seqlens``.
+        v_new: ``[B, Hv, S, Dv]`` likewise.
+        q: queries of the same tokens, to rotate too; not modified.
+        cu_seqlens: ``[B + 1]`` integers: the new tokens of sequence ``b`` are
+            ``cu_seqlens[b]`` up to ``cu_seqlens[b + 1]``.
+        max_seqlen: most new tokens of a sequence; needed where ``cu_seqlens`` is on a device.
+        rotary_cos, rotary_sin: ``[max_position, R / 2]``, cosines and sines of the angles: the
+            first ``R`` columns of k_new and q are rotated by the angle of their position, which
+            is the length before the append plus the token's index. Contiguous tables in fp32 or the
+            tokens' dtype are read as they are. Others are copied first: strided tables, other
+            floating dtypes, and tables ``[max_position, R]`` with ``R > D / 2`` that hold every
+            angle twice.
+        rotary_interleaved: pairs are columns ``(2i, 2i + 1)`` and not ``(i, i + R / 2)``.
+        advance: add the new tokens to ``lengths``. Caches of several layers may share one
+            ``lengths``: then only the last one advances it.
+        backend: as in :func:`gqa_kernels.asym_gqa_attention`.
+
+    Returns:
+        the rotated queries (q itself without a rotary table), or None without queries.
+    """
+    call = AppendCall.create(
+        k_new, v_new, cache.unchecked_view(), q=q, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen,
+        rotary_cos=rotary_cos, rotary_sin=rotary_sin, rotary_interleaved=rotary_interleaved,
+        layout=layout,
+    )  # fmt: skip
+    rotated = select(call, backend).append(call)
+    if advance:
+        cache.advance(call.max_new if cu_seqlens is None else cu_seqlens.diff())
+    return None if q is None else from_heads_first(rotated, layout, cu_seqlens is not None)
+
+
+KVCache.append = append  # a method of every cache, which as memory knows no backend

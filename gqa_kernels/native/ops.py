@@ -1,0 +1,27 @@
+"""The compiled ops: definitions, fake kernels and autograd. The library adds the kernels."""
+
+from __future__ import annotations
+
+import torch
+
+from . import autograd, schema
+
+for _name, _schema in (
+    ("attention_forward", schema.FORWARD),
+    ("attention_output", schema.OUTPUT),
+    ("attention_backward", schema.BACKWARD),
+    ("cache_append", schema.APPEND),
+    ("cache_slots_exist", schema.SLOTS_EXIST),
+):
+    schema.define(_name, _schema)
+
+torch.library.register_fake("gqa_kernels::attention_forward", schema.fake_forward(schema.FORWARD))
+torch.library.register_fake("gqa_kernels::attention_output", schema.fake_output)
+torch.library.register_fake(
+    "gqa_kernels::attention_backward", schema.fake_backward(schema.BACKWARD)
+)
+torch.library.register_fake("gqa_kernels::cache_append", schema.fake_append)
+autograd.register(
+    "gqa_kernels::attention_forward", "gqa_kernels::attention_backward",
+    schema.FORWARD, schema.BACKWARD,
+)  # fmt: skip

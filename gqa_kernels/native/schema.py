@@ -1,0 +1,192 @@
+"""The arguments of the ops: each list is written here, once.
+
+From a :class:`Schema` come the op's definition, the arguments by name for its fake kernel and its
+autograd, and the arguments of a call. ``csrc/host`` has the same lists, in the same order, once for
+all devices.
+"""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NAMESPACE = "gqa_kernels::"
+
+
+class Schema:
+    """The arguments of one family of ops.
+
+    Attributes:
+        text: the schema in torch's notation, without the op's name.
+        names: of the arguments, in order.
+        tensors: those of them that are tensors.
+        Arguments: named tuple of them; those with a default may be left out at the end.
+    """
+
+    def __init__(self, arguments: str, returns: str, paths: dict[str, str] | None = None):
+        """``paths``: where a call's attributes hold an argument, if not under its own name."""
+        parts = [part.strip() for part in arguments.split(",")]
+        declared = [part.partition("=")[0].split(" ") for part in parts]
+        self.text = f"({', '.join(parts)}) -> {returns}"
+        self.names = tuple(name for _, name in declared)
+        self.tensors = tuple(name for kind, name in declared if kind.startswith("Tensor"))
+        self._paths = [(paths or {}).get(name, name) for name in self.names]
+        defaults = [_DEFAULTS[part.partition("=")[2]] for part in parts if "=" in part]
+        self.Arguments = namedtuple("Arguments", self.names, defaults=defaults)
+        #: ``arguments_of(call)``: a call's arguments, in order.
+        self.arguments_of: Callable[[Any], tuple] = _tuple_of(self._paths)
+
+    def arguments_like(self, call: Any) -> Callable[[Any], tuple]:
+        """:attr:`arguments_of` for calls with the tensors that ``call`` has: what comes after the
+        last of these, and the numbers that follow it, is left out."""
+        given = dict(zip(self.names, self.arguments_of(call), strict=True))
+        last = max(i for i, name in enumerate(self.names) if isinstance(given[name], Tensor))
+        while last + 1 < len(self.names) and self.names[last + 1] not in self.tensors:
+            last += 1
+        return _tuple_of(self._paths[: last + 1])
+
+
+def _tuple_of(paths: list[str]) -> Callable[[Any], tuple]:
+    """A function of a call that returns these attributes. Written out: torch.compile reads it."""
+    return eval(f"lambda call: ({', '.join(f'call.{path}' for path in paths)},)")
+
+
+_DEFAULTS = {"None": None, "0": 0, "-1": -1, "0.0": 0.0, "False": False, "True": True}
+
+_WHERE_KEYS_LIE = "Tensor? kv_lengths=None, Tensor? page_table=None, Tensor? kv_begin=None"
+_SCALES = "Tensor? k_scale=None, Tensor? v_scale=None, Tensor? k_zero=None, Tensor? v_zero=None"
+_BIASES = "Tensor? sinks=None, Tensor? value_head_map=None, Tensor? alibi_slopes=None, "
+_BIASES += "Tensor? attn_mask=None"
+_PACKED = "Tensor? q_offsets=None, SymInt max_q_len=0, SymInt max_kv_len=0"
+_SCORES = "float? scale=None, SymInt window_left=-1, SymInt window_right=-1, float softcap=0.0"
+_DROPOUT = "float dropout_p=0.0, Tensor? dropout_seed=None"
+
+_KV = ("k", "v", "kv_lengths", "page_table", "kv_begin", "k_scale", "v_scale", "k_zero", "v_zero")
+_IN_VIEW = {name: f"kv.{name}" for name in _KV}
+_IN_OPTIONS = ("scale", "window_left", "window_right", "softcap", "dropout_p")
+_IN_CALL = {
+    **_IN_VIEW,
+    **{name: f"options.{name}" for name in _IN_OPTIONS},
+    "head_map": "head_map_tensor",
+    "value_head_map": "value_head_map_tensor",
+}
+
+
+def forward(head_map: str = "head_map", returns: str = "(Tensor out, Tensor lse)") -> Schema:
+    """Attention. Returns out ``[B, Hq, Sq, Dv]`` and the LSE, fp32 ``[B, Hq, Sq]``.
+
+    What few calls have comes last: a call leaves out what it has not.
+
+    Args:
+        head_map: name of the argument that holds the head map: int32 ``[Hq]``, or a plan of it.
+        returns: in torch's notation.
+
+    The ops take tensors as :class:`~gqa_kernels.call.attention.AttentionCall` and its
+    :class:`~gqa_kernels.cache.view.KVView` have them.
+    """
+    return Schema(
+        f"Tensor q, Tensor k, Tensor v, Tensor {head_map}, {_SCORES}, bool bshd=False, "
+        f"{_WHERE_KEYS_LIE}, {_BIASES}, {_PACKED}, {_SCALES}, {_DROPOUT}",
+        returns,
+        _IN_CALL,
+    )
+
+
+def backward(head_map: str = "head_map") -> Schema:
+    """Gradients of the forward op over dense tensors or packed sequences, deterministic. ``out``
+    and ``lse`` are the forward's results, ``dout`` and ``dlse`` their gradients (fp32, contiguous,
+    or None: zeros). Returns dq, dk and dv in the types and shapes of q, k and v; dslopes fp32
+    ``[B, Hq]`` and dsinks fp32 ``[Hq]``, empty if not needed."""
+    return Schema(
+        f"Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+        f"Tensor {head_map}, {_BIASES}, Tensor? kv_lengths=None, Tensor? kv_begin=None, {_PACKED}, "
+        f"{_SCORES}, {_DROPOUT}, bool need_slopes=False, bool need_sinks=False",
+        "(Tensor dq, Tensor dk, Tensor dv, Tensor dslopes, Tensor dsinks)",
+    )
+
+
+FORWARD, BACKWARD = forward(), backward()
+OUTPUT = forward(returns="Tensor")  # attention that keeps no LSE
+
+# Writes new tokens behind those there are, rotated and quantised, and returns q rotated; [0]
+# without q. Tensors as gqa_kernels.call.append.AppendCall has them.
+APPEND = Schema(
+    "Tensor? q, Tensor k_new, Tensor v_new, Tensor(a!) k, Tensor(b!) v, Tensor kv_lengths, "
+    "Tensor? page_table, Tensor? kv_begin, Tensor? new_offsets, SymInt max_new, "
+    "Tensor(c!)? k_scale, Tensor(d!)? v_scale, Tensor(e!)? k_zero, Tensor(f!)? v_zero, "
+    "Tensor? rotary_cos, Tensor? rotary_sin, bool rotary_interleaved",
+    "Tensor",
+    {**_IN_VIEW, "q": "rotated_q"},
+)
+WRITTEN = ("k", "v", "k_scale", "v_scale", "k_zero", "v_zero")
+
+# Whether every key of a view on the CPU, and each new token behind them, has a slot inside its
+# sequence's capacity, in a page that exists. It looks at values, so it has no fake kernel.
+SLOTS_EXIST = Schema(
+    "Tensor kv_lengths, Tensor? page_table, Tensor? kv_begin, Tensor? new_offsets, int new_tokens, "
+    "int num_pages, int page_size",
+    "bool",
+)
+
+
+def define(name: str, schema: Schema) -> None:
+    """Define the op ``gqa_kernels::name``."""
+    torch.library.define(NAMESPACE + name, schema.text)
+
+
+def fake_forward(schema: Schema) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Fake kernel of a forward op."""
+
+    def fake(*arguments: Any, **named: Any) -> tuple[Tensor, Tensor]:
+        return empty_results(schema.Arguments(*arguments, **named))
+
+    return fake
+
+
+def fake_output(*arguments: Any, **named: Any) -> Tensor:
+    """Fake kernel of attention that keeps no LSE."""
+    return empty_results(OUTPUT.Arguments(*arguments, **named))[0]
+
+
+def fake_backward(schema: Schema) -> Callable[..., tuple[Tensor, ...]]:
+    """Fake kernel of a backward op."""
+
+    def fake(*arguments: Any, **named: Any) -> tuple[Tensor, ...]:
+        return empty_gradients(schema.Arguments(*arguments, **named))
+
+    return fake
+
+
+def fake_append(*arguments: Any, **named: Any) -> Tensor:
+    """Fake kernel of an append op."""
+    call = APPEND.Arguments(*arguments, **named)
+    return call.k_new.new_empty(0) if call.q is None else torch.empty_like(call.q)
+
+
+def empty_results(call: Any) -> tuple[Tensor, Tensor]:
+    """Uninitialised out and LSE of a forward op's arguments."""
+    q, v = call.q, call.v
+    dim = v.shape[3] * (2 if v.dtype == torch.uint8 else 1)  # int4: two numbers in a byte
+    return empty_output(q, dim, call.bshd), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def empty_output(q: Tensor, value_head_dim: int, bshd: bool) -> Tensor:
+    """Uninitialised ``[B, Hq, Sq, Dv]`` for queries ``[B, Hq, Sq, D]``, in memory ``[B, Sq, Hq,
+    Dv]`` for ``bshd``."""
+    batch, heads, tokens, _ = q.shape
+    if bshd:
+        return q.new_empty(batch, tokens, heads, value_head_dim).transpose(1, 2)
+    return q.new_empty(batch, heads, tokens, value_head_dim)
+
+
+def empty_gradients(call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Uninitialised gradients of a backward op's arguments."""
+    q, heads = call.q, call.q.shape[1]
+    batch = q.shape[0] if call.q_offsets is None else call.q_offsets.shape[0] - 1
+    dslopes = q.new_empty((batch, heads) if call.need_slopes else (0,), dtype=torch.float32)
+    dsinks = q.new_empty((heads,) if call.need_sinks else (0,), dtype=torch.float32)
+    return (*(x.new_empty(x.shape) for x in (q, call.k, call.v)), dslopes, dsinks)
