@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinCtas)
 
     const uint32_t q_slot = ring + turn * C::kSlotBytes, dout_slot = q_slot + C::kStepBytes;
     const auto own = [&](const TileFragments& rows) {
-      return [=](uint32_t(&a)[4], int m, int d) { ldmatrix_x4(a, rows.address<C>(m * 16, d)); };
+      return [=](uint32_t (&a)[4], int m, int d) { ldmatrix_x4(a, rows.address<C>(m * 16, d)); };
     };
     Probabilities<C> p, ds;
     {

@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinCtas)
     if (seen) {
       Scores<C> scores;
       const TileFragments q_tile(q_base + warp * C::kWarpRows * C::kRowBytes, offsets.qv);
-      const auto load_rows = [&](uint32_t(&a)[4], int m, int step) {
+      const auto load_rows = [&](uint32_t (&a)[4], int m, int step) {
         if constexpr (C::kQInRegisters) {
 #pragma unroll
           for (int i = 0; i < 4; ++i) a[i] = q[step][m][i];
