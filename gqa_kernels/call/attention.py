@@ -179,7 +179,9 @@ class AttentionCall:
             self._check_tensors()  # whatever is wrong with them comes first
             raise
         if torch.is_grad_enabled():
-            self.requires_grad = requires_grad(self.q, self.kv.k, self.kv.v, *self.biases)
+            self.requires_grad = requires_grad(
+                self.q, self.kv.k, self.kv.v, self.alibi_slopes, self.sinks, self.attn_mask
+            )
         return self
 
     def _enter(

@@ -100,13 +100,19 @@ def requires_grad(*tensors: Tensor | None) -> bool:
     they need no gradient, whatever is below."""
     if not torch.is_grad_enabled():
         return False
-    mapped = not torch.compiler.is_compiling() and _functorch.maybe_current_level() is not None
     for x in tensors:
-        while mapped and x is not None and _functorch.is_batchedtensor(x):
-            x = _functorch.get_unwrapped(x)
         if x is not None and x.requires_grad:
             return True
-    return False
+    if torch.compiler.is_compiling() or _functorch.maybe_current_level() is None:
+        return False
+    return any(x is not None and _unwrapped(x).requires_grad for x in tensors)
+
+
+def _unwrapped(x: Tensor) -> Tensor:
+    """The tensor below vmap's."""
+    while _functorch.is_batchedtensor(x):
+        x = _functorch.get_unwrapped(x)
+    return x
 
 
 is_autocast_on = torch._C._is_any_autocast_enabled  # for some device
