@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, overload
 
 from torch import Tensor
 
@@ -10,9 +11,34 @@ from .backends.dispatch import select
 from .cache.tensors import Layout
 from .call.attention import AttentionCall
 from .call.checks import HeadMapLike
+from .call.keywords import AttentionKeywords
 from .call.options import Options
 from .native.arguments import as_bool
 from .native.autograd import autocast, is_autocast_on
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+@overload
+def asym_gqa_attention(
+    q: Tensor, k: Tensor, v: Tensor, head_map: HeadMapLike, *, return_lse: Literal[False] = False,
+    **keywords: Unpack[AttentionKeywords],
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def asym_gqa_attention(
+    q: Tensor, k: Tensor, v: Tensor, head_map: HeadMapLike, *, return_lse: Literal[True],
+    **keywords: Unpack[AttentionKeywords],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+@overload
+def asym_gqa_attention(
+    q: Tensor, k: Tensor, v: Tensor, head_map: HeadMapLike, *, return_lse: bool,
+    **keywords: Unpack[AttentionKeywords],
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def asym_gqa_attention(

@@ -14,6 +14,8 @@ from ..native import build
 from ..native.schema import APPEND, FORWARD
 from .base import Backend, Call
 
+_NO_LSE = torch.empty(0)  # in place of one that nobody reads
+
 # FORWARD's arguments of a call, by its kind.
 _arguments_of: dict[int, Callable[[AttentionCall], tuple]] = {}
 
@@ -35,7 +37,7 @@ class CompiledBackend(Backend):
             return str(error)
         return None
 
-    def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+    def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
         if torch.compiler.is_compiling():
             return _run(_forward(), FORWARD.arguments_of(call), call)
         kind = call.kind if call.kind >= 0 else call.find_kind()
@@ -50,7 +52,7 @@ class CompiledBackend(Backend):
         ):
             return _run(_forward(), arguments_of(call), call)
         op = torch.ops.gqa_kernels.attention_output.default
-        return _run(op, arguments_of(call), call), None
+        return _run(op, arguments_of(call), call), _NO_LSE
 
     def append(self, call: AppendCall) -> Tensor | None:
         op = torch.ops.gqa_kernels.cache_append.default

@@ -306,7 +306,7 @@ def _first_half(name: str, table: Tensor, interleaved: bool) -> Tensor:
     return once
 
 
-def _check_float_tensor(name: str, x: object, q: Tensor) -> None:
+def _check_float_tensor(name: str, x: Tensor, q: Tensor) -> None:
     check_tensors(**{name: x})
     if not x.dtype.is_floating_point:
         raise TypeError(f"{name}.dtype must be floating, got {x.dtype}")

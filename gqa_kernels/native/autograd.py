@@ -112,17 +112,17 @@ def requires_grad(*tensors: Tensor | None) -> bool:
 is_autocast_on = torch._C._is_any_autocast_enabled  # for some device
 
 
-def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v in the type that autocast gives them, as SDPA's; fp64 stays."""
-    dtype = autocast_dtype(tensors[0])
-    if dtype is None:
-        return tensors
-    return tuple(
-        x.to(dtype)
-        if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
-        else x
-        for x in tensors
-    )
+    dtype = autocast_dtype(q)
+    if dtype is not None:
+        q, k, v = (
+            x.to(dtype)
+            if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
+            else x
+            for x in (q, k, v)
+        )
+    return q, k, v
 
 
 def autocast_dtype(x: object) -> torch.dtype | None:

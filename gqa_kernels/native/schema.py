@@ -8,7 +8,7 @@ all devices.
 from __future__ import annotations
 
 from collections import namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ class Schema:
         self.tensors = tuple(name for kind, name in declared if kind.startswith("Tensor"))
         self._paths = [(paths or {}).get(name, name) for name in self.names]
         defaults = [_DEFAULTS[part.partition("=")[2]] for part in parts if "=" in part]
-        self.Arguments = namedtuple("Arguments", self.names, defaults=defaults)
+        self.Arguments = _named_tuple(self.names, defaults)
         #: ``arguments_of(call)``: a call's arguments, in order.
         self.arguments_of: Callable[[Any], tuple] = _tuple_of(self._paths)
 
@@ -48,6 +48,11 @@ class Schema:
         while last + 1 < len(self.names) and self.names[last + 1] not in self.tensors:
             last += 1
         return _tuple_of(self._paths[: last + 1])
+
+
+def _named_tuple(names: tuple[str, ...], defaults: Sequence[object]) -> Any:
+    """A class whose fields only the schema knows."""
+    return namedtuple("Arguments", names, defaults=defaults)
 
 
 def _tuple_of(paths: list[str]) -> Callable[[Any], tuple]:
