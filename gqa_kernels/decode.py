@@ -49,7 +49,8 @@ def asym_gqa_decode(
     The formula and the options are those of :func:`gqa_kernels.asym_gqa_attention`, with the
     cache's length of a sequence (and head) for ``n``: the queries are its last tokens. With
     ``k_new`` and ``v_new`` these are appended first and count as keys. Forward only, but for the
-    reference.
+    reference. NaN and infinities at hidden keys act as in :func:`gqa_kernels.asym_gqa_attention`;
+    slots that hold no key are never used.
 
     Args:
         q: ``[B, Hq, Sq, D]`` (``[B, Sq, Hq, D]`` for layout ``"bshd"``), any ``Sq``; or packed

@@ -34,7 +34,8 @@ def asym_gqa_varlen_attention(
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`gqa_kernels.asym_gqa_attention` of each of ``B`` packed sequences, differentiable and
-    under autocast as that is.
+    under autocast as that is. NaN and infinities at hidden keys act as they do there; tokens of
+    other sequences, or of none, never matter to a sequence.
 
     Args:
         q: ``[total_q, Hq, D]``.
