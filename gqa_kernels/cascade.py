@@ -11,7 +11,7 @@ from .cache.base import KVCache
 from .cache.tensors import Layout, check_layout
 from .call.checks import HeadMapLike, heads_first
 from .decode import asym_gqa_decode
-from .native.arguments import as_bool, check_tensors
+from .native.arguments import as_bool
 
 
 def merge_attention_states(
@@ -53,7 +53,8 @@ def _check_states(outs: dict[str, Tensor], lses: dict[str, Tensor], layout: Layo
     """Types, devices and shapes of two states, each pair by name."""
     check_layout(layout)
     for name, x in (outs | lses).items():
-        check_tensors(**{name: x})
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
         if not x.dtype.is_floating_point or x.dtype.itemsize == 1 or x.layout != torch.strided:
             raise TypeError(
                 f"{name} must be a dense tensor of fp16, bf16, fp32 or fp64, got {x.dtype} "

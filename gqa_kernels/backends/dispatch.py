@@ -106,7 +106,6 @@ def _choose(call: Call, backend: str) -> Backend:
                     _warn_of_reference(passed_over)
                 return BACKENDS[name]
             passed_over.append((name, reasons))
-            passed_over.append((name, reasons))
         raise NotImplementedError(
             f"no backend can run {call.describe()}:\n"
             + "\n".join(f"  {name}: {'; '.join(why)}" for name, why in explain(call).items())

@@ -90,8 +90,8 @@ class Blind(torch.utils._python_dispatch.TorchDispatchMode):
 def test_a_plan_looks_at_no_tensor(backend, packed, device, monkeypatch):
     """With tensors that can't be read for nothing, as on a device: append, rotary and attention."""
     for name, module in list(sys.modules.items()):
-        if name.startswith("gqa_kernels") and hasattr(module, "_readable"):
-            monkeypatch.setattr(module, "_readable", lambda x: False)
+        if name.startswith("gqa_kernels") and hasattr(module, "is_readable"):
+            monkeypatch.setattr(module, "is_readable", lambda x: False)
     dtype = widest(backend)
     cache, _ = filled(Kind(4), dtype, device, lengths=(9, 3), room=True)
     cos, sin = (x.to(device) for x in rotary_table(12))

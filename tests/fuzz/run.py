@@ -101,10 +101,10 @@ def run_good(call: Call, draw: Draw) -> None:
 
 def check_explanation(call: Call) -> None:
     """What ran has no reason against it."""
-    _, names = EXPLAINED[call.names[-1]]
+    function, names = EXPLAINED[call.names[-1]]
     arguments = {name: x for name, x in call.arguments.items() if name not in NOT_EXPLAINED}
     given = [arguments.pop(name) for name in names]
-    reasons = explain_backend(*given, **arguments)
+    reasons = explain_backend(function, *given, **arguments)
     backend = call.arguments["backend"]
     backend = next(name for name in reasons if not reasons[name]) if backend == "auto" else backend
     assert not reasons[backend], f"{backend} ran, yet explain_backend says {reasons[backend]}"

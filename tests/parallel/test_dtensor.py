@@ -86,7 +86,8 @@ def test_torch_without_dtensor(monkeypatch):
 
 
 def test_the_plan_of_triton_is_not_cut():
-    others = (torch.zeros(1), None, None, None, None, None, 1.0, -1, 0, 0.0)
+    q = torch.zeros(1)
+    others = dtensor.FORWARD.Arguments(q, q, q, q, window_right=0)
     assert dtensor.WAYS["heads"] in dtensor._ways(True, others)
     assert dtensor._ways(False, others) == [dtensor.WAYS["whole"], dtensor.WAYS["batch"]]
 
