@@ -101,6 +101,8 @@ def asym_gqa_attention(
     """
     if deterministic is not False:
         as_bool("deterministic", deterministic)
+    if return_lse is not False:
+        return_lse = as_bool("return_lse", return_lse)
     call = attention_call(
         q, k, v, head_map, value_head_map, causal, scale, window, softcap, alibi_slopes, sinks,
         attn_mask, kv_lengths, dropout_p, layout,

@@ -80,6 +80,8 @@ def asym_gqa_decode(
     """
     if deterministic is not False:
         as_bool("deterministic", deterministic)
+    if advance is not True:
+        advance = as_bool("advance", advance)
     call = decode_call(
         q, cache, head_map, causal=causal, scale=scale, window=window, softcap=softcap,
         cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q, value_head_map=value_head_map,
@@ -197,6 +199,8 @@ class DecodePlan:
         return_lse: bool,
     ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
         """Append the new tokens, if any, and attend."""
+        if return_lse is not False:
+            return_lse = as_bool("return_lse", return_lse)
         packed = call.q_offsets is not None
         if (k_new is None) != (v_new is None):
             raise ValueError("k_new and v_new must be given together, got one of them")
@@ -257,6 +261,8 @@ def append(
     Returns:
         the rotated queries (q itself without a rotary table), or None without queries.
     """
+    if advance is not True:
+        advance = as_bool("advance", advance)
     call = AppendCall.create(
         k_new, v_new, cache.unchecked_view(), q=q, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen,
         rotary_cos=rotary_cos, rotary_sin=rotary_sin, rotary_interleaved=rotary_interleaved,

@@ -58,6 +58,7 @@ def asym_gqa_varlen_attention(
         ValueError, TypeError, NotImplementedError: as ``asym_gqa_attention``.
     """
     as_bool("deterministic", deterministic)
+    return_lse = as_bool("return_lse", return_lse)
     call = varlen_call(
         q, k, v, head_map, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, scale,
         window, softcap, value_head_map=value_head_map, alibi_slopes=alibi_slopes, sinks=sinks,
