@@ -10,7 +10,7 @@ Program loads its rows, and rotates those of k_new and q by their position. It s
 A rotated column needs its own value and its partner's, so a program may take the columns of a row
 in any order: for int4 it takes the even and the odd ones separately.
 
-Source: formats and rounding as gqa_kernels/cache/quantized.py defines them; own code.
+Source: formats and rounding as gqa_kernels/cache/formats.py defines them; own code.
 """
 
 import triton

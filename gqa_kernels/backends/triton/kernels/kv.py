@@ -6,7 +6,7 @@ The loop then asks here for the rows of each block of keys. Without a page table
 key is its index times the stride. A page id out of range is never followed: its rows read as zero,
 and the scores of its keys are NaN.
 
-A stored number means (stored - zero) * scale (gqa_kernels/cache/quantized.py). fp8 arrives as bytes
+A stored number means (stored - zero) * scale (gqa_kernels/cache/formats.py). fp8 arrives as bytes
 and is converted with integer operations, which every GPU and the interpreter have. The product
 leaves the scale of a key out; the kernel multiplies the score by it instead.
 """
