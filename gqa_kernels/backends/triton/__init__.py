@@ -71,7 +71,7 @@ class TritonBackend(Backend):
         from .ops import triton_attention_forward
 
         call.check()
-        if torch._C._len_torch_dispatch_stack():
+        if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack():
             enter_formulas()
         named = dict(zip(FORWARD.names, FORWARD.arguments_of(call), strict=True))
         del named["head_map"]
