@@ -75,10 +75,11 @@ def asym_gqa_attention(
     Scores and softmax are fp32, P has q's dtype. A query that sees no key gives 0. Inputs are read
     through their strides, never copied or modified; the last dim must be contiguous.
 
-    NaN and infinities: K at a hidden key (by a mask, causality or a window) has no effect on out
-    and LSE. V at a hidden key within the sequence's length may turn a row of out into NaN, as with
-    SDPA, because its probability of 0 is multiplied by V; a backend that skips the key's tile does
-    not read it. Either makes gradients NaN. Slots beyond ``kv_lengths`` are never used.
+    NaN and infinities at a key that a mask, causality or a window hides: those in K have no effect
+    on out and LSE. Those in V have none on the LSE, but turn out into NaN for queries that do not
+    see the key, as with SDPA: its probability of 0 is multiplied by V. The reference does so for
+    every hidden key; the fused backends do not read tiles in which a window or causality hides
+    every key. Either may turn gradients into NaN. Slots beyond ``kv_lengths`` are never used.
 
     Differentiable in q, k, v, slopes and sinks, through the LSE too. Gradients of an additive mask,
     second derivatives, ``torch.func`` and forward mode are for the reference alone; ``vmap`` runs
@@ -126,6 +127,8 @@ def asym_gqa_attention(
     """
     if deterministic is not False:
         as_bool("deterministic", deterministic)
+    if return_lse is not False:
+        return_lse = as_bool("return_lse", return_lse)
     call = attention_call(
         q, k, v, head_map, value_head_map, causal, scale, window, softcap, alibi_slopes, sinks,
         attn_mask, kv_lengths, dropout_p, layout,

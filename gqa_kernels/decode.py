@@ -75,7 +75,8 @@ def asym_gqa_decode(
     The formula and the options are those of :func:`gqa_kernels.asym_gqa_attention`, with the
     cache's length of a sequence (and head) for ``n``: the queries are its last tokens. With
     ``k_new`` and ``v_new`` these are appended first and count as keys. Forward only, but for the
-    reference.
+    reference. NaN and infinities at hidden keys act as in :func:`gqa_kernels.asym_gqa_attention`;
+    slots that hold no key are never used.
 
     Args:
         q: ``[B, Hq, Sq, D]`` (``[B, Sq, Hq, D]`` for layout ``"bshd"``), any ``Sq``; or packed
@@ -105,6 +106,8 @@ def asym_gqa_decode(
     """
     if deterministic is not False:
         as_bool("deterministic", deterministic)
+    if advance is not True:
+        advance = as_bool("advance", advance)
     call = decode_call(
         q, cache, head_map, causal=causal, scale=scale, window=window, softcap=softcap,
         cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q, value_head_map=value_head_map,
@@ -243,6 +246,8 @@ class DecodePlan:
         return_lse: bool,
     ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
         """Append the new tokens, if any, and attend."""
+        if return_lse is not False:
+            return_lse = as_bool("return_lse", return_lse)
         offsets = call.q_offsets
         packed = offsets is not None
         if (k_new is None) != (v_new is None):
@@ -307,6 +312,8 @@ def append(
     Returns:
         the rotated queries (q itself without a rotary table), or None without queries.
     """
+    if advance is not True:
+        advance = as_bool("advance", advance)
     call = AppendCall.create(
         k_new, v_new, cache.unchecked_view(), q=q, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen,
         rotary_cos=rotary_cos, rotary_sin=rotary_sin, rotary_interleaved=rotary_interleaved,

@@ -67,7 +67,8 @@ def asym_gqa_varlen_attention(
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`gqa_kernels.asym_gqa_attention` of each of ``B`` packed sequences, differentiable and
-    under autocast as that is.
+    under autocast as that is. NaN and infinities at hidden keys act as they do there; tokens of
+    other sequences, or of none, never matter to a sequence.
 
     Args:
         q: ``[total_q, Hq, D]``.
@@ -90,6 +91,7 @@ def asym_gqa_varlen_attention(
         ValueError, TypeError, NotImplementedError: as ``asym_gqa_attention``.
     """
     as_bool("deterministic", deterministic)
+    return_lse = as_bool("return_lse", return_lse)
     call = varlen_call(
         q, k, v, head_map, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, scale,
         window, softcap, value_head_map=value_head_map, alibi_slopes=alibi_slopes, sinks=sinks,

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..call.append import AppendCall
 from ..call.attention import AttentionCall
 from ..native import build
+from ..native.flops import enter_formulas
 from ..native.schema import APPEND, FORWARD
 from .base import Backend, Call
 
@@ -69,6 +70,8 @@ def _run(op: Callable[..., Any], arguments: tuple, call: Call) -> Any:
     if torch.compiler.is_compiling():
         call.check()
         return op(*arguments)
+    if torch._C._len_torch_dispatch_stack():
+        enter_formulas()
     try:
         if call.requires_grad:
             return op(*arguments)

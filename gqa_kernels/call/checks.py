@@ -199,7 +199,13 @@ def resolve_mask(mask: Tensor, q: Tensor, kv_len: int) -> Tensor:
 def resolve_lengths(lengths: Tensor | Sequence[int], k: Tensor) -> Tensor:
     """int32 ``[B, Hk]``, strides may be 0."""
     if not isinstance(lengths, Tensor):
-        lengths = torch.tensor(lengths, device=k.device)
+        try:
+            lengths = torch.tensor(lengths, device=k.device)
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            raise TypeError(
+                f"kv_lengths must be an integer tensor or a sequence of integers, "
+                f"got {shown(lengths)}"
+            ) from None
         if lengths.numel() == 0:
             lengths = lengths.to(torch.int32)
     if lengths.dtype not in (torch.int32, torch.int64):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch._C import _functorch
 
+from .flops import enter_formulas
 from .schema import Schema
 
 RESULTS = ("out", "lse")
@@ -55,6 +56,8 @@ def register(forward_op: str, backward_op: str, forward: Schema, backward: Schem
             dout=dout, dlse=dlse, need_slopes=need_slopes, need_sinks=need_sinks, **saved,
             **ctx.others,
         )  # fmt: skip
+        if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack():
+            enter_formulas()
         dq, dk, dv, dslopes, dsinks = backward_call(*call)
         gradients = {"q": dq, "k": dk, "v": dv}
         if need_slopes:

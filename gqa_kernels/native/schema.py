@@ -174,9 +174,14 @@ def fake_append(*arguments: Any, **named: Any) -> Tensor:
 
 def empty_results(call: Any) -> tuple[Tensor, Tensor]:
     """Uninitialised out and LSE of a forward op's arguments."""
-    q, v = call.q, call.v
-    dim = v.shape[3] * (2 if v.dtype == torch.uint8 else 1)  # int4: two numbers in a byte
-    return empty_output(q, dim, call.bshd), q.new_empty(q.shape[:3], dtype=torch.float32)
+    q = call.q
+    out = empty_output(q, value_head_dim(call.v), call.bshd)
+    return out, q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def value_head_dim(v: Tensor) -> int:
+    """``Dv`` of stored values."""
+    return v.shape[3] * (2 if v.dtype == torch.uint8 else 1)  # int4: two numbers in a byte
 
 
 def empty_output(q: Tensor, value_head_dim: int, bshd: bool) -> Tensor:
