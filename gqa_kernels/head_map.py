@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import final
 
 import torch
 
@@ -35,6 +36,7 @@ class HeadMapShard:
     value_heads: tuple[int, ...]
 
 
+@final
 class HeadMap:
     """Immutable, hashable map from query head to KV head.
 
@@ -49,6 +51,10 @@ class HeadMap:
         ValueError: the map is empty, an entry lies outside ``[0, num_kv_heads)``, or there are more
             than ``MAX_HEADS`` heads.
     """
+
+    _entries: tuple[int, ...]
+    _num_kv_heads: int
+    _tensors: dict[object, torch.Tensor]
 
     def __init__(self, entries: Iterable[int], num_kv_heads: int | None = None):
         entries = tuple(
@@ -284,7 +290,7 @@ class HeadMap:
     def __iter__(self) -> Iterator[int]:
         return iter(self._entries)
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type[HeadMap], tuple[tuple[int, ...], int]]:
         return (HeadMap, (self._entries, self._num_kv_heads))
 
     def __repr__(self) -> str:

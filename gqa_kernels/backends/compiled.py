@@ -12,8 +12,11 @@ from torch import Tensor
 from ..call.append import AppendCall
 from ..call.attention import AttentionCall
 from ..native import build
+from ..native.flops import enter_formulas
 from ..native.schema import APPEND, FORWARD
 from .base import Backend, Call
+
+_NO_LSE = torch.empty(0)  # in place of one that nobody reads
 
 # FORWARD's arguments of a call, by its kind.
 _arguments_of: dict[int, Callable[[AttentionCall], tuple]] = {}
@@ -36,7 +39,7 @@ class CompiledBackend(Backend):
             return str(error)
         return None
 
-    def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+    def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
         if torch.compiler.is_compiling():
             call.check()
             return _forward()(*FORWARD.arguments_of(call))
@@ -51,7 +54,7 @@ class CompiledBackend(Backend):
             or torch._C._get_deterministic_algorithms()  # which fills this op's memory
         ):
             return _run(_forward(), arguments_of(call), call)
-        return _run(_output(), arguments_of(call), call), None
+        return _run(_output(), arguments_of(call), call), _NO_LSE
 
     def append(self, call: AppendCall) -> Tensor | None:
         op, arguments = torch.ops.gqa_kernels.cache_append.default, APPEND.arguments_of(call)
@@ -74,6 +77,8 @@ def _output() -> Callable[..., Tensor]:
 
 def _run(op: Callable[..., Any], arguments: tuple, call: Call) -> Any:
     """``op(*arguments)``; past autograd (some 20 microseconds) if nothing needs it."""
+    if torch._C._len_torch_dispatch_stack():
+        enter_formulas()
     try:
         if call.requires_grad:
             return op(*arguments)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 
+from ..call.append import AppendCall
 from ..call.attention import AttentionCall
 from ..native.arguments import check_choice
 from ..native.autograd import is_transformed_now
@@ -14,6 +17,8 @@ from .cpu import CPUBackend
 from .cuda import CUDABackend
 from .reference import ReferenceBackend
 from .triton import TritonBackend
+
+Function = TypeVar("Function", bound=Callable[..., object])
 
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
@@ -61,7 +66,10 @@ def select(call: Call, backend: str = "auto") -> Backend:
     if type(backend) is not str or torch.compiler.is_compiling() or is_transformed_now():
         call.check()
         return _choose(call, backend)
-    key = (_attention_key if type(call) is AttentionCall else _append_key)(call, backend)
+    if isinstance(call, AttentionCall):
+        key = _attention_key(call, backend)
+    else:
+        key = _append_key(call, backend)
     found = _choices.get(key)
     if found is None:
         call.check()
@@ -84,7 +92,7 @@ def _attention_key(call: AttentionCall, backend: str) -> tuple:
     )  # fmt: skip
 
 
-def _append_key(call: Call, backend: str) -> tuple:
+def _append_key(call: AppendCall, backend: str) -> tuple:
     """What the choice for an append follows from."""
     k_new, kv = call.k_new, call.kv
     return (
@@ -95,7 +103,7 @@ def _append_key(call: Call, backend: str) -> tuple:
 
 def _choose(call: Call, backend: str) -> Backend:
     if backend == "auto":
-        passed_over = []
+        passed_over: list[tuple[str, list[str]]] = []
         for name in AUTO_ORDER.get(call.device.type, DEFAULT_ORDER):
             reasons = _reasons(BACKENDS[name], call)
             if not reasons:
@@ -122,9 +130,9 @@ def _choose(call: Call, backend: str) -> Backend:
     return BACKENDS[backend]
 
 
-def _constant_while_compiling(function):
+def _constant_while_compiling(function: Function) -> Function:
     """``torch.compiler.assume_constant_result`` without its import of the whole compiler."""
-    function._dynamo_marked_constant = True
+    function.__dict__["_dynamo_marked_constant"] = True
     return function
 
 

@@ -197,7 +197,7 @@ class PageAllocator:
     def _needed(self, found: list[_Sequence], counts: list[int]) -> int:
         """Free pages that an append of ``counts`` tokens takes."""
         needed = 0
-        holders = {}  # of the shared pages about to be left
+        holders: dict[int, int] = {}  # of the shared pages about to be left
         for sequence, count in zip(found, counts, strict=True):
             if not count:
                 continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -13,7 +14,14 @@ from .formats import FORMAT_OF_NAME
 from .memory import empty
 from .view import KVView
 
-SCALES = ("k_scale", "v_scale", "k_zero", "v_zero")
+
+class Scales(TypedDict, total=False):
+    """The scales and zeros of a quantised cache, as :meth:`KVView.create` takes them."""
+
+    k_scale: Tensor | float | None
+    v_scale: Tensor | float | None
+    k_zero: Tensor | float | None
+    v_zero: Tensor | float | None
 
 
 class KVCache(ABC):
@@ -88,9 +96,12 @@ class KVCache(ABC):
         return {name: value for name, value in self.__dict__.items() if name != "_kept"}
 
     @property
-    def scales(self) -> dict[str, Tensor | float | None]:
+    def scales(self) -> Scales:
         """The scales and zeros by name."""
-        return {name: getattr(self, name) for name in SCALES}
+        return {
+            "k_scale": self.k_scale, "v_scale": self.v_scale,
+            "k_zero": self.k_zero, "v_zero": self.v_zero,
+        }  # fmt: skip
 
     def advance(self, tokens: int | Tensor) -> None:
         """Count ``tokens`` (an integer, or ``[B]``) more keys per sequence, in place."""
@@ -105,7 +116,8 @@ def _place(x: Tensor) -> tuple:
 
 
 def empty_storage(
-    pages: int, heads: int, slots: int, dim: int, dtype: torch.dtype, device: object,
+    pages: int, heads: int, slots: int, dim: int, dtype: torch.dtype,
+    device: torch.device | str,
     format: str | None, tokens_first: bool,
 ) -> Tensor:  # fmt: skip
     """Uninitialised ``[pages, heads, slots, dim]`` memory, in a format where one is named.
@@ -127,15 +139,14 @@ def empty_storage(
     return empty(pages, heads, slots, dim, dtype=dtype, device=device)
 
 
-def empty_scales(k: Tensor, v: Tensor, format: str | None, zeros: bool) -> dict[str, Tensor]:
+def empty_scales(k: Tensor, v: Tensor, format: str | None, zeros: bool) -> Scales:
     """Scales of each token and head, and zeros where asked for, of a quantised cache."""
     if format is None:
         return {}
     if zeros and not FORMAT_OF_NAME[format].integer:
         raise ValueError(f"zeros must be False for format {format!r}: only integers have zeros")
-    names = ("scale", "zero") if zeros else ("scale",)
-    return {
-        f"{side}_{name}": x.new_empty(x.shape[:3], dtype=torch.float32)
-        for side, x in (("k", k), ("v", v))
-        for name in names
-    }
+    k_scale, v_scale = (x.new_empty(x.shape[:3], dtype=torch.float32) for x in (k, v))
+    scales: Scales = {"k_scale": k_scale, "v_scale": v_scale}
+    if zeros:
+        scales["k_zero"], scales["v_zero"] = torch.empty_like(k_scale), torch.empty_like(v_scale)
+    return scales

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -70,7 +70,7 @@ class PagedKVCache(KVCache):
 
     @classmethod
     def from_packed(
-        cls, kv: Tensor, page_table: Tensor, lengths: Tensor, *, axis: int = 1, **options
+        cls, kv: Tensor, page_table: Tensor, lengths: Tensor, *, axis: int = 1, **options: Any
     ) -> PagedKVCache:
         """K and V packed in one tensor.
 
@@ -99,7 +99,7 @@ class PagedKVCache(KVCache):
         *,
         max_pages: int | None = None,
         order: Order = "HND",
-        **options,
+        **options: Any,
     ) -> PagedKVCache:
         """Page tables in CSR form (FlashInfer).
 
@@ -179,10 +179,11 @@ class PagedKVCache(KVCache):
                 :class:`~gqa_kernels.PageAllocator`, whose pages to copy are copied.
         """
         if isinstance(page_table, PageBatch):
-            self.copy_pages(page_table.copies)
-            page_table, lengths = (
-                x.to(self.k.device) for x in (page_table.page_table, page_table.lengths)
-            )
+            batch, device = page_table, self.k.device
+            self.copy_pages(batch.copies)
+            page_table, lengths = batch.page_table.to(device), batch.lengths.to(device)
+        elif lengths is None:
+            raise TypeError("lengths must be given with a page_table in a tensor, got None")
         return PagedKVCache(self.k, self.v, page_table, lengths, begin=begin, **self.scales)
 
     def copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
@@ -193,9 +194,9 @@ class PagedKVCache(KVCache):
         for x in (self.k, self.v):
             x = x.view(torch.uint8) if x.element_size() == 1 else x
             x[target] = x[source]
-        for x in self.scales.values():
-            if isinstance(x, Tensor) and x.dim() == 3:
-                x[target] = x[source]
+        for rows in self.scales.values():
+            if isinstance(rows, Tensor) and rows.dim() == 3:
+                rows[target] = rows[source]
 
     def _parts(self) -> tuple[Tensor | float | None, ...]:
         return (

@@ -77,7 +77,7 @@ class AppendCall:
             as_bool("rotary_interleaved", rotary_interleaved),
             torch.is_grad_enabled() and requires_grad(q, k_new, v_new),
         )  # fmt: skip
-        if packed:
+        if cu_seqlens is not None:
             call.check()
             call.new_offsets, call.max_new = checks.resolve_offsets(
                 "cu_seqlens", cu_seqlens, "max_seqlen", max_seqlen, k_new, view.batch
@@ -86,7 +86,7 @@ class AppendCall:
             call.check()
         if view.num_k_heads != view.num_v_heads or rotary_cos is not None or rotary_sin is not None:
             call._check_positions()
-        new = call.new_offsets if packed else call.max_new
+        new = call.max_new if call.new_offsets is None else call.new_offsets
         if not view.has_slots(new):
             call.check()
             view.check_slots(new)
@@ -112,7 +112,7 @@ class AppendCall:
             )
         if (self.rotary_cos is None) != (self.rotary_sin is None):
             raise ValueError("rotary_cos and rotary_sin must be given together, got one of them")
-        if self.rotary_cos is not None:
+        if self.rotary_cos is not None and self.rotary_sin is not None:
             self.rotary_cos, self.rotary_sin = checks.resolve_rotary(
                 self.rotary_cos, self.rotary_sin, self.k_new, self.rotary_interleaved
             )

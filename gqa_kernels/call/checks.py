@@ -199,7 +199,13 @@ def resolve_mask(mask: Tensor, q: Tensor, kv_len: int) -> Tensor:
 def resolve_lengths(lengths: Tensor | Sequence[int], k: Tensor) -> Tensor:
     """int32 ``[B, Hk]``, strides may be 0."""
     if not isinstance(lengths, Tensor):
-        lengths = torch.tensor(lengths, device=k.device)
+        try:
+            lengths = torch.tensor(lengths, device=k.device)
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            raise TypeError(
+                f"kv_lengths must be an integer tensor or a sequence of integers, "
+                f"got {shown(lengths)}"
+            ) from None
         if lengths.numel() == 0:
             lengths = lengths.to(torch.int32)
     if lengths.dtype not in (torch.int32, torch.int64):
@@ -306,7 +312,7 @@ def _first_half(name: str, table: Tensor, interleaved: bool) -> Tensor:
     return once
 
 
-def _check_float_tensor(name: str, x: object, q: Tensor) -> None:
+def _check_float_tensor(name: str, x: Tensor, q: Tensor) -> None:
     check_tensors(**{name: x})
     if not x.dtype.is_floating_point:
         raise TypeError(f"{name}.dtype must be floating, got {x.dtype}")
