@@ -11,7 +11,7 @@ from .cache.base import KVCache
 from .cache.tensors import Layout, check_layout
 from .call.checks import HeadMapLike, heads_first
 from .decode import asym_gqa_decode
-from .native.arguments import as_bool
+from .native.arguments import as_bool, check_tensors
 
 
 def merge_attention_states(
@@ -111,8 +111,8 @@ def shared_prefix_attention(
         as :func:`gqa_kernels.asym_gqa_decode`.
     """
     return_lse = as_bool("return_lse", return_lse)
-    if sinks is not None and not isinstance(sinks, Tensor):
-        raise TypeError(f"sinks must be a torch.Tensor or None, got {type(sinks).__name__}")
+    if sinks is not None:
+        check_tensors(sinks=sinks)
     for name, cache in (("prefix", prefix), ("suffix", suffix)):
         if not isinstance(cache, KVCache):
             raise TypeError(

@@ -22,7 +22,8 @@ def explain_backend(function: Callable, *args, **kwargs) -> dict[str, list[str]]
         function: :func:`gqa_kernels.asym_gqa_attention`, :func:`~gqa_kernels.asym_gqa_decode`,
             :func:`~gqa_kernels.asym_gqa_varlen_attention`, :func:`~gqa_kernels.plan_decode`, or a
             cache's ``append``.
-        args, kwargs: as the function takes them. Nothing is computed or written.
+        args, kwargs: as the function takes them. Nothing is computed or written. ``backend``,
+            ``return_lse``, ``deterministic`` and ``advance`` are not looked at.
 
     Returns:
         For every backend the list of reasons against it, in the order in which ``"auto"`` tries
@@ -49,7 +50,7 @@ def explain_backend(function: Callable, *args, **kwargs) -> dict[str, list[str]]
         sizes = {"cu_seqlens": kwargs.get("cu_seqlens_q"), "max_seqlen": kwargs.get("max_seqlen_q")}
         layout = kwargs.get("layout", "bhsd")
         append_call = AppendCall.create(
-            new.pop("k_new"), new.pop("v_new"), call.kv, layout=layout, q_heads_first=call.q,
+            new.pop("k_new"), new.pop("v_new", None), call.kv, layout=layout, q_heads_first=call.q,
             **sizes, **new,
         )  # fmt: skip
         for name, why in explain(append_call).items():
