@@ -112,7 +112,9 @@ def shared_prefix_attention(
     """
     return_lse = as_bool("return_lse", return_lse)
     if sinks is not None:
-        check_tensors(sinks=sinks)
+        check_tensors(sinks=sinks, q=q)
+        if sinks.device != q.device:
+            raise ValueError(f"sinks.device must equal q.device ({q.device}), got {sinks.device}")
     for name, cache in (("prefix", prefix), ("suffix", suffix)):
         if not isinstance(cache, KVCache):
             raise TypeError(

@@ -96,7 +96,8 @@ def _append_key(call: Call, backend: str) -> tuple:
     k_new, kv = call.k_new, call.kv
     q = k_new if call.q is None else call.q
     return (
-        backend, "append", k_new.dtype, _device_key(kv.k, k_new, call.v_new, q), kv.k.dtype, kv.k.size(3), kv.v.size(3),
+        backend, "append", k_new.dtype, _device_key(kv.k, k_new, call.v_new, q), kv.k.dtype,
+        kv.k.size(3), kv.v.size(3),
         kv.page_table is None, kv.kv_begin is None, call.new_offsets is None, call.requires_grad,
     )  # fmt: skip
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..native.arguments import as_int, shown
+from ..native.arguments import as_int, check_tensors, shown
 
 MAX_PAGES = 2**31 - 1  # page tables hold int32
 
@@ -143,8 +143,8 @@ class PageAllocator:
         pages = as_int("pages", pages)
         if not 0 <= pages <= MAX_PAGES - self.num_pages:
             raise ValueError(
-                f"pages must be non-negative, and there may be {MAX_PAGES} in all, got {pages} "
-                f"more than {self.num_pages}"
+                f"pages must be non-negative, got {pages} more than {self.num_pages}, of at most "
+                f"{MAX_PAGES}"
             )
         new = range(self.num_pages, self.num_pages + pages)
         self._free[:0] = reversed(new)  # taken last
@@ -190,11 +190,10 @@ class PageAllocator:
         found = [self._find(name) for name in _listed("sequences", sequences)]
         most = max([1, *(len(sequence.pages) for sequence in found)])
         width = most if max_pages is None else as_int("max_pages", max_pages)
-        if not most <= width <= max(most, self.num_pages):
-            raise ValueError(
-                f"max_pages must lie in [{most}, {max(most, self.num_pages)}], from the pages of "
-                f"the longest sequence to all pages, got {max_pages}"
-            )
+        if width < most:
+            raise ValueError(f"max_pages must be at least {most}, got {max_pages}")
+        if width > MAX_PAGES:
+            raise ValueError(f"max_pages must be at most {MAX_PAGES}, got {max_pages}")
         rows = [sequence.pages + [0] * (width - len(sequence.pages)) for sequence in found]
         return PageBatch(
             torch.tensor(rows, dtype=torch.int32).reshape(len(found), width),
@@ -234,7 +233,8 @@ class PageAllocator:
             counts = [as_int("tokens", tokens)] * len(found)
         if len(counts) != len(found) or min(counts, default=0) < 0:
             raise ValueError(
-                f"tokens must be non-negative, one number per sequence ({len(found)}), got {shown(tokens)}"
+                f"tokens must be non-negative, one number per sequence ({len(found)}), "
+                f"got {shown(tokens)}"
             )
         return found, counts
 
@@ -262,6 +262,8 @@ class PageAllocator:
 
 def _listed(name: str, values: Sequence[int]) -> list[int]:
     """A sequence as a list; its length must be known, because an iterable may have no end."""
+    if isinstance(values, Tensor):
+        check_tensors(**{name: values})
     if (
         isinstance(values, (str, bytes))
         or not hasattr(values, "__len__")

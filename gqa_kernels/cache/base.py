@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..native.arguments import as_bool, as_int, check_choice, check_tensors, shown
+from ..native.arguments import as_bool, as_int, check_tensors, shown
 from .formats import FORMAT_OF_NAME
 from .memory import empty
 from .view import KVView
@@ -146,7 +146,10 @@ def empty_storage(
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"dtype must be a torch.dtype, got {shown(dtype)}")
     if format is not None:
-        check_choice("format", format, tuple(FORMAT_OF_NAME))
+        if not isinstance(format, str) or format not in FORMAT_OF_NAME:
+            raise ValueError(
+                f"format must be None or one of {tuple(FORMAT_OF_NAME)}, got {shown(format)}"
+            )
         found = FORMAT_OF_NAME[format]
         if dim % found.per_byte:
             raise ValueError(f"the head dim must be even for format {format!r}, got {dim}")

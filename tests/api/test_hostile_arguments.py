@@ -257,12 +257,13 @@ TAKEN = {
     "advance": {"True"},
     "rotary_interleaved": {"True"},
     "zeros": {"True"},
-    "max_seqlen_q": {"huge"},
-    "max_seqlen_k": {"huge"},
+    "max_seqlen_q": {"huge", "None"},
+    "max_seqlen_k": {"huge", "None"},
     "max_seqlen": {"huge"},
     "window": {"list of None", "huge entries"},
     "attn_mask": {"0-d tensor"},
     "page_size": {"huge"},
+    "sequences": {"huge list"},  # of one sequence, which a batch may repeat
     "tokens": {"huge", "huge entries"},  # OutOfPages, or a count
 }
 # What a message calls an argument, if not by its name.
@@ -301,3 +302,24 @@ def test_absurd_values(name, argument):
         else:
             wrong.append(f"{kind}: is taken")
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("argument", ["q", "k", "v"])
+@pytest.mark.parametrize("call", [dense_call, packed])
+def test_one_meta_tensor_is_refused_after_good_calls(call, argument):
+    """Torch runs an op with any meta tensor by its fake kernel, which computes nothing."""
+    function = g.asym_gqa_attention if call is dense_call else g.asym_gqa_varlen_attention
+    arguments = call()
+    function(**arguments)
+    arguments[argument] = arguments[argument].to("meta")
+    with pytest.raises(ValueError, match="device"):
+        function(**arguments)
+
+
+@pytest.mark.parametrize("argument", ["k_new", "v_new", "q"])
+def test_one_meta_tensor_is_refused_after_good_appends(argument):
+    arguments = append_arguments()
+    dense().append(**arguments)
+    arguments[argument] = arguments[argument].to("meta")
+    with pytest.raises(ValueError, match="device"):
+        dense().append(**arguments)
