@@ -112,6 +112,8 @@ def shared_prefix_attention(
     """
     return_lse = as_bool("return_lse", return_lse)
     if sinks is not None:
+        if not isinstance(sinks, Tensor):
+            raise TypeError(f"sinks must be a torch.Tensor or None, got {type(sinks).__name__}")
         check_tensors(sinks=sinks, q=q)
         if sinks.device != q.device:
             raise ValueError(f"sinks.device must equal q.device ({q.device}), got {sinks.device}")
