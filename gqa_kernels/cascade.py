@@ -13,7 +13,7 @@ from .cache.tensors import Layout, check_layout
 from .call.checks import HeadMapLike, heads_first
 from .call.keywords import PartKeywords
 from .decode import asym_gqa_decode
-from .native.arguments import as_bool
+from .native.arguments import as_bool, check_tensors
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -140,8 +140,12 @@ def shared_prefix_attention(
         as :func:`gqa_kernels.asym_gqa_decode`.
     """
     return_lse = as_bool("return_lse", return_lse)
-    if sinks is not None and not isinstance(sinks, Tensor):
-        raise TypeError(f"sinks must be a torch.Tensor or None, got {type(sinks).__name__}")
+    if sinks is not None:
+        if not isinstance(sinks, Tensor):
+            raise TypeError(f"sinks must be a torch.Tensor or None, got {type(sinks).__name__}")
+        check_tensors(sinks=sinks, q=q)
+        if sinks.device != q.device:
+            raise ValueError(f"sinks.device must equal q.device ({q.device}), got {sinks.device}")
     for name, cache in (("prefix", prefix), ("suffix", suffix)):
         if not isinstance(cache, KVCache):
             raise TypeError(

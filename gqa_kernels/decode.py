@@ -126,9 +126,13 @@ def asym_gqa_decode(
 
 def decode_call(q: Tensor, cache: KVCache, head_map: HeadMapLike, **options: Any) -> AttentionCall:
     """The call that :func:`asym_gqa_decode` makes of its arguments, without new tokens."""
+    _check_cache(cache)
+    return view_call(q, cache.unchecked_view(), head_map, **options)
+
+
+def _check_cache(cache: object) -> None:
     if not isinstance(cache, KVCache):
         raise TypeError(f"cache must be a DenseKVCache or PagedKVCache, got {type(cache).__name__}")
-    return view_call(q, cache.unchecked_view(), head_map, **options)
 
 
 def view_call(
@@ -226,6 +230,7 @@ class DecodePlan:
         Args:
             cache: memory of the planned shapes; lengths and page table are those of the plan.
         """
+        _check_cache(cache)
         planned = self.call
         packed = planned.q_offsets is not None
         if packed or self.layout != "bhsd" or type(q) is not Tensor or q.dim() != 4:

@@ -24,7 +24,8 @@ def explain_backend(function: Callable, *args: Any, **kwargs: Any) -> dict[str, 
         function: :func:`gqa_kernels.asym_gqa_attention`, :func:`~gqa_kernels.asym_gqa_decode`,
             :func:`~gqa_kernels.asym_gqa_varlen_attention`, :func:`~gqa_kernels.plan_decode`, or a
             cache's ``append``.
-        args, kwargs: as the function takes them. Nothing is computed or written.
+        args, kwargs: as the function takes them. Nothing is computed or written. ``backend``,
+            ``return_lse``, ``deterministic`` and ``advance`` are not looked at.
 
     Returns:
         For every backend the list of reasons against it, in the order in which ``"auto"`` tries
@@ -49,7 +50,7 @@ def explain_backend(function: Callable, *args: Any, **kwargs: Any) -> dict[str, 
     reasons = explain(call)
     if new.get("k_new") is not None:
         append_call = AppendCall.create(
-            new.pop("k_new"), new.pop("v_new"), call.kv, layout=kwargs.get("layout", "bhsd"),
+            new.pop("k_new"), new.pop("v_new", None), call.kv, layout=kwargs.get("layout", "bhsd"),
             cu_seqlens=kwargs.get("cu_seqlens_q"), max_seqlen=kwargs.get("max_seqlen_q"),
             q_heads_first=call.q, **new,
         )  # fmt: skip

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from ..call.append import AppendCall
 from ..call.attention import AttentionCall
@@ -87,16 +88,25 @@ def _attention_key(call: AttentionCall, backend: str) -> tuple:
     q, kv, mask = call.q, call.kv, call.attn_mask
     return (
         call.find_kind(), backend, call.options.used, call.memory, q.dtype, kv.k.dtype, q.size(3),
-        kv.v.size(3), q.is_cpu or q.device, type(call.head_map), type(call.value_head_map),
+        kv.v.size(3), _device_key(q, kv.k, kv.v, q), type(call.head_map), type(call.value_head_map),
         mask if mask is None else (mask.dtype, mask.requires_grad), call.requires_grad,
     )  # fmt: skip
+
+
+def _device_key(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> object:
+    """All of the tensors' devices: the op of any meta tensor is the fake one, which computes
+    nothing."""
+    on_cpu = a.is_cpu and b.is_cpu and c.is_cpu and d.is_cpu
+    return on_cpu or (a.device, b.device, c.device, d.device)
 
 
 def _append_key(call: AppendCall, backend: str) -> tuple:
     """What the choice for an append follows from."""
     k_new, kv = call.k_new, call.kv
+    q = k_new if call.q is None else call.q
     return (
-        backend, "append", k_new.dtype, kv.k.device, kv.k.dtype, kv.k.size(3), kv.v.size(3),
+        backend, "append", k_new.dtype, _device_key(kv.k, k_new, call.v_new, q), kv.k.dtype,
+        kv.k.size(3), kv.v.size(3),
         kv.page_table is None, kv.kv_begin is None, call.new_offsets is None, call.requires_grad,
     )  # fmt: skip
 

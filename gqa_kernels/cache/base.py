@@ -10,9 +10,12 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
+from ..native.arguments import as_bool, as_int, check_tensors, shown
 from .formats import FORMAT_OF_NAME
 from .memory import empty
 from .view import KVView
+
+MAX_LENGTH = 2**31 - 1  # lengths are int32
 
 
 class Scales(TypedDict, total=False):
@@ -105,9 +108,37 @@ class KVCache(ABC):
 
     def advance(self, tokens: int | Tensor) -> None:
         """Count ``tokens`` (an integer, or ``[B]``) more keys per sequence, in place."""
-        if isinstance(tokens, Tensor) and self.lengths.dim() == 2:
-            tokens = tokens[:, None]
+        if isinstance(tokens, Tensor):
+            check_tensors(tokens=tokens)
+            batch = self.lengths.shape[0]
+            if tokens.dtype not in (torch.int32, torch.int64) or tokens.shape not in ((), (batch,)):
+                raise TypeError(
+                    f"tokens must be an integer, or an int32 or int64 tensor of shape ({batch},), "
+                    f"got {shown(tokens)}"
+                )
+            if tokens.dim() and tokens.device != self.lengths.device:
+                raise ValueError(
+                    f"tokens.device must be that of lengths ({self.lengths.device}), "
+                    f"got {tokens.device}"
+                )
+            if tokens.dim() and self.lengths.dim() == 2:
+                tokens = tokens[:, None]
+        elif type(tokens) is not int or not -MAX_LENGTH <= tokens <= MAX_LENGTH:
+            tokens = as_int("tokens", tokens)
+            if isinstance(tokens, int) and not -MAX_LENGTH <= tokens <= MAX_LENGTH:
+                raise ValueError(f"tokens must fit into 32 bits, got {tokens}")
         self.lengths.add_(tokens)
+
+
+def checked_sizes(**sizes: object) -> tuple[int, ...]:
+    """Sizes of memory to be made, by the caller's names of them."""
+    found = []
+    for name, size in sizes.items():
+        size = as_int(name, size)
+        if isinstance(size, int) and not 0 <= size <= MAX_LENGTH:
+            raise ValueError(f"{name} must lie in [0, 2**31), got {size}")
+        found.append(size)
+    return tuple(found)
 
 
 def _place(x: Tensor) -> tuple:
@@ -125,10 +156,12 @@ def empty_storage(
     Args:
         tokens_first: a page is ``[slots, heads, dim]`` in memory.
     """
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype must be a torch.dtype, got {shown(dtype)}")
     if format is not None:
-        if format not in FORMAT_OF_NAME:
+        if not isinstance(format, str) or format not in FORMAT_OF_NAME:
             raise ValueError(
-                f"format must be None or one of {tuple(FORMAT_OF_NAME)}, got {format!r}"
+                f"format must be None or one of {tuple(FORMAT_OF_NAME)}, got {shown(format)}"
             )
         found = FORMAT_OF_NAME[format]
         if dim % found.per_byte:
@@ -141,6 +174,7 @@ def empty_storage(
 
 def empty_scales(k: Tensor, v: Tensor, format: str | None, zeros: bool) -> Scales:
     """Scales of each token and head, and zeros where asked for, of a quantised cache."""
+    zeros = as_bool("zeros", zeros)
     if format is None:
         return {}
     if zeros and not FORMAT_OF_NAME[format].integer:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..cache.tensors import Layout
 from ..cache.view import KVView
-from ..native.arguments import as_bool
+from ..native.arguments import as_bool, check_tensors
 from ..native.autograd import requires_grad
 from . import checks
 from .attention import described
@@ -67,6 +67,10 @@ class AppendCall:
         """The call of :meth:`gqa_kernels.cache.base.KVCache.append`, whose arguments these are,
         with room for every token. ``q_heads_first``: q as ``[B, Hq, S, D]``, in its place."""
         packed = cu_seqlens is not None
+        if packed:
+            check_tensors(cu_seqlens=cu_seqlens)
+        elif max_seqlen is not None:
+            checks.check_longest("max_seqlen", max_seqlen)
         tensors = type(k_new) is type(v_new) is Tensor
         if packed or layout != "bhsd" or not (tensors and k_new.dim() == v_new.dim() == 4):
             k_new = checks.heads_first("k_new", k_new, layout, packed)

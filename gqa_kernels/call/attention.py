@@ -128,6 +128,10 @@ class AttentionCall:
         """The call of :func:`gqa_kernels.asym_gqa_decode`, whose arguments these are, over the view
         of its cache. ``max_seqlen_k``: default the view's capacity."""
         packed = cu_seqlens_q is not None
+        if packed:
+            check_tensors(cu_seqlens_q=cu_seqlens_q)
+        elif max_seqlen_q is not None:
+            checks.check_longest("max_seqlen_q", max_seqlen_q)
         if packed or layout != "bhsd" or type(q) is not Tensor or q.dim() != 4:
             q = checks.heads_first("q", q, layout, packed)
         # mypy: _complete resolves the maps.

@@ -72,6 +72,16 @@ def as_bool(name: str, value: Any) -> bool:
     raise TypeError(f"{name} must be True or False, got {shown(value)}")
 
 
+def as_device(device: object) -> torch.device:
+    """A device, or what ``torch.device`` makes of its name."""
+    if not isinstance(device, (torch.device, str)):
+        raise TypeError(f"device must be a torch.device or its name, got {shown(device)}")
+    try:
+        return torch.device(device)
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise ValueError(f"device must name one, got {device!r}: {error}") from None
+
+
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """``value`` must be one of some words."""
     if not isinstance(value, str) or value not in choices:
