@@ -96,6 +96,7 @@ setup(
     package_dir={"gqa_kernels._csrc": "csrc"},
     package_data={
         "": ["*.json"],
+        "gqa_kernels": ["py.typed"],
         "gqa_kernels._csrc": ["**/*.h", "**/*.cpp", "**/*.cuh", "**/*.cu"],
     },
     **compiled_part(),

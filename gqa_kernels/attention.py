@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, overload
 
 from torch import Tensor
 
@@ -10,9 +11,34 @@ from .backends.dispatch import select
 from .cache.tensors import Layout
 from .call.attention import AttentionCall
 from .call.checks import HeadMapLike
+from .call.keywords import AttentionKeywords
 from .call.options import Options
 from .native.arguments import as_bool
 from .native.autograd import autocast, is_autocast_on
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+@overload
+def asym_gqa_attention(
+    q: Tensor, k: Tensor, v: Tensor, head_map: HeadMapLike, *, return_lse: Literal[False] = False,
+    **keywords: Unpack[AttentionKeywords],
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def asym_gqa_attention(
+    q: Tensor, k: Tensor, v: Tensor, head_map: HeadMapLike, *, return_lse: Literal[True],
+    **keywords: Unpack[AttentionKeywords],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+@overload
+def asym_gqa_attention(
+    q: Tensor, k: Tensor, v: Tensor, head_map: HeadMapLike, *, return_lse: bool,
+    **keywords: Unpack[AttentionKeywords],
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def asym_gqa_attention(
@@ -49,10 +75,11 @@ def asym_gqa_attention(
     Scores and softmax are fp32, P has q's dtype. A query that sees no key gives 0. Inputs are read
     through their strides, never copied or modified; the last dim must be contiguous.
 
-    NaN and infinities: K at a hidden key (by a mask, causality or a window) has no effect on out
-    and LSE. V at a hidden key within the sequence's length may turn a row of out into NaN, as with
-    SDPA, because its probability of 0 is multiplied by V; a backend that skips the key's tile does
-    not read it. Either makes gradients NaN. Slots beyond ``kv_lengths`` are never used.
+    NaN and infinities at a key that a mask, causality or a window hides: those in K have no effect
+    on out and LSE. Those in V have none on the LSE, but turn out into NaN for queries that do not
+    see the key, as with SDPA: its probability of 0 is multiplied by V. The reference does so for
+    every hidden key; the fused backends do not read tiles in which a window or causality hides
+    every key. Either may turn gradients into NaN. Slots beyond ``kv_lengths`` are never used.
 
     Differentiable in q, k, v, slopes and sinks, through the LSE too. Gradients of an additive mask,
     second derivatives, ``torch.func`` and forward mode are for the reference alone; ``vmap`` runs
@@ -100,6 +127,8 @@ def asym_gqa_attention(
     """
     if deterministic is not False:
         as_bool("deterministic", deterministic)
+    if return_lse is not False:
+        return_lse = as_bool("return_lse", return_lse)
     call = attention_call(
         q, k, v, head_map, value_head_map, causal, scale, window, softcap, alibi_slopes, sinks,
         attn_mask, kv_lengths, dropout_p, layout,

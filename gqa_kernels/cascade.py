@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor
@@ -10,8 +11,12 @@ from torch import Tensor
 from .cache.base import KVCache
 from .cache.tensors import Layout, check_layout
 from .call.checks import HeadMapLike, heads_first
+from .call.keywords import PartKeywords
 from .decode import asym_gqa_decode
-from .native.arguments import as_bool
+from .native.arguments import as_bool, check_tensors
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def merge_attention_states(
@@ -40,13 +45,13 @@ def merge_attention_states(
     weight_a, weight_b = torch.exp(lse_a - shift), torch.exp(lse_b - shift)
     total = weight_a + weight_b
     divisor = total.masked_fill(total == 0, 1)
-    out = sum(
+    weighted_a, weighted_b = (
         over_heads_and_tokens(weight / divisor, part, layout)
         * part.masked_fill(over_heads_and_tokens(lse == -math.inf, part, layout), 0)
         for weight, part, lse in ((weight_a, out_a, lse_a), (weight_b, out_b, lse_b))
     )
     lse = (shift + torch.log(divisor)).masked_fill(total == 0, -math.inf)
-    return out.to(out_a.dtype), lse
+    return (weighted_a + weighted_b).to(out_a.dtype), lse
 
 
 def _check_states(outs: dict[str, Tensor], lses: dict[str, Tensor], layout: Layout) -> None:
@@ -77,6 +82,30 @@ def _check_states(outs: dict[str, Tensor], lses: dict[str, Tensor], layout: Layo
             "out_a must have 4 dimensions and lse_a 3, or 3 and 2 if packed, got shapes "
             f"{tuple(out.shape)} and {tuple(lse.shape)}"
         )
+
+
+@overload
+def shared_prefix_attention(
+    q: Tensor, prefix: KVCache, suffix: KVCache, head_map: HeadMapLike, *, layout: Layout = "bhsd",
+    return_lse: Literal[False] = False,
+    **keywords: Unpack[PartKeywords],
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def shared_prefix_attention(
+    q: Tensor, prefix: KVCache, suffix: KVCache, head_map: HeadMapLike, *, layout: Layout = "bhsd",
+    return_lse: Literal[True],
+    **keywords: Unpack[PartKeywords],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+@overload
+def shared_prefix_attention(
+    q: Tensor, prefix: KVCache, suffix: KVCache, head_map: HeadMapLike, *, layout: Layout = "bhsd",
+    return_lse: bool,
+    **keywords: Unpack[PartKeywords],
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def shared_prefix_attention(
@@ -111,8 +140,12 @@ def shared_prefix_attention(
         as :func:`gqa_kernels.asym_gqa_decode`.
     """
     return_lse = as_bool("return_lse", return_lse)
-    if sinks is not None and not isinstance(sinks, Tensor):
-        raise TypeError(f"sinks must be a torch.Tensor or None, got {type(sinks).__name__}")
+    if sinks is not None:
+        if not isinstance(sinks, Tensor):
+            raise TypeError(f"sinks must be a torch.Tensor or None, got {type(sinks).__name__}")
+        check_tensors(sinks=sinks, q=q)
+        if sinks.device != q.device:
+            raise ValueError(f"sinks.device must equal q.device ({q.device}), got {sinks.device}")
     for name, cache in (("prefix", prefix), ("suffix", suffix)):
         if not isinstance(cache, KVCache):
             raise TypeError(
@@ -120,18 +153,21 @@ def shared_prefix_attention(
             )
     if prefix.lengths.shape[0] != 1:
         raise ValueError(f"prefix must hold 1 sequence, got {prefix.lengths.shape[0]}")
-    options = {"value_head_map": value_head_map, "scale": scale, "softcap": softcap}
-    options |= {"return_lse": True, "backend": backend}
     q_heads_first = heads_first("q", q, layout, packed=False)
     tokens = q_heads_first.transpose(1, 2)  # [B, Sq, Hq, D]
     batch, q_len, heads, _ = tokens.shape
     out_a, lse_a = asym_gqa_decode(
-        tokens.flatten(0, 1)[None], prefix, head_map, causal=False, layout="bshd", **options
-    )
+        tokens.flatten(0, 1)[None], prefix, head_map, causal=False, layout="bshd",
+        value_head_map=value_head_map, scale=scale, softcap=softcap, return_lse=True,
+        backend=backend,
+    )  # fmt: skip
     out_a = out_a.view(batch, q_len, heads, out_a.shape[-1])
     out_a = out_a if layout == "bshd" else out_a.transpose(1, 2)
     lse_a = lse_a.view(heads, batch, q_len).transpose(0, 1)
-    out_b, lse_b = asym_gqa_decode(q, suffix, head_map, layout=layout, **options)
+    out_b, lse_b = asym_gqa_decode(
+        q, suffix, head_map, layout=layout, value_head_map=value_head_map, scale=scale,
+        softcap=softcap, return_lse=True, backend=backend,
+    )  # fmt: skip
     out, lse = merge_attention_states(out_a, lse_a, out_b, lse_b, layout=layout)
     if sinks is not None:
         out, lse = merge_sinks(out, lse, sinks, layout=layout)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from torch import Tensor
 
@@ -14,8 +15,33 @@ from .cache.view import KVView
 from .call.append import AppendCall
 from .call.attention import AttentionCall
 from .call.checks import HeadMapLike, from_heads_first, heads_first
+from .call.keywords import DecodeKeywords, RotaryKeywords
 from .call.options import Options
 from .native.arguments import as_bool
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+@overload
+def asym_gqa_decode(
+    q: Tensor, cache: KVCache, head_map: HeadMapLike, *, return_lse: Literal[False] = False,
+    **keywords: Unpack[DecodeKeywords],
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def asym_gqa_decode(
+    q: Tensor, cache: KVCache, head_map: HeadMapLike, *, return_lse: Literal[True],
+    **keywords: Unpack[DecodeKeywords],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+@overload
+def asym_gqa_decode(
+    q: Tensor, cache: KVCache, head_map: HeadMapLike, *, return_lse: bool,
+    **keywords: Unpack[DecodeKeywords],
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def asym_gqa_decode(
@@ -49,7 +75,8 @@ def asym_gqa_decode(
     The formula and the options are those of :func:`gqa_kernels.asym_gqa_attention`, with the
     cache's length of a sequence (and head) for ``n``: the queries are its last tokens. With
     ``k_new`` and ``v_new`` these are appended first and count as keys. Forward only, but for the
-    reference.
+    reference. NaN and infinities at hidden keys act as in :func:`gqa_kernels.asym_gqa_attention`;
+    slots that hold no key are never used.
 
     Args:
         q: ``[B, Hq, Sq, D]`` (``[B, Sq, Hq, D]`` for layout ``"bshd"``), any ``Sq``; or packed
@@ -79,6 +106,8 @@ def asym_gqa_decode(
     """
     if deterministic is not False:
         as_bool("deterministic", deterministic)
+    if advance is not True:
+        advance = as_bool("advance", advance)
     call = decode_call(
         q, cache, head_map, causal=causal, scale=scale, window=window, softcap=softcap,
         cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q, value_head_map=value_head_map,
@@ -95,17 +124,21 @@ def asym_gqa_decode(
     return result
 
 
-def decode_call(q: Tensor, cache: KVCache, head_map: HeadMapLike, **options) -> AttentionCall:
+def decode_call(q: Tensor, cache: KVCache, head_map: HeadMapLike, **options: Any) -> AttentionCall:
     """The call that :func:`asym_gqa_decode` makes of its arguments, without new tokens."""
+    _check_cache(cache)
+    return view_call(q, cache.unchecked_view(), head_map, **options)
+
+
+def _check_cache(cache: object) -> None:
     if not isinstance(cache, KVCache):
         raise TypeError(f"cache must be a DenseKVCache or PagedKVCache, got {type(cache).__name__}")
-    return view_call(q, cache.unchecked_view(), head_map, **options)
 
 
 def view_call(
     q: Tensor, view: KVView, head_map: HeadMapLike, *, causal: bool = True,
     scale: float | None = None, window: tuple[int | None, int | None] | None = None,
-    softcap: float | None = None, **tensors,
+    softcap: float | None = None, **tensors: Any,
 ) -> AttentionCall:  # fmt: skip
     """:func:`decode_call` over the view of a cache."""
     options = Options.of(causal, scale, window, softcap)
@@ -114,7 +147,7 @@ def view_call(
 
 def plan_decode(
     q: Tensor, cache: KVCache, head_map: HeadMapLike, *, backend: str = "auto",
-    deterministic: bool = False, **options,
+    deterministic: bool = False, **options: Any,
 ) -> DecodePlan:  # fmt: skip
     """Check a decode step and choose what runs it, once for all layers.
 
@@ -158,6 +191,27 @@ class DecodePlan:
         offsets = self.call.q_offsets
         return self.call.q.size(2) if offsets is None else offsets.diff()
 
+    @overload
+    def __call__(
+        self, q: Tensor, cache: KVCache, k_new: Tensor | None = None,
+        v_new: Tensor | None = None, *, return_lse: Literal[False] = False,
+        **keywords: Unpack[RotaryKeywords],
+    ) -> Tensor: ...  # fmt: skip
+
+    @overload
+    def __call__(
+        self, q: Tensor, cache: KVCache, k_new: Tensor | None = None,
+        v_new: Tensor | None = None, *, return_lse: Literal[True],
+        **keywords: Unpack[RotaryKeywords],
+    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+    @overload
+    def __call__(
+        self, q: Tensor, cache: KVCache, k_new: Tensor | None = None,
+        v_new: Tensor | None = None, *, return_lse: bool,
+        **keywords: Unpack[RotaryKeywords],
+    ) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
+
     def __call__(
         self,
         q: Tensor,
@@ -176,6 +230,7 @@ class DecodePlan:
         Args:
             cache: memory of the planned shapes; lengths and page table are those of the plan.
         """
+        _check_cache(cache)
         planned = self.call
         packed = planned.q_offsets is not None
         if packed or self.layout != "bhsd" or type(q) is not Tensor or q.dim() != 4:
@@ -196,18 +251,24 @@ class DecodePlan:
         return_lse: bool,
     ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
         """Append the new tokens, if any, and attend."""
-        packed = call.q_offsets is not None
+        if return_lse is not False:
+            return_lse = as_bool("return_lse", return_lse)
+        offsets = call.q_offsets
+        packed = offsets is not None
         if (k_new is None) != (v_new is None):
             raise ValueError("k_new and v_new must be given together, got one of them")
-        if k_new is not None:
+        if k_new is not None and v_new is not None:
             append = AppendCall.create(
-                k_new, v_new, call.kv, cu_seqlens=call.q_offsets, max_seqlen=call.max_q_len,
+                k_new, v_new, call.kv, cu_seqlens=offsets, max_seqlen=call.max_q_len,
                 rotary_cos=rotary_cos, rotary_sin=rotary_sin,
                 rotary_interleaved=rotary_interleaved, layout=self.layout, q_heads_first=call.q,
             )  # fmt: skip
-            call.q = select(append, self.backend.name).append(append)
-            new = self.new_tokens[:, None] if packed else append.max_new
-            call.kv = call.kv.with_lengths(call.kv.kv_lengths + new)
+            rotated = select(append, self.backend.name).append(append)
+            if rotated is not None:
+                call.q = rotated
+            call.kv = call.kv.with_more(
+                append.max_new if offsets is None else offsets.diff()[:, None]
+            )
         elif rotary_cos is not None:
             raise ValueError("rotary_cos must be None where there is no k_new to rotate")
         call.lse_wanted = return_lse
@@ -256,6 +317,8 @@ def append(
     Returns:
         the rotated queries (q itself without a rotary table), or None without queries.
     """
+    if advance is not True:
+        advance = as_bool("advance", advance)
     call = AppendCall.create(
         k_new, v_new, cache.unchecked_view(), q=q, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen,
         rotary_cos=rotary_cos, rotary_sin=rotary_sin, rotary_interleaved=rotary_interleaved,
@@ -264,7 +327,7 @@ def append(
     rotated = select(call, backend).append(call)
     if advance:
         cache.advance(call.max_new if cu_seqlens is None else cu_seqlens.diff())
-    return None if q is None else from_heads_first(rotated, layout, cu_seqlens is not None)
+    return None if rotated is None else from_heads_first(rotated, layout, cu_seqlens is not None)
 
 
 KVCache.append = append  # a method of every cache, which as memory knows no backend

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from .attention import asym_gqa_attention, attention_call
 from .backends.dispatch import explain
 from .cache.base import KVCache
 from .call.append import AppendCall
+from .call.attention import AttentionCall
 from .decode import append, asym_gqa_decode, decode_call, plan_decode
 from .varlen import asym_gqa_varlen_attention, varlen_call
 
@@ -15,14 +17,15 @@ _NO_PART = ("backend", "return_lse", "deterministic", "advance")  # in what a ba
 _OF_APPEND = ("k_new", "v_new", "rotary_cos", "rotary_sin", "rotary_interleaved")
 
 
-def explain_backend(function: Callable, *args, **kwargs) -> dict[str, list[str]]:
+def explain_backend(function: Callable, *args: Any, **kwargs: Any) -> dict[str, list[str]]:
     """Why each backend can't run a call of a public function.
 
     Args:
         function: :func:`gqa_kernels.asym_gqa_attention`, :func:`~gqa_kernels.asym_gqa_decode`,
             :func:`~gqa_kernels.asym_gqa_varlen_attention`, :func:`~gqa_kernels.plan_decode`, or a
             cache's ``append``.
-        args, kwargs: as the function takes them. Nothing is computed or written.
+        args, kwargs: as the function takes them. Nothing is computed or written. ``backend``,
+            ``return_lse``, ``deterministic`` and ``advance`` are not looked at.
 
     Returns:
         For every backend the list of reasons against it, in the order in which ``"auto"`` tries
@@ -46,27 +49,24 @@ def explain_backend(function: Callable, *args, **kwargs) -> dict[str, list[str]]
     call.check()
     reasons = explain(call)
     if new.get("k_new") is not None:
-        sizes = {"cu_seqlens": kwargs.get("cu_seqlens_q"), "max_seqlen": kwargs.get("max_seqlen_q")}
-        layout = kwargs.get("layout", "bhsd")
         append_call = AppendCall.create(
-            new.pop("k_new"), new.pop("v_new"), call.kv, layout=layout, q_heads_first=call.q,
-            **sizes, **new,
+            new.pop("k_new"), new.pop("v_new", None), call.kv, layout=kwargs.get("layout", "bhsd"),
+            cu_seqlens=kwargs.get("cu_seqlens_q"), max_seqlen=kwargs.get("max_seqlen_q"),
+            q_heads_first=call.q, **new,
         )  # fmt: skip
         for name, why in explain(append_call).items():
             reasons[name] += [f"append: {reason}" for reason in why if reason not in reasons[name]]
     return reasons
 
 
-def _explain_append(cache: KVCache | None, *args, **kwargs) -> dict[str, list[str]]:
-    if cache is None:
-        cache, *args = args
-    k_new, v_new = args
-    call = AppendCall.create(k_new, v_new, cache.view(), **kwargs)
+def _explain_append(cache: KVCache | None, *args: Any, **kwargs: Any) -> dict[str, list[str]]:
+    of, k_new, v_new = args if cache is None else (cache, *args)
+    call = AppendCall.create(k_new, v_new, of.view(), **kwargs)
     call.check()
     return explain(call)
 
 
-_CALLS = {
+_CALLS: dict[Callable[..., Any], Callable[..., AttentionCall]] = {
     asym_gqa_attention: attention_call,
     asym_gqa_decode: decode_call,
     asym_gqa_varlen_attention: varlen_call,

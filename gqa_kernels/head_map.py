@@ -6,13 +6,15 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import final
 
 import torch
 
-from .native.arguments import as_int, shown
+from .native.arguments import as_device, as_int, check_tensors, shown
 from .partition import Groups, assign
 
 MAX_HEADS = 1 << 20  # of a map; far above any model, and small enough to list
+MAX_COST = 1 << 30  # of a head in a shard: sums over MAX_HEADS fit into 64 bits
 _CPU = torch.device("cpu")
 
 
@@ -35,6 +37,7 @@ class HeadMapShard:
     value_heads: tuple[int, ...]
 
 
+@final
 class HeadMap:
     """Immutable, hashable map from query head to KV head.
 
@@ -50,16 +53,18 @@ class HeadMap:
             than ``MAX_HEADS`` heads.
     """
 
+    _entries: tuple[int, ...]
+    _num_kv_heads: int
+    _tensors: dict[object, torch.Tensor]
+
     def __init__(self, entries: Iterable[int], num_kv_heads: int | None = None):
-        entries = tuple(
-            _as_entry("head_map", h, e) for h, e in enumerate(bounded("head_map", entries))
-        )
-        if not entries:
-            raise ValueError("head_map must have at least one entry, got none")
+        entries = checked_entries("head_map", entries)
         if num_kv_heads is None:
             num_kv_heads = max(entries) + 1
         num_kv_heads = as_int("num_kv_heads", num_kv_heads)
         _check_count("num_kv_heads", num_kv_heads)
+        if num_kv_heads < 1:
+            raise ValueError(f"num_kv_heads must be at least 1, got {num_kv_heads}")
         for h, e in enumerate(entries):
             if not 0 <= e < num_kv_heads:
                 raise ValueError(
@@ -161,7 +166,7 @@ class HeadMap:
 
     def tensor(self, device: torch.device | str = "cpu") -> torch.Tensor:
         """The entries as an int32 tensor ``[Hq]``, built once per device. Don't modify it."""
-        device = torch.device(device)
+        device = as_device(device)
         return self.cached(
             device, lambda: torch.tensor(self._entries, dtype=torch.int32, device=device)
         )
@@ -208,9 +213,10 @@ class HeadMap:
             raise ValueError(f"world must lie in [1, {self.num_heads}], got {world}")
         if not 0 <= rank < world:
             raise ValueError(f"rank must lie in [0, {world}), got {rank}")
-        if query_cost < 1 or kv_cost < 0:
+        if not 1 <= query_cost <= MAX_COST or not 0 <= kv_cost <= MAX_COST:
             raise ValueError(
-                f"query_cost must be at least 1 and kv_cost at least 0, got {query_cost}, {kv_cost}"
+                f"query_cost must be at least 1 and kv_cost at least 0, and both at most "
+                f"{MAX_COST}, got {query_cost}, {kv_cost}"
             )
         maps = [self] if value_head_map is None else [self, value_head_map]
         if maps[-1].num_heads != self.num_heads:
@@ -256,6 +262,8 @@ class HeadMap:
             raise TypeError(f"HeadMap JSON must be a string, got {shown(text)}")
         try:
             data = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"HeadMap JSON must be valid, got {shown(text)}: {error}") from None
         except RecursionError:
             raise ValueError("HeadMap JSON must be an object of numbers, got a deep nest") from None
         if not isinstance(data, dict) or set(data) != {"entries", "num_kv_heads"}:
@@ -284,7 +292,7 @@ class HeadMap:
     def __iter__(self) -> Iterator[int]:
         return iter(self._entries)
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type[HeadMap], tuple[tuple[int, ...], int]]:
         return (HeadMap, (self._entries, self._num_kv_heads))
 
     def __repr__(self) -> str:
@@ -300,6 +308,8 @@ def _renumbered(indices: Iterable[int]) -> tuple[int, ...]:
 
 def bounded(name: str, values: Iterable) -> Iterator:
     """The values, of which there may be ``MAX_HEADS`` at most: an iterable may have no end."""
+    if isinstance(values, torch.Tensor):
+        check_tensors(**{name: values})
     if isinstance(values, (str, bytes)) or not hasattr(values, "__iter__"):
         raise TypeError(f"{name} must be a sequence, got {shown(values)}")
     try:
@@ -309,6 +319,14 @@ def bounded(name: str, values: Iterable) -> Iterator:
     for count, value in enumerate(iterator):
         _check_count(f"len({name})", count + 1)
         yield value
+
+
+def checked_entries(name: str, entries: Iterable[int]) -> tuple[int, ...]:
+    """The entries of a map as integers, of which there must be one."""
+    entries = tuple(_as_entry(name, h, e) for h, e in enumerate(bounded(name, entries)))
+    if not entries:
+        raise ValueError(f"{name} must have at least one entry, got none")
+    return entries
 
 
 def _check_count(name: str, count: int) -> None:

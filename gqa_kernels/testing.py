@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,7 +76,8 @@ def make_inputs(
             x = room[:, : shape[1], 1 : shape[2] + 1, : shape[3]]
         return x.requires_grad_(requires_grad)
 
-    return tuple(one(shape) for shape in shapes)
+    q, k, v = (one(shape) for shape in shapes)
+    return q, k, v
 
 
 def assert_close(
@@ -121,7 +123,7 @@ def assert_attention_close(
     head_map: HeadMapLike,
     *,
     lse: Tensor | None = None,
-    **options,
+    **options: Any,
 ) -> None:
     """Hold an output (and LSE) of :func:`gqa_kernels.asym_gqa_attention` to the tolerance rule.
 
@@ -159,7 +161,7 @@ def assert_gradients_close(
     dout: Tensor | None,
     dlse: Tensor | None = None,
     dropout_seed: Tensor | None = None,
-    **options,
+    **options: Any,
 ) -> None:
     """Hold gradients of :func:`gqa_kernels.asym_gqa_attention` to the tolerance rule, 3 x eager's.
 
@@ -178,7 +180,8 @@ def assert_gradients_close(
     def leaves_and_inputs(up: Callable[[Tensor], Tensor]) -> tuple[list[Tensor], AttentionCall]:
         call = {**given, **{name: up(given[name].detach()) for name in {*"qkv", *gradients}}}
         leaves = [call[name].requires_grad_() for name in gradients]
-        inputs = attention_call(*(call.pop(name) for name in "qkv"), head_map, **call)
+        q, k, v = (call.pop(name) for name in "qkv")
+        inputs = attention_call(q, k, v, head_map, **call)
         return leaves, inputs.replace(dropout_seed=dropout_seed)
 
     leaves, inputs = leaves_and_inputs(Tensor.double)
@@ -261,7 +264,7 @@ def assert_decode_close(
     head_map: HeadMapLike,
     *,
     lse: Tensor | None = None,
-    **options,
+    **options: Any,
 ) -> None:
     """Hold an output (and LSE) of :func:`gqa_kernels.asym_gqa_decode` to the tolerance rule.
 

@@ -2,14 +2,47 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any, Literal, overload
+
 from torch import Tensor
 
 from .backends.dispatch import select
 from .call.attention import AttentionCall
 from .call.checks import HeadMapLike
+from .call.keywords import PackedKeywords
 from .call.options import Options
 from .native.arguments import as_bool
 from .native.autograd import autocast
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+@overload
+def asym_gqa_varlen_attention(
+    q: Tensor, k: Tensor, v: Tensor, head_map: HeadMapLike, cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int, *,
+    return_lse: Literal[False] = False,
+    **keywords: Unpack[PackedKeywords],
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def asym_gqa_varlen_attention(
+    q: Tensor, k: Tensor, v: Tensor, head_map: HeadMapLike, cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int, *,
+    return_lse: Literal[True],
+    **keywords: Unpack[PackedKeywords],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+@overload
+def asym_gqa_varlen_attention(
+    q: Tensor, k: Tensor, v: Tensor, head_map: HeadMapLike, cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int, *,
+    return_lse: bool,
+    **keywords: Unpack[PackedKeywords],
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def asym_gqa_varlen_attention(
@@ -34,7 +67,8 @@ def asym_gqa_varlen_attention(
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`gqa_kernels.asym_gqa_attention` of each of ``B`` packed sequences, differentiable and
-    under autocast as that is.
+    under autocast as that is. NaN and infinities at hidden keys act as they do there; tokens of
+    other sequences, or of none, never matter to a sequence.
 
     Args:
         q: ``[total_q, Hq, D]``.
@@ -57,6 +91,7 @@ def asym_gqa_varlen_attention(
         ValueError, TypeError, NotImplementedError: as ``asym_gqa_attention``.
     """
     as_bool("deterministic", deterministic)
+    return_lse = as_bool("return_lse", return_lse)
     call = varlen_call(
         q, k, v, head_map, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, scale,
         window, softcap, value_head_map=value_head_map, alibi_slopes=alibi_slopes, sinks=sinks,
@@ -71,7 +106,7 @@ def varlen_call(
     q: Tensor, k: Tensor, v: Tensor, head_map: HeadMapLike, cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int, causal: bool = False,
     scale: float | None = None, window: tuple[int | None, int | None] | None = None,
-    softcap: float | None = None, **tensors,
+    softcap: float | None = None, **tensors: Any,
 ) -> AttentionCall:  # fmt: skip
     """The call that :func:`asym_gqa_varlen_attention` makes of its arguments."""
     options = Options.of(causal, scale, window, softcap)

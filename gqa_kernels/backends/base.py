@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -92,7 +93,8 @@ class Backend(ABC):
         """Why the backend can't run a call; it can if the list is empty."""
         appends = isinstance(call, AppendCall)
         can = (self.append_capabilities if appends else None) or self.capabilities
-        over_memory = appends or call.memory != "dense"
+        memory = "cache" if isinstance(call, AppendCall) else call.memory
+        over_memory = memory != "dense"
         if over_memory and not can.caches:
             return ["attention over caches is not supported"]
         reasons = []
@@ -111,8 +113,8 @@ class Backend(ABC):
         if call.requires_grad:
             if not over_memory and not can.autograd:
                 reasons.append("no backward, and an input requires grad")
-            packed = not appends and call.memory == "packed"
-            if over_memory and not (can.cache_autograd or (packed and can.varlen_autograd)):
+            differentiable = can.cache_autograd or (memory == "packed" and can.varlen_autograd)
+            if over_memory and not differentiable:
                 reasons.append("no backward over a cache, and an input requires grad")
         return reasons
 
@@ -142,5 +144,5 @@ class Backend(ABC):
         """
 
 
-def _listed(names) -> str:
+def _listed(names: Iterable[str]) -> str:
     return ", ".join(sorted(names))

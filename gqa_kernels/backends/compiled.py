@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -11,8 +12,11 @@ from torch import Tensor
 from ..call.append import AppendCall
 from ..call.attention import AttentionCall
 from ..native import build
+from ..native.flops import enter_formulas
 from ..native.schema import APPEND, FORWARD
 from .base import Backend, Call
+
+_NO_LSE = torch.empty(0)  # in place of one that nobody reads
 
 # FORWARD's arguments of a call, by its kind.
 _arguments_of: dict[int, Callable[[AttentionCall], tuple]] = {}
@@ -35,9 +39,10 @@ class CompiledBackend(Backend):
             return str(error)
         return None
 
-    def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+    def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
         if torch.compiler.is_compiling():
-            return _run(_forward(), FORWARD.arguments_of(call), call)
+            call.check()
+            return _forward()(*FORWARD.arguments_of(call))
         kind = call.kind if call.kind >= 0 else call.find_kind()
         arguments_of = _arguments_of.get(kind)
         if arguments_of is None:
@@ -49,12 +54,15 @@ class CompiledBackend(Backend):
             or torch._C._get_deterministic_algorithms()  # which fills this op's memory
         ):
             return _run(_forward(), arguments_of(call), call)
-        op = torch.ops.gqa_kernels.attention_output.default
-        return _run(op, arguments_of(call), call), None
+        return _run(_output(), arguments_of(call), call), _NO_LSE
 
     def append(self, call: AppendCall) -> Tensor | None:
-        op = torch.ops.gqa_kernels.cache_append.default
-        q = _run(op, APPEND.arguments_of(call), call)
+        op, arguments = torch.ops.gqa_kernels.cache_append.default, APPEND.arguments_of(call)
+        if torch.compiler.is_compiling():
+            call.check()
+            q = op(*arguments)
+        else:
+            q = _run(op, arguments, call)
         return call.q if call.rotated_q is None else q
 
 
@@ -62,11 +70,15 @@ def _forward() -> Callable[..., tuple[Tensor, Tensor]]:
     return torch.ops.gqa_kernels.attention_forward.default
 
 
+@lru_cache(maxsize=1)  # never compiled: looking it up in torch.ops takes longer
+def _output() -> Callable[..., Tensor]:
+    return torch.ops.gqa_kernels.attention_output.default
+
+
 def _run(op: Callable[..., Any], arguments: tuple, call: Call) -> Any:
     """``op(*arguments)``; past autograd (some 20 microseconds) if nothing needs it."""
-    if torch.compiler.is_compiling():
-        call.check()
-        return op(*arguments)
+    if torch._C._len_torch_dispatch_stack():
+        enter_formulas()
     try:
         if call.requires_grad:
             return op(*arguments)

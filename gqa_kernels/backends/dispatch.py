@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
+from torch import Tensor
 
+from ..call.append import AppendCall
 from ..call.attention import AttentionCall
 from ..native.arguments import check_choice
 from ..native.autograd import is_transformed_now
@@ -14,6 +18,8 @@ from .cpu import CPUBackend
 from .cuda import CUDABackend
 from .reference import ReferenceBackend
 from .triton import TritonBackend
+
+Function = TypeVar("Function", bound=Callable[..., object])
 
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
@@ -61,7 +67,10 @@ def select(call: Call, backend: str = "auto") -> Backend:
     if type(backend) is not str or torch.compiler.is_compiling() or is_transformed_now():
         call.check()
         return _choose(call, backend)
-    key = (_attention_key if type(call) is AttentionCall else _append_key)(call, backend)
+    if isinstance(call, AttentionCall):
+        key = _attention_key(call, backend)
+    else:
+        key = _append_key(call, backend)
     found = _choices.get(key)
     if found is None:
         call.check()
@@ -79,23 +88,32 @@ def _attention_key(call: AttentionCall, backend: str) -> tuple:
     q, kv, mask = call.q, call.kv, call.attn_mask
     return (
         call.find_kind(), backend, call.options.used, call.memory, q.dtype, kv.k.dtype, q.size(3),
-        kv.v.size(3), q.is_cpu or q.device, type(call.head_map), type(call.value_head_map),
+        kv.v.size(3), _device_key(q, kv.k, kv.v, q), type(call.head_map), type(call.value_head_map),
         mask if mask is None else (mask.dtype, mask.requires_grad), call.requires_grad,
     )  # fmt: skip
 
 
-def _append_key(call: Call, backend: str) -> tuple:
+def _device_key(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> object:
+    """All of the tensors' devices: the op of any meta tensor is the fake one, which computes
+    nothing."""
+    on_cpu = a.is_cpu and b.is_cpu and c.is_cpu and d.is_cpu
+    return on_cpu or (a.device, b.device, c.device, d.device)
+
+
+def _append_key(call: AppendCall, backend: str) -> tuple:
     """What the choice for an append follows from."""
     k_new, kv = call.k_new, call.kv
+    q = k_new if call.q is None else call.q
     return (
-        backend, "append", k_new.dtype, kv.k.device, kv.k.dtype, kv.k.size(3), kv.v.size(3),
+        backend, "append", k_new.dtype, _device_key(kv.k, k_new, call.v_new, q), kv.k.dtype,
+        kv.k.size(3), kv.v.size(3),
         kv.page_table is None, kv.kv_begin is None, call.new_offsets is None, call.requires_grad,
     )  # fmt: skip
 
 
 def _choose(call: Call, backend: str) -> Backend:
     if backend == "auto":
-        passed_over = []
+        passed_over: list[tuple[str, list[str]]] = []
         for name in AUTO_ORDER.get(call.device.type, DEFAULT_ORDER):
             reasons = _reasons(BACKENDS[name], call)
             if not reasons:
@@ -122,9 +140,9 @@ def _choose(call: Call, backend: str) -> Backend:
     return BACKENDS[backend]
 
 
-def _constant_while_compiling(function):
+def _constant_while_compiling(function: Function) -> Function:
     """``torch.compiler.assume_constant_result`` without its import of the whole compiler."""
-    function._dynamo_marked_constant = True
+    function.__dict__["_dynamo_marked_constant"] = True
     return function
 
 

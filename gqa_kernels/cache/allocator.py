@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..native.arguments import as_int
+from ..native.arguments import as_int, check_tensors, shown
 
 MAX_PAGES = 2**31 - 1  # page tables hold int32
 
@@ -91,7 +92,7 @@ class PageAllocator:
     def fork(self, sequence: int, length: int | None = None) -> int:
         """A new sequence that starts with the first ``length`` tokens (default: all) of another."""
         parent = self._find(sequence)
-        length = parent.length if length is None else length
+        length = parent.length if length is None else as_int("length", length)
         if not 0 <= length <= parent.length:
             raise ValueError(
                 f"length must lie in [0, {parent.length}], the tokens of sequence {sequence}, "
@@ -140,8 +141,12 @@ class PageAllocator:
 
     def grow(self, pages: int) -> None:
         """Count ``pages`` more free pages, which the cache must have by the next append."""
-        if pages < 0:
-            raise ValueError(f"pages must be non-negative, got {pages}")
+        pages = as_int("pages", pages)
+        if not 0 <= pages <= MAX_PAGES - self.num_pages:
+            raise ValueError(
+                f"pages must be non-negative, got {pages} more than {self.num_pages}, of at most "
+                f"{MAX_PAGES}"
+            )
         new = range(self.num_pages, self.num_pages + pages)
         self._free[:0] = reversed(new)  # taken last
         self._holders += [0] * pages
@@ -149,7 +154,7 @@ class PageAllocator:
 
     def discard(self, sequence: int, tokens: int) -> None:
         """Forget the oldest tokens of a sequence, whole pages of them (behind a sliding window)."""
-        found = self._find(sequence)
+        found, tokens = self._find(sequence), as_int("tokens", tokens)
         if tokens % self.page_size or not 0 <= tokens <= found.length:
             raise ValueError(
                 f"tokens must be a multiple of the page size ({self.page_size}) in [0, "
@@ -163,7 +168,7 @@ class PageAllocator:
 
     def truncate(self, sequence: int, length: int) -> None:
         """Keep the first ``length`` tokens only (rejected drafts, say)."""
-        found = self._find(sequence)
+        found, length = self._find(sequence), as_int("length", length)
         if not 0 <= length <= found.length:
             raise ValueError(f"length must lie in [0, {found.length}], got {length}")
         found.length = length
@@ -183,11 +188,13 @@ class PageAllocator:
         Args:
             max_pages: width of the table, at least the most pages of one of them.
         """
-        found = [self._find(name) for name in sequences]
+        found = [self._find(name) for name in _listed("sequences", sequences)]
         most = max([1, *(len(sequence.pages) for sequence in found)])
-        width = most if max_pages is None else max_pages
+        width = most if max_pages is None else as_int("max_pages", max_pages)
         if width < most:
             raise ValueError(f"max_pages must be at least {most}, got {max_pages}")
+        if width > MAX_PAGES:
+            raise ValueError(f"max_pages must be at most {MAX_PAGES}, got {max_pages}")
         rows = [sequence.pages + [0] * (width - len(sequence.pages)) for sequence in found]
         return PageBatch(
             torch.tensor(rows, dtype=torch.int32).reshape(len(found), width),
@@ -197,7 +204,7 @@ class PageAllocator:
     def _needed(self, found: list[_Sequence], counts: list[int]) -> int:
         """Free pages that an append of ``counts`` tokens takes."""
         needed = 0
-        holders = {}  # of the shared pages about to be left
+        holders: dict[int, int] = {}  # of the shared pages about to be left
         for sequence, count in zip(found, counts, strict=True):
             if not count:
                 continue
@@ -211,6 +218,7 @@ class PageAllocator:
         return needed
 
     def _find(self, name: int) -> _Sequence:
+        name = as_int("sequence", name)
         if name not in self._sequences:
             raise ValueError(f"sequence must be one of those allocated and not freed, got {name}")
         return self._sequences[name]
@@ -220,16 +228,21 @@ class PageAllocator:
     ) -> tuple[list[_Sequence], list[int]]:
         """Distinct sequences and the new tokens of each."""
         found = self._distinct(sequences)
-        counts = [tokens] * len(found) if isinstance(tokens, int) else list(tokens)
+        if hasattr(tokens, "__len__") and not isinstance(tokens, (str, bytes, Tensor)):
+            counts = _listed("tokens", tokens)
+        else:
+            counts = [as_int("tokens", tokens)] * len(found)
         if len(counts) != len(found) or min(counts, default=0) < 0:
             raise ValueError(
-                f"tokens must be non-negative, one number per sequence ({len(found)}), got {tokens}"
+                f"tokens must be non-negative, one number per sequence ({len(found)}), "
+                f"got {shown(tokens)}"
             )
         return found, counts
 
     def _distinct(self, names: Sequence[int]) -> list[_Sequence]:
+        names = _listed("sequences", names)
         if len(set(names)) != len(names):
-            raise ValueError(f"sequences must be distinct, got {list(names)}")
+            raise ValueError(f"sequences must be distinct, got {shown(names)}")
         return [self._find(name) for name in names]
 
     def _add(self, sequence: _Sequence) -> int:
@@ -246,3 +259,16 @@ class PageAllocator:
         self._holders[page] -= 1
         if not self._holders[page]:
             self._free.append(page)
+
+
+def _listed(name: str, values: Any) -> list[int]:
+    """A sequence as a list; its length must be known, because an iterable may have no end."""
+    if isinstance(values, Tensor):
+        check_tensors(**{name: values})
+    if (
+        isinstance(values, (str, bytes))
+        or not hasattr(values, "__len__")
+        or (isinstance(values, Tensor) and values.dim() != 1)
+    ):
+        raise TypeError(f"{name} must be a sequence of integers, got {shown(values)}")
+    return [as_int(name, value) for value in values]

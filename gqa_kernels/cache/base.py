@@ -5,15 +5,26 @@ from __future__ import annotations
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import TypedDict
 
 import torch
 from torch import Tensor
 
+from ..native.arguments import as_bool, as_int, check_tensors, shown
 from .formats import FORMAT_OF_NAME
 from .memory import empty
 from .view import KVView
 
-SCALES = ("k_scale", "v_scale", "k_zero", "v_zero")
+MAX_LENGTH = 2**31 - 1  # lengths are int32
+
+
+class Scales(TypedDict, total=False):
+    """The scales and zeros of a quantised cache, as :meth:`KVView.create` takes them."""
+
+    k_scale: Tensor | float | None
+    v_scale: Tensor | float | None
+    k_zero: Tensor | float | None
+    v_zero: Tensor | float | None
 
 
 class KVCache(ABC):
@@ -88,15 +99,46 @@ class KVCache(ABC):
         return {name: value for name, value in self.__dict__.items() if name != "_kept"}
 
     @property
-    def scales(self) -> dict[str, Tensor | float | None]:
+    def scales(self) -> Scales:
         """The scales and zeros by name."""
-        return {name: getattr(self, name) for name in SCALES}
+        return {
+            "k_scale": self.k_scale, "v_scale": self.v_scale,
+            "k_zero": self.k_zero, "v_zero": self.v_zero,
+        }  # fmt: skip
 
     def advance(self, tokens: int | Tensor) -> None:
         """Count ``tokens`` (an integer, or ``[B]``) more keys per sequence, in place."""
-        if isinstance(tokens, Tensor) and self.lengths.dim() == 2:
-            tokens = tokens[:, None]
+        if isinstance(tokens, Tensor):
+            check_tensors(tokens=tokens)
+            batch = self.lengths.shape[0]
+            if tokens.dtype not in (torch.int32, torch.int64) or tokens.shape not in ((), (batch,)):
+                raise TypeError(
+                    f"tokens must be an integer, or an int32 or int64 tensor of shape ({batch},), "
+                    f"got {shown(tokens)}"
+                )
+            if tokens.dim() and tokens.device != self.lengths.device:
+                raise ValueError(
+                    f"tokens.device must be that of lengths ({self.lengths.device}), "
+                    f"got {tokens.device}"
+                )
+            if tokens.dim() and self.lengths.dim() == 2:
+                tokens = tokens[:, None]
+        elif type(tokens) is not int or not -MAX_LENGTH <= tokens <= MAX_LENGTH:
+            tokens = as_int("tokens", tokens)
+            if isinstance(tokens, int) and not -MAX_LENGTH <= tokens <= MAX_LENGTH:
+                raise ValueError(f"tokens must fit into 32 bits, got {tokens}")
         self.lengths.add_(tokens)
+
+
+def checked_sizes(**sizes: object) -> tuple[int, ...]:
+    """Sizes of memory to be made, by the caller's names of them."""
+    found = []
+    for name, size in sizes.items():
+        size = as_int(name, size)
+        if isinstance(size, int) and not 0 <= size <= MAX_LENGTH:
+            raise ValueError(f"{name} must lie in [0, 2**31), got {size}")
+        found.append(size)
+    return tuple(found)
 
 
 def _place(x: Tensor) -> tuple:
@@ -105,7 +147,8 @@ def _place(x: Tensor) -> tuple:
 
 
 def empty_storage(
-    pages: int, heads: int, slots: int, dim: int, dtype: torch.dtype, device: object,
+    pages: int, heads: int, slots: int, dim: int, dtype: torch.dtype,
+    device: torch.device | str,
     format: str | None, tokens_first: bool,
 ) -> Tensor:  # fmt: skip
     """Uninitialised ``[pages, heads, slots, dim]`` memory, in a format where one is named.
@@ -113,10 +156,12 @@ def empty_storage(
     Args:
         tokens_first: a page is ``[slots, heads, dim]`` in memory.
     """
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype must be a torch.dtype, got {shown(dtype)}")
     if format is not None:
-        if format not in FORMAT_OF_NAME:
+        if not isinstance(format, str) or format not in FORMAT_OF_NAME:
             raise ValueError(
-                f"format must be None or one of {tuple(FORMAT_OF_NAME)}, got {format!r}"
+                f"format must be None or one of {tuple(FORMAT_OF_NAME)}, got {shown(format)}"
             )
         found = FORMAT_OF_NAME[format]
         if dim % found.per_byte:
@@ -127,15 +172,15 @@ def empty_storage(
     return empty(pages, heads, slots, dim, dtype=dtype, device=device)
 
 
-def empty_scales(k: Tensor, v: Tensor, format: str | None, zeros: bool) -> dict[str, Tensor]:
+def empty_scales(k: Tensor, v: Tensor, format: str | None, zeros: bool) -> Scales:
     """Scales of each token and head, and zeros where asked for, of a quantised cache."""
+    zeros = as_bool("zeros", zeros)
     if format is None:
         return {}
     if zeros and not FORMAT_OF_NAME[format].integer:
         raise ValueError(f"zeros must be False for format {format!r}: only integers have zeros")
-    names = ("scale", "zero") if zeros else ("scale",)
-    return {
-        f"{side}_{name}": x.new_empty(x.shape[:3], dtype=torch.float32)
-        for side, x in (("k", k), ("v", v))
-        for name in names
-    }
+    k_scale, v_scale = (x.new_empty(x.shape[:3], dtype=torch.float32) for x in (k, v))
+    scales: Scales = {"k_scale": k_scale, "v_scale": v_scale}
+    if zeros:
+        scales["k_zero"], scales["v_zero"] = torch.empty_like(k_scale), torch.empty_like(v_scale)
+    return scales

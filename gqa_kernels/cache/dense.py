@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..native.arguments import check_tensors
-from .base import KVCache, empty_scales, empty_storage
+from ..native.arguments import as_device, check_tensors
+from .base import KVCache, checked_sizes, empty_scales, empty_storage
 from .tensors import Layout, check_layout
 from .view import KVView
 
@@ -83,11 +83,16 @@ class DenseKVCache(KVCache):
             zeros: keep a zero per token and head too (int8, int4).
             layout: memory order.
         """
+        check_layout(layout)
+        device = as_device(device)
+        batch, num_kv_heads, capacity, head_dim, num_value_heads, value_head_dim = checked_sizes(
+            batch=batch, num_kv_heads=num_kv_heads, capacity=capacity, head_dim=head_dim,
+            num_value_heads=num_kv_heads if num_value_heads is None else num_value_heads,
+            value_head_dim=head_dim if value_head_dim is None else value_head_dim,
+        )  # fmt: skip
         where = (dtype, device, format, layout == "bshd")
         k = empty_storage(batch, num_kv_heads, capacity, head_dim, *where)
-        v = empty_storage(
-            batch, num_value_heads or num_kv_heads, capacity, value_head_dim or head_dim, *where
-        )
+        v = empty_storage(batch, num_value_heads, capacity, value_head_dim, *where)
         lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         return cls(k, v, lengths, **empty_scales(k, v, format, zeros))
 

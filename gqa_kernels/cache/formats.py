@@ -101,5 +101,5 @@ def dequantize(stored: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
     format = FORMATS[stored.dtype]
     if format.per_byte == 2:
         stored = torch.stack([stored & 15, stored >> 4], dim=-1).flatten(-2)
-    zero = format.default_zero if zero is None else zero[..., None]
-    return (stored.float() - zero) * scale[..., None]
+    zeros = format.default_zero if zero is None else zero[..., None]
+    return (stored.float() - zeros) * scale[..., None]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ..native.arguments import as_int, check_tensors
+from ..native.arguments import as_device, as_int, check_choice, check_tensors, shown
 from .allocator import PageBatch
-from .base import KVCache, empty_scales, empty_storage
+from .base import KVCache, checked_sizes, empty_scales, empty_storage
 from .tensors import is_readable, to_int32
 from .view import KVView
 
@@ -70,7 +70,7 @@ class PagedKVCache(KVCache):
 
     @classmethod
     def from_packed(
-        cls, kv: Tensor, page_table: Tensor, lengths: Tensor, *, axis: int = 1, **options
+        cls, kv: Tensor, page_table: Tensor, lengths: Tensor, *, axis: int = 1, **options: Any
     ) -> PagedKVCache:
         """K and V packed in one tensor.
 
@@ -99,7 +99,7 @@ class PagedKVCache(KVCache):
         *,
         max_pages: int | None = None,
         order: Order = "HND",
-        **options,
+        **options: Any,
     ) -> PagedKVCache:
         """Page tables in CSR form (FlashInfer).
 
@@ -121,6 +121,8 @@ class PagedKVCache(KVCache):
                 raise ValueError("max_pages must be given where indptr is on a device")
             max_pages = max(longest, 1)
         max_pages = as_int("max_pages", max_pages)
+        if max_pages >= 2**31:
+            raise ValueError(f"max_pages must be below 2**31, got {max_pages}")
         if max_pages < max(longest or 0, 1):
             raise ValueError(
                 f"max_pages must be at least {max(longest or 0, 1)} (the longest row of indptr, "
@@ -158,12 +160,18 @@ class PagedKVCache(KVCache):
             order: memory order.
         """
         _check_order(order)
+        device = as_device(device)
+        num_pages, page_size, num_kv_heads, head_dim, num_value_heads, value_head_dim = (
+            checked_sizes(
+                num_pages=num_pages, page_size=page_size, num_kv_heads=num_kv_heads,
+                head_dim=head_dim,
+                num_value_heads=num_kv_heads if num_value_heads is None else num_value_heads,
+                value_head_dim=head_dim if value_head_dim is None else value_head_dim,
+            )
+        )  # fmt: skip
         where = (dtype, device, format, order == "NHD")
         k = empty_storage(num_pages, num_kv_heads, page_size, head_dim, *where)
-        v = empty_storage(
-            num_pages, num_value_heads or num_kv_heads, page_size, value_head_dim or head_dim,
-            *where,
-        )  # fmt: skip
+        v = empty_storage(num_pages, num_value_heads, page_size, value_head_dim, *where)
         table = torch.zeros(0, 1, dtype=torch.int32, device=device)
         lengths = torch.zeros(0, dtype=torch.int32, device=device)
         return cls(k, v, table, lengths, **empty_scales(k, v, format, zeros))
@@ -179,23 +187,25 @@ class PagedKVCache(KVCache):
                 :class:`~gqa_kernels.PageAllocator`, whose pages to copy are copied.
         """
         if isinstance(page_table, PageBatch):
-            self.copy_pages(page_table.copies)
-            page_table, lengths = (
-                x.to(self.k.device) for x in (page_table.page_table, page_table.lengths)
-            )
+            batch, device = page_table, self.k.device
+            self.copy_pages(batch.copies)
+            page_table, lengths = batch.page_table.to(device), batch.lengths.to(device)
+        elif lengths is None:
+            raise TypeError("lengths must be given with a page_table in a tensor, got None")
         return PagedKVCache(self.k, self.v, page_table, lengths, begin=begin, **self.scales)
 
     def copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copy pages ``(from, to)``, with their scales, as copy-on-write asks for."""
-        if not copies:
+        pairs = _as_pairs(copies, self.k.shape[0])
+        if not pairs:
             return
-        source, target = torch.tensor(copies, device=self.k.device).unbind(1)
+        source, target = torch.tensor(pairs, device=self.k.device).unbind(1)
         for x in (self.k, self.v):
             x = x.view(torch.uint8) if x.element_size() == 1 else x
             x[target] = x[source]
-        for x in self.scales.values():
-            if isinstance(x, Tensor) and x.dim() == 3:
-                x[target] = x[source]
+        for rows in self.scales.values():
+            if isinstance(rows, Tensor) and rows.dim() == 3:
+                rows[target] = rows[source]
 
     def _parts(self) -> tuple[Tensor | float | None, ...]:
         return (
@@ -262,6 +272,18 @@ def _check_pages_rank(k: Tensor, v: Tensor, ranks: tuple[int, ...]) -> None:
             )
 
 
+def _as_pairs(copies: object, num_pages: int) -> list[tuple[int, int]]:
+    """Pages to copy, as integers in range."""
+    if not isinstance(copies, (list, tuple)) or not all(
+        isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in copies
+    ):
+        raise TypeError(f"copies must be a sequence of pairs (from, to), got {shown(copies)}")
+    pairs = [(as_int("copies", a), as_int("copies", b)) for a, b in copies]
+    for page in (page for pair in pairs for page in pair):
+        if not 0 <= page < num_pages:
+            raise ValueError(f"pages of copies must lie in [0, {num_pages}), got {page}")
+    return pairs
+
+
 def _check_order(order: object) -> None:
-    if order not in ORDERS:
-        raise ValueError(f"order must be one of {ORDERS}, got {order!r}")
+    check_choice("order", order, ORDERS)

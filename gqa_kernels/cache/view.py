@@ -197,6 +197,11 @@ class KVView:
         except RuntimeError:  # a form that it does not take
             return False
 
+    def with_more(self, new: int | Tensor) -> KVView:
+        """The same memory with more keys: ``new`` is a number, or ``[B, 1]``. It has lengths."""
+        assert self.kv_lengths is not None
+        return self.with_lengths(self.kv_lengths + new)
+
     def with_lengths(self, kv_lengths: Tensor) -> KVView:
         """The same memory with other lengths."""
         return KVView(
@@ -205,8 +210,9 @@ class KVView:
         )  # fmt: skip
 
     def _check_lengths(self) -> None:
-        if self.kv_lengths.numel() and is_readable(self.kv_lengths):
-            low, high = (int(x) for x in self.kv_lengths.aminmax())
+        lengths = self.kv_lengths
+        if lengths is not None and lengths.numel() and is_readable(lengths):
+            low, high = (int(x) for x in lengths.aminmax())
             if low < 0:
                 raise ValueError(f"lengths must be non-negative, got {low}")
             if self.kv_begin is not None and is_readable(self.kv_begin) and self.kv_begin.min() < 0:
@@ -218,10 +224,13 @@ class KVView:
                 )
 
     def _check_slots(self, new: int | Tensor) -> None:
-        seen = (self.kv_lengths, self.kv_begin, new if isinstance(new, Tensor) else None)
-        if not self.kv_lengths.numel() or not all(is_readable(x) for x in seen if x is not None):
+        lengths = self.kv_lengths
+        if lengths is None or not lengths.numel():
             return
-        end = self.kv_lengths.long() + new  # a sum of int32 could wrap into the valid range
+        seen = (lengths, self.kv_begin, new if isinstance(new, Tensor) else None)
+        if not all(is_readable(x) for x in seen if x is not None):
+            return
+        end = lengths.long() + new  # a sum of int32 could wrap into the valid range
         if self.kv_begin is not None:
             end = end + self.kv_begin[:, None]
         most = int(end.max())

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..cache.tensors import Layout
 from ..cache.view import KVView
-from ..native.arguments import as_bool
+from ..native.arguments import as_bool, check_tensors
 from ..native.autograd import requires_grad
 from . import checks
 from .attention import described
@@ -67,6 +67,10 @@ class AppendCall:
         """The call of :meth:`gqa_kernels.cache.base.KVCache.append`, whose arguments these are,
         with room for every token. ``q_heads_first``: q as ``[B, Hq, S, D]``, in its place."""
         packed = cu_seqlens is not None
+        if packed:
+            check_tensors(cu_seqlens=cu_seqlens)
+        elif max_seqlen is not None:
+            checks.check_longest("max_seqlen", max_seqlen)
         tensors = type(k_new) is type(v_new) is Tensor
         if packed or layout != "bhsd" or not (tensors and k_new.dim() == v_new.dim() == 4):
             k_new = checks.heads_first("k_new", k_new, layout, packed)
@@ -77,7 +81,7 @@ class AppendCall:
             as_bool("rotary_interleaved", rotary_interleaved),
             torch.is_grad_enabled() and requires_grad(q, k_new, v_new),
         )  # fmt: skip
-        if packed:
+        if cu_seqlens is not None:
             call.check()
             call.new_offsets, call.max_new = checks.resolve_offsets(
                 "cu_seqlens", cu_seqlens, "max_seqlen", max_seqlen, k_new, view.batch
@@ -86,7 +90,7 @@ class AppendCall:
             call.check()
         if view.num_k_heads != view.num_v_heads or rotary_cos is not None or rotary_sin is not None:
             call._check_positions()
-        new = call.new_offsets if packed else call.max_new
+        new = call.max_new if call.new_offsets is None else call.new_offsets
         if not view.has_slots(new):
             call.check()
             view.check_slots(new)
@@ -112,7 +116,7 @@ class AppendCall:
             )
         if (self.rotary_cos is None) != (self.rotary_sin is None):
             raise ValueError("rotary_cos and rotary_sin must be given together, got one of them")
-        if self.rotary_cos is not None:
+        if self.rotary_cos is not None and self.rotary_sin is not None:
             self.rotary_cos, self.rotary_sin = checks.resolve_rotary(
                 self.rotary_cos, self.rotary_sin, self.k_new, self.rotary_interleaved
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -100,7 +100,11 @@ class AttentionCall:
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if kv_lengths is not None:
             kv_lengths = checks.resolve_lengths(kv_lengths, k)
-        call = cls(q, KVView(k, v, kv_lengths), options, "dense", bshd, head_map, value_head_map)
+        # mypy: _complete resolves the maps.
+        call = cls(
+            q, KVView(k, v, kv_lengths), options, "dense", bshd,
+            head_map, value_head_map,  # type: ignore[arg-type]
+        )  # fmt: skip
         return call._complete(alibi_slopes, sinks, attn_mask, _HEADS_OF[1 + bshd])
 
     @classmethod
@@ -124,12 +128,18 @@ class AttentionCall:
         """The call of :func:`gqa_kernels.asym_gqa_decode`, whose arguments these are, over the view
         of its cache. ``max_seqlen_k``: default the view's capacity."""
         packed = cu_seqlens_q is not None
+        if packed:
+            check_tensors(cu_seqlens_q=cu_seqlens_q)
+        elif max_seqlen_q is not None:
+            checks.check_longest("max_seqlen_q", max_seqlen_q)
         if packed or layout != "bhsd" or type(q) is not Tensor or q.dim() != 4:
             q = checks.heads_first("q", q, layout, packed)
+        # mypy: _complete resolves the maps.
         call = cls(
-            q, view, options, memory, packed or layout == "bshd", head_map, value_head_map
+            q, view, options, memory, packed or layout == "bshd",
+            head_map, value_head_map,  # type: ignore[arg-type]
         )  # fmt: skip
-        if packed:
+        if cu_seqlens_q is not None:
             if attn_mask is not None:
                 raise ValueError("attn_mask must be None where sequences are packed (cu_seqlens_q)")
             call.q_offsets, call.max_q_len = checks.resolve_offsets(
@@ -151,7 +161,7 @@ class AttentionCall:
         cu_seqlens_k: Tensor,
         max_seqlen_q: int,
         max_seqlen_k: int,
-        **others,
+        **others: Any,
     ) -> AttentionCall:
         """The call of :func:`gqa_kernels.asym_gqa_varlen_attention`, whose arguments these are: a
         storage that every sequence sees, and where each sequence begins in it."""
@@ -179,7 +189,9 @@ class AttentionCall:
             self._check_tensors()  # whatever is wrong with them comes first
             raise
         if torch.is_grad_enabled():
-            self.requires_grad = requires_grad(self.q, self.kv.k, self.kv.v, *self.biases)
+            self.requires_grad = requires_grad(
+                self.q, self.kv.k, self.kv.v, self.alibi_slopes, self.sinks, self.attn_mask
+            )
         return self
 
     def _enter(
@@ -301,7 +313,7 @@ class AttentionCall:
             *self.biases, self.q_offsets, self.max_q_len, self.max_kv_len, requires_grad=grad,
         )  # fmt: skip
 
-    def replace(self, **changes: object) -> AttentionCall:
+    def replace(self, **changes: Any) -> AttentionCall:
         """The same call with other values, unchecked. Those of the view and of the options go by
         their own names."""
         for part in ("kv", "options"):
@@ -427,11 +439,13 @@ def described(view: KVView) -> str:
     )
 
 
-def _heads_first(q: Tensor, k: Tensor, v: Tensor, bshd: bool) -> Sequence[Tensor]:
+def _heads_first(q: Tensor, k: Tensor, v: Tensor, bshd: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Views as ``[B, H, S, D]`` of what is possibly not such a tensor."""
-    if not bshd:
-        return q, k, v
-    return [x.transpose(1, 2) if isinstance(x, Tensor) and x.dim() > 2 else x for x in (q, k, v)]
+    if bshd:
+        q, k, v = (
+            x.transpose(1, 2) if isinstance(x, Tensor) and x.dim() > 2 else x for x in (q, k, v)
+        )
+    return q, k, v
 
 
 def _map_tensor(head_map: HeadMap | Tensor, q: Tensor) -> Tensor:

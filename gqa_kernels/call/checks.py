@@ -16,7 +16,7 @@ from ..cache.tensors import (
     is_readable,
     to_int32,
 )
-from ..head_map import HeadMap
+from ..head_map import HeadMap, bounded, checked_entries
 from ..native.arguments import as_int, check_tensors, shown
 
 HeadMapLike = HeadMap | Sequence[int] | Tensor
@@ -109,6 +109,7 @@ def resolve_map(
         device: of the queries; None is the CPU.
     """
     if isinstance(value, Tensor):
+        check_tensors(**{name: value})
         if value.dtype not in _MAP_DTYPES:
             raise TypeError(f"{name} must be an integer tensor, got {value.dtype}")
         if value.dim() != 1:
@@ -132,9 +133,9 @@ def resolve_map(
                 f"{name} must be a HeadMap, a sequence of integers or an integer tensor, "
                 f"got {type(value).__name__}"
             )
-        entries = tuple(value)
-        if set(map(type, entries)) != _ONLY_INT:
-            entries = HeadMap(entries).entries  # converts numpy integers, refuses the rest
+        entries = tuple(bounded(name, value))
+        if set(map(type, entries)) != _ONLY_INT:  # converts numpy integers, refuses the rest
+            entries = checked_entries(name, entries)
         if min(entries) < 0 or max(entries) >= num_kv_heads:
             head = next(h for h, e in enumerate(entries) if not 0 <= e < num_kv_heads)
             raise ValueError(
@@ -199,7 +200,13 @@ def resolve_mask(mask: Tensor, q: Tensor, kv_len: int) -> Tensor:
 def resolve_lengths(lengths: Tensor | Sequence[int], k: Tensor) -> Tensor:
     """int32 ``[B, Hk]``, strides may be 0."""
     if not isinstance(lengths, Tensor):
-        lengths = torch.tensor(lengths, device=k.device)
+        try:
+            lengths = torch.tensor(lengths, device=k.device)
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            raise TypeError(
+                f"kv_lengths must be an integer tensor or a sequence of integers, "
+                f"got {shown(lengths)}"
+            ) from None
         if lengths.numel() == 0:
             lengths = lengths.to(torch.int32)
     if lengths.dtype not in (torch.int32, torch.int64):
@@ -242,9 +249,7 @@ def resolve_offsets(
     if offsets.device != x.device:
         raise ValueError(f"{name}.device must be {x.device}, got {offsets.device}")
     if longest is not None:
-        longest = as_int(longest_name, longest)
-        if longest < 0:
-            raise ValueError(f"{longest_name} must be non-negative, got {longest}")
+        longest = check_longest(longest_name, longest)
     if is_readable(offsets):
         # The range comes first: differences of values outside it could overflow.
         low, high = (int(value) for value in offsets.aminmax())
@@ -264,6 +269,14 @@ def resolve_offsets(
     if longest is None:
         raise ValueError(f"{longest_name} must be given when the host can't read {name}")
     return to_int32(offsets), min(longest, tokens)
+
+
+def check_longest(name: str, longest: object) -> int:
+    """A bound for the most tokens of a sequence."""
+    longest = as_int(name, longest)
+    if longest < 0:
+        raise ValueError(f"{name} must be non-negative, got {longest}")
+    return longest
 
 
 def resolve_rotary(cos: Tensor, sin: Tensor, x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
@@ -306,7 +319,7 @@ def _first_half(name: str, table: Tensor, interleaved: bool) -> Tensor:
     return once
 
 
-def _check_float_tensor(name: str, x: object, q: Tensor) -> None:
+def _check_float_tensor(name: str, x: Tensor, q: Tensor) -> None:
     check_tensors(**{name: x})
     if not x.dtype.is_floating_point:
         raise TypeError(f"{name}.dtype must be floating, got {x.dtype}")

@@ -9,14 +9,20 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+# Symbolic numbers of torch.compile, which stand for numbers: torch's annotations don't say so.
+_SymInt: type[Any] = torch.SymInt
+_SymNumber: tuple[type[Any], ...] = (torch.SymFloat, torch.SymInt)
+_Bools: tuple[type[Any], ...] = (bool, torch.SymBool)
 
-def as_int(name: str, value: object) -> int:
+
+def as_int(name: str, value: Any) -> int:
     """An integer: Python's, numpy's, or a 0-d integer tensor on the CPU."""
-    if type(value) is int or isinstance(value, torch.SymInt):
+    if type(value) is int or isinstance(value, _SymInt):
         return value
     if isinstance(value, Tensor):
         if value.dtype.is_floating_point or value.dtype.is_complex or value.dtype == torch.bool:
@@ -30,9 +36,9 @@ def as_int(name: str, value: object) -> int:
     raise TypeError(f"{name} must be an integer, got {shown(value)}")
 
 
-def as_float(name: str, value: object) -> float:
+def as_float(name: str, value: Any) -> float:
     """A finite real number: Python's, numpy's, or a 0-d tensor on the CPU."""
-    if isinstance(value, (torch.SymFloat, torch.SymInt)):
+    if isinstance(value, _SymNumber):
         return value
     if torch.compiler.is_compiling() and isinstance(value, (float, int)):
         return value  # may be symbolic, whatever its type says
@@ -53,9 +59,9 @@ def as_float(name: str, value: object) -> float:
     return number
 
 
-def as_bool(name: str, value: object) -> bool:
+def as_bool(name: str, value: Any) -> bool:
     """True or False: Python's or numpy's, the numbers 1 and 0, or a 0-d boolean tensor."""
-    if isinstance(value, (bool, torch.SymBool)):
+    if isinstance(value, _Bools):
         return value
     if isinstance(value, Tensor) and value.dtype == torch.bool:
         return bool(_item(name, value))
@@ -64,6 +70,16 @@ def as_bool(name: str, value: object) -> bool:
     if type(value) is int and value in (0, 1):
         return bool(value)
     raise TypeError(f"{name} must be True or False, got {shown(value)}")
+
+
+def as_device(device: object) -> torch.device:
+    """A device, or what ``torch.device`` makes of its name."""
+    if not isinstance(device, (torch.device, str)):
+        raise TypeError(f"device must be a torch.device or its name, got {shown(device)}")
+    try:
+        return torch.device(device)
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise ValueError(f"device must name one, got {device!r}: {error}") from None
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch._C import _functorch
 
+from .flops import enter_formulas
 from .schema import Schema
 
 RESULTS = ("out", "lse")
@@ -55,6 +56,8 @@ def register(forward_op: str, backward_op: str, forward: Schema, backward: Schem
             dout=dout, dlse=dlse, need_slopes=need_slopes, need_sinks=need_sinks, **saved,
             **ctx.others,
         )  # fmt: skip
+        if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack():
+            enter_formulas()
         dq, dk, dv, dslopes, dsinks = backward_call(*call)
         gradients = {"q": dq, "k": dk, "v": dv}
         if need_slopes:
@@ -100,29 +103,35 @@ def requires_grad(*tensors: Tensor | None) -> bool:
     they need no gradient, whatever is below."""
     if not torch.is_grad_enabled():
         return False
-    mapped = not torch.compiler.is_compiling() and _functorch.maybe_current_level() is not None
     for x in tensors:
-        while mapped and x is not None and _functorch.is_batchedtensor(x):
-            x = _functorch.get_unwrapped(x)
         if x is not None and x.requires_grad:
             return True
-    return False
+    if torch.compiler.is_compiling() or _functorch.maybe_current_level() is None:
+        return False
+    return any(x is not None and _unwrapped(x).requires_grad for x in tensors)
+
+
+def _unwrapped(x: Tensor) -> Tensor:
+    """The tensor below vmap's."""
+    while _functorch.is_batchedtensor(x):
+        x = _functorch.get_unwrapped(x)
+    return x
 
 
 is_autocast_on = torch._C._is_any_autocast_enabled  # for some device
 
 
-def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v in the type that autocast gives them, as SDPA's; fp64 stays."""
-    dtype = autocast_dtype(tensors[0])
-    if dtype is None:
-        return tensors
-    return tuple(
-        x.to(dtype)
-        if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
-        else x
-        for x in tensors
-    )
+    dtype = autocast_dtype(q)
+    if dtype is not None:
+        q, k, v = (
+            x.to(dtype)
+            if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
+            else x
+            for x in (q, k, v)
+        )
+    return q, k, v
 
 
 def autocast_dtype(x: object) -> torch.dtype | None:

@@ -230,7 +230,8 @@ def _build_once(part: str, name: str, files: Mapping[str, bytes]) -> Path:
     import fcntl
 
     by = compiler.find_compiler()
-    target = compiler.CudaTarget(_toolkit(), cuda_archs()) if part == "cuda" else None
+    toolkit = _toolkit() if part == "cuda" else None
+    target = compiler.CudaTarget(toolkit, cuda_archs()) if toolkit else None
     made_by = by.key + (f"{target.toolkit.version} {target.archs}" if target else "")
     name = f"{name}-{hashlib.sha256(made_by.encode()).hexdigest()[:8]}.so"
     library = library_cache.find(name)
@@ -258,8 +259,9 @@ def cuda_archs() -> tuple[str, ...]:
     Raises:
         ValueError: the variable lists what can't be compiled for.
     """
-    if env.cuda_arch_list():
-        return cuda_build.parse_archs(env.cuda_arch_list())
+    archs = env.cuda_arch_list()
+    if archs:
+        return cuda_build.parse_archs(archs)
     if not torch.cuda.is_available():
         return cuda_build.DEFAULT_ARCHS
     devices = range(torch.cuda.device_count())

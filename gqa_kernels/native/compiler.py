@@ -272,6 +272,7 @@ class _Ninja:
             command, cwd=folder, env=self.environment, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, text=True, errors="replace", pass_fds=[self.lock.fileno()],
         ) as process:  # fmt: skip
+            assert process.stdout is not None  # it is a pipe
             for line in process.stdout:
                 done = re.match(r"\[(\d+/\d+)\] .* -o (\S+)", line)
                 if done:

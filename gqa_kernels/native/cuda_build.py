@@ -50,7 +50,8 @@ class Toolkit(NamedTuple):
 def _pip_toolkit() -> Path | None:
     """The folder that pip puts ``nvidia-cuda-nvcc`` and ``nvidia-cuda-runtime`` into."""
     spec = importlib.util.find_spec("nvidia")
-    for folder in spec.submodule_search_locations if spec else ():
+    folders = spec.submodule_search_locations if spec else None
+    for folder in folders or ():
         found = sorted(
             path for path in Path(folder).glob("cu[0-9]*") if (path / "bin/nvcc").exists()
         )
@@ -59,23 +60,25 @@ def _pip_toolkit() -> Path | None:
     return None
 
 
+def _root_on_path() -> Path | None:
+    """The folder of the toolkit whose nvcc is on PATH."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        return None
+    # nvcc may be a wrapper script somewhere else; it says where the toolkit is.
+    told = subprocess.run(
+        [nvcc, "--dryrun", "-x", "cu", "-"], capture_output=True, text=True, timeout=60
+    )
+    top = re.search(r"^#\$ TOP=(.+)$", told.stderr, re.M)
+    return Path(top[1].strip()) if top else Path(nvcc).resolve().parent.parent
+
+
 @lru_cache
 def find_toolkit(cuda_home: str | None) -> Toolkit | None:
     """The toolkit at ``cuda_home``; if that is None, of the nvcc on PATH, or of pip's packages."""
-    if cuda_home is not None:
-        root = Path(cuda_home)
-    elif shutil.which("nvcc") is None:
-        root = _pip_toolkit()
-        if root is None:
-            return None
-    else:
-        nvcc = shutil.which("nvcc")
-        # nvcc may be a wrapper script somewhere else; it says where the toolkit is.
-        told = subprocess.run(
-            [nvcc, "--dryrun", "-x", "cu", "-"], capture_output=True, text=True, timeout=60
-        )
-        top = re.search(r"^#\$ TOP=(.+)$", told.stderr, re.M)
-        root = Path(top[1].strip()) if top else Path(nvcc).resolve().parent.parent
+    root = Path(cuda_home) if cuda_home is not None else _root_on_path() or _pip_toolkit()
+    if root is None:
+        return None
     nvcc = root / "bin" / "nvcc"
     if not nvcc.exists() or not (root / "include" / "cuda_runtime_api.h").exists():
         return None
@@ -168,10 +171,10 @@ def write_ninja(
     for source in kernel_sources(root, archs):
         name = ".".join(source.relative_to(root).with_suffix(".o").parts)
         command = compile_command(toolkit, root, source, Path(name), archs, ptx)
-        command = shlex.join([*command, "-MD", "-MF", f"{name}.d"])
+        line = shlex.join([*command, "-MD", "-MF", f"{name}.d"])
         escaped = re.sub("([$ :])", r"$\1", str(source))
         lines.append(f"build {name}: kernel {escaped}")
-        lines.append(f"  command = {command.replace('$', '$$')}")
+        lines.append(f"  command = {line.replace('$', '$$')}")
         objects.append(folder / name)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     (folder / "build.ninja").write_text("\n".join(lines) + "\n")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from . import autograd, schema
+from . import autograd, flops, schema
 
 for _name, _schema in (
     ("attention_forward", schema.FORWARD),
@@ -25,3 +25,9 @@ autograd.register(
     "gqa_kernels::attention_forward", "gqa_kernels::attention_backward",
     schema.FORWARD, schema.BACKWARD,
 )  # fmt: skip
+for _name, _schema, _is_backward in (
+    ("attention_forward", schema.FORWARD, False),
+    ("attention_output", schema.OUTPUT, False),
+    ("attention_backward", schema.BACKWARD, True),
+):
+    flops.register(_name, _schema, is_backward=_is_backward)

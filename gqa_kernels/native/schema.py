@@ -8,7 +8,7 @@ all devices.
 from __future__ import annotations
 
 from collections import namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ class Schema:
         self.tensors = tuple(name for kind, name in declared if kind.startswith("Tensor"))
         self._paths = [(paths or {}).get(name, name) for name in self.names]
         defaults = [_DEFAULTS[part.partition("=")[2]] for part in parts if "=" in part]
-        self.Arguments = namedtuple("Arguments", self.names, defaults=defaults)
+        self.Arguments = _named_tuple(self.names, defaults)
         #: ``arguments_of(call)``: a call's arguments, in order.
         self.arguments_of: Callable[[Any], tuple] = _tuple_of(self._paths)
 
@@ -48,6 +48,11 @@ class Schema:
         while last + 1 < len(self.names) and self.names[last + 1] not in self.tensors:
             last += 1
         return _tuple_of(self._paths[: last + 1])
+
+
+def _named_tuple(names: tuple[str, ...], defaults: Sequence[object]) -> Any:
+    """A class whose fields only the schema knows."""
+    return namedtuple("Arguments", names, defaults=defaults)
 
 
 def _tuple_of(paths: list[str]) -> Callable[[Any], tuple]:
@@ -169,9 +174,14 @@ def fake_append(*arguments: Any, **named: Any) -> Tensor:
 
 def empty_results(call: Any) -> tuple[Tensor, Tensor]:
     """Uninitialised out and LSE of a forward op's arguments."""
-    q, v = call.q, call.v
-    dim = v.shape[3] * (2 if v.dtype == torch.uint8 else 1)  # int4: two numbers in a byte
-    return empty_output(q, dim, call.bshd), q.new_empty(q.shape[:3], dtype=torch.float32)
+    q = call.q
+    out = empty_output(q, value_head_dim(call.v), call.bshd)
+    return out, q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def value_head_dim(v: Tensor) -> int:
+    """``Dv`` of stored values."""
+    return v.shape[3] * (2 if v.dtype == torch.uint8 else 1)  # int4: two numbers in a byte
 
 
 def empty_output(q: Tensor, value_head_dim: int, bshd: bool) -> Tensor:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 import torch.distributed as dist
@@ -23,10 +24,14 @@ from ..backends.dispatch import select
 from ..cache.base import KVCache
 from ..cache.tensors import Layout
 from ..call.checks import HeadMapLike
+from ..call.keywords import PackedKeywords, PartKeywords
 from ..call.options import UNBOUNDED, Options
 from ..cascade import merge_attention_states, merge_sinks
 from ..decode import asym_gqa_decode
 from .ring import Call, Range, Ranges, Ring, RingAttention
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def contiguous_ranges(lengths: Sequence[int], begin: int = 0) -> list[list[Range]]:
@@ -40,6 +45,41 @@ def zigzag_ranges(length: int, world: int) -> list[list[Range]]:
     pieces = 2 * world
     runs = [(length * i // pieces, length * (i + 1) // pieces) for i in range(pieces)]
     return [[runs[rank], runs[pieces - 1 - rank]] for rank in range(world)]
+
+
+class _ContextKeywords(PackedKeywords, total=False):
+    q_ranges: Ranges | None
+    kv_ranges: Ranges | None
+    layout: Layout
+    group: dist.ProcessGroup | None
+
+
+class _ContextDecodeKeywords(PartKeywords, total=False):
+    newest: int | None
+    layout: Layout
+    deterministic: bool
+    group: dist.ProcessGroup | None
+
+
+@overload
+def context_parallel_attention(
+    q: Tensor, k: Tensor, v: Tensor, head_map: HeadMapLike, *, return_lse: Literal[False] = False,
+    **keywords: Unpack[_ContextKeywords],
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def context_parallel_attention(
+    q: Tensor, k: Tensor, v: Tensor, head_map: HeadMapLike, *, return_lse: Literal[True],
+    **keywords: Unpack[_ContextKeywords],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+@overload
+def context_parallel_attention(
+    q: Tensor, k: Tensor, v: Tensor, head_map: HeadMapLike, *, return_lse: bool,
+    **keywords: Unpack[_ContextKeywords],
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def context_parallel_attention(
@@ -120,6 +160,27 @@ def context_parallel_attention(
     if sinks is not None:
         out, lse = merge_sinks(out, lse, sinks, layout=layout)
     return (out, lse) if return_lse else out
+
+
+@overload
+def context_parallel_decode(
+    q: Tensor, cache: KVCache, head_map: HeadMapLike, *, return_lse: Literal[False] = False,
+    **keywords: Unpack[_ContextDecodeKeywords],
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def context_parallel_decode(
+    q: Tensor, cache: KVCache, head_map: HeadMapLike, *, return_lse: Literal[True],
+    **keywords: Unpack[_ContextDecodeKeywords],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+@overload
+def context_parallel_decode(
+    q: Tensor, cache: KVCache, head_map: HeadMapLike, *, return_lse: bool,
+    **keywords: Unpack[_ContextDecodeKeywords],
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def context_parallel_decode(

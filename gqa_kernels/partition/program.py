@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from .groups import Groups
@@ -21,7 +23,7 @@ def solve(groups: Groups, world: int) -> np.ndarray:
             "cutting this head map optimally needs SciPy: pip install 'gqa-kernels[grouping]'"
         ) from error
 
-    def per_rank(num_rows: int):  # sums of [rows, world] variables over the rows
+    def per_rank(num_rows: int) -> Any:  # sums of [rows, world] variables over the rows
         return kron(np.ones((1, num_rows)), eye_array(world))
 
     num_groups, ranks = len(groups.sizes), eye_array(world)
@@ -34,8 +36,8 @@ def solve(groups: Groups, world: int) -> np.ndarray:
     for reads, count in zip(groups.reads, counts, strict=True):
         columns = held_before + np.asarray(reads)
         one = (np.asarray(groups.sizes, dtype=float), (np.arange(num_groups), columns))
-        rows = kron(csr_array(one, shape=(num_groups, sum(counts))), ranks)
-        chosen = rows if held_before == 0 else block_array([[chosen], [rows]])
+        reading = kron(csr_array(one, shape=(num_groups, sum(counts))), ranks)
+        chosen = reading if held_before == 0 else block_array([[chosen], [reading]])
         held_before += count
     query_load = groups.query_cost * per_rank(num_groups)
     held_load = groups.read_cost * per_rank(sum(counts))
@@ -43,7 +45,7 @@ def solve(groups: Groups, world: int) -> np.ndarray:
     heads_needing = block_array([[eye_array(num_heads)]] * len(counts))
     ones = np.ones((world, 1))
 
-    def rows(on_heads, on_held, on_largest, low, high):
+    def rows(on_heads: Any, on_held: Any, on_largest: Any, low: Any, high: Any) -> Any:
         count = on_heads.shape[0]
         on_held = csr_array((count, num_held)) if on_held is None else on_held
         on_largest = csr_array((count, 1)) if on_largest is None else csr_array(on_largest)

@@ -16,11 +16,11 @@ def make_cache_call(inputs: AttentionCall) -> Call:
     """What the host code passes to a phase for attention over a cache; outputs are full of NaN."""
     view = inputs.kv
     names = (
-        "q", "dtype", "layout", "value_head_dim", "head_map_tensor", "value_head_map_tensor",
-        "scale", "softcap", "window_left", "window_right", "alibi_slopes", "sinks", "attn_mask",
+        "q", "dtype", "bshd", "value_head_dim", "head_map_tensor", "value_head_map_tensor",
+        "scale", "options", "alibi_slopes", "sinks", "attn_mask",
     )  # fmt: skip
     dense = SimpleNamespace(
-        k=view.k, v=view.v, kv_lengths=view.kv_lengths, dropout_seed=None,
+        k=view.k, v=view.v, kv=view, dropout_seed=None,
         **{x: getattr(inputs, x) for x in names},
     )  # fmt: skip
     call = make_call(

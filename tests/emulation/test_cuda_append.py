@@ -30,7 +30,7 @@ def check(phase: Phase | None = None, change=lambda inputs: inputs, **options) -
     expected, got = (change(appends(**options)) for _ in range(2))
     rotated = reference_append(expected)
     result = emulated_append(got, phase)
-    assert_same_memory(got.view, expected.kv)
+    assert_same_memory(got.kv, expected.kv)
     if got.rotary_cos is not None and got.q is not None:
         assert torch.equal(bits(result.out), bits(rotated)), "q"
     return result
@@ -68,7 +68,7 @@ def test_lengths_and_pages_of_each_head():
     expected, got = inputs(), inputs()
     reference_append(expected)
     emulated_append(got)
-    assert_same_memory(got.view, expected.kv)
+    assert_same_memory(got.kv, expected.kv)
 
 
 @pytest.mark.parametrize("kind", [Kind(3), Kind(), Kind(4, format="int8", begin=True)], ids=str)
@@ -97,7 +97,7 @@ def test_what_the_host_cannot_see(kind):
     check(change=broken, **options)
     before, after = appends(**options), broken(appends(**options))
     emulated_append(after)
-    changed = (bits(before.view.k) != bits(after.view.k)).flatten(2).any(-1).any(1)
+    changed = (bits(before.kv.k) != bits(after.kv.k)).flatten(2).any(-1).any(1)
     assert changed.any() and not changed.all()
 
 
@@ -149,8 +149,8 @@ def test_given_scales(storage):
     expected, got = inputs(), inputs()
     reference_append(expected)
     emulated_append(got)
-    assert_same_memory(got.view, expected.kv)
-    assert got.view.v_scale[0, :, 0].tolist() == [0.5, 0.25, 2.0]
+    assert_same_memory(got.kv, expected.kv)
+    assert got.kv.v_scale[0, :, 0].tolist() == [0.5, 0.25, 2.0]
 
 
 TRAFFIC = {

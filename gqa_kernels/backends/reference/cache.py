@@ -94,6 +94,7 @@ def gather(view: KVView) -> tuple[Tensor, Tensor, Tensor]:
 
 def _lengths(view: KVView) -> Tensor:
     """Valid keys ``[B, Hk]``, clamped to what the view can hold."""
+    assert view.kv_lengths is not None  # every cache has them
     begin = 0 if view.kv_begin is None else view.kv_begin.long()[:, None]
     return torch.minimum(view.kv_lengths.long(), view.capacity - torch.as_tensor(begin)).clamp(
         min=0
@@ -132,6 +133,7 @@ def _rows(
 
 def query_tokens(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """Packed token of each right-aligned query slot, and whether it has one: ``[B, max_q_len]``."""
+    assert call.q_offsets is not None  # the queries are packed
     offsets = call.q_offsets.long()
     stop = offsets[1:, None]
     slot = torch.arange(call.max_q_len, device=call.device)
@@ -170,8 +172,9 @@ def reference_append(call: AppendCall) -> Tensor | None:
         i = token - offsets[sequence]
     # One row per new token of a sequence: [..., H, D].
     k_rows, v_rows = k_new.transpose(1, 2)[row], v_new.transpose(1, 2)[row]
+    assert view.kv_lengths is not None  # every cache has them
     position = view.kv_lengths.long()[sequence] + i[..., None]  # [..., Hk]
-    if call.rotary_cos is not None:
+    if call.rotary_cos is not None and call.rotary_sin is not None:
         table = (call.rotary_cos, call.rotary_sin, call.rotary_interleaved)
         k_rows = rotate(k_rows, position, *table)
         if q is not None:
@@ -228,16 +231,17 @@ def _store(view: KVView, side: str, rows: Tensor, sequence: Tensor, position: Te
         (slot % view.page_size)[inside],
         rows[inside],
     )
-    if scale is not None:
+    format = view.format
+    if scale is not None and format is not None:
         new_scale, new_zero = scale[page, head, slot], None
         if zero is not None:
             new_zero = zero[page, head, slot]
         if is_dynamic(scale):
-            new_scale, new_zero = row_scales(rows, view.format, zero is not None)
+            new_scale, new_zero = row_scales(rows, format, zero is not None)
             _put(scale[..., None], page, head, slot, new_scale[:, None])
-            if zero is not None:
+            if new_zero is not None:
                 _put(zero[..., None], page, head, slot, new_zero[:, None])
-        rows = quantize(rows, view.format, new_scale, new_zero)
+        rows = quantize(rows, format, new_scale, new_zero)
     _put(storage, page, head, slot, rows)
 
 

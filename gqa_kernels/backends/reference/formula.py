@@ -65,8 +65,12 @@ def scores_and_values(
     """
     dtype = torch.float64 if call.dtype == torch.float64 else torch.float32  # scores, softmax
     matmul_dtype = matmul_dtype or dtype
-    k, k_valid, k_index = _expand(call.k, call.head_map_tensor)
-    v, v_valid, _ = _expand(call.v, call.value_head_map_tensor, k_index, k_valid)
+    k_index, k_valid = _clamped(call.head_map_tensor, call.num_k_heads)
+    value_map = call.value_head_map_tensor
+    v_index, v_valid = k_index, k_valid
+    if value_map is not None:
+        v_index, v_valid = _clamped(value_map, call.num_v_heads)
+    k, v = call.k[:, k_index], call.v[:, v_index]
     in_range, visible = visibility(call, k_index)
     k = k.masked_fill(~in_range, 0)  # unused cache slots may hold NaN, and 0 * NaN is NaN
     v = v.masked_fill(~in_range, 0)
@@ -92,16 +96,12 @@ def scores_and_values(
     return torch.cat([s, sink], dim=-1), v.to(matmul_dtype), invalid
 
 
-def _expand(
-    x: Tensor, head_map: Tensor | None, default: Tensor | None = None, valid: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``x[:, head_map]``, which entries are in range ``[Hq]``, and the clamped index ``[Hq]``."""
-    if head_map is None:
-        return x[:, default], valid, default
+def _clamped(head_map: Tensor, num_kv_heads: int) -> tuple[Tensor, Tensor]:
+    """The KV head of each query head, 0 for an entry out of range, and which entries are in range;
+    both ``[Hq]``."""
     index = head_map.long()
-    valid = (index >= 0) & (index < x.shape[1])
-    index = torch.where(valid, index, 0)
-    return x[:, index], valid, index
+    valid = (index >= 0) & (index < num_kv_heads)
+    return torch.where(valid, index, 0), valid
 
 
 def _lengths(call: AttentionCall, k_index: Tensor) -> Tensor | int:

@@ -29,6 +29,7 @@ from torch import Tensor
 from ...call.append import AppendCall
 from ...call.attention import AttentionCall
 from ...native import env
+from ...native.flops import enter_formulas
 from ...native.schema import APPEND, FORWARD
 from ..base import ALL_CACHES, FUSED_OPTIONS, Backend, Call, Capabilities
 from .plan import plan_for
@@ -70,6 +71,8 @@ class TritonBackend(Backend):
         from .ops import triton_attention_forward
 
         call.check()
+        if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack():
+            enter_formulas()
         named = dict(zip(FORWARD.names, FORWARD.arguments_of(call), strict=True))
         del named["head_map"]
         return triton_attention_forward(plan=plan_for(call), **named)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...call.append import AppendCall
-from ...native import autograd, env, schema
+from ...native import autograd, env, flops, schema
 from .configs import device_facts
 
 if env.triton_interpreter():
@@ -112,3 +112,5 @@ autograd.register(
     "gqa_kernels::triton_attention_forward", "gqa_kernels::triton_attention_backward", FORWARD,
     BACKWARD,
 )  # fmt: skip
+flops.register("triton_attention_forward", FORWARD)
+flops.register("triton_attention_backward", BACKWARD, is_backward=True)
