@@ -1,5 +1,5 @@
 // Numbers to stored numbers: value = (stored - zero) * scale. Defined by
-// gqa_kernels/cache/quantized.py, bit for bit: true divisions, rounding to nearest even,
+// gqa_kernels/cache/formats.py, bit for bit: true divisions, rounding to nearest even,
 // saturation. For the appends of all devices.
 #pragma once
 

@@ -1,4 +1,4 @@
-// What must hold for memory to be safe. Meaning is checked once, in gqa_kernels/inputs.py; these
+// What must hold for memory to be safe. Meaning is checked once, in gqa_kernels/call; these
 // checks keep a direct call of the op from reading or writing elsewhere. Order: dtype, device,
 // layout, shape.
 #pragma once

@@ -244,7 +244,7 @@ struct Widened {
   std::vector<float> q, k, v;
 };
 
-// The formula of DESIGN section 3 for one row; returns the LSE.
+// The formula of gqa_kernels/backends/reference/formula.py for one row. Returns the LSE.
 double reference_row(const Case& c, const Widened& x, int64_t b, int64_t h, int64_t i,
                      std::vector<double>& out) {
   const AttentionParams& p = c.p;

@@ -30,7 +30,7 @@ struct CopyRows {
   int64_t table_stride, page_stride;
   uint32_t page_size, num_pages, first;  // first: slot of key 0
 
-  // The page that holds key `j`, to be asked for ahead of the row.
+  // The page that holds key `j`, so that callers can prefetch it.
   __device__ __forceinline__ uint32_t page(uint32_t j) const {
     return table == nullptr ? 0 : table[(first + j) / page_size * table_stride];
   }

@@ -1,8 +1,8 @@
 // Which probabilities dropout keeps (core/dropout.h), for scores as they lie in a warp's registers.
 //
 // A Philox counter has the words of four keys of one token, which lie in neighbouring lanes, each
-// of which needs as many counters. So these lanes share the counters out and tell each other what
-// they found as bits: no word is computed twice, and it takes one or two shuffles a row.
+// of which needs as many counters. The lanes divide the counters among themselves and exchange the
+// resulting keep bits by shuffle: no word is computed twice, for one or two shuffles a row.
 #pragma once
 
 #include <cstdint>

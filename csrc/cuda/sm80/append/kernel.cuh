@@ -8,7 +8,7 @@
 //         current contents. What has no slot, or a page out of range, is dropped.
 // Shared  the numbers of all threads, to fetch the partners of the rotary embedding.
 //
-// Source: formats and rounding as gqa_kernels/cache/quantized.py defines them; own code.
+// Source: formats and rounding as gqa_kernels/cache/formats.py defines them; own code.
 #pragma once
 
 #include <cstdint>

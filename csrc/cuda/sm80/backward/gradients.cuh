@@ -31,8 +31,8 @@ struct ElementGradient {
 
 // A lane's sums over a token's keys, for the gradients of the head's ALiBi slope (sum of dS *
 // -distance, dS before the softcap's derivative) and its sink (minus its probability times delta).
-// delta in them is summed anew. RowNumbers' comes from the output as it was stored, and that
-// rounding would show in them, which have whole rows, whose dS sum to about 0, in one number.
+// Their delta is summed again. The one of RowNumbers comes from the stored output, whose rounding
+// would show here: these sums add up whole rows, whose dS cancel to about 0.
 struct RowSums {
   float dp;           // P * dP
   float distance;     // P * distance

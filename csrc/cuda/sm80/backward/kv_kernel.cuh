@@ -11,9 +11,9 @@
 //           operands of their products as they come out of the registers.
 // Shared    K and V, and two slots for Q, dO and the tokens' numbers. A step's are requested one
 //           step ahead, behind the barrier that says its slot was read.
-// Maps      where V is grouped apart, one launch over the groups of K writes dK, and V is loaded
-//           anew for each head; another over the groups of V writes dV, for which K is. At kD 256
-//           there are two launches for want of registers.
+// Maps      if V is grouped apart, one launch over the groups of K writes dK and loads V again for
+//           each head. Another launch over the groups of V writes dV and loads K again. At kD 256
+//           there are always two launches, because one would run out of registers.
 #pragma once
 
 #include <cstdint>

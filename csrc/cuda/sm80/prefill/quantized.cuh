@@ -37,8 +37,8 @@ __device__ __forceinline__ QuantizedRows quantized_rows(const AttentionParams& p
           scale_rows(params, kKeys, b, k_head, head), zero_rows(params, kKeys, b, k_head, head)};
 }
 
-// This thread, read anew at every call: nothing that follows from it is worth a register from tile
-// to tile, which the compiler would give it otherwise.
+// This thread, read again at every call. Otherwise the compiler keeps values derived from it in
+// registers from tile to tile, which costs more than it saves.
 __device__ __forceinline__ uint32_t current_thread() {
   uint32_t thread;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));

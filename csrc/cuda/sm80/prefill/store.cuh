@@ -59,7 +59,7 @@ __device__ __forceinline__ void store_output(const PrefillArgs& args, const Quer
   if constexpr (C::kQInRegisters) {
     __syncthreads();  // every warp is done with K and V, in whose place the output is staged
   } else {
-    __syncwarp();  // the output is staged in the place of Q's rows, which this warp alone has read
+    __syncwarp();  // the output is staged over Q's rows, which only this warp has read
   }
 #pragma unroll
   for (int m = 0; m < C::kRowTiles; ++m) {
