@@ -132,8 +132,10 @@ def draw_attention(draw: Draw) -> Call:
             dout = draw.normal(*shape, dtype=dtype)
             dlse = draw.normal(*shape[:3], dtype=torch.float32)
             dlse = torch.zeros_like(dlse) if lse is None else dlse.masked_fill(lse.isinf(), 0)
-            outputs = [heads_first(out)] if lse is None else [heads_first(out), lse]
-            grads = [dout, dlse.to(lse.dtype)] if lse is not None else [dout]
+            outputs, grads = [heads_first(out)], [dout]
+            if lse is not None and lse.requires_grad:  # not if only V has a gradient
+                outputs.append(lse)
+                grads.append(dlse.to(lse.dtype))
             inputs = [arguments[name] for name in wanted]
             found_grads = torch.autograd.grad(outputs, inputs, grads)
             named = dict(zip(wanted, found_grads, strict=True))
@@ -226,7 +228,8 @@ def draw_varlen(draw: Draw) -> Call:
         if lse is not None:
             dlse = draw.normal(heads, total_q).masked_fill(lse.detach().isinf(), 0)
             dlse[:, sum(queries) :] = 0
-            outputs, grads = [out, lse], [dout, dlse.to(lse.dtype)]
+            if lse.requires_grad:  # not if only V has a gradient
+                outputs, grads = [out, lse], [dout, dlse.to(lse.dtype)]
         values = torch.autograd.grad(outputs, [arguments[name] for name in wanted], grads)
         named = dict(zip(wanted, values, strict=True))
         for name in set(wanted) & set("qkv"):

@@ -70,7 +70,8 @@ def scores_and_values(
     v_index, v_valid = k_index, k_valid
     if value_map is not None:
         v_index, v_valid = _clamped(value_map, call.num_v_heads)
-    k, v = call.k[:, k_index], call.v[:, v_index]
+    # Converted before they are expanded, so that gradients of a group are summed in that type.
+    k, v = call.k.to(matmul_dtype)[:, k_index], call.v.to(matmul_dtype)[:, v_index]
     in_range, visible = visibility(call, k_index)
     k = k.masked_fill(~in_range, 0)  # unused cache slots may hold NaN, and 0 * NaN is NaN
     v = v.masked_fill(~in_range, 0)
@@ -78,7 +79,7 @@ def scores_and_values(
     q, scale = call.q.to(matmul_dtype), call.scale
     if base2:
         q, scale = q * scale, 1.0
-    s = (q @ k.to(matmul_dtype).transpose(-1, -2)).to(dtype) * scale
+    s = (q @ k.transpose(-1, -2)).to(dtype) * scale
     if call.options.softcap:
         s = call.options.softcap * torch.tanh(s / call.options.softcap)
     if call.alibi_slopes is not None:
@@ -93,7 +94,7 @@ def scores_and_values(
         sees_key = visible.any(-1, keepdim=True).expand_as(sink)
         sink = torch.where(sees_key, call.sinks[:, None, None].to(dtype), sink)
     invalid = ~(k_valid & v_valid)[:, None, None]
-    return torch.cat([s, sink], dim=-1), v.to(matmul_dtype), invalid
+    return torch.cat([s, sink], dim=-1), v, invalid
 
 
 def _clamped(head_map: Tensor, num_kv_heads: int) -> tuple[Tensor, Tensor]:
