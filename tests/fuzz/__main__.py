@@ -23,6 +23,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--minutes", type=float, default=0.0, help="how long to run")
     parser.add_argument("--hours", type=float, default=0.0, help="the same, added")
+    parser.add_argument("--calls", type=int, default=10**9, help="stop after so many calls")
     parser.add_argument("--first", type=int, default=0, help="first seed (0)")
     parser.add_argument("--seed", type=int, help="only the call of this seed, in this process")
     parser.add_argument("--isa", action="append", help="instruction set; all of them by default")
@@ -34,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     seconds = 60 * arguments.minutes + 3600 * arguments.hours
     if seconds <= 0:
         parser.error("give --minutes, --hours or --seed")
-    report = children.run(seconds, arguments.first, arguments.isa, environment)
+    report = children.run(seconds, arguments.first, arguments.isa, environment, arguments.calls)
     print(report.summary())
     return 1 if report.faults else 0
 

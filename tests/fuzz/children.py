@@ -48,16 +48,18 @@ def instruction_sets() -> list[str]:
 
 def run(
     seconds: float, first: int = 0, isas: list[str] | None = None,
-    environment: dict[str, str] | None = None,
+    environment: dict[str, str] | None = None, calls: int = 10**9,
 ) -> Report:  # fmt: skip
-    """Children one after another, each with the next instruction set, for some time."""
+    """Children one after another, each with the next instruction set, for some time or until there
+    were so many calls."""
     report, end, turn = Report(), time.monotonic() + seconds, 0
     isas = isas or instruction_sets()
     slice_of_one = min(LONGEST_CHILD, seconds / len(isas))
-    while time.monotonic() < end and len(report.faults) < MOST_FAULTS:
+    while time.monotonic() < end and report.calls < calls and len(report.faults) < MOST_FAULTS:
         isa = isas[turn % len(isas)]
         left = min(slice_of_one, end - time.monotonic())
-        first = run_child(report, first, left, isa, environment or {})
+        count = min(calls - report.calls, -(-calls // len(isas)))
+        first = run_child(report, first, left, isa, environment or {}, count)
         turn += 1
     return report
 

@@ -86,6 +86,8 @@ def _spoilt_list(draw: Draw, x: list) -> list:
 
 
 def _shape(draw: Draw, x: Tensor) -> Tensor:
+    if x.layout != torch.strided:  # spoilt already
+        return x
     dim = draw.integer(0, max(0, x.dim() - 1))
     kind = draw.pick("more", "less", "squeeze", "unsqueeze", "flat", "swap", "empty", "longer")
     if kind == "unsqueeze" or x.dim() == 0:
