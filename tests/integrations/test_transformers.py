@@ -260,7 +260,7 @@ class TestErrors:
     def test_heads_that_do_not_divide_without_a_map(self):
         model = split(tiny(), num_kv_heads=4)
         model.config.kv_head_map = None
-        with pytest.raises(ValueError, match="multiple of num_kv_heads"):
+        with pytest.raises(ValueError, match="kv_head_map must say which of 4 KV heads"):
             model(**batch([5], "left"))
 
     def test_transformers_missing(self, monkeypatch):
