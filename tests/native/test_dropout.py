@@ -127,7 +127,7 @@ def test_forward_and_backward(backend, dtype, q_len, device):
 @pytest.mark.parametrize("dropout_p", [-0.1, 1.0, math.nan])
 def test_bad_probability(dropout_p):
     q, k, v = make_inputs(1, MAP, 2, 3, 8)
-    with pytest.raises(ValueError, match=r"dropout_p must lie in \[0, 1\), got"):
+    with pytest.raises(ValueError, match=r"dropout_p must (lie in \[0, 1\)|be finite), got"):
         asym_gqa_attention(q, k, v, MAP, dropout_p=dropout_p)
 
 
