@@ -86,7 +86,7 @@ run_stage() {
   case $1 in
     cuda-tests) tests 100 tests/backends/test_cuda.py tests/backends/test_cuda_append.py ;;
     tests) tests 120 tests/backends/test_triton.py tests/api/test_attention.py tests/cache \
-      tests/api/test_gradients.py tests/api/test_compile.py tests/test_dropout.py tests/nn \
+      tests/api/test_gradients.py tests/api/test_compile.py tests/native/test_dropout.py tests/nn \
       tests/benchmarks/test_peers.py ;;
     memcheck | racecheck) sanitized "$1" ;;
     gpu | scaling-gpu | e2e-gpu) suite "$1" ;;

@@ -24,11 +24,9 @@ class Wrong(ReferenceBackend):
 
     name = "wrong"
 
-    def run(self, inputs):
-        uniform = HeadMap.uniform(inputs.num_heads, inputs.num_k_heads)
-        object.__setattr__(inputs, "head_map", uniform)
-        object.__setattr__(inputs, "value_head_map", uniform)
-        return super().run(inputs)
+    def attend(self, call):
+        uniform = HeadMap.uniform(call.num_heads, call.num_k_heads)
+        return super().attend(call.replace(head_map=uniform, value_head_map=uniform))
 
 
 @pytest.fixture(autouse=True)

@@ -25,9 +25,9 @@ class Right(ReferenceBackend):
 
 
 class Slow(Right):
-    def run(self, inputs):
+    def attend(self, call):
         time.sleep(0.01)
-        return super().run(inputs)
+        return super().attend(call)
 
 
 class Wrong(ReferenceBackend):
@@ -35,18 +35,18 @@ class Wrong(ReferenceBackend):
 
     name = "wrong"
 
-    def run(self, inputs):
-        ratio = inputs.num_heads // inputs.num_k_heads
-        index = torch.arange(inputs.num_heads) // ratio
-        _, lse = super().run(inputs)
-        s = inputs.q @ inputs.k[:, index].mT * inputs.scale
-        return torch.softmax(s, -1) @ inputs.v[:, index], lse
+    def attend(self, call):
+        ratio = call.num_heads // call.num_k_heads
+        index = torch.arange(call.num_heads) // ratio
+        _, lse = super().attend(call)
+        s = call.q @ call.k[:, index].mT * call.scale
+        return torch.softmax(s, -1) @ call.v[:, index], lse
 
 
 class Failing(ReferenceBackend):
     name = "failing"
 
-    def run(self, inputs):
+    def attend(self, call):
         raise RuntimeError("no such kernel")
 
 

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -24,10 +25,13 @@ BROKEN = {
 
 def report(command: str, **env: str) -> str:
     """What a command prints on both streams."""
-    done = subprocess.run(
-        [sys.executable, "-m", "gqa_kernels", command], cwd=ROOT, capture_output=True, text=True,
-        env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE", **env}, timeout=300,
-    )  # fmt: skip
+    inherited = {name: x for name, x in os.environ.items() if name != "GQA_KERNELS_CACHE"}
+    with tempfile.TemporaryDirectory() as folder:  # the cache falls back to it
+        own = {"OMP_WAIT_POLICY": "PASSIVE", "TMPDIR": folder}
+        done = subprocess.run(
+            [sys.executable, "-m", "gqa_kernels", command], cwd=ROOT, capture_output=True,
+            text=True, env={**inherited, **own, **env}, timeout=300,
+        )  # fmt: skip
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     return done.stdout + done.stderr
 

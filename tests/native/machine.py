@@ -51,7 +51,11 @@ class Machine:
         return str(self.script)
 
     def start(self, code: str, new_session: bool = False, **env: str) -> subprocess.Popen:
-        environment = {**os.environ, "GQA_KERNELS_CACHE": str(self.cache), **env}
+        # The cache falls back to the folder of temporary files, which must be this machine's own.
+        temporary = self.cache.with_name("temporary")
+        temporary.mkdir(exist_ok=True)
+        own = {"GQA_KERNELS_CACHE": str(self.cache), "TMPDIR": str(temporary)}
+        environment = {**os.environ, **own, **env}
         return subprocess.Popen(
             [sys.executable, "-c", BEFORE + code], cwd=ROOT, env=environment, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=new_session,
