@@ -54,6 +54,7 @@ class Failing(ReferenceBackend):
 def test_backends(monkeypatch):
     for backend in (Right(), Wrong(), Failing()):
         monkeypatch.setitem(dispatch.BACKENDS, backend.name, backend)
+    dispatch.forget_choices()
 
 
 def results(path):
@@ -104,6 +105,7 @@ def test_a_slowed_backend_is_flagged(tmp_path, monkeypatch, capsys):
     measure = [*SHAPE, *FAST, "--backend", "right", "--peer", "none", "--json"]
     assert run.main([*measure, paths[0]]) == 0
     monkeypatch.setitem(dispatch.BACKENDS, "right", Slow())
+    dispatch.forget_choices()
     assert run.main([*measure, paths[1]]) == 0
     assert run.main(["--compare", *paths]) == 1
     assert "REGRESSION" in capsys.readouterr().out

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -79,8 +79,8 @@ class Packed:
         """The call on one sequence."""
         rows, keys = self.tokens(b)
         x, slopes = self.inputs, self.inputs.alibi_slopes
-        return replace(
-            x, q=x.q[:, :, rows], k=x.k[:, :, keys], v=x.v[:, :, keys],
+        return x.replace(
+            q=x.q[:, :, rows], k=x.k[:, :, keys], v=x.v[:, :, keys],
             alibi_slopes=None if slopes is None else slopes[b : b + 1],
         )  # fmt: skip
 
