@@ -11,6 +11,7 @@ from gqa_kernels.backends.triton import TritonBackend, configs
 from gqa_kernels.backends.triton.plan import plan_for
 from gqa_kernels.backends.triton.splits import choose_splits
 from gqa_kernels.native import env
+from gqa_kernels.native.schema import FORWARD
 from gqa_kernels.testing import assert_attention_close, make_inputs
 from tests.cases.attention import LARGE_GROUP, UNEVEN
 from tests.conftest import DEVICE
@@ -148,9 +149,7 @@ def test_device_map_is_read_on_the_device():
         q, k, v = make_inputs(1, UNEVEN, q_len, 40, 16, device=DEVICE)
         head_map = torch.tensor([0, 3, 1, -1, 2, 2], device=DEVICE)
         plan = build_plan(head_map, 3, None, 3)
-        out, lse = triton_attention_forward(
-            q, k, v, plan, None, None, None, None, None, 0.25, -1, 0, 0.0, False
-        )
+        out, lse = triton_attention_forward(q, k, v, plan, scale=0.25, window_right=0)
         assert out[:, [1, 3]].isnan().all() and lse[:, [1, 3]].isnan().all()
         good = [0, 2, 4, 5]
         assert_attention_close(
@@ -171,12 +170,9 @@ def op_arguments(q_len: int, everything: bool, bshd: bool):
             "value_head_map": HeadMap([0, 1, 2, 0, 1, 2]),
         }
     q, k, v = make_inputs(2, UNEVEN, q_len, 9, 16, device=DEVICE)
-    x = attention_call(q, k, v, UNEVEN, **options)
-    return (
-        x.q, x.k, x.v, plan_for(x), x.value_head_map_tensor, x.alibi_slopes, x.sinks, x.attn_mask,
-        x.kv.kv_lengths, x.scale, x.options.window_left, x.options.window_right,
-        x.options.softcap, bshd,
-    )  # fmt: skip
+    x = attention_call(q, k, v, UNEVEN, **options).replace(bshd=bshd)
+    arguments = FORWARD.Arguments(*FORWARD.arguments_of(x))
+    return tuple(arguments._replace(head_map=plan_for(x)))
 
 
 @pytest.mark.parametrize("bshd", [False, True])

@@ -101,10 +101,11 @@ def backward_packed(arch: str) -> Case:
     )
     k, v = packed("k"), packed("v")
     view = KVView.packed(k, v, k_offsets)
+    rows_k, rows_v = (x.expand(len(q_lens), -1, -1, -1) for x in (view.k, view.v))  # as the op does
     inputs, forward = parts[0]
     cache = CacheCall(None, view.kv_begin, q_offsets, max(q_lens), max(k_lens), *[None] * 4)
     forward = ForwardCall(
-        packed("q"), view.k, view.v, plan_for(inputs), None, None, None, view.kv_lengths,
+        packed("q"), rows_k, rows_v, plan_for(inputs), None, None, None, view.kv_lengths,
         inputs.scale, inputs.options.window_left, inputs.options.window_right, 0.0, 0.0, None,
         packed("out"),
         packed("lse"), cache,

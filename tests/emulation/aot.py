@@ -232,7 +232,8 @@ def make_cache_call(
         shape = (len(q_lens), heads, q_lens[0], view.head_dim)
     else:
         shape = (sum(q_lens), heads, view.head_dim)
-        options["q_offsets"] = torch.tensor([0, *q_lens]).cumsum(0)
+        options["cu_seqlens_q"] = torch.tensor([0, *q_lens]).cumsum(0)
+        options["max_seqlen_q"] = max(q_lens)
     q = torch.randn(shape, generator=generator).to(dtype)
     inputs = view_call(q, view, head_map, **options)
     view = inputs.kv
