@@ -27,7 +27,7 @@ class Odd:
         return "<odd>"
 
 
-# Made anew for each call: a generator can be read once.
+# Made again for each call, because a generator can be read only once.
 ABSURD = {
     "None": lambda: None,
     "string": lambda: "x",

@@ -1,5 +1,5 @@
 """The ops ``gqa_kernels::triton_*``: the arguments of the compiled ops, with a plan of the head map
-(:mod:`.plan`) in the place of the map."""
+(:mod:`.plan`) instead of the map."""
 
 from __future__ import annotations
 
