@@ -156,7 +156,7 @@ def attention_in_splits(
 ) -> Tensor:
     """Attention with the keys cut into a given number of parts.
 
-    Triton's kernel receives the number. Other backends choose it themselves (the CPU's by the number
+    Triton's kernel takes the number. Other backends choose it themselves (the CPU's by the number
     of threads), so there each part is a call, and ``merge_attention_states`` puts them together.
     """
     if backend == "triton":
