@@ -9,11 +9,13 @@ from torch import Tensor
 
 from .backends.base import Backend
 from .backends.dispatch import select
+from .backends.reference.scores import aux_output
 from .cache.base import KVCache
 from .cache.tensors import Layout
 from .cache.view import KVView
 from .call.append import AppendCall
 from .call.attention import AttentionCall
+from .call.auxiliary import AuxOutput, AuxRequest, as_aux_request
 from .call.checks import HeadMapLike, from_heads_first, heads_first
 from .call.keywords import DecodeKeywords, RotaryKeywords
 from .call.options import Options
@@ -45,6 +47,13 @@ def asym_gqa_decode(
 ) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
+@overload
+def asym_gqa_decode(
+    q: Tensor, cache: KVCache, head_map: HeadMapLike, *, return_aux: AuxRequest,
+    **keywords: Unpack[DecodeKeywords],
+) -> tuple[Tensor, AuxOutput]: ...  # fmt: skip
+
+
 def asym_gqa_decode(
     q: Tensor,
     cache: KVCache,
@@ -68,10 +77,11 @@ def asym_gqa_decode(
     attn_mask: Tensor | None = None,
     layout: Layout = "bhsd",
     return_lse: bool = False,
+    return_aux: AuxRequest | None = None,
     deterministic: bool = False,
     advance: bool = True,
     backend: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, Tensor] | tuple[Tensor, AuxOutput]:
     """Attention of the last tokens of each sequence over its cache: decode, or a chunk of prefill.
 
     The formula and the options are those of :func:`gqa_kernels.asym_gqa_attention`, with the
@@ -96,7 +106,8 @@ def asym_gqa_decode(
         attn_mask: broadcastable to ``[B, Hq, Sq, capacity]``, over the keys of a sequence.
         advance: count the appended tokens in ``cache.lengths``. Caches of several layers may share
             one ``lengths``: then only the last one advances it.
-        layout, return_lse, deterministic, backend: as for ``asym_gqa_attention``.
+        layout, return_lse, return_aux, deterministic, backend: as for ``asym_gqa_attention``. Key
+            scores are ``[B, Hk, capacity]``.
 
     Returns:
         out in q's shape (last dim ``Dv``) and dtype; with ``return_lse`` also the LSE, fp32
@@ -120,7 +131,7 @@ def asym_gqa_decode(
         call.kv.check_slots(0)
     result = plan._step(
         call, cache, k_new, v_new, rotary_cos, rotary_sin, rotary_interleaved, rotary_positions,
-        return_lse,
+        return_lse, return_aux,
     )  # fmt: skip
     if k_new is not None and advance:
         cache.advance(plan.new_tokens)
@@ -232,6 +243,13 @@ class DecodePlan:
         **keywords: Unpack[RotaryKeywords],
     ) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 
+    @overload
+    def __call__(
+        self, q: Tensor, cache: KVCache, k_new: Tensor | None = None,
+        v_new: Tensor | None = None, *, return_aux: AuxRequest,
+        **keywords: Unpack[RotaryKeywords],
+    ) -> tuple[Tensor, AuxOutput]: ...  # fmt: skip
+
     def __call__(
         self,
         q: Tensor,
@@ -244,7 +262,8 @@ class DecodePlan:
         rotary_interleaved: bool = False,
         rotary_positions: Tensor | None = None,
         return_lse: bool = False,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+        return_aux: AuxRequest | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor] | tuple[Tensor, AuxOutput]:
         """One layer: append ``k_new`` and ``v_new``, if any, and attend, as
         :func:`asym_gqa_decode` does. ``cache.lengths`` is left as it is: advance it once a step.
 
@@ -265,17 +284,18 @@ class DecodePlan:
         _check_distances(call, cache)
         return self._step(
             call, cache, k_new, v_new, rotary_cos, rotary_sin, rotary_interleaved,
-            rotary_positions, return_lse,
+            rotary_positions, return_lse, return_aux,
         )  # fmt: skip
 
     def _step(
         self, call: AttentionCall, cache: KVCache, k_new: Tensor | None, v_new: Tensor | None,
         rotary_cos: Tensor | None, rotary_sin: Tensor | None, rotary_interleaved: bool,
-        rotary_positions: Tensor | None, return_lse: bool,
-    ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+        rotary_positions: Tensor | None, return_lse: bool, return_aux: AuxRequest | None,
+    ) -> Tensor | tuple[Tensor, Tensor] | tuple[Tensor, AuxOutput]:  # fmt: skip
         """Append the new tokens, if any, and attend."""
         if return_lse is not False:
             return_lse = as_bool("return_lse", return_lse)
+        aux = None if return_aux is None else as_aux_request(return_aux, return_lse)
         offsets = call.q_offsets
         packed = offsets is not None
         if (k_new is None) != (v_new is None):
@@ -297,11 +317,14 @@ class DecodePlan:
             raise ValueError("rotary_cos must be None where there is no k_new to rotate")
         elif rotary_positions is not None:
             raise ValueError("rotary_positions must be None where there is no k_new to rotate")
-        call.lse_wanted = return_lse
+        call.lse_wanted = return_lse or (aux is not None and aux.lse)
         out, lse = self.backend.attend(call)
         if packed or self.layout != "bhsd":
             out = from_heads_first(out, self.layout, packed)
-        return (out, lse[0] if packed else lse) if return_lse else out
+        lse = lse[0] if packed and call.lse_wanted else lse
+        if aux is not None:
+            return out, aux_output(call, lse, aux)
+        return (out, lse) if return_lse else out
 
 
 def append(

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from gqa_kernels import (
+    AuxRequest,
     DenseKVCache,
     HeadMap,
     PagedKVCache,
@@ -43,6 +44,7 @@ OPTIONS = {
     "dropout_p": 0.5,
     "layout": "bshd",
     "return_lse": True,
+    "return_aux": AuxRequest(key_scores=2),
     "backend": "no backend of this name",
     "cu_seqlens_q": torch.tensor([0, 2]),
     "cu_seqlens": torch.tensor([0, 2]),
@@ -112,8 +114,8 @@ def appended(backend, /, **options):
 
 
 OF_PLAN = set(inspect.signature(asym_gqa_decode).parameters) - {
-    "rotary_cos", "rotary_sin", "rotary_interleaved", "rotary_positions", "return_lse", "advance",
-    *NEW,
+    "rotary_cos", "rotary_sin", "rotary_interleaved", "rotary_positions", "return_lse",
+    "return_aux", "advance", *NEW,
 }  # fmt: skip
 CALLS = {
     "attention": (attention, asym_gqa_attention),
