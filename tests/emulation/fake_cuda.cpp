@@ -24,9 +24,9 @@ GqaHook hook = nullptr;
 std::map<const void*, std::string> kernels;
 std::map<int, Device> devices;
 int current = 0;
-std::map<const void*, int> streams;                                  // to their device
+std::map<const void*, int> streams;  // to their device
 std::set<const void*> captured_streams;
-std::map<std::pair<const void*, int>, int> shared_limits;            // of a function on a device
+std::map<std::pair<const void*, int>, int> shared_limits;  // of a function on a device
 
 const Device& device(int index) { return devices[index]; }
 

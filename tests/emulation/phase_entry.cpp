@@ -17,8 +17,7 @@ void gqa_unsupported(const gqa::GQA_PARAMS* params, char* reason, size_t size) {
   std::snprintf(reason, size, "%s",
                 gqa::cuda::GQA_ARCH::GQA_NAME(GQA_PHASE, _unsupported)(*params).c_str());
 }
-int gqa_run(const gqa::GQA_PARAMS* params, void* workspace, int num_sms, char* error,
-            size_t size) {
+int gqa_run(const gqa::GQA_PARAMS* params, void* workspace, int num_sms, char* error, size_t size) {
   try {
     gqa::cuda::GQA_ARCH::GQA_PHASE(*params, workspace, num_sms, nullptr);
     return 0;
