@@ -1,9 +1,9 @@
 """``gqa-kernels check-engine``: does an engine write what transformers writes?
 
 For a machine with the engine on it; vLLM runs on a CPU, too. Loads SmolLM2 twice: as it is, and
-with uneven, interleaved KV heads, another map in each layer (lossless: the same function). Runs both
-in the engine on our backend and in transformers on ``asym_gqa``, greedily and in fp32, and compares
-token by token. Exit status 0: all equal; 1: not; 2: it could not run.
+with uneven, interleaved KV heads, another map in each layer (lossless: the same function). Runs
+both in the engine on our backend and in transformers on ``asym_gqa``, greedily and in fp32, and
+compares token by token. Exit status 0: all equal; 1: not; 2: it could not run.
 """
 
 from __future__ import annotations
