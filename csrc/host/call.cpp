@@ -4,6 +4,8 @@
 
 #include <algorithm>
 
+#include "../cpu/limits.h"
+
 namespace gqa::host {
 namespace {
 
@@ -33,7 +35,7 @@ cpu::ThreadPool torch_threads() {
 }
 
 Call::Call(const Inputs& in) {
-  check_inputs(in, check_cpu);
+  check_inputs(in, cpu::kMaxHeadDim, check_cpu);
   params = params_of(in);
   key_map_ = elements_of<int32_t>(in.head_map);
   params.head_map = key_map_.data();

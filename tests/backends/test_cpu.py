@@ -99,6 +99,15 @@ def test_every_head_dim(isa, dtype):
             check(q, k, v, head_map)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("num_heads, q_len", [(5, 1), (128, 1), (3, 40)])
+def test_v_may_be_a_view_of_k(isa, num_heads, q_len, dtype):
+    """Latent attention: V is the first 512 of the 576 numbers of K."""
+    head_map = HeadMap([0] * num_heads)
+    q, latent, _ = make_inputs(2, head_map, q_len, 150, 576, dtype=dtype)
+    check(q, latent, latent[..., :512], head_map, causal=True, kv_lengths=[150, 97])
+
+
 @pytest.mark.parametrize("q_len", [1, 3, 40])
 def test_every_kv_length(isa, q_len):
     """All remainders of key blocks, and splits that end anywhere."""
@@ -232,7 +241,7 @@ def test_out_of_range_map_entries_give_nan_and_read_nothing():
             torch.zeros(2, 6, 5, 32)[..., ::2],
             "q must have a last dim of stride 1, got stride 2",
         ),
-        ("v", torch.zeros(2, 3, 9, 300), "v must have a head dim of 1 to 256, got 300"),
+        ("v", torch.zeros(2, 3, 9, 600), "v must have a head dim of 1 to 576, got 600"),
         ("v", torch.zeros(2, 3, 8, 16), r"v must have shape \(2, 3, 9, 16\), got \(2, 3, 8, 16\)"),
         ("head_map", torch.zeros(5, dtype=torch.int), r"head_map must have shape \(6\), got \(5\)"),
         (
