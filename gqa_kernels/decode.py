@@ -67,6 +67,7 @@ def asym_gqa_decode(
     layout: Layout = "bhsd",
     return_lse: bool = False,
     deterministic: bool = False,
+    batch_invariant: bool = False,
     advance: bool = True,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -94,7 +95,8 @@ def asym_gqa_decode(
         attn_mask: broadcastable to ``[B, Hq, Sq, capacity]``, over the keys of a sequence.
         advance: count the appended tokens in ``cache.lengths``. Caches of several layers may share
             one ``lengths``: then only the last one advances it.
-        layout, return_lse, deterministic, backend: as for ``asym_gqa_attention``.
+        layout, return_lse, deterministic, batch_invariant, backend: as for
+            ``asym_gqa_attention``.
 
     Returns:
         out in q's shape (last dim ``Dv``) and dtype; with ``return_lse`` also the LSE, fp32
@@ -112,6 +114,7 @@ def asym_gqa_decode(
         q, cache, head_map, causal=causal, scale=scale, window=window, softcap=softcap,
         cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q, value_head_map=value_head_map,
         alibi_slopes=alibi_slopes, sinks=sinks, attn_mask=attn_mask, layout=layout,
+        batch_invariant=batch_invariant,
     )  # fmt: skip
     plan = DecodePlan(call, layout, select(call, backend))
     if k_new is None:
@@ -138,10 +141,10 @@ def _check_cache(cache: object) -> None:
 def view_call(
     q: Tensor, view: KVView, head_map: HeadMapLike, *, causal: bool = True,
     scale: float | None = None, window: tuple[int | None, int | None] | None = None,
-    softcap: float | None = None, **tensors: Any,
+    softcap: float | None = None, batch_invariant: bool = False, **tensors: Any,
 ) -> AttentionCall:  # fmt: skip
     """:func:`decode_call` over the view of a cache."""
-    options = Options.of(causal, scale, window, softcap)
+    options = Options.of(causal, scale, window, softcap, batch_invariant=batch_invariant)
     return AttentionCall.over(q, view, head_map, options, **tensors)
 
 

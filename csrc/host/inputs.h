@@ -24,7 +24,9 @@ struct Inputs {
   const OptionalTensor &k_scale, &v_scale, &k_zero, &v_zero;
   std::optional<double> scale;  // D ** -0.5 without
   int64_t window_left, window_right;
-  double softcap, dropout_p;
+  double softcap;
+  bool batch_invariant;
+  double dropout_p;
   const OptionalTensor& dropout_seed;  // int64 [2]: seed, offset
 };
 

@@ -26,6 +26,7 @@ ALL_OPTIONS = frozenset(
         "kv_lengths",
         "device_map",
         "dropout",
+        "batch_invariant",
         "mask_gradient",
         "torch_func",
     }
@@ -38,7 +39,7 @@ ALL_CACHES = frozenset(
 
 
 # What backends with a backward op can't have: it is differentiated once, and in reverse.
-FUSED_OPTIONS = ALL_OPTIONS - {"mask_gradient", "torch_func"}
+FUSED_OPTIONS = ALL_OPTIONS - {"mask_gradient", "torch_func", "batch_invariant"}
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ class PackedKeywords(PartKeywords, total=False):
     window: tuple[int | None, int | None] | None
     alibi_slopes: Tensor | None
     deterministic: bool
+    batch_invariant: bool
 
 
 class AttentionKeywords(PackedKeywords, total=False):

@@ -189,6 +189,54 @@ def test_masks_of_any_strides(isa, q_len):
         check(q, k, v, UNEVEN, attn_mask=mask)
 
 
+def structured_masks(q_len, kv_len, heads):
+    """Boolean masks that hide whole tiles: a window, a prefix, documents, holes, one head's own."""
+    i, j = torch.arange(q_len)[:, None] + kv_len - q_len, torch.arange(kv_len)
+    window = (j <= i) & (j > i - 37)
+    per_head = torch.stack([window.roll(50 * h, 1) for h in range(heads)])
+    per_head[1] = False
+    return {
+        "window": window,
+        "prefix": (j <= i) | (j < 150),
+        "documents": (i // 90 == j // 90) & (j <= i),
+        "holes": ((j // 100) % 3 == 1).expand(q_len, kv_len) & (i % 7 != 0),
+        "per head": per_head,
+        "one for all queries": (j // 130 % 2 == 1)[None],
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("q_len", [2, 200])
+def test_masks_that_hide_whole_tiles(isa, q_len, dtype):
+    q, k, v = make_inputs(2, UNEVEN, q_len, 500, 16, dtype=dtype)
+    for name, mask in structured_masks(q_len, 500, 6).items():
+        low = torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, -torch.inf)
+        for form in (mask, low, low.float() + 0.5 * (torch.arange(500) % 90 == 3)):
+            for options in ({}, {"window": (260, 9), "softcap": 5.0}):
+                try:
+                    check(q, k, v, UNEVEN, attn_mask=form, **options)
+                except AssertionError as error:
+                    raise AssertionError(f"{name} as {form.dtype}, {options}: {error}") from error
+
+
+@pytest.mark.parametrize("q_len", [2, 200])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32], ids=str)
+def test_tiles_that_a_mask_hides_are_not_computed(isa, dtype, q_len):
+    """Not even read: NaN in V would show."""
+    q, k, v = make_inputs(1, UNEVEN, q_len, 1280, 16, requires_grad=True)
+    hidden = (torch.arange(1280) % 640 >= 256) & (torch.arange(1280) % 640 < 512)
+    mask = ~hidden if dtype == torch.bool else torch.zeros(1280).masked_fill(hidden, -torch.inf)
+    with torch.no_grad():
+        expected = asym_gqa_attention(q, k, v, UNEVEN, attn_mask=mask, backend="cpu")
+        v[:, :, 260:508] = torch.nan
+        k[:, :, 900:1148] = torch.nan
+    out = asym_gqa_attention(q, k, v, UNEVEN, attn_mask=mask, backend="cpu")
+    assert torch.equal(out, expected)
+    for x, grad in zip((q, k, v), torch.autograd.grad(out.sum(), (q, k, v)), strict=True):
+        assert grad.isfinite().all()
+        assert x is q or (grad[:, :, hidden] == 0).all()
+
+
 def op_arguments(q_len=5, **options):
     q, k, v = make_inputs(2, UNEVEN, q_len, 9, 16)
     call = attention_call(q, k, v, UNEVEN, **options)

@@ -48,6 +48,7 @@ class Case:
             "alibi_slopes": "alibi",
             "sinks": "sinks",
             "kv_lengths": "kv_lengths",
+            "batch_invariant": "batch_invariant",
         }
         needs = {option_of[name] for name in self.options if name in option_of}
         if self.value_head_map:
@@ -150,6 +151,7 @@ _OPTION_CASES = [
     Case("padding-mask-causal", options={"attn_mask": padding_mask, "causal": True}),
     Case("additive-mask", options={"attn_mask": additive_mask}),
     Case("lengths", batch=3, options={"kv_lengths": lengths}),
+    Case("batch-invariant", options={"batch_invariant": True, "causal": True}),
     Case("lengths-causal", batch=3, options={"kv_lengths": lengths, "causal": True}),
     Case("lengths-per-head", options={"kv_lengths": lengths_per_head}),
     Case(

@@ -14,6 +14,7 @@ namespace gqa::cpu {
 // What the tasks of a call share.
 struct BackwardState {
   const BackwardParams& params;
+  const MaskBlocks& masks;
   const BackwardSchedule& schedule;
   float* slope_rows;  // [B, Hq, Sq] or nullptr: gradient of the slope by query
   float* sink_rows;   // [B, Hq, Sq] or nullptr: gradient of the sink by query
