@@ -131,7 +131,7 @@ def asym_gqa_attention(
             included.
         batch_invariant: give a query the same bits whatever else is in the batch, however the
             prompt is cut into chunks, whatever the number of threads, and in a dense or a paged
-            cache. Slower (docs/batch-invariance.md says by how much), and not with dropout.
+            cache. Decode takes longer (csrc/README.md says why), and dropout is refused.
             Gradients make no such promise.
         backend: ``"auto"``, or a name out of :func:`available_backends`, which never falls back.
 
