@@ -104,7 +104,10 @@ def asym_gqa_decode(
         rotary_cos, rotary_sin, rotary_interleaved, rotary_positions: rotate k_new and q by their
             positions, as :meth:`~gqa_kernels.cache.base.KVCache.append` says.
         causal, scale, window, softcap, alibi_slopes, sinks: as for ``asym_gqa_attention``.
-        attn_mask: broadcastable to ``[B, Hq, Sq, capacity]``, over the keys of a sequence.
+        attn_mask: broadcastable to ``[B, Hq, Sq, capacity]``, over the keys of a sequence. It may
+            have fewer keys than the capacity: the others are hidden. With ``cu_seqlens_q``, Sq is
+            ``max_seqlen_q``, and queries are counted in their sequence (on the CPU and in the
+            reference).
         advance: count the appended tokens in ``cache.lengths``. Caches of several layers may share
             one ``lengths``: then only the last one advances it.
         layout, return_lse, return_aux, deterministic, batch_invariant, backend: as for

@@ -62,6 +62,7 @@ def asym_gqa_varlen_attention(
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
+    attn_mask: Tensor | None = None,
     return_lse: bool = False,
     deterministic: bool = False,
     batch_invariant: bool = False,
@@ -80,6 +81,8 @@ def asym_gqa_varlen_attention(
             accelerator they are read there, without synchronisation.
         max_seqlen_q, max_seqlen_k: most queries and keys of a sequence: sizes of grids.
         alibi_slopes: ``[Hq]`` or ``[B, Hq]``.
+        attn_mask: broadcastable to ``[B, Hq, max_seqlen_q, max_seqlen_k]``; queries and keys are
+            counted in their sequence. On the CPU and in the reference.
         head_map, value_head_map, causal, scale, window, softcap, sinks, return_lse, deterministic,
         batch_invariant, backend: as for ``asym_gqa_attention``.
 
@@ -96,7 +99,7 @@ def asym_gqa_varlen_attention(
     call = varlen_call(
         q, k, v, head_map, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, scale,
         window, softcap, batch_invariant, value_head_map=value_head_map, alibi_slopes=alibi_slopes,
-        sinks=sinks,
+        sinks=sinks, attn_mask=attn_mask,
     )  # fmt: skip
     call.lse_wanted = return_lse
     out, lse = select(call, backend).attend(call)

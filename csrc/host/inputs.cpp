@@ -136,8 +136,11 @@ void check_shapes(const Inputs& in, int64_t max_head_dim) {
   if (in.value_head_map) check_shape("value_head_map", *in.value_head_map, {heads});
   if (in.alibi_slopes) check_shape("alibi_slopes", *in.alibi_slopes, {batch, heads});
   if (in.sinks) check_shape("sinks", *in.sinks, {heads});
-  STD_TORCH_CHECK(!in.q_offsets || !in.attn_mask, "attn_mask must be None with q_offsets");
-  if (in.attn_mask) check_shape("attn_mask", *in.attn_mask, {batch, heads, tokens, kv_len});
+  if (in.attn_mask) {
+    check_shape("attn_mask", *in.attn_mask,
+                {batch, heads, in.q_offsets ? in.max_q_len : tokens,
+                 in.q_offsets && shares_storage(in) ? in.max_kv_len : kv_len});
+  }
   STD_TORCH_CHECK(in.dropout_p >= 0 && in.dropout_p < 1, "dropout_p must lie in [0, 1), got ",
                   in.dropout_p);
   STD_TORCH_CHECK(in.dropout_p == 0 || in.dropout_seed,

@@ -28,6 +28,7 @@ ALL_OPTIONS = frozenset(
         "device_map",
         "dropout",
         "batch_invariant",
+        "varlen_mask",
         "mask_gradient",
         "torch_func",
     }
@@ -40,7 +41,7 @@ ALL_CACHES = frozenset(
 
 
 # What backends with a backward op can't have: it is differentiated once, and in reverse.
-FUSED_OPTIONS = ALL_OPTIONS - {"mask_gradient", "torch_func", "batch_invariant"}
+FUSED_OPTIONS = ALL_OPTIONS - {"mask_gradient", "torch_func", "batch_invariant", "varlen_mask"}
 
 
 @dataclass(frozen=True)

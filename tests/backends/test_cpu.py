@@ -1,6 +1,7 @@
 """What is particular to the native CPU kernels; the cases that all backends share are elsewhere."""
 
 import os
+import platform
 import subprocess
 import sys
 import textwrap
@@ -25,6 +26,8 @@ DTYPES = sorted(CPUBackend.capabilities.dtypes, key=str)
 
 def instruction_sets() -> list[str]:
     """Those the processor has, as Linux lists them: the kernels' own choice must agree."""
+    if platform.machine() in ("aarch64", "arm64"):
+        return ["portable", "neon"]
     info = Path("/proc/cpuinfo").read_text()
     flags = set(info.partition("flags")[2].partition("\n")[0].split())
     needs = {

@@ -270,8 +270,8 @@ BAD = {
         lambda: decode(rotary_cos=K[0, 0], rotary_sin=K[0, 0]), ValueError, "no k_new to rotate",
     ),
     "decode-packed-mask": (
-        lambda: decode(Q[:, :, 0], attn_mask=torch.ones(8), cu_seqlens_q=torch.tensor([0, 1, 2])),
-        ValueError, "attn_mask must be None where sequences are packed",
+        lambda: decode(Q[:, :, 0], attn_mask=torch.ones(9), cu_seqlens_q=torch.tensor([0, 1, 2])),
+        ValueError, r"attn_mask must broadcast to .* \(2, 3, 1, 8\), got \(9,\)",
     ),
     "decode-packed-longest": (
         lambda: decode(Q[:, :, 0], cu_seqlens_q=torch.tensor([0, 2, 2]), max_seqlen_q=1),

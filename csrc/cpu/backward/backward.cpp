@@ -18,6 +18,8 @@ const BackwardKernels* const kAllKernels[] = {
 #endif
 #if defined(__x86_64__)
     &kAvx2Backward,
+#elif defined(__aarch64__)
+    &kNeonBackward,
 #endif
     &kPortableBackward,
 };

@@ -38,6 +38,8 @@ struct BackwardKernels {
 extern const BackwardKernels kPortableBackward;
 #if defined(__x86_64__)
 extern const BackwardKernels kAvx2Backward;
+#elif defined(__aarch64__)
+extern const BackwardKernels kNeonBackward;
 #endif
 #if defined(GQA_HAVE_AVX512)
 extern const BackwardKernels kAvx512Backward;

@@ -25,6 +25,8 @@ const ForwardKernels* const kAllKernels[] = {
 #endif
 #if defined(__x86_64__)
     &kAvx2Forward,
+#elif defined(__aarch64__)
+    &kNeonForward,
 #endif
     &kPortableForward,
 };

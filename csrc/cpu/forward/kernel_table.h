@@ -42,6 +42,8 @@ struct ForwardKernels {
 extern const ForwardKernels kPortableForward;
 #if defined(__x86_64__)
 extern const ForwardKernels kAvx2Forward;
+#elif defined(__aarch64__)
+extern const ForwardKernels kNeonForward;
 #endif
 #if defined(GQA_HAVE_AVX512)
 extern const ForwardKernels kAvx512Forward;
