@@ -36,8 +36,8 @@ def search_groups(
     """The partition with the least sum of ``cost(group)``; proved for few heads.
 
     ``search`` takes the cost of a group for the mean of its pairs' dissimilarities. What a merged
-    head really loses (``low_rank.GroupLosses``, ``convert.losses.MergeLosses``) is known for each group
-    only as a whole.
+    head really loses is known for each group only as a whole: ``low_rank.GroupLosses`` computes it
+    from second moments, ``convert.losses.MergeLosses`` measures it.
 
     Args:
         cost: finite, non-negative cost of a group, its heads ascending. Wrap it in
