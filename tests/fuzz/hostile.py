@@ -112,7 +112,7 @@ def _dtype(draw: Draw, x: Tensor) -> Tensor:
 
 
 def _values(draw: Draw, x: Tensor) -> Tensor:
-    if x.dtype.is_floating_point and x.dtype.itemsize > 1:
+    if (x.dtype.is_floating_point or x.dtype.is_complex) and x.dtype.itemsize > 1:
         return draw.place(torch.full(x.shape, draw.pick(*NUMBERS), dtype=torch.float64).to(x.dtype))
     if x.dtype == torch.bool or x.dtype.itemsize == 1:
         return draw.place(torch.zeros(x.shape).to(x.dtype))

@@ -169,7 +169,8 @@ class Sequence:
         return s.masked_fill(~visible, -math.inf), capped, distance, visible
 
     def _softmax(self, p: Precision, s: Tensor, visible: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """P, the LSE and the sink's probability; zeros, -inf and 0 where nothing is seen."""
+        """P, the LSE in ``p.unit`` and the sink's probability; zeros, -inf and 0 where nothing is
+        seen."""
         sees = visible.any(-1)
         sink = torch.full(s.shape[:2], -math.inf, dtype=p.scores)
         if self.sinks is not None:
@@ -179,7 +180,7 @@ class Sequence:
         top = top.masked_fill(~sees, 0.0)
         z = exp(s - top[..., None]).sum(-1) + exp(sink - top)
         z = z.masked_fill(~sees, 1.0)
-        lse = ((top + log(z)) * p.unit).masked_fill(~sees, -math.inf)
+        lse = (top + log(z)).masked_fill(~sees, -math.inf)
         probabilities = exp(s - top[..., None]) / z[..., None]
         return probabilities, lse, exp(sink - top) / z
 
@@ -194,18 +195,18 @@ class Sequence:
         if p.products != torch.float64:  # P has the type of q
             probabilities = probabilities.to(self.q.dtype)
         out = probabilities.to(p.products) @ self.v.to(p.products)[self.value_map]
-        return out.to(torch.float64 if p == EXACT else self.q.dtype), lse
+        return out.to(torch.float64 if p == EXACT else self.q.dtype), lse * p.unit
 
     def gradients(self, p: Precision, dout: Tensor, dlse: Tensor) -> dict[str, Tensor]:
         """Gradients of ``(out * dout).sum() + (lse * dlse).sum()`` by name."""
         order = p.order(self.q.shape[2])
         scale = self.q.shape[2] ** -0.5 if self.scale is None else self.scale
         s, capped, distance, visible = self._scores(p)
-        probabilities, _, sink = self._softmax(p, s, visible)
+        probabilities, lse, sink = self._softmax(p, s, visible)
         if p.recomputed:
-            out, lse = self.attend(replace(p, recomputed=False))
+            out, _ = self.attend(replace(p, recomputed=False))
             lse = lse.masked_fill(lse == -math.inf, math.inf)[..., None]
-            probabilities = (torch.exp2 if p.base2 else torch.exp)(s - lse / p.unit)
+            probabilities = (torch.exp2 if p.base2 else torch.exp)(s - lse)
         dout, dlse = dout.to(p.products), dlse.to(p.scores)
         v = self.v.to(p.products)[self.value_map]
         dropped = self._dropped(probabilities).to(p.products)
@@ -277,7 +278,7 @@ def check_gradients(
     """Hold gradients by name, one tensor per sequence, to the tolerance rule."""
     if not sequences:
         return
-    dtype, dim = sequences[0].q.dtype, sequences[0].q.shape[2]
+    dtype, dim = sequences[0].q.dtype, max(sequences[0].q.shape[2], douts[0].shape[-1])
     calls = list(zip(sequences, douts, dlses, strict=True))
 
     def computed(p: Precision) -> dict[str, Tensor]:
