@@ -159,7 +159,7 @@ class Batch:
     """Sequences as one, for gradients of what they share."""
 
     def __init__(self, sequences: list[Sequence]):
-        self.sequences, self.q = sequences, sequences[0].q
+        self.sequences, self.q, self.v = sequences, sequences[0].q, sequences[0].v
 
     def gradients(self, precision, douts, dlses) -> dict[str, Tensor]:
         each = [

@@ -278,7 +278,8 @@ def check_gradients(
     """Hold gradients by name, one tensor per sequence, to the tolerance rule."""
     if not sequences:
         return
-    dtype, dim = sequences[0].q.dtype, max(sequences[0].q.shape[2], douts[0].shape[-1])
+    q, v = sequences[0].q, sequences[0].v
+    dtype, dim = q.dtype, max(q.shape[2], v.shape[2])
     calls = list(zip(sequences, douts, dlses, strict=True))
 
     def computed(p: Precision) -> dict[str, Tensor]:
