@@ -197,6 +197,18 @@ class Sequence:
         out = probabilities.to(p.products) @ self.v.to(p.products)[self.value_map]
         return out.to(torch.float64 if p == EXACT else self.q.dtype), lse * p.unit
 
+    def scores_of(self, p: Precision, queries: int) -> tuple[Tensor, Tensor]:
+        """The largest score of each query head ``[Hq]``, and the probabilities that the last
+        ``queries`` queries give to each key ``[Hk, N]``, before dropout."""
+        s, _, _, visible = self._scores(p)
+        probabilities, _, _ = self._softmax(p, s, visible)
+        first = max(self.q.shape[1] - queries, 0)
+        found = torch.zeros(self.k.shape[:2], dtype=p.scores)
+        found.index_add_(0, torch.tensor(self.key_map), probabilities[:, first:].sum(1))
+        top = s.flatten(1)
+        most = top.amax(1) if top.shape[1] else torch.full(s.shape[:1], -math.inf, dtype=p.scores)
+        return most * p.unit, found
+
     def gradients(self, p: Precision, dout: Tensor, dlse: Tensor) -> dict[str, Tensor]:
         """Gradients of ``(out * dout).sum() + (lse * dlse).sum()`` by name."""
         order = p.order(self.q.shape[2])
@@ -269,6 +281,31 @@ def check_attention(
         lse, scores = torch.cat([x.flatten() for x in lses]), accumulated(dtype)
         assert lse.dtype == scores, f"lse: dtype {lse.dtype}, expected {scores}"
         hold("lse", lse, exact_lse, computed(1, scores))
+
+
+def check_scores(
+    sequences: list[Sequence], largest: Tensor | None, of_keys: Tensor | None, queries: int
+) -> None:
+    """Hold ``AuxOutput``'s largest scores ``[B, Hq]`` and scores of keys ``[B, Hk, N]``."""
+    if not sequences:
+        return
+    dtype, dim = accumulated(sequences[0].q.dtype), sequences[0].q.shape[2]
+
+    def computed(p: Precision) -> tuple[Tensor, ...]:
+        parts = zip(*(x.scores_of(p, queries) for x in sequences), strict=True)
+        return tuple(torch.stack(part) for part in parts)
+
+    for i, (name, x) in enumerate((("max_scores", largest), ("key_scores", of_keys))):
+        if x is not None:
+            assert x.dtype == torch.float32, f"{name}: dtype {x.dtype}"
+            hold(
+                name,
+                x,
+                computed(EXACT)[i],
+                lambda most, i=i: [
+                    computed(p)[i].float() for p in eager_forms(dtype, dim, dtype, most)
+                ],
+            )
 
 
 def check_gradients(
