@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from ..call.attention import AttentionCall
 from ..call.keep import KeepCall
 
 Call = AttentionCall | AppendCall | KeepCall
+
+Function = TypeVar("Function", bound=Callable[..., object])
 
 ALL_OPTIONS = frozenset(
     {
@@ -151,3 +154,9 @@ class Backend(ABC):
 
 def _listed(names: Iterable[str]) -> str:
     return ", ".join(sorted(names))
+
+
+def constant_while_compiling(function: Function) -> Function:
+    """``torch.compiler.assume_constant_result`` without its import of the whole compiler."""
+    function.__dict__["_dynamo_marked_constant"] = True
+    return function

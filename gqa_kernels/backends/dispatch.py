@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,26 +12,23 @@ from ..call.attention import AttentionCall
 from ..call.keep import KeepCall
 from ..native.arguments import check_choice
 from ..native.autograd import is_transformed_now
-from .base import Backend, Call
+from .base import Backend, Call, constant_while_compiling
 from .cpu import CPUBackend
 from .cuda import CUDABackend
+from .order import auto_order, is_decode
 from .reference import ReferenceBackend
 from .triton import TritonBackend
-
-Function = TypeVar("Function", bound=Callable[..., object])
 
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (CPUBackend(), CUDABackend(), TritonBackend(), ReferenceBackend())
 }
-# Triton's interpreter on CPU tensors is for tests: only an explicit backend="triton" takes it.
-AUTO_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
-DEFAULT_ORDER = ("reference",)
 
 _failures: dict[str, str] = {}  # of backends that looked usable and could not be loaded
 _warned: set[str] = set()  # reasons why the reference was taken that the user knows of
-# Choices made so far. What decides is the kind of a call: its key holds no size but the head dims,
-# and no number's value. Only what can run is kept: it stays usable.
+# Choices made so far. What decides is the kind of a call: its key holds no size but the head dims
+# (and, on a GPU, whether the call is decode), and no number's value. Only what can run is kept: it
+# stays usable.
 _choices: dict[tuple, Backend] = {}
 
 
@@ -49,7 +44,7 @@ def available_backends() -> list[str]:
 
 def explain(call: Call) -> dict[str, list[str]]:
     """For every backend, in the order of ``auto``, why it can't run a call."""
-    order = AUTO_ORDER.get(call.device.type, DEFAULT_ORDER)
+    order = auto_order(call)
     order = (*order, *(name for name in BACKENDS if name not in order))
     reasons = {name: _reasons(BACKENDS[name], call) for name in order}
     for name, failure in _failures.items():
@@ -90,7 +85,8 @@ def _attention_key(call: AttentionCall, backend: str) -> tuple:
     q, kv, mask = call.q, call.kv, call.attn_mask
     return (
         call.find_kind(), backend, call.options.used, call.memory, q.dtype, kv.k.dtype, q.size(3),
-        kv.v.size(3), _device_key(q, kv.k, kv.v, q), type(call.head_map), type(call.value_head_map),
+        kv.v.size(3), q.is_cuda and is_decode(call), _device_key(q, kv.k, kv.v, q),
+        type(call.head_map), type(call.value_head_map),
         mask if mask is None else (mask.dtype, mask.requires_grad), call.requires_grad,
     )  # fmt: skip
 
@@ -116,7 +112,7 @@ def _append_key(call: AppendCall, backend: str) -> tuple:
 def _choose(call: Call, backend: str) -> Backend:
     if backend == "auto":
         passed_over: list[tuple[str, list[str]]] = []
-        for name in AUTO_ORDER.get(call.device.type, DEFAULT_ORDER):
+        for name in auto_order(call):
             reasons = _reasons(BACKENDS[name], call)
             if not reasons:
                 failure = _prepare(name)
@@ -142,18 +138,12 @@ def _choose(call: Call, backend: str) -> Backend:
     return BACKENDS[backend]
 
 
-def _constant_while_compiling(function: Function) -> Function:
-    """``torch.compiler.assume_constant_result`` without its import of the whole compiler."""
-    function.__dict__["_dynamo_marked_constant"] = True
-    return function
-
-
-@_constant_while_compiling
+@constant_while_compiling
 def _unavailable(name: str) -> str | None:
     return BACKENDS[name].unavailable_reason()
 
 
-@_constant_while_compiling
+@constant_while_compiling
 def _prepare(name: str) -> str | None:
     """Load a backend's kernels. Returns None on success, else why it failed, which is a warning
     too: the backend looked usable."""

@@ -12,7 +12,7 @@ kvpress = pytest.importorskip(
 )
 
 from gqa_kernels.integrations.kvpress import PressedCache, register  # noqa: E402
-from gqa_kernels.integrations.kvpress.pages import HeadPages  # noqa: E402
+from gqa_kernels.integrations.transformers.head_pages import HeadPages  # noqa: E402
 from tests.tiny_models import VOCABULARY, split, tiny  # noqa: E402
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}  # logits of two fp32 summation orders, values up to about 5
