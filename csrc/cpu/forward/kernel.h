@@ -237,15 +237,15 @@ class AttentionTask {
       bias.position =
           static_cast<float>(query_position(params_, task_.kv_length, token(r)) - first);
       if (params_.alibi_slopes) {
-        bias.slope = kLog2E * params_.alibi_slopes[task_.batch * params_.alibi_stride_b +
-                                                   head(r) * params_.alibi_stride_h];
+        bias.slope = kScoreUnit<S> * params_.alibi_slopes[task_.batch * params_.alibi_stride_b +
+                                                          head(r) * params_.alibi_stride_h];
       }
       if (runs_[r].changed) {
         bias.additive = mask_row<V>(params_, task_.batch, head(r), query(r), first, strip.begin,
                                     strip.end, tile_.bias);
       }
     }
-    return finish_row_scores<V, kBias, kQuantized<S>>(
+    return finish_row_scores<V, S, kBias, kQuantized<S>>(
         s, row_keys(r, strip), params_.scale * products_.score_step(r), bias, row_scales(r));
   }
 
@@ -258,7 +258,7 @@ class AttentionTask {
       keep = tile_.keep;
     }
     float most = 0.0f;
-    const float rescale = exponentiate_row<V, kQuantized<S>, typename Products::Probability>(
+    const float rescale = exponentiate_row<V, S, kQuantized<S>, typename Products::Probability>(
         s, keys, block_max, row_scales(r), keep, tile_.max[r], tile_.sum[r], most);
     if (rescale != 1.0f) scale_row(tile_.o + r * tile_.layout.o_ld, rescale);
     if (kQuantized<S>) dequantizer_.subtract_zeros(r, strip);
@@ -324,7 +324,9 @@ class AttentionTask {
   static void merge(float max, float sum, const float* o, int64_t dims, float& total_max,
                     float& total_sum, float* total) {
     const float most = max > total_max ? max : total_max;
-    const auto factor_of = [most](float x) { return x == most ? 1.0f : exp2_scalar<V>(x - most); };
+    const auto factor_of = [most](float x) {
+      return x == most ? 1.0f : exp_score_scalar<V, S>(x - most);
+    };
     const float old_factor = factor_of(total_max), factor = factor_of(max);
     total_max = most;
     total_sum = total_sum * old_factor + sum * factor;
@@ -347,15 +349,15 @@ class AttentionTask {
         sum == 0.0f;  // a visible key adds about 1 at the maximum; NaN is not 0
     float factor = 1.0f;
     if (params_.sinks && !sees_nothing) {
-      const float sink = params_.sinks[h] * kLog2E;
+      const float sink = params_.sinks[h] * kScoreUnit<S>;
       const float new_max = sink > max ? sink : max;
-      factor = std::exp2(max - new_max);
-      sum = sum * factor + std::exp2(sink - new_max);
+      factor = exp_score_scalar<V, S>(max - new_max);
+      sum = sum * factor + exp_score_scalar<V, S>(sink - new_max);
       max = new_max;
     }
     // In double, because an error of the LSE is a relative error of the backward's P. `max` carries
-    // the rounding of kLog2E, and so must the factor.
-    constexpr double kNatural = 1.0 / static_cast<double>(kLog2E);
+    // the rounding of kScoreUnit, and so must the factor.
+    constexpr double kNatural = 1.0 / static_cast<double>(kScoreUnit<S>);
     params_.lse[(b * params_.num_heads + h) * params_.q_tokens + t] =
         sees_nothing ? -INFINITY
                      : static_cast<float>(max * kNatural + std::log(static_cast<double>(sum)));
