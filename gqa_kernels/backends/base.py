@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from ..call.append import AppendCall
 from ..call.attention import AttentionCall
 
 Call = AttentionCall | AppendCall
+Runner = Callable[[AttentionCall], tuple[Tensor, Tensor]]
 
 ALL_OPTIONS = frozenset(
     {
@@ -131,6 +132,11 @@ class Backend(ABC):
         Raises:
             ValueError, TypeError, NotImplementedError: what :meth:`AttentionCall.check` says.
         """
+
+    def runner(self, call: AttentionCall) -> Runner:
+        """What runs calls of this one's kind, as :meth:`attend` does: a backend may prepare what
+        these have in common. :func:`gqa_kernels.backends.dispatch.attend` keeps it by the kind."""
+        return self.attend
 
     @abstractmethod
     def append(self, call: AppendCall) -> Tensor | None:

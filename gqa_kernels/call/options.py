@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -26,6 +27,7 @@ class Options:
         softcap: cap of the scores, 0.0 for none.
         dropout_p: part of the probabilities that is dropped.
         used: names of those in use, as ``Capabilities.options`` has them.
+        kind: which numbers are not the default, a bit for each.
     """
 
     scale: float | None
@@ -34,6 +36,7 @@ class Options:
     softcap: float
     dropout_p: float
     used: tuple[str, ...]
+    kind: int
 
     @staticmethod
     def of(
@@ -67,6 +70,11 @@ class Options:
         made_by = _checked if torch.compiler.is_compiling() else _interned
         return made_by(causal, scale, left, right, softcap, dropout_p)
 
+    def replace(self, **changes: Any) -> Options:
+        """Options with other numbers, unchecked."""
+        names = ("scale", "window_left", "window_right", "softcap", "dropout_p")
+        return _of_numbers(*({name: getattr(self, name) for name in names} | changes).values())
+
 
 _SIDES = ("left", "right")
 
@@ -86,19 +94,24 @@ def _checked(
     if causal:
         window_right = 0
     softcap = 0.0 if softcap is None else softcap
-    names = {
-        "window": window_left != UNBOUNDED or window_right != UNBOUNDED,
-        "softcap": bool(softcap),
-        "dropout": bool(dropout_p),
-    }
-    made_by = Options if torch.compiler.is_compiling() else _options
-    return made_by(
+    made_by = _of_numbers if torch.compiler.is_compiling() else _interned_numbers
+    return made_by(scale, window_left, window_right, softcap, dropout_p)
+
+
+def _of_numbers(
+    scale: float | None, window_left: int, window_right: int, softcap: float, dropout_p: float
+) -> Options:
+    has_left, has_right = window_left != UNBOUNDED, window_right != UNBOUNDED
+    given = scale is not None, has_left, has_right, bool(softcap), bool(dropout_p)
+    names = {"window": has_left or has_right, "softcap": given[3], "dropout": given[4]}
+    return Options(
         scale, window_left, window_right, softcap, dropout_p,
         tuple(name for name, is_used in names.items() if is_used),
+        sum(1 << bit for bit, is_given in enumerate(given) if is_given),
     )  # fmt: skip
 
 
-_options = lru_cache(maxsize=1024)(Options)
+_interned_numbers = lru_cache(maxsize=1024)(_of_numbers)
 _interned = lru_cache(maxsize=1024)(_checked)
 
 
