@@ -6,6 +6,7 @@
 #include "host/append.h"
 #include "host/attention.h"
 #include "host/backward.h"
+#include "host/keep.h"
 #include "host/slots.h"
 
 using namespace gqa::host;
@@ -15,5 +16,6 @@ STABLE_TORCH_LIBRARY_IMPL(gqa_kernels, CPU, library) {
   library.impl("attention_output", TORCH_BOX(&attention<attention_output_cpu>));
   library.impl("attention_backward", TORCH_BOX(&attention_backward<attention_backward_cpu>));
   library.impl("cache_append", TORCH_BOX(&cache_append<cache_append_cpu>));
+  library.impl("cache_keep", TORCH_BOX(&cache_keep_cpu));
   library.impl("cache_slots_exist", TORCH_BOX(&cache_slots_exist_cpu));
 }

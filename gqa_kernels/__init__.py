@@ -5,6 +5,7 @@ from .backends.dispatch import available_backends
 from .cache.allocator import OutOfPages, PageAllocator
 from .cache.dense import DenseKVCache
 from .cache.paged import PagedKVCache
+from .call.auxiliary import AuxOutput, AuxRequest
 from .cascade import merge_attention_states, shared_prefix_attention
 from .decode import asym_gqa_decode, plan_decode
 from .explain import explain_backend
@@ -13,6 +14,8 @@ from .varlen import asym_gqa_varlen_attention
 from .version import __version__
 
 __all__ = [
+    "AuxOutput",
+    "AuxRequest",
     "DenseKVCache",
     "HeadMap",
     "OutOfPages",

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Literal, overload
 from torch import Tensor
 
 from .backends.dispatch import attend, select
+from .backends.reference.scores import aux_output
 from .cache.tensors import Layout
 from .call.attention import AttentionCall
+from .call.auxiliary import AuxOutput, AuxRequest, as_aux_request
 from .call.checks import HeadMapLike
 from .call.keywords import AttentionKeywords
 from .native.arguments import as_bool
@@ -39,6 +41,13 @@ def asym_gqa_attention(
 ) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
+@overload
+def asym_gqa_attention(
+    q: Tensor, k: Tensor, v: Tensor, head_map: HeadMapLike, *, return_aux: AuxRequest,
+    **keywords: Unpack[AttentionKeywords],
+) -> tuple[Tensor, AuxOutput]: ...  # fmt: skip
+
+
 def asym_gqa_attention(
     q: Tensor,
     k: Tensor,
@@ -57,9 +66,10 @@ def asym_gqa_attention(
     dropout_p: float = 0.0,
     layout: Layout = "bhsd",
     return_lse: bool = False,
+    return_aux: AuxRequest | None = None,
     deterministic: bool = False,
     backend: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, Tensor] | tuple[Tensor, AuxOutput]:
     """Attention in which query head ``h`` reads KV head ``head_map[h]``, for any map.
 
     With ``n`` the keys of the sequence (``Sk``, or its ``kv_lengths``) and ``i' = i + n - Sq`` the
@@ -109,6 +119,10 @@ def asym_gqa_attention(
             (``torch.manual_seed``), and is the same in every backend.
         layout: ``"bhsd"``, or ``"bshd"`` for q, k, v and out as ``[B, S, H, D]``.
         return_lse: also return the LSE.
+        return_aux: an :class:`~gqa_kernels.AuxRequest`: also return an
+            :class:`~gqa_kernels.AuxOutput` with the LSE, the largest score of each head, or the
+            attention that each key gets from the last queries. The last two take another pass
+            over the keys in eager torch, without gradient.
         deterministic: accepted for drop-in use: results are always bitwise repeatable, backward
             included.
         backend: ``"auto"``, or a name out of :func:`available_backends`, which never falls back.
@@ -116,7 +130,7 @@ def asym_gqa_attention(
     Returns:
         out ``[B, Hq, Sq, Dv]`` (``[B, Sq, Hq, Dv]`` for ``"bshd"``) in q's dtype; with
         ``return_lse`` also the natural-log log-sum-exp of the scaled scores, fp32,
-        ``[B, Hq, Sq]`` in either layout.
+        ``[B, Hq, Sq]`` in either layout; with ``return_aux`` an AuxOutput instead.
 
     Raises:
         ValueError, TypeError: a malformed argument; the message names it, the rule and the value.
@@ -127,17 +141,20 @@ def asym_gqa_attention(
         as_bool("deterministic", deterministic)
     if return_lse is not False:
         return_lse = as_bool("return_lse", return_lse)
+    aux = None if return_aux is None else as_aux_request(return_aux, return_lse)
     call = AttentionCall.dense(
         q, k, v, head_map, value_head_map, causal, scale, window, softcap, alibi_slopes, sinks,
         attn_mask, kv_lengths, dropout_p, layout,
     )  # fmt: skip
-    call.lse_wanted = return_lse
+    call.lse_wanted = return_lse or (aux is not None and aux.lse)
     if call.options.dropout_p:
         select(call, backend)  # refuses the call before a seed is drawn
         call.draw_dropout_seed()
     out, lse = attend(call, backend)
     if call.bshd:
         out = out.transpose(1, 2)
+    if aux is not None:
+        return out, aux_output(call, lse, aux)
     return (out, lse) if return_lse else out
 
 

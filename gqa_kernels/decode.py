@@ -9,14 +9,17 @@ from torch import Tensor
 
 from .backends.base import Backend
 from .backends.dispatch import select
+from .backends.reference.scores import aux_output
 from .cache.base import KVCache
 from .cache.tensors import Layout
 from .cache.view import KVView
 from .call.append import AppendCall
 from .call.attention import AttentionCall
+from .call.auxiliary import AuxOutput, AuxRequest, as_aux_request
 from .call.checks import HeadMapLike, from_heads_first, heads_first
 from .call.keywords import DecodeKeywords, RotaryKeywords
 from .call.options import Options
+from .keep import keep
 from .native.arguments import as_bool
 
 if TYPE_CHECKING:
@@ -44,6 +47,13 @@ def asym_gqa_decode(
 ) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
+@overload
+def asym_gqa_decode(
+    q: Tensor, cache: KVCache, head_map: HeadMapLike, *, return_aux: AuxRequest,
+    **keywords: Unpack[DecodeKeywords],
+) -> tuple[Tensor, AuxOutput]: ...  # fmt: skip
+
+
 def asym_gqa_decode(
     q: Tensor,
     cache: KVCache,
@@ -56,6 +66,7 @@ def asym_gqa_decode(
     rotary_cos: Tensor | None = None,
     rotary_sin: Tensor | None = None,
     rotary_interleaved: bool = False,
+    rotary_positions: Tensor | None = None,
     value_head_map: HeadMapLike | None = None,
     causal: bool = True,
     scale: float | None = None,
@@ -66,10 +77,11 @@ def asym_gqa_decode(
     attn_mask: Tensor | None = None,
     layout: Layout = "bhsd",
     return_lse: bool = False,
+    return_aux: AuxRequest | None = None,
     deterministic: bool = False,
     advance: bool = True,
     backend: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, Tensor] | tuple[Tensor, AuxOutput]:
     """Attention of the last tokens of each sequence over its cache: decode, or a chunk of prefill.
 
     The formula and the options are those of :func:`gqa_kernels.asym_gqa_attention`, with the
@@ -88,13 +100,14 @@ def asym_gqa_decode(
         cu_seqlens_q: ``[B + 1]`` integers: sequence ``b`` has the queries ``cu_seqlens_q[b]`` up to
             ``cu_seqlens_q[b + 1]``.
         max_seqlen_q: most queries of a sequence; needed where ``cu_seqlens_q`` is on a device.
-        rotary_cos, rotary_sin, rotary_interleaved: rotate k_new and q by their positions, as
-            :meth:`~gqa_kernels.cache.base.KVCache.append` says.
+        rotary_cos, rotary_sin, rotary_interleaved, rotary_positions: rotate k_new and q by their
+            positions, as :meth:`~gqa_kernels.cache.base.KVCache.append` says.
         causal, scale, window, softcap, alibi_slopes, sinks: as for ``asym_gqa_attention``.
         attn_mask: broadcastable to ``[B, Hq, Sq, capacity]``, over the keys of a sequence.
         advance: count the appended tokens in ``cache.lengths``. Caches of several layers may share
             one ``lengths``: then only the last one advances it.
-        layout, return_lse, deterministic, backend: as for ``asym_gqa_attention``.
+        layout, return_lse, return_aux, deterministic, backend: as for ``asym_gqa_attention``. Key
+            scores are ``[B, Hk, capacity]``.
 
     Returns:
         out in q's shape (last dim ``Dv``) and dtype; with ``return_lse`` also the LSE, fp32
@@ -117,7 +130,8 @@ def asym_gqa_decode(
     if k_new is None:
         call.kv.check_slots(0)
     result = plan._step(
-        call, k_new, v_new, rotary_cos, rotary_sin, rotary_interleaved, return_lse
+        call, cache, k_new, v_new, rotary_cos, rotary_sin, rotary_interleaved, rotary_positions,
+        return_lse, return_aux,
     )  # fmt: skip
     if k_new is not None and advance:
         cache.advance(plan.new_tokens)
@@ -127,12 +141,29 @@ def asym_gqa_decode(
 def decode_call(q: Tensor, cache: KVCache, head_map: HeadMapLike, **options: Any) -> AttentionCall:
     """The call that :func:`asym_gqa_decode` makes of its arguments, without new tokens."""
     _check_cache(cache)
-    return view_call(q, cache.unchecked_view(), head_map, **options)
+    call = view_call(q, cache.unchecked_view(), head_map, **options)
+    _check_distances(call, cache)
+    return call
 
 
 def _check_cache(cache: object) -> None:
     if not isinstance(cache, KVCache):
         raise TypeError(f"cache must be a DenseKVCache or PagedKVCache, got {type(cache).__name__}")
+
+
+def _check_distances(call: AttentionCall, cache: KVCache) -> None:
+    """A window and ALiBi need how far keys are from queries, which kept keys don't say."""
+    if cache.next_positions is None:
+        return
+    for name, used in (
+        ("window", call.options.window_left >= 0 or call.options.window_right > 0),
+        ("alibi_slopes", call.alibi_slopes is not None),
+    ):
+        if used:
+            raise NotImplementedError(
+                f"{name} must be None over a cache whose keys were chosen by keep(): their "
+                "distance from a query is not stored"
+            )
 
 
 def view_call(
@@ -212,6 +243,13 @@ class DecodePlan:
         **keywords: Unpack[RotaryKeywords],
     ) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 
+    @overload
+    def __call__(
+        self, q: Tensor, cache: KVCache, k_new: Tensor | None = None,
+        v_new: Tensor | None = None, *, return_aux: AuxRequest,
+        **keywords: Unpack[RotaryKeywords],
+    ) -> tuple[Tensor, AuxOutput]: ...  # fmt: skip
+
     def __call__(
         self,
         q: Tensor,
@@ -222,8 +260,10 @@ class DecodePlan:
         rotary_cos: Tensor | None = None,
         rotary_sin: Tensor | None = None,
         rotary_interleaved: bool = False,
+        rotary_positions: Tensor | None = None,
         return_lse: bool = False,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+        return_aux: AuxRequest | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor] | tuple[Tensor, AuxOutput]:
         """One layer: append ``k_new`` and ``v_new``, if any, and attend, as
         :func:`asym_gqa_decode` does. ``cache.lengths`` is left as it is: advance it once a step.
 
@@ -241,18 +281,21 @@ class DecodePlan:
                 f"S, D], got {tuple(q.shape)} in {q.dtype}"
             )
         call = planned.with_q(q, planned.kv.with_memory(cache.unchecked_view()))
+        _check_distances(call, cache)
         return self._step(
-            call, k_new, v_new, rotary_cos, rotary_sin, rotary_interleaved, return_lse
+            call, cache, k_new, v_new, rotary_cos, rotary_sin, rotary_interleaved,
+            rotary_positions, return_lse, return_aux,
         )  # fmt: skip
 
     def _step(
-        self, call: AttentionCall, k_new: Tensor | None, v_new: Tensor | None,
+        self, call: AttentionCall, cache: KVCache, k_new: Tensor | None, v_new: Tensor | None,
         rotary_cos: Tensor | None, rotary_sin: Tensor | None, rotary_interleaved: bool,
-        return_lse: bool,
-    ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+        rotary_positions: Tensor | None, return_lse: bool, return_aux: AuxRequest | None,
+    ) -> Tensor | tuple[Tensor, Tensor] | tuple[Tensor, AuxOutput]:  # fmt: skip
         """Append the new tokens, if any, and attend."""
         if return_lse is not False:
             return_lse = as_bool("return_lse", return_lse)
+        aux = None if return_aux is None else as_aux_request(return_aux, return_lse)
         offsets = call.q_offsets
         packed = offsets is not None
         if (k_new is None) != (v_new is None):
@@ -261,7 +304,8 @@ class DecodePlan:
             append = AppendCall.create(
                 k_new, v_new, call.kv, cu_seqlens=offsets, max_seqlen=call.max_q_len,
                 rotary_cos=rotary_cos, rotary_sin=rotary_sin,
-                rotary_interleaved=rotary_interleaved, layout=self.layout, q_heads_first=call.q,
+                rotary_interleaved=rotary_interleaved, rotary_positions=rotary_positions,
+                next_positions=cache.next_positions, layout=self.layout, q_heads_first=call.q,
             )  # fmt: skip
             rotated = select(append, self.backend.name).append(append)
             if rotated is not None:
@@ -271,11 +315,16 @@ class DecodePlan:
             )
         elif rotary_cos is not None:
             raise ValueError("rotary_cos must be None where there is no k_new to rotate")
-        call.lse_wanted = return_lse
+        elif rotary_positions is not None:
+            raise ValueError("rotary_positions must be None where there is no k_new to rotate")
+        call.lse_wanted = return_lse or (aux is not None and aux.lse)
         out, lse = self.backend.attend(call)
         if packed or self.layout != "bhsd":
             out = from_heads_first(out, self.layout, packed)
-        return (out, lse[0] if packed else lse) if return_lse else out
+        lse = lse[0] if packed and call.lse_wanted else lse
+        if aux is not None:
+            return out, aux_output(call, lse, aux)
+        return (out, lse) if return_lse else out
 
 
 def append(
@@ -289,6 +338,7 @@ def append(
     rotary_cos: Tensor | None = None,
     rotary_sin: Tensor | None = None,
     rotary_interleaved: bool = False,
+    rotary_positions: Tensor | None = None,
     layout: Layout = "bhsd",
     advance: bool = True,
     backend: str = "auto",
@@ -310,6 +360,10 @@ def append(
             floating dtypes, and tables ``[max_position, R]`` with ``R > D / 2`` that hold every
             angle twice.
         rotary_interleaved: pairs are columns ``(2i, 2i + 1)`` and not ``(i, i + R / 2)``.
+        rotary_positions: ``[B, S]`` integers, or packed ``[total]``: positions of the new tokens,
+            the rows of the tables that they are rotated by. Default: those behind
+            ``cache.next_positions`` if it is set, else those behind the length. Other positions
+            than those of the length cost a copy of the new tokens.
         advance: add the new tokens to ``lengths``. Caches of several layers may share one
             ``lengths``: then only the last one advances it.
         backend: as in :func:`gqa_kernels.asym_gqa_attention`.
@@ -322,7 +376,7 @@ def append(
     call = AppendCall.create(
         k_new, v_new, cache.unchecked_view(), q=q, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen,
         rotary_cos=rotary_cos, rotary_sin=rotary_sin, rotary_interleaved=rotary_interleaved,
-        layout=layout,
+        rotary_positions=rotary_positions, next_positions=cache.next_positions, layout=layout,
     )  # fmt: skip
     rotated = select(call, backend).append(call)
     if advance:
@@ -330,4 +384,6 @@ def append(
     return None if rotated is None else from_heads_first(rotated, layout, cu_seqlens is not None)
 
 
-KVCache.append = append  # a method of every cache, which as memory knows no backend
+# Methods of every cache, which as memory knows no backend.
+KVCache.append = append
+KVCache.keep = keep

@@ -10,11 +10,15 @@ from .backends.dispatch import explain
 from .cache.base import KVCache
 from .call.append import AppendCall
 from .call.attention import AttentionCall
+from .call.keep import KeepCall
 from .decode import append, asym_gqa_decode, decode_call, plan_decode
+from .keep import keep
 from .varlen import asym_gqa_varlen_attention, varlen_call
 
 _NO_PART = ("backend", "return_lse", "deterministic", "advance")  # in what a backend can run
-_OF_APPEND = ("k_new", "v_new", "rotary_cos", "rotary_sin", "rotary_interleaved")
+_OF_APPEND = (
+    "k_new", "v_new", "rotary_cos", "rotary_sin", "rotary_interleaved", "rotary_positions",
+)  # fmt: skip
 
 
 def explain_backend(function: Callable, *args: Any, **kwargs: Any) -> dict[str, list[str]]:
@@ -23,7 +27,7 @@ def explain_backend(function: Callable, *args: Any, **kwargs: Any) -> dict[str, 
     Args:
         function: :func:`gqa_kernels.asym_gqa_attention`, :func:`~gqa_kernels.asym_gqa_decode`,
             :func:`~gqa_kernels.asym_gqa_varlen_attention`, :func:`~gqa_kernels.plan_decode`, or a
-            cache's ``append``.
+            cache's ``append`` or ``keep``.
         args, kwargs: as the function takes them. Nothing is computed or written. ``backend``,
             ``return_lse``, ``deterministic`` and ``advance`` are not looked at.
 
@@ -41,9 +45,13 @@ def explain_backend(function: Callable, *args: Any, **kwargs: Any) -> dict[str, 
     kwargs = {name: x for name, x in kwargs.items() if name not in _NO_PART}
     if getattr(function, "__func__", function) is append:
         return _explain_append(getattr(function, "__self__", None), *args, **kwargs)
+    if getattr(function, "__func__", function) is keep:
+        return _explain_keep(getattr(function, "__self__", None), *args, **kwargs)
     if function not in _CALLS:
         names = ", ".join(known.__name__ for known in _CALLS)
-        raise TypeError(f"function must be one of {names} or a cache's append, got {function!r}")
+        raise TypeError(
+            f"function must be one of {names} or a cache's append or keep, got {function!r}"
+        )
     new = {name: kwargs.pop(name) for name in _OF_APPEND if name in kwargs}
     call = _CALLS[function](*args, **kwargs)
     call.check()
@@ -52,7 +60,7 @@ def explain_backend(function: Callable, *args: Any, **kwargs: Any) -> dict[str, 
         append_call = AppendCall.create(
             new.pop("k_new"), new.pop("v_new", None), call.kv, layout=kwargs.get("layout", "bhsd"),
             cu_seqlens=kwargs.get("cu_seqlens_q"), max_seqlen=kwargs.get("max_seqlen_q"),
-            q_heads_first=call.q, **new,
+            q_heads_first=call.q, next_positions=_cache_of(*args, **kwargs).next_positions, **new,
         )  # fmt: skip
         for name, why in explain(append_call).items():
             reasons[name] += [f"append: {reason}" for reason in why if reason not in reasons[name]]
@@ -61,9 +69,21 @@ def explain_backend(function: Callable, *args: Any, **kwargs: Any) -> dict[str, 
 
 def _explain_append(cache: KVCache | None, *args: Any, **kwargs: Any) -> dict[str, list[str]]:
     of, k_new, v_new = args if cache is None else (cache, *args)
-    call = AppendCall.create(k_new, v_new, of.view(), **kwargs)
+    call = AppendCall.create(
+        k_new, v_new, of.view(), next_positions=of.next_positions, **kwargs
+    )  # fmt: skip
     call.check()
     return explain(call)
+
+
+def _explain_keep(cache: KVCache | None, *args: Any, **kwargs: Any) -> dict[str, list[str]]:
+    of, *kept = args if cache is None else (cache, *args)
+    return explain(KeepCall.create(of.view(), *kept, **kwargs)[0])
+
+
+def _cache_of(q: object, cache: KVCache, *_: object, **__: object) -> KVCache:
+    """The cache of a decode call's arguments."""
+    return cache
 
 
 _CALLS: dict[Callable[..., Any], Callable[..., AttentionCall]] = {

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ..call.append import AppendCall
 from ..call.attention import AttentionCall
+from ..call.keep import KeepCall
 
-Call = AttentionCall | AppendCall
+Call = AttentionCall | AppendCall | KeepCall
 Runner = Callable[[AttentionCall], tuple[Tensor, Tensor]]
 
 ALL_OPTIONS = frozenset(
@@ -79,7 +80,7 @@ class Backend(ABC):
 
     name: str
     capabilities: Capabilities
-    append_capabilities: Capabilities | None = None  # of appends to caches, where they differ
+    append_capabilities: Capabilities | None = None  # of appends and keep, if they differ
 
     def unavailable_reason(self) -> str | None:
         """Why this machine can't run the backend, or None. Cheap: imports and compiles nothing."""
@@ -92,9 +93,9 @@ class Backend(ABC):
 
     def unsupported(self, call: Call) -> list[str]:
         """Why the backend can't run a call; it can if the list is empty."""
-        appends = isinstance(call, AppendCall)
-        can = (self.append_capabilities if appends else None) or self.capabilities
-        memory = "cache" if isinstance(call, AppendCall) else call.memory
+        attends = isinstance(call, AttentionCall)
+        can = (None if attends else self.append_capabilities) or self.capabilities
+        memory = call.memory if isinstance(call, AttentionCall) else "cache"
         over_memory = memory != "dense"
         if over_memory and not can.caches:
             return ["attention over caches is not supported"]
@@ -148,6 +149,10 @@ class Backend(ABC):
         Raises:
             ValueError, TypeError: what :meth:`AppendCall.check` says.
         """
+
+    @abstractmethod
+    def keep(self, call: KeepCall) -> None:
+        """Move the kept keys of a cache to the front."""
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -10,9 +10,10 @@ from torch import _C, Tensor
 
 from ..call.append import AppendCall
 from ..call.attention import AttentionCall
+from ..call.keep import KeepCall
 from ..native import build
 from ..native.flops import enter_formulas
-from ..native.schema import APPEND, FORWARD
+from ..native.schema import APPEND, FORWARD, KEEP
 from .base import Backend, Call, Runner
 
 _NO_LSE = torch.empty(0)  # in place of one that nobody reads
@@ -58,6 +59,9 @@ class CompiledBackend(Backend):
         else:
             q = _run(op, arguments, call)
         return call.q if call.rotated_q is None else q
+
+    def keep(self, call: KeepCall) -> None:
+        torch.ops.gqa_kernels.cache_keep.default(*KEEP.arguments_of(call))
 
 
 def _forward() -> Callable[..., tuple[Tensor, Tensor]]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..call.append import AppendCall
 from ..call.attention import AttentionCall
+from ..call.keep import KeepCall
 from ..native.arguments import check_choice
 from ..native.autograd import is_transformed_now
 from .base import Backend, Call, Runner
@@ -88,7 +89,8 @@ def select(call: Call, backend: str = "auto") -> Backend:
         ValueError, TypeError: ``call.check()`` refuses it, or no backend has that name.
         NotImplementedError: the named backend, or with ``"auto"`` every backend, can't run it.
     """
-    if type(backend) is not str or torch.compiler.is_compiling() or is_transformed_now():
+    uncached = type(backend) is not str or torch.compiler.is_compiling() or is_transformed_now()
+    if uncached or isinstance(call, KeepCall):
         return _choice(call, backend).backend
     if isinstance(call, AttentionCall):
         key = _attention_key(call, backend)

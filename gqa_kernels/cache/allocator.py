@@ -7,8 +7,9 @@ append of either into a partly filled page that both hold takes a new page and a
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,17 +32,21 @@ class PageBatch:
         page_table: int32 ``[B, max_pages]``; 0 beyond a sequence's pages.
         lengths: int32 ``[B]``, tokens there are, those about to be appended not counted.
         copies: pages to copy before they are written, as ``(from, to)``.
+        next_positions: int32 ``[B]``, position of each sequence's next token, or None: its length,
+            because no key of a sequence was dropped by :meth:`PageAllocator.keep`.
     """
 
     page_table: Tensor
     lengths: Tensor
     copies: tuple[tuple[int, int], ...] = ()
+    next_positions: Tensor | None = None
 
 
 @dataclass
 class _Sequence:
     pages: list[int]
     length: int
+    dropped: int = 0  # keys that keep() dropped: positions are that much beyond the length
 
 
 class PageAllocator:
@@ -101,7 +106,7 @@ class PageAllocator:
         pages = parent.pages[: -(-length // self.page_size)]
         for page in pages:
             self._holders[page] += 1
-        return self._add(_Sequence(list(pages), length))
+        return self._add(_Sequence(list(pages), length, parent.dropped))
 
     def append(self, sequences: Sequence[int], tokens: int | Sequence[int]) -> PageBatch:
         """Make room for new tokens and count them.
@@ -117,27 +122,73 @@ class PageAllocator:
             OutOfPages: nothing was changed.
         """
         found, counts = self._counted(sequences, tokens)
-        needed = self._needed(found, counts)
-        if needed > len(self._free):
-            raise OutOfPages(f"{needed} pages are needed, {len(self._free)} are free")
+        self._check_free(self._needed(found, counts))
         copies = []
         for sequence, count in zip(found, counts, strict=True):
             partly_filled = count and sequence.length % self.page_size
-            if partly_filled and self._holders[sequence.pages[-1]] > 1:
-                shared = sequence.pages.pop()
-                self._holders[shared] -= 1
-                sequence.pages.append(self._take())
-                copies.append((shared, sequence.pages[-1]))
+            if partly_filled:
+                copies += self._unshare(sequence, len(sequence.pages) - 1)
             while len(sequence.pages) * self.page_size < sequence.length + count:
                 sequence.pages.append(self._take())
         before = self.batch(sequences)
         for sequence, count in zip(found, counts, strict=True):
             sequence.length += count
-        return PageBatch(before.page_table, before.lengths, tuple(copies))
+        return replace(before, copies=tuple(copies))
 
     def pages_needed(self, sequences: Sequence[int], tokens: int | Sequence[int]) -> int:
         """Free pages that :meth:`append` of the same would take, copies on write included."""
         return self._needed(*self._counted(sequences, tokens))
+
+    def keep(self, sequences: Sequence[int], lengths: int | Sequence[int]) -> PageBatch:
+        """Make the pages that keep a part of a sequence's keys writable, and free the others.
+
+        Run :meth:`gqa_kernels.PagedKVCache.keep` on the cache at this batch before the next append:
+        the batch still has every page, so that the keys can be moved out of those freed. Pages
+        that other sequences hold too, and that the kept keys will lie in, are copied.
+
+        Args:
+            sequences: names, each at most once.
+            lengths: keys that each of them, or all, will have.
+
+        Returns:
+            the batch before the keys are moved.
+
+        Raises:
+            ValueError: a length exceeds that of its sequence.
+            OutOfPages: there are too few pages for the copies; nothing was changed.
+
+        Example::
+
+            batch = allocator.keep([name], 256)
+            cache = pool.at(batch)
+            cache.keep(kept)                     # [1, 256] or [1, Hk, 256]
+        """
+        found, counts = self._counted(sequences, lengths, "lengths")
+        for name, sequence, count in zip(sequences, found, counts, strict=True):
+            if count > sequence.length:
+                raise ValueError(
+                    f"lengths must be at most that of each sequence, got {count} for sequence "
+                    f"{name} of {sequence.length}"
+                )
+        written = [
+            range(-(-count // self.page_size)) if count < sequence.length else range(0)
+            for sequence, count in zip(found, counts, strict=True)
+        ]
+        held = Counter(
+            sequence.pages[i]
+            for sequence, entries in zip(found, written, strict=True)
+            for i in entries
+        )
+        self._check_free(sum(min(n, self._holders[page] - 1) for page, n in held.items()))
+        copies = []
+        for sequence, entries in zip(found, written, strict=True):
+            for entry in entries:
+                copies += self._unshare(sequence, entry)
+        batch = replace(self.batch(sequences), copies=tuple(copies))
+        for sequence, count in zip(found, counts, strict=True):
+            sequence.dropped += sequence.length - count
+            self._shorten(sequence, count)
+        return batch
 
     def grow(self, pages: int) -> None:
         """Count ``pages`` more free pages, which the cache must have by the next append."""
@@ -167,13 +218,11 @@ class PageAllocator:
         found.length -= tokens
 
     def truncate(self, sequence: int, length: int) -> None:
-        """Keep the first ``length`` tokens only (rejected drafts, say)."""
+        """Drop all tokens behind the first ``length`` (rejected drafts, say)."""
         found, length = self._find(sequence), as_int("length", length)
         if not 0 <= length <= found.length:
             raise ValueError(f"length must lie in [0, {found.length}], got {length}")
-        found.length = length
-        while len(found.pages) > -(-length // self.page_size):
-            self._drop(found.pages.pop())
+        self._shorten(found, length)
 
     def free(self, sequence: int) -> None:
         """Forget a sequence; pages that no other holds are free again."""
@@ -199,6 +248,7 @@ class PageAllocator:
         return PageBatch(
             torch.tensor(rows, dtype=torch.int32).reshape(len(found), width),
             torch.tensor([sequence.length for sequence in found], dtype=torch.int32),
+            next_positions=_next_positions(found),
         )
 
     def _needed(self, found: list[_Sequence], counts: list[int]) -> int:
@@ -224,17 +274,17 @@ class PageAllocator:
         return self._sequences[name]
 
     def _counted(
-        self, sequences: Sequence[int], tokens: int | Sequence[int]
+        self, sequences: Sequence[int], tokens: int | Sequence[int], name: str = "tokens"
     ) -> tuple[list[_Sequence], list[int]]:
-        """Distinct sequences and the new tokens of each."""
+        """Distinct sequences and the number of each."""
         found = self._distinct(sequences)
         if hasattr(tokens, "__len__") and not isinstance(tokens, (str, bytes, Tensor)):
-            counts = _listed("tokens", tokens)
+            counts = _listed(name, tokens)
         else:
-            counts = [as_int("tokens", tokens)] * len(found)
+            counts = [as_int(name, tokens)] * len(found)
         if len(counts) != len(found) or min(counts, default=0) < 0:
             raise ValueError(
-                f"tokens must be non-negative, one number per sequence ({len(found)}), "
+                f"{name} must be non-negative, one number per sequence ({len(found)}), "
                 f"got {shown(tokens)}"
             )
         return found, counts
@@ -250,6 +300,25 @@ class PageAllocator:
         self._sequences[name] = sequence
         return name
 
+    def _check_free(self, needed: int) -> None:
+        if needed > len(self._free):
+            raise OutOfPages(f"{needed} pages are needed, {len(self._free)} are free")
+
+    def _unshare(self, sequence: _Sequence, entry: int) -> list[tuple[int, int]]:
+        """Give a sequence a page of its own in the place of one that others hold too; the copy to
+        make, if any."""
+        shared = sequence.pages[entry]
+        if self._holders[shared] == 1:
+            return []
+        self._holders[shared] -= 1
+        sequence.pages[entry] = self._take()
+        return [(shared, sequence.pages[entry])]
+
+    def _shorten(self, sequence: _Sequence, length: int) -> None:
+        sequence.length = length
+        while len(sequence.pages) > -(-length // self.page_size):
+            self._drop(sequence.pages.pop())
+
     def _take(self) -> int:
         page = self._free.pop()
         self._holders[page] = 1
@@ -259,6 +328,13 @@ class PageAllocator:
         self._holders[page] -= 1
         if not self._holders[page]:
             self._free.append(page)
+
+
+def _next_positions(sequences: list[_Sequence]) -> Tensor | None:
+    if not any(sequence.dropped for sequence in sequences):
+        return None
+    positions = [sequence.length + sequence.dropped for sequence in sequences]
+    return torch.tensor(positions, dtype=torch.int32)
 
 
 def _listed(name: str, values: Any) -> list[int]:

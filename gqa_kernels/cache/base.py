@@ -34,6 +34,9 @@ class KVCache(ABC):
         k: ``[P, Hk, page_size, D]``, see :mod:`gqa_kernels.cache.view`; ``v`` likewise.
         lengths: ``[B]`` or ``[B, Hk]`` integers, keys there are. An append advances it in place.
         k_scale, v_scale, k_zero, v_zero: of a quantised cache, as :meth:`KVView.create` takes them.
+        next_positions: ``[B]`` integers, position of each sequence's next token, once it is not
+            its length: :meth:`keep` sets it, :meth:`advance` counts it on, and an append rotates by
+            it. None before.
     """
 
     k: Tensor
@@ -44,7 +47,10 @@ class KVCache(ABC):
     k_zero: Tensor | float | None
     v_zero: Tensor | float | None
 
+    next_positions: Tensor | None = None
+
     append: Callable[..., Tensor | None]  # gqa_kernels.decode.append, which runs a backend
+    keep: Callable[..., None]  # gqa_kernels.keep.keep, likewise
 
     _kept: tuple[tuple, list, KVView] | None = None
 
@@ -128,6 +134,9 @@ class KVCache(ABC):
             if isinstance(tokens, int) and not -MAX_LENGTH <= tokens <= MAX_LENGTH:
                 raise ValueError(f"tokens must fit into 32 bits, got {tokens}")
         self.lengths.add_(tokens)
+        if self.next_positions is not None:
+            column = isinstance(tokens, Tensor) and tokens.dim() == 2
+            self.next_positions.add_(tokens[:, 0] if column else tokens)  # type: ignore[index]
 
 
 def checked_sizes(**sizes: object) -> tuple[int, ...]:

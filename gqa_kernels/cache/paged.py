@@ -189,8 +189,11 @@ class PagedKVCache(KVCache):
         if isinstance(page_table, PageBatch):
             batch, device = page_table, self.k.device
             self.copy_pages(batch.copies)
-            page_table, lengths = batch.page_table.to(device), batch.lengths.to(device)
-        elif lengths is None:
+            found = self.at(batch.page_table.to(device), batch.lengths.to(device), begin=begin)
+            if batch.next_positions is not None:
+                found.next_positions = batch.next_positions.to(device)
+            return found
+        if lengths is None:
             raise TypeError("lengths must be given with a page_table in a tensor, got None")
         return PagedKVCache(self.k, self.v, page_table, lengths, begin=begin, **self.scales)
 

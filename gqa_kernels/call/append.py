@@ -14,10 +14,12 @@ from ..native.arguments import as_bool, check_tensors
 from ..native.autograd import requires_grad
 from . import checks
 from .attention import described
+from .over_view import OverView
+from .rotary import check_positions, positions_from, rotate
 
 
 @dataclass(slots=True, eq=False)
-class AppendCall:
+class AppendCall(OverView):
     """New tokens in the form that backends take; made by :meth:`create`.
 
     Attributes:
@@ -61,11 +63,14 @@ class AppendCall:
         rotary_cos: Tensor | None = None,
         rotary_sin: Tensor | None = None,
         rotary_interleaved: bool = False,
+        rotary_positions: Tensor | None = None,
+        next_positions: Tensor | None = None,
         layout: Layout = "bhsd",
         q_heads_first: Tensor | None = None,
     ) -> AppendCall:
         """The call of :meth:`gqa_kernels.cache.base.KVCache.append`, whose arguments these are,
-        with room for every token. ``q_heads_first``: q as ``[B, Hq, S, D]``, in its place."""
+        with room for every token. ``q_heads_first``: q as ``[B, Hq, S, D]``, in its place.
+        ``next_positions``: of the cache."""
         packed = cu_seqlens is not None
         if packed:
             check_tensors(cu_seqlens=cu_seqlens)
@@ -89,7 +94,10 @@ class AppendCall:
         elif q is not None and not (q.dtype == k_new.dtype and q.size(2) == call.max_new):
             call.check()
         if view.num_k_heads != view.num_v_heads or rotary_cos is not None or rotary_sin is not None:
-            call._check_positions()
+            call._check_positions(rotary_positions is not None or next_positions is not None)
+            call._rotate_at(rotary_positions, next_positions)
+        elif rotary_positions is not None:
+            raise ValueError("rotary_positions must be None without rotary_cos and rotary_sin")
         new = call.max_new if call.new_offsets is None else call.new_offsets
         if not view.has_slots(new):
             call.check()
@@ -106,8 +114,8 @@ class AppendCall:
             given.rotary_cos, given.rotary_sin, given.rotary_interleaved,
         )  # fmt: skip
 
-    def _check_positions(self) -> None:
-        """A token must have one position where it is used as one."""
+    def _check_positions(self, given: bool) -> None:
+        """A token must have one position where it is used as one; ``given``: they are known."""
         view = self.kv
         if view.num_k_heads != view.num_v_heads and view.lengths_per_head:
             raise NotImplementedError(
@@ -120,11 +128,37 @@ class AppendCall:
             self.rotary_cos, self.rotary_sin = checks.resolve_rotary(
                 self.rotary_cos, self.rotary_sin, self.k_new, self.rotary_interleaved
             )
-            if view.lengths_per_head and self.q is not None:
+            if view.lengths_per_head and self.q is not None and not given:
                 raise NotImplementedError(
-                    "append: with lengths per head a query has no one position; rotate q and k_new "
-                    "before the call"
+                    "append: with lengths per head a query has no one position; pass "
+                    "rotary_positions, or set the cache's next_positions"
                 )
+
+    def _rotate_at(self, positions: Tensor | None, first: Tensor | None) -> None:
+        """Rotate q and k_new by positions that are not those that the lengths say. No kernel takes
+        them, so this copies the new tokens."""
+        if self.rotary_cos is None or self.rotary_sin is None:
+            if positions is not None:
+                raise ValueError("rotary_positions must be None without rotary_cos and rotary_sin")
+            return
+        if positions is None and first is None:
+            return
+        self.check()
+        packed = self.new_offsets is not None
+        if positions is None:
+            assert first is not None
+            positions = positions_from(first, self.k_new.shape[2], self.new_offsets)
+        check_positions(positions, self.k_new, packed)
+        table = (self.rotary_cos, self.rotary_sin, self.rotary_interleaved)
+        at = positions.long()[None] if packed else positions.long()
+
+        def rotated(x: Tensor) -> Tensor:
+            return rotate(x.transpose(1, 2), at[..., None], *table).transpose(1, 2)
+
+        self.k_new = rotated(self.k_new)
+        if self.q is not None:
+            self.q = rotated(self.q)
+        self.rotary_cos = self.rotary_sin = None
 
     def check(self) -> None:
         """What is asked of the new tokens and queries, beside the view.
@@ -166,23 +200,6 @@ class AppendCall:
     @property
     def dtype(self) -> torch.dtype:
         return self.k_new.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.kv.device
-
-    @property
-    def head_dim(self) -> int:
-        return self.kv.head_dim
-
-    @property
-    def value_head_dim(self) -> int:
-        return self.kv.value_head_dim
-
-    @property
-    def used(self) -> list[str]:
-        """No options of attention."""
-        return []
 
     @property
     def kinds(self) -> tuple[str, ...]:

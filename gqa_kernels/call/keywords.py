@@ -49,6 +49,7 @@ class RotaryKeywords(TypedDict, total=False):
     rotary_cos: Tensor | None
     rotary_sin: Tensor | None
     rotary_interleaved: bool
+    rotary_positions: Tensor | None
 
 
 class DecodeKeywords(PackedKeywords, RotaryKeywords, total=False):

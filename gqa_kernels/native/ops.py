@@ -11,6 +11,7 @@ for _name, _schema in (
     ("attention_output", schema.OUTPUT),
     ("attention_backward", schema.BACKWARD),
     ("cache_append", schema.APPEND),
+    ("cache_keep", schema.KEEP),
     ("cache_slots_exist", schema.SLOTS_EXIST),
 ):
     schema.define(_name, _schema)
@@ -21,6 +22,7 @@ torch.library.register_fake(
     "gqa_kernels::attention_backward", schema.fake_backward(schema.BACKWARD)
 )
 torch.library.register_fake("gqa_kernels::cache_append", schema.fake_append)
+torch.library.register_fake("gqa_kernels::cache_keep", schema.fake_keep)
 autograd.register(
     "gqa_kernels::attention_forward", "gqa_kernels::attention_backward",
     schema.FORWARD, schema.BACKWARD,

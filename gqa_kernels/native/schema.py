@@ -139,6 +139,16 @@ APPEND = Schema(
 )
 WRITTEN = ("k", "v", "k_scale", "v_scale", "k_zero", "v_zero")
 
+# Makes key indices[b, h, i] key i, for i below counts[b, h]: int32 [B, Hk, n], ascending, and int32
+# [B, Hk]. Tensors as gqa_kernels.call.keep.KeepCall has them.
+KEEP = Schema(
+    "Tensor indices, Tensor counts, Tensor(a!) k, Tensor(b!) v, Tensor kv_lengths, "
+    "Tensor? page_table, Tensor? kv_begin, Tensor(c!)? k_scale, Tensor(d!)? v_scale, "
+    "Tensor(e!)? k_zero, Tensor(f!)? v_zero",
+    "()",
+    _IN_VIEW,
+)
+
 # Whether every key of a view on the CPU, and each new token behind them, has a slot inside its
 # sequence's capacity, in a page that exists. It looks at values, so it has no fake kernel.
 SLOTS_EXIST = Schema(
@@ -180,6 +190,10 @@ def fake_append(*arguments: Any, **named: Any) -> Tensor:
     """Fake kernel of an append op."""
     call = APPEND.Arguments(*arguments, **named)
     return call.k_new.new_empty(0) if call.q is None else torch.empty_like(call.q)
+
+
+def fake_keep(*_: Any, **__: Any) -> None:
+    """Fake kernel of a keep op, which returns nothing."""
 
 
 def empty_results(call: Any) -> tuple[Tensor, Tensor]:

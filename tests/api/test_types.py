@@ -28,7 +28,10 @@ FUNCTIONS = [
 @pytest.mark.parametrize("function, typed, _", FUNCTIONS)
 def test_overloads_have_the_keywords_of_the_function(function, typed, _):
     parameters = inspect.signature(function).parameters.values()
-    keyword_only = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} - {"return_lse"}
+    keyword_only = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} - {
+        "return_lse",
+        "return_aux",
+    }
     if function is shared_prefix_attention:
         keyword_only.remove("layout")  # the overloads have it beside their keywords
     assert keyword_only == set(typed.__annotations__)

@@ -78,6 +78,31 @@ class AllocatorMachine(RuleBasedStateMachine):
         self.allocator.truncate(name, length)
         del self.tokens[name][length:]
 
+    @rule(chosen=st.lists(names, max_size=3, unique=True), data=st.data())
+    def keep(self, chosen, data):
+        before = (self.allocator.num_free_pages, [self.allocator.pages(n) for n in self.tokens])
+        kept = [
+            sorted(data.draw(st.sets(st.sampled_from(range(len(self.tokens[name]))))))
+            if self.tokens[name]
+            else []
+            for name in chosen
+        ]
+        try:
+            batch = self.allocator.keep(chosen, [len(positions) for positions in kept])
+        except OutOfPages:
+            after = (self.allocator.num_free_pages, [self.allocator.pages(n) for n in self.tokens])
+            assert before == after
+            return
+        assert batch.lengths.tolist() == [len(self.tokens[name]) for name in chosen]
+        for source, target in batch.copies:
+            self.memory[target] = list(self.memory[source])
+        for row, name, positions in zip(batch.page_table.tolist(), chosen, kept, strict=True):
+            for i, j in enumerate(positions):
+                slot = self.memory[row[j // self.page_size]][j % self.page_size]
+                assert slot == self.tokens[name][j]
+                self.memory[row[i // self.page_size]][i % self.page_size] = slot
+            self.tokens[name] = [self.tokens[name][j] for j in positions]
+
     @rule(name=consumes(names))
     def free(self, name):
         self.allocator.free(name)
@@ -148,6 +173,8 @@ def test_shared_pages_are_kept_once_and_copied_when_written():
         (lambda a: a.truncate(0, 3), r"length must lie in \[0, 2\], got 3"),
         (lambda a: a.discard(0, 2), r"multiple of the page size \(4\) in \[0, 2\].*got 2"),
         (lambda a: a.discard(0, 4), r"multiple of the page size \(4\) in \[0, 2\].*got 4"),
+        (lambda a: a.keep([0], -1), "lengths must be non-negative, one number per sequence"),
+        (lambda a: a.keep([0], 3), "at most that of each sequence, got 3 for sequence 0 of 2"),
         (lambda a: a.grow(-1), "pages must be non-negative, got -1"),
         (lambda a: a.batch([0], max_pages=0), "max_pages must be at least 1, got 0"),
     ],

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from gqa_kernels import (
+    AuxRequest,
     DenseKVCache,
     HeadMap,
     PagedKVCache,
@@ -43,6 +44,7 @@ OPTIONS = {
     "dropout_p": 0.5,
     "layout": "bshd",
     "return_lse": True,
+    "return_aux": AuxRequest(key_scores=2),
     "backend": "no backend of this name",
     "cu_seqlens_q": torch.tensor([0, 2]),
     "cu_seqlens": torch.tensor([0, 2]),
@@ -51,6 +53,7 @@ OPTIONS = {
     "rotary_cos": COS,
     "rotary_sin": SIN,
     "rotary_interleaved": True,
+    "rotary_positions": torch.tensor([[4, 2, 9]]),
     "advance": False,
     "k_new": torch.ones(1, 2, QUERIES, DIM),
     "v_new": torch.ones(1, 2, QUERIES, DIM),
@@ -111,7 +114,8 @@ def appended(backend, /, **options):
 
 
 OF_PLAN = set(inspect.signature(asym_gqa_decode).parameters) - {
-    "rotary_cos", "rotary_sin", "rotary_interleaved", "return_lse", "advance", *NEW,
+    "rotary_cos", "rotary_sin", "rotary_interleaved", "rotary_positions", "return_lse",
+    "return_aux", "advance", *NEW,
 }  # fmt: skip
 CALLS = {
     "attention": (attention, asym_gqa_attention),
@@ -164,7 +168,7 @@ def test_each_option_changes_the_result_or_is_refused(kind, backend):
         base = without
         if name == "causal":
             options = {name: kind in ("attention", "varlen")}
-        if name == "rotary_interleaved" and kind != "append":
+        if name in ("rotary_interleaved", "rotary_positions") and kind != "append":
             base = outcome(call, backend, rotary_cos=COS, rotary_sin=SIN)
             options |= {"rotary_cos": COS, "rotary_sin": SIN}
         if kind == "append" and name.startswith("rotary_c"):

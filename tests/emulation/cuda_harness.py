@@ -1,7 +1,7 @@
 """Runs the CUDA kernels without a GPU: the product's own host code, its launches emulated.
 
 A phase (``csrc/cuda/<arch>/<phase>``) is compiled to PTX and to host code; the latter is linked
-with a runtime that records (``recorder.cpp``). So split counts, grids, shared memory and tensor
+with a fake runtime (``fake_cuda.cpp``). So split counts, grids, shared memory and tensor
 maps are those of the product, and every launch is executed by the emulator on CPU tensors, with
 its checks on (bounds, races, uninitialised shared memory, copies not waited for).
 
@@ -14,13 +14,9 @@ its checks on (bounds, races, uninitialised shared memory, copies not waited for
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import os
 import shutil
 import struct
-import subprocess
-import tempfile
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -32,11 +28,19 @@ from torch import Tensor
 
 from gqa_kernels.backends.reference.formula import reference_attention
 from gqa_kernels.call.attention import AttentionCall
-from gqa_kernels.native import cuda_build, env
 from gqa_kernels.native.schema import empty_output
 from gqa_kernels.testing import assert_close, equivalent_forms, upcast
 from tools import ptxsim
 
+from .compiled_units import (
+    CSRC,
+    Replacement,
+    host_unit,
+    kernel_unit,
+    link,
+    source_tree,
+    toolkit,
+)
 from .cuda_params import (
     DTYPES,
     PARAMS,
@@ -46,24 +50,11 @@ from .cuda_params import (
     BackwardParams,
     Strides,
 )
+from .fake_runtime import HOOK, LAUNCH_FAILURE, FakeEvent
 
-ROOT = Path(__file__).resolve().parents[2]
-CSRC = ROOT / "csrc"
+HERE = Path(__file__).resolve().parent
 MAP_MAGIC = b"GQA-TMAP"
 SWIZZLES = ("none", "32B", "64B", "128B")  # in the order of CUtensorMapSwizzle
-
-
-@lru_cache
-def toolkit() -> cuda_build.Toolkit | None:
-    """The CUDA toolkit that compiles the kernels."""
-    return cuda_build.find_toolkit(env.cuda_home())
-
-
-def unavailable_reason() -> str | None:
-    """Why nothing can be emulated here, or None."""
-    if toolkit() is None:
-        return "nvcc is missing: install a CUDA toolkit, or pip install '.[test-cuda]'"
-    return None
 
 
 @dataclass
@@ -179,6 +170,7 @@ class Phase:
             code must not need the others. Default: all of them.
         replace: (file name, old text, new text) to break the kernels with; every old text must
             occur. The files are copied first.
+        folder: for a copy of the library, whose host code has then asked for nothing yet.
     """
 
     def __init__(
@@ -187,88 +179,55 @@ class Phase:
         name: str,
         units: tuple[str, ...] | None = None,
         replace: tuple[tuple[str, str, str], ...] = (),
+        folder: Path | None = None,
     ) -> None:
         self.arch, self.name = arch, name
         self.params = PARAMS.get(name, AttentionParams)
         self.virtual = "compute_90a" if arch == "sm90" else "compute_80"
         self.capability = 90 if arch == "sm90" else 80
-        folder = CSRC / "cuda" / arch / name
-        sources = {s.stem: s.relative_to(folder) for s in sorted(folder.rglob("*.cu"))}
+        phase = CSRC / "cuda" / arch / name
+        sources = {s.stem: s.relative_to(phase) for s in sorted(phase.rglob("*.cu"))}
         self.units = {x: path for x, path in sources.items() if units is None or x in units}
         assert units is None or set(units) == set(self.units), (units, sources)
         self._replace = replace
         self._modules: dict[str, object] = {}
-        self._library = self._load(self._build())
+        library, ptx = self._build()
+        if folder is not None:
+            library = Path(shutil.copy(library, folder))
+        self._library = self._load(library, ptx)
 
-    def _build(self) -> Path:
-        """Folder with library.so and one .ptx per unit."""
-        digest = hashlib.sha256(repr((self.arch, self.name, [*self.units], self._replace)).encode())
-        for path in self._sources():
-            digest.update(path.read_bytes())
-        digest.update((Path(__file__).parent / "recorder.cpp").read_bytes())
-        folder = env.cache_dir() / "emulation" / digest.hexdigest()[:16]
-        if folder.exists():
-            return folder
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-            self._compile(Path(scratch))
-            try:
-                Path(scratch).rename(folder)
-            except OSError:  # another process was first
-                assert folder.exists()
-            Path(scratch).mkdir(exist_ok=True)
-        return folder
-
-    def _sources(self) -> list[Path]:
-        """What the phase may include: all but the folders of other phases and the CPU's."""
-        cuda, phase = CSRC / "cuda", CSRC / "cuda" / self.arch / self.name
-        shared = [CSRC / "core", cuda, cuda / "common", cuda / self.arch]
-        paths = [path for folder in shared for path in folder.glob("*.*h")]
-        return sorted([*paths, *phase.glob("*.*h"), *phase.rglob("*.cu")])
-
-    def _compile(self, folder: Path) -> None:
-        csrc = CSRC
-        if self._replace:
-            csrc = folder / "csrc"
-            shutil.copytree(CSRC, csrc)
-            for name, old, new in self._replace:
-                cuda = csrc / "cuda"
-                own = [cuda / self.arch / self.name, cuda / self.arch, cuda / "common"]
-                path = next(place / name for place in own if (place / name).exists())
-                text = path.read_text()
-                assert old in text, f"{name} has no {old!r}"
-                path.write_text(text.replace(old, new))
-        source = csrc / "cuda" / self.arch / self.name
-        nvcc = toolkit().nvcc
-
-        def unit(stem: str) -> None:
-            kept = folder / stem
-            kept.mkdir()
-            _run(
-                nvcc, "-std=c++17", "-lineinfo", "-Xcompiler", "-fPIC", "-gencode",
-                f"arch={self.virtual},code={self.virtual}", "--keep", "--keep-dir", kept,
-                "-c", source / self.units[stem], "-o", folder / f"{stem}.o",
-            )  # fmt: skip
-            shutil.move(kept / f"{stem}.ptx", folder / f"{stem}.ptx")
-            shutil.rmtree(kept)
-
+    def _build(self) -> tuple[Path, dict[str, Path]]:
+        """The library, and the PTX of each unit."""
+        root = source_tree(self._below_csrc(*change) for change in self._replace)
+        folder = root / "cuda" / self.arch / self.name
         with ThreadPoolExecutor(2) as pool:
-            list(pool.map(unit, self.units))
-        _run(
-            "c++", "-std=c++17", "-O1", "-fPIC", "-shared", f"-I{toolkit().include}",
-            f'-DGQA_LAUNCH_HEADER="{source / "launch.h"}"', f"-DGQA_ARCH={self.arch}",
+            built = pool.map(lambda x: kernel_unit(folder / x, self.virtual), self.units.values())
+            units = dict(zip(self.units, built, strict=True))
+        include = f"-I{toolkit().include}"
+        entry = host_unit(
+            HERE / "phase_entry.cpp", "-std=c++17", "-fPIC", include,
+            f'-DGQA_LAUNCH_HEADER="{folder / "launch.h"}"', f"-DGQA_ARCH={self.arch}",
             f"-DGQA_PHASE={self.name}", f"-DGQA_PARAMS={self.params.__name__}",
-            Path(__file__).parent / "recorder.cpp",
-            *(folder / f"{stem}.o" for stem in self.units), "-o", folder / "library.so",
+            reads=[folder / "launch.h"],
         )  # fmt: skip
+        runtime = host_unit(HERE / "fake_cuda.cpp", "-std=c++17", "-O1", "-fPIC", include)
+        library = link("phase.so", [entry, runtime, *(unit.object for unit in units.values())])
+        return library, {stem: unit.ptx for stem, unit in units.items()}
 
-    def _load(self, folder: Path) -> ctypes.CDLL:
-        library = ctypes.CDLL(str(folder / "library.so"), mode=os.RTLD_LAZY)
+    def _below_csrc(self, name: str, old: str, new: str) -> Replacement:
+        """A replacement in the nearest file of that name."""
+        cuda = CSRC / "cuda"
+        own = [cuda / self.arch / self.name, cuda / self.arch, cuda / "common"]
+        path = next(place / name for place in own if (place / name).exists())
+        return Replacement(path.relative_to(CSRC).as_posix(), old, new)
+
+    def _load(self, path: Path, ptx: dict[str, Path]) -> ctypes.CDLL:
+        library = ctypes.CDLL(str(path), mode=os.RTLD_LAZY)
         library.gqa_sizeof_params.restype = ctypes.c_size_t
         library.gqa_workspace_bytes.restype = ctypes.c_size_t
         assert library.gqa_sizeof_params() == ctypes.sizeof(self.params)
-        for stem in self.units:
-            module = ptxsim.Module((folder / f"{stem}.ptx").read_text(), stem)
+        for stem, listing in ptx.items():
+            module = ptxsim.Module(listing.read_text(), stem)
             self._modules |= dict.fromkeys(module.kernels(), module)
         return library
 
@@ -278,11 +237,15 @@ class Phase:
         self._library.gqa_unsupported(ctypes.byref(call.params), reason, len(reason))
         return reason.value.decode()
 
-    def run(self, call: Call, num_sms: int = 4, procs: int = 1, **options) -> Result:
+    def run(
+        self, call: Call, num_sms: int = 4, procs: int = 1, fail: tuple[str, int] | None = None,
+        **options,
+    ) -> Result:  # fmt: skip
         """Run the call; its outputs are updated.
 
         Args:
             num_sms: of the device that the host code is told of.
+            fail: ``(kind, error)``: calls of the runtime of that kind fail with that number.
             procs, options: of the emulator's ``launch`` (``seed``, ``check``, ...).
 
         Raises:
@@ -293,30 +256,35 @@ class Phase:
         size = self._library.gqa_workspace_bytes(ctypes.byref(call.params), num_sms)
         workspace = torch.full((max(size, 1) + 256,), 255, dtype=torch.uint8)
         workspace = workspace[-workspace.data_ptr() % 256 :][:size]
-        memory = _Memory([*call.tensors.values(), workspace])
+        memory = Memory([*call.tensors.values(), workspace])
         errors: list[BaseException] = []
 
-        def launch(kernel, shape, shared_bytes, cluster, arguments) -> int:
-            name = kernel.decode()
+        def execute(event: FakeEvent) -> int:
+            if fail is not None and event.kind.decode() == fail[0]:
+                return fail[1]
+            if event.kind != b"launch":
+                return 0
             try:
+                name = event.name.decode()
                 module = self._modules[name]
                 report = module.launch(
-                    name, tuple(shape[:3]), tuple(shape[3:6]),
-                    memory.arguments(module.code(name).entry.params, arguments),
-                    smem_bytes=shared_bytes, cluster=tuple(cluster[:3]), procs=procs,
+                    name, tuple(event.grid), tuple(event.block),
+                    memory.arguments(module.code(name).entry.params, event.arguments),
+                    smem_bytes=event.shared_bytes, cluster=tuple(event.cluster), procs=procs,
                     timeout=400, **options,
                 )  # fmt: skip
                 assert not report.warnings, report.warnings
                 result.reports.append(report)
-                result.launches.append((report.kernel, tuple(shape[:3]), shared_bytes))
+                result.launches.append((report.kernel, tuple(event.grid), event.shared_bytes))
             except BaseException as error:
                 errors.append(error)
-                return 1
+                return LAUNCH_FAILURE
             return 0
 
-        hook = _HOOK(launch)
+        hook = HOOK(lambda event: execute(event.contents))
         error = ctypes.create_string_buffer(2000)
-        self._library.gqa_set_hook(hook, self.capability)
+        self._library.gqa_set_hook(hook)
+        self._library.gqa_set_device(0, self.capability, num_sms, 227 * 1024)
         failed = self._library.gqa_run(
             ctypes.byref(call.params), POINTER(workspace.data_ptr()), num_sms, error, len(error)
         )
@@ -327,22 +295,20 @@ class Phase:
         return result
 
 
-_HOOK: Callable = ctypes.CFUNCTYPE(
-    ctypes.c_int, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint), ctypes.c_size_t,
-    ctypes.POINTER(ctypes.c_uint), ctypes.POINTER(ctypes.c_void_p),
-)  # fmt: skip
-
-
-class _Memory:
+class Memory:
     """CPU tensors as the emulator's device memory: addresses found in arguments become arrays."""
 
     def __init__(self, tensors: list[Tensor]) -> None:
-        self._spans = {}
+        self._spans: dict[int, np.ndarray] = {}
         for x in tensors:
             storage = x.untyped_storage()
             if storage.nbytes():
-                raw = (ctypes.c_uint8 * storage.nbytes()).from_address(storage.data_ptr())
-                self._spans[storage.data_ptr()] = np.ctypeslib.as_array(raw)
+                self.add(storage.data_ptr(), storage.nbytes())
+
+    def add(self, address: int, size: int) -> None:
+        """Bytes from an address on, which must stay valid."""
+        raw = (ctypes.c_uint8 * size).from_address(address)
+        self._spans[address] = np.ctypeslib.as_array(raw)
 
     def at(self, address: int) -> np.ndarray | None:
         """The bytes from ``address`` to the end of its tensor's memory."""
@@ -408,8 +374,3 @@ def check(inputs: AttentionCall, result: Result) -> None:
 def compiled(arch: str, name: str, *units: str) -> Phase:
     """A phase that tests share."""
     return Phase(arch, name, units or None)
-
-
-def _run(*command) -> None:
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
-    assert done.returncode == 0, f"{command[0]} failed:\n{done.stderr[-4000:]}"

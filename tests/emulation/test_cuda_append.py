@@ -16,8 +16,12 @@ from tests.backends.test_cpu_cache import after, assert_same, random_append
 from tests.cache.test_append import FORMATS, rotary_table
 from tests.cases.appends import CASES, ROTARY, SHAPES, appends, assert_same_memory, bits
 from tests.cases.caches import Kind
+from tests.emulation.compiled_units import unavailable_reason
 from tests.emulation.cuda_append import append_phase, emulated_append, make_append_call
-from tests.emulation.cuda_harness import Phase, Result, unavailable_reason
+from tests.emulation.cuda_harness import (
+    Phase,
+    Result,
+)
 from tools.ptxsim import PtxError
 
 pytestmark = pytest.mark.skipif(unavailable_reason() is not None, reason=str(unavailable_reason()))

@@ -15,6 +15,7 @@ from gqa_kernels.testing import assert_gradients_close, make_inputs
 from tests.cases.attention import PREFILL_CASES, Case
 from tools.ptxsim import PtxError
 
+from .compiled_units import unavailable_reason
 from .cuda_backward import (
     Differentiated,
     Packed,
@@ -24,7 +25,9 @@ from .cuda_backward import (
     make_backward_call,
     phase_for,
 )  # fmt: skip
-from .cuda_harness import Phase, unavailable_reason
+from .cuda_harness import (
+    Phase,
+)
 from .cuda_params import DTYPES
 from .test_cuda_prefill_sm80 import NEVER, SMALL
 

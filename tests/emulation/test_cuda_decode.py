@@ -12,6 +12,7 @@ from gqa_kernels.attention import attention_call
 from gqa_kernels.call.attention import AttentionCall
 from gqa_kernels.testing import make_inputs
 from tests.cases.attention import DECODE_CASES
+from tests.emulation.compiled_units import unavailable_reason
 from tests.emulation.cuda_harness import (
     Call,
     Phase,
@@ -19,7 +20,6 @@ from tests.emulation.cuda_harness import (
     compiled,
     emulate,
     make_call,
-    unavailable_reason,
 )
 from tools.ptxsim import PtxError
 

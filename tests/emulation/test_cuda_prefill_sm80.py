@@ -13,7 +13,15 @@ from gqa_kernels.testing import make_inputs
 from tests.cases.attention import INTERLEAVED, PREFILL_CASES, UNEVEN, WITH_EMPTY, Case
 from tools.ptxsim import PtxError
 
-from .cuda_harness import Phase, Result, check, compiled, emulate, make_call, unavailable_reason
+from .compiled_units import unavailable_reason
+from .cuda_harness import (
+    Phase,
+    Result,
+    check,
+    compiled,
+    emulate,
+    make_call,
+)
 
 pytestmark = pytest.mark.skipif(
     unavailable_reason() is not None, reason=unavailable_reason() or "emulator present"

@@ -18,6 +18,7 @@ from gqa_kernels.testing import make_inputs
 from tests.cases.attention import PREFILL_CASES, WITH_EMPTY, Case
 from tools.ptxsim import PtxError
 
+from .compiled_units import unavailable_reason
 from .cuda_harness import (
     CSRC,
     Phase,
@@ -27,7 +28,6 @@ from .cuda_harness import (
     emulate,
     make_call,
     toolkit,
-    unavailable_reason,
 )
 
 pytestmark = pytest.mark.skipif(

@@ -18,8 +18,13 @@ from gqa_kernels.testing import assert_cache_close
 from tests.cases.caches import Kind, empty_cache, fill, hide_unused_pages
 from tools.ptxsim import PtxError
 
+from .compiled_units import unavailable_reason
 from .cuda_cache import make_cache_call
-from .cuda_harness import Phase, Result, compiled, unavailable_reason
+from .cuda_harness import (
+    Phase,
+    Result,
+    compiled,
+)
 
 pytestmark = pytest.mark.skipif(unavailable_reason() is not None, reason=str(unavailable_reason()))
 

@@ -12,10 +12,11 @@ from torch import Tensor
 from ...cache.tensors import DTYPES
 from ...call.append import AppendCall
 from ...call.attention import AttentionCall
+from ...call.keep import KeepCall
 from ...native.autograd import autocast_dtype
-from ...native.schema import APPEND
+from ...native.schema import APPEND, KEEP
 from ..base import ALL_CACHES, ALL_OPTIONS, Backend, Capabilities
-from .cache import append_op, reference_cache_attention
+from .cache import append_op, keep_op, reference_cache_attention
 from .formula import reference_attention
 
 
@@ -49,3 +50,6 @@ class ReferenceBackend(Backend):
         call.check()
         rotated = append_op(*APPEND.arguments_of(call))
         return call.q if call.rotated_q is None else rotated
+
+    def keep(self, call: KeepCall) -> None:
+        keep_op(*KEEP.arguments_of(call))

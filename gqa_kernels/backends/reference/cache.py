@@ -1,6 +1,6 @@
 """The reference over a KV view: gather the keys and values, dequantise them, then attend eagerly.
 
-This is the definition of attention over caches and of the append for every other backend.
+This is the definition of attention over caches, of the append and of keep for every other backend.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from ...cache.formats import dequantize, quantize, row_scales
 from ...cache.view import KVView, is_dynamic
 from ...call.append import AppendCall
 from ...call.attention import AttentionCall
+from ...call.keep import KeepCall
+from ...call.rotary import rotate
 from ...native import schema
 from .formula import reference_attention, visibility
 
@@ -72,7 +74,7 @@ def gather(view: KVView) -> tuple[Tensor, Tensor, Tensor]:
         quantised, and which keys have a page out of range, bool ``[B, Hk, capacity]``.
     """
     j = torch.arange(view.capacity, device=view.device)
-    page, slot, unreadable = _places(view, j.expand(view.batch, view.capacity))
+    page, slot, unreadable = _places(view, j.expand(view.batch, 1, view.capacity))
     in_use = j < _lengths(view)[..., None]
     unreadable = unreadable & in_use
     usable = in_use & ~unreadable
@@ -102,17 +104,17 @@ def _lengths(view: KVView) -> Tensor:
 
 
 def _places(view: KVView, j: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(page, slot in it, page is out of range) of keys ``j [B, n]``, each ``[B, Hk, n]``."""
+    """(page, slot in it, page is out of range) of keys ``j [B, 1 or Hk, n]``, each
+    ``[B, Hk, n]``."""
     if view.kv_begin is not None:
-        j = j + view.kv_begin.long()[:, None]
+        j = j + view.kv_begin.long()[:, None, None]
+    j = j.expand(-1, view.num_k_heads, -1)
     entry = (j // view.page_size).clamp(0, view.max_pages - 1)
-    j = j[:, None].expand(-1, view.num_k_heads, -1)
     if view.page_table is None:
         # Packed sequences share one row of storage.
         row = torch.arange(view.batch, device=view.device).clamp(max=view.num_pages - 1)
         page = row[:, None, None].expand_as(j)
     else:
-        entry = entry[:, None].expand_as(j)
         page = view.page_table.long().gather(2, entry)
     outside = (page < 0) | (page >= view.num_pages)
     return torch.where(outside, 0, page), j % view.page_size, outside
@@ -187,26 +189,43 @@ def reference_append(call: AppendCall) -> Tensor | None:
     return q
 
 
-def rotate(x: Tensor, position: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """Rotary embedding (RoFormer, arXiv 2104.09864) of the first ``R`` columns, in fp32, rounded to
-    x's dtype.
+@torch.library.custom_op(
+    "gqa_kernels::reference_cache_keep", mutates_args=schema.WRITTEN, schema=schema.KEEP.text
+)
+def keep_op(*arguments: object) -> None:
+    """:func:`reference_keep` as one op."""
+    reference_keep(KeepCall.of_arguments(schema.KEEP.Arguments(*arguments)))
 
-    Args:
-        x: ``[..., H, D]``.
-        position: ``[..., H]`` or ``[..., 1]``; beyond the table its last row is taken.
-        cos, sin: ``[max_position, R / 2]``.
-    """
-    position = position.clamp(0, cos.shape[0] - 1)
-    cos, sin = cos[position].float(), sin[position].float()
-    half = cos.shape[-1]
-    turned, rest = x[..., : 2 * half].float(), x[..., 2 * half :]
-    if interleaved:
-        a, b = turned[..., 0::2], turned[..., 1::2]
-        turned = torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
-    else:
-        a, b = turned[..., :half], turned[..., half:]
-        turned = torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
-    return torch.cat([turned.to(x.dtype), rest], -1)
+
+keep_op.register_fake(schema.fake_keep)
+
+
+def reference_keep(call: KeepCall) -> None:
+    """Move the kept keys of the view's memory to the front."""
+    view, source = call.kv, call.indices.long()
+    target = torch.arange(source.shape[2], device=view.device)[None, None]
+    length = _lengths(view)[..., None]
+    counts = torch.minimum(call.counts.long()[..., None], length)
+    moves = (target < counts) & (source >= 0) & (source < length)
+    from_page, from_slot, unreadable = _places(view, source.clamp(min=0))
+    to_page, to_slot, unwritable = _places(view, target.expand(view.batch, 1, -1))
+    moves &= ~unreadable & ~unwritable
+    for side, heads in (("k", view.num_k_heads), ("v", view.num_v_heads)):
+        # Value heads that are not as many as the key heads share the pages and lengths of all.
+        shared = slice(None) if heads == view.num_k_heads else slice(1)
+        chosen = moves[:, shared].expand(-1, heads, -1)
+        head = torch.arange(heads, device=view.device)[:, None].expand_as(chosen)[chosen]
+        page, slot, new_page, new_slot = (
+            place[:, shared].expand_as(chosen)[chosen]
+            for place in (from_page, from_slot, to_page, to_slot)
+        )
+        for part in ("", "_scale", "_zero"):
+            x = getattr(view, side + part)
+            if x is None or (part and not is_dynamic(x)):
+                continue
+            x = x[..., None] if part else x
+            raw = x.view(torch.uint8) if x.element_size() == 1 else x
+            _put(x, new_page, head, new_slot, raw[page, head, slot].view(x.dtype))
 
 
 def _store(view: KVView, side: str, rows: Tensor, sequence: Tensor, position: Tensor) -> None:

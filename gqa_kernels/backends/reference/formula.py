@@ -59,22 +59,34 @@ def scores_and_values(
     """The parts of attention before its softmax; arguments as :func:`reference_attention` has them.
 
     Returns:
-        s ``[B, Hq, Sq, Sk + 1]``: biased and masked scores, the last column the sinks, -inf where
-        there is none. v ``[B, Hq, Sk, Dv]``: V expanded, in ``matmul_dtype``. invalid
-        ``[Hq, 1, 1]``: whose map entry is out of range.
+        s ``[B, Hq, Sq, Sk + 1]``, as :func:`scores` has it. v ``[B, Hq, Sk, Dv]``: V expanded, in
+        ``matmul_dtype``. invalid ``[Hq, 1, 1]``: whose map entry is out of range.
     """
-    dtype = torch.float64 if call.dtype == torch.float64 else torch.float32  # scores, softmax
-    matmul_dtype = matmul_dtype or dtype
+    matmul_dtype = matmul_dtype or _wide(call)
     k_index, k_valid = _clamped(call.head_map_tensor, call.num_k_heads)
     value_map = call.value_head_map_tensor
     v_index, v_valid = k_index, k_valid
     if value_map is not None:
         v_index, v_valid = _clamped(value_map, call.num_v_heads)
-    # Converted before they are expanded, so that gradients of a group are summed in that type.
-    k, v = call.k.to(matmul_dtype)[:, k_index], call.v.to(matmul_dtype)[:, v_index]
-    in_range, visible = visibility(call, k_index)
+    v = call.v.to(matmul_dtype)[:, v_index]
+    v = v.masked_fill(~visibility(call, k_index)[0], 0)  # as in K
+    return scores(call, matmul_dtype, base2), v, ~(k_valid & v_valid)[:, None, None]
+
+
+def scores(
+    call: AttentionCall, matmul_dtype: torch.dtype | None = None, base2: bool = False,
+    behind: int = 0,
+) -> Tensor:  # fmt: skip
+    """Biased and masked scores ``[B, Hq, Sq, Sk + 1]``, the last column the sinks, -inf where there
+    is none; arguments as :func:`reference_attention` has them. ``behind``: queries of the sequence
+    that come after these."""
+    dtype = _wide(call)  # of scores and softmax
+    matmul_dtype = matmul_dtype or dtype
+    k_index, _ = _clamped(call.head_map_tensor, call.num_k_heads)
+    # Converted before it is expanded, so that gradients of a group are summed in that type.
+    k = call.k.to(matmul_dtype)[:, k_index]
+    in_range, visible = visibility(call, k_index, behind)
     k = k.masked_fill(~in_range, 0)  # unused cache slots may hold NaN, and 0 * NaN is NaN
-    v = v.masked_fill(~in_range, 0)
 
     q, scale = call.q.to(matmul_dtype), call.scale
     if base2:
@@ -83,7 +95,7 @@ def scores_and_values(
     if call.options.softcap:
         s = call.options.softcap * torch.tanh(s / call.options.softcap)
     if call.alibi_slopes is not None:
-        s = s - call.alibi_slopes[..., None, None] * _distance(call, k_index).abs()
+        s = s - call.alibi_slopes[..., None, None] * _distance(call, k_index, behind).abs()
     if call.attn_mask is not None and call.attn_mask.dtype != torch.bool:
         s = s + call.attn_mask
     s = s.masked_fill(~visible, -math.inf)
@@ -93,8 +105,12 @@ def scores_and_values(
     if call.sinks is not None:
         sees_key = visible.any(-1, keepdim=True).expand_as(sink)
         sink = torch.where(sees_key, call.sinks[:, None, None].to(dtype), sink)
-    invalid = ~(k_valid & v_valid)[:, None, None]
-    return torch.cat([s, sink], dim=-1), v, invalid
+    return torch.cat([s, sink], dim=-1)
+
+
+def _wide(call: AttentionCall) -> torch.dtype:
+    """The type of scores and softmax."""
+    return torch.float64 if call.dtype == torch.float64 else torch.float32
 
 
 def _clamped(head_map: Tensor, num_kv_heads: int) -> tuple[Tensor, Tensor]:
@@ -112,19 +128,19 @@ def _lengths(call: AttentionCall, k_index: Tensor) -> Tensor | int:
     return call.kv.kv_lengths[:, k_index].clamp(0, call.kv_len)[..., None, None].long()
 
 
-def _distance(call: AttentionCall, k_index: Tensor) -> Tensor:
+def _distance(call: AttentionCall, k_index: Tensor, behind: int) -> Tensor:
     """Key position minus query position, queries aligned to the last key: ``[.., Sq, Sk]``."""
     i = torch.arange(call.q_len, device=call.device)[:, None]
     j = torch.arange(call.kv_len, device=call.device)
-    return j - (i + _lengths(call, k_index) - call.q_len)
+    return j - (i + _lengths(call, k_index) - call.q_len - behind)
 
 
-def visibility(call: AttentionCall, k_index: Tensor) -> tuple[Tensor, Tensor]:
+def visibility(call: AttentionCall, k_index: Tensor, behind: int = 0) -> tuple[Tensor, Tensor]:
     """Which key slots are in use (broadcastable to ``[B, Hq, Sk, D]``) and which keys each query
     sees (``[B, Hq, Sq, Sk]``)."""
     j = torch.arange(call.kv_len, device=call.device)
     in_range = j < _lengths(call, k_index)
-    distance = _distance(call, k_index)
+    distance = _distance(call, k_index, behind)
     visible = in_range.expand(call.batch, call.num_heads, call.q_len, call.kv_len)
     if call.options.window_left != UNBOUNDED:
         visible = visible & (distance >= -call.options.window_left)

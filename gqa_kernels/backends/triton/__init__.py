@@ -13,6 +13,7 @@
     common.py       the formula: scores, masking, online softmax
     kv.py           where keys and values lie: dense or paged, and what stored numbers mean
     append.py       kernel that writes new tokens into a cache, rotated and quantised
+    keep.py         kernel that moves the keys that a cache keeps to the front
     cache_launch.py tensors of an append -> its launch
     interpreter.py  corrects the interpreter's bf16
 
@@ -28,9 +29,10 @@ from torch import Tensor
 
 from ...call.append import AppendCall
 from ...call.attention import AttentionCall
+from ...call.keep import KeepCall
 from ...native import env
 from ...native.flops import enter_formulas
-from ...native.schema import APPEND, FORWARD
+from ...native.schema import APPEND, FORWARD, KEEP
 from ..base import ALL_CACHES, FUSED_OPTIONS, Backend, Call, Capabilities
 from .plan import plan_for
 
@@ -83,3 +85,8 @@ class TritonBackend(Backend):
         call.check()
         rotated = triton_cache_append(*APPEND.arguments_of(call))
         return call.q if call.rotated_q is None else rotated
+
+    def keep(self, call: KeepCall) -> None:
+        from .ops import triton_cache_keep
+
+        triton_cache_keep(*KEEP.arguments_of(call))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...call.append import AppendCall
+from ...call.keep import KeepCall
 from ...native import autograd, env, flops, schema
 from .configs import device_facts
 
@@ -20,6 +21,7 @@ if env.triton_interpreter():
 from .launch.append import append_launch
 from .launch.backward import BackwardCall, run_backward, sinks_gradient
 from .launch.forward import CacheCall, ForwardCall, forward_launches
+from .launch.keep import keep_launch
 
 FORWARD, BACKWARD = schema.forward("plan"), schema.backward("plan")
 
@@ -76,6 +78,18 @@ def triton_cache_append(*arguments: Any, **named: Any) -> Tensor:
     return call.k_new.new_empty(0) if rotated is None else rotated
 
 
+@torch.library.custom_op(
+    "gqa_kernels::triton_cache_keep", mutates_args=schema.WRITTEN, schema=schema.KEEP.text
+)
+def triton_cache_keep(*arguments: Any, **named: Any) -> None:
+    """See :data:`gqa_kernels.native.schema.KEEP`."""
+    call = KeepCall.of_arguments(schema.KEEP.Arguments(*arguments, **named))
+    with torch.cuda.device_of(call.kv.k):
+        launch = keep_launch(call)
+        if launch is not None:
+            launch.run()
+
+
 def _forward_call(call: Any, out: Tensor, lse: Tensor) -> ForwardCall:
     """What the kernels take, from the arguments of either op."""
     given, q, k, v = call._asdict(), call.q, call.k, call.v
@@ -106,6 +120,7 @@ for _op, _fake in (
     (triton_attention_forward, schema.fake_forward(FORWARD)),
     (triton_attention_backward, schema.fake_backward(BACKWARD)),
     (triton_cache_append, schema.fake_append),
+    (triton_cache_keep, schema.fake_keep),
 ):
     _op.register_fake(_fake)
 autograd.register(

@@ -1,0 +1,62 @@
+"""What attention can return besides its output."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ..native.arguments import as_bool, as_int, shown
+
+
+class AuxRequest(NamedTuple):
+    """Further outputs of attention, as ``return_aux`` takes them; after torch's own class
+    (``torch.nn.attention.flex_attention.AuxRequest``), which is accepted too.
+
+    Attributes:
+        lse: the log-sum-exp of the scores.
+        max_scores: the largest score per (sequence, query head): what QK-clip looks at.
+        key_scores: a number ``w`` of queries, 0 for none: the attention that each key gets from the
+            last ``w`` queries: what H2O, SnapKV and TOVA evict by.
+    """
+
+    lse: bool = False
+    max_scores: bool = False
+    key_scores: int = 0
+
+
+class AuxOutput(NamedTuple):
+    """The outputs that an :class:`AuxRequest` asked for; None for the others.
+
+    Attributes:
+        lse: fp32 ``[B, Hq, Sq]`` (``[Hq, total_q]`` for packed queries).
+        max_scores: fp32 ``[B, Hq]``, -inf if a head sees no key. Scores are scaled, capped and
+            biased; sinks don't count.
+        key_scores: fp32 ``[B, Hk, Sk]`` (the capacity for a cache): the sum of the probabilities
+            that the last ``w`` queries of the KV head's query heads give to a key, before dropout.
+            0 beyond the length.
+    """
+
+    lse: Tensor | None = None
+    max_scores: Tensor | None = None
+    key_scores: Tensor | None = None
+
+
+def as_aux_request(request: object, return_lse: bool) -> AuxRequest:
+    """Check ``return_aux``, beside ``return_lse``.
+
+    Raises:
+        TypeError, ValueError: the message names the field.
+    """
+    if not isinstance(request, tuple) or not hasattr(request, "max_scores"):
+        raise TypeError(f"return_aux must be an AuxRequest or None, got {shown(request)}")
+    if return_lse:
+        raise ValueError("return_lse must be False with return_aux: AuxRequest(lse=True) has it")
+    queries = as_int("return_aux.key_scores", getattr(request, "key_scores", 0))
+    if queries < 0:
+        raise ValueError(f"return_aux.key_scores must be non-negative, got {queries}")
+    return AuxRequest(
+        as_bool("return_aux.lse", getattr(request, "lse", False)),
+        as_bool("return_aux.max_scores", request.max_scores),
+        queries,
+    )
