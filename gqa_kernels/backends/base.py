@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from ..call.keep import KeepCall
 
 Call = AttentionCall | AppendCall | KeepCall
 Runner = Callable[[AttentionCall], tuple[Tensor, Tensor]]
+
+Function = TypeVar("Function", bound=Callable[..., object])
 
 ALL_OPTIONS = frozenset(
     {
@@ -157,3 +160,9 @@ class Backend(ABC):
 
 def _listed(names: Iterable[str]) -> str:
     return ", ".join(sorted(names))
+
+
+def constant_while_compiling(function: Function) -> Function:
+    """``torch.compiler.assume_constant_result`` without its import of the whole compiler."""
+    function.__dict__["_dynamo_marked_constant"] = True
+    return function

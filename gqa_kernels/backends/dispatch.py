@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,13 +13,12 @@ from ..call.attention import AttentionCall
 from ..call.keep import KeepCall
 from ..native.arguments import check_choice
 from ..native.autograd import is_transformed_now
-from .base import Backend, Call, Runner
+from .base import Backend, Call, Runner, constant_while_compiling
 from .cpu import CPUBackend
 from .cuda import CUDABackend
+from .order import auto_order, is_decode
 from .reference import ReferenceBackend
 from .triton import TritonBackend
-
-Function = TypeVar("Function", bound=Callable[..., object])
 
 
 class Choice(NamedTuple):
@@ -39,14 +37,12 @@ BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (CPUBackend(), CUDABackend(), TritonBackend(), ReferenceBackend())
 }
-# Triton's interpreter on CPU tensors is for tests: only an explicit backend="triton" takes it.
-AUTO_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
-DEFAULT_ORDER = ("reference",)
 
 _failures: dict[str, str] = {}  # of backends that looked usable and could not be loaded
 _warned: set[str] = set()  # reasons why the reference was taken that the user knows of
-# Choices made so far. What decides is the kind of a call: its key holds no size but the head dims,
-# and no number's value. Only what can run is kept: it stays usable.
+# Choices made so far. What decides is the kind of a call: its key holds no size but the head dims
+# (and, on a GPU, whether the call is decode), and no number's value. Only what can run is kept: it
+# stays usable.
 _choices: dict[tuple, Choice] = {}
 
 
@@ -62,7 +58,7 @@ def available_backends() -> list[str]:
 
 def explain(call: Call) -> dict[str, list[str]]:
     """For every backend, in the order of ``auto``, why it can't run a call."""
-    order = AUTO_ORDER.get(call.device.type, DEFAULT_ORDER)
+    order = auto_order(call)
     order = (*order, *(name for name in BACKENDS if name not in order))
     reasons = {name: _reasons(BACKENDS[name], call) for name in order}
     for name, failure in _failures.items():
@@ -119,7 +115,7 @@ def _attention_key(call: AttentionCall, backend: str) -> tuple:
     q, k, v = call.q, call.kv.k, call.kv.v
     return (
         call.kind, call.options.kind, backend, type(q), q.dtype, k.dtype, q.size(3), v.size(3),
-        (q.is_cpu and k.is_cpu and v.is_cpu) or (q.device, k.device, v.device),
+        (q.is_cpu and k.is_cpu and v.is_cpu) or (q.device, k.device, v.device, is_decode(call)),
         call.requires_grad, call.lse_wanted, call.bshd,
     )  # fmt: skip
 
@@ -145,7 +141,7 @@ def _append_key(call: AppendCall, backend: str) -> tuple:
 def _choose(call: Call, backend: str) -> Backend:
     if backend == "auto":
         passed_over: list[tuple[str, list[str]]] = []
-        for name in AUTO_ORDER.get(call.device.type, DEFAULT_ORDER):
+        for name in auto_order(call):
             reasons = _reasons(BACKENDS[name], call)
             if not reasons:
                 failure = _prepare(name)
@@ -171,18 +167,12 @@ def _choose(call: Call, backend: str) -> Backend:
     return BACKENDS[backend]
 
 
-def _constant_while_compiling(function: Function) -> Function:
-    """``torch.compiler.assume_constant_result`` without its import of the whole compiler."""
-    function.__dict__["_dynamo_marked_constant"] = True
-    return function
-
-
-@_constant_while_compiling
+@constant_while_compiling
 def _unavailable(name: str) -> str | None:
     return BACKENDS[name].unavailable_reason()
 
 
-@_constant_while_compiling
+@constant_while_compiling
 def _prepare(name: str) -> str | None:
     """Load a backend's kernels. Returns None on success, else why it failed, which is a warning
     too: the backend looked usable."""

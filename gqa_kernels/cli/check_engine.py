@@ -1,20 +1,22 @@
 """``gqa-kernels check-engine``: does an engine write what transformers writes?
 
-For a machine with a GPU and the engine on it. Loads SmolLM2 twice: as it is, and with uneven,
-interleaved KV heads, another map in each layer (lossless: the same function). Runs both in the
-engine on our backend and in transformers on ``asym_gqa``, greedily and in fp32, and compares token
-by token. Exit status 0: all equal; 1: not; 2: it could not run.
+For a machine with the engine on it; vLLM runs on a CPU, too. Loads SmolLM2 twice: as it is, and
+with uneven, interleaved KV heads, another map in each layer (lossless: the same function). Runs
+both in the engine on our backend and in transformers on ``asym_gqa``, greedily and in fp32, and
+compares token by token. Exit status 0: all equal; 1: not; 2: it could not run.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from ..reporting.errors import UsageError
 from .arguments import count
 
 PROMPTS = (
@@ -23,23 +25,40 @@ PROMPTS = (
     "def fibonacci(n):\n",
     "Once upon a time there was a mapmaker who",
 )
+KV_MEMORY = 1 << 30  # bytes
 Tokens = list[list[int]]
 
 
 def vllm(folder: Path, converted: bool, prompts: Tokens, new_tokens: int) -> Tokens:
-    """Greedy continuations by vLLM."""
+    """Greedy continuations by vLLM.
+
+    Raises:
+        UsageError: vLLM chose another attention backend than ours.
+    """
     from ..integrations import vllm as integration
 
     integration.register()
+    # vLLM runs a function of ours, `attention_classes`, in its engine process.
+    os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
     from vllm import LLM, SamplingParams
 
     engine = LLM(
-        str(folder), dtype="float32", max_model_len=512, gpu_memory_utilization=0.4,
-        attention_backend=integration.BACKEND,
+        str(folder), dtype="float32", max_model_len=512,
+        attention_backend=integration.BACKEND, kv_cache_memory_bytes=KV_MEMORY,
     )  # fmt: skip
+    chosen = engine.apply_model(attention_classes)[0]
+    if chosen != ["AsymGQAImpl"]:
+        raise UsageError(f"vLLM must run AsymGQAImpl for {integration.BACKEND}, got {chosen}")
     sampling = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True)
     found = engine.generate([{"prompt_token_ids": ids} for ids in prompts], sampling)
     return [list(one.outputs[0].token_ids) for one in found]
+
+
+def attention_classes(model: torch.nn.Module) -> list[str]:
+    """Names of the classes that compute a vLLM model's attention."""
+    from vllm.model_executor.layers.attention import Attention
+
+    return sorted({type(x.impl).__name__ for x in model.modules() if isinstance(x, Attention)})
 
 
 def sglang(folder: Path, converted: bool, prompts: Tokens, new_tokens: int) -> Tokens:
@@ -67,7 +86,7 @@ ENGINES: dict[str, Callable[[Path, bool, Tokens, int], Tokens]] = {"vllm": vllm,
 def add(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "check-engine",
-        help="compare an engine's text with transformers', on a GPU",
+        help="compare an engine's text with transformers'",
         description="Prints for each model and prompt how many tokens are equal.",
     )
     parser.add_argument("engine", choices=ENGINES)

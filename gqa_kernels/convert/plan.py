@@ -21,10 +21,13 @@ from ..models.families import AttentionLayer, attention_layers, layer_weights
 from ..models.inputs import Batch
 from ..reporting.files import write_atomically
 from ..reporting.progress import track
+from .loss_plan import plan_by_loss
+from .losses import SIDES, losses_of
 from .selection import select_maps
+from .sensitivity import layer_weights_by
 
-FORMAT = "gqa-kernels plan 2"
-SIDES = ("k", "v")
+FORMAT = "gqa-kernels plan 3"
+LOSS = "loss"  # the kind that measures the loss of whole groups
 SIZES = ("free", "equal", "auto")
 
 
@@ -36,7 +39,8 @@ class LayerPlan:
         key, value: the partitions of the query heads.
         restore_norms: whether to scale merged heads.
         error: held-out error of the layer's attention output, None if not measured.
-        candidate: the rule that the maps come from: ``"free"``, ``"equal"`` or ``"neighbour"``.
+        candidate: the rule that the maps come from: ``"free"``, ``"equal"`` or ``"neighbour"``;
+            ``"free/equal"`` if K's and V's differ.
     """
 
     key: SearchResult
@@ -56,11 +60,15 @@ class Plan:
     """Maps for all layers of a model, and how they were found.
 
     Attributes:
-        kind: of similarity.
+        kind: what was minimised: ``"loss"``, the held-out error of the merged layer, or a kind of
+            similarity, the sum over pairs of heads of a group.
         merging: how to merge heads, a method of ``convert``.
         layers: one entry per attention layer.
-        curves: per layer ``{"k": {G: objective}, "v": ...}`` for every number of groups; the
-            least objectives up to 18 query heads, Ward's beyond.
+        curves: per layer ``{"k": {G: objective}, "v": ...}``. Of a similarity, the least objectives
+            for every number of groups up to 18 query heads, Ward's beyond.
+        weights: per layer, what a loss of 1 costs the model, in nats a token; of kind ``"loss"``.
+        predicted: the model's loss in nats a token by these weights, with the same total of KV
+            heads spent ``"by layer"`` and in ``"equal counts"``; of kind ``"loss"``.
         made_from: ``fingerprint(model, batches)`` of the model and the data it was made for; empty
             if unknown.
     """
@@ -70,6 +78,8 @@ class Plan:
     layers: tuple[LayerPlan, ...]
     curves: tuple[Mapping[str, Mapping[int, float]], ...] = ()
     made_from: Mapping[str, str] = field(default_factory=dict)
+    weights: tuple[float, ...] = ()
+    predicted: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def maps(self) -> list[tuple[HeadMap, HeadMap]]:
@@ -113,7 +123,15 @@ class Plan:
             {side: {int(g): cost for g, cost in curve.items()} for side, curve in layer.items()}
             for layer in data["curves"]
         )
-        return cls(data["kind"], data["merging"], layers, curves, dict(data["made_from"]))
+        return cls(
+            data["kind"],
+            data["merging"],
+            layers,
+            curves,
+            dict(data["made_from"]),
+            tuple(data["weights"]),
+            dict(data["predicted"]),
+        )
 
 
 def plan(
@@ -122,12 +140,13 @@ def plan(
     num_kv_heads: int | None = None,
     *,
     budget: int | None = None,
-    kind: str = "functional",
+    kind: str = LOSS,
     method: str = "exact",
-    sizes: str = "free",
+    sizes: str = "auto",
     shared: bool = False,
     merging: str = "low_rank",
     held_out: Iterable[Batch] | None = None,
+    weights: str = "kl",
     seed: int = 0,
     progress: bool = False,
 ) -> Plan:
@@ -139,25 +158,42 @@ def plan(
         num_kv_heads: K and V heads of each layer.
         budget: instead, K heads plus V heads over all layers, spent where they help most (with
             ``shared``, a KV head counts twice).
-        kind, method: of ``similarity`` and ``search``.
+        kind: ``"loss"`` minimises what merging does to each layer's output on ``held_out``
+            (:mod:`.loss_plan`). Kinds of ``similarity`` minimise a sum over pairs of heads, as
+            published methods do.
+        method: of ``search``, for kinds of similarity.
         sizes: ``"free"``, ``"equal"``, or ``"auto"``: whichever of the two (and of adjacent heads)
-            has the lower attention-output error on ``held_out``, layer by layer, with norms
-            restored or not.
+            has the lower attention-output error on ``held_out``, layer by layer. For kinds of
+            similarity norms are restored or not by the same error.
         shared: the same map for K and V.
         merging: of ``convert``.
-        held_out: batches, needed for ``"auto"``.
+        held_out: batches, needed for ``"loss"`` and ``"auto"``; not those of ``stats``.
+        weights: how losses of layers are weighed against each other when the budget is spent, of
+            ``sensitivity.WEIGHTS``; for kind ``"loss"``.
         seed: of searches that draw random numbers.
         progress: show a bar if standard error is a terminal.
 
     Raises:
-        ValueError: not just one of ``num_kv_heads`` and ``budget``, ``"auto"`` without batches, or
-            what ``search`` refuses.
+        ValueError: not just one of ``num_kv_heads`` and ``budget``, no ``held_out`` batches though
+            they are needed, or what ``search`` refuses.
+
+    Example::
+
+        stats = calibrate(model, texts[:48])
+        found = plan(model, stats, budget=64, held_out=texts[48:])
+        child = convert(model, found.maps, found.merging, moments=stats)
     """
     check_plan(
         model, num_kv_heads, budget=budget, kind=kind, method=method, sizes=sizes, merging=merging
     )
-    if sizes == "auto" and held_out is None:
-        raise ValueError("held_out batches must be given if sizes is 'auto', got None")
+    if held_out is None and (kind == LOSS or sizes == "auto"):
+        name = f"kind is {LOSS!r}" if kind == LOSS else "sizes is 'auto'"
+        raise ValueError(f"held_out batches must be given if {name}, got None")
+    if kind == LOSS:
+        return _plan_by_loss(
+            model, stats, held_out, num_kv_heads=num_kv_heads, budget=budget, sizes=sizes,
+            shared=shared, merging=merging, weights=weights, seed=seed, progress=progress,
+        )  # fmt: skip
     layers = attention_layers(model)
     sides = ("shared",) if shared else SIDES
     distances, curves = [], []
@@ -195,6 +231,32 @@ def plan(
     return Plan(kind, merging, chosen, costs)
 
 
+def _plan_by_loss(
+    model: nn.Module,
+    stats: Sequence[LayerStats] | None,
+    held_out: Iterable[Batch],
+    *,
+    merging: str,
+    weights: str,
+    seed: int,
+    progress: bool,
+    **options: Any,
+) -> Plan:
+    batches = list(held_out)
+    losses = losses_of(model, stats, batches, merging, seed=seed, progress=progress)
+    worth = layer_weights_by(weights, model, batches, losses, stats, seed=seed, progress=progress)
+    found = plan_by_loss(losses, worth, progress=progress, **options)
+    layers = tuple(
+        LayerPlan(*results, candidate, error=error)
+        for results, candidate, error in zip(
+            found.results, found.candidates, found.errors, strict=True
+        )
+    )
+    return Plan(
+        LOSS, merging, layers, found.curves, weights=found.weights, predicted=found.predicted
+    )
+
+
 def check_plan(
     model: nn.Module,
     num_kv_heads: int | None,
@@ -214,7 +276,10 @@ def check_plan(
         raise ValueError(
             f"one of num_kv_heads and budget must be given, got {num_kv_heads} and {budget}"
         )
-    check_kind(kind)
+    if kind != LOSS:
+        check_kind(kind)
+    elif method != "exact":
+        raise ValueError(f"method must be 'exact' if kind is {LOSS!r}, got {method!r}")
     check_method(method)
     check_merging(merging)
     if sizes not in SIZES:

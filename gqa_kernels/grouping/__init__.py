@@ -18,7 +18,7 @@ from .evaluation import layer_errors
 from .merging import MERGING, align_layer, merge_layer
 from .objective import objective
 from .result import SearchResult
-from .search import METHODS, search, search_curve, search_groups
+from .search import METHODS, search, search_curve, search_groups, search_groups_curve
 from .similarity import Dissimilarity, similarity
 
 __all__ = [
@@ -37,5 +37,6 @@ __all__ = [
     "search",
     "search_curve",
     "search_groups",
+    "search_groups_curve",
     "similarity",
 ]

@@ -30,10 +30,12 @@ class SharedHead(NamedTuple):
     Attributes:
         rows: ``[D, d (+ 1)]`` of the shared head ``m``.
         decoders: ``{old KV head: [D, D]}``: its readers now read ``decoders[old] m``.
+        encoders: ``{old KV head: [D, D]}``: ``m`` is the sum of ``encoders[old]`` times it.
     """
 
     rows: Tensor
     decoders: dict[int, Tensor]
+    encoders: dict[int, Tensor]
 
 
 def shared_head(space: HeadSpace, query_heads: Sequence[int]) -> SharedHead:
@@ -41,15 +43,15 @@ def shared_head(space: HeadSpace, query_heads: Sequence[int]) -> SharedHead:
     old, metric = _readers(space, query_heads)
     D = space.symmetry.dim
     rows = space.rows[old]
-    merged = torch.zeros_like(rows[0])
     decoders = torch.zeros(len(old), D, D, dtype=rows.dtype)
+    encoders = torch.zeros_like(decoders)
     for dims in space.symmetry.sets:
         roots, inverses = _roots(metric, dims)
         vectors = _components(space, old, roots, dims)
         decoder, encoder = inverses @ vectors, vectors.transpose(1, 2) @ roots  # [n, r, r] each
         # m and its decoders are free up to a change of basis: scale the decoders to one
         scale = _symmetric_power((decoder.transpose(1, 2) @ decoder).mean(0), 0.5)
-        merged[dims] = torch.einsum("nab,nbd->ad", scale @ encoder, rows[:, dims])
+        encoders[:, dims[:, None], dims] = scale @ encoder
         decoders[:, dims[:, None], dims] = decoder @ torch.linalg.inv(scale)
     planes = space.symmetry.planes
     if len(planes):
@@ -59,12 +61,12 @@ def shared_head(space: HeadSpace, query_heads: Sequence[int]) -> SharedHead:
         decoder, encoder = vectors / roots, vectors.conj() * roots  # [n, P] each
         scale = decoder.abs().square().mean(0).sqrt()
         a, b = planes.T
-        z = (scale * encoder)[..., None] * torch.complex(rows[:, a], rows[:, b])
-        merged[a], merged[b] = z.sum(0).real, z.sum(0).imag
-        decoder = decoder / scale
-        decoders[:, a, a] = decoders[:, b, b] = decoder.real
-        decoders[:, b, a], decoders[:, a, b] = decoder.imag, -decoder.imag
-    return SharedHead(merged, dict(zip(old, decoders, strict=True)))
+        for matrices, factor in ((encoders, scale * encoder), (decoders, decoder / scale)):
+            matrices[:, a, a] = matrices[:, b, b] = factor.real
+            matrices[:, b, a], matrices[:, a, b] = factor.imag, -factor.imag
+    merged = torch.einsum("nab,nbd->ad", encoders, rows)
+    by_head = (dict(zip(old, each, strict=True)) for each in (decoders, encoders))
+    return SharedHead(merged, *by_head)
 
 
 class GroupLosses:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -52,10 +52,13 @@ class Merged(NamedTuple):
         rows: ``[D, d (+ 1)]``.
         decoders: ``[n, D, D]``: readers of old head ``i`` read ``decoders[i]`` times the new head;
             None for the new head itself.
+        encoders: ``[n, D, D]``: the new head is the sum of ``encoders[i]`` times old head ``i``;
+            None if it is no function of the old heads.
     """
 
     rows: Tensor
     decoders: Tensor | None = None
+    encoders: Tensor | None = None
 
 
 def keep(group: Group) -> Merged:
@@ -65,17 +68,17 @@ def keep(group: Group) -> Merged:
             "maps must keep heads that differ apart with merging='none', got query heads "
             f"{list(group.query_heads)} of old KV heads {sorted(group.heads)} in one group"
         )
-    return Merged(group.rows[0])
+    return _chosen(group, 0)
 
 
 def mean(group: Group) -> Merged:
     """Mean over the group's query heads (GQA, arXiv 2305.13245, section 2.1)."""
-    return Merged(_average(group.rows, group.counts))
+    return _averaged(group, group.counts)
 
 
 def first(group: Group) -> Merged:
     """The old head of the group's first query head (GQA, same section)."""
-    return Merged(group.rows[0])
+    return _chosen(group, 0)
 
 
 def random(group: Group) -> Merged:
@@ -91,7 +94,7 @@ def medoid(group: Group) -> Merged:
     cross = group.space.cross[group.heads][:, group.heads]
     energy = group.space.energy[group.heads]
     squared = energy[:, None] + energy - 2 * torch.einsum("ijaa->ij", cross)
-    return Merged(group.rows[int((squared @ group.counts).argmin())])
+    return _chosen(group, int((squared @ group.counts).argmin()))
 
 
 def weighted(group: Group) -> Merged:
@@ -105,13 +108,15 @@ def weighted(group: Group) -> Merged:
     shares = torch.zeros(len(group.heads), dtype=group.rows.dtype)
     for h in group.query_heads:
         shares[group.heads.index(group.space.head_map[h])] += strength[h]
-    return Merged(_average(group.rows, shares))
+    return _averaged(group, shares)
 
 
 def aligned(group: Group) -> Merged:
     """Mean of the heads turned onto each other (:mod:`.alignment`)."""
     R = rotations(group.space, group.heads, group.counts)
-    return Merged(_average(R @ group.rows, group.counts), R.transpose(1, 2))
+    shares = group.counts / group.counts.sum()
+    encoders = shares[:, None, None] * R
+    return Merged((encoders @ group.rows).sum(0), R.transpose(1, 2), encoders)
 
 
 def low_rank(group: Group) -> Merged:
@@ -120,7 +125,10 @@ def low_rank(group: Group) -> Merged:
     if not group.space.symmetry.scalable:
         return aligned(group)
     found = shared_head(group.space, group.query_heads)
-    return Merged(found.rows, torch.stack([found.decoders[h] for h in group.heads]))
+    decoders, encoders = (
+        torch.stack([each[h] for h in group.heads]) for each in (found.decoders, found.encoders)
+    )
+    return Merged(found.rows, decoders, encoders)
 
 
 MERGING: dict[str, Callable[[Group], Merged]] = {
@@ -237,13 +245,22 @@ def _groups(
         raise ValueError(f"maps must have a query head for every KV head, got none for {empty}")
     old = weights.key_map if side == "k" else weights.value_map
     rows = weights.rows(side).detach().double() if space is None else space.projections
-    groups = []
-    for query_heads in head_map.groups:
-        counts = Counter(old[h] for h in query_heads)
-        heads = list(counts)
-        shares = torch.tensor(list(counts.values()), dtype=torch.float64)
-        groups.append(Group(rows[heads], shares, heads, query_heads, space))
-    return groups
+    return [_group(rows, old, query_heads, space) for query_heads in head_map.groups]
+
+
+def merge_group(space: HeadSpace, query_heads: Sequence[int], method: str) -> tuple[Group, Merged]:
+    """One group of query heads on its own, and what a method makes of it."""
+    group = _group(space.projections, space.head_map, tuple(query_heads), space)
+    return group, MERGING[method](group)
+
+
+def _group(
+    rows: Tensor, old: HeadMap, query_heads: tuple[int, ...], space: HeadSpace | None
+) -> Group:
+    counts = Counter(old[h] for h in query_heads)
+    heads = list(counts)
+    shares = torch.tensor(list(counts.values()), dtype=torch.float64)
+    return Group(rows[heads], shares, heads, query_heads, space)
 
 
 def _by_query_head(group: Group, decoders: Tensor) -> dict[int, Tensor]:
@@ -267,9 +284,19 @@ def _fold(weights: LayerWeights, side: str, decoders: dict[int, Tensor]) -> Laye
     return replace(weights, o=o)
 
 
-def _average(rows: Tensor, shares: Tensor) -> Tensor:
-    """Mean of ``rows [n, ...]`` with weights in proportion to ``shares [n]``."""
-    return torch.einsum("n,n...->...", shares / shares.sum(), rows)
+def _averaged(group: Group, shares: Tensor) -> Merged:
+    """Mean of a group's old heads with weights in proportion to ``shares [n]``."""
+    shares = shares / shares.sum()
+    rows = torch.einsum("n,n...->...", shares, group.rows)
+    identity = torch.eye(group.rows.shape[1], dtype=rows.dtype)
+    return Merged(rows, encoders=shares[:, None, None] * identity)
+
+
+def _chosen(group: Group, index: int) -> Merged:
+    """A copy of one of a group's old heads."""
+    encoders = group.rows.new_zeros(len(group.heads), *[group.rows.shape[1]] * 2)
+    encoders[index].fill_diagonal_(1)
+    return Merged(group.rows[index], encoders=encoders)
 
 
 def _norm_ratio(group: Group, merged: Merged) -> float:

@@ -33,6 +33,14 @@ class Layer:
     alibi_slopes: Tensor | None = None
     sinks: Tensor | None = None
 
+    @property
+    def identity(self) -> tuple:
+        """Equal for layers that a kernel can't tell apart: tensors count by their identity."""
+        return (
+            self.head_map, self.value_head_map, self.scale, self.window, self.softcap, self.causal,
+            id(self.alibi_slopes), id(self.sinks),
+        )  # fmt: skip
+
     def options(self) -> dict[str, object]:
         """Keyword arguments of :func:`gqa_kernels.asym_gqa_decode`."""
         return {

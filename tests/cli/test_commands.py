@@ -322,9 +322,9 @@ class TestRefusals:
 
     @pytest.mark.parametrize(
         ("text", "message"),
-        [("[1]", "must hold 'gqa-kernels plan 2'"), ("{", "must be a plan in JSON"),
-         ('{"format": "gqa-kernels plan 2"}', "must be a complete plan"),
-         ('{"format": "gqa-kernels plan 2", "layers": [3]}', "must be a complete plan"),
+        [("[1]", "must hold 'gqa-kernels plan 3'"), ("{", "must be a plan in JSON"),
+         ('{"format": "gqa-kernels plan 3"}', "must be a complete plan"),
+         ('{"format": "gqa-kernels plan 3", "layers": [3]}', "must be a complete plan"),
          ("[" * 100_000, "must be a plan in JSON")],
     )  # fmt: skip
     def test_hostile_plans(self, folders, tmp_path, capsys, text, message):

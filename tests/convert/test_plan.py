@@ -13,6 +13,8 @@ from gqa_kernels.integrations.transformers import register
 from tests import tiny_families
 from tests.tiny_models import batch, tiny
 
+PAIRS = {"kind": "functional", "sizes": "free"}
+
 
 @pytest.fixture(autouse=True, scope="module")
 def registered():
@@ -30,7 +32,7 @@ def stats(model):
 
 
 def test_layers_are_searched_one_by_one_and_side_by_side(model, stats):
-    found = plan(model, stats, 3)
+    found = plan(model, stats, 3, **PAIRS)
     for index, layer in enumerate(found.layers):
         for side, result in (("k", layer.key), ("v", layer.value)):
             D = similarity(model, stats, index, side, "functional").array
@@ -42,19 +44,19 @@ def test_layers_are_searched_one_by_one_and_side_by_side(model, stats):
 
 
 def test_shared_maps(model, stats):
-    assert all(key == value for key, value in plan(model, stats, 3, shared=True).maps)
+    assert all(key == value for key, value in plan(model, stats, 3, shared=True, **PAIRS).maps)
 
 
 @pytest.mark.parametrize("groups", [2, 4])
 def test_equal_sizes_where_heads_do_not_divide_are_as_equal_as_can_be(model, stats, groups):
-    for maps in plan(model, stats, groups, sizes="equal").maps:
+    for maps in plan(model, stats, groups, kind="functional", sizes="equal").maps:
         for head_map in maps:
             assert max(head_map.group_sizes) - min(head_map.group_sizes) <= 1
 
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_budget_is_spent_where_it_helps_most(model, stats, shared):
-    found = plan(model, stats, budget=14, shared=shared)
+    found = plan(model, stats, budget=14, shared=shared, **PAIRS)
     curves = [curve for layer in found.curves for curve in layer.values()]
     best = allocate(curves, 7 if shared else 14)
     counts = [head_map.num_kv_heads for maps in found.maps for head_map in maps]
@@ -64,9 +66,9 @@ def test_budget_is_spent_where_it_helps_most(model, stats, shared):
 
 def test_auto_takes_the_lowest_held_out_error(model, stats):
     held_out = [batch([16], "right", seed=9)]
-    found = plan(model, stats, 2, sizes="auto", held_out=held_out, merging="mean")
+    found = plan(model, stats, 2, kind="functional", held_out=held_out, merging="mean")
     for rule in ("free", "equal"):
-        maps = plan(model, stats, 2, sizes=rule).maps
+        maps = plan(model, stats, 2, kind="functional", sizes=rule).maps
         child = convert(model, maps, "mean")
         child.set_attn_implementation("asym_gqa")
         errors = layer_errors(model, child, held_out)
@@ -81,7 +83,8 @@ def test_auto_takes_the_lowest_held_out_error(model, stats):
 
 def test_many_heads_have_curves_of_linkage():
     model = tiny(num_heads=20, num_kv_heads=20, num_hidden_layers=1)
-    found = plan(model, None, 10, kind="weight", method="hierarchical", merging="mean")
+    options = {"kind": "weight", "sizes": "free", "merging": "mean"}
+    found = plan(model, None, 10, method="hierarchical", **options)
     assert set(found.curves[0]["k"]) == set(range(1, 21))
     assert found.layers[0].key.num_groups == 10
     assert found.layers[0].key.method == "hierarchical"
@@ -91,15 +94,16 @@ def test_many_heads_have_curves_of_linkage():
 def test_other_families(family):
     model = tiny_families.tiny(family)
     given = tiny_families.inputs(family)
-    found = plan(model, calibrate(model, [given]), 2)
+    found = plan(model, calibrate(model, [given]), 2, held_out=[given])
     child = convert(model, found.maps, found.merging, moments=calibrate(model, [given]))
     child.set_attn_implementation("asym_gqa")
     assert tiny_families.output(child, given).isfinite().all()
 
 
-def test_round_trip(model, stats, tmp_path):
+@pytest.mark.parametrize("kind", ["loss", "functional"])
+def test_round_trip(model, stats, tmp_path, kind):
     held_out = [batch([16], "right", seed=9)]
-    found = plan(model, stats, 2, sizes="auto", held_out=held_out)
+    found = plan(model, stats, 2, kind=kind, held_out=held_out)
     assert Plan.load(found.save(tmp_path / "plan.json")) == found
 
 
@@ -113,9 +117,14 @@ class TestErrors:
         with pytest.raises(ValueError, match="7"):
             plan(model, stats, 7)
 
-    def test_auto_without_batches(self, model, stats):
+    @pytest.mark.parametrize("kind", ["loss", "functional"])
+    def test_no_held_out_batches(self, model, stats, kind):
         with pytest.raises(ValueError, match="held_out"):
-            plan(model, stats, 2, sizes="auto")
+            plan(model, stats, 2, kind=kind)
+
+    def test_published_search_of_losses(self, model, stats):
+        with pytest.raises(ValueError, match="method must be 'exact'"):
+            plan(model, stats, 2, method="align", held_out=[])
 
     @pytest.mark.parametrize("text", ["", "[1]", '{"format": "other"}', None])
     def test_file(self, text, tmp_path):
@@ -130,7 +139,7 @@ class TestPictures:
     def test_are_written(self, tmp_path, model, stats):
         plots = pytest.importorskip("gqa_kernels.reporting.plots")
         pytest.importorskip("matplotlib")
-        found = plan(model, stats, 3)
+        found = plan(model, stats, 3, **PAIRS)
         D = similarity(model, stats, 0, "k", "functional").array
         pictures = [
             plots.maps(found.maps, tmp_path / "maps.png"),

@@ -43,7 +43,7 @@ def test_loss_is_what_the_shared_head_leaves(rotary, side, num_kv_heads):
     space = HeadSpace.of(weights, side, moments(X))
     for group in ([0, 3], [1, 2, 5], list(range(6))):
         found = shared_head(space, group)
-        reached = loss_of(space, weights, side, group, *found)
+        reached = loss_of(space, weights, side, group, found.rows, found.decoders)
         # the ridge that keeps metrics invertible is all that separates the two
         assert reached == pytest.approx(GroupLosses(space)(group), rel=1e-3)
 
@@ -55,7 +55,7 @@ def test_no_other_head_loses_less(rotary, side):
     space = HeadSpace.of(weights, side, moments(X))
     group = [0, 1, 4]
     best = shared_head(space, group)
-    least = loss_of(space, weights, side, group, *best)
+    least = loss_of(space, weights, side, group, best.rows, best.decoders)
     generator = torch.Generator().manual_seed(0)
     for _ in range(10):
         step = 1e-2 * torch.randn(best.rows.shape, generator=generator, dtype=torch.float64)

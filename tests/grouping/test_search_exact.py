@@ -1,6 +1,7 @@
 """The exact methods: against brute force, against each other, and at the sizes of real models."""
 
 import time
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -8,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.data.instances import FAMILIES, instance
-from gqa_kernels.grouping import search, search_curve, search_groups
+from gqa_kernels import HeadMap
+from gqa_kernels.grouping import search, search_curve, search_groups, search_groups_curve
 from gqa_kernels.grouping.objective import group_cost
 from gqa_kernels.grouping.search import column_generation
 from gqa_kernels.grouping.search.bounds import nearest_bound, semidefinite_bound
@@ -244,7 +246,37 @@ class TestGroupCosts:
         with pytest.raises(ValueError, match="cost must be finite and non-negative, got"):
             search_groups(lambda heads: value, 4, 2)
 
-    @pytest.mark.parametrize(("H", "G"), [(19, 2), (0, 1), (4, 5), (4, 0)])
+    def test_curve_is_every_search(self):
+        cost = self.costs(6)
+        for G, found in search_groups_curve(cost, 6).items():
+            assert found.objective == pytest.approx(search_groups(cost, 6, G).objective)
+            assert found.num_groups == G and found.proved
+
+    @pytest.mark.parametrize("sizes", ["free", "equal", (1, 3)])
+    def test_descent_beyond_what_can_be_listed(self, sizes):
+        """No move or swap within the size rule improves it, and no start is better."""
+        cost = self.costs(8)
+        start = [0, 1, 2, 3] * 2
+        found = search_groups(cost, 8, 4, sizes, starts=[start], exhaustive=4)
+        assert allowed(found.labels, sizes) and found.num_groups == 4
+        assert not found.proved and found.lower_bound == 0
+        assert found.objective == pytest.approx(sum(map(cost, found.head_map.groups)))
+        for labels in (start, [0, 0, 1, 1, 2, 2, 3, 3]):
+            assert found.objective <= sum(map(cost, HeadMap(labels).groups))
+        for i, j in combinations(range(8), 2):
+            swapped = list(found.labels)
+            swapped[i], swapped[j] = swapped[j], swapped[i]
+            moved = [*found.labels[:i], found.labels[j], *found.labels[i + 1 :]]
+            for labels in (swapped, moved):
+                if len(set(labels)) == 4 and allowed(labels, sizes):
+                    total = sum(map(cost, HeadMap(labels).groups))
+                    assert found.objective <= total * (1 + 1e-8)
+
+    def test_start_with_another_number_of_groups(self):
+        with pytest.raises(ValueError, match="starts must be partitions of 8 heads into 4 groups"):
+            search_groups(self.costs(8), 8, 4, starts=[[0, 1] * 4], exhaustive=4)
+
+    @pytest.mark.parametrize(("H", "G"), [(0, 1), (4, 5), (4, 0)])
     def test_counts(self, H, G):
-        with pytest.raises(ValueError, match="must lie in"):
+        with pytest.raises(ValueError, match="must"):
             search_groups(self.costs(4), H, G)

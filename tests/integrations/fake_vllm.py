@@ -37,6 +37,7 @@ FILES = {
             register_model = classmethod(lambda cls, name, path: cls.models.update({name: path}))
         """,
     "v1/__init__.py": "",
+    "v1/kv_cache_interface.py": "class AttentionSpec: ...",
     "v1/attention/__init__.py": "",
     "v1/attention/backend.py": """
         from enum import Enum

@@ -1,10 +1,9 @@
-"""vLLM's batches over its packed paged cache; and its classes, where vLLM can be imported."""
+"""vLLM's batches over its paged cache, and registration. `tests/engine` has a real vLLM."""
 
 import os
 import subprocess
 import sys
 from importlib import import_module
-from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from textwrap import dedent
@@ -16,6 +15,7 @@ from gqa_kernels import HeadMap, asym_gqa_attention
 from gqa_kernels.integrations import vllm as integration
 from gqa_kernels.integrations.engine_layer import Layer
 from gqa_kernels.integrations.vllm.attention import Batch, cached_attention
+from gqa_kernels.integrations.vllm.pages import PER_TOKEN_HEAD, Pages, slot_bytes
 from tests.integrations import fake_vllm
 from tests.integrations.stand_ins import stand_in
 
@@ -29,7 +29,10 @@ HEAD_SIZE = 16
 BLOCK_SIZE = 16
 ROOT = Path(__file__).parents[2]
 
-needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="vllm is not installed")
+
+def pages(head_size_v: int = HEAD_SIZE, **how) -> Pages:
+    heads = HEAD_MAP.num_kv_heads
+    return Pages((heads, heads), (HEAD_SIZE, head_size_v), **how)
 
 
 def layer(**options) -> Layer:
@@ -86,7 +89,7 @@ def test_prefill_then_mixed_then_decode(nhd, head_size_v):
     engine = Engine(3, head_size_v, nhd)
     for new_tokens in ([20, 1, 7], [1, 13, 0], [1, 1, 1]):
         batch, tensors = engine.step(new_tokens)
-        out = cached_attention(layer(), batch, *tensors, engine.kv_cache)
+        out = cached_attention(layer(), pages(head_size_v), batch, *tensors, engine.kv_cache)
         torch.testing.assert_close(out, engine.expected(batch, tensors[0]))
 
 
@@ -96,10 +99,12 @@ def test_options_and_shared_caches():
     batch, tensors = engine.step([9, 18])
     this = layer(window=4, **options)
     expected = engine.expected(batch, tensors[0], window=(4, None), **options)
-    torch.testing.assert_close(cached_attention(this, batch, *tensors, engine.kv_cache), expected)
+    torch.testing.assert_close(
+        cached_attention(this, pages(), batch, *tensors, engine.kv_cache), expected
+    )
     # A layer that shares the cache of another one writes nothing.
     before = engine.kv_cache.clone()
-    again = cached_attention(this, batch, tensors[0], None, None, engine.kv_cache)
+    again = cached_attention(this, pages(), batch, tensors[0], None, None, engine.kv_cache)
     torch.testing.assert_close(again, expected)
     torch.testing.assert_close(engine.kv_cache, before, equal_nan=True)
 
@@ -108,7 +113,7 @@ def test_padded_tokens_and_requests():
     """Tokens beyond the last request, and requests without tokens: neither read nor written."""
     engine = Engine(3)
     batch, tensors = engine.step([5, 2, 0], padding=4)
-    out = cached_attention(layer(), batch, *tensors, engine.kv_cache)
+    out = cached_attention(layer(), pages(), batch, *tensors, engine.kv_cache)
     torch.testing.assert_close(out[:7], engine.expected(batch, tensors[0]))
     assert int(engine.kv_cache.isfinite().all(-1).all(1).sum()) == 7
 
@@ -118,7 +123,8 @@ def test_fp8_cache():
     fp8 = torch.zeros(engine.kv_cache.shape, dtype=torch.uint8)
     scales = {"k_scale": torch.tensor(0.5), "v_scale": torch.tensor(0.25)}
     batch, tensors = engine.step([20, 3])
-    out = cached_attention(layer(), batch, *tensors, fp8, storage=torch.float8_e4m3fn, **scales)
+    how = pages(storage=torch.float8_e4m3fn)
+    out = cached_attention(layer(), how, batch, *tensors, fp8, scales=scales)
 
     def stored(x, scale):
         return (x / scale).to(torch.float8_e4m3fn).float() * scale
@@ -126,6 +132,45 @@ def test_fp8_cache():
     engine.keys = [stored(k, scales["k_scale"]) for k in engine.keys]
     engine.values = [stored(v, scales["v_scale"]) for v in engine.values]
     torch.testing.assert_close(out, engine.expected(batch, tensors[0]))
+
+
+def test_layers_share_the_plan_of_a_step():
+    """Only those with the same map and options do."""
+    engine = Engine(2)
+    batch, tensors = engine.step([3, 4])
+    for this in (layer(), layer(), layer(softcap=2.0)):
+        cached_attention(this, pages(), batch, *tensors, engine.kv_cache)
+    assert len(batch.plans) == 2
+
+
+@pytest.mark.parametrize("heads", [(3, 3), (3, 2), (1, 3)])
+@pytest.mark.parametrize("name", ["auto", "int8_per_token_head", "int4_per_token_head"])
+def test_pages(heads, name):
+    """Views of K, V and scales cover each byte of a cell once."""
+    format = PER_TOKEN_HEAD.get(name)
+    together = heads[0] == heads[1]
+    dtype = torch.float32 if format is None else format.storage
+    cells = heads[0] if together else 1
+    content = slot_bytes(name, dtype, (1, 1) if together else heads, (HEAD_SIZE, 8))
+    memory = torch.zeros(2, cells, BLOCK_SIZE, content // dtype.itemsize, dtype=dtype)
+    how = Pages(heads, (HEAD_SIZE, 8), None if format is None else dtype, format)
+    k, v, scales = how.split(memory)
+    per_byte = 1 if format is None else format.per_byte
+    assert k.shape == (2, heads[0], BLOCK_SIZE, HEAD_SIZE // per_byte)
+    assert v.shape == (2, heads[1], BLOCK_SIZE, 8 // per_byte)
+    zeros = {"k_zero", "v_zero"} if name.startswith("int4") else set()
+    assert set(scales) == (set() if format is None else {"k_scale", "v_scale"} | zeros)
+    for view in (k, v, *scales.values()):
+        assert not view.any()  # no view before it wrote here
+        view.fill_(1)
+    assert memory.all() if format is None else memory.view(torch.uint8).any(-1).all()
+    sizes = sum(x.numel() * x.element_size() for x in (k, v, *scales.values()))
+    assert sizes == memory.numel() * memory.element_size()
+
+
+def test_cells_of_whole_words():
+    with pytest.raises(ValueError, match=r"whole 4-byte words .* got 14 bytes"):
+        slot_bytes("int8_per_token_head", torch.int8, (1, 1), (7, 7))
 
 
 def test_vllm_missing(monkeypatch):
@@ -198,7 +243,7 @@ class TestRegistered:
             print(config["ours"].get_class().__name__, *ModelRegistry.models)
             """,
         )
-        assert out.split() == ["AsymGQABackend", "AsymGQALlamaForCausalLM"]
+        assert out.split() == ["AsymGQABackend", *integration.ARCHITECTURES]
 
     def test_cpu_platform(self, tmp_path):
         """It always takes CPU_ATTN, which is ours just where the user asked for ours."""
@@ -226,11 +271,8 @@ class TestRegistered:
             tmp_path,
             """
             from vllm.config import using
-            from gqa_kernels import HeadMap
             from gqa_kernels.integrations.vllm.backend import AsymGQAImpl
-            maps = [[0, 0, 0, 1]]
-            with using(kv_head_map=maps, architectures=["LlamaForCausalLM"]):
-                AsymGQAImpl(4, 16, 1.0, 2, head_map=HeadMap(maps[0]))
+            with using(kv_head_map=[[0, 0, 0, 1]], architectures=["LlamaForCausalLM"]):
                 try:
                     AsymGQAImpl(4, 16, 1.0, 2)
                 except NotImplementedError as error:
@@ -240,53 +282,3 @@ class TestRegistered:
             """,
         )
         assert "got ['LlamaForCausalLM'], which would compute equal groups" in out
-
-
-@needs_vllm
-class TestWithVLLM:
-    def test_registered(self):
-        from vllm.model_executor.models.registry import ModelRegistry
-        from vllm.v1.attention.backends.registry import AttentionBackendEnum
-
-        integration.register()
-        integration.register()
-        from gqa_kernels.integrations.vllm.backend import AsymGQABackend
-
-        assert AttentionBackendEnum[integration.BACKEND].get_class() is AsymGQABackend
-        assert integration.ARCHITECTURE in ModelRegistry.get_supported_archs()
-        assert AsymGQABackend.get_builder_cls() and AsymGQABackend.get_impl_cls()
-
-    def test_builder_and_implementation(self):
-        from vllm.v1.attention.backend import CommonAttentionMetadata
-
-        from gqa_kernels.integrations.vllm.backend import AsymGQAImpl, AsymGQAMetadataBuilder
-
-        engine = Engine(2)
-        batch, (query, key, value) = engine.step([6, 2], padding=3)
-        common = CommonAttentionMetadata(
-            query_start_loc=batch.query_start_loc,
-            query_start_loc_cpu=batch.query_start_loc,
-            seq_lens=batch.seq_lens,
-            num_reqs=2,
-            num_actual_tokens=8,
-            max_query_len=6,
-            max_seq_len=6,
-            block_table_tensor=batch.block_table,
-            slot_mapping=torch.zeros(8, dtype=torch.int64),
-        )
-        builder = AsymGQAMetadataBuilder(None, ["layer"], None, torch.device("cpu"))
-        metadata = builder.build(0, common)
-        impl = AsymGQAImpl(5, HEAD_SIZE, HEAD_SIZE**-0.5, 3, head_map=HEAD_MAP)
-        output = torch.full((11, 5, HEAD_SIZE), torch.nan)
-        impl.forward(torch.nn.Module(), query, key, value, engine.kv_cache, metadata, output)
-        torch.testing.assert_close(output[:8], engine.expected(batch, query))
-        assert output[8:].isnan().all()  # padding is left alone
-        assert not impl.forward(None, query, key, value, engine.kv_cache, None, output).any()
-
-    def test_errors(self):
-        from gqa_kernels.integrations.vllm.backend import AsymGQAImpl
-
-        with pytest.raises(ValueError, match="must have 4 entries, got 5"):
-            AsymGQAImpl(4, HEAD_SIZE, 1.0, 2, head_map=HEAD_MAP)
-        with pytest.raises(NotImplementedError, match="attn_type must be 'decoder'"):
-            AsymGQAImpl(4, HEAD_SIZE, 1.0, 2, attn_type="encoder")

@@ -21,11 +21,11 @@ from . import (
     random,
     subset_dp,
 )
-from .group_costs import search_groups
+from .group_costs import search_groups, search_groups_curve
 from .problem import Problem, check_sizes, size_limits
 from .registry import Found, Method
 
-__all__ = ["METHODS", "search", "search_curve", "search_groups"]
+__all__ = ["METHODS", "search", "search_curve", "search_groups", "search_groups_curve"]
 
 METHODS: dict[str, Method] = {
     method.name: method

@@ -1,4 +1,4 @@
-"""vLLM: the attention backend ``ASYM_GQA`` and LLaMA models with head maps.
+"""vLLM: the attention backend ``ASYM_GQA`` and model classes that read head maps.
 
 Installed beside vLLM, the package registers itself through the entry point
 ``vllm.general_plugins``; elsewhere call :func:`register` once before a model is built. Then::
@@ -6,10 +6,10 @@ Installed beside vLLM, the package registers itself through the entry point
     vllm serve <even model> --attention-backend ASYM_GQA
     vllm serve <converted model>
 
-The first runs any model that vLLM's own backends run. The second runs a LLaMA checkpoint that
-``gqa_kernels.convert.save`` wrote: its config names a model class that this package registers.
-vLLM requires the number of query heads to be a multiple of the number of KV heads. Our model class
-works around that check.
+The first runs any model that vLLM's own backends run. The second runs a checkpoint of a family in
+``ARCHITECTURES`` that ``gqa_kernels.convert.save`` wrote: its config names a model class that this
+package registers. vLLM requires the number of query heads to be a multiple of the number of KV
+heads. :mod:`.models` says how its model classes work around that check.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ import copyreg
 import warnings
 from typing import Any
 
-from .names import ARCHITECTURE, BACKEND, OLDEST
+from .names import ARCHITECTURES, BACKEND, OLDEST
 
-__all__ = ["ARCHITECTURE", "BACKEND", "OLDEST", "plugin", "register"]
+__all__ = ["ARCHITECTURES", "BACKEND", "OLDEST", "plugin", "register"]
 
 
 def register() -> None:
-    """Make the backend and the model class known to vLLM; more than one call does no harm.
+    """Make the backend and the model classes known to vLLM; more than one call does no harm.
 
     Raises:
         ImportError: vLLM is missing or too old.
@@ -51,7 +51,8 @@ def register() -> None:
     if current_platform.is_cpu():
         # On CPUs vLLM always takes the class behind this member, whatever the user asks for.
         register_backend(AttentionBackendEnum.CPU_ATTN, f"{__name__}.cpu.ChosenBackend")
-    ModelRegistry.register_model(ARCHITECTURE, f"{__name__}.llama:{ARCHITECTURE}")
+    for name in ARCHITECTURES:
+        ModelRegistry.register_model(name, f"{__name__}.models:{name}")
 
 
 def plugin() -> None:

@@ -5,14 +5,14 @@ Needs no vLLM, only tensors in its layouts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from ...cache.paged import PagedKVCache
-from ...decode import asym_gqa_decode
+from ...decode import DecodePlan, plan_decode
 from ..engine_layer import Layer
+from .pages import Pages
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Batch:
         old_lens: int32 ``[num_requests]``, those there were before.
         block_table: int32 ``[num_requests, max_blocks]``.
         causal: whether a token sees later ones.
+        plans: the checked calls of this step. Layers with the same maps and options share one.
     """
 
     num_tokens: int
@@ -36,53 +37,47 @@ class Batch:
     old_lens: Tensor
     block_table: Tensor
     causal: bool
+    plans: dict[tuple, DecodePlan] = field(default_factory=dict, repr=False, compare=False)
 
 
 def cached_attention(
     layer: Layer,
+    pages: Pages,
     batch: Batch,
     query: Tensor,
     key: Tensor | None,
     value: Tensor | None,
     kv_cache: Tensor,
     *,
-    storage: torch.dtype | None = None,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
+    scales: dict[str, Tensor] | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Append the new keys and values to the cache, then attend: ``[tokens, Hq, Dv]``.
 
     Args:
+        pages: how ``kv_cache`` is laid out.
         query: ``[tokens, Hq, D]``, requests packed one after another.
-        key, value: ``[tokens, Hkv, D]`` and ``[tokens, Hkv, Dv]``; None if the cache has them
-            already.
-        kv_cache: ``[num_blocks, Hkv, block_size, D + Dv]`` in any memory order: K and V of a token
-            side by side.
-        storage: type of the cache's elements if the tensor has another one (fp8 as bytes).
-        k_scale, v_scale: one number each, of an fp8 cache.
+        key, value: ``[tokens, H, D]`` and ``[tokens, H, Dv]``, the cache's heads first; None if the
+            cache has them already.
+        kv_cache: vLLM's memory of this layer, as :meth:`.pages.Pages.split` takes it.
+        scales: ``k_scale`` and ``v_scale`` of an fp8 cache with one scale each.
     """
-    if storage is not None and kv_cache.dtype != storage:
-        kv_cache = kv_cache.view(storage)
-    k_cache, v_cache = kv_cache.tensor_split([query.shape[-1]], dim=-1)
+    k_cache, v_cache, inside = pages.split(kv_cache)
     append = key is not None and value is not None
-    cache = PagedKVCache(
-        k_cache,
-        v_cache,
-        batch.block_table,
-        batch.old_lens if append else batch.seq_lens,
-        k_scale=k_scale,
-        v_scale=v_scale,
-    )
-    return asym_gqa_decode(
-        query,
-        cache,
-        layer.head_map,
-        k_new=key if append else None,
-        v_new=value if append else None,
-        cu_seqlens_q=batch.query_start_loc,
-        max_seqlen_q=batch.max_query_len,
-        **{**layer.options(), "causal": batch.causal},
-        advance=False,  # lengths are vLLM's
-        backend=backend,
-    )
+    lens = batch.old_lens if append else batch.seq_lens
+    cache = PagedKVCache(k_cache, v_cache, batch.block_table, lens, **(scales or inside))
+    identity = (*layer.identity, append, query.shape, query.dtype)
+    plan = batch.plans.get(identity)
+    if plan is None:
+        plan = batch.plans[identity] = plan_decode(
+            query,
+            cache,
+            layer.head_map,
+            cu_seqlens_q=batch.query_start_loc,
+            max_seqlen_q=batch.max_query_len,
+            **{**layer.options(), "causal": batch.causal},
+            backend=backend,
+        )
+    if not append:
+        return plan(query, cache)
+    return plan(query, cache, key[:, : pages.heads[0]], value[:, : pages.heads[1]])

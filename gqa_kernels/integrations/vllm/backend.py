@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -16,12 +17,14 @@ from vllm.v1.attention.backend import (
     AttentionType,
     CommonAttentionMetadata,
 )
+from vllm.v1.kv_cache_interface import AttentionSpec
 
 from ...head_map import HeadMap
 from ...models.maps import KEY_FIELD, is_uneven
 from ..engine_layer import Layer
 from .attention import Batch, cached_attention
 from .names import BACKEND
+from .pages import PER_TOKEN_HEAD, Pages, slot_bytes
 
 FP8_FORMATS = ("fp8", "fp8_e4m3", "fp8_e5m2")
 
@@ -30,7 +33,9 @@ class AsymGQABackend(AttentionBackend):
     """Paged attention by ``gqa_kernels``; what it can do, as vLLM asks."""
 
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
-    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", "float16", "bfloat16", *FP8_FORMATS]
+    supported_kv_cache_dtypes: ClassVar[list[str]] = [
+        "auto", "float16", "bfloat16", *FP8_FORMATS, *PER_TOKEN_HEAD,
+    ]  # fmt: skip
     forward_includes_kv_cache_update: bool = True
 
     @staticmethod
@@ -44,6 +49,15 @@ class AsymGQABackend(AttentionBackend):
     @staticmethod
     def get_builder_cls() -> type[AsymGQAMetadataBuilder]:
         return AsymGQAMetadataBuilder
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        """Add room for the scales that lie behind K and V of a token and head."""
+        name = spec.kv_quant_mode.name.lower()
+        if spec.state_content_bytes is not None or name not in PER_TOKEN_HEAD:
+            return spec
+        dims = (spec.head_size, spec.head_size_v)
+        return replace(spec, state_content_bytes=slot_bytes(name, spec.dtype, (1, 1), dims))
 
     @classmethod
     def supports_head_size(cls, head_size: int) -> bool:
@@ -63,7 +77,7 @@ class AsymGQABackend(AttentionBackend):
 
 
 class AsymGQAMetadataBuilder(AttentionMetadataBuilder[Batch]):
-    """Nothing is planned ahead: kernels read lengths and page tables where they lie."""
+    """Copies nothing: kernels read lengths and page tables where they lie."""
 
     _cudagraph_support: ClassVar[AttentionCGSupport] = (
         AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
@@ -97,14 +111,10 @@ class AsymGQAMetadataBuilder(AttentionMetadataBuilder[Batch]):
 
 
 class AsymGQAImpl(AttentionImpl[Batch]):
-    """Attention of one layer.
-
-    Args:
-        head_map: the KV head of each query head; default the even map of ordinary GQA. vLLM passes
-            it on from the model class.
+    """Attention of one layer, with the even map of ordinary GQA until :meth:`use_maps`.
 
     Raises:
-        NotImplementedError: the model has uneven maps, and its class passes none.
+        NotImplementedError: the model being built has uneven maps, and its class ignores them.
     """
 
     def __init__(
@@ -120,34 +130,57 @@ class AsymGQAImpl(AttentionImpl[Batch]):
         attn_type: str = AttentionType.DECODER,
         kv_sharing_target_layer_name: str | None = None,
         sinks: Tensor | None = None,
-        head_map: HeadMap | None = None,
         head_size_v: int | None = None,
     ):
         if attn_type != AttentionType.DECODER:
             raise NotImplementedError(
                 f"attn_type must be 'decoder' with {BACKEND}, got {attn_type!r}"
             )
-        if head_map is None:
-            _refuse_equal_groups()
-            head_map = HeadMap.uniform(num_heads, num_kv_heads)
-        if head_map.num_heads != num_heads:
-            raise ValueError(f"head_map must have {num_heads} entries, got {head_map.num_heads}")
+        _refuse_equal_groups()
         self.num_heads = num_heads
-        self.num_kv_heads = head_map.num_kv_heads
         self.head_size = head_size
+        self.head_size_v = head_size if head_size_v is None else head_size_v
         self.scale = scale
         self.kv_cache_dtype = kv_cache_dtype
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
-        self.fp8 = kv_cache_dtype in FP8_FORMATS
         slopes = None if alibi_slopes is None else torch.tensor(alibi_slopes, dtype=torch.float32)
         self.layer = Layer(
-            head_map=head_map,
+            head_map=HeadMap.uniform(num_heads, num_kv_heads),
             scale=scale,
             window=None if sliding_window is None else sliding_window - 1,
             softcap=logits_soft_cap or None,
             alibi_slopes=slopes,
             sinks=sinks,
         )
+        self._lay_out(num_kv_heads, num_kv_heads)
+
+    def use_maps(self, key_map: HeadMap, value_map: HeadMap) -> None:
+        """Attend over these maps.
+
+        Raises:
+            ValueError: a map with another number of query heads.
+        """
+        for name, head_map in (("key_map", key_map), ("value_map", value_map)):
+            if head_map.num_heads != self.num_heads:
+                raise ValueError(
+                    f"{name} must have {self.num_heads} entries, one per query head, got "
+                    f"{head_map.num_heads}"
+                )
+        self.layer = replace(
+            self.layer, head_map=key_map, value_head_map=None if value_map == key_map else value_map
+        )
+        self._lay_out(key_map.num_kv_heads, value_map.num_kv_heads)
+
+    def _lay_out(self, k_heads: int, v_heads: int) -> None:
+        format = PER_TOKEN_HEAD.get(self.kv_cache_dtype)
+        storage = None if format is None else format.storage
+        self.scaled = self.kv_cache_dtype in FP8_FORMATS
+        if self.scaled:
+            e5m2 = self.kv_cache_dtype == "fp8_e5m2"
+            storage = torch.float8_e5m2 if e5m2 else current_platform.fp8_dtype()
+        self.num_kv_heads = k_heads
+        dims = (self.head_size, self.head_size_v)
+        self.pages = Pages((k_heads, v_heads), dims, storage, format)
 
     def forward(
         self,
@@ -174,28 +207,24 @@ class AsymGQAImpl(AttentionImpl[Batch]):
             return output.fill_(0)
         tokens = slice(attn_metadata.num_tokens)
         shared = self.kv_sharing_target_layer_name is not None  # another layer's cache: read only
-        quantised = {}
-        if self.fp8:
-            e5m2 = self.kv_cache_dtype == "fp8_e5m2"
-            quantised = {
-                "storage": torch.float8_e5m2 if e5m2 else current_platform.fp8_dtype(),
-                "k_scale": layer._k_scale,
-                "v_scale": layer._v_scale,
-            }
         output[tokens] = cached_attention(
             self.layer,
+            self.pages,
             attn_metadata,
             query[tokens],
             None if shared or key is None else key[tokens],
             None if shared or value is None else value[tokens],
             kv_cache,
-            **quantised,
+            scales={"k_scale": layer._k_scale, "v_scale": layer._v_scale} if self.scaled else None,
         )
         return output
 
 
 def _refuse_equal_groups() -> None:
-    """Raise NotImplementedError if the model being built has uneven maps."""
+    """Raise NotImplementedError if the model being built has uneven maps.
+
+    Our model classes hide them while vLLM builds the model, and set them afterwards.
+    """
     model = get_current_vllm_config().model_config
     if model is not None and is_uneven(model.hf_text_config):
         raise NotImplementedError(

@@ -1,5 +1,18 @@
 """Names under which vLLM knows what this package registers."""
 
+from ...models.maps import ARCHITECTURE_PREFIX
+
 OLDEST = "0.32"  # first release that ran it
 BACKEND = "ASYM_GQA"
-ARCHITECTURE = "AsymGQALlamaForCausalLM"
+# vLLM's own model classes whose models may have head maps.
+STOCK = (
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "Gemma2ForCausalLM",
+    "GptOssForCausalLM",
+    "OPTForCausalLM",
+    "GPT2LMHeadModel",
+)
+ARCHITECTURES = tuple(ARCHITECTURE_PREFIX + name for name in STOCK)

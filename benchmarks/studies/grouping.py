@@ -1,0 +1,383 @@
+"""Fewer KV heads by every published grouping and by ours: one table per model, and how well each
+objective predicts the error.
+
+    pip install --no-deps microformer-mgm     # or unpack it and name the folder with --folder
+    python -m benchmarks.studies.grouping mgm --out benchmarks/results/grouping
+    python -m benchmarks.studies.grouping minilm --out benchmarks/results/grouping
+
+``mgm`` is a trained GPT-2 of 8 layers of 8 heads, each with its own K and V. Its texts are drawn
+from the model itself. ``minilm`` is an encoder of 6 layers of 12 heads. A seed draws which texts
+are for calibration, which are held out for choices, and which are for the numbers reported. Every
+row of a column keeps the same number of bytes of K and V. Nothing is trained.
+
+Rows that are done are in the JSON file and are not run again, so the script can be stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gqa_kernels import HeadMap
+from gqa_kernels.convert import convert
+from gqa_kernels.convert.evaluation import hidden_states, padding_mask, predicts_next_token, run
+from gqa_kernels.convert.loss_plan import plan_by_loss
+from gqa_kernels.convert.losses import MergeLosses, losses_of
+from gqa_kernels.convert.sensitivity import layer_weights_by
+from gqa_kernels.grouping import calibrate, layer_errors, search
+from gqa_kernels.grouping.key_norms import key_norms
+from gqa_kernels.grouping.low_rank import GroupLosses
+from gqa_kernels.grouping.moments import LayerStats
+from gqa_kernels.grouping.objective import objective
+from gqa_kernels.grouping.similarity import layer_similarity
+from gqa_kernels.grouping.space import HeadSpace
+from gqa_kernels.integrations.transformers import register
+from gqa_kernels.models.families import attention_layers, layer_weights
+from gqa_kernels.models.inputs import model_inputs, token_mask
+from gqa_kernels.reporting.device import device_name
+from gqa_kernels.reporting.files import write_atomically
+
+from ..report.results import commit, versions
+
+TEXTS = {"mgm": (64, 96, 128), "minilm": (32, 16, 32)}  # to calibrate, to choose by, to report on
+COUNTS = {"mgm": (4, 2), "minilm": (6, 3)}
+SEEDS = (0, 1, 2)
+PARTITIONS = 16  # random ones per layer, of which errors and objectives are compared
+OURS = "measured loss"
+Maps = list[tuple[HeadMap, HeadMap]]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row: a grouping and how heads are merged.
+
+    Attributes:
+        name: with its source.
+        search: a method of ``search``.
+        kind: of similarity.
+        sizes: rule for group sizes.
+        merging: method of ``convert``.
+        options: of the method.
+    """
+
+    name: str
+    search: str
+    kind: str
+    sizes: str | tuple[int, int]
+    merging: str
+    options: tuple[tuple[str, object], ...] = ()
+
+
+METHODS = (
+    Method("neighbour, mean (GQA)", "neighbour", "weight", "equal", "mean"),
+    Method("neighbour, weighted (WGQA, untrained)", "neighbour", "weight", "equal", "weighted"),
+    Method("AsymGQA symmetric", "asymgqa", "activation", "equal", "mean"),
+    Method("AsymGQA asymmetric", "asymgqa_uneven", "activation", "free", "mean"),
+    Method("KDGQA sizes (key_norm)", "key_norm", "activation", "free", "mean"),
+    Method("QCQA stage 1 (NSGA-II)", "nsga2", "weight_sharing_error", "free", "mean"),
+    Method("Align", "align", "aligned_cosine", "equal", "aligned"),
+    Method("neighbour, aligned", "neighbour", "weight", "equal", "aligned"),
+    Method("neighbour, low rank", "neighbour", "weight", "equal", "low_rank"),
+    Method("exact even, functional, low rank", "exact", "functional", "equal", "low_rank"),
+    Method("exact uneven, functional, low rank", "exact", "functional", "free", "low_rank"),
+)  # fmt: skip
+KINDS = ("weight", "activation", "cka", "aligned", "functional", "low_rank")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method at one number of KV heads, for one seed.
+
+    Attributes:
+        error: mean over the layers of the held-out error of the attention output.
+        shift: KL(parent || child) in nats a token; of encoders the squared change of the last
+            states over their variance.
+    """
+
+    method: str
+    kv_heads: int
+    seed: int
+    error: float
+    shift: float
+
+
+class Bench:
+    """A model, and what a seed's texts say about it."""
+
+    def __init__(self, name: str, folder: Path | None, seed: int):
+        register("asym_gqa", backend="reference")
+        self.model, texts = MODELS[name](folder)
+        order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed))
+        parts = texts[order][: sum(TEXTS[name])].split(TEXTS[name])
+        calibration, self.held_out, self.test = (_batches(part) for part in parts)
+        self.seed = seed
+        self.stats: list[LayerStats] = calibrate(self.model, calibration)
+        self.weights = [layer_weights(layer) for layer in attention_layers(self.model)]
+        self.losses = losses_of(self.model, self.stats, self.held_out, queries=8192)
+        with torch.no_grad():
+            self.before = [_prediction(self.model, batch) for batch in self.test]
+
+    def published(self, method: Method, groups: int) -> Maps:
+        """Of all layers, K and V apart."""
+        found = []
+        for index, weights in enumerate(self.weights):
+            stats, options = self.stats[index], dict(method.options)
+            if method.search == "key_norm":
+                options["norms"] = key_norms(weights, groups, stats).numpy()
+            sides = []
+            for side in "kv":
+                D = layer_similarity(weights, stats, side, method.kind)
+                sides.append(
+                    search(D, groups, method.search, method.sizes, self.seed + index, **options)
+                )
+            found.append(tuple(side.head_map for side in sides))
+        return found
+
+    def row(self, name: str, maps: Maps, merging: str, groups: int) -> Row:
+        child = convert(self.model, maps, merging, moments=self.stats)
+        child.set_attn_implementation("asym_gqa")
+        errors = layer_errors(self.model, child, self.test)
+        causal, moved = predicts_next_token(self.model), 0.0
+        with torch.no_grad():
+            for batch, old in zip(self.test, self.before, strict=True):
+                new = _prediction(child, batch)
+                if causal:
+                    moved += float((old.exp() * (old - new)).sum())
+                else:
+                    moved += float((new - old).square().sum() / old.var(0).sum())
+        tokens = sum(len(old) for old in self.before)
+        return Row(name, groups, self.seed, sum(errors) / len(errors), moved / tokens)
+
+    def ours(self, groups: int) -> dict[str, Maps]:
+        """Equal counts, then the same total spent by layer with each estimator of weights."""
+        layers = len(self.losses)
+        none = [1.0] * layers
+        plans = {f"{OURS}, equal counts": plan_by_loss(self.losses, none, num_kv_heads=groups)}
+        estimators = ("none", "fisher", "kl") if predicts_next_token(self.model) else ("none", "kl")
+        for name in estimators:
+            weights = self.worth(name)
+            found = plan_by_loss(self.losses, weights, budget=2 * groups * layers)
+            plans[f"{OURS}, budget, weights {name}"] = found
+        return {
+            name: [(k.head_map, v.head_map) for k, v in found.results]
+            for name, found in plans.items()
+        }
+
+    def worth(self, estimator: str) -> list[float]:
+        return layer_weights_by(estimator, self.model, self.held_out, self.losses, self.stats)
+
+    def correlations(self, groups: int) -> list[dict[str, float]]:
+        """Per layer, Spearman's correlation of each objective with the error on the test texts,
+        over random partitions of K and V into ``groups`` groups."""
+        rng = np.random.default_rng(self.seed)
+        truth = losses_of(self.model, self.stats, self.test, queries=8192)
+        found = []
+        for index, true in enumerate(truth):
+            pairs = [
+                tuple(_random(rng, true.num_heads, groups) for _ in "kv") for _ in range(PARTITIONS)
+            ]
+            errors = [true.joint(*pair) for pair in pairs]
+            found.append(
+                {
+                    name: _spearman([value(*pair) for pair in pairs], errors)
+                    for name, value in self._objectives(index).items()
+                }
+            )
+        return found
+
+    def _objectives(self, index: int) -> dict[str, Callable[[HeadMap, HeadMap], float]]:
+        weights, stats, losses = self.weights[index], self.stats[index], self.losses[index]
+        found: dict[str, Callable] = {}
+        for kind in KINDS:
+            D = [layer_similarity(weights, stats, side, kind) for side in "kv"]
+            found[f"pairs, {kind}"] = partial(_pairs, D)
+        moments = [GroupLosses(HeadSpace.of(weights, side, stats)) for side in "kv"]
+        whole = [each(range(weights.num_heads)) for each in moments]
+        found["groups, second moments"] = partial(_groups, moments, whole)
+        found["groups, measured (K and V apart)"] = partial(_measured, losses)
+        found["groups, measured (together)"] = losses.joint
+        return found
+
+
+def _pairs(D: Sequence[np.ndarray], *maps: HeadMap) -> float:
+    return sum(objective(d, m.entries) for d, m in zip(D, maps, strict=True))
+
+
+def _groups(losses: Sequence[GroupLosses], whole: Sequence[float], *maps: HeadMap) -> float:
+    return sum(
+        loss(group) / scale
+        for loss, scale, head_map in zip(losses, whole, maps, strict=True)
+        for group in head_map.groups
+    )
+
+
+def _measured(losses: MergeLosses, *maps: HeadMap) -> float:
+    return sum(
+        losses(side, group)
+        for side, head_map in zip("kv", maps, strict=True)
+        for group in head_map.groups
+    )
+
+
+def _random(rng: np.random.Generator, heads: int, groups: int) -> HeadMap:
+    while True:
+        _, labels = np.unique(rng.integers(groups, size=heads), return_inverse=True)
+        if labels.max() == groups - 1:
+            return HeadMap(labels.tolist())
+
+
+def _spearman(a: Sequence[float], b: Sequence[float]) -> float:
+    from scipy.stats import spearmanr
+
+    return float(spearmanr(a, b).statistic)
+
+
+def _prediction(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    inputs = model_inputs(model, batch)
+    output, causal = run(model, inputs), predicts_next_token(model)
+    found = output.logits if causal else hidden_states(output)
+    found = found[token_mask(inputs, padding_mask(inputs), found)].float()
+    return found.log_softmax(-1) if causal else found
+
+
+def _batches(ids: Tensor) -> list[dict[str, Tensor]]:
+    return [{"input_ids": part, "attention_mask": (part != 0).long()} for part in ids.split(32)]
+
+
+def mgm(folder: Path | None) -> tuple[nn.Module, Tensor]:
+    """The model and 384 texts of up to 96 tokens that it wrote, padded with 0."""
+    from transformers import GPT2LMHeadModel
+
+    if folder is None:
+        package = find_spec("mgm")
+        if package is None:
+            raise ModuleNotFoundError("pip install --no-deps microformer-mgm, or --folder")
+        folder = Path(package.submodule_search_locations[0])
+    folder = folder / "resources" / "general_model"
+    model = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32).eval()
+    torch.manual_seed(0)
+    parts = []
+    for _ in range(6):
+        ids = model.generate(
+            torch.full((64, 1), model.config.bos_token_id),
+            attention_mask=torch.ones(64, 1, dtype=torch.long),
+            do_sample=True,
+            top_k=0,
+            max_new_tokens=95,
+            pad_token_id=0,
+        )
+        parts.append(nn.functional.pad(ids, (0, 96 - ids.shape[1])))
+    return model, torch.cat(parts)
+
+
+def minilm(folder: Path | None) -> tuple[nn.Module, Tensor]:
+    """The model and texts of 128 tokens of two sets of chapters of the Python reference."""
+    from .real_models import minilm as load
+    from .real_models import texts
+
+    loaded = load()
+    parts = texts(loaded, *TEXTS["minilm"])
+    return loaded.model, torch.cat([batch for part in parts for batch in part])
+
+
+MODELS = {"mgm": mgm, "minilm": minilm}
+
+
+def table(rows: Sequence[Row], correlations: dict[str, list[dict[str, float]]]) -> str:
+    """Markdown: methods down, counts across; then correlations."""
+    counts = list(dict.fromkeys(row.kv_heads for row in rows))
+    head = "".join(f" {c} heads: error | {c} heads: shift |" for c in counts)
+    lines = [f"| method |{head}", "|---|" + "--:|--:|" * len(counts)]
+    for name in dict.fromkeys(row.method for row in rows):
+        cells = [
+            _cell([getattr(r, field) for r in rows if (r.method, r.kv_heads) == (name, count)])
+            for count in counts
+            for field in ("error", "shift")
+        ]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    each = [layer for layers in correlations.values() for layer in layers]
+    if each:
+        lines += [
+            "",
+            "Spearman's correlation of an objective with the error, over random partitions of one "
+            "layer into a fixed number of groups:",
+            "",
+            "| objective | mean | least of any layer |",
+            "|---|--:|--:|",
+        ]
+        for name in each[0]:
+            values = [layer[name] for layer in each]
+            lines.append(f"| {name} | {statistics.mean(values):.2f} | {min(values):.2f} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(values: Sequence[float]) -> str:
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.mean(values):.3f} ± {spread:.3f}" if values else ""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", choices=sorted(MODELS))
+    parser.add_argument("--folder", type=Path, help="the unpacked package mgm")
+    parser.add_argument("--out", type=Path, required=True, help="folder for JSON and Markdown")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    arguments = parser.parse_args()
+    path = arguments.out / f"{arguments.model}.json"
+    kept = json.loads(path.read_text()) if path.exists() else {"rows": [], "correlations": {}}
+    rows = [Row(**row) for row in kept["rows"]]
+    correlations = kept["correlations"]
+    about = {
+        "device": device_name(torch.device("cpu")), "commit": commit(), "versions": versions(),
+        "model": arguments.model, "texts": TEXTS[arguments.model],
+    }  # fmt: skip
+
+    def keep() -> None:
+        data = {**about, "rows": [asdict(row) for row in rows], "correlations": correlations}
+        write_atomically(path, json.dumps(data, indent=1) + "\n")
+        write_atomically(path.with_suffix(".md"), _page(arguments.model, rows, correlations))
+
+    counts = COUNTS[arguments.model]
+    for seed in arguments.seeds:
+        done = {(row.method, row.kv_heads) for row in rows if row.seed == seed}
+        bench = Bench(arguments.model, arguments.folder, seed)
+        for groups in counts:
+            jobs = {m.name: (m.merging, partial(bench.published, m, groups)) for m in METHODS}
+            for name, maps in bench.ours(groups).items():
+                jobs[name] = ("low_rank", lambda maps=maps: maps)
+            for name, (merging, maps) in jobs.items():
+                if (name, groups) in done:
+                    continue
+                rows.append(bench.row(name, maps(), merging, groups))
+                print(rows[-1], flush=True)
+                keep()
+        if str(seed) not in correlations:
+            correlations[str(seed)] = bench.correlations(counts[0])
+            keep()
+    print(table(rows, correlations))
+
+
+def _page(model: str, rows: Sequence[Row], correlations: dict) -> str:
+    return (
+        f"# {model}: fewer KV heads at equal bytes, nothing trained\n\n"
+        f"`python -m benchmarks.studies.grouping {model}`, commit {commit()}, mean and standard "
+        "deviation over seeds. Error: of the attention output, over its variance, mean over layers."
+        " Shift: KL to the parent in nats a token (encoders: squared change of the last states "
+        "over their variance).\n\n" + table(rows, correlations)
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,368 @@
+"""Measured losses: what merging a group of query heads does to a layer's attention output.
+
+``sample_attention`` records the queries, keys and values of every attention layer on some tokens.
+``MergeLosses`` merges one group of one side (K or V), runs the attention of the group's query heads
+again, and measures the squared change of the layer's output, softmax included. This is the number
+that ``search_groups`` minimises.
+
+Merging is a linear map of a group's old heads that commutes with the rotation by position, so it is
+applied to recorded keys, rotation included. If an RMS norm follows K, merged keys are scaled to the
+old keys' norm, which is an approximation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..attention import asym_gqa_attention
+from ..attention import attention_call as checked_call
+from ..backends.reference.formula import visibility
+from ..call.attention import AttentionCall
+from ..grouping.calibration import LayerStats
+from ..grouping.merging import check_merging, merge_group
+from ..grouping.space import HeadSpace
+from ..head_map import HeadMap
+from ..integrations.transformers import attention_call
+from ..integrations.transformers.guards import reads_maps
+from ..models.families import attention_layers, layer_weights
+from ..models.inputs import Batch, model_inputs, token_mask
+from ..models.weights import LayerWeights
+from ..reporting.progress import track
+
+_RECORDER = "asym_gqa_recorder"
+SIDES = ("k", "v")
+
+
+@dataclass
+class AttentionSample:
+    """What one attention layer computed on some batches.
+
+    Attributes:
+        calls: the arguments of ``asym_gqa_attention``, one dict a batch; layout ``"bshd"``.
+        masks: ``[B, Sq]`` of each batch, True for query tokens that are not padding.
+    """
+
+    calls: list[dict[str, Any]] = field(default_factory=list)
+    masks: list[Tensor] = field(default_factory=list)
+
+
+@torch.no_grad()
+def sample_attention(
+    model: nn.Module, batches: Iterable[Batch], *, progress: bool = False
+) -> list[AttentionSample]:
+    """Record the attention of every layer.
+
+    Args:
+        model: a Hugging Face model of a known family.
+        batches: as ``calibrate`` takes them. Everything recorded stays in memory: three numbers of
+            the width of K per token and layer, so a few thousand tokens are right.
+        progress: show a bar if standard error is a terminal.
+
+    Returns:
+        One sample per attention layer.
+
+    Raises:
+        ValueError: no batch.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    layers = attention_layers(model)
+    index = {id(layer.module): layer for layer in layers}
+    samples = [AttentionSample() for _ in layers]
+    inputs: dict[str, Tensor] = {}
+
+    def attention(module, query, key, value, attention_mask, **options):
+        call = attention_call(module, query, key, value, attention_mask, **options)
+        call["dropout_p"] = 0.0
+        layer = index[id(module)]
+        samples[layer.index].calls.append(call)
+        samples[layer.index].masks.append(token_mask(inputs, layer.stack.mask, call["q"]))
+        return asym_gqa_attention(**call, backend="reference"), None
+
+    AttentionInterface.register(_RECORDER, reads_maps(attention))
+    AttentionMaskInterface.register(_RECORDER, sdpa_mask)
+    before, training = model.config._attn_implementation, model.training
+    try:
+        model.eval()
+        model.set_attn_implementation(_RECORDER)
+        for batch in track(batches, "Recording attention", shown=progress):
+            inputs.clear()
+            inputs.update(model_inputs(model, batch))
+            options = {} if "pixel_values" in inputs else {"use_cache": False}
+            model.base_model(**inputs, **options)
+    finally:
+        model.set_attn_implementation(before)
+        model.train(training)
+    if not samples[0].calls:
+        raise ValueError("batches must hold at least one batch, got none")
+    return samples
+
+
+def losses_of(
+    model: nn.Module,
+    stats: Sequence[LayerStats] | None,
+    held_out: Iterable[Batch],
+    merging: str = "low_rank",
+    *,
+    queries: int = 4096,
+    seed: int = 0,
+    progress: bool = False,
+) -> list[MergeLosses]:
+    """The losses of every layer of a model; arguments as for ``MergeLosses``."""
+    samples = sample_attention(model, held_out, progress=progress)
+    return [
+        MergeLosses(
+            layer_weights(layer),
+            samples[layer.index],
+            None if stats is None else stats[layer.index],
+            merging,
+            queries=queries,
+            seed=seed,
+        )
+        for layer in attention_layers(model)
+    ]
+
+
+class MergeLosses:
+    """Losses of one layer. ``losses("k", heads)`` is the loss of merging the K heads that some
+    query heads read, everything else left alone; ``losses.joint(key_map, value_map)`` that of both
+    maps together.
+
+    A loss is the mean squared change of the attention output over that output's variance, as
+    ``grouping.layer_errors`` measures it on a converted model.
+
+    Attributes:
+        num_heads: query heads.
+        variance: mean squared deviation of the attention output, summed over its dims.
+
+    Args:
+        weights: the layer.
+        sample: of it, on tokens that were not used for ``stats``.
+        stats: of ``calibrate``; what merging computes from.
+        merging: a method of ``convert``.
+        queries: query tokens to measure on, drawn at random from the sample if it has more.
+        seed: of the draw.
+
+    Raises:
+        ValueError: a merging that keeps nothing of the old heads (``"random"``), or no variance.
+
+    Example::
+
+        losses = losses_of(model, stats, held_out)[0]
+        search_groups(lambda heads: losses("v", heads), losses.num_heads, 3)
+    """
+
+    def __init__(
+        self,
+        weights: LayerWeights,
+        sample: AttentionSample,
+        stats: LayerStats | None,
+        merging: str = "low_rank",
+        *,
+        queries: int = 4096,
+        seed: int = 0,
+    ):
+        check_merging(merging)
+        if merging in ("none", "random"):
+            raise ValueError(f"merging must combine old heads to have a loss, got {merging!r}")
+        self.merging, self.num_heads = merging, weights.num_heads
+        self._normed = weights.k_norm is not None
+        query = None if stats is None else stats.query
+        self._spaces = {side: HeadSpace.of(weights, side, stats, query) for side in SIDES}
+        kept = _kept(sample.masks, queries, seed)
+        self._batches = [
+            _Batch(call, each) for call, each in zip(sample.calls, kept, strict=True) if each.any()
+        ]
+        o = weights.o.detach().float().flatten(1)  # [d_out, Hq * Dv]
+        self._metric = o.T @ o
+        self._head_dim = weights.o.shape[2]
+        self.tokens = sum(len(batch.outputs) for batch in self._batches)
+        heads = torch.cat([batch.outputs.flatten(1) for batch in self._batches])
+        self.variance = self._squared(heads - heads.mean(0), range(self.num_heads)) / self.tokens
+        if not self.variance > 0:
+            raise ValueError("attention outputs must vary over the sample, got one constant")
+        self._known: dict[tuple[str, tuple[int, ...]], float] = {}
+
+    def __call__(self, side: str, query_heads: Sequence[int]) -> float:
+        heads = tuple(query_heads)
+        if (side, heads) not in self._known:
+            self._known[side, heads] = self._measure(side, heads)
+        return self._known[side, heads]
+
+    def old_heads(self, side: str) -> HeadMap:
+        """The KV head of a side that each query head reads before merging."""
+        return self._spaces[side].head_map
+
+    def shared(self, query_heads: Sequence[int]) -> float:
+        """The losses of K and of V added: the cost of a group if both have one map."""
+        return self("k", query_heads) + self("v", query_heads)
+
+    @torch.no_grad()
+    def joint(self, key_map: HeadMap, value_map: HeadMap) -> float:
+        """The loss of both maps together, with what K and V and different groups add up to."""
+        groups = {"k": key_map.groups, "v": value_map.groups}
+        mergers = {side: [self._merger(side, g) for g in groups[side]] for side in SIDES}
+        place = {s: torch.tensor([h for g in groups[s] for h in g]).argsort() for s in SIDES}
+        changes = []
+        for batch in self._batches:
+            k, v = (
+                torch.cat([merger(batch) for merger in mergers[side]], 2)[:, :, place[side]]
+                for side in SIDES
+            )
+            changes.append(batch.attend(range(self.num_heads), k, v) - batch.outputs)
+        return self._loss(changes, range(self.num_heads))
+
+    @torch.no_grad()
+    def _measure(self, side: str, heads: tuple[int, ...]) -> float:
+        if len({self._spaces[side].head_map[h] for h in heads}) == 1:
+            return 0.0
+        merger, changes = self._merger(side, heads), []
+        for batch in self._batches:
+            new = merger(batch)
+            if side == "v":
+                changes.append(batch.weigh(heads, new - batch.of(side, heads)))
+            else:
+                changes.append(batch.attend(heads, new) - batch.outputs[:, list(heads)])
+        return self._loss(changes, heads)
+
+    def _loss(self, changes: list[Tensor], heads: Sequence[int]) -> float:
+        """From what query heads put out more or less, ``[N, n, Dv]`` of each batch."""
+        changed = torch.cat(changes).flatten(1)
+        return self._squared(changed, heads) / self.tokens / self.variance
+
+    def _squared(self, heads: Tensor, query_heads: Sequence[int]) -> float:
+        """Sum over tokens of the squared output that ``heads [N, n * Dv]`` of some query heads
+        make."""
+        dims = torch.arange(self._head_dim)
+        index = torch.cat([h * self._head_dim + dims for h in query_heads])
+        return float(((heads.T @ heads) * self._metric[index[:, None], index]).double().sum())
+
+    def _merger(self, side: str, heads: tuple[int, ...]) -> Callable[[_Batch], Tensor]:
+        """What query heads of a group read after merging, ``[B, Sk, n, D]``, for each batch."""
+        space = self._spaces[side]
+        if len({space.head_map[h] for h in heads}) == 1:
+            return lambda batch: batch.of(side, heads)
+        group, merged = merge_group(space, heads, self.merging)
+        encoders = merged.encoders.float()  # [m, D, D] of the m old heads
+        decoders = None
+        if merged.decoders is not None:
+            decoders = merged.decoders.float()[
+                [group.heads.index(space.head_map[h]) for h in heads]
+            ]
+
+        def merge(batch: _Batch) -> Tensor:
+            shared = torch.einsum("mde,bsme->bsd", encoders, batch.old(side, group.heads))
+            if decoders is None:
+                new = shared[:, :, None].expand(-1, -1, len(heads), -1)
+            else:
+                new = torch.einsum("nde,bse->bsnd", decoders, shared)
+            if side == "k" and self._normed:
+                norm = batch.of(side, heads).norm(dim=-1, keepdim=True)
+                new = new * (norm / new.norm(dim=-1, keepdim=True))
+            return new
+
+        return merge
+
+
+class _Batch:
+    """One recorded call in fp32 on the CPU, some of its query tokens only.
+
+    Attributes:
+        outputs: ``[N, Hq, Dv]`` of the query tokens kept.
+    """
+
+    def __init__(self, call: dict[str, Any], kept: Tensor):
+        """``kept [B, Sq]``: the query tokens to keep."""
+        checked = checked_call(**call)
+        options = checked.options
+        self.scale, self.softcap = checked.scale, options.softcap
+        self.maps = {
+            "k": call["head_map"],
+            "v": call["head_map"] if call["value_head_map"] is None else call["value_head_map"],
+        }
+        self.kv = {side: call[side].detach().float().cpu() for side in SIDES}
+        # Rows of one sequence are padded to the most that any has; the padding is cut at the end.
+        self.most = int(kept.sum(1).max())
+        order = kept.int().argsort(dim=1, descending=True, stable=True)[:, : self.most].cpu()
+        self.filled = kept.cpu().gather(1, order)  # [B, n]
+        self.q = _rows(call["q"].detach().float().cpu(), order, 1)  # [B, n, Hq, D]
+        self.bias = _rows(_bias(checked).cpu(), order, 2)  # [B, 1 or Hq, n, Sk]
+        self.sinks = None if call["sinks"] is None else call["sinks"].detach().float().cpu()
+        every = range(self.q.shape[2])
+        self.probabilities = self._probabilities(every, self.of("k", every))  # [B, Hq, n, Sk]
+        self.outputs = self.weigh(every, self.of("v", every))
+
+    def old(self, side: str, heads: Sequence[int]) -> Tensor:
+        """Recorded KV heads, ``[B, Sk, n, D]``."""
+        return self.kv[side][:, :, list(heads)]
+
+    def of(self, side: str, query_heads: Sequence[int]) -> Tensor:
+        """What query heads read, ``[B, Sk, n, D]``."""
+        return self.old(side, [self.maps[side][h] for h in query_heads])
+
+    def weigh(self, query_heads: Sequence[int], values: Tensor) -> Tensor:
+        """``[N, n, Dv]``: values ``[B, Sk, n, Dv]`` weighed by the recorded probabilities."""
+        shares = self.probabilities[:, list(query_heads)]
+        return (shares @ values.transpose(1, 2)).transpose(1, 2)[self.filled]
+
+    def attend(self, query_heads: Sequence[int], k: Tensor, v: Tensor | None = None) -> Tensor:
+        """``[N, n, Dv]``: attention of some query heads with other keys (and values)."""
+        v = self.of("v", query_heads) if v is None else v
+        shares = self._probabilities(query_heads, k)
+        return (shares @ v.transpose(1, 2)).transpose(1, 2)[self.filled]
+
+    def _probabilities(self, query_heads: Sequence[int], k: Tensor) -> Tensor:
+        heads = list(query_heads)
+        scores = self.q[:, :, heads].transpose(1, 2) @ k.permute(0, 2, 3, 1) * self.scale
+        if self.softcap:
+            scores = self.softcap * torch.tanh(scores / self.softcap)
+        scores = scores + (self.bias if self.bias.shape[1] == 1 else self.bias[:, heads])
+        if self.sinks is None:
+            return scores.softmax(-1).nan_to_num(0)  # a row without keys has nan
+        sinks = self.sinks[heads][:, None, None].expand(*scores.shape[:-1], 1)
+        return torch.cat([scores, sinks], -1).softmax(-1)[..., :-1]
+
+
+def _bias(call: AttentionCall) -> Tensor:
+    """``[B, 1 or Hq, Sq, Sk]``: what is added to the scores, -inf for keys that are not seen."""
+    mask = call.attn_mask
+    one = slice(None) if mask is not None and mask.dim() == 4 and mask.shape[1] > 1 else slice(1)
+    _, visible = visibility(call, call.head_map_tensor.long())
+    bias = torch.zeros_like(visible[:, one], dtype=torch.float32)
+    if mask is not None and mask.dtype != torch.bool:
+        bias = bias + mask.float()
+    return bias.masked_fill(~visible[:, one], -torch.inf)
+
+
+def _rows(tensor: Tensor, order: Tensor, dim: int) -> Tensor:
+    """Query tokens ``order [B, n]`` of a tensor ``[B, ...]`` that has them in ``dim``."""
+    shape = [1] * tensor.dim()
+    shape[0], shape[dim] = order.shape
+    size = list(tensor.shape)
+    size[0], size[dim] = order.shape
+    tensor = tensor.expand(len(order), *tensor.shape[1:])
+    return tensor.gather(dim, order.view(shape).expand(size))
+
+
+def _kept(masks: Sequence[Tensor], queries: int, seed: int) -> list[Tensor]:
+    """The masks with at most ``queries`` random tokens left in all."""
+    total = sum(int(mask.sum()) for mask in masks)
+    if total <= queries:
+        return list(masks)
+    chosen = torch.zeros(total, dtype=torch.bool)
+    generator = torch.Generator().manual_seed(seed)
+    chosen[torch.randperm(total, generator=generator)[:queries]] = True
+    kept = []
+    for mask in masks:
+        count = int(mask.sum())
+        each = torch.zeros_like(mask, device="cpu")
+        each[mask.cpu()] = chosen[:count]
+        chosen = chosen[count:]
+        kept.append(each)
+    return kept

@@ -1,0 +1,142 @@
+"""Uneven models in a real vLLM engine: families, caches, and what must be refused."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from tests.engine.models import (
+    CONTEXT,
+    FAMILIES,
+    Child,
+    make_child,
+    make_divisible_child,
+    prompts,
+    quantised_attention,
+)
+from tests.engine.vllm_process import QUIET, engine, generate, kernels
+from tests.tiny_models import expanded, tiny
+
+pytestmark = pytest.mark.engine
+
+NEW_TOKENS = 8
+OURS = ["AsymGQAImpl"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("children")
+
+
+@pytest.fixture(autouse=True)
+def uninitialised_memory():
+    """vLLM's buffers begin with what they hold: NaN there would be an error of the test."""
+    import torch
+
+    torch.use_deterministic_algorithms(False)
+
+
+def register_class(architecture: str) -> None:
+    """Import the class here: vLLM would start a process to look at each one."""
+    from vllm.model_executor.models.registry import ModelRegistry
+    from vllm.plugins import load_general_plugins
+
+    from gqa_kernels.integrations.vllm import models
+
+    load_general_plugins()
+    ModelRegistry.register_model(architecture, getattr(models, architecture))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(folder, family):
+    """K and V grouped apart, another count in each layer."""
+    child = make_child(family, folder)
+    register_class(json.loads((child.folder / "config.json").read_text())["architectures"][0])
+    asked = prompts(8, CONTEXT - NEW_TOKENS)
+    with engine(child.folder) as llm:
+        assert kernels(llm) == OURS
+        found = generate(llm, asked, NEW_TOKENS)
+    assert found == child.expected(asked, NEW_TOKENS)
+
+
+@pytest.mark.parametrize("block_size", [16, 128])
+def test_counts_that_divide(folder, block_size):
+    """Equal groups of 6 query heads over 3 KV heads would be another function."""
+    child = make_divisible_child(folder / str(block_size))
+    asked = prompts(8, CONTEXT - NEW_TOKENS)
+    with engine(child.folder, block_size=block_size, enable_prefix_caching=True) as llm:
+        first = generate(llm, asked, NEW_TOKENS)
+        assert generate(llm, asked, NEW_TOKENS) == first  # from cached prefixes
+    assert first == child.expected(asked, NEW_TOKENS)
+
+
+@pytest.mark.parametrize(
+    "kv_cache_dtype, format, per_row, block_size",
+    [
+        ("fp8", "fp8_e4m3", False, 16),
+        ("fp8_e5m2", "fp8_e5m2", False, 64),
+        ("fp8_per_token_head", "fp8_e4m3", True, 32),
+        ("int8_per_token_head", "int8", True, 16),
+        ("int4_per_token_head", "int4", True, 64),
+    ],
+)
+def test_caches(folder, kv_cache_dtype, format, per_row, block_size):
+    child = make_child("llama", folder / kv_cache_dtype)
+    child.oracle.set_attn_implementation(quantised_attention(format, per_row))
+    asked = prompts(8, CONTEXT - NEW_TOKENS)
+    with engine(child.folder, kv_cache_dtype=kv_cache_dtype, block_size=block_size) as llm:
+        found = generate(llm, asked, NEW_TOKENS)
+    assert found == child.expected(asked, NEW_TOKENS)
+
+
+def test_a_stock_model_on_our_backend(folder):
+    """As vLLM's own backend runs it; and in an int8 cache, which that backend has not."""
+    model = tiny("llama", 6, 2, head_dim=32)
+    model.save_pretrained(folder / "even")
+    asked = prompts(8, CONTEXT - NEW_TOKENS)
+    with engine(folder / "even") as llm:
+        assert kernels(llm) == ["CPUAttentionBackendImpl"]
+        expected = generate(llm, asked, NEW_TOKENS)
+    with engine(folder / "even", attention_backend="ASYM_GQA") as llm:
+        assert kernels(llm) == OURS
+        assert generate(llm, asked, NEW_TOKENS) == expected
+    int8 = {"kv_cache_dtype": "int8_per_token_head", "attention_backend": "ASYM_GQA"}
+    oracle = expanded(model)
+    oracle.set_attn_implementation(quantised_attention("int8", True))
+    with engine(folder / "even", **int8) as llm:
+        found = generate(llm, asked, NEW_TOKENS)
+    assert found == Child(folder / "even", oracle).expected(asked, NEW_TOKENS)
+
+
+def refusal(folder, **environment) -> str:
+    """The error of a vLLM process that is to load a checkpoint."""
+    code = f"""
+from vllm import LLM
+LLM({str(folder)!r}, enforce_eager=True, max_model_len=64, skip_tokenizer_init=True,
+    dtype="float32", kv_cache_memory_bytes=1 << 24)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300,
+        env={**os.environ, **QUIET, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", **environment},
+    )  # fmt: skip
+    assert done.returncode != 0, "it was loaded"
+    return done.stdout + done.stderr
+
+
+def test_stock_vllm_refuses_the_child(folder):
+    child = make_divisible_child(folder / "stock")
+    error = refusal(child.folder, VLLM_PLUGINS="")
+    assert "['AsymGQALlamaForCausalLM'] are not supported" in error
+
+
+def test_a_stock_architecture_is_refused(folder):
+    """As ``model.save_pretrained`` writes the config of a child."""
+    child = make_divisible_child(folder / "renamed")
+    file = child.folder / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "architectures": ["LlamaForCausalLM"]}))
+    assert "which would compute equal groups" in refusal(child.folder)
