@@ -8,6 +8,8 @@
 #include <tuple>
 #include <utility>
 
+#include "allocate.h"
+
 namespace gqa::host {
 namespace {
 
@@ -194,12 +196,14 @@ Tensor empty_beside(const Tensor& x, ScalarType dtype, std::initializer_list<int
                     std::initializer_list<int64_t> strides) {
   int32_t device;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device));
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(sizes.size()), sizes.begin(), strides.begin(),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device,
-      x.get_device_index(), &handle));
-  return Tensor(handle);
+  return or_say_what("the output of attention", sizes.begin(), sizes.size(), dtype, [&] {
+    AtenTensorHandle handle;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+        static_cast<int64_t>(sizes.size()), sizes.begin(), strides.begin(),
+        torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device,
+        x.get_device_index(), &handle));
+    return Tensor(handle);
+  });
 }
 
 void check_inputs(const Inputs& in,
@@ -285,9 +289,11 @@ AttentionParams params_of(const Inputs& in) {
 Tensor add_output(AttentionParams& params, const Tensor& q, bool bshd) {
   const int64_t batch = q.size(0), heads = q.size(1), tokens = q.size(2);
   const int64_t dim = params.value_head_dim;
-  using torch::stable::new_empty;
-  Tensor out = bshd ? torch::stable::transpose(new_empty(q, {batch, tokens, heads, dim}), 1, 2)
-                    : new_empty(q, {batch, heads, tokens, dim});
+  const auto make = [&](const std::vector<int64_t>& sizes) {
+    return new_result("the output of attention", q, sizes, q.scalar_type());
+  };
+  Tensor out = bshd ? torch::stable::transpose(make({batch, tokens, heads, dim}), 1, 2)
+                    : make({batch, heads, tokens, dim});
   params.out = out.mutable_data_ptr();
   params.out_stride = strides_of(out);
   return out;
@@ -305,7 +311,8 @@ Tensor add_unfilled_output(AttentionParams& params, const Tensor& q, bool bshd) 
 }
 
 Tensor add_lse(AttentionParams& params, const Tensor& q) {
-  Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
+  Tensor lse =
+      new_result("the LSE of attention", q, {q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
   params.lse = static_cast<float*>(lse.mutable_data_ptr());
   return lse;
 }

@@ -188,6 +188,7 @@ class AttentionCall:
         k, v = (checks.heads_first(name, x, "bhsd", True) for name, x in (("k", k), ("v", v)))
         if k.shape[2] != v.shape[2]:
             raise ValueError(f"v.shape[0] must equal k.shape[0] ({k.shape[2]}), got {v.shape[2]}")
+        checks.check_head_dims(k, v, 2)
         check_tensors(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
         batch = max(cu_seqlens_k.numel() - 1, 0)
         offsets, max_seqlen_k = checks.resolve_offsets(

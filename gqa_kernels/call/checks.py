@@ -43,7 +43,7 @@ def check_dense(q: Tensor, k: Tensor, v: Tensor, head_axis: int) -> None:
     token_axis = 3 - head_axis
     batch, q_heads, _, head_dim = q.shape
     k_batch, k_heads, kv_len, k_head_dim = k.shape
-    v_batch, v_heads, v_len, value_head_dim = v.shape
+    v_batch, v_heads, v_len, _ = v.shape
     for name, found, expected in (("k", k_batch, batch), ("v", v_batch, batch)):
         if found != expected:
             raise ValueError(f"{name}.shape[0] must equal q.shape[0] ({expected}), got {found}")
@@ -58,10 +58,14 @@ def check_dense(q: Tensor, k: Tensor, v: Tensor, head_axis: int) -> None:
             f"q, k and v.shape[{head_axis}] (heads) must be at least 1, "
             f"got {q_heads}, {k_heads} and {v_heads}"
         )
-    if head_dim < 1 or value_head_dim < 1:
-        raise ValueError(
-            f"q and v.shape[3] (head dim) must be at least 1, got {head_dim} and {value_head_dim}"
-        )
+    check_head_dims(k, v, 3)
+
+
+def check_head_dims(k: Tensor, v: Tensor, axis: int) -> None:
+    """Keys and values have at least one number; ``axis`` is where the caller's layout has it."""
+    for name, x in (("k", k), ("v", v)):
+        if x.shape[-1] < 1:
+            raise ValueError(f"{name}.shape[{axis}] (head dim) must be at least 1, got 0")
 
 
 def check_floating(name: str, x: Tensor, device: torch.device) -> None:

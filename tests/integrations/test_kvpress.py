@@ -12,7 +12,7 @@ kvpress = pytest.importorskip(
 )
 
 from gqa_kernels.integrations.kvpress import PressedCache, register  # noqa: E402
-from gqa_kernels.integrations.kvpress.pages import HeadPages  # noqa: E402
+from gqa_kernels.integrations.transformers.head_pages import HeadPages  # noqa: E402
 from tests.tiny_models import VOCABULARY, split, tiny  # noqa: E402
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}  # logits of two fp32 summation orders, values up to about 5
@@ -143,6 +143,45 @@ def test_a_question_of_several_tokens_is_its_tokens_one_by_one(models):
         for layer in cache.layers:
             layer.keys, layer.values = (x[:, :, :CONTEXT] for x in (layer.keys, layer.values))
     torch.testing.assert_close(torch.cat(logits[1:], 1), logits[0], **CLOSE)
+
+
+DECODING = {
+    "Knorm": lambda: kvpress.DecodingPress(
+        base_press=kvpress.KnormPress(), compression_interval=4, target_size=60
+    ),
+    "SnapKV-then-Knorm": lambda: kvpress.PrefillDecodingPress(
+        prefilling_press=snap(0.5),
+        decoding_press=kvpress.DecodingPress(
+            base_press=kvpress.KnormPress(), compression_interval=5, target_size=40
+        ),
+    ),
+    "DMS": lambda: kvpress.DMSPress(
+        kvpress.KnormPress(), threshold=-5.0, sliding_window_size=16, decoding=True
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DECODING)
+@torch.no_grad()
+def test_presses_that_compress_while_decoding(models, name):
+    """Under the press all the time; DMS goes on to mask keys of a cache that has dropped some."""
+    results, caches = [], (DynamicCache(), PressedCache(models[1].config))
+    for model, cache in zip(models, caches, strict=True):
+        press = DECODING[name]()
+        with press(model):
+            model.model(input_ids=context(), past_key_values=cache)
+            logits, token = [], context(1, 1)
+            for i in range(14):
+                position = torch.tensor([[CONTEXT + i]])
+                logits.append(model(token, past_key_values=cache, position_ids=position).logits)
+                token = logits[-1].argmax(-1)
+        results.append(torch.cat(logits, 1))
+    torch.testing.assert_close(results[1], results[0], **CLOSE)
+    lengths = torch.stack([layer._pages.lengths for layer in caches[1].layers])
+    if name == "DMS":
+        assert len(lengths.unique()) > 1 and lengths.max() < CONTEXT + 14
+    else:
+        assert caches[0].get_seq_length() == caches[1].get_seq_length() < 70
 
 
 @pytest.mark.parametrize("name", PRESSES)

@@ -115,7 +115,7 @@ class BackwardRun {
       for (int64_t d = call_.head_dim; d < l.q_ld; ++d) tile_.q[r * l.q_ld + d] = 0.0f;
       widen_row<V>(dout_rows[r], call_.value_head_dim, tile_.dout + r * l.o_ld);
       const float lse = call_.lse[row_index(r)];
-      tile_.lse[r] = lse == -INFINITY ? INFINITY : lse * kLog2E;
+      tile_.lse[r] = lse == -INFINITY ? INFINITY : lse * kScoreUnit<T>;
       out_rows[r] = out + head(r) * call_.out_stride.h + token(r) * call_.out_stride.s;
       sums_[r] = RowSums{};
     }
@@ -262,15 +262,15 @@ class BackwardRun {
       bias.position =
           static_cast<float>(query_position(call_, block_->kv_length, token(r)) - first);
       if (call_.alibi_slopes) {
-        bias.slope = kLog2E * call_.alibi_slopes[block_->batch * call_.alibi_stride_b +
-                                                 head(r) * call_.alibi_stride_h];
+        bias.slope = kScoreUnit<T> * call_.alibi_slopes[block_->batch * call_.alibi_stride_b +
+                                                        head(r) * call_.alibi_stride_h];
       }
       if (call_.attn_mask) {
         bias.additive = mask_row<V>(call_, block_->batch, head(r), token(r), first, strip.begin,
                                     strip.end, tile_.bias);
       }
     }
-    const float rest = std::fma(call_.lse[row_index(r)], kLog2E, -tile_.lse[r]);
+    const float rest = std::fma(call_.lse[row_index(r)], kScoreUnit<T>, -tile_.lse[r]);
     BackwardRow row{tile_.lse[r], rest, tile_.delta[r], nullptr};
     if (call_.dropout_threshold != 0) {
       dropout_row(call_, block_->batch, head(r), token(r), first, keys.visible_begin,
@@ -338,13 +338,20 @@ class BackwardRun {
     for (int r = 0; r < rows_; ++r) {
       store_scaled<V>(tile_.dq + r * tile_.layout.dk_ld, call_.head_dim, call_.scale,
                       dq + head(r) * params_.dq_stride.h + token(r) * params_.dq_stride.s);
-      const float dlse = params_.dlse ? params_.dlse[row_index(r)] : 0.0f;
-      if (state_.slope_rows) state_.slope_rows[row_index(r)] = sums_[r].slope(dlse);
-      if (state_.sink_rows) {
-        const float probability = std::exp2(call_.sinks[head(r)] * kLog2E - tile_.lse[r]);
-        state_.sink_rows[row_index(r)] = sums_[r].sink(probability, dlse);
-      }
+      if (state_.slope_rows || state_.sink_rows) store_sums(r);
     }
+  }
+
+  // What the row adds to the gradients of its slope and its sink; 0, which is there already, if it
+  // sees no key.
+  void store_sums(int r) const {
+    const int64_t row = row_index(r);
+    const float lse = call_.lse[row], delta = tile_.delta[r];
+    if (lse == -INFINITY) return;
+    const float sink = call_.sinks ? std::exp(call_.sinks[head(r)] - lse) : 0.0f;
+    const float error = sums_[r].delta_error(delta, sink, params_.dlse ? params_.dlse[row] : 0.0f);
+    if (state_.slope_rows) state_.slope_rows[row] = sums_[r].slope(error);
+    if (state_.sink_rows) state_.sink_rows[row] = -sink * (delta + error);
   }
 
   const BackwardState& state_;

@@ -221,15 +221,15 @@ class AttentionTask {
       bias.position =
           static_cast<float>(query_position(params_, task_.kv_length, token(r)) - first);
       if (params_.alibi_slopes) {
-        bias.slope = kLog2E * params_.alibi_slopes[task_.batch * params_.alibi_stride_b +
-                                                   head(r) * params_.alibi_stride_h];
+        bias.slope = kScoreUnit<S> * params_.alibi_slopes[task_.batch * params_.alibi_stride_b +
+                                                          head(r) * params_.alibi_stride_h];
       }
       if (params_.attn_mask) {
         bias.additive = mask_row<V>(params_, task_.batch, head(r), token(r), first, strip.begin,
                                     strip.end, tile_.bias);
       }
     }
-    return finish_row_scores<V, kBias, kQuantized<S>>(
+    return finish_row_scores<V, S, kBias, kQuantized<S>>(
         s, row_keys(r, first, strip), params_.scale * products_.score_step(r), bias, row_scales(r));
   }
 
@@ -242,7 +242,7 @@ class AttentionTask {
       keep = tile_.keep;
     }
     float most = 0.0f;
-    const float rescale = exponentiate_row<V, kQuantized<S>, typename Products::Probability>(
+    const float rescale = exponentiate_row<V, S, kQuantized<S>, typename Products::Probability>(
         s, keys, block_max, row_scales(r), keep, tile_.max[r], tile_.sum[r], most);
     if (rescale != 1.0f) scale_row(tile_.o + r * tile_.layout.o_ld, rescale);
     if (kQuantized<S>) dequantizer_.subtract_zeros(r, strip);
@@ -285,7 +285,7 @@ class AttentionTask {
       for (int64_t d = 0; d < params_.value_head_dim; ++d) o[d] = 0.0f;
       for (int i = 0; i < task_.num_splits; ++i) {
         const float* row = partial_row(i, r);
-        const float factor = exp2_scalar<V>(row[0] - (max == -INFINITY ? 0.0f : max));
+        const float factor = exp_score_scalar<V, S>(row[0] - (max == -INFINITY ? 0.0f : max));
         sum += row[1] * factor;
         for (int64_t d = 0; d < params_.value_head_dim; ++d) o[d] += row[2 + d] * factor;
       }
@@ -306,15 +306,15 @@ class AttentionTask {
         sum == 0.0f;  // a visible key adds about 1 at the maximum; NaN is not 0
     float factor = 1.0f;
     if (params_.sinks && !sees_nothing) {
-      const float sink = params_.sinks[h] * kLog2E;
+      const float sink = params_.sinks[h] * kScoreUnit<S>;
       const float new_max = sink > max ? sink : max;
-      factor = std::exp2(max - new_max);
-      sum = sum * factor + std::exp2(sink - new_max);
+      factor = exp_score_scalar<V, S>(max - new_max);
+      sum = sum * factor + exp_score_scalar<V, S>(sink - new_max);
       max = new_max;
     }
     // In double, because an error of the LSE is a relative error of the backward's P. `max` carries
-    // the rounding of kLog2E, and so must the factor.
-    constexpr double kNatural = 1.0 / static_cast<double>(kLog2E);
+    // the rounding of kScoreUnit, and so must the factor.
+    constexpr double kNatural = 1.0 / static_cast<double>(kScoreUnit<S>);
     params_.lse[(b * params_.num_heads + h) * params_.q_tokens + t] =
         sees_nothing ? -INFINITY
                      : static_cast<float>(max * kNatural + std::log(static_cast<double>(sum)));

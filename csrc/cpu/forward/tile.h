@@ -75,7 +75,7 @@ struct Tile {
   // The task's own:
   float* q;          // [rows, q_ld]  queries in fp32
   float* o;          // [rows, o_ld]  output, not yet divided by the sum
-  float* max;        // [rows]  running maximum of the scores, log2 units
+  float* max;        // [rows]  running maximum of the scores
   float* sum;        // [rows]  running sum of exp(score - max)
   float* q_sum;      // [rows]  sums of the rows of q; of a quantised cache
   int16_t* q_int16;  // [2, rows, int16_ld]  both parts of q, for products of integers
