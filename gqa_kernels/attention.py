@@ -68,6 +68,7 @@ def asym_gqa_attention(
     return_lse: bool = False,
     return_aux: AuxRequest | None = None,
     deterministic: bool = False,
+    batch_invariant: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor] | tuple[Tensor, AuxOutput]:
     """Attention in which query head ``h`` reads KV head ``head_map[h]``, for any map.
@@ -87,7 +88,8 @@ def asym_gqa_attention(
     on out and LSE. Those in V have none on the LSE, but turn out into NaN for queries that do not
     see the key, as with SDPA: its probability of 0 is multiplied by V. The reference does so for
     every hidden key; the fused backends do not read tiles in which a window or causality hides
-    every key. Either may turn gradients into NaN. Slots beyond ``kv_lengths`` are never used.
+    every key, nor the CPU backend those of a mask. Either may turn gradients into NaN. Slots beyond
+    ``kv_lengths`` are never used.
 
     Differentiable in q, k, v, slopes and sinks, through the LSE too. Gradients of an additive mask,
     second derivatives, ``torch.func`` and forward mode are for the reference alone; ``vmap`` runs
@@ -125,6 +127,10 @@ def asym_gqa_attention(
             over the keys in eager torch, without gradient.
         deterministic: accepted for drop-in use: results are always bitwise repeatable, backward
             included.
+        batch_invariant: give a query the same bits whatever else is in the batch, however the
+            prompt is cut into chunks, whatever the number of threads, and in a dense or a paged
+            cache. Decode takes longer (csrc/README.md says why), and dropout is refused.
+            Gradients make no such promise.
         backend: ``"auto"``, or a name out of :func:`available_backends`, which never falls back.
 
     Returns:
@@ -144,7 +150,7 @@ def asym_gqa_attention(
     aux = None if return_aux is None else as_aux_request(return_aux, return_lse)
     call = AttentionCall.dense(
         q, k, v, head_map, value_head_map, causal, scale, window, softcap, alibi_slopes, sinks,
-        attn_mask, kv_lengths, dropout_p, layout,
+        attn_mask, kv_lengths, dropout_p, layout, batch_invariant,
     )  # fmt: skip
     call.lse_wanted = return_lse or (aux is not None and aux.lse)
     if call.options.dropout_p:
