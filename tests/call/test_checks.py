@@ -46,7 +46,7 @@ BAD = {
     "no-head-dim": (
         dict(q=Q[..., :0], k=K[..., :0]),
         ValueError,
-        r"v.shape\[3\] \(head dim\) must be .*got 0 and 8",
+        r"k.shape\[3\] \(head dim\) must be at least 1, got 0",
     ),
     "map-length": (dict(head_map=[0, 1]), ValueError, r"one entry per query head \(3\), got 2"),
     "map-empty": (dict(head_map=[]), ValueError, "head_map must have .*got"),
