@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,9 @@ from ..call.attention import AttentionCall
 from ..call.keep import KeepCall
 
 Call = AttentionCall | AppendCall | KeepCall
+Runner = Callable[[AttentionCall], tuple[Tensor, Tensor]]
+
+Function = TypeVar("Function", bound=Callable[..., object])
 
 ALL_OPTIONS = frozenset(
     {
@@ -27,6 +31,8 @@ ALL_OPTIONS = frozenset(
         "kv_lengths",
         "device_map",
         "dropout",
+        "batch_invariant",
+        "varlen_mask",
         "mask_gradient",
         "torch_func",
     }
@@ -39,7 +45,7 @@ ALL_CACHES = frozenset(
 
 
 # What backends with a backward op can't have: it is differentiated once, and in reverse.
-FUSED_OPTIONS = ALL_OPTIONS - {"mask_gradient", "torch_func"}
+FUSED_OPTIONS = ALL_OPTIONS - {"mask_gradient", "torch_func", "batch_invariant", "varlen_mask"}
 
 
 @dataclass(frozen=True)
@@ -133,6 +139,11 @@ class Backend(ABC):
             ValueError, TypeError, NotImplementedError: what :meth:`AttentionCall.check` says.
         """
 
+    def runner(self, call: AttentionCall) -> Runner:
+        """What runs calls of this one's kind, as :meth:`attend` does: a backend may prepare what
+        these have in common. :func:`gqa_kernels.backends.dispatch.attend` keeps it by the kind."""
+        return self.attend
+
     @abstractmethod
     def append(self, call: AppendCall) -> Tensor | None:
         """Write new tokens into a cache.
@@ -151,3 +162,9 @@ class Backend(ABC):
 
 def _listed(names: Iterable[str]) -> str:
     return ", ".join(sorted(names))
+
+
+def constant_while_compiling(function: Function) -> Function:
+    """``torch.compiler.assume_constant_result`` without its import of the whole compiler."""
+    function.__dict__["_dynamo_marked_constant"] = True
+    return function

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from typing import TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,27 +13,37 @@ from ..call.attention import AttentionCall
 from ..call.keep import KeepCall
 from ..native.arguments import check_choice
 from ..native.autograd import is_transformed_now
-from .base import Backend, Call
+from .base import Backend, Call, Runner, constant_while_compiling
 from .cpu import CPUBackend
 from .cuda import CUDABackend
+from .order import auto_order, is_decode
 from .reference import ReferenceBackend
 from .triton import TritonBackend
 
-Function = TypeVar("Function", bound=Callable[..., object])
+
+class Choice(NamedTuple):
+    """What runs calls of a kind.
+
+    Attributes:
+        backend: ready to run.
+        run: runs an attention call of this kind.
+    """
+
+    backend: Backend
+    run: Runner
+
 
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (CPUBackend(), CUDABackend(), TritonBackend(), ReferenceBackend())
 }
-# Triton's interpreter on CPU tensors is for tests: only an explicit backend="triton" takes it.
-AUTO_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
-DEFAULT_ORDER = ("reference",)
 
 _failures: dict[str, str] = {}  # of backends that looked usable and could not be loaded
 _warned: set[str] = set()  # reasons why the reference was taken that the user knows of
-# Choices made so far. What decides is the kind of a call: its key holds no size but the head dims,
-# and no number's value. Only what can run is kept: it stays usable.
-_choices: dict[tuple, Backend] = {}
+# Choices made so far. What decides is the kind of a call: its key holds no size but the head dims
+# (and, on a GPU, whether the call is decode), and no number's value. Only what can run is kept: it
+# stays usable.
+_choices: dict[tuple, Choice] = {}
 
 
 def available_backends() -> list[str]:
@@ -49,13 +58,24 @@ def available_backends() -> list[str]:
 
 def explain(call: Call) -> dict[str, list[str]]:
     """For every backend, in the order of ``auto``, why it can't run a call."""
-    order = AUTO_ORDER.get(call.device.type, DEFAULT_ORDER)
+    order = auto_order(call)
     order = (*order, *(name for name in BACKENDS if name not in order))
     reasons = {name: _reasons(BACKENDS[name], call) for name in order}
     for name, failure in _failures.items():
         if not reasons[name]:
             reasons[name] = [failure]
     return reasons
+
+
+def attend(call: AttentionCall, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """Out and LSE of a call, by the backend that :func:`select` chooses; as ``Backend.attend``."""
+    if type(backend) is not str or torch.compiler.is_compiling() or is_transformed_now():
+        return _choice(call, backend).run(call)
+    key = _attention_key(call, backend)
+    choice = _choices.get(key)
+    if choice is None:
+        choice = _choices[key] = _choice(call, backend)
+    return choice.run(call)
 
 
 def select(call: Call, backend: str = "auto") -> Backend:
@@ -67,17 +87,22 @@ def select(call: Call, backend: str = "auto") -> Backend:
     """
     uncached = type(backend) is not str or torch.compiler.is_compiling() or is_transformed_now()
     if uncached or isinstance(call, KeepCall):
-        call.check()
-        return _choose(call, backend)
+        return _choice(call, backend).backend
     if isinstance(call, AttentionCall):
         key = _attention_key(call, backend)
     else:
         key = _append_key(call, backend)
     found = _choices.get(key)
     if found is None:
-        call.check()
-        found = _choices[key] = _choose(call, backend)
-    return found
+        found = _choices[key] = _choice(call, backend)
+    return found.backend
+
+
+def _choice(call: Call, backend: str) -> Choice:
+    call.check()
+    chosen = _choose(call, backend)
+    run = chosen.runner(call) if isinstance(call, AttentionCall) else chosen.attend
+    return Choice(chosen, run)
 
 
 def forget_choices() -> None:
@@ -86,12 +111,12 @@ def forget_choices() -> None:
 
 
 def _attention_key(call: AttentionCall, backend: str) -> tuple:
-    """What the choice for an attention call follows from."""
-    q, kv, mask = call.q, call.kv, call.attn_mask
+    """What the choice for an attention call, and what runs it, follow from."""
+    q, k, v = call.q, call.kv.k, call.kv.v
     return (
-        call.find_kind(), backend, call.options.used, call.memory, q.dtype, kv.k.dtype, q.size(3),
-        kv.v.size(3), _device_key(q, kv.k, kv.v, q), type(call.head_map), type(call.value_head_map),
-        mask if mask is None else (mask.dtype, mask.requires_grad), call.requires_grad,
+        call.kind, call.options.kind, backend, type(q), q.dtype, k.dtype, q.size(3), v.size(3),
+        (q.is_cpu and k.is_cpu and v.is_cpu) or (q.device, k.device, v.device, is_decode(call)),
+        call.requires_grad, call.lse_wanted, call.bshd,
     )  # fmt: skip
 
 
@@ -116,7 +141,7 @@ def _append_key(call: AppendCall, backend: str) -> tuple:
 def _choose(call: Call, backend: str) -> Backend:
     if backend == "auto":
         passed_over: list[tuple[str, list[str]]] = []
-        for name in AUTO_ORDER.get(call.device.type, DEFAULT_ORDER):
+        for name in auto_order(call):
             reasons = _reasons(BACKENDS[name], call)
             if not reasons:
                 failure = _prepare(name)
@@ -142,18 +167,12 @@ def _choose(call: Call, backend: str) -> Backend:
     return BACKENDS[backend]
 
 
-def _constant_while_compiling(function: Function) -> Function:
-    """``torch.compiler.assume_constant_result`` without its import of the whole compiler."""
-    function.__dict__["_dynamo_marked_constant"] = True
-    return function
-
-
-@_constant_while_compiling
+@constant_while_compiling
 def _unavailable(name: str) -> str | None:
     return BACKENDS[name].unavailable_reason()
 
 
-@_constant_while_compiling
+@constant_while_compiling
 def _prepare(name: str) -> str | None:
     """Load a backend's kernels. Returns None on success, else why it failed, which is a warning
     too: the backend looked usable."""
@@ -161,7 +180,7 @@ def _prepare(name: str) -> str | None:
     _failures.pop(name, None)
     if failure:
         _failures[name] = failure
-        warnings.warn(f"gqa_kernels: backend {name!r} is not usable: {failure}", stacklevel=5)
+        warnings.warn(f"gqa_kernels: backend {name!r} is not usable: {failure}", stacklevel=6)
     return failure
 
 
@@ -178,7 +197,7 @@ def _warn_of_reference(passed_over: list[tuple[str, list[str]]]) -> None:
         "gqa_kernels: backend='auto' runs the eager reference, which is slow and expands K and V, "
         f"because no fused backend can run this call ({why}). Change what the reasons name, or "
         "pass backend='reference' to choose it without this warning.",
-        stacklevel=5,
+        stacklevel=6,
     )
 
 

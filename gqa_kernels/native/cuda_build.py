@@ -17,9 +17,10 @@ from typing import NamedTuple
 
 from .sources import find_text, is_cuda
 
-# Of a wheel. Kernels under csrc/cuda/sm90 use instructions of 90a; the others run from 80 on, and
-# their PTX lets later devices compile them.
-DEFAULT_ARCHS = ("80", "90a")
+# Of a wheel: A100 and its family, H100, B200, RTX 50. Kernels under csrc/cuda/sm90 use instructions
+# of 90a; the others run from 80 on, and their PTX lets other devices compile them, which takes the
+# driver 10 to 30 seconds for each .cu file at its first call.
+DEFAULT_ARCHS = ("80", "90a", "100", "120")
 # ptxas tells of registers and spills; tests/emulation/cuda_resources.py reads them from the log.
 NVCC_FLAGS = ("-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xptxas", "-v")
 LINK_FLAGS = ("-lcudart_static", "-ldl", "-lrt", "-lpthread")

@@ -229,3 +229,14 @@ extern "C" const char* launch() {{
         assert reason is None
     else:
         assert reason.startswith(b"probe failed: ")
+
+
+def test_a_wheel_has_code_for_every_architecture_that_we_name():
+    """One cubin each; Hopper's own kernels for it alone, and PTX for what comes later."""
+    root, archs = sources.source_root(), cuda_build.DEFAULT_ARCHS
+    assert archs == ("80", "90a", "100", "120")
+    for path in cuda_build.kernel_sources(root, archs):
+        flags = cuda_build.gencode_flags(root, path, archs, ptx=True)
+        codes = [flag.split("code=")[1] for flag in flags if "code=" in flag]
+        expected = [f"sm_{arch}" for arch in archs] + ["compute_80"]
+        assert codes == (["sm_90a"] if "sm90" in path.parts else expected)

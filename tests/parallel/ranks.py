@@ -1,4 +1,4 @@
-"""Run a function in two processes joined by gloo."""
+"""Run a function in processes joined by gloo."""
 
 from __future__ import annotations
 
@@ -13,15 +13,20 @@ import torch.multiprocessing as mp
 WORLD = 2
 
 
-def run_ranks(function: Callable[..., None], folder: Path, *arguments: object) -> None:
+def run_ranks(
+    function: Callable[..., None], folder: Path, *arguments: object, world: int = WORLD
+) -> None:
     """Call ``function(rank, *arguments)`` on every rank; an error of any of them is raised."""
-    mp.spawn(_rank, args=(f"file://{folder}/rendezvous", function, arguments), nprocs=WORLD)
+    rendezvous = f"file://{folder}/rendezvous"
+    mp.spawn(_rank, args=(rendezvous, world, function, arguments), nprocs=world)
 
 
-def _rank(rank: int, rendezvous: str, function: Callable[..., None], arguments: tuple) -> None:
+def _rank(
+    rank: int, rendezvous: str, world: int, function: Callable[..., None], arguments: tuple
+) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=WORLD)
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world)
     try:
         function(rank, *arguments)
     finally:

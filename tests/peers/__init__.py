@@ -1,1 +1,1 @@
-"""Other libraries' signatures over our functions, held to eager definitions of what they mean."""
+"""Functions with other libraries' signatures, held to eager definitions of what they mean."""

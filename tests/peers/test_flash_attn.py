@@ -1,16 +1,13 @@
 """FlashAttention's meaning of its arguments, on even and uneven maps."""
 
-import inspect
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
 
-from gqa_kernels import HeadMap
-from gqa_kernels.attention import asym_gqa_attention
-from gqa_kernels.decode import asym_gqa_decode
-from gqa_kernels.varlen import asym_gqa_varlen_attention
-from tests.peers import eager, flash_attn
+from gqa_kernels import HeadMap, flash_attn
+from tests.peers import eager
 
 MAPS = {"even": HeadMap.uniform(6, 3), "uneven": HeadMap([0, 2, 0, 1, 0, 2])}
 SIZES = ((1, 1), (3, 17), (17, 3), (64, 64), (33, 130))
@@ -120,8 +117,8 @@ CACHES = ("dense", "batch index", "paged", "leftpad")
 @pytest.mark.parametrize("new", [0, 1, 5])
 @pytest.mark.parametrize("rotary", [None, True, False], ids=["plain", "interleaved", "halves"])
 def test_kvcache(head_map, cache, new, rotary):
-    if rotary is not None and (not new or cache == "leftpad"):
-        return  # rotated are new tokens; for leftpad see MISSING
+    if rotary is not None and not new:
+        return  # new tokens are what is rotated
     lengths, batch, room = torch.tensor([9, 40, 0], dtype=torch.int32), 3, 64
     queries, causal = new or 2, True
     q = random(batch, queries, 6, 32)
@@ -164,51 +161,78 @@ def test_kvcache(head_map, cache, new, rotary):
         eager.check(out[b, None].transpose(1, 2), lse[b, None], define, 32)
 
 
-OURS = {
-    "flash_attn_func": asym_gqa_attention,
-    "flash_attn_varlen_func": asym_gqa_varlen_attention,
-    "flash_attn_with_kvcache": asym_gqa_decode,
-}
-REFUSED = {
-    ("flash_attn_func", "return_attn_probs"): {"return_attn_probs": True},
-    ("flash_attn_varlen_func", "dropout_p"): {"dropout_p": 0.1},
-    ("flash_attn_varlen_func", "return_attn_probs"): {"return_attn_probs": True},
-    ("flash_attn_with_kvcache", "num_splits"): {"num_splits": 4},
-    ("flash_attn_with_kvcache", "k"): {"k": random(1, 2, 3, 8), "v": random(1, 2, 3, 8)},
-    ("flash_attn_with_kvcache", "rotary_cos"): {
-        "k": random(1, 4, 3, 8), "v": random(1, 4, 3, 8), "rotary_cos": torch.ones(9, 4),
-        "rotary_sin": torch.ones(9, 4), "cache_leftpad": torch.ones(1, dtype=torch.int32),
-    },
-    ("flash_attn_with_kvcache", "cache_batch_idx"): {
-        "cache_batch_idx": torch.zeros(1, dtype=torch.int32),
-        "block_table": torch.zeros(1, 1, dtype=torch.int32),
-    },
-}  # fmt: skip
+@pytest.mark.parametrize("cache", ["dense", "paged", "leftpad"])
+@pytest.mark.parametrize("new", [1, 2, 7])
+def test_other_numbers_of_new_keys_than_queries(cache, new):
+    head_map, lengths, room = MAPS["uneven"], [9, 20], 32
+    q = random(2, 4, 6, 32)
+    k_new, v_new = (random(2, new, 3, 32, seed=seed) for seed in (3, 4))
+    rows = [random(2, room, 3, 32, seed=seed) for seed in (1, 2)]
+    given, options, first = [x.clone() for x in rows], {}, [0, 0]
+    if cache == "paged":
+        options["block_table"] = torch.arange(4).view(2, 2).int()
+        given = [x.unflatten(1, (2, 16)).flatten(0, 1) for x in given]
+    if cache == "leftpad":
+        first = [2, 11]
+        options["cache_leftpad"] = torch.tensor(first, dtype=torch.int32)
+    out = flash_attn.flash_attn_with_kvcache(
+        q, *given, k=k_new, v=v_new, cache_seqlens=torch.tensor(lengths, dtype=torch.int32),
+        causal=True, head_map=head_map, **options,
+    )  # fmt: skip
+    for b, length in enumerate(lengths):
+        rows[0][b, length : length + new], rows[1][b, length : length + new] = k_new[b], v_new[b]
+        keys, values = (x[b, None, : length + new] for x in rows)
+        define = definition(q[b, None], keys, values, head_map, True, first=first[b])
+        eager.check(out[b, None].transpose(1, 2), None, define, 32)
 
 
-@pytest.mark.parametrize("which", flash_attn.MISSING, ids="-".join)
-def test_what_cannot_be_said_is_refused(which):
-    function, argument = which
+def test_cache_seqlens_as_a_number_and_as_nothing():
+    q, (k, v) = random(2, 1, 6, 32), (random(2, 9, 3, 32, seed=seed) for seed in (1, 2))
+    for filled, given in ((9, None), (9, 9), (5, 5)):
+        out = flash_attn.flash_attn_with_kvcache(q, k, v, cache_seqlens=given)
+        define = definition(q, k[:, :filled], v[:, :filled], MAPS["even"])
+        eager.check(out.transpose(1, 2), None, define, 32)
+
+
+def test_gradients_and_numbers_of_other_types():
+    """numpy integers and tensors of no dimension are numbers, as in FlashAttention."""
+    q, k, v = (random(1, 5, h, 16, seed=h).requires_grad_() for h in (6, 3, 3))
+    out = flash_attn.flash_attn_func(
+        q, k, v, causal=True, window_size=(np.int64(3), torch.tensor(0)), softcap=np.float32(0)
+    )
+    same = flash_attn.flash_attn_func(q, k, v, causal=True, window_size=(3, 0))
+    dout = random(*out.shape)
+    for a, b in zip(*(torch.autograd.grad(x, (q, k, v), dout) for x in (out, same)), strict=True):
+        assert torch.equal(a, b) and a.any()
+
+
+ONE_NEW = {"k": random(1, 1, 3, 8), "v": random(1, 1, 3, 8)}
+FOUR_NEW = {"k": random(1, 4, 3, 8), "v": random(1, 4, 3, 8)}
+TABLES = {"rotary_cos": torch.ones(9, 4), "rotary_sin": torch.ones(9, 4)}
+REFUSED = (
+    ("flash_attn_func", "return_attn_probs", {"return_attn_probs": True}),
+    ("flash_attn_varlen_func", "dropout_p", {"dropout_p": 0.1}),
+    ("flash_attn_varlen_func", "return_attn_probs", {"return_attn_probs": True}),
+    ("flash_attn_with_kvcache", "num_splits", {"num_splits": 4}),
+    ("flash_attn_with_kvcache", "rotary_cos", {**ONE_NEW, **TABLES, "causal": True}),
+    ("flash_attn_with_kvcache", "rotary_cos", {**FOUR_NEW, **TABLES}),
+    (
+        "flash_attn_with_kvcache",
+        "cache_batch_idx",
+        {
+            "cache_batch_idx": torch.zeros(1, dtype=torch.int32),
+            "block_table": torch.zeros(1, 1, dtype=torch.int32),
+        },
+    ),
+)
+
+
+@pytest.mark.parametrize("function, argument, options", REFUSED)
+def test_what_has_no_counterpart_is_refused(function, argument, options):
     q, k = random(1, 4, 6, 8), random(1, 9, 3, 8)
     given = [q, k, k]
     if "varlen" in function:
         cu_q, cu_k = torch.tensor([0, 4]), torch.tensor([0, 9])
         given = [q[0], k[0], k[0], cu_q, cu_k, 4, 9]
     with pytest.raises(NotImplementedError, match=argument):
-        getattr(flash_attn, function)(*given, **REFUSED[which])
-
-
-@pytest.mark.parametrize("function, argument", [
-    ("flash_attn_func", "return_attn_probs"), ("flash_attn_varlen_func", "dropout_p"),
-    ("flash_attn_with_kvcache", "num_splits"),
-])  # fmt: skip
-def test_and_is_still_missing(function, argument):
-    """When ours takes such an argument the shim must pass it on."""
-    assert argument not in inspect.signature(OURS[function]).parameters
-
-
-def test_new_keys_without_queries_of_their_own_are_still_missing():
-    q, k, new = random(1, 4, 6, 8), random(1, 9, 3, 8), random(1, 2, 3, 8)
-    cache = flash_attn.DenseKVCache(k.clone(), k.clone(), torch.tensor([3]), layout="bshd")
-    with pytest.raises(ValueError, match="q must have"):
-        asym_gqa_decode(q, cache, MAPS["even"], k_new=new, v_new=new, layout="bshd")
+        getattr(flash_attn, function)(*given, **options)

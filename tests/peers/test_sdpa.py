@@ -5,8 +5,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from gqa_kernels import HeadMap
+from gqa_kernels.sdpa import scaled_dot_product_attention
 from tests.peers import eager
-from tests.peers.sdpa import scaled_dot_product_attention
 
 UNEVEN = HeadMap([0, 2, 0, 1, 0, 2])
 SHAPES = ((1, 1), (5, 5), (5, 17), (17, 5), (64, 130))
@@ -115,3 +115,9 @@ def test_gradients_are_theirs():
     )
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("shape", [(5,), (1, 1, 2, 3, 4)], ids=str)
+def test_ranks_that_sdpa_has_no_heads_for(shape):
+    with pytest.raises(ValueError, match=r"query must have 2 to 4 dimensions"):
+        scaled_dot_product_attention(*[random(*shape)] * 3)
