@@ -5,8 +5,8 @@
 Needs a virtual environment with vLLM (the extra `engine`) and `hf`. Each contestant is a process
 with an engine; they take turns at the same requests, all sent at once, without prefix caching. The
 rows have the median and the quartiles of generated tokens/s, and the bytes of KV memory per token
-as the engine allocates it. ``uneven`` is the stock function with its three KV heads split into five,
-another map in each layer. Greedy tokens are compared with vLLM's own attention.
+as the engine allocates it. ``uneven`` is the stock function with its three KV heads split into
+five, another map in each layer. Greedy tokens are compared with vLLM's own attention.
 """
 
 from __future__ import annotations
@@ -99,8 +99,15 @@ class Contestant:
         self.process.wait()
 
 
-def run(folder: Path, prompts: list[list[int]], new: int, rounds: int, options: dict) -> list[dict]:
-    """A row of each contestant."""
+def run(
+    folder: Path, prompts: list[list[int]], new: int, rounds: int, wait: bool, options: dict
+) -> list[dict]:
+    """A row of each contestant.
+
+    Args:
+        wait: for a line on stdin before the timed turns.
+        options: of ``vllm.LLM``.
+    """
     found = {
         name: Contestant(folder / checkpoint, {**options, **own})
         for name, (checkpoint, own) in CONTESTANTS.items()
@@ -110,6 +117,8 @@ def run(folder: Path, prompts: list[list[int]], new: int, rounds: int, options: 
         tokens = {name: one.generate(prompts, new)["tokens"] for name, one in found.items()}
         seconds: dict[str, list[float]] = {name: [] for name in found}
         names = list(found)
+        if wait:
+            input("ready: make the machine quiet, then press Enter")
         for turn in range(rounds):
             for name in names[turn % len(names) :] + names[: turn % len(names)]:
                 seconds[name].append(found[name].generate(prompts, new)["seconds"])
@@ -143,6 +152,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--prompt", type=int, default=256, help="tokens of a request")
     parser.add_argument("--new", type=int, default=32, help="tokens generated for each")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each (2 or more)")
+    parser.add_argument("--wait", action="store_true", help="wait for Enter before the turns")
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
     parser.add_argument("--checkpoints", type=Path, help="folder to keep them in between runs")
     parser.add_argument("--path", type=Path, default=PATH)
@@ -153,8 +163,9 @@ def main(arguments: list[str] | None = None) -> None:
         serve(Path(options.serve[0]), json.loads(options.serve[1]))
         return
 
-    from gqa_kernels.samples.text import calibration_text, rows
     from transformers import AutoTokenizer
+
+    from gqa_kernels.samples.text import calibration_text, rows
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.checkpoints or Path(temporary)
@@ -166,7 +177,7 @@ def main(arguments: list[str] | None = None) -> None:
             "dtype": options.dtype, "max_model_len": options.prompt + options.new,
             "kv_cache_memory_bytes": 1 << 30,
         }  # fmt: skip
-        found = run(folder, prompts.tolist(), options.new, options.rounds, engine)
+        found = run(folder, prompts.tolist(), options.new, options.rounds, options.wait, engine)
     for row in found:
         print(
             f"{row['contestant']:26} {row['tokens_per_second']:7.1f} tokens/s "
