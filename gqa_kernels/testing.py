@@ -203,7 +203,8 @@ def _gradient_forms(
 ) -> Iterator[tuple[AttentionCall, Tensor | None]]:
     """The call and its ``dout`` with both head dims in other orders, more where it is small."""
     rows = inputs.q.shape[:3].numel()
-    orders = _reorderings(inputs)[: 8 if rows < 256 else 3]
+    dims = max(inputs.head_dim, inputs.value_head_dim)
+    orders = _reorderings(inputs, dims)[: 8 if rows < 256 else 3]
     for shift, reorder in enumerate(orders):
         order = torch.arange(inputs.value_head_dim, device=inputs.device).roll(shift)
         form = reorder(inputs).replace(v=inputs.v[..., order])
@@ -237,17 +238,17 @@ def _fused_gradients(
 
     ``dS = P * (dP - rowsum(dout * out) + dlse)``: what kernels do that keep no P
     (FlashAttention-2, arXiv 2307.08691, section 2.3). The scores are those that gave out and LSE,
-    bit for bit: a kernel that recomputes them in another order loses as many digits of the
-    gradients as the scores are large.
+    bit for bit, and the LSE is in their units: a kernel that recomputes scores in another order, or
+    converts the LSE, loses as many digits of the gradients as the scores are large. In particular P
+    is exactly 1 where a row sees one key.
     """
     s, v, _ = scores_and_values(inputs, matmul_dtype, base2)
     with torch.no_grad():
-        out, lse = reference_attention(inputs, matmul_dtype, base2)
+        out, _ = reference_attention(inputs, matmul_dtype, base2)
         dout = torch.zeros_like(out) if dout is None else dout
         delta = (dout.to(s.dtype) * out).sum(-1)
         delta = delta if dlse is None else delta - dlse
-        lse = lse.masked_fill(lse == -math.inf, math.inf)[..., None]
-        p = (s / math.log(2) - lse / math.log(2)).exp2() if base2 else (s - lse).exp()
+        p = _probabilities_from_lse(s / math.log(2) if base2 else s, base2)
         dp = drop(inputs, (dout.to(matmul_dtype) @ v.transpose(-1, -2)).to(s.dtype))
         dp = torch.cat([dp, torch.zeros_like(dp[..., :1])] if dp.shape[-1] else [p * 0], -1)
         ds = p * (dp - delta[..., None])
@@ -255,6 +256,15 @@ def _fused_gradients(
     pairs = [(x, g) for x, g in ((s, ds), (p @ v, dout.to(v.dtype))) if x.requires_grad]
     outputs, grads = zip(*pairs, strict=True)
     return torch.autograd.grad(outputs, leaves, grads, retain_graph=True)
+
+
+def _probabilities_from_lse(s: Tensor, base2: bool) -> Tensor:
+    """P as kernels recompute it that keep the rows' LSE only; s and the LSE in the same units."""
+    exp, log = (torch.exp2, torch.log2) if base2 else (torch.exp, torch.log)
+    top = s.amax(-1, keepdim=True)
+    top = top.masked_fill(top == -math.inf, 0)
+    z = exp(s - top).sum(-1, keepdim=True)
+    return exp(s - (top + log(z)).masked_fill(z == 0, math.inf))
 
 
 def assert_decode_close(
@@ -314,14 +324,18 @@ def assert_cache_close(out: Tensor, inputs: AttentionCall, lse: Tensor | None = 
 
 def equivalent_forms(inputs: AttentionCall) -> Iterator[tuple[AttentionCall, bool]]:
     """The same call in forms that differ by rounding only, as (inputs, base2)."""
-    for reorder in _reorderings(inputs):
+    inputs = inputs.replace(batch_invariant=False)  # eager torch as users run it
+    for reorder in _reorderings(inputs, inputs.head_dim):
         form = reorder(inputs)
         yield form, False
         yield form, True
 
 
-def _reorderings(inputs: AttentionCall) -> list[Callable[[AttentionCall], AttentionCall]]:
-    """Other orders of the head dim: other partial sums of q . k. Fewer where a call is large."""
+def _reorderings(
+    inputs: AttentionCall, most: int
+) -> list[Callable[[AttentionCall], AttentionCall]]:
+    """At most so many other orders of the head dim: other partial sums of q . k. Fewer where a call
+    is large."""
 
     def reordering(shift: int) -> Callable[[AttentionCall], AttentionCall]:
         order = torch.arange(inputs.head_dim, device=inputs.device).roll(shift)
@@ -330,7 +344,7 @@ def _reorderings(inputs: AttentionCall) -> list[Callable[[AttentionCall], Attent
         return lambda x: x.replace(q=x.q[..., order], k=x.k[..., order])
 
     few = inputs.q.shape[:3].numel() < 4096
-    return [reordering(shift) for shift in range(min(8 if few else 1, inputs.head_dim))]
+    return [reordering(shift) for shift in range(min(8 if few else 1, most))]
 
 
 def upcast(inputs: AttentionCall) -> AttentionCall:

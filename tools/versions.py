@@ -31,7 +31,7 @@ LATEST = "test-latest"  # the extra without pins
 OLDEST = ("torch==2.10.*", "transformers==4.57.*")
 # What is pinned: the direct dependencies of the test extra.
 PINNED = (
-    "accelerate", "gguf", "hypothesis", "matplotlib", "ml_dtypes", "ninja",
+    "accelerate", "expecttest", "gguf", "hypothesis", "matplotlib", "ml_dtypes", "ninja",
     "numpy", "pymoo", "pytest", "pytest-xdist", "rich", "scikit-learn", "scipy",
     "setuptools", "torch", "transformers",
 )  # fmt: skip

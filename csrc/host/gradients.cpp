@@ -1,8 +1,8 @@
 #include "gradients.h"
 
-#include <torch/csrc/stable/ops.h>
-
 #include <vector>
+
+#include "allocate.h"
 
 namespace gqa::host {
 
@@ -41,16 +41,18 @@ void check_results(const Inputs& in, const Results& results,
 
 std::pair<Gradients, BackwardParams> add_gradients(const AttentionParams& call, const Inputs& in,
                                                    const Results& results) {
-  using torch::stable::new_empty;
   const bool packed = call.q_offsets != nullptr;
-  const auto like = [&](const Tensor& x) {
-    if (!packed) return new_empty(x, x.sizes());
+  const auto like = [&](const char* name, const Tensor& x) {
+    const auto sizes = x.sizes();
+    if (!packed) return new_result(name, x, {sizes.begin(), sizes.end()}, x.scalar_type());
     return torch::stable::new_zeros(x, {1, x.size(1), x.size(2), x.size(3)});
   };
   const auto floats = [&](bool needed, std::vector<int64_t> sizes) {
-    return new_empty(in.q, needed ? sizes : std::vector<int64_t>{0}, ScalarType::Float);
+    return new_result("a gradient of attention", in.q, needed ? sizes : std::vector<int64_t>{0},
+                      ScalarType::Float);
   };
-  Gradients gradients{like(in.q), like(in.k), like(in.v),
+  Gradients gradients{like("dq of attention", in.q), like("dk of attention", in.k),
+                      like("dv of attention", in.v),
                       floats(results.need_slopes, {call.batch, call.num_heads}),
                       floats(results.need_sinks, {call.num_heads})};
   const auto& [dq, dk, dv, dslopes, dsinks] = gradients;

@@ -8,10 +8,10 @@
 #include <tuple>
 #include <utility>
 
+#include "allocate.h"
+
 namespace gqa::host {
 namespace {
-
-constexpr int64_t kMaxHeadDim = 256;  // tiles of wider heads would not fit
 
 using NamedTensors = std::initializer_list<std::pair<const char*, const Tensor*>>;
 
@@ -120,14 +120,14 @@ int64_t check_storage_shapes(const Inputs& in, int64_t batch) {
 
 int64_t batch_of(const Inputs& in) { return in.kv_lengths ? in.kv_lengths->size(0) : in.q.size(0); }
 
-void check_shapes(const Inputs& in) {
+void check_shapes(const Inputs& in, int64_t max_head_dim) {
   const Tensor &q = in.q, &k = in.k, &v = in.v;
   const int64_t packed = k.scalar_type() == ScalarType::Byte ? 2 : 1;  // numbers in an element
   for (const auto& [name, x] : NamedTensors{{"q", &q}, {"k", &k}, {"v", &v}}) {
     STD_TORCH_CHECK(x->dim() == 4, name, " must have 4 dims, got ", x->dim());
     const int64_t dim = x->size(3) * (x == &q ? 1 : packed);
-    STD_TORCH_CHECK(dim >= 1 && dim <= kMaxHeadDim, name, " must have a head dim of 1 to ",
-                    kMaxHeadDim, ", got ", dim);
+    STD_TORCH_CHECK(dim >= 1 && dim <= max_head_dim, name, " must have a head dim of 1 to ",
+                    max_head_dim, ", got ", dim);
   }
   STD_TORCH_CHECK(!in.kv_lengths || in.kv_lengths->dim() == 2,
                   "kv_lengths must have 2 dims, [B, Hk], got ", in.kv_lengths->dim());
@@ -138,8 +138,11 @@ void check_shapes(const Inputs& in) {
   if (in.value_head_map) check_shape("value_head_map", *in.value_head_map, {heads});
   if (in.alibi_slopes) check_shape("alibi_slopes", *in.alibi_slopes, {batch, heads});
   if (in.sinks) check_shape("sinks", *in.sinks, {heads});
-  STD_TORCH_CHECK(!in.q_offsets || !in.attn_mask, "attn_mask must be None with q_offsets");
-  if (in.attn_mask) check_shape("attn_mask", *in.attn_mask, {batch, heads, tokens, kv_len});
+  if (in.attn_mask) {
+    check_shape("attn_mask", *in.attn_mask,
+                {batch, heads, in.q_offsets ? in.max_q_len : tokens,
+                 in.q_offsets && shares_storage(in) ? in.max_kv_len : kv_len});
+  }
   STD_TORCH_CHECK(in.dropout_p >= 0 && in.dropout_p < 1, "dropout_p must lie in [0, 1), got ",
                   in.dropout_p);
   STD_TORCH_CHECK(in.dropout_p == 0 || in.dropout_seed,
@@ -194,15 +197,17 @@ Tensor empty_beside(const Tensor& x, ScalarType dtype, std::initializer_list<int
                     std::initializer_list<int64_t> strides) {
   int32_t device;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device));
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(sizes.size()), sizes.begin(), strides.begin(),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device,
-      x.get_device_index(), &handle));
-  return Tensor(handle);
+  return or_say_what("the output of attention", sizes.begin(), sizes.size(), dtype, [&] {
+    AtenTensorHandle handle;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+        static_cast<int64_t>(sizes.size()), sizes.begin(), strides.begin(),
+        torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device,
+        x.get_device_index(), &handle));
+    return Tensor(handle);
+  });
 }
 
-void check_inputs(const Inputs& in,
+void check_inputs(const Inputs& in, int64_t max_head_dim,
                   void (*check_device)(const char* name, const Tensor& x, const Tensor& q)) {
   check_dtypes(in);
   for (const auto& [name, x] : NamedTensors{{"q", &in.q},
@@ -227,7 +232,7 @@ void check_inputs(const Inputs& in,
   check_last_dim_contiguous("q", in.q);
   check_last_dim_contiguous("k", in.k);
   check_last_dim_contiguous("v", in.v);
-  check_shapes(in);
+  check_shapes(in, max_head_dim);
 }
 
 AttentionParams params_of(const Inputs& in) {
@@ -285,9 +290,11 @@ AttentionParams params_of(const Inputs& in) {
 Tensor add_output(AttentionParams& params, const Tensor& q, bool bshd) {
   const int64_t batch = q.size(0), heads = q.size(1), tokens = q.size(2);
   const int64_t dim = params.value_head_dim;
-  using torch::stable::new_empty;
-  Tensor out = bshd ? torch::stable::transpose(new_empty(q, {batch, tokens, heads, dim}), 1, 2)
-                    : new_empty(q, {batch, heads, tokens, dim});
+  const auto make = [&](const std::vector<int64_t>& sizes) {
+    return new_result("the output of attention", q, sizes, q.scalar_type());
+  };
+  Tensor out = bshd ? torch::stable::transpose(make({batch, tokens, heads, dim}), 1, 2)
+                    : make({batch, heads, tokens, dim});
   params.out = out.mutable_data_ptr();
   params.out_stride = strides_of(out);
   return out;
@@ -305,7 +312,8 @@ Tensor add_unfilled_output(AttentionParams& params, const Tensor& q, bool bshd) 
 }
 
 Tensor add_lse(AttentionParams& params, const Tensor& q) {
-  Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
+  Tensor lse =
+      new_result("the LSE of attention", q, {q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
   params.lse = static_cast<float*>(lse.mutable_data_ptr());
   return lse;
 }

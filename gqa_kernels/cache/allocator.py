@@ -203,18 +203,25 @@ class PageAllocator:
         self._holders += [0] * pages
         self.num_pages += pages
 
-    def discard(self, sequence: int, tokens: int) -> None:
-        """Forget the oldest tokens of a sequence, whole pages of them (behind a sliding window)."""
+    def discard(self, sequence: int, tokens: int, begin: int = 0) -> None:
+        """Forget the oldest tokens of a sequence, whole pages of them (behind a sliding window), or
+        as many from token ``begin`` on (between attention sinks and a window)."""
         found, tokens = self._find(sequence), as_int("tokens", tokens)
-        if tokens % self.page_size or not 0 <= tokens <= found.length:
+        begin = as_int("begin", begin)
+        if begin % self.page_size or not 0 <= begin <= found.length:
+            raise ValueError(
+                f"begin must be a multiple of the page size ({self.page_size}) in [0, "
+                f"{found.length}], the tokens of sequence {sequence}, got {begin}"
+            )
+        if tokens % self.page_size or not 0 <= tokens <= found.length - begin:
             raise ValueError(
                 f"tokens must be a multiple of the page size ({self.page_size}) in [0, "
-                f"{found.length}], the tokens of sequence {sequence}, got {tokens}"
+                f"{found.length - begin}], the tokens of sequence {sequence}, got {tokens}"
             )
-        count = tokens // self.page_size
-        for page in found.pages[:count]:
+        first, count = begin // self.page_size, tokens // self.page_size
+        for page in found.pages[first : first + count]:
             self._drop(page)
-        del found.pages[:count]
+        del found.pages[first : first + count]
         found.length -= tokens
 
     def truncate(self, sequence: int, length: int) -> None:

@@ -43,7 +43,7 @@ def check_dense(q: Tensor, k: Tensor, v: Tensor, head_axis: int) -> None:
     token_axis = 3 - head_axis
     batch, q_heads, _, head_dim = q.shape
     k_batch, k_heads, kv_len, k_head_dim = k.shape
-    v_batch, v_heads, v_len, value_head_dim = v.shape
+    v_batch, v_heads, v_len, _ = v.shape
     for name, found, expected in (("k", k_batch, batch), ("v", v_batch, batch)):
         if found != expected:
             raise ValueError(f"{name}.shape[0] must equal q.shape[0] ({expected}), got {found}")
@@ -58,10 +58,14 @@ def check_dense(q: Tensor, k: Tensor, v: Tensor, head_axis: int) -> None:
             f"q, k and v.shape[{head_axis}] (heads) must be at least 1, "
             f"got {q_heads}, {k_heads} and {v_heads}"
         )
-    if head_dim < 1 or value_head_dim < 1:
-        raise ValueError(
-            f"q and v.shape[3] (head dim) must be at least 1, got {head_dim} and {value_head_dim}"
-        )
+    check_head_dims(k, v, 3)
+
+
+def check_head_dims(k: Tensor, v: Tensor, axis: int) -> None:
+    """Keys and values have at least one number; ``axis`` is where the caller's layout has it."""
+    for name, x in (("k", k), ("v", v)):
+        if x.shape[-1] < 1:
+            raise ValueError(f"{name}.shape[{axis}] (head dim) must be at least 1, got 0")
 
 
 def check_floating(name: str, x: Tensor, device: torch.device) -> None:
@@ -178,8 +182,11 @@ def resolve_sinks(sinks: Tensor, q: Tensor) -> Tensor:
     return sinks.to(score_dtype(q.dtype))
 
 
-def resolve_mask(mask: Tensor, q: Tensor, kv_len: int) -> Tensor:
-    """Boolean or floating ``[B, Hq, Sq, Sk]``, strides may be 0."""
+def resolve_mask(mask: Tensor, q: Tensor, target: tuple[int, ...], memory: str) -> Tensor:
+    """Boolean or floating ``target [B, Hq, Sq, Sk]``, strides may be 0.
+
+    Over a cache the mask may have fewer keys than the cache has room for: it then hides the rest.
+    """
     check_tensors(attn_mask=mask)
     if mask.dtype != torch.bool:
         if not mask.dtype.is_floating_point:
@@ -188,8 +195,11 @@ def resolve_mask(mask: Tensor, q: Tensor, kv_len: int) -> Tensor:
             mask = mask.to(score_dtype(q.dtype))
     if mask.device != q.device:
         raise ValueError(f"attn_mask.device must equal q.device ({q.device}), got {mask.device}")
-    target = (*q.shape[:3], kv_len)
     have = (1,) * (4 - mask.dim()) + tuple(mask.shape)
+    if memory == "cache" and mask.dim() and 1 < have[-1] < target[-1]:
+        hidden = False if mask.dtype == torch.bool else -torch.inf
+        mask = torch.nn.functional.pad(mask, (0, target[-1] - have[-1]), value=hidden)
+        have = (*have[:-1], target[-1])
     if mask.dim() > 4 or any(h not in (1, t) for h, t in zip(have, target, strict=True)):
         raise ValueError(
             f"attn_mask must broadcast to [B, Hq, Sq, Sk] = {target}, got {_shape(mask)}"

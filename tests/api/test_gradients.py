@@ -86,6 +86,42 @@ def test_one_slope_and_one_sink(backend, seed, device):
     check(args, options | {"causal": True}, backend)
 
 
+@pytest.mark.parametrize("backend", [name for name in FUSED if widest(name) == torch.float32])
+@pytest.mark.parametrize("seed", [388, 390, 391, 394, 395, 398])
+def test_slopes_of_few_keys(backend, seed, device):
+    """Sums of P dP and of P dP distance cancel, so the gradient must add up dS itself."""
+    generator = torch.Generator().manual_seed(seed)
+    head_map, q_len, kv_len, dim = (
+        HeadMap([0, 0]),
+        (1, 2, 5)[seed % 3],
+        *((64, 8), (17, 1))[seed % 2],
+    )
+    sizes = make_inputs(1, head_map, q_len, kv_len, dim, value_head_dim=7, device=device, seed=seed)
+    options = {
+        "alibi_slopes": torch.rand(2, generator=generator) / 4,
+        "kv_lengths": torch.randint(1, 17, (1,), generator=generator),
+    }
+    if seed % 4 < 2:
+        options["sinks"] = torch.randn(2, generator=generator) * 2
+    options = {name: x.to(device) for name, x in options.items()}
+    args = (*(4 * x for x in sizes), head_map)
+    gradients, dout, dlse = differentiate(args, options, backend, use_lse=seed % 5 < 2)
+    of_slopes = {"alibi_slopes": gradients["alibi_slopes"]}
+    assert_gradients_close(of_slopes, *args, dout=dout, dlse=dlse, **options)
+
+
+@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("score", [-1023.7, 36.1, 137.3, 999.9, 1725.4])
+@pytest.mark.parametrize("softcap", [None, 5e4])
+def test_the_only_key_has_a_probability_of_one(backend, score, softcap, device):
+    """Whatever its score: then dV is dO, to the last bit."""
+    q, k, v = make_inputs(3, HeadMap([0]), 1, 1, 16, dtype=widest(backend), device=device)
+    q = q * (score / (q * k).sum(-1, keepdim=True))
+    args = (q, k, v, HeadMap([0]))
+    gradients, dout, _ = differentiate(args, {"scale": 1.0, "softcap": softcap}, backend)
+    assert torch.equal(gradients["v"], dout)
+
+
 @pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize("layout", ["bhsd", "bshd"])
 def test_long_sequences(backend, layout, device):

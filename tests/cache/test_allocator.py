@@ -39,11 +39,17 @@ class AllocatorMachine(RuleBasedStateMachine):
         self.tokens[name] = self.tokens[parent][:length]
         return name
 
-    @rule(name=names, share=st.floats(0, 1))
-    def discard(self, name, share):
-        count = round(share * (len(self.tokens[name]) // self.page_size)) * self.page_size
-        self.allocator.discard(name, count)
-        del self.tokens[name][:count]
+    @rule(name=names, share=st.floats(0, 1), behind=st.floats(0, 1))
+    def discard(self, name, share, behind):
+        pages = len(self.tokens[name]) // self.page_size
+        begin = round(behind * pages)
+        count = round(share * (pages - begin)) * self.page_size
+        begin *= self.page_size
+        if begin:
+            self.allocator.discard(name, count, begin)
+        else:
+            self.allocator.discard(name, count)
+        del self.tokens[name][begin : begin + count]
 
     @rule(pages=st.integers(0, 2))
     def grow(self, pages):
@@ -173,6 +179,8 @@ def test_shared_pages_are_kept_once_and_copied_when_written():
         (lambda a: a.truncate(0, 3), r"length must lie in \[0, 2\], got 3"),
         (lambda a: a.discard(0, 2), r"multiple of the page size \(4\) in \[0, 2\].*got 2"),
         (lambda a: a.discard(0, 4), r"multiple of the page size \(4\) in \[0, 2\].*got 4"),
+        (lambda a: a.discard(0, 0, 4), r"begin must be a multiple of.*\[0, 2\].*got 4"),
+        (lambda a: a.discard(0, 0, 1), "begin must be a multiple of the page size.*got 1"),
         (lambda a: a.keep([0], -1), "lengths must be non-negative, one number per sequence"),
         (lambda a: a.keep([0], 3), "at most that of each sequence, got 3 for sequence 0 of 2"),
         (lambda a: a.grow(-1), "pages must be non-negative, got -1"),

@@ -14,6 +14,8 @@ from gqa_kernels import (
 )
 from gqa_kernels.backends.dispatch import BACKENDS
 from gqa_kernels.backends.reference.cache import gather
+from gqa_kernels.call.keep import KeepCall
+from gqa_kernels.native.schema import KEEP
 from gqa_kernels.testing import assert_attention_close, assert_decode_close
 from tests.cache.test_append import stored
 from tests.cache.test_decode import USABLE, filled, queries
@@ -274,6 +276,7 @@ def test_wrong_positions_on_a_device_move_nothing(device):
         cache, _ = filled(Kind(3), torch.float32, device)
         call = cache_call(cache, [[-5, 2**31 - 1, 36], [0, 1, 2], [7, 1, 4]], [3, 3, 2**31 - 1])
         k, v, _ = gather(cache.view())
+        assert BACKENDS[backend].prepare() is None
         BACKENDS[backend].keep(call)
         new_k, new_v, _ = gather(cache.view())
         k[0, :, 2], v[0, :, 2] = k[0, :, 36], v[0, :, 36]
@@ -281,9 +284,17 @@ def test_wrong_positions_on_a_device_move_nothing(device):
         assert torch.equal(new_k, k) and torch.equal(new_v, v)
 
 
-def cache_call(cache, kept, counts):
-    from gqa_kernels.call.keep import KeepCall
+@pytest.mark.parametrize("backend", USABLE)
+def test_opcheck(backend, device):
+    cache, _ = filled(Kind(4, format="int4", zeros=True), torch.float32, device)
+    call = cache_call(cache, [[1, 5, 9], [0, 0, 0], [0, 3, 4]], [3, 0, 3])
+    cache.keep(call.indices[..., :0], backend=backend)  # loads what has the op
+    name = "cache_keep" if backend == "cpu" else f"{backend}_cache_keep"
+    op = getattr(torch.ops.gqa_kernels, name).default
+    torch.library.opcheck(op, KEEP.arguments_of(call))
 
+
+def cache_call(cache, kept, counts):
     view, device = cache.view(), cache.k.device
     kept, counts = (torch.tensor(x, dtype=torch.int32, device=device) for x in (kept, counts))
     heads = view.num_k_heads

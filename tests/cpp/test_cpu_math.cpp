@@ -30,6 +30,12 @@ double ulps(float got, double expected) {
   return std::fabs(got - expected) / unit;
 }
 
+float exp2_of(float x) {
+  float lanes[Vec::kWidth];
+  Vec::store(lanes, exp2<Vec>(Vec::set1(x)));
+  return lanes[0];
+}
+
 // Every fp16 number: sign, exponent and fraction read by the format's definition.
 void test_float16() {
   for (uint32_t bits = 0; bits < 0x10000; ++bits) {
@@ -76,8 +82,7 @@ void test_functions() {
   double worst_exp2 = 0, worst_tanh = 0;
   for (double x = -125; x < 20; x += 0.000731) {
     const float xf = static_cast<float>(x);
-    worst_exp2 =
-        std::fmax(worst_exp2, ulps(exp2_scalar<Vec>(xf), std::exp2(static_cast<double>(xf))));
+    worst_exp2 = std::fmax(worst_exp2, ulps(exp2_of(xf), std::exp2(static_cast<double>(xf))));
   }
   for (double x = -12; x < 12; x += 0.000137) {
     const float xf = static_cast<float>(x);
@@ -87,10 +92,10 @@ void test_functions() {
   std::printf("largest error: exp2 %.2f ulp, tanh %.2f ulp\n", worst_exp2, worst_tanh);
   expect(worst_exp2 <= 1.2, "exp2 ulp", worst_exp2, 1.2);
   expect(worst_tanh <= 2, "tanh ulp", worst_tanh, 2);
-  expect(exp2_scalar<Vec>(-INFINITY) == 0, "exp2(-inf)", exp2_scalar<Vec>(-INFINITY), 0);
-  expect(exp2_scalar<Vec>(-127) == 0, "exp2(-127)", exp2_scalar<Vec>(-127), 0);
-  expect(exp2_scalar<Vec>(0) == 1, "exp2(0)", exp2_scalar<Vec>(0), 1);
-  expect(std::isnan(exp2_scalar<Vec>(NAN)), "exp2(NaN)", exp2_scalar<Vec>(NAN), NAN);
+  expect(exp2_of(-INFINITY) == 0, "exp2(-inf)", exp2_of(-INFINITY), 0);
+  expect(exp2_of(-127) == 0, "exp2(-127)", exp2_of(-127), 0);
+  expect(exp2_of(0) == 1, "exp2(0)", exp2_of(0), 1);
+  expect(std::isnan(exp2_of(NAN)), "exp2(NaN)", exp2_of(NAN), NAN);
   expect(tanh<Vec>(Vec::set1(INFINITY))[0] == 1, "tanh(inf)", tanh<Vec>(Vec::set1(INFINITY))[0], 1);
   expect(std::isnan(tanh<Vec>(Vec::set1(NAN))[0]), "tanh(NaN)", tanh<Vec>(Vec::set1(NAN))[0], NAN);
 }

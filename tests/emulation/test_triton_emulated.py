@@ -27,11 +27,11 @@ pytestmark = [
 
 
 @lru_cache
-def emulated(arch: str, *cases: str) -> list[dict]:
+def emulated(arch: str, *cases: str, module: str = "emulate") -> list[dict]:
     """The counters of the cases' launches; an error of the emulator or a wrong result fails."""
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.emulation.emulate", arch, *cases],
+        [sys.executable, "-m", f"tests.emulation.{module}", arch, *cases],
         cwd=ROOT, env=environment, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-4000:]}"
@@ -83,6 +83,12 @@ def test_gradients_and_hazards(arch):
     kernels = {launch["kernel"] for launch in launches}
     forward = {"prefill_kernel"}  # of the case whose backward has to agree with it
     assert kernels == forward | {"delta_kernel", "backward_kv_kernel", "backward_q_kernel"}
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_keep_moves_what_the_reference_moves(arch):
+    launches = emulated(arch, module="triton_keep")
+    assert len(launches) == 4 and {x["kernel"] for x in launches} == {"keep_kernel"}
 
 
 @pytest.mark.slow

@@ -6,13 +6,16 @@
     python -m tests.fuzz --asan --minutes 2
 
 Calls run in child processes, so that a crash is reported with its seed. Each child uses one
-instruction set of the CPU kernels. Exit status 1 means that a fault was found.
+instruction set of the CPU kernels. Exit status 1 means that a fault was found. Reports are printed,
+and appended to fuzz.txt in the package's cache folder.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+
+from gqa_kernels.native import env
 
 from . import asan, children
 
@@ -35,7 +38,14 @@ def main(argv: list[str] | None = None) -> int:
     seconds = 60 * arguments.minutes + 3600 * arguments.hours
     if seconds <= 0:
         parser.error("give --minutes, --hours or --seed")
-    report = children.run(seconds, arguments.first, arguments.isa, environment, arguments.calls)
+    path = env.cache_dir() / "fuzz.txt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    print(
+        f"first seed {arguments.first}; --first {arguments.first} draws the same calls", flush=True
+    )
+    report = children.run(
+        seconds, arguments.first, arguments.isa, environment, arguments.calls, path
+    )
     print(report.summary())
     return 1 if report.faults else 0
 

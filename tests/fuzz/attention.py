@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gqa_kernels import asym_gqa_attention, asym_gqa_varlen_attention
+from gqa_kernels import AuxOutput, AuxRequest, asym_gqa_attention, asym_gqa_varlen_attention
 
 from .draw import DTYPES, Call, Draw, per_sequence
-from .oracle import Sequence, check_attention, check_gradients, keep_mask
+from .oracle import Sequence, check_attention, check_gradients, check_scores, keep_mask
 
 QUERY_COUNTS = (0, 1, 1, 1, 2, 3, 5, 7, 16, 17, 33, 40, 70)
 KEY_COUNTS = (0, 1, 2, 3, 5, 15, 17, 31, 64, 65, 100, 130, 257, 300)
@@ -91,6 +91,10 @@ def draw_attention(draw: Draw) -> Call:
     if draw.chance(0.35) and batch and q_len:
         wanted = differentiable(draw, arguments, ("q", "k", "v", "alibi_slopes", "sinks"))
     seed = draw.integer(0, 2**40)
+    request = None
+    if not arguments["return_lse"] and draw.chance(0.2):
+        request = AuxRequest(draw.chance(0.5), draw.chance(0.5), draw.pick(0, 0, 1, 3, 100))
+        arguments["return_aux"] = request
 
     def heads_first(x: Tensor) -> Tensor:
         return x.transpose(1, 2) if layout == "bshd" else x
@@ -119,8 +123,14 @@ def draw_attention(draw: Draw) -> Call:
         return asym_gqa_attention(**arguments)
 
     def check(result: object) -> None:
-        out, lse = result if arguments["return_lse"] else (result, None)
+        out, lse = result if arguments["return_lse"] or request else (result, None)
         expected = sequences()
+        if request:
+            assert isinstance(lse, AuxOutput)
+            aux, lse = lse, lse.lse
+            wanted_fields = (request.lse, request.max_scores, request.key_scores > 0)
+            assert tuple(x is not None for x in aux) == wanted_fields, f"return_aux: {aux}"
+            check_scores(expected, aux.max_scores, aux.key_scores, request.key_scores)
         shape = (batch, heads, q_len, value_dim)
         assert heads_first(out).shape == shape, f"out: shape {tuple(out.shape)}"
         if lse is not None:
@@ -142,7 +152,8 @@ def draw_attention(draw: Draw) -> Call:
             hold_gradients(expected, dout, dlse, named, heads_first)
 
     call.__wrapped__ = asym_gqa_attention
-    return Call(call, arguments, check, ("HeadMap", "asym_gqa_attention"))
+    names = ("AuxRequest", "AuxOutput") if request else ()
+    return Call(call, arguments, check, ("HeadMap", *names, "asym_gqa_attention"))
 
 
 def hold_gradients(expected, dout: Tensor, dlse: Tensor, named: dict, heads_first) -> None:
@@ -159,7 +170,7 @@ class Batch:
     """Sequences as one, for gradients of what they share."""
 
     def __init__(self, sequences: list[Sequence]):
-        self.sequences, self.q = sequences, sequences[0].q
+        self.sequences, self.q, self.v = sequences, sequences[0].q, sequences[0].v
 
     def gradients(self, precision, douts, dlses) -> dict[str, Tensor]:
         each = [

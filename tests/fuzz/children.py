@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")  # each has the ones before it
+ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")  # on x86; each has those before
 WORKER = ["-m", "tests.fuzz.worker"]
 LONGEST_CHILD = 30.0  # seconds
 MOST_FAULTS = 20
@@ -26,15 +26,26 @@ class Report:
     Attributes:
         faults: text of each.
         covered: how often each public name was called rightly.
+        path: a file to which faults are appended when they are found, so that no report is lost
+            with a terminal, or None.
     """
 
     calls: int = 0
     faults: list[str] = field(default_factory=list)
     covered: Counter[str] = field(default_factory=Counter)
+    path: Path | None = None
 
     def summary(self) -> str:
         names = ", ".join(f"{name} {count}" for name, count in sorted(self.covered.items()))
-        return f"{self.calls} calls, {len(self.faults)} faults; good calls: {names}"
+        text = f"{self.calls} calls, {len(self.faults)} faults; good calls: {names}"
+        return f"{text}\nreports are kept in {self.path}" if self.faults and self.path else text
+
+    def add(self, fault: str) -> None:
+        self.faults.append(fault)
+        print(fault, flush=True)
+        if self.path:
+            with self.path.open("a") as file:
+                file.write(f"{fault}\n")
 
 
 def instruction_sets() -> list[str]:
@@ -43,16 +54,18 @@ def instruction_sets() -> list[str]:
 
     build.load()
     best = build.cpu_instruction_set()
+    if best == "neon":
+        return ["neon", "portable"]
     return list(reversed(ISAS[: ISAS.index(best) + 1]))
 
 
 def run(
     seconds: float, first: int = 0, isas: list[str] | None = None,
-    environment: dict[str, str] | None = None, calls: int = 10**9,
+    environment: dict[str, str] | None = None, calls: int = 10**9, path: Path | None = None,
 ) -> Report:  # fmt: skip
     """Children one after another, each with the next instruction set, for some time or until there
-    were so many calls."""
-    report, end, turn = Report(), time.monotonic() + seconds, 0
+    were so many calls. ``path``: where the report keeps its faults."""
+    report, end, turn = Report(path=path), time.monotonic() + seconds, 0
     isas = isas or instruction_sets()
     slice_of_one = min(LONGEST_CHILD, seconds / len(isas))
     while time.monotonic() < end and report.calls < calls and len(report.faults) < MOST_FAULTS:
@@ -96,9 +109,7 @@ def run_child(
 def _add(report: Report, seed: int | None, isa: str, environment: dict, text: str) -> None:
     option = " --asan" if "LD_PRELOAD" in environment else ""
     command = f"GQA_KERNELS_CPU_ISA={isa} python -m tests.fuzz --seed {seed}{option}"
-    fault = f"seed {seed}: {text}\n  again: {command}"
-    report.faults.append(fault)
-    print(fault, flush=True)
+    report.add(f"seed {seed}: {text}\n  again: {command}")
 
 
 def one_seed(seed: int, environment: dict[str, str]) -> int:

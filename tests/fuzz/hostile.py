@@ -112,9 +112,9 @@ def _dtype(draw: Draw, x: Tensor) -> Tensor:
 
 
 def _values(draw: Draw, x: Tensor) -> Tensor:
-    if x.dtype.is_floating_point and x.dtype.itemsize > 1:
+    if (x.dtype.is_floating_point or x.dtype.is_complex) and x.dtype.itemsize > 1:
         return draw.place(torch.full(x.shape, draw.pick(*NUMBERS), dtype=torch.float64).to(x.dtype))
-    if x.dtype == torch.bool or x.dtype.itemsize == 1:
+    if x.dtype.itemsize == 1 or x.dtype == torch.uint16:  # torch can do little with them
         return draw.place(torch.zeros(x.shape).to(x.dtype))
     limits = torch.iinfo(x.dtype)
     extreme = draw.pick(limits.min, limits.max, -1, 0, limits.max - 5, limits.min + 5, 1 << 20)

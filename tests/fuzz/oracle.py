@@ -169,7 +169,8 @@ class Sequence:
         return s.masked_fill(~visible, -math.inf), capped, distance, visible
 
     def _softmax(self, p: Precision, s: Tensor, visible: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """P, the LSE and the sink's probability; zeros, -inf and 0 where nothing is seen."""
+        """P, the LSE in ``p.unit`` and the sink's probability; zeros, -inf and 0 where nothing is
+        seen."""
         sees = visible.any(-1)
         sink = torch.full(s.shape[:2], -math.inf, dtype=p.scores)
         if self.sinks is not None:
@@ -179,7 +180,7 @@ class Sequence:
         top = top.masked_fill(~sees, 0.0)
         z = exp(s - top[..., None]).sum(-1) + exp(sink - top)
         z = z.masked_fill(~sees, 1.0)
-        lse = ((top + log(z)) * p.unit).masked_fill(~sees, -math.inf)
+        lse = (top + log(z)).masked_fill(~sees, -math.inf)
         probabilities = exp(s - top[..., None]) / z[..., None]
         return probabilities, lse, exp(sink - top) / z
 
@@ -194,18 +195,30 @@ class Sequence:
         if p.products != torch.float64:  # P has the type of q
             probabilities = probabilities.to(self.q.dtype)
         out = probabilities.to(p.products) @ self.v.to(p.products)[self.value_map]
-        return out.to(torch.float64 if p == EXACT else self.q.dtype), lse
+        return out.to(torch.float64 if p == EXACT else self.q.dtype), lse * p.unit
+
+    def scores_of(self, p: Precision, queries: int) -> tuple[Tensor, Tensor]:
+        """The largest score of each query head ``[Hq]``, and the probabilities that the last
+        ``queries`` queries give to each key ``[Hk, N]``, before dropout."""
+        s, _, _, visible = self._scores(p)
+        probabilities, _, _ = self._softmax(p, s, visible)
+        first = max(self.q.shape[1] - queries, 0)
+        found = torch.zeros(self.k.shape[:2], dtype=p.scores)
+        found.index_add_(0, torch.tensor(self.key_map), probabilities[:, first:].sum(1))
+        top = s.flatten(1)
+        most = top.amax(1) if top.shape[1] else torch.full(s.shape[:1], -math.inf, dtype=p.scores)
+        return most * p.unit, found
 
     def gradients(self, p: Precision, dout: Tensor, dlse: Tensor) -> dict[str, Tensor]:
         """Gradients of ``(out * dout).sum() + (lse * dlse).sum()`` by name."""
         order = p.order(self.q.shape[2])
         scale = self.q.shape[2] ** -0.5 if self.scale is None else self.scale
         s, capped, distance, visible = self._scores(p)
-        probabilities, _, sink = self._softmax(p, s, visible)
+        probabilities, lse, sink = self._softmax(p, s, visible)
         if p.recomputed:
-            out, lse = self.attend(replace(p, recomputed=False))
+            out, _ = self.attend(replace(p, recomputed=False))
             lse = lse.masked_fill(lse == -math.inf, math.inf)[..., None]
-            probabilities = (torch.exp2 if p.base2 else torch.exp)(s - lse / p.unit)
+            probabilities = (torch.exp2 if p.base2 else torch.exp)(s - lse)
         dout, dlse = dout.to(p.products), dlse.to(p.scores)
         v = self.v.to(p.products)[self.value_map]
         dropped = self._dropped(probabilities).to(p.products)
@@ -270,6 +283,31 @@ def check_attention(
         hold("lse", lse, exact_lse, computed(1, scores))
 
 
+def check_scores(
+    sequences: list[Sequence], largest: Tensor | None, of_keys: Tensor | None, queries: int
+) -> None:
+    """Hold ``AuxOutput``'s largest scores ``[B, Hq]`` and scores of keys ``[B, Hk, N]``."""
+    if not sequences:
+        return
+    dtype, dim = accumulated(sequences[0].q.dtype), sequences[0].q.shape[2]
+
+    def computed(p: Precision) -> tuple[Tensor, ...]:
+        parts = zip(*(x.scores_of(p, queries) for x in sequences), strict=True)
+        return tuple(torch.stack(part) for part in parts)
+
+    for i, (name, x) in enumerate((("max_scores", largest), ("key_scores", of_keys))):
+        if x is not None:
+            assert x.dtype == torch.float32, f"{name}: dtype {x.dtype}"
+            hold(
+                name,
+                x,
+                computed(EXACT)[i],
+                lambda most, i=i: [
+                    computed(p)[i].float() for p in eager_forms(dtype, dim, dtype, most)
+                ],
+            )
+
+
 def check_gradients(
     sequences: list[Sequence], douts: list[Tensor], dlses: list[Tensor],
     found: dict[str, list[Tensor]],
@@ -277,7 +315,8 @@ def check_gradients(
     """Hold gradients by name, one tensor per sequence, to the tolerance rule."""
     if not sequences:
         return
-    dtype, dim = sequences[0].q.dtype, sequences[0].q.shape[2]
+    q, v = sequences[0].q, sequences[0].v
+    dtype, dim = q.dtype, max(q.shape[2], v.shape[2])
     calls = list(zip(sequences, douts, dlses, strict=True))
 
     def computed(p: Precision) -> dict[str, Tensor]:

@@ -44,8 +44,8 @@ EXPLAINED = {
     ),
     "asym_gqa_decode": (asym_gqa_decode, ("q", "cache", "head_map")),
 }  # fmt: skip
-NOT_EXPLAINED = ("backend", "return_lse", "advance", "k_new", "v_new", "rotary_cos", "rotary_sin",
-                 "rotary_interleaved")  # fmt: skip
+NOT_EXPLAINED = ("backend", "return_lse", "return_aux", "advance", "k_new", "v_new", "rotary_cos",
+                 "rotary_sin", "rotary_interleaved")  # fmt: skip
 
 
 def draw_call(seed: int) -> tuple[Draw, Call, bool]:

@@ -31,7 +31,7 @@ def test_calls_of_fixed_seeds(which, first):
 def test_every_public_name_is_drawn():
     drawn = {"explain_backend", "available_backends"}
     for seed in range(400):
-        if drawn == set(gqa_kernels.__all__) - {"__version__"}:
+        if drawn >= set(gqa_kernels.__all__) - {"__version__"}:
             return
         drawn.update(run.draw_call(seed)[1].names)
     raise AssertionError(f"never drawn: {set(gqa_kernels.__all__) - {'__version__'} - drawn}")
@@ -66,6 +66,25 @@ def test_a_crash_is_reported_with_its_seed(monkeypatch):
     assert children.run_child(report, 5, 1, "portable", {}) == 6
     assert "seed 5" in report.faults[0] and "status -6" in report.faults[0]
     assert "--seed 5" in report.faults[0]
+
+
+def test_reports_are_kept(monkeypatch, tmp_path):
+    path = tmp_path / "fuzz.txt"
+    path.write_text("of an earlier run\n")
+    report = children.Report(path=path)
+    fail = "import json; print(json.dumps({'seed': 8})); print(json.dumps({'fault': 'x\\ny'}))"
+    monkeypatch.setattr(children, "WORKER", ["-c", fail + "; print(json.dumps({'done': True}))"])
+    children.run_child(report, 8, 1, "portable", {})
+    assert path.read_text() == "of an earlier run\n" + "\n".join(report.faults) + "\n"
+    assert "seed 8: x\ny" in report.faults[0] and str(path) in report.summary()
+
+
+@pytest.mark.parametrize("dtype", hostile.DTYPE_NAMES)
+def test_values_of_every_dtype_can_be_spoilt(dtype):
+    for seed in range(20):
+        draw = Draw(seed)
+        spoilt = draw.pick(*hostile.SPOIL_TENSOR)(draw, torch.ones(2, 3).to(getattr(torch, dtype)))
+        assert spoilt is not None
 
 
 def test_strides_and_poison_around_placed_values():

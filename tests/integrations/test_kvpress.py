@@ -12,7 +12,7 @@ kvpress = pytest.importorskip(
 )
 
 from gqa_kernels.integrations.kvpress import PressedCache, register  # noqa: E402
-from gqa_kernels.integrations.kvpress.pages import HeadPages  # noqa: E402
+from gqa_kernels.integrations.transformers.head_pages import HeadPages  # noqa: E402
 from tests.tiny_models import VOCABULARY, split, tiny  # noqa: E402
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}  # logits of two fp32 summation orders, values up to about 5
@@ -145,6 +145,45 @@ def test_a_question_of_several_tokens_is_its_tokens_one_by_one(models):
     torch.testing.assert_close(torch.cat(logits[1:], 1), logits[0], **CLOSE)
 
 
+DECODING = {
+    "Knorm": lambda: kvpress.DecodingPress(
+        base_press=kvpress.KnormPress(), compression_interval=4, target_size=60
+    ),
+    "SnapKV-then-Knorm": lambda: kvpress.PrefillDecodingPress(
+        prefilling_press=snap(0.5),
+        decoding_press=kvpress.DecodingPress(
+            base_press=kvpress.KnormPress(), compression_interval=5, target_size=40
+        ),
+    ),
+    "DMS": lambda: kvpress.DMSPress(
+        kvpress.KnormPress(), threshold=-5.0, sliding_window_size=16, decoding=True
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DECODING)
+@torch.no_grad()
+def test_presses_that_compress_while_decoding(models, name):
+    """Under the press all the time; DMS goes on to mask keys of a cache that has dropped some."""
+    results, caches = [], (DynamicCache(), PressedCache(models[1].config))
+    for model, cache in zip(models, caches, strict=True):
+        press = DECODING[name]()
+        with press(model):
+            model.model(input_ids=context(), past_key_values=cache)
+            logits, token = [], context(1, 1)
+            for i in range(14):
+                position = torch.tensor([[CONTEXT + i]])
+                logits.append(model(token, past_key_values=cache, position_ids=position).logits)
+                token = logits[-1].argmax(-1)
+        results.append(torch.cat(logits, 1))
+    torch.testing.assert_close(results[1], results[0], **CLOSE)
+    lengths = torch.stack([layer._pages.lengths for layer in caches[1].layers])
+    if name == "DMS":
+        assert len(lengths.unique()) > 1 and lengths.max() < CONTEXT + 14
+    else:
+        assert caches[0].get_seq_length() == caches[1].get_seq_length() < 70
+
+
 @pytest.mark.parametrize("name", PRESSES)
 def test_memory_falls_by_the_ratio(models, name):
     """At most 0.3x at 4x compression: pages are rounded up for every head."""
@@ -207,6 +246,19 @@ def test_generate_goes_on_from_a_compressed_context(models):
     with kvpress.KnormPress(compression_ratio=0.0)(ours):
         found = ours.generate(ids, past_key_values=cache, max_new_tokens=12, do_sample=False)
     assert torch.equal(found, expected)
+
+
+def test_masks_of_keys_that_were_cropped_since_are_no_error(models):
+    """DMS masks keys of an answer, and the pipeline then removes the answer."""
+    ours = models[1]
+    cache = compressed(ours, PressedCache(ours.config), kvpress.KnormPress(0.0), context(30))
+    answered(ours, cache, context(3, 1), 30, tokens=2)
+    for layer, block in zip(cache.layers, ours.model.layers, strict=True):
+        looked_at = layer.keys, layer.values
+        mask = torch.tensor([0, 0]), torch.tensor([1, 1]), torch.tensor([2, 29])
+        block.self_attn.masked_key_indices = mask
+        layer.keys, layer.values = (x[:, :, :25] for x in looked_at)
+        assert layer._pages.lengths.tolist() == [[25, 24]]
 
 
 def test_pages_return_what_is_dropped():

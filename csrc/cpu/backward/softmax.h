@@ -3,7 +3,7 @@
 //   P  = exp(S - LSE)           dS = P * (dP * keep - delta), times the softcap's derivative
 //
 // Both are rounded to the input type, as the forward rounds P (FlashAttention-2, arXiv 2307.08691,
-// algorithm 2). Scores are in units of log2(e). dQ and dK apply the scale of dS.
+// algorithm 2). Scores are in kScoreUnit. dQ and dK apply the scale of dS.
 //
 // The score must be rounded exactly as in the forward (softmax.h there): a difference in its last
 // digit changes P, and rows of P then no longer match the output that delta is computed from.
@@ -22,23 +22,24 @@ namespace gqa::cpu::GQA_ISA {
 
 // The inputs of one row.
 struct BackwardRow {
-  float lse;          // log2 units, rounded to fp32
-  float lse_rest;     // what that rounding took off: the exponent of P is a small difference of
-                      // numbers that may be large
+  float lse;          // in kScoreUnit, rounded to fp32
+  float lse_rest;     // what that rounding took off, 0 in natural units: the exponent of P is a
+                      // small difference of numbers that may be large
   float delta;        // rowsum(dout * out) - dlse
   const float* keep;  // dropout's factors of the tile's keys, or nullptr
 };
 
 // Sums over a row's keys for the gradients of its ALiBi slope (sum of dS * -distance) and its sink.
-// These add up whole rows, in which dS sums to about 0, so the rounding of the output would show in
-// them through delta. They use a delta that is summed from P and dP instead.
+// These add up whole rows into one number, so the rounding of the output would show in them through
+// delta. The sum of dS says how large that error is: without it the sum is dlse + sink * delta.
 struct RowSums {
-  float dp;           // P * dP
+  float ds;           // dS before the softcap's derivative
   float distance;     // P * distance
-  float dp_distance;  // P * dP * distance
+  float ds_distance;  // dS * distance
 
-  float slope(float dlse) const { return (dp - dlse) * distance - dp_distance; }
-  float sink(float probability, float dlse) const { return -probability * (dp - dlse); }
+  // What a delta summed from P and dP has more. sink: the sink's probability.
+  float delta_error(float delta, float sink, float dlse) const { return ds - sink * delta - dlse; }
+  float slope(float error) const { return error * distance - ds_distance; }
 };
 
 // sums: to add to, or nullptr.
@@ -49,10 +50,10 @@ inline void backward_row(float* p, float* ds, const RowKeys& keys, float scale, 
   const T* type = nullptr;
   const int begin = keys.begin / V::kWidth * V::kWidth;
   const F zero = V::set1(0.0f);
-  const F factor = V::set1(kBias && bias.softcap != 0.0f ? scale : scale * kLog2E);
+  const F factor = V::set1(kBias && bias.softcap != 0.0f ? scale : scale * kScoreUnit<T>);
   const F minus_lse = V::set1(-row.lse), minus_rest = V::set1(-row.lse_rest);
   const F minus_delta = V::set1(-row.delta);
-  F dp_distance_sum = zero, distance_sum = zero, dp_sum = zero;
+  F ds_sum = zero, distance_sum = zero, ds_distance_sum = zero;
 
   for (int i = begin; i < keys.end; i += V::kWidth) {
     F x = V::mul(V::load(p + i), factor);
@@ -60,11 +61,11 @@ inline void backward_row(float* p, float* ds, const RowKeys& keys, float scale, 
     if (kBias) {
       if (bias.softcap != 0.0f) {
         derivative = tanh_derivative<V>(V::div(x, V::set1(bias.softcap)));
-        x = soft_cap<V>(x, bias.softcap);
+        x = soft_cap<V, T>(x, bias.softcap);
       }
-      x = add_bias<V>(x, i, bias);
+      x = add_bias<V, T>(x, i, bias);
     }
-    F probability = exp2<V>(V::add(V::add(x, minus_lse), minus_rest));
+    F probability = exp_score<V, T>(V::add(V::add(x, minus_lse), minus_rest));
     if (i < keys.visible_begin || i + V::kWidth > keys.visible_end) {
       const F lane = V::add(V::iota(), V::set1(static_cast<float>(i)));
       const F first = V::set1(static_cast<float>(keys.visible_begin - 1));
@@ -82,19 +83,18 @@ inline void backward_row(float* p, float* ds, const RowKeys& keys, float scale, 
     if (sums != nullptr) {
       const F lane = V::add(V::iota(), V::set1(static_cast<float>(i)));
       const F distance = V::abs(V::sub(V::set1(bias.position), lane));
-      const F p_dp = V::mul(probability, dp);
-      dp_sum = V::add(dp_sum, p_dp);
+      ds_sum = V::add(ds_sum, gradient);
       distance_sum = V::fma(probability, distance, distance_sum);
-      dp_distance_sum = V::fma(p_dp, distance, dp_distance_sum);
+      ds_distance_sum = V::fma(gradient, distance, ds_distance_sum);
     }
     if (kBias) gradient = V::mul(gradient, derivative);
     V::store(p + i, V::round_to(kept, type));
     V::store(ds + i, V::round_to(gradient, type));
   }
   if (sums != nullptr) {
-    sums->dp += V::reduce_add(dp_sum);
+    sums->ds += V::reduce_add(ds_sum);
     sums->distance += V::reduce_add(distance_sum);
-    sums->dp_distance += V::reduce_add(dp_distance_sum);
+    sums->ds_distance += V::reduce_add(ds_distance_sum);
   }
 }
 

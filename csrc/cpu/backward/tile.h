@@ -50,7 +50,7 @@ struct BackwardTile {
   float* p;   // [row_ld, keys]  scores, then probabilities as the forward multiplied them with V
   float* ds;  // [row_ld, keys]  dP, then dS
   float* transposed;  // [keys, row_ld]  P, then dS
-  float* lse;         // [rows]  log2 units; +infinity for rows that see no key
+  float* lse;         // [rows]  in kScoreUnit; +infinity for rows that see no key
   float* delta;       // [rows]  rowsum(dout * out) - dlse
   float* bias;        // [keys]  additive mask of one row
   float* keep;        // [keys]  dropout's factors of one row

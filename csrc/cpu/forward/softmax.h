@@ -1,9 +1,14 @@
 // Online softmax of one row of scores: bias and visibility, running maximum and sum, probabilities.
-// Scores are kept in units of log2(e), so that exp(s) is one exp2.
+//
+// Scores of 16-bit and quantised keys are kept in units of ln 2, so that exp(s) is one exp2. Those of
+// fp32 keys stay in natural units, as the LSE is. If one key outweighs the others, the LSE is then
+// the very number that its score is, and the backward's P = exp(score - LSE) is exactly 1. The
+// rounding from one unit to the other would be a relative error of P, 6e-5 for scores near 1,000.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #include "../../core/params.h"
 #include "../../core/visible.h"
@@ -12,10 +17,29 @@
 
 namespace gqa::cpu::GQA_ISA {
 
+// A natural unit in units of the scores of keys stored as S.
+template <class S>
+constexpr float kScoreUnit = std::is_same_v<S, float> ? 1.0f : kLog2E;
+
+// exp of a difference of such scores.
+template <class V, class S>
+GQA_INLINE typename V::F exp_score(typename V::F x) {
+  if constexpr (std::is_same_v<S, float>) return exp2<V>(V::mul(x, V::set1(kLog2E)));
+  return exp2<V>(x);
+}
+
+// The same of one number, with the vectors' rounding.
+template <class V, class S>
+GQA_INLINE float exp_score_scalar(float x) {
+  float lanes[V::kWidth];
+  V::store(lanes, exp_score<V, S>(V::set1(x)));
+  return lanes[0];
+}
+
 // The changes to a row's scores besides scale and visibility.
 struct RowBias {
   float softcap;          // 0: off
-  float slope;            // ALiBi, times log2(e)
+  float slope;            // ALiBi, times kScoreUnit
   float position;         // of the query, counted from the tile's first key
   const float* additive;  // [keys of the tile]; nullptr: none
 };
@@ -66,15 +90,15 @@ inline const float* mask_row(const AttentionParams& params, int64_t b, int64_t h
   return out;
 }
 
-// Caps a score in natural units, and converts it to units of log2(e).
-template <class V>
+// Caps a score in natural units, and converts it to kScoreUnit.
+template <class V, class S>
 GQA_INLINE typename V::F soft_cap(typename V::F score, float softcap) {
   const typename V::F cap = V::set1(softcap);
-  return V::mul(V::mul(cap, tanh<V>(V::div(score, cap))), V::set1(kLog2E));
+  return V::mul(V::mul(cap, tanh<V>(V::div(score, cap))), V::set1(kScoreUnit<S>));
 }
 
-// score: capped, in units of log2(e)
-template <class V>
+// score: capped, in kScoreUnit
+template <class V, class S>
 GQA_INLINE typename V::F add_bias(typename V::F score, int key, const RowBias& bias) {
   using F = typename V::F;
   if (bias.slope != 0.0f) {
@@ -85,7 +109,7 @@ GQA_INLINE typename V::F add_bias(typename V::F score, int key, const RowBias& b
   if (bias.additive != nullptr) {
     const F added = V::load(bias.additive + key);
     const F hidden = V::set1(-INFINITY);
-    const F sum = V::fma(added, V::set1(kLog2E), score);
+    const F sum = V::fma(added, V::set1(kScoreUnit<S>), score);
     score = V::select(V::less(added, V::set1(kLowestMaskValue)), hidden, sum);
   }
   return score;
@@ -99,11 +123,11 @@ struct RowScales {
 
 // Applies scale and bias to scores[begin, end), and -inf to keys that the row does not see. Returns
 // the maximum. kBias, kScaled: whether there are bias and scales.
-template <class V, bool kBias, bool kScaled>
+template <class V, class S, bool kBias, bool kScaled>
 GQA_INLINE float finish_row_scores(float* scores, const RowKeys& keys, float scale,
                                    const RowBias& bias, const RowScales& scales) {
   using F = typename V::F;
-  const F factor = V::set1(kBias && bias.softcap != 0.0f ? scale : scale * kLog2E);
+  const F factor = V::set1(kBias && bias.softcap != 0.0f ? scale : scale * kScoreUnit<S>);
   const F hidden = V::set1(-INFINITY);
   F most = hidden;
   for (int i = keys.begin / V::kWidth * V::kWidth; i < keys.end; i += V::kWidth) {
@@ -114,8 +138,8 @@ GQA_INLINE float finish_row_scores(float* scores, const RowKeys& keys, float sca
     }
     x = V::mul(x, factor);
     if (kBias) {
-      if (bias.softcap != 0.0f) x = soft_cap<V>(x, bias.softcap);
-      x = add_bias<V>(x, i, bias);
+      if (bias.softcap != 0.0f) x = soft_cap<V, S>(x, bias.softcap);
+      x = add_bias<V, S>(x, i, bias);
     }
     if (i < keys.visible_begin || i + V::kWidth > keys.visible_end) {
       const F lane = V::add(V::iota(), V::set1(static_cast<float>(i)));
@@ -134,14 +158,14 @@ GQA_INLINE float finish_row_scores(float* scores, const RowKeys& keys, float sca
 // accumulated with the old maximum. keep: dropout's factors of the tile's keys, or nullptr. The sum
 // includes neither dropout nor the scales of V. `most` becomes the largest magnitude of the
 // probabilities times the scales of V, or NaN if there is one.
-template <class V, bool kScaled, class P>
+template <class V, class S, bool kScaled, class P>
 GQA_INLINE float exponentiate_row(float* scores, const RowKeys& keys, float block_max,
                                   const RowScales& scales, const float* keep, float& max,
                                   float& sum, float& most) {
   using F = typename V::F;
   const float old_max = max;
   if (block_max > max) max = block_max;
-  // While no key is visible, 0 replaces the maximum: exp2(-inf - 0) = 0.
+  // While no key is visible, 0 replaces the maximum: exp(-inf - 0) = 0.
   const float base = max == -INFINITY ? 0.0f : max;
   const F minus_base = V::set1(-base);
 
@@ -149,7 +173,7 @@ GQA_INLINE float exponentiate_row(float* scores, const RowKeys& keys, float bloc
   P* probabilities = reinterpret_cast<P*>(
       scores);  // P is no wider, so it never overwrites scores that are still needed
   for (int i = keys.begin / V::kWidth * V::kWidth; i < keys.end; i += V::kWidth) {
-    F p = exp2<V>(V::add(V::load(scores + i), minus_base));
+    F p = exp_score<V, S>(V::add(V::load(scores + i), minus_base));
     total = V::add(total, p);
     if (keep != nullptr) p = V::mul(p, V::load(keep + i));
     if (kScaled) {
@@ -161,7 +185,7 @@ GQA_INLINE float exponentiate_row(float* scores, const RowKeys& keys, float bloc
   }
   if (kScaled) most = V::reduce_max(largest) + V::reduce_add(bad);
 
-  const float rescale = old_max == max ? 1.0f : exp2_scalar<V>(old_max - base);
+  const float rescale = old_max == max ? 1.0f : exp_score_scalar<V, S>(old_max - base);
   sum = sum * rescale + V::reduce_add(total);
   return rescale;
 }

@@ -64,14 +64,6 @@ GQA_INLINE typename V::F tanh_derivative(typename V::F x) {
   return V::div(V::mul(V::set1(4.0f), e), V::mul(sum, sum));
 }
 
-// 2^x of one number, with the vectors' rounding.
-template <class V>
-GQA_INLINE float exp2_scalar(float x) {
-  float lanes[V::kWidth];
-  V::store(lanes, exp2<V>(V::set1(x)));
-  return lanes[0];
-}
-
 // The first n (< kWidth) numbers at p, then zeros. Reads nothing beyond them.
 template <class V, class T>
 inline typename V::F load_partial(const T* p, int64_t n) {

@@ -1,6 +1,6 @@
 """PressedCache: the cache of a model that a press of kvpress compresses.
 
-A layer holds a prompt as it came until a press has looked at it, and then in pages (:mod:`.pages`).
+A layer holds a prompt as it came until a press has looked at it, and then in pages of each head.
 Presses read ``layer.keys`` and ``layer.values``, and assign what they keep of them, or leave
 ``module.masked_key_indices``; both are applied at the assignment.
 """
@@ -12,14 +12,10 @@ from weakref import ref
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
-from ...attention import asym_gqa_attention
-from ...decode import asym_gqa_decode
-from ..transformers import attention_call
-from ..transformers.cache import NewStates, layer_windows
-from ..transformers.masks import SequenceMask
-from .pages import HeadPages
+from ..transformers.cache import layer_windows
+from ..transformers.headwise import HeadwiseLayer
 
 
 class PressedCache(Cache):
@@ -61,82 +57,26 @@ class PressedCache(Cache):
         raise NotImplementedError("a PressedCache has no beam search")
 
 
-class PressedLayer(CacheLayerMixin):
-    """One layer: its keys and values as they came, or in pages, and attention over them.
-
-    Attributes:
-        seen: positions of the layer.
-    """
+class PressedLayer(HeadwiseLayer):
+    """One layer, whose keys and values a press can read and assign."""
 
     def __init__(self, page_size: int, format: str | None):
-        self._page_size, self._format = page_size, format
         self._assigned: Tensor | None = None
-        self.reset()
-        super().__init__()
+        super().__init__(page_size, format)
 
     def reset(self) -> None:
-        self.seen = 0
-        self._states: tuple[Tensor, Tensor] | None = None  # [B, Hk, seen, D], not in pages
-        self._pages: HeadPages | None = None
+        super().reset()
         self._kept: Tensor | None = None  # bool [B, Hk, n]: of the first n positions; None: all
         self._lent: tuple[Tensor, Tensor] | None = None  # copies that presses look at
-        self._module: ref[nn.Module] | None = None  # and the backend, of the last call
-        self._backend = "auto"
+        self._module: ref[nn.Module] | None = None  # of the last call
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.is_initialized = True
+    def _after_prompt(self, module: nn.Module) -> None:
+        self._module = ref(module)
+        module.masked_key_indices = None  # of an earlier prompt
 
-    def update(self, key_states: Tensor, value_states: Tensor, *_, **__) -> tuple[Any, Any]:
-        """New keys ``[B, Hk, S, D]`` and values, for the attention function to give back."""
-        return NewStates(self, key_states), NewStates(self, value_states)
-
-    def attend(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        key: NewStates,
-        value: NewStates,
-        attention_mask: Tensor | SequenceMask | None,
-        backend: str,
-        **options: Any,
-    ) -> Tensor:
-        """Store the new tokens; then attend over all keys that are left.
-
-        Args:
-            module: the attention module that asks.
-            query: ``[B, Hq, S, D]``, as many as new keys.
-            key, value: what :meth:`update` returned.
-            attention_mask: must show every key up to the query's own position.
-            backend, options: as :func:`gqa_kernels.integrations.transformers.asym_gqa` has them.
-
-        Returns:
-            ``[B, S, Hq, Dv]``.
-        """
-        _check_mask(attention_mask, self.seen, query.shape[2])
-        self._module, self._backend, self._lent = ref(module), backend, None
-        call = attention_call(module, query, key.states, value.states, None, **options)
-        if call["dropout_p"]:
-            raise ValueError(f"dropout must be 0 with a PressedCache, got {call['dropout_p']}")
-        if not self.seen:
-            module.masked_key_indices = None  # of an earlier prompt
-            self.lazy_initialization(key.states, value.states)
-            self._states, self.seen = (key.states, value.states), query.shape[2]
-            return asym_gqa_attention(**call, backend=backend)
+    def _before_append(self, module: nn.Module) -> None:
+        self._module, self._lent = ref(module), None
         self._drop_masked()
-        self._to_pages()
-        new = query.shape[2]
-        assert self._pages is not None
-        cache = self._pages.append(
-            key.states.flatten(0, 2), value.states.flatten(0, 2),
-            [new] * (self._pages.batch * self._pages.heads), backend,
-        )  # fmt: skip
-        self.seen += new
-        return asym_gqa_decode(
-            call["q"], cache, call["head_map"], value_head_map=call["value_head_map"],
-            scale=call["scale"], softcap=call["softcap"], sinks=call["sinks"], layout="bshd",
-            backend=backend,
-        )  # fmt: skip
 
     @property
     def keys(self) -> Tensor | None:
@@ -169,28 +109,6 @@ class PressedLayer(CacheLayerMixin):
             self._pages, self._states, self.seen = None, (keys, x), keys.shape[2]
         self._drop_masked()
 
-    def get_seq_length(self) -> int:
-        """Positions, those of masked keys included."""
-        return self.seen
-
-    def get_max_length(self) -> int:
-        """-1: there is none."""
-        return -1
-
-    get_max_cache_shape = get_max_length  # transformers 4
-
-    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
-        """Columns that a mask needs, and the position of the first."""
-        new = query_length if isinstance(query_length, int) else len(query_length)
-        return self.seen + new, 0
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the memory of K, V and scales."""
-        if self._pages is not None:
-            return self._pages.nbytes
-        return sum(x.untyped_storage().nbytes() for x in self._states or ())
-
     def _look(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """Keys and values by position."""
         if self._pages is None:
@@ -217,7 +135,7 @@ class PressedLayer(CacheLayerMixin):
         if self._states is not None:
             self._states = tuple(x[:, :, :positions].contiguous() for x in self._states)
         elif self._pages is not None:
-            lengths = [positions] * (self._pages.batch * self._pages.heads)
+            lengths = [positions] * self._pages.num_heads
             if self._kept is not None:
                 self._kept = self._positions()[..., :positions].contiguous()
                 lengths = self._kept.sum(-1).flatten().tolist()
@@ -237,7 +155,9 @@ class PressedLayer(CacheLayerMixin):
         else:
             batch, heads = self._pages.batch, self._pages.heads
         kept = torch.ones(batch, heads, self.seen, dtype=torch.bool, device=like.device)
-        kept[tuple(index.to(like.device) for index in masked)] = False
+        rows, heads_of, positions = (index.to(like.device) for index in masked)
+        inside = positions < self.seen  # others were cropped since
+        kept[rows[inside], heads_of[inside], positions[inside]] = False
         if self._pages is None:
             self._to_pages(kept)
         else:
@@ -250,35 +170,6 @@ class PressedLayer(CacheLayerMixin):
             longest = int(self._pages.lengths.max())
             self._pages.keep(among[..., :longest], self._backend)
         self._kept = None if bool(kept.all()) else kept
-
-    def _to_pages(self, kept: Tensor | None = None) -> None:
-        """Store in pages what is not in pages yet, or what a mask ``[B, Hk, seen]`` keeps of it."""
-        if self._states is None:
-            return
-        k, v = self._states
-        self._pages = HeadPages(k, v, self._page_size, self._format)
-        if kept is None:
-            rows, counts = (k.flatten(0, 2), v.flatten(0, 2)), [k.shape[2]] * k.shape[:2].numel()
-        else:
-            rows, counts = (k[kept], v[kept]), kept.sum(-1).flatten().tolist()
-        self._pages.append(*rows, counts, self._backend, exact=True)
-        self._states = None
-
-
-def _check_mask(mask: Tensor | SequenceMask | None, before: int, new: int) -> None:
-    """A mask must show just what causality shows."""
-    if mask is None or (isinstance(mask, SequenceMask) and mask.offsets is None):
-        return
-    if isinstance(mask, Tensor):
-        visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min
-        column = torch.arange(before + new, device=mask.device)
-        usual = column <= column[before:, None]
-        if bool((visible[..., : before + new] == usual).all()):
-            return
-    raise NotImplementedError(
-        "attention_mask must hide nothing but what comes later with a PressedCache: no padding and "
-        "no packed sequences"
-    )
 
 
 def _is_start_of(x: Tensor, whole: Tensor | None) -> bool:

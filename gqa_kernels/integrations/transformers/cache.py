@@ -7,12 +7,13 @@ to store and to attend.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
 from ...attention import asym_gqa_attention
 from ...backends.base import Backend
@@ -23,12 +24,9 @@ from ...call.append import AppendCall
 from ...call.attention import AttentionCall
 from ...decode import view_call
 from .call import attention_call, with_bias
+from .headwise import Budget, BudgetedLayer, as_budgets
 from .sequences import SequenceTable, Step
-
-ONLY_OURS = (
-    "keys and values of a PagedCache can only be read by attn_implementation='asym_gqa' (or "
-    "another name given to gqa_kernels.integrations.transformers.register)"
-)
+from .states import DeferredLayer, NewStates
 
 
 class PagedCache(Cache):
@@ -48,9 +46,21 @@ class PagedCache(Cache):
         zeros: keep a zero per token and head too (int8, int4).
         num_pages: pages of each layer's pool, allocated with the first token; None: pools grow, by
             an eighth at least.
+        budgets: keys that heads keep: for each layer None, or for each KV head None (all keys) or
+            ``(sinks, recent)``: attention sinks and a window (StreamingLLM, DuoAttention). Heads
+            drop whole pages between both, so they keep the sinks, rounded up to pages, and the
+            recent keys, up to a page more. A prompt attends to all of its keys. Layers with budgets
+            keep pages of one head each, and take no padding, beams or ``crop``.
 
     Raises:
-        NotImplementedError: a layer's type is neither full nor sliding-window attention.
+        NotImplementedError: a layer's type is neither full nor sliding-window attention, or a
+            layer with budgets has a sliding window.
+        ValueError: budgets for another number of layers or heads, or with ``num_pages``.
+
+    Example::
+
+        streaming = [(4, 256), None]  # KV head 0 keeps 4 sinks and 256 recent keys, head 1 all
+        cache = PagedCache(model.config, budgets=[streaming] * model.config.num_hidden_layers)
     """
 
     def __init__(
@@ -61,14 +71,26 @@ class PagedCache(Cache):
         format: str | None = None,
         zeros: bool = False,
         num_pages: int | None = None,
+        budgets: Sequence[Sequence[Budget] | None] | None = None,
     ):
         windows = layer_windows(config.get_text_config(decoder=True))
         self.tables = {
             window: SequenceTable(page_size, num_pages, window) for window in dict.fromkeys(windows)
         }
-        super().__init__(
-            layers=[PagedLayer(self.tables[window], format, zeros) for window in windows]
-        )
+        found = [[]] * len(windows) if budgets is None else as_budgets(budgets, len(windows))
+        if any(found) and num_pages is not None:
+            raise ValueError(f"num_pages must be None with budgets, got {num_pages}")
+        layers = []
+        for window, layer_budgets in zip(windows, found, strict=True):
+            if not layer_budgets:
+                layers.append(PagedLayer(self.tables[window], format, zeros))
+            elif window is not None:
+                raise NotImplementedError(
+                    f"budgets must be None in layers with a sliding window, got {layer_budgets}"
+                )
+            else:
+                layers.append(BudgetedLayer(page_size, format, zeros, layer_budgets))
+        super().__init__(layers=layers)
 
     @property
     def nbytes(self) -> int:
@@ -78,6 +100,7 @@ class PagedCache(Cache):
     def crop(self, tokens: int) -> None:
         """Remove the last ``-tokens`` positions, or keep the first ``tokens`` if that is positive
         (transformers 4)."""
+        self._refuse_budgets("crop")
         seen = self.get_seq_length()
         kept = max(seen + tokens, 0) if tokens <= 0 else min(tokens, seen)
         for table in self.tables.values():
@@ -87,6 +110,7 @@ class PagedCache(Cache):
 
     def activate_past_recording(self) -> None:
         """Keep what falls behind a sliding window until the next ``crop``, to roll back to."""
+        self._refuse_budgets("activate_past_recording")
         for table in self.tables.values():
             table.keep_past = True
 
@@ -96,6 +120,7 @@ class PagedCache(Cache):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows of the batch, in this order, some perhaps more than once."""
+        self._refuse_budgets("batch_select_indices")
         if indices.dtype == torch.bool:
             indices = indices.nonzero()[:, 0]
         for table in self.tables.values():
@@ -104,6 +129,7 @@ class PagedCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Have every row ``repeats`` times."""
+        self._refuse_budgets("batch_repeat_interleave")
         for table in self.tables.values():
             table.select([row for row in range(table.batch) for _ in range(repeats)])
 
@@ -112,10 +138,14 @@ class PagedCache(Cache):
         for table in self.tables.values():
             table.clear()
         for layer in self.layers:
-            layer.seen = 0
+            layer.reset()
+
+    def _refuse_budgets(self, what: str) -> None:
+        if any(isinstance(layer, BudgetedLayer) for layer in self.layers):
+            raise NotImplementedError(f"{what} needs every key, and heads with budgets drop some")
 
 
-class PagedLayer(CacheLayerMixin):
+class PagedLayer(DeferredLayer):
     """One layer: its pages, and attention over them.
 
     Attributes:
@@ -125,7 +155,6 @@ class PagedLayer(CacheLayerMixin):
     """
 
     is_croppable = True
-    supports_early_init = False  # the memory comes with the first keys
 
     def __init__(self, table: SequenceTable, format: str | None, zeros: bool):
         super().__init__()
@@ -137,10 +166,6 @@ class PagedLayer(CacheLayerMixin):
         self._checked: WeakKeyDictionary[nn.Module, tuple[tuple, Any, AttentionCall, Backend]]
         self._checked = WeakKeyDictionary()
         self._writer: tuple[tuple, Backend] | None = None
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_, **__) -> tuple[Any, Any]:
-        """New keys ``[B, Hk, S, D]`` and values, for the attention function to give back."""
-        return NewStates(self, key_states), NewStates(self, value_states)
 
     def attend(
         self,
@@ -211,6 +236,10 @@ class PagedLayer(CacheLayerMixin):
         self.seen = step.before + step.new
         return step
 
+    def reset(self) -> None:
+        """Forget the positions; the table forgets the pages."""
+        self.seen = 0
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """An empty pool for keys and values like these."""
         (_, heads, _, dim), (_, value_heads, _, value_dim) = key_states.shape, value_states.shape
@@ -218,25 +247,6 @@ class PagedLayer(CacheLayerMixin):
         self._shapes = (heads, dim), (value_heads, value_dim)
         self.pool = self._empty(self.table.allocator.num_pages)
         self.is_initialized = True
-
-    def get_seq_length(self) -> int:
-        """Positions seen, padding included."""
-        return self.seen
-
-    def get_max_length(self) -> int:
-        """-1: there is none."""
-        return -1
-
-    get_max_cache_shape = get_max_length  # transformers 4
-
-    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
-        """Columns that a mask needs, and the position of the first.
-
-        Args:
-            query_length: number of new tokens, or (transformers 4) their positions.
-        """
-        new = query_length if isinstance(query_length, int) else len(query_length)
-        return self.seen + new, 0
 
     @property
     def nbytes(self) -> int:
@@ -353,51 +363,6 @@ class PagedLayer(CacheLayerMixin):
             x = getattr(old, name)
             if isinstance(x, Tensor):
                 getattr(self.pool, name)[: len(x)].copy_(x)
-
-
-class NewStates:
-    """New keys or values of a layer on their way to its attention; not a tensor.
-
-    Attributes:
-        layer: the cache layer that stores them.
-        states: ``[B, H, S, D]``, the new tokens.
-        step: the step in which they were stored; None until then.
-        shape: ``[B, H, positions, D]``, with the tokens before them.
-    """
-
-    def __init__(self, layer: PagedLayer, states: Tensor):
-        self.layer, self.states = layer, states
-        self.step: Step | None = None
-
-    @property
-    def shape(self) -> torch.Size:
-        batch, heads, new, dim = self.states.shape
-        before = self.layer.seen if self.step is None else self.step.before
-        return torch.Size((batch, heads, before + new, dim))
-
-    def to(self, device: torch.device | str, **_: object) -> NewStates:
-        """Itself: layers that share keys and values call this to have them on their device.
-
-        Raises:
-            NotImplementedError: the device is another one.
-        """
-        here = self.states.device
-        if self.states.new_empty(0).to(device).device != here:
-            raise NotImplementedError(
-                f"layers that share the keys of a PagedCache must be on one device, got {here} "
-                f"and {device}"
-            )
-        return self
-
-    def __getattr__(self, name: str) -> object:
-        raise AttributeError(f"{ONLY_OURS}, asked for .{name}")
-
-    def __getitem__(self, index: object) -> object:
-        raise TypeError(f"{ONLY_OURS}, asked for a part of them")
-
-    @classmethod
-    def __torch_function__(cls, function: object, *_: object) -> object:
-        raise TypeError(f"{ONLY_OURS}, got {getattr(function, '__name__', function)}")
 
 
 def layer_windows(config: Any) -> list[int | None]:

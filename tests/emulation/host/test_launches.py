@@ -71,6 +71,17 @@ def test_output_alone(host, device, capture):
     assert [(x.name, x.grid) for x in record.launches] == [(x.name, x.grid) for x in same.launches]
 
 
+@CAPTURES
+def test_tiles_of_uneven_length_are_drawn_from_a_counter(host, capture):
+    """More tiles than multiprocessors: the counter is in the workspace, and starts at 0."""
+    for head_dim in (64, 128, 256):
+        q, k, v = make_inputs(8, UNEVEN, 1000, 1000, head_dim, dtype=BF16)
+        for options in ({"causal": True}, {"window": (50, 50)}, {}):
+            inputs = attention_call(q, k, v, UNEVEN, **options)
+            record = checks.check_forward(host, inputs, H100, capture=capture)
+            assert len(record.of("memset")) == (1 if options else 0)
+
+
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("case", attention.PREFILL_CASES, ids=lambda case: case.id)
 def test_backward(host, case, dtype):

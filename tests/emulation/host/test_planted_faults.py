@@ -89,7 +89,7 @@ FAULTS = {
         "cuda/sm90/prefill/instantiate.cuh",
         "check(cudaMemsetAsync(workspace, 0, sizeof(int), stream), "
         '"cudaMemsetAsync(tile counter)");', "",
-        LAUNCHES, "test_attention[causal-H100-eager]", "memset",
+        LAUNCHES, "test_tiles_of_uneven_length_are_drawn_from_a_counter", "memset",
     ),
     "a tensor map with strides in elements": Fault(
         "cuda/sm90/prefill/tensor_map.cu",
@@ -166,7 +166,11 @@ def test_planted_faults_are_noticed(name):
         command[-3:] = [f"{command[-3]}::{fault.test}"]
     plant = json.dumps([[fault.path, fault.old, fault.new]])
     done = subprocess.run(
-        command, env={**os.environ, "GQA_TEST_PLANT": plant}, capture_output=True, text=True
+        command,
+        cwd=compiled_units.ROOT,
+        env={**os.environ, "GQA_TEST_PLANT": plant},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 1, done.stdout[-4000:] + done.stderr[-2000:]
     assert fault.message in done.stdout, done.stdout[-6000:]

@@ -6,8 +6,9 @@ Program keeps its block of Q and dO, and walks over the key blocks that some row
         recomputes P from the LSE and adds up dQ += dS K in fp32. A head whose map entry is out of
         range gets NaN. Each program writes one sum for the gradient of its head's slope, and the
         caller adds these up in a fixed order. The gradients of slopes and sinks sum whole rows
-        into one number. That would show that delta comes from the rounded output, so with them
-        the kernel sums delta again, in fp32.
+        into one number, which would show that delta comes from the rounded output. With them
+        the kernel corrects delta by the sum of dS: with an exact delta that sum is
+        dlse + delta * the sink's probability.
 
 Source: FlashAttention-2 (arXiv 2307.08691), algorithm 2 in two passes, so that nothing is summed
 through memory; own code.
@@ -44,9 +45,10 @@ def backward_q_kernel(
     dout,  # Rows [B, Hq, Sq, Dv]
     p_lse,  # [B, Hq, Sq] fp32, contiguous
     p_dlse,  # [B, Hq, Sq] fp32, contiguous, or None
-    p_delta,  # [B, Hq, Sq] fp32, contiguous; with HAS_SUMS replaced by its sum over the keys
+    p_delta,  # [B, Hq, Sq] fp32, contiguous; corrected with HAS_SUMS
     dq,  # Rows [B, Hq, Sq, D]
     p_dslopes,  # [B, Hq, num_blocks] fp32, or None
+    p_sinks,  # [Hq] fp32, or None
     p_plan,  # perm [Hq], k_head [Hq], v_head [Hq], offsets [G + 2]
     slopes,  # PerHead [B, Hq] fp32, or None
     mask,  # Mask, or None
@@ -123,10 +125,10 @@ def backward_q_kernel(
         i_first, i_last, shift, n, window, BLOCK_N
     )
     b_dq = tl.zeros([BLOCK_M, DIMS.BLOCK_D], tl.float32)
-    # Over the keys: P * dP, P * distance and P * dP * distance.
-    b_dp_sum = tl.zeros([BLOCK_M], tl.float32)
+    # Over the keys: dS before the cap's derivative, P * distance and dS * distance.
+    b_ds_sum = tl.zeros([BLOCK_M], tl.float32)
     b_distance_sum = tl.zeros([BLOCK_M], tl.float32)
-    b_dp_distance_sum = tl.zeros([BLOCK_M], tl.float32)
+    b_ds_distance_sum = tl.zeros([BLOCK_M], tl.float32)
     o_block = tl.arange(0, BLOCK_N)
     for part in tl.static_range(
         common.LEFT_EDGE if window.left is not None else common.INNER, common.RIGHT_EDGE + 1
@@ -169,13 +171,13 @@ def backward_q_kernel(
                 )
             b_dp = tl.dot(b_dout, tl.trans(b_v), input_precision="ieee")
             b_dp = through_dropout(b_dp, m_keep, dropout_scale)
+            b_ds = b_p * (b_dp - b_delta[:, None])
             if HAS_SUMS:
-                b_dp_sum += tl.sum(b_p * b_dp, 1)
+                b_ds_sum += tl.sum(b_ds, 1)
             if p_dslopes is not None:
                 b_distance = tl.abs(b_pos[:, None] - o_n[None, :]).to(tl.float32)
                 b_distance_sum += tl.sum(b_p * b_distance, 1)
-                b_dp_distance_sum += tl.sum(b_p * b_dp * b_distance, 1)
-            b_ds = b_p * (b_dp - b_delta[:, None])
+                b_ds_distance_sum += tl.sum(b_ds * b_distance, 1)
             b_ds = through_cap(b_ds, b_capped, softcap)
             b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision="ieee")
 
@@ -183,11 +185,14 @@ def backward_q_kernel(
     p_dq_rows = kv.pointers(dq, i_b, i_head, o_token)
     common.store_rows(p_dq_rows, b_dq, m_rows, DIMS.D, DIMS.BLOCK_D)
     if HAS_SUMS:
-        b_delta = b_dp_sum
+        b_error = b_ds_sum
+        if p_sinks is not None:
+            b_error -= tl.exp(tl.load(p_sinks + i_head) - b_lse) * b_delta
         if p_dlse is not None:
-            b_delta -= tl.load(p_dlse + i_row + o_m64, mask=m_rows, other=0.0)
-        tl.store(p_delta + i_row + o_m64, b_delta, mask=m_rows)
+            b_error -= tl.load(p_dlse + i_row + o_m64, mask=m_rows, other=0.0)
+        tl.store(p_delta + i_row + o_m64, b_delta + b_error, mask=m_rows)
     if p_dslopes is not None:
-        b_dslope = tl.where(b_lse < float("inf"), b_delta * b_distance_sum - b_dp_distance_sum, 0.0)
+        b_dslope = b_error * b_distance_sum - b_ds_distance_sum
+        b_dslope = tl.where(b_lse < float("inf"), b_dslope, 0.0)
         p_dslope = p_dslopes + (i_b * num_heads + i_head) * num_blocks + i_block
         tl.store(p_dslope, tl.sum(b_dslope, 0))

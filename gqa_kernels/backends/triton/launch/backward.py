@@ -36,7 +36,7 @@ class BackwardCall:
         dout: ``[B, Hq, Sq, Dv]``.
         dlse: fp32 ``[B, Hq, Sq]``, contiguous, or None.
         delta: fp32 ``[B, Hq, Sq]``, contiguous, scratch; with ``dslopes`` or ``sinks`` in the end
-            that of P and dP, not of the rounded output.
+            without the output's rounding.
         dq, dk, dv: in the shapes of q, k, v. Of packed sequences all of q, k, v and what has their
             shapes are ``[1, H, tokens, ...]``, and dq, dk, dv zeros.
         dslopes: fp32 ``[B, Hq, num_blocks]``, one sum per block of query tokens, or None.

@@ -20,13 +20,16 @@ class HeadPages:
 
     Args:
         k, v: ``[B, Hk, ., D]`` and ``[B, Hk, ., Dv]``, tensors like the ones to hold.
-        page_size, format: as :class:`gqa_kernels.PagedKVCache` has them.
+        page_size, format, zeros: as :meth:`gqa_kernels.PagedKVCache.empty` has them.
     """
 
-    def __init__(self, k: Tensor, v: Tensor, page_size: int, format: str | None):
+    def __init__(
+        self, k: Tensor, v: Tensor, page_size: int, format: str | None, zeros: bool = False
+    ):
         self.batch, self.heads = k.shape[:2]
+        self.num_heads = self.batch * self.heads
         self._dims, self._dtype, self._device = (k.shape[3], v.shape[3]), k.dtype, k.device
-        self._page_size, self._format = page_size, format
+        self._page_size, self._format, self._zeros = page_size, format, zeros
         self._take(0)
 
     @property
@@ -75,6 +78,15 @@ class HeadPages:
         if self.allocator.num_free_pages:
             self._shrink()
 
+    def discard(self, head: int, keys: int, begin: int) -> None:
+        """Forget whole pages of a head's keys, from key ``begin`` on.
+
+        Args:
+            head: ``b * Hk + h``.
+            keys, begin: multiples of the page size.
+        """
+        self.allocator.discard(self._names[head], keys, begin)
+
     def truncate(self, lengths: Sequence[int]) -> None:
         """Keep the first keys of each head only."""
         for name, length in zip(self._names, lengths, strict=True):
@@ -102,13 +114,14 @@ class HeadPages:
     def _take(self, pages: int) -> None:
         """An empty pool of so many pages, and sequences without keys."""
         self.allocator = PageAllocator(pages, self._page_size)
-        self._names = [self.allocator.allocate() for _ in range(self.batch * self.heads)]
+        self._names = [self.allocator.allocate() for _ in range(self.num_heads)]
         self.pool = self._empty(pages)
 
     def _empty(self, pages: int) -> PagedKVCache:
         return PagedKVCache.empty(
             pages, self._page_size, 1, self._dims[0], value_head_dim=self._dims[1],
             dtype=self._dtype, device=self._device, format=self._format,
+            zeros=self._zeros,
         )  # fmt: skip
 
     def _grow(self, pages: int) -> None:
