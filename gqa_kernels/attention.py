@@ -70,6 +70,7 @@ def asym_gqa_attention(
     return_lse: bool = False,
     return_aux: AuxRequest | None = None,
     deterministic: bool = False,
+    batch_invariant: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor] | tuple[Tensor, AuxOutput]:
     """Attention in which query head ``h`` reads KV head ``head_map[h]``, for any map.
@@ -89,7 +90,8 @@ def asym_gqa_attention(
     on out and LSE. Those in V have none on the LSE, but turn out into NaN for queries that do not
     see the key, as with SDPA: its probability of 0 is multiplied by V. The reference does so for
     every hidden key; the fused backends do not read tiles in which a window or causality hides
-    every key. Either may turn gradients into NaN. Slots beyond ``kv_lengths`` are never used.
+    every key, nor the CPU backend those of a mask. Either may turn gradients into NaN. Slots beyond
+    ``kv_lengths`` are never used.
 
     Differentiable in q, k, v, slopes and sinks, through the LSE too. Gradients of an additive mask,
     second derivatives, ``torch.func`` and forward mode are for the reference alone; ``vmap`` runs
@@ -127,6 +129,10 @@ def asym_gqa_attention(
             over the keys in eager torch, without gradient.
         deterministic: accepted for drop-in use: results are always bitwise repeatable, backward
             included.
+        batch_invariant: give a query the same bits whatever else is in the batch, however the
+            prompt is cut into chunks, whatever the number of threads, and in a dense or a paged
+            cache. Decode takes longer (csrc/README.md says why), and dropout is refused.
+            Gradients make no such promise.
         backend: ``"auto"``, or a name out of :func:`available_backends`, which never falls back.
 
     Returns:
@@ -146,7 +152,7 @@ def asym_gqa_attention(
     aux = None if return_aux is None else as_aux_request(return_aux, return_lse)
     call = attention_call(
         q, k, v, head_map, value_head_map, causal, scale, window, softcap, alibi_slopes, sinks,
-        attn_mask, kv_lengths, dropout_p, layout,
+        attn_mask, kv_lengths, dropout_p, layout, batch_invariant,
     )  # fmt: skip
     call.lse_wanted = return_lse or (aux is not None and aux.lse)
     runs = select(call, backend)
@@ -164,10 +170,10 @@ def attention_call(
     window: tuple[int | None, int | None] | None = None, softcap: float | None = None,
     alibi_slopes: Tensor | None = None, sinks: Tensor | None = None,
     attn_mask: Tensor | None = None, kv_lengths: Tensor | Sequence[int] | None = None,
-    dropout_p: float = 0.0, layout: Layout = "bhsd",
+    dropout_p: float = 0.0, layout: Layout = "bhsd", batch_invariant: bool = False,
 ) -> AttentionCall:  # fmt: skip
     """The call that :func:`asym_gqa_attention` makes of its arguments."""
-    options = Options.of(causal, scale, window, softcap, dropout_p)
+    options = Options.of(causal, scale, window, softcap, dropout_p, batch_invariant)
     if is_autocast_on():
         q, k, v = autocast(q, k, v)
     return AttentionCall.dense(

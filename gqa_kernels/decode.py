@@ -79,6 +79,7 @@ def asym_gqa_decode(
     return_lse: bool = False,
     return_aux: AuxRequest | None = None,
     deterministic: bool = False,
+    batch_invariant: bool = False,
     advance: bool = True,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor] | tuple[Tensor, AuxOutput]:
@@ -103,11 +104,14 @@ def asym_gqa_decode(
         rotary_cos, rotary_sin, rotary_interleaved, rotary_positions: rotate k_new and q by their
             positions, as :meth:`~gqa_kernels.cache.base.KVCache.append` says.
         causal, scale, window, softcap, alibi_slopes, sinks: as for ``asym_gqa_attention``.
-        attn_mask: broadcastable to ``[B, Hq, Sq, capacity]``, over the keys of a sequence.
+        attn_mask: broadcastable to ``[B, Hq, Sq, capacity]``, over the keys of a sequence. It may
+            have fewer keys than the capacity: the others are hidden. With ``cu_seqlens_q``, Sq is
+            ``max_seqlen_q``, and queries are counted in their sequence (on the CPU and in the
+            reference).
         advance: count the appended tokens in ``cache.lengths``. Caches of several layers may share
             one ``lengths``: then only the last one advances it.
-        layout, return_lse, return_aux, deterministic, backend: as for ``asym_gqa_attention``. Key
-            scores are ``[B, Hk, capacity]``.
+        layout, return_lse, return_aux, deterministic, batch_invariant, backend: as for
+            ``asym_gqa_attention``. Key scores are ``[B, Hk, capacity]``.
 
     Returns:
         out in q's shape (last dim ``Dv``) and dtype; with ``return_lse`` also the LSE, fp32
@@ -125,6 +129,7 @@ def asym_gqa_decode(
         q, cache, head_map, causal=causal, scale=scale, window=window, softcap=softcap,
         cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q, value_head_map=value_head_map,
         alibi_slopes=alibi_slopes, sinks=sinks, attn_mask=attn_mask, layout=layout,
+        batch_invariant=batch_invariant,
     )  # fmt: skip
     plan = DecodePlan(call, layout, select(call, backend))
     if k_new is None:
@@ -169,10 +174,10 @@ def _check_distances(call: AttentionCall, cache: KVCache) -> None:
 def view_call(
     q: Tensor, view: KVView, head_map: HeadMapLike, *, causal: bool = True,
     scale: float | None = None, window: tuple[int | None, int | None] | None = None,
-    softcap: float | None = None, **tensors: Any,
+    softcap: float | None = None, batch_invariant: bool = False, **tensors: Any,
 ) -> AttentionCall:  # fmt: skip
     """:func:`decode_call` over the view of a cache."""
-    options = Options.of(causal, scale, window, softcap)
+    options = Options.of(causal, scale, window, softcap, batch_invariant=batch_invariant)
     return AttentionCall.over(q, view, head_map, options, **tensors)
 
 

@@ -62,8 +62,10 @@ def asym_gqa_varlen_attention(
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
+    attn_mask: Tensor | None = None,
     return_lse: bool = False,
     deterministic: bool = False,
+    batch_invariant: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`gqa_kernels.asym_gqa_attention` of each of ``B`` packed sequences, differentiable and
@@ -79,8 +81,10 @@ def asym_gqa_varlen_attention(
             accelerator they are read there, without synchronisation.
         max_seqlen_q, max_seqlen_k: most queries and keys of a sequence: sizes of grids.
         alibi_slopes: ``[Hq]`` or ``[B, Hq]``.
+        attn_mask: broadcastable to ``[B, Hq, max_seqlen_q, max_seqlen_k]``; queries and keys are
+            counted in their sequence. On the CPU and in the reference.
         head_map, value_head_map, causal, scale, window, softcap, sinks, return_lse, deterministic,
-        backend: as for ``asym_gqa_attention``.
+        batch_invariant, backend: as for ``asym_gqa_attention``.
 
     Returns:
         out ``[total_q, Hq, Dv]`` in q's dtype; with ``return_lse`` also the LSE, fp32
@@ -94,7 +98,8 @@ def asym_gqa_varlen_attention(
     return_lse = as_bool("return_lse", return_lse)
     call = varlen_call(
         q, k, v, head_map, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, scale,
-        window, softcap, value_head_map=value_head_map, alibi_slopes=alibi_slopes, sinks=sinks,
+        window, softcap, batch_invariant, value_head_map=value_head_map, alibi_slopes=alibi_slopes,
+        sinks=sinks, attn_mask=attn_mask,
     )  # fmt: skip
     call.lse_wanted = return_lse
     out, lse = select(call, backend).attend(call)
@@ -106,10 +111,10 @@ def varlen_call(
     q: Tensor, k: Tensor, v: Tensor, head_map: HeadMapLike, cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int, causal: bool = False,
     scale: float | None = None, window: tuple[int | None, int | None] | None = None,
-    softcap: float | None = None, **tensors: Any,
+    softcap: float | None = None, batch_invariant: bool = False, **tensors: Any,
 ) -> AttentionCall:  # fmt: skip
     """The call that :func:`asym_gqa_varlen_attention` makes of its arguments."""
-    options = Options.of(causal, scale, window, softcap)
+    options = Options.of(causal, scale, window, softcap, batch_invariant=batch_invariant)
     return AttentionCall.packed(
         *autocast(q, k, v), head_map, options, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
         max_seqlen_k, **tensors,

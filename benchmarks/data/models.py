@@ -34,6 +34,8 @@ MODELS = {
     "llama-3-70b": Model(64, 8, 128),
     "qwen2.5-7b": Model(28, 4, 128),
     "gemma-2-9b": Model(16, 8, 256),
+    "gemma-4": Model(16, 4, 512),  # its global layers
+    "wide-320": Model(16, 4, 320),  # no model: between the classes of head dims
     "smollm2-135m": Model(9, 3, 64),
     "smollm2-4-layers": Model(9, 3, 64),  # of its 30: a whole decoder for quick runs
     "vit-s": Model(6, 6, 64, causal=False),

@@ -9,6 +9,7 @@ from .scaling import scaling_cases
 
 BOTH = ("even", SKEWED)
 SMOL = ("even", "4-3-2")
+WIDE = ("gemma-4", "wide-320")
 GROUP_SIZES = ("uneven-2", "uneven-3", "uneven-4", "uneven-6")
 BF16, FP16, FP32 = "bfloat16", "float16", "float32"
 
@@ -76,6 +77,9 @@ CPU: list[AnyCase] = [
     *prefill("vit-b", ("even", "uneven-3"), 8, 197, FP32),
     *prefill("vit-l", ("uneven-4",), 4, 197, FP32),
     *prefill("t5-base", ("even", "uneven-3"), 2, 512, FP32),
+    # Head dims above 256.
+    *(c for m in WIDE for c in decode(m, ("even", "uneven-4"), 1, 4096, BF16, FP32)),
+    *(c for m in WIDE for c in prefill(m, ("even", "uneven-4"), 1, 1024, BF16, FP32)),
     *backward("llama-3.2-1b", (SKEWED,), 1, 512, BF16),
     *backward("vit-b", ("uneven-3",), 8, 197, FP32),
 ]

@@ -67,7 +67,8 @@ Inputs AppendedCache::inputs() const {
           in_.k_zero,   in_.v_zero,
           1.0,          -1,
           -1,           0.0,
-          0.0,          none_};
+          false,        0.0,
+          none_};
 }
 
 AppendParams params_of(const AppendInputs& in, const AttentionParams& cache,

@@ -19,7 +19,7 @@ ForwardOutput attention_output_cpu, attention_output_cuda;
 template <auto* forward>
 auto attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& head_map,
                std::optional<double> scale, int64_t window_left, int64_t window_right,
-               double softcap, bool bshd, const OptionalTensor& kv_lengths,
+               double softcap, bool batch_invariant, bool bshd, const OptionalTensor& kv_lengths,
                const OptionalTensor& page_table, const OptionalTensor& kv_begin,
                const OptionalTensor& sinks, const OptionalTensor& value_head_map,
                const OptionalTensor& alibi_slopes, const OptionalTensor& attn_mask,
@@ -27,12 +27,32 @@ auto attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& 
                const OptionalTensor& k_scale, const OptionalTensor& v_scale,
                const OptionalTensor& k_zero, const OptionalTensor& v_zero, double dropout_p,
                const OptionalTensor& dropout_seed) {
-  return forward(
-      {q,         k,          v,           head_map, value_head_map, alibi_slopes, sinks,
-       attn_mask, kv_lengths, page_table,  kv_begin, q_offsets,      max_q_len,    max_kv_len,
-       k_scale,   v_scale,    k_zero,      v_zero,   scale,          window_left,  window_right,
-       softcap,   dropout_p,  dropout_seed},
-      bshd);
+  return forward({q,
+                  k,
+                  v,
+                  head_map,
+                  value_head_map,
+                  alibi_slopes,
+                  sinks,
+                  attn_mask,
+                  kv_lengths,
+                  page_table,
+                  kv_begin,
+                  q_offsets,
+                  max_q_len,
+                  max_kv_len,
+                  k_scale,
+                  v_scale,
+                  k_zero,
+                  v_zero,
+                  scale,
+                  window_left,
+                  window_right,
+                  softcap,
+                  batch_invariant,
+                  dropout_p,
+                  dropout_seed},
+                 bshd);
 }
 
 }  // namespace gqa::host

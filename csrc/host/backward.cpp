@@ -9,12 +9,15 @@
 namespace gqa::host {
 namespace {
 
+int64_t size_of(DType dtype) {
+  return dtype == DType::kFloat32 ? 4 : dtype == DType::kBool ? 1 : 2;
+}
+
 // The data of a [B, H, S, D] tensor from token `first` on.
 template <class T>
 T* from_token(T* data, int64_t first, const Strides& stride, DType dtype) {
   using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
-  const int64_t size = dtype == DType::kFloat32 ? 4 : 2;
-  return reinterpret_cast<Byte*>(data) + first * stride.s * size;
+  return reinterpret_cast<Byte*>(data) + first * stride.s * size_of(dtype);
 }
 
 // Rows [first, first + count) of each head of contiguous [heads, tokens] numbers, into `rows`.
@@ -27,7 +30,8 @@ const float* copy_rows(const float* x, int64_t heads, int64_t tokens, int64_t fi
 }
 
 // Gradients of packed sequences, each as a dense call of its own, which spreads over the threads.
-void backward_of_sequences(const BackwardParams& all, const cpu::ThreadPool& pool) {
+void backward_of_sequences(const BackwardParams& all, const cpu::ThreadPool& pool,
+                           bool batch_invariant) {
   const AttentionParams& call = all.call;
   const int64_t heads = call.num_heads;
   std::vector<float> lse, dlse, dsinks(heads);
@@ -51,6 +55,10 @@ void backward_of_sequences(const BackwardParams& all, const cpu::ThreadPool& poo
     copy_rows(call.lse, heads, call.q_tokens, first, rows, lse);
     one.call.lse = lse.data();
     if (call.alibi_slopes) one.call.alibi_slopes += b * call.alibi_stride_b;
+    if (call.attn_mask) {
+      one.call.attn_mask = static_cast<const char*>(call.attn_mask) +
+                           b * call.mask_stride_b * size_of(call.mask_dtype);
+    }
     one.dout = from_token(all.dout, first, all.dout_stride, call.dtype);
     if (all.dlse) one.dlse = copy_rows(all.dlse, heads, call.q_tokens, first, rows, dlse);
     one.dq = from_token(all.dq, first, all.dq_stride, call.dtype);
@@ -58,7 +66,7 @@ void backward_of_sequences(const BackwardParams& all, const cpu::ThreadPool& poo
     one.dv = from_token(all.dv, begin, all.dv_stride, call.dtype);
     if (all.dslopes) one.dslopes += b * heads;
     if (all.dsinks) one.dsinks = dsinks.data();
-    cpu::attention_backward(one, pool);
+    cpu::attention_backward(one, pool, batch_invariant);
     for (int64_t h = 0; all.dsinks && h < heads; ++h) all.dsinks[h] += dsinks[h];
   }
 }
@@ -70,9 +78,9 @@ Gradients attention_backward_cpu(const Inputs& in, const Results& results) {
   check_results(in, results, check_cpu);
   auto [gradients, params] = add_gradients(call.params, in, results);
   if (in.q_offsets) {
-    backward_of_sequences(params, torch_threads());
+    backward_of_sequences(params, torch_threads(), in.batch_invariant);
   } else {
-    cpu::attention_backward(params, torch_threads());
+    cpu::attention_backward(params, torch_threads(), in.batch_invariant);
   }
   return gradients;
 }

@@ -20,15 +20,36 @@ Gradients attention_backward(const Tensor& dout, const OptionalTensor& dlse, con
                              const OptionalTensor& kv_lengths, const OptionalTensor& kv_begin,
                              const OptionalTensor& q_offsets, int64_t max_q_len, int64_t max_kv_len,
                              std::optional<double> scale, int64_t window_left, int64_t window_right,
-                             double softcap, double dropout_p, const OptionalTensor& dropout_seed,
-                             bool need_slopes, bool need_sinks) {
+                             double softcap, bool batch_invariant, double dropout_p,
+                             const OptionalTensor& dropout_seed, bool need_slopes,
+                             bool need_sinks) {
   const OptionalTensor none;
-  return backward(
-      {q,         k,          v,           head_map, value_head_map, alibi_slopes, sinks,
-       attn_mask, kv_lengths, none,        kv_begin, q_offsets,      max_q_len,    max_kv_len,
-       none,      none,       none,        none,     scale,          window_left,  window_right,
-       softcap,   dropout_p,  dropout_seed},
-      {dout, dlse, out, lse, need_slopes, need_sinks});
+  return backward({q,
+                   k,
+                   v,
+                   head_map,
+                   value_head_map,
+                   alibi_slopes,
+                   sinks,
+                   attn_mask,
+                   kv_lengths,
+                   none,
+                   kv_begin,
+                   q_offsets,
+                   max_q_len,
+                   max_kv_len,
+                   none,
+                   none,
+                   none,
+                   none,
+                   scale,
+                   window_left,
+                   window_right,
+                   softcap,
+                   batch_invariant,
+                   dropout_p,
+                   dropout_seed},
+                  {dout, dlse, out, lse, need_slopes, need_sinks});
 }
 
 }  // namespace gqa::host

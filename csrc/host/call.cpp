@@ -4,6 +4,9 @@
 
 #include <algorithm>
 
+#include "../core/visible.h"
+#include "../cpu/limits.h"
+
 namespace gqa::host {
 namespace {
 
@@ -33,7 +36,7 @@ cpu::ThreadPool torch_threads() {
 }
 
 Call::Call(const Inputs& in) {
-  check_inputs(in, check_cpu);
+  check_inputs(in, cpu::kMaxHeadDim, check_cpu);
   params = params_of(in);
   key_map_ = elements_of<int32_t>(in.head_map);
   params.head_map = key_map_.data();
@@ -51,6 +54,7 @@ Call::Call(const Inputs& in) {
   }
   if (in.kv_begin) copy_begins(in);
   if (in.q_offsets) copy_offsets(in);
+  if (in.q_offsets && in.attn_mask) check_packed_mask(*in.attn_mask);
 }
 
 void Call::copy_begins(const Inputs& in) {
@@ -72,6 +76,20 @@ void Call::copy_offsets(const Inputs& in) {
                     "q_offsets must ascend from 0 to at most q's tokens (", in.q.size(2), "), got ",
                     offset, " after ", last);
     if (b) params.q_len = std::max<int64_t>(params.q_len, offset - last);
+  }
+}
+
+// A mask of packed sequences has room for the longest.
+void Call::check_packed_mask(const Tensor& mask) const {
+  STD_TORCH_CHECK(params.q_len <= mask.size(2),
+                  "max_q_len must be at least the longest sequence of ", "q_offsets (",
+                  params.q_len, "), got ", mask.size(2));
+  for (int64_t b = 0; b < params.batch; ++b) {
+    for (int64_t h = 0; h < params.num_k_heads; ++h) {
+      const int64_t keys = kv_length(params, b, h);
+      STD_TORCH_CHECK(keys <= mask.size(3), "max_kv_len must be at least the keys of a sequence (",
+                      keys, "), got ", mask.size(3));
+    }
   }
 }
 

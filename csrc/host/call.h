@@ -21,6 +21,7 @@ class Call {
  private:
   void copy_begins(const Inputs& in);
   void copy_offsets(const Inputs& in);
+  void check_packed_mask(const Tensor& mask) const;
 
   std::vector<int32_t> key_map_, value_map_, kv_begin_, q_offsets_;
   std::vector<float> sinks_;

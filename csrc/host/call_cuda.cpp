@@ -7,7 +7,8 @@
 namespace gqa::host {
 namespace {
 
-constexpr int kMinCapability = 80;  // mma.m16n8k16 and cp.async
+constexpr int kMinCapability = 80;    // mma.m16n8k16 and cp.async
+constexpr int64_t kMaxHeadDim = 256;  // of the largest class of kernels
 
 void check_contiguous(const char* name, const Tensor& x) {
   STD_TORCH_CHECK(x.dim() == 1 && (x.size(0) <= 1 || x.stride(0) == 1), name,
@@ -27,7 +28,7 @@ cuda::Device check_cuda_call(const Inputs& in) {
   STD_TORCH_CHECK(device.capability >= kMinCapability,
                   "the device must have compute capability 8.0 or more, got ",
                   device.capability / 10, ".", device.capability % 10);
-  check_inputs(in, check_cuda);
+  check_inputs(in, kMaxHeadDim, check_cuda);
   // Kernels read these as arrays, and the host can't copy them.
   check_contiguous("head_map", in.head_map);
   if (in.value_head_map) check_contiguous("value_head_map", *in.value_head_map);

@@ -13,8 +13,6 @@
 namespace gqa::host {
 namespace {
 
-constexpr int64_t kMaxHeadDim = 256;  // tiles of wider heads would not fit
-
 using NamedTensors = std::initializer_list<std::pair<const char*, const Tensor*>>;
 
 const Tensor* get(const OptionalTensor& x) { return x ? &*x : nullptr; }
@@ -122,14 +120,14 @@ int64_t check_storage_shapes(const Inputs& in, int64_t batch) {
 
 int64_t batch_of(const Inputs& in) { return in.kv_lengths ? in.kv_lengths->size(0) : in.q.size(0); }
 
-void check_shapes(const Inputs& in) {
+void check_shapes(const Inputs& in, int64_t max_head_dim) {
   const Tensor &q = in.q, &k = in.k, &v = in.v;
   const int64_t packed = k.scalar_type() == ScalarType::Byte ? 2 : 1;  // numbers in an element
   for (const auto& [name, x] : NamedTensors{{"q", &q}, {"k", &k}, {"v", &v}}) {
     STD_TORCH_CHECK(x->dim() == 4, name, " must have 4 dims, got ", x->dim());
     const int64_t dim = x->size(3) * (x == &q ? 1 : packed);
-    STD_TORCH_CHECK(dim >= 1 && dim <= kMaxHeadDim, name, " must have a head dim of 1 to ",
-                    kMaxHeadDim, ", got ", dim);
+    STD_TORCH_CHECK(dim >= 1 && dim <= max_head_dim, name, " must have a head dim of 1 to ",
+                    max_head_dim, ", got ", dim);
   }
   STD_TORCH_CHECK(!in.kv_lengths || in.kv_lengths->dim() == 2,
                   "kv_lengths must have 2 dims, [B, Hk], got ", in.kv_lengths->dim());
@@ -140,8 +138,11 @@ void check_shapes(const Inputs& in) {
   if (in.value_head_map) check_shape("value_head_map", *in.value_head_map, {heads});
   if (in.alibi_slopes) check_shape("alibi_slopes", *in.alibi_slopes, {batch, heads});
   if (in.sinks) check_shape("sinks", *in.sinks, {heads});
-  STD_TORCH_CHECK(!in.q_offsets || !in.attn_mask, "attn_mask must be None with q_offsets");
-  if (in.attn_mask) check_shape("attn_mask", *in.attn_mask, {batch, heads, tokens, kv_len});
+  if (in.attn_mask) {
+    check_shape("attn_mask", *in.attn_mask,
+                {batch, heads, in.q_offsets ? in.max_q_len : tokens,
+                 in.q_offsets && shares_storage(in) ? in.max_kv_len : kv_len});
+  }
   STD_TORCH_CHECK(in.dropout_p >= 0 && in.dropout_p < 1, "dropout_p must lie in [0, 1), got ",
                   in.dropout_p);
   STD_TORCH_CHECK(in.dropout_p == 0 || in.dropout_seed,
@@ -206,7 +207,7 @@ Tensor empty_beside(const Tensor& x, ScalarType dtype, std::initializer_list<int
   });
 }
 
-void check_inputs(const Inputs& in,
+void check_inputs(const Inputs& in, int64_t max_head_dim,
                   void (*check_device)(const char* name, const Tensor& x, const Tensor& q)) {
   check_dtypes(in);
   for (const auto& [name, x] : NamedTensors{{"q", &in.q},
@@ -231,7 +232,7 @@ void check_inputs(const Inputs& in,
   check_last_dim_contiguous("q", in.q);
   check_last_dim_contiguous("k", in.k);
   check_last_dim_contiguous("v", in.v);
-  check_shapes(in);
+  check_shapes(in, max_head_dim);
 }
 
 AttentionParams params_of(const Inputs& in) {

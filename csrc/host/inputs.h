@@ -24,7 +24,9 @@ struct Inputs {
   const OptionalTensor &k_scale, &v_scale, &k_zero, &v_zero;
   std::optional<double> scale;  // D ** -0.5 without
   int64_t window_left, window_right;
-  double softcap, dropout_p;
+  double softcap;
+  bool batch_invariant;
+  double dropout_p;
   const OptionalTensor& dropout_seed;  // int64 [2]: seed, offset
 };
 
@@ -36,9 +38,9 @@ Tensor empty_beside(const Tensor& x, ScalarType dtype, std::initializer_list<int
                     std::initializer_list<int64_t> strides);
 
 // Throw with name, rule and value where the arguments break a rule that memory safety needs: dtype,
-// device (for each tensor `check_device` is called), layout, sizes, shapes, in this order. Values
-// are not looked at. K and V lie as AttentionParams describes.
-void check_inputs(const Inputs& in,
+// device (for each tensor `check_device` is called), layout, sizes (D and Dv at most max_head_dim),
+// shapes, in this order. Values are not looked at. K and V lie as AttentionParams describes.
+void check_inputs(const Inputs& in, int64_t max_head_dim,
                   void (*check_device)(const char* name, const Tensor& x, const Tensor& q));
 
 // Every pointer is that of the tensor, on whatever device it lies; head maps, sinks, kv_begin,

@@ -30,6 +30,8 @@ ALL_OPTIONS = frozenset(
         "kv_lengths",
         "device_map",
         "dropout",
+        "batch_invariant",
+        "varlen_mask",
         "mask_gradient",
         "torch_func",
     }
@@ -42,7 +44,7 @@ ALL_CACHES = frozenset(
 
 
 # What backends with a backward op can't have: it is differentiated once, and in reverse.
-FUSED_OPTIONS = ALL_OPTIONS - {"mask_gradient", "torch_func"}
+FUSED_OPTIONS = ALL_OPTIONS - {"mask_gradient", "torch_func", "batch_invariant", "varlen_mask"}
 
 
 @dataclass(frozen=True)

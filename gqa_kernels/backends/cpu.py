@@ -14,8 +14,8 @@ class CPUBackend(CompiledBackend):
     capabilities = Capabilities(
         devices=frozenset({"cpu"}),
         dtypes=frozenset({torch.float16, torch.bfloat16, torch.float32}),
-        max_head_dim=256,
-        options=FUSED_OPTIONS,
+        max_head_dim=576,
+        options=FUSED_OPTIONS | {"batch_invariant", "varlen_mask"},
         autograd=True,
         varlen_autograd=True,
         caches=ALL_CACHES,

@@ -45,11 +45,13 @@ class AttentionCall:
         value_head_map: the same for V; None if V follows ``head_map``.
         alibi_slopes: fp32 ``[B, Hq]`` or None.
         sinks: fp32 ``[Hq]`` or None.
-        attn_mask: boolean or floating ``[B, Hq, Sq, capacity]`` (strides may be 0) or None.
+        attn_mask: boolean or floating ``[B, Hq, Sq, capacity]`` (strides may be 0) or None; of
+            packed sequences ``[B, Hq, max_q_len, max_kv_len]``, and over a cache ``[B, Hq,
+            max_q_len, capacity]`` if queries are packed.
         q_offsets: int32 ``[B + 1]`` or None: the queries of sequence ``b`` are the tokens
             ``q_offsets[b]`` up to ``q_offsets[b + 1]``.
         max_q_len, max_kv_len: with ``q_offsets``, most queries and keys of a sequence. They size
-            grids and choose splits, and nothing else.
+            grids and masks and choose splits, and nothing else.
         dropout_seed: int64 ``[2]``, seed and offset (:mod:`gqa_kernels.native.dropout`), or None.
         lse_wanted: whether the LSE will be read.
         requires_grad: whether autograd records the call.
@@ -140,8 +142,6 @@ class AttentionCall:
             head_map, value_head_map,  # type: ignore[arg-type]
         )  # fmt: skip
         if cu_seqlens_q is not None:
-            if attn_mask is not None:
-                raise ValueError("attn_mask must be None where sequences are packed (cu_seqlens_q)")
             call.q_offsets, call.max_q_len = checks.resolve_offsets(
                 "cu_seqlens_q", cu_seqlens_q, "max_seqlen_q", max_seqlen_q, q, view.batch
             )
@@ -218,7 +218,12 @@ class AttentionCall:
         if sinks is not None:
             self.sinks = checks.resolve_sinks(sinks, q)
         if attn_mask is not None:
-            self.attn_mask = checks.resolve_mask(attn_mask, q, self.kv.capacity)
+            self.attn_mask = checks.resolve_mask(attn_mask, q, self._mask_shape(), self.memory)
+
+    def _mask_shape(self) -> tuple[int, ...]:
+        """``[B, Hq, Sq, Sk]`` of a mask; queries and keys are counted in their sequence."""
+        keys = self.max_kv_len if self.memory == "packed" else self.kv.capacity
+        return self.kv.batch, self.num_heads, self.q_len, keys
 
     def _refuse_heads(self, heads_of: tuple[str, str]) -> None:
         k_heads, v_heads = self.kv.num_k_heads, self.kv.num_v_heads
@@ -412,6 +417,7 @@ class AttentionCall:
             "sinks": self.sinks is not None,
             "bool_mask": mask is not None and mask.dtype == torch.bool,
             "additive_mask": mask is not None and mask.dtype != torch.bool,
+            "varlen_mask": mask is not None and self.q_offsets is not None,
             "kv_lengths": self.memory == "dense" and self.kv.kv_lengths is not None,
             "device_map": isinstance(self.head_map, Tensor)
             or isinstance(self.value_head_map, Tensor),

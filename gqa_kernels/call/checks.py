@@ -182,8 +182,11 @@ def resolve_sinks(sinks: Tensor, q: Tensor) -> Tensor:
     return sinks.to(score_dtype(q.dtype))
 
 
-def resolve_mask(mask: Tensor, q: Tensor, kv_len: int) -> Tensor:
-    """Boolean or floating ``[B, Hq, Sq, Sk]``, strides may be 0."""
+def resolve_mask(mask: Tensor, q: Tensor, target: tuple[int, ...], memory: str) -> Tensor:
+    """Boolean or floating ``target [B, Hq, Sq, Sk]``, strides may be 0.
+
+    Over a cache the mask may have fewer keys than the cache has room for: it then hides the rest.
+    """
     check_tensors(attn_mask=mask)
     if mask.dtype != torch.bool:
         if not mask.dtype.is_floating_point:
@@ -192,8 +195,11 @@ def resolve_mask(mask: Tensor, q: Tensor, kv_len: int) -> Tensor:
             mask = mask.to(score_dtype(q.dtype))
     if mask.device != q.device:
         raise ValueError(f"attn_mask.device must equal q.device ({q.device}), got {mask.device}")
-    target = (*q.shape[:3], kv_len)
     have = (1,) * (4 - mask.dim()) + tuple(mask.shape)
+    if memory == "cache" and mask.dim() and 1 < have[-1] < target[-1]:
+        hidden = False if mask.dtype == torch.bool else -torch.inf
+        mask = torch.nn.functional.pad(mask, (0, target[-1] - have[-1]), value=hidden)
+        have = (*have[:-1], target[-1])
     if mask.dim() > 4 or any(h not in (1, t) for h, t in zip(have, target, strict=True)):
         raise ValueError(
             f"attn_mask must broadcast to [B, Hq, Sq, Sk] = {target}, got {_shape(mask)}"

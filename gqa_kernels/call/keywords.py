@@ -31,13 +31,14 @@ class PackedKeywords(PartKeywords, total=False):
     causal: bool
     window: tuple[int | None, int | None] | None
     alibi_slopes: Tensor | None
+    attn_mask: Tensor | None
     deterministic: bool
+    batch_invariant: bool
 
 
 class AttentionKeywords(PackedKeywords, total=False):
     """Of :func:`gqa_kernels.asym_gqa_attention`."""
 
-    attn_mask: Tensor | None
     kv_lengths: Tensor | Sequence[int] | None
     dropout_p: float
     layout: Layout
@@ -59,6 +60,5 @@ class DecodeKeywords(PackedKeywords, RotaryKeywords, total=False):
     v_new: Tensor | None
     cu_seqlens_q: Tensor | None
     max_seqlen_q: int | None
-    attn_mask: Tensor | None
     layout: Layout
     advance: bool

@@ -24,6 +24,7 @@ class Options:
         window_left: keys visible before the query's position, or -1 for all of them.
         window_right: keys visible after it (0 where causal), or -1 for all of them.
         softcap: cap of the scores, 0.0 for none.
+        batch_invariant: whether a query's bits depend on its own keys alone.
         dropout_p: part of the probabilities that is dropped.
         used: names of those in use, as ``Capabilities.options`` has them.
     """
@@ -32,6 +33,7 @@ class Options:
     window_left: int
     window_right: int
     softcap: float
+    batch_invariant: bool
     dropout_p: float
     used: tuple[str, ...]
 
@@ -42,6 +44,7 @@ class Options:
         window: tuple[int | None, int | None] | None = None,
         softcap: float | None = None,
         dropout_p: float = 0.0,
+        batch_invariant: bool = False,
     ) -> Options:
         """Check and normalise the numbers of :func:`gqa_kernels.asym_gqa_attention`. As in
         FlashAttention, a window side of -1 is unbounded and a softcap of 0.0 is none.
@@ -64,8 +67,10 @@ class Options:
             softcap = as_float("softcap", softcap)
         if type(dropout_p) is not float:
             dropout_p = as_float("dropout_p", dropout_p)
+        if type(batch_invariant) is not bool:
+            batch_invariant = as_bool("batch_invariant", batch_invariant)
         made_by = _checked if torch.compiler.is_compiling() else _interned
-        return made_by(causal, scale, left, right, softcap, dropout_p)
+        return made_by(causal, scale, left, right, softcap, dropout_p, batch_invariant)
 
 
 _SIDES = ("left", "right")
@@ -73,7 +78,7 @@ _SIDES = ("left", "right")
 
 def _checked(
     causal: bool, scale: float | None, left: int | None, right: int | None, softcap: float | None,
-    dropout_p: float,
+    dropout_p: float, batch_invariant: bool,
 ) -> Options:  # fmt: skip
     if not torch.compiler.is_compiling():  # to look at a symbolic value would specialise the graph
         if scale is not None:
@@ -82,6 +87,11 @@ def _checked(
             raise ValueError(f"softcap must be positive, or None or 0.0 for none, got {softcap}")
         if not 0.0 <= as_float("dropout_p", dropout_p) < 1.0:
             raise ValueError(f"dropout_p must lie in [0, 1), got {dropout_p}")
+        if batch_invariant and dropout_p:
+            raise ValueError(
+                f"dropout_p must be 0.0 with batch_invariant: what is dropped depends on a "
+                f"sequence's place in the batch, got {dropout_p}"
+            )
     window_left, window_right = _side("left", left), _side("right", right)
     if causal:
         window_right = 0
@@ -90,10 +100,11 @@ def _checked(
         "window": window_left != UNBOUNDED or window_right != UNBOUNDED,
         "softcap": bool(softcap),
         "dropout": bool(dropout_p),
+        "batch_invariant": batch_invariant,
     }
     made_by = Options if torch.compiler.is_compiling() else _options
     return made_by(
-        scale, window_left, window_right, softcap, dropout_p,
+        scale, window_left, window_right, softcap, batch_invariant, dropout_p,
         tuple(name for name, is_used in names.items() if is_used),
     )  # fmt: skip
 

@@ -67,12 +67,13 @@ _SCALES = "Tensor? k_scale=None, Tensor? v_scale=None, Tensor? k_zero=None, Tens
 _BIASES = "Tensor? sinks=None, Tensor? value_head_map=None, Tensor? alibi_slopes=None, "
 _BIASES += "Tensor? attn_mask=None"
 _PACKED = "Tensor? q_offsets=None, SymInt max_q_len=0, SymInt max_kv_len=0"
-_SCORES = "float? scale=None, SymInt window_left=-1, SymInt window_right=-1, float softcap=0.0"
+_SCORES = "float? scale=None, SymInt window_left=-1, SymInt window_right=-1, float softcap=0.0, "
+_SCORES += "bool batch_invariant=False"
 _DROPOUT = "float dropout_p=0.0, Tensor? dropout_seed=None"
 
 _KV = ("k", "v", "kv_lengths", "page_table", "kv_begin", "k_scale", "v_scale", "k_zero", "v_zero")
 _IN_VIEW = {name: f"kv.{name}" for name in _KV}
-_IN_OPTIONS = ("scale", "window_left", "window_right", "softcap", "dropout_p")
+_IN_OPTIONS = ("scale", "window_left", "window_right", "softcap", "batch_invariant", "dropout_p")
 _IN_CALL = {
     **_IN_VIEW,
     **{name: f"options.{name}" for name in _IN_OPTIONS},

@@ -30,7 +30,7 @@ COMPILE_FLAGS = (
 PARTS = ("cpu", "cuda")  # a library each; the second adds the CUDA kernels of the ops
 SUFFIXES = (".h", ".cpp", ".cuh", ".cu")
 # A file that instantiates kernels for one of these compiles many times longer than any other.
-ISAS = ("amx", "avx512", "avx2", "portable")
+ISAS = ("amx", "avx512", "avx2", "neon", "portable")
 SLOWEST_ISAS = ("avx512", "avx2")  # those with loops for every type, the forward's above all
 
 

@@ -254,6 +254,7 @@ TAKEN = {
     "causal": {"True"},
     "return_lse": {"True"},
     "deterministic": {"True"},
+    "batch_invariant": {"True"},
     "advance": {"True"},
     "rotary_interleaved": {"True"},
     "zeros": {"True"},

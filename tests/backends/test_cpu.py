@@ -1,6 +1,7 @@
 """What is particular to the native CPU kernels; the cases that all backends share are elsewhere."""
 
 import os
+import platform
 import subprocess
 import sys
 import textwrap
@@ -25,6 +26,8 @@ DTYPES = sorted(CPUBackend.capabilities.dtypes, key=str)
 
 def instruction_sets() -> list[str]:
     """Those the processor has, as Linux lists them: the kernels' own choice must agree."""
+    if platform.machine() in ("aarch64", "arm64"):
+        return ["portable", "neon"]
     info = Path("/proc/cpuinfo").read_text()
     flags = set(info.partition("flags")[2].partition("\n")[0].split())
     needs = {
@@ -97,6 +100,15 @@ def test_every_head_dim(isa, dtype):
                 1, head_map, q_len, 21, dim, value_head_dim=257 - dim, dtype=dtype
             )
             check(q, k, v, head_map)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("num_heads, q_len", [(5, 1), (128, 1), (3, 40)])
+def test_v_may_be_a_view_of_k(isa, num_heads, q_len, dtype):
+    """Latent attention: V is the first 512 of the 576 numbers of K."""
+    head_map = HeadMap([0] * num_heads)
+    q, latent, _ = make_inputs(2, head_map, q_len, 150, 576, dtype=dtype)
+    check(q, latent, latent[..., :512], head_map, causal=True, kv_lengths=[150, 97])
 
 
 @pytest.mark.parametrize("q_len", [1, 3, 40])
@@ -180,6 +192,54 @@ def test_masks_of_any_strides(isa, q_len):
         check(q, k, v, UNEVEN, attn_mask=mask)
 
 
+def structured_masks(q_len, kv_len, heads):
+    """Boolean masks that hide whole tiles: a window, a prefix, documents, holes, one head's own."""
+    i, j = torch.arange(q_len)[:, None] + kv_len - q_len, torch.arange(kv_len)
+    window = (j <= i) & (j > i - 37)
+    per_head = torch.stack([window.roll(50 * h, 1) for h in range(heads)])
+    per_head[1] = False
+    return {
+        "window": window,
+        "prefix": (j <= i) | (j < 150),
+        "documents": (i // 90 == j // 90) & (j <= i),
+        "holes": ((j // 100) % 3 == 1).expand(q_len, kv_len) & (i % 7 != 0),
+        "per head": per_head,
+        "one for all queries": (j // 130 % 2 == 1)[None],
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("q_len", [2, 200])
+def test_masks_that_hide_whole_tiles(isa, q_len, dtype):
+    q, k, v = make_inputs(2, UNEVEN, q_len, 500, 16, dtype=dtype)
+    for name, mask in structured_masks(q_len, 500, 6).items():
+        low = torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, -torch.inf)
+        for form in (mask, low, low.float() + 0.5 * (torch.arange(500) % 90 == 3)):
+            for options in ({}, {"window": (260, 9), "softcap": 5.0}):
+                try:
+                    check(q, k, v, UNEVEN, attn_mask=form, **options)
+                except AssertionError as error:
+                    raise AssertionError(f"{name} as {form.dtype}, {options}: {error}") from error
+
+
+@pytest.mark.parametrize("q_len", [2, 200])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32], ids=str)
+def test_tiles_that_a_mask_hides_are_not_computed(isa, dtype, q_len):
+    """Not even read: NaN in V would show."""
+    q, k, v = make_inputs(1, UNEVEN, q_len, 1280, 16, requires_grad=True)
+    hidden = (torch.arange(1280) % 640 >= 256) & (torch.arange(1280) % 640 < 512)
+    mask = ~hidden if dtype == torch.bool else torch.zeros(1280).masked_fill(hidden, -torch.inf)
+    with torch.no_grad():
+        expected = asym_gqa_attention(q, k, v, UNEVEN, attn_mask=mask, backend="cpu")
+        v[:, :, 260:508] = torch.nan
+        k[:, :, 900:1148] = torch.nan
+    out = asym_gqa_attention(q, k, v, UNEVEN, attn_mask=mask, backend="cpu")
+    assert torch.equal(out, expected)
+    for x, grad in zip((q, k, v), torch.autograd.grad(out.sum(), (q, k, v)), strict=True):
+        assert grad.isfinite().all()
+        assert x is q or (grad[:, :, hidden] == 0).all()
+
+
 def op_arguments(q_len=5, **options):
     q, k, v = make_inputs(2, UNEVEN, q_len, 9, 16)
     call = attention_call(q, k, v, UNEVEN, **options)
@@ -232,7 +292,7 @@ def test_out_of_range_map_entries_give_nan_and_read_nothing():
             torch.zeros(2, 6, 5, 32)[..., ::2],
             "q must have a last dim of stride 1, got stride 2",
         ),
-        ("v", torch.zeros(2, 3, 9, 300), "v must have a head dim of 1 to 256, got 300"),
+        ("v", torch.zeros(2, 3, 9, 600), "v must have a head dim of 1 to 576, got 600"),
         ("v", torch.zeros(2, 3, 8, 16), r"v must have shape \(2, 3, 9, 16\), got \(2, 3, 8, 16\)"),
         ("head_map", torch.zeros(5, dtype=torch.int), r"head_map must have shape \(6\), got \(5\)"),
         (

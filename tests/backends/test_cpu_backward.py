@@ -11,7 +11,7 @@ from gqa_kernels.native.schema import BACKWARD
 from gqa_kernels.testing import assert_gradients_close, make_inputs
 from tests.api.test_gradients import check, differentiate, large_scores
 from tests.backends.test_cpu import DTYPES, isa, op_arguments, threads  # noqa: F401 (fixtures)
-from tests.cases.attention import PREFILL_CASES, UNEVEN
+from tests.cases.attention import PREFILL_CASES, UNEVEN, WIDE_CASES
 
 pytestmark = pytest.mark.skipif(
     build.unavailable_reason() is not None, reason="no compiled kernels and no compiler"
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_instruction_set(isa, dtype):  # noqa: F811
-    for case in PREFILL_CASES[::3]:
+    for case in PREFILL_CASES[::3] + WIDE_CASES[::3]:
         args, options = case.build(dtype, "cpu")
         try:
             check(args, options, "cpu")
@@ -34,6 +34,14 @@ def test_every_head_dim(isa):  # noqa: F811
     for dim in [*range(1, 34, 3), 63, 65, 127, 129, 200, 255, 256]:
         args = make_inputs(1, head_map, 7, 11, dim, value_head_dim=257 - dim)
         check((*args, head_map), {"causal": True}, "cpu")
+
+
+@pytest.mark.parametrize("q_len", [1, 40])
+def test_v_may_be_a_view_of_k(isa, q_len):  # noqa: F811
+    """Latent attention: V is the first 512 of the 576 numbers of K."""
+    head_map = HeadMap([0] * 5)
+    q, latent, _ = make_inputs(1, head_map, q_len, 70, 576)
+    check((q, latent, latent[..., :512], head_map), {"causal": True}, "cpu")
 
 
 @pytest.mark.parametrize("q_len, kv_len", [(70, 50), (151, 99), (97, 200), (1, 145)])

@@ -51,7 +51,7 @@ def random_view(rnd, generator, dtype, name, value_heads=None):
     """Pages of any size in random order, shared or of each head, with or without padding."""
     batch, heads, pages = rnd.randint(1, 3), rnd.randint(1, 3), rnd.randint(1, 6)
     page_size = rnd.choice([1, 3, 16, 64])
-    dim, value_dim = rnd.choice([2, 16, 30, 64, 128]), rnd.choice([16, 18, 40])
+    dim, value_dim = rnd.choice([2, 16, 30, 64, 128, 576]), rnd.choice([16, 18, 40, 512])
     total = batch * pages * heads + 3
     headwise = rnd.random() < 0.5
     table = torch.randperm(total, generator=generator)[: batch * pages * (heads if headwise else 1)]
@@ -128,6 +128,14 @@ def test_products_of_int16(isa, name, zeros, dtype):  # noqa: F811
         q[..., 3] *= 40
         k[..., 3] *= 0.1
         assert_cache_close(*decode_of(q.to(dtype), k, v, name, zeros))
+
+
+def test_the_largest_sums_of_int16(isa):  # noqa: F811
+    """The largest numbers of q and K everywhere, over the widest head."""
+    q = torch.ones(1, 5, 1, 576, dtype=torch.bfloat16)
+    k = torch.ones(1, 2, 40, 576) * torch.where(torch.arange(40) % 3 == 0, -1, 1)[:, None]
+    v = torch.randn(1, 2, 40, 576, generator=torch.Generator().manual_seed(0))
+    assert_cache_close(*decode_of(q, k, v, "int8"))
 
 
 def test_numbers_that_int16_lacks(isa):  # noqa: F811
@@ -228,6 +236,21 @@ def test_every_stored_number(isa, name):  # noqa: F811
         numbers = v.float()
     expected = (numbers - form.default_zero) * 0.5
     torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", [None, *(x for x in QUANTISED if x != "int4")])
+def test_v_may_be_a_view_of_k(isa, name):  # noqa: F811
+    """A latent cache: V is the first 512 of the 576 numbers that a token has, its scale K's."""
+    paged, _ = paged_call(torch.bfloat16, name, dim=576)
+    view = paged.kv
+    latent = KVView.create(
+        view.k, view.k[..., :512], view.kv_lengths, page_table=view.page_table,
+        k_scale=view.k_scale, v_scale=view.k_scale,
+    )  # fmt: skip
+    for q_len in (1, 30):
+        q = torch.randn(2, 5, q_len, 576, generator=torch.Generator().manual_seed(2)).bfloat16()
+        inputs = paged.replace(q=q, kv=latent)
+        assert_cache_close(CPU.attend(inputs)[0], inputs)
 
 
 @pytest.mark.parametrize("q_len", [1, 30])

@@ -52,9 +52,9 @@ def test_reasons_have_values():
         assert any("dtype float64" in why for why in reasons[name])
         no_backward = any("requires grad" in why for why in reasons[name])
         assert no_backward != dispatch.BACKENDS[name].capabilities.autograd
-    wide = make_inputs(1, MAP, 2, 2, 300)
+    wide = make_inputs(1, MAP, 2, 2, 600)
     assert any(
-        "head dim D = 300 (at most 256)" in why
+        "head dim D = 600 (at most 576)" in why
         for why in explain_backend(asym_gqa_attention, *wide, MAP)["cpu"]
     )
 
@@ -92,7 +92,7 @@ def nothing_said(monkeypatch):
 
 
 def test_auto_says_once_per_reason_that_it_takes_the_reference(nothing_said):
-    wide = [torch.randn(1, heads, 3, 300) for heads in (2, 1, 1)]
+    wide = [torch.randn(1, heads, 3, 600) for heads in (2, 1, 1)]
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         for _ in range(2):
@@ -103,13 +103,13 @@ def test_auto_says_once_per_reason_that_it_takes_the_reference(nothing_said):
     messages = [str(w.message) for w in seen]
     assert len(messages) == 2
     for message, reason in zip(
-        messages, ("head dim D = 300 (at most 256)", "dtype float64"), strict=True
+        messages, ("head dim D = 600 (at most 576)", "dtype float64"), strict=True
     ):
         assert "backend='auto' runs the eager reference" in message and reason in message
         assert "pass backend='reference'" in message
     assert seen[0].filename == __file__
     assert (
-        "head dim D = 300 (at most 256)"
+        "head dim D = 600 (at most 576)"
         in explain_backend(asym_gqa_attention, *wide, [0, 0])["cpu"]
     )
 
@@ -118,7 +118,7 @@ def test_auto_stays_silent_with_a_fused_backend_or_while_compiling(nothing_said)
     def wide(q, k):
         return asym_gqa_attention(q, k, k, [0, 0], softcap=2.0)
 
-    q, k = torch.randn(1, 2, 3, 300), torch.randn(1, 1, 3, 300)
+    q, k = torch.randn(1, 2, 3, 600), torch.randn(1, 1, 3, 600)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         warnings.filterwarnings("ignore", message="Dynamo detected a call to a")

@@ -13,6 +13,7 @@ from gqa_kernels import (
     plan_decode,
     shared_prefix_attention,
 )
+from gqa_kernels.backends.dispatch import BACKENDS
 
 HEADS, DIM = 2, 8
 K = torch.randn(5, HEADS, 4, DIM)  # as pages of 4, or as sequences of capacity 4
@@ -269,8 +270,8 @@ BAD = {
         lambda: decode(rotary_cos=K[0, 0], rotary_sin=K[0, 0]), ValueError, "no k_new to rotate",
     ),
     "decode-packed-mask": (
-        lambda: decode(Q[:, :, 0], attn_mask=torch.ones(8), cu_seqlens_q=torch.tensor([0, 1, 2])),
-        ValueError, "attn_mask must be None where sequences are packed",
+        lambda: decode(Q[:, :, 0], attn_mask=torch.ones(9), cu_seqlens_q=torch.tensor([0, 1, 2])),
+        ValueError, r"attn_mask must broadcast to .* \(2, 3, 1, 8\), got \(9,\)",
     ),
     "decode-packed-longest": (
         lambda: decode(Q[:, :, 0], cu_seqlens_q=torch.tensor([0, 2, 2]), max_seqlen_q=1),
@@ -348,12 +349,13 @@ def test_garbage_that_is_never_used_is_no_error():
 
 
 def test_explanations_name_the_kind_of_cache():
-    cache = DenseKVCache.empty(2, HEADS, 8, 300, dtype=torch.float32)
-    q = torch.zeros(2, 3, 1, 300, requires_grad=True)
+    cache = DenseKVCache.empty(2, HEADS, 8, 600, dtype=torch.float32)
+    q = torch.zeros(2, 3, 1, 600, requires_grad=True)
     reasons = explain_backend(asym_gqa_decode, q, cache, MAP)
     assert reasons["reference"] == []
     for name in ("cpu", "triton"):
-        assert "head dim D = 300 (at most 256)" in reasons[name]
+        most = BACKENDS[name].capabilities.max_head_dim
+        assert f"head dim D = 600 (at most {most})" in reasons[name]
         assert "no backward over a cache, and an input requires grad" in reasons[name]
-    with pytest.raises(NotImplementedError, match=r"over dense cache with k .*: head dim D = 300"):
+    with pytest.raises(NotImplementedError, match=r"over dense cache with k .*: head dim D = 600"):
         asym_gqa_decode(q, cache, MAP, backend="cpu")

@@ -42,6 +42,7 @@ OPTIONS = {
     "attn_mask": torch.arange(32) % 2 == 0,
     "kv_lengths": [4],
     "dropout_p": 0.5,
+    "batch_invariant": True,  # sums in another order
     "layout": "bshd",
     "return_lse": True,
     "return_aux": AuxRequest(key_scores=2),

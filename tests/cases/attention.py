@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from gqa_kernels import HeadMap
+from gqa_kernels.backends.base import Capabilities
 from gqa_kernels.backends.dispatch import BACKENDS
 from gqa_kernels.testing import make_inputs
 
@@ -47,6 +48,7 @@ class Case:
             "alibi_slopes": "alibi",
             "sinks": "sinks",
             "kv_lengths": "kv_lengths",
+            "batch_invariant": "batch_invariant",
         }
         needs = {option_of[name] for name in self.options if name in option_of}
         if self.value_head_map:
@@ -55,6 +57,11 @@ class Case:
             mask = self.options["attn_mask"](self)
             needs.add("bool_mask" if mask.dtype == torch.bool else "additive_mask")
         return needs
+
+    def runs_on(self, can: Capabilities) -> bool:
+        """Whether a backend with these capabilities can run the case."""
+        dims = (self.head_dim, self.value_head_dim or 0)
+        return self.needs() <= can.options and max(dims) <= can.max_head_dim
 
     def build(self, dtype: torch.dtype, device: str, layout: str = "bhsd"):
         """``(q, k, v, head_map), options`` for the call."""
@@ -144,6 +151,7 @@ _OPTION_CASES = [
     Case("padding-mask-causal", options={"attn_mask": padding_mask, "causal": True}),
     Case("additive-mask", options={"attn_mask": additive_mask}),
     Case("lengths", batch=3, options={"kv_lengths": lengths}),
+    Case("batch-invariant", options={"batch_invariant": True, "causal": True}),
     Case("lengths-causal", batch=3, options={"kv_lengths": lengths, "causal": True}),
     Case("lengths-per-head", options={"kv_lengths": lengths_per_head}),
     Case(
@@ -201,7 +209,14 @@ DECODE_CASES = [
     for q_len in ((1, 5) if case.id in ("plain", "everything") else (5,))
     if "more-queries" not in case.id
 ]
-CASES = PREFILL_CASES + DECODE_CASES
+# Beyond what most backends can run: the global layers of Gemma 4, and latent attention.
+WIDE_CASES = [
+    Case(f"wide{q_len}-{d}-{dv}", head_map=DIVISIBLE_BUT_UNEVEN, batch=1, q_len=q_len, head_dim=d,
+         value_head_dim=dv, options={"causal": True})
+    for d, dv in [(257, 300), (320, 320), (512, 512), (576, 512), (64, 576), (576, 5)]
+    for q_len in (33, 2)
+]  # fmt: skip
+CASES = PREFILL_CASES + DECODE_CASES + WIDE_CASES
 
 
 def interpreted(backend: str) -> bool:
@@ -228,7 +243,7 @@ def matrix(backends: list[str], once: bool = False) -> list:
     for name in backends:
         can = BACKENDS[name].capabilities
         for dtype in sorted(can.dtypes, key=str):
-            rows = [case for case in CASES if case.needs() <= can.options]
+            rows = [case for case in CASES if case.runs_on(can)]
             for row, case in enumerate(rows):
                 wanted = {turns[row % 4]} if once else {turns[row % 2], torch.float32}
                 skipped = interpreted(name) and dtype not in wanted

@@ -385,7 +385,7 @@ bool pages_change_nothing(Case& c, unsigned seed) {
 int main(int argc, char** argv) {
   const unsigned cases = argc > 1 ? std::atoi(argv[1]) : 80;
   int wrong = 0;
-  for (const char* isa : {"portable", "avx2", "avx512", "avx512_bf16", "amx"}) {
+  for (const char* isa : {"portable", "neon", "avx2", "avx512", "avx512_bf16", "amx"}) {
     setenv("GQA_KERNELS_CPU_ISA", isa, 1);
     try {
       gqa::cpu::chosen_isa();

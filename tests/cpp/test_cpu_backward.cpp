@@ -317,7 +317,7 @@ int check_case(Case& c, int threads, unsigned seed, double tolerance) {
 int main(int argc, char** argv) {
   const unsigned cases = argc > 1 ? std::atoi(argv[1]) : 60;
   int wrong = 0;
-  for (const char* isa : {"portable", "avx2", "avx512"}) {
+  for (const char* isa : {"portable", "neon", "avx2", "avx512"}) {
     setenv("GQA_KERNELS_CPU_ISA", isa, 1);
     unsigned seed = 0;
     try {

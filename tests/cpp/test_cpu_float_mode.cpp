@@ -181,11 +181,8 @@ std::vector<uint8_t> results(DType type, int64_t q_len, int threads) {
 
 int main() {
   int wrong = 0;
-  const char* kernels[][2] = {{"portable", ""},
-                              {"avx2", "cheap"},
-                              {"avx2", "costly"},
-                              {"avx512", "cheap"},
-                              {"avx512", "costly"}};
+  const char* kernels[][2] = {{"portable", ""},   {"neon", ""},        {"avx2", "cheap"},
+                              {"avx2", "costly"}, {"avx512", "cheap"}, {"avx512", "costly"}};
   for (const auto& [isa, subnormals] : kernels) {
     setenv("GQA_KERNELS_CPU_ISA", isa, 1);
     setenv("GQA_KERNELS_CPU_SUBNORMALS", subnormals, 1);

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")  # each has the ones before it
+ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")  # on x86; each has those before
 WORKER = ["-m", "tests.fuzz.worker"]
 LONGEST_CHILD = 30.0  # seconds
 MOST_FAULTS = 20
@@ -54,6 +54,8 @@ def instruction_sets() -> list[str]:
 
     build.load()
     best = build.cpu_instruction_set()
+    if best == "neon":
+        return ["neon", "portable"]
     return list(reversed(ISAS[: ISAS.index(best) + 1]))
 
 

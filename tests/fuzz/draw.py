@@ -15,7 +15,7 @@ from gqa_kernels import HeadMap
 from .memory import Memory
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-HEAD_DIMS = (1, 2, 7, 8, 16, 24, 33, 40, 64, 80, 96, 111, 128, 192, 256)
+HEAD_DIMS = (1, 2, 7, 8, 16, 24, 33, 40, 64, 80, 96, 111, 128, 192, 256, 320, 576)
 
 
 @dataclass

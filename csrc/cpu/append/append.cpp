@@ -12,12 +12,12 @@
 #include "../../core/quantize.h"
 #include "../forward/kv_rows.h"
 #include "../isa/vec_portable.h"
+#include "../limits.h"
 
 namespace gqa::cpu {
 namespace append {
 namespace {
 
-constexpr int64_t kMaxHeadDim = 256;
 // Numbers below which waking another thread costs more than it saves (about 10 microseconds).
 constexpr int64_t kMinNumbersPerWorker = 32 * 1024;
 

@@ -18,6 +18,8 @@ const BackwardKernels* const kAllKernels[] = {
 #endif
 #if defined(__x86_64__)
     &kAvx2Backward,
+#elif defined(__aarch64__)
+    &kNeonBackward,
 #endif
     &kPortableBackward,
 };
@@ -122,12 +124,15 @@ struct Work {
 
 }  // namespace
 
-void attention_backward(const BackwardParams& params, const ThreadPool& pool) {
+void attention_backward(const BackwardParams& params, const ThreadPool& pool,
+                        bool batch_invariant) {
   const DefaultFloatMode mode;  // for the sums that this thread adds at the end
   const BackwardKernels& kernels =
       select_kernels(kAllKernels, chosen_isa(), [](const BackwardKernels&) { return true; });
   const AttentionParams& call = params.call;
-  const BackwardSchedule schedule = make_backward_schedule(call, pool.num_threads);
+  const MaskBlocks masks(call, pool);
+  const BackwardSchedule schedule =
+      make_backward_schedule(call, masks, batch_invariant, pool.num_threads);
   fill_rest(params, schedule);
 
   const int64_t row_count = call.batch * call.num_heads * call.q_len;
@@ -137,7 +142,7 @@ void attention_backward(const BackwardParams& params, const ThreadPool& pool) {
   for (const BackwardTask& task : schedule.tasks) {
     if (task.merge >= 0 && task.part == 0) heads[task.merge].start(&task, kernels.sum_widths(call));
   }
-  const BackwardState state{params, schedule, params.dslopes ? slope_rows.data() : nullptr,
+  const BackwardState state{params, masks, schedule, params.dslopes ? slope_rows.data() : nullptr,
                             params.dsinks ? sink_rows.data() : nullptr};
   Work work{state, kernels, heads};
   run_workers(pool, schedule.num_workers, work);

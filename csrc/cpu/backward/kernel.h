@@ -20,6 +20,7 @@
 #include "../forward/kv_rows.h"
 #include "../forward/products_direct.h"
 #include "../forward/products_packed.h"
+#include "../forward/row_keys.h"
 #include "../isa/isa.h"
 #include "../isa/math.h"
 #include "kernel_table.h"
@@ -75,12 +76,11 @@ class BackwardRun {
 
   void run() {
     for (int64_t i = 0; i < sum_floats(task_, widths_); ++i) dk_[i] = 0.0f;
-    const bool bias = call_.softcap != 0.0f || call_.alibi_slopes || call_.attn_mask;
     for (int32_t i = task_.block_begin; i < task_.block_end; ++i) {
       block_ = &state_.schedule.blocks[i];
       rows_ = block_->num_rows();
       load_rows();
-      bias ? run_tiles<true>() : run_tiles<false>();
+      run_tiles();
       if (wants_keys()) store_rows();
     }
   }
@@ -117,6 +117,8 @@ class BackwardRun {
       const float lse = call_.lse[row_index(r)];
       tile_.lse[r] = lse == -INFINITY ? INFINITY : lse * kScoreUnit<T>;
       out_rows[r] = out + head(r) * call_.out_stride.h + token(r) * call_.out_stride.s;
+      call_rows_[r] = {block_->batch, head(r), token(r),
+                       visible_keys(call_, block_->kv_length, token(r))};
       sums_[r] = RowSums{};
     }
     load_delta(dout_rows, out_rows);
@@ -160,8 +162,8 @@ class BackwardRun {
     }
   }
 
-  template <bool kBias>
   void run_tiles() {
+    const bool bias = call_.softcap != 0.0f || call_.alibi_slopes;
     const BackwardLayout<V>& l = tile_.layout;
     const Pages pages(call_, block_->batch, block_->k_head);
     const KVRows<T> k = KVRows<T>::k(call_, pages, block_->k_head);
@@ -175,16 +177,28 @@ class BackwardRun {
     for (int64_t first = task_.key_begin + offset; first < block_->key_end; first += step) {
       const int n =
           static_cast<int>(block_->key_end - first < step ? block_->key_end - first : step);
+      for (int r = 0; r < rows_; ++r) {
+        runs_[r] = keys_in_tile(call_, state_.masks, call_rows_[r], first, n);
+      }
+      for (int r = 0; r < rows_; r += kStripRows) {
+        strips[r / kStripRows] =
+            union_of(runs_, r, r + kStripRows < rows_ ? r + kStripRows : rows_);
+      }
+      const StripKeys all = union_of(runs_, 0, rows_);
+      if (all.begin >= all.end) continue;  // a mask hides the whole tile
       k.fetch(first, n, k_rows);
-      for (int r = 0; r < rows_; r += kStripRows) strips[r / kStripRows] = strip_keys(r, first, n);
-      query_scores(k_rows, n, strips);
+      query_scores(k_rows, n, all, strips);
       if (wants_keys()) {
         v.fetch(first, n, v_rows);
         pack_transposed<V>(v_rows, n, call_.value_head_dim, tile_.v_columns);
         pack_rows<V>(k_rows, n, call_.head_dim, l.keys, tile_.k_panels);
         scores(tile_.dout, l.o_ld, tile_.v_columns, call_.value_head_dim, n, strips, tile_.ds);
       }
-      for (int r = 0; r < rows_; ++r) softmax<kBias>(r, first, n, strips[r / kStripRows]);
+      for (int r = 0; r < rows_; ++r) {
+        const StripKeys& strip = strips[r / kStripRows];
+        bias || runs_[r].changed ? softmax<true>(r, first, n, strip)
+                                 : softmax<false>(r, first, n, strip);
+      }
       const int64_t key = first - task_.key_begin;
       if (wants_values()) {
         add_transposed(tile_.p, n, strips, tile_.dout_panels, l.dv_ld, dv_ + key * l.dv_ld);
@@ -196,31 +210,14 @@ class BackwardRun {
     }
   }
 
-  // The keys of the tile that any row of a strip sees.
-  StripKeys strip_keys(int begin, int64_t first, int n) const {
-    const int last = begin + kStripRows < rows_ ? begin + kStripRows - 1 : rows_ - 1;
-    const int64_t low = visible_keys(call_, block_->kv_length, token(begin)).begin - first;
-    const int64_t high = visible_keys(call_, block_->kv_length, token(last)).end - first;
-    return {clamp(low, 0, n), clamp(high, 0, n)};
-  }
-
-  static int clamp(int64_t x, int low, int high) {
-    return x < low ? low : x < high ? static_cast<int>(x) : high;
-  }
-
-  // S of the keys that each strip sees, summed in the forward's order. The LSE and the output come
+  // S of the keys that each strip sees, and of `all` that the block sees, summed in the forward's order. The LSE and the output come
   // from exactly those sums: with others, rows of P = exp(S - LSE) would not add up to 1 if scores
   // are large. With 16-bit inputs the rounding of P hides the difference.
-  void query_scores(const T* const* k_rows, int n, const StripKeys* strips) const {
+  void query_scores(const T* const* k_rows, int n, const StripKeys& all,
+                    const StripKeys* strips) const {
     const BackwardLayout<V>& l = tile_.layout;
     if constexpr (std::is_same_v<T, float>) {
       if (block_->direct) {
-        StripKeys all = strips[0];
-        for (int r = kStripRows; r < rows_; r += kStripRows) {
-          const StripKeys& strip = strips[r / kStripRows];
-          all = {strip.begin < all.begin ? strip.begin : all.begin,
-                 strip.end > all.end ? strip.end : all.end};
-        }
         return direct_scores<V>(tile_.q, l.q_ld, rows_, k_rows, all, call_.head_dim, tile_.p,
                                 l.keys);
       }
@@ -253,9 +250,7 @@ class BackwardRun {
       zero(ds, 0, end);
       return;
     }
-    const KeyRange visible = visible_keys(call_, block_->kv_length, token(r));
-    const RowKeys keys{strip.begin, strip.end, clamp(visible.begin - first, strip.begin, strip.end),
-                       clamp(visible.end - first, strip.begin, strip.end)};
+    const RowKeys keys{strip.begin, strip.end, runs_[r].begin, runs_[r].end};
     RowBias bias{};
     if (kBias) {
       bias.softcap = call_.softcap;
@@ -265,7 +260,7 @@ class BackwardRun {
         bias.slope = kScoreUnit<T> * call_.alibi_slopes[block_->batch * call_.alibi_stride_b +
                                                         head(r) * call_.alibi_stride_h];
       }
-      if (call_.attn_mask) {
+      if (runs_[r].changed) {
         bias.additive = mask_row<V>(call_, block_->batch, head(r), token(r), first, strip.begin,
                                     strip.end, tile_.bias);
       }
@@ -361,6 +356,8 @@ class BackwardRun {
   BackwardTile<V> tile_;
   const Task* block_ = nullptr;
   int rows_ = 0;
+  CallRow call_rows_[kMaxBackwardRows];
+  MaskRun runs_[kMaxBackwardRows];  // of this tile
   RowSums sums_[kMaxBackwardRows];
   SumWidths widths_;
   float* dk_;  // [sum_keys, dk_ld]  this task's sums

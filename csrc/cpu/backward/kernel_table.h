@@ -14,6 +14,7 @@ namespace gqa::cpu {
 // What the tasks of a call share.
 struct BackwardState {
   const BackwardParams& params;
+  const MaskBlocks& masks;
   const BackwardSchedule& schedule;
   float* slope_rows;  // [B, Hq, Sq] or nullptr: gradient of the slope by query
   float* sink_rows;   // [B, Hq, Sq] or nullptr: gradient of the sink by query
@@ -37,6 +38,8 @@ struct BackwardKernels {
 extern const BackwardKernels kPortableBackward;
 #if defined(__x86_64__)
 extern const BackwardKernels kAvx2Backward;
+#elif defined(__aarch64__)
+extern const BackwardKernels kNeonBackward;
 #endif
 #if defined(GQA_HAVE_AVX512)
 extern const BackwardKernels kAvx512Backward;

@@ -100,12 +100,14 @@ void add_tasks(const AttentionParams& params, int32_t begin, bool keys, bool val
 
 }  // namespace
 
-BackwardSchedule make_backward_schedule(const AttentionParams& params, int num_threads) {
+BackwardSchedule make_backward_schedule(const AttentionParams& params, const MaskBlocks& masks,
+                                        bool batch_invariant, int num_threads) {
   BackwardSchedule schedule{};
   schedule.tile = tile_shape(params);
   const std::vector<Group> groups = make_groups(params, schedule.heads, schedule.invalid_heads);
   if (params.q_len == 0) return schedule;
-  add_row_blocks(params, groups, schedule.tile.rows, schedule.blocks);
+  add_row_blocks(params, masks, groups, schedule.heads, schedule.tile.rows, schedule.blocks);
+  for (Task& block : schedule.blocks) block.direct = block.direct && !batch_invariant;
 
   int64_t cost = 0;
   for (const Task& block : schedule.blocks) cost += block_cost(params, block);

@@ -38,6 +38,8 @@ struct BackwardSchedule {
   int num_merges;
 };
 
-BackwardSchedule make_backward_schedule(const AttentionParams& params, int num_threads);
+// batch_invariant: of the forward, whose scores the backward sums in the same order.
+BackwardSchedule make_backward_schedule(const AttentionParams& params, const MaskBlocks& masks,
+                                        bool batch_invariant, int num_threads);
 
 }  // namespace gqa::cpu

@@ -25,6 +25,8 @@ const ForwardKernels* const kAllKernels[] = {
 #endif
 #if defined(__x86_64__)
     &kAvx2Forward,
+#elif defined(__aarch64__)
+    &kNeonForward,
 #endif
     &kPortableForward,
 };
@@ -92,9 +94,12 @@ struct Work {
 
 }  // namespace
 
-void attention_forward(const AttentionParams& params, const ThreadPool& pool, bool lse_wanted) {
+void attention_forward(const AttentionParams& params, const ThreadPool& pool, bool lse_wanted,
+                       bool batch_invariant) {
   const ForwardKernels& kernels = select(params.k_dtype);
-  const Schedule schedule = make_schedule(params, kernels.limits, pool.num_threads);
+  const MaskBlocks masks(params, pool);
+  const Schedule schedule =
+      make_schedule(params, masks, batch_invariant, kernels.limits, pool.num_threads);
   if (params.q_offsets != nullptr) fill_tokens_of_no_sequence(params);
   for (const int32_t head : schedule.invalid_heads) fill_head_with_nan(params, head);
   if (schedule.tasks.empty()) return;
@@ -110,7 +115,7 @@ void attention_forward(const AttentionParams& params, const ThreadPool& pool, bo
   }
   AlignedFloats scratch(schedule.num_workers * floats);
 
-  const CallState call{params,           schedule,   partials.get(),
+  const CallState call{params,           masks,      schedule,          partials.get(),
                        unfinished.get(), lse_wanted, cheap_subnormals()};
   Work work{call, kernels.run_bundle[static_cast<int>(params.k_dtype)], scratch.get(), floats};
   run_workers(pool, schedule.num_workers, work);

@@ -7,8 +7,9 @@
 namespace gqa::cpu {
 
 // Writes params.out and params.lse. lse_wanted: false if nobody will read the LSE, which then may
-// be as inexact as the output. Throws std::invalid_argument for a bad GQA_KERNELS_CPU_ISA.
+// be as inexact as the output. batch_invariant: the bits of a query's results depend on its own keys
+// alone. Throws std::invalid_argument for a bad GQA_KERNELS_CPU_ISA.
 void attention_forward(const AttentionParams& params, const ThreadPool& pool,
-                       bool lse_wanted = true);
+                       bool lse_wanted = true, bool batch_invariant = false);
 
 }  // namespace gqa::cpu

@@ -3,6 +3,9 @@
 //   for every tile of keys:  S = Q K^T;  P = exp(S - max);  O = O * exp(old max - max) + P V
 //   then:                    out = O / sum, or a partial result; the last split merges them
 //
+// In batch invariant calls, a task that has several segments of keys merges the result of each with
+// those before, as the last split does with splits.
+//
 // Rows are query tokens x heads of one group, token-major: row r is token r / heads, head r %
 // heads. Direct tasks (few rows, decode) read K and V in place: products_direct.h, products_fp8.h,
 // products_int16.h, products_amx.h. The others pack K and V first: products_packed.h,
@@ -25,6 +28,7 @@
 #include "products_fp8.h"
 #include "products_int16.h"
 #include "products_packed.h"
+#include "row_keys.h"
 #include "schedule.h"
 #include "softmax.h"
 #include "tile.h"
@@ -77,8 +81,8 @@ class AttentionTask {
         rows_(task.num_rows()) {
     for (int r = 0; r < rows_; ++r) {
       const int64_t t = task.token_begin + r / task.num_heads();
-      row_info_[r] = {t, call.schedule.heads[task.head_begin + r % task.num_heads()],
-                      visible_keys(params_, task.kv_length, t)};
+      call_rows_[r] = {task.batch, call.schedule.heads[task.head_begin + r % task.num_heads()], t,
+                       visible_keys(params_, task.kv_length, t)};
     }
   }
   AttentionTask(const AttentionTask&) = delete;  // parts point to each other
@@ -100,14 +104,20 @@ class AttentionTask {
 
   // Keys first to first + n - 1, at most a tile; k_rows: as prepared.
   void add_tile(int64_t first, int n, const S* const* k_rows, const NextRows<S>& next_rows) {
-    const bool bias = params_.softcap != 0.0f || params_.alibi_slopes || params_.attn_mask;
     constexpr RowBlocks kBlocks = Products::kBlocks;
     const S* v_rows[kMaxTileKeys];
     StripKeys strips[(Products::kMaxRows + Products::kStrip - 1) / Products::kStrip];
-    v_.fetch(first, n, v_rows);
-    for (int r = 0; r < rows_; r += Products::kStrip) {
-      strips[r / Products::kStrip] = strip_keys(r, r + Products::kStrip, first, n);
+    for (int r = 0; r < rows_; ++r) {
+      runs_[r] = keys_in_tile(params_, call_.masks, call_rows_[r], first, n);
     }
+    bool any = false;
+    for (int r = 0; r < rows_; r += Products::kStrip) {
+      StripKeys& strip = strips[r / Products::kStrip];
+      strip = union_of(runs_, r, r + Products::kStrip < rows_ ? r + Products::kStrip : rows_);
+      any |= strip.begin < strip.end;
+    }
+    if (!any) return;  // a mask hides the whole tile
+    v_.fetch(first, n, v_rows);
     products_.begin_tile(k_rows, v_rows, n, next_rows.rows, next_rows.n);
     if (kQuantized<S>) dequantizer_.begin_tile(first, n);
     for (int begin = 0; begin < rows_; begin += kBlocks.rows) {
@@ -115,14 +125,33 @@ class AttentionTask {
       products_.scores(begin, block_end, strips);
       for (int r = begin; r < block_end; r += kSoftmaxRows) {
         const int n = block_end - r < kSoftmaxRows ? block_end - r : kSoftmaxRows;
-        bias ? softmax<true>(r, n, row_scores(r - begin), first, strips)
-             : softmax<false>(r, n, row_scores(r - begin), first, strips);
+        has_bias(r, n) ? softmax<true>(r, n, row_scores(r - begin), first, strips)
+                       : softmax<false>(r, n, row_scores(r - begin), first, strips);
       }
       products_.accumulate(begin, block_end, strips);
     }
   }
 
+  // After the last tile of a segment, unless it is the task's last tile.
+  void end_segment() {
+    add_to_total();
+    for (int r = 0; r < rows_; ++r) {
+      tile_.max[r] = -INFINITY;
+      tile_.sum[r] = 0.0f;
+      fill(tile_.o + r * tile_.layout.o_ld, 0.0f);
+    }
+  }
+
   void end() {
+    if (has_total_) {
+      add_to_total();
+      for (int r = 0; r < rows_; ++r) {
+        const int64_t at = r * tile_.layout.o_ld;
+        tile_.max[r] = tile_.total_max[r];
+        tile_.sum[r] = tile_.total_sum[r];
+        for (int64_t d = 0; d < tile_.layout.o_ld; ++d) tile_.o[at + d] = tile_.total_o[at + d];
+      }
+    }
     products_.end(rows_);
     if (task_.merge < 0) {
       for (int r = 0; r < rows_; ++r)
@@ -140,14 +169,9 @@ class AttentionTask {
   // packed K and V from the first-level cache.
   static constexpr int kSoftmaxRows = Products::kMaxRows > kMaxDirectRows ? 1 : kMaxDirectRows;
 
-  struct RowInfo {
-    int64_t token;
-    int32_t head;
-    KeyRange visible;
-  };
-
-  int64_t token(int r) const { return row_info_[r].token; }
-  int32_t head(int r) const { return row_info_[r].head; }
+  int64_t token(int r) const { return call_rows_[r].token; }
+  int64_t head(int r) const { return call_rows_[r].head; }
+  int64_t query(int r) const { return query_number(params_, task_.batch, token(r)); }
   // The token's index in q, out and lse.
   int64_t stored_token(int r) const { return token(r) + task_.token_offset; }
   int64_t stored_batch() const { return params_.q_offsets != nullptr ? 0 : task_.batch; }
@@ -164,7 +188,7 @@ class AttentionTask {
         widen_row<V>(from, params_.head_dim, to);
       }
       for (int64_t d = filled; d < layout.q_ld; ++d) to[d] = 0.0f;
-      for (int64_t d = 0; d < layout.o_ld; ++d) tile_.o[r * layout.o_ld + d] = 0.0f;
+      fill(tile_.o + r * layout.o_ld, 0.0f);
     }
     for (int r = 0; r < rows_; ++r) {
       tile_.max[r] = -INFINITY;
@@ -173,17 +197,13 @@ class AttentionTask {
     for (int64_t key = 0; key < layout.keys; ++key) tile_.keep[key] = 0.0f;
   }
 
-  // Keys of the tile that rows [begin, end) see between them.
-  StripKeys strip_keys(int begin, int end, int64_t first, int n) const {
-    if (end > rows_) end = rows_;
-    const int64_t low = row_info_[begin].visible.begin - first;
-    const int64_t high = row_info_[end - 1].visible.end - first;
-    return {static_cast<int>(low < 0   ? 0
-                             : low < n ? low
-                                       : n),
-            static_cast<int>(high < 0   ? 0
-                             : high < n ? high
-                                        : n)};
+  // Whether the scores of any of rows [r, r + n) change other than by scale and visibility.
+  bool has_bias(int r, int n) const {
+    if (params_.softcap != 0.0f || params_.alibi_slopes) return true;
+    for (int i = r; i < r + n && params_.attn_mask; ++i) {
+      if (runs_[i].changed) return true;
+    }
+    return false;
   }
 
   // The softmax of rows [r, r + n), whose scores are at s. Two loops let the processor overlap the
@@ -205,12 +225,8 @@ class AttentionTask {
 
   float* row_scores(int r) const { return tile_.s + r * tile_.layout.keys; }
 
-  RowKeys row_keys(int r, int64_t first, const StripKeys& strip) const {
-    const int64_t low = row_info_[r].visible.begin - first, high = row_info_[r].visible.end - first;
-    const auto within = [&strip](int64_t key) {
-      return static_cast<int>(key < strip.begin ? strip.begin : key < strip.end ? key : strip.end);
-    };
-    return {strip.begin, strip.end, within(low), within(high)};
+  RowKeys row_keys(int r, const StripKeys& strip) const {
+    return {strip.begin, strip.end, runs_[r].begin, runs_[r].end};
   }
 
   template <bool kBias>
@@ -224,20 +240,20 @@ class AttentionTask {
         bias.slope = kScoreUnit<S> * params_.alibi_slopes[task_.batch * params_.alibi_stride_b +
                                                           head(r) * params_.alibi_stride_h];
       }
-      if (params_.attn_mask) {
-        bias.additive = mask_row<V>(params_, task_.batch, head(r), token(r), first, strip.begin,
+      if (runs_[r].changed) {
+        bias.additive = mask_row<V>(params_, task_.batch, head(r), query(r), first, strip.begin,
                                     strip.end, tile_.bias);
       }
     }
     return finish_row_scores<V, S, kBias, kQuantized<S>>(
-        s, row_keys(r, first, strip), params_.scale * products_.score_step(r), bias, row_scales(r));
+        s, row_keys(r, strip), params_.scale * products_.score_step(r), bias, row_scales(r));
   }
 
   void exponentiate(int r, float* s, float block_max, int64_t first, const StripKeys& strip) {
-    const RowKeys keys = row_keys(r, first, strip);
+    const RowKeys keys = row_keys(r, strip);
     const float* keep = nullptr;
     if (params_.dropout_threshold != 0) {
-      dropout_row(params_, task_.batch, head(r), token(r), first, keys.visible_begin,
+      dropout_row(params_, task_.batch, head(r), query(r), first, keys.visible_begin,
                   keys.visible_end, tile_.keep);
       keep = tile_.keep;
     }
@@ -278,19 +294,47 @@ class AttentionTask {
   void merge_splits() {
     for (int r = 0; r < rows_; ++r) {
       float max = -INFINITY, sum = 0.0f;
-      for (int i = 0; i < task_.num_splits; ++i) {
-        if (partial_row(i, r)[0] > max) max = partial_row(i, r)[0];
-      }
       float* o = tile_.o + r * tile_.layout.o_ld;
-      for (int64_t d = 0; d < params_.value_head_dim; ++d) o[d] = 0.0f;
+      fill(o, 0.0f);
       for (int i = 0; i < task_.num_splits; ++i) {
         const float* row = partial_row(i, r);
-        const float factor = exp_score_scalar<V, S>(row[0] - (max == -INFINITY ? 0.0f : max));
-        sum += row[1] * factor;
-        for (int64_t d = 0; d < params_.value_head_dim; ++d) o[d] += row[2 + d] * factor;
+        merge(row[0], row[1], row + 2, params_.value_head_dim, max, sum, o);
       }
       write_row(r, o, max, sum);
     }
+  }
+
+  // Adds the result of one segment to that of those before.
+  void add_to_total() {
+    for (int r = 0; r < rows_; ++r) {
+      float* total = tile_.total_o + r * tile_.layout.o_ld;
+      if (!has_total_) {
+        tile_.total_max[r] = -INFINITY;
+        tile_.total_sum[r] = 0.0f;
+        fill(total, 0.0f);
+      }
+      merge(tile_.max[r], tile_.sum[r], tile_.o + r * tile_.layout.o_ld, tile_.layout.o_ld,
+            tile_.total_max[r], tile_.total_sum[r], total);
+    }
+    has_total_ = true;
+  }
+
+  // Adds a row's result over some keys to its result over keys before them. Exact if either has
+  // none.
+  static void merge(float max, float sum, const float* o, int64_t dims, float& total_max,
+                    float& total_sum, float* total) {
+    const float most = max > total_max ? max : total_max;
+    const auto factor_of = [most](float x) {
+      return x == most ? 1.0f : exp_score_scalar<V, S>(x - most);
+    };
+    const float old_factor = factor_of(total_max), factor = factor_of(max);
+    total_max = most;
+    total_sum = total_sum * old_factor + sum * factor;
+    for (int64_t d = 0; d < dims; ++d) total[d] = total[d] * old_factor + o[d] * factor;
+  }
+
+  void fill(float* o, float value) const {
+    for (int64_t d = 0; d < tile_.layout.o_ld; ++d) o[d] = value;
   }
 
   void write_row(int r, const float* o, float max, float sum) {
@@ -300,8 +344,7 @@ class AttentionTask {
   // out = o / sum and LSE = ln(sum) + max, with the head's sink in the sum.
   template <class T>
   void write_row(const T*, int r, const float* o, float max, float sum) {
-    const int32_t h = head(r);
-    const int64_t b = stored_batch(), t = stored_token(r);
+    const int64_t h = head(r), b = stored_batch(), t = stored_token(r);
     const bool sees_nothing =
         sum == 0.0f;  // a visible key adds about 1 at the maximum; NaN is not 0
     float factor = 1.0f;
@@ -337,14 +380,17 @@ class AttentionTask {
   Dequantizer<V, S> dequantizer_;
   Products products_;
   int rows_;
-  RowInfo row_info_[Products::kMaxRows];
+  bool has_total_ = false;  // whether total_o holds segments
+  CallRow call_rows_[Products::kMaxRows];
+  MaskRun runs_[Products::kMaxRows];  // of this tile
 };
 
 // Runs the tasks of one bundle, which have the same keys: all tasks on the first tile, then all on
 // the next.
 template <class S, class Running>
 void run_interleaved(Running* const* tasks, int count, int64_t key_begin, int64_t key_end,
-                     int tile_keys) {
+                     const TileShape& tile) {
+  const int tile_keys = tile.keys;
   const S* k_rows[2][kMaxTileKeys];  // of this step and the next
   const auto keys_of_tile = [&](int64_t first) {
     const int64_t n = first < key_end ? key_end - first : 0;
@@ -355,6 +401,9 @@ void run_interleaved(Running* const* tasks, int count, int64_t key_begin, int64_
   int which = 0;
   for (int64_t first = key_begin; first < key_end; first += tile_keys) {
     const int n = keys_of_tile(first);
+    if (tile.segment_keys > 0 && first > key_begin && first % tile.segment_keys == 0) {
+      for (int i = 0; i < count; ++i) tasks[i]->end_segment();
+    }
     for (int i = 0; i < count; ++i, which ^= 1) {
       const bool last = i + 1 == count;
       const int64_t next = last ? first + n : first;
@@ -380,7 +429,7 @@ void run_with(const CallState& call, const Bundle& bundle, const RowBlocks& bloc
   if (bundle.count == 1) {  // needs no allocation
     Running task(call, tasks[0], layout(0), own, scratch, more...);
     Running* only = &task;
-    return run_interleaved<S>(&only, 1, begin, end, tile.keys);
+    return run_interleaved<S>(&only, 1, begin, end, tile);
   }
   std::deque<Running> running;  // a deque never moves its elements
   std::vector<Running*> places;
@@ -388,7 +437,7 @@ void run_with(const CallState& call, const Bundle& bundle, const RowBlocks& bloc
     places.push_back(&running.emplace_back(call, tasks[i], layout(i), own, scratch, more...));
     own += layout(i).own_floats();
   }
-  run_interleaved<S>(places.data(), bundle.count, begin, end, tile.keys);
+  run_interleaved<S>(places.data(), bundle.count, begin, end, tile);
 }
 
 // Runs the tasks of one bundle, with K and V in type S. Few, Many: the products of direct tasks and

@@ -8,6 +8,7 @@
 #include "../../core/params.h"
 #include "../aligned.h"
 #include "../isa/cpu_features.h"
+#include "../mask_blocks.h"
 #include "schedule.h"
 
 namespace gqa::cpu {
@@ -15,6 +16,7 @@ namespace gqa::cpu {
 // What the tasks of a call share.
 struct CallState {
   const AttentionParams& params;
+  const MaskBlocks& masks;
   const Schedule& schedule;
   float* partials;                   // [schedule.partial_floats]
   std::atomic<int32_t>* unfinished;  // [schedule.num_merges] splits still at work
@@ -40,6 +42,8 @@ struct ForwardKernels {
 extern const ForwardKernels kPortableForward;
 #if defined(__x86_64__)
 extern const ForwardKernels kAvx2Forward;
+#elif defined(__aarch64__)
+extern const ForwardKernels kNeonForward;
 #endif
 #if defined(GQA_HAVE_AVX512)
 extern const ForwardKernels kAvx512Forward;

@@ -7,6 +7,7 @@
 
 #include "../../core/params.h"
 #include "../isa/isa.h"
+#include "../limits.h"
 
 namespace gqa::cpu::GQA_ISA {
 
@@ -70,7 +71,7 @@ class Pages {
 
 // The row that is read for a key without a page. All ones are NaN in every floating-point type.
 struct alignas(64) FilledRow {
-  unsigned char bytes[1024];  // 256 fp32
+  unsigned char bytes[kMaxHeadDim * sizeof(float)];
   explicit constexpr FilledRow(unsigned char byte) : bytes{} {
     for (unsigned char& x : bytes) x = byte;
   }

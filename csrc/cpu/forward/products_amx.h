@@ -18,6 +18,7 @@
 
 #include "../isa/isa.h"
 #include "../isa/math.h"
+#include "../limits.h"
 #include "engine_amx.h"
 #include "kv_rows.h"
 #include "pairs.h"
@@ -187,7 +188,6 @@ class AmxDirectProducts {
 
  private:
   static constexpr int kKeys = 16;  // of a tile
-  static constexpr int kMaxHeadDim = 256;
 
   struct Operand {  // of a tile: 16 rows at one distance
     const BFloat16* rows;

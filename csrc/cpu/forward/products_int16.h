@@ -2,11 +2,11 @@
 // instruction multiplies and adds twice as many 16-bit integers as floats, and stored numbers need
 // less widening.
 //
-//   q ~ step * int16      the largest number of the row is 32767 steps
+//   q ~ step * int16      the largest number of the row is 32767 steps, or fewer if D > 512
 //   p ~ step * int16      likewise, after multiplication with the scales of V; a step per tile
 //
-// Sums are exact: a product is at most 2^22, a row has at most 256 numbers and a tile 64 keys. The
-// rounding of q is 1/256 of what int8 does to K, that of p is 1/64 of bf16's. The LSE is fp32 for
+// Sums are exact: a product is at most 2^22, a tile has 64 keys, and D numbers of q are few enough
+// steps for an int32. The rounding of q is 1/256 of what int8 does to K, that of p is 1/64 of bf16's. The LSE is fp32 for
 // every type, so a call that needs it adds a second int16 part of q: the rounding error of the
 // first.
 #pragma once
@@ -26,13 +26,20 @@ namespace gqa::cpu::GQA_ISA {
 constexpr float kSecondPart = 1.0f / 32768.0f;
 constexpr float kRoundToWhole = 3 << 22;  // x + this - this is x rounded, for |x| < 2^22
 
-// Represents numbers of at most `max` as step * int16. If `max` is NaN, so are all products.
+// Represents numbers of at most `max` as step * int16, `max` as `steps` of them. If `max` is NaN, so
+// are all products.
 struct Int16Scale {
   float step, inverse;
-  explicit Int16Scale(float max)
-      : step(max / 32767.0f),
-        inverse(max > 1e-34f ? 32767.0f / max : 0.0f) {}  // avoids an infinity
+  Int16Scale(float max, float steps)
+      : step(max / steps), inverse(max > 1e-34f ? steps / max : 0.0f) {}  // avoids an infinity
 };
+
+constexpr int kMostSteps = 32767;
+// Steps of a row of q: its product with a row of int8 fits in an int32.
+constexpr float query_steps(int64_t head_dim) {
+  const int64_t fit = INT32_MAX / (128 * head_dim);
+  return static_cast<float>(fit < kMostSteps ? fit : kMostSteps);
+}
 
 // The `n` numbers of `row` from d on, at most two vectors of int16. The rest of the vectors is
 // arbitrary, because q is 0 there.
@@ -177,7 +184,8 @@ class Int16Products : public DirectLoops<Int16Products<V, S>, V, S> {
         most = V::max(V::abs(V::load(q + d)), most);
         bad = V::fma(V::load(q + d), V::set1(0.0f), bad);  // NaN of infinities and NaN
       }
-      const Int16Scale scale(V::reduce_max(most) + V::reduce_add(bad));
+      const Int16Scale scale(V::reduce_max(most) + V::reduce_add(bad),
+                             query_steps(this->head_dim_));
       q_step_[r] = scale.step;
       for (int64_t d = 0; d < layout.int16_ld; d += 4 * kW) {
         F x[4], rest[4];
@@ -215,7 +223,7 @@ class Int16Products : public DirectLoops<Int16Products<V, S>, V, S> {
   // memory.
   void round_probabilities(int r, StripKeys keys, float most) {
     float* p = this->tile_.s + r * this->tile_.layout.keys;
-    const Int16Scale scale(most);
+    const Int16Scale scale(most, kMostSteps);
     p_step_[r] = scale.step;
     const typename V::F inverse = V::set1(scale.inverse);
     int16_t* integers = reinterpret_cast<int16_t*>(p);

@@ -17,6 +17,8 @@ constexpr int64_t kMinCostPerWorker = 1'500'000;
 constexpr int64_t kTasksPerWorker = 6;
 // Splits shorter than this spend too much on their merge.
 constexpr int64_t kMinSplitKeys = 256;
+// Segments of batch invariant calls: a whole number of tiles.
+constexpr int64_t kSegmentKeys = 1024;
 constexpr int kMinTileRows = 48;
 
 // K and V of a tile that is not packed, in a first-level cache of 32 KiB: V is prefetched while K
@@ -71,6 +73,23 @@ int direct_tile_keys(const AttentionParams& params) {
   return keys;
 }
 
+// Leaves out keys at either end that the mask hides from all rows.
+void clip_to_mask(const AttentionParams& params, const MaskBlocks& masks,
+                  const std::vector<int32_t>& heads, Task& task) {
+  int64_t begin = task.key_end, end = task.key_begin;
+  const int32_t head_end = masks.same_for_heads() ? task.head_begin + 1 : task.head_end;
+  for (int64_t t = task.token_begin; t < task.token_end; ++t) {
+    for (int32_t i = task.head_begin; i < head_end; ++i) {
+      const KeyRange keys = masks.keys(task.batch, heads[i], query_number(params, task.batch, t));
+      if (keys.begin == keys.end) continue;
+      begin = std::min(begin, keys.begin);
+      end = std::max(end, keys.end);
+    }
+  }
+  task.key_begin = std::max(task.key_begin, begin);
+  task.key_end = std::min(task.key_end, end);
+}
+
 }  // namespace
 
 std::vector<Group> make_groups(const AttentionParams& params, std::vector<int32_t>& heads,
@@ -101,8 +120,9 @@ std::vector<Group> make_groups(const AttentionParams& params, std::vector<int32_
   return groups;
 }
 
-void add_row_blocks(const AttentionParams& params, const std::vector<Group>& groups, int max_rows,
-                    std::vector<Task>& tasks) {
+void add_row_blocks(const AttentionParams& params, const MaskBlocks& masks,
+                    const std::vector<Group>& groups, const std::vector<int32_t>& heads_of_groups,
+                    int max_rows, std::vector<Task>& tasks) {
   const int64_t dims = params.head_dim + params.value_head_dim;
   tasks.reserve(tasks.size() + params.batch * groups.size());
   for (int32_t b = 0; b < params.batch; ++b) {
@@ -131,6 +151,7 @@ void add_row_blocks(const AttentionParams& params, const std::vector<Group>& gro
           task.kv_length = length;
           task.key_begin = visible_keys(params, length, t).begin;
           task.key_end = visible_keys(params, length, task.token_end - 1).end;
+          if (masks.has_mask()) clip_to_mask(params, masks, heads_of_groups, task);
           if (task.key_end < task.key_begin) task.key_end = task.key_begin;
           task.direct = q_len * group_heads <= kMaxDirectRows;
           task.num_splits = 1;
@@ -156,7 +177,7 @@ bool is_fragmented(const AttentionParams& params) {
 // Most rows of a bundle: so many that there are still bundles for all workers.
 int64_t most_rows_of_bundle(const AttentionParams& params, const Schedule& schedule,
                             int64_t workers) {
-  if (schedule.tile.rows > kMaxDirectRows || !is_fragmented(params)) return 0;
+  if (schedule.tile.packs || !is_fragmented(params)) return 0;
   int64_t rows = 0, runs = 0;  // of one group: what could be a task each
   const int32_t group = schedule.tasks[0].head_begin;
   for (const Task& task : schedule.tasks) {
@@ -187,11 +208,11 @@ void make_bundles(int64_t most_rows, Schedule& schedule) {
   }
 }
 
-// Split i of a task's keys.
-Task split_of(const Task& task, int64_t i, int64_t split_keys, int64_t num_splits) {
+// Split i of a task's keys; `first`: where split 0 begins.
+Task split_of(const Task& task, int64_t i, int64_t first, int64_t split_keys, int64_t num_splits) {
   Task split = task;
-  split.key_begin = task.key_begin + i * split_keys;
-  split.key_end = std::min(split.key_begin + split_keys, task.key_end);
+  split.key_begin = std::max(task.key_begin, first + i * split_keys);
+  split.key_end = std::min(first + (i + 1) * split_keys, task.key_end);
   split.cost = task.cost * (split.key_end - split.key_begin) / (task.key_end - task.key_begin);
   split.split = static_cast<int32_t>(i);
   split.num_splits = static_cast<int32_t>(num_splits);
@@ -206,9 +227,13 @@ void split_keys(const AttentionParams& params, int64_t target, Schedule& schedul
     Task* const begin = schedule.tasks.data() + bundle.first;
     const int64_t keys = begin->key_end - begin->key_begin;
     const int64_t wanted = std::min(div_up(bundle.cost, target), keys / kMinSplitKeys);
+    const int64_t segment = schedule.tile.segment_keys;
     const int64_t split_keys =
-        wanted <= 1 ? keys : div_up(div_up(keys, wanted), schedule.tile.keys) * schedule.tile.keys;
-    const int64_t num_splits = wanted <= 1 ? 1 : div_up(keys, split_keys);
+        segment > 0 ? segment
+                    : div_up(div_up(keys, std::max<int64_t>(wanted, 1)), schedule.tile.keys) *
+                          schedule.tile.keys;
+    const int64_t first = segment > 0 ? begin->key_begin / segment * segment : begin->key_begin;
+    const int64_t num_splits = wanted <= 1 ? 1 : div_up(begin->key_end - first, split_keys);
     if (num_splits > 1) {
       for (Task* task = begin; task < begin + bundle.count; ++task) {
         task->merge = schedule.num_merges++;
@@ -219,7 +244,8 @@ void split_keys(const AttentionParams& params, int64_t target, Schedule& schedul
     for (int64_t i = 0; i < num_splits; ++i) {
       bundles.push_back({static_cast<int64_t>(tasks.size()), bundle.count, 0});
       for (const Task* task = begin; task < begin + bundle.count; ++task) {
-        tasks.push_back(num_splits == 1 ? *task : split_of(*task, i, split_keys, num_splits));
+        tasks.push_back(num_splits == 1 ? *task
+                                        : split_of(*task, i, first, split_keys, num_splits));
         bundles.back().cost += tasks.back().cost;
       }
     }
@@ -242,13 +268,23 @@ int most_rows(const std::vector<Task>& tasks) {
 
 }  // namespace
 
-Schedule make_schedule(const AttentionParams& params, const TileLimits& limits, int num_threads) {
+Schedule make_schedule(const AttentionParams& params, const MaskBlocks& masks, bool batch_invariant,
+                       const TileLimits& limits, int num_threads) {
   Schedule schedule{};
   schedule.tile = tile_shape(params, limits);
   const std::vector<Group> groups = make_groups(params, schedule.heads, schedule.invalid_heads);
   if (params.q_len == 0) return schedule;
 
-  add_row_blocks(params, groups, schedule.tile.rows, schedule.tasks);
+  const auto add_tasks = [&] {
+    schedule.tasks.clear();
+    add_row_blocks(params, masks, groups, schedule.heads, schedule.tile.rows, schedule.tasks);
+    if (!batch_invariant) return;
+    for (Task& task : schedule.tasks) {
+      task.direct = false;
+      task.key_begin -= task.key_begin % schedule.tile.keys;
+    }
+  };
+  add_tasks();
   if (schedule.tasks.empty()) return schedule;  // no sequence, or no head whose map entry is valid
   const int64_t cost = total_cost(schedule.tasks);
   const int64_t workers =
@@ -256,11 +292,12 @@ Schedule make_schedule(const AttentionParams& params, const TileLimits& limits, 
   while (workers > 1 && most_rows(schedule.tasks) > kMinTileRows &&
          static_cast<int64_t>(schedule.tasks.size()) < workers * kTasksPerWorker) {
     schedule.tile.rows = std::max(kMinTileRows, schedule.tile.rows / 2);
-    schedule.tasks.clear();
-    add_row_blocks(params, groups, schedule.tile.rows, schedule.tasks);
+    add_tasks();
   }
   schedule.tile.rows = most_rows(schedule.tasks);
-  if (schedule.tile.rows <= kMaxDirectRows) schedule.tile.keys = direct_tile_keys(params);
+  schedule.tile.packs = batch_invariant || schedule.tile.rows > kMaxDirectRows;
+  if (!schedule.tile.packs) schedule.tile.keys = direct_tile_keys(params);
+  if (batch_invariant) schedule.tile.segment_keys = kSegmentKeys;
   make_bundles(most_rows_of_bundle(params, schedule, workers), schedule);
   if (workers > 1) split_keys(params, div_up(cost, workers * kTasksPerWorker), schedule);
 

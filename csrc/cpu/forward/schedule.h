@@ -2,7 +2,8 @@
 //
 // A group is the query heads that read one (key head, value head) pair. The rows of a task are
 // query tokens x heads of the group (token-major), so that each K and V element is read once for
-// all of them. The schedule depends on shapes, maps and lengths, never on elements of Q, K or V.
+// all of them. The schedule depends on shapes, maps, lengths and masks, never on elements of Q, K or
+// V.
 //
 // A worker takes a bundle of tasks at a time. That is one task or, if the memory of one head's keys
 // is fragmented by other heads (small pages, or heads within tokens), the tasks of several groups
@@ -13,6 +14,7 @@
 #include <vector>
 
 #include "../../core/params.h"
+#include "../mask_blocks.h"
 
 namespace gqa::cpu {
 
@@ -27,6 +29,10 @@ constexpr int kMaxTileKeys = 128;
 struct TileShape {
   int rows;  // most rows of a task
   int keys;  // keys of one step of the online softmax
+  // Whether any task packs K and V.
+  bool packs = true;
+  // Keys whose results are merged apart, counted from a sequence's first key; 0: no such runs.
+  int64_t segment_keys = 0;
 };
 
 // Limits of the tile shape, by the caches of processors with an instruction set.
@@ -54,7 +60,7 @@ struct Task {
   int64_t partial;                 // floats before the partial result of split 0
   int64_t cost;                    // multiply-adds, roughly
   // Whether K and V are read in place: the sequence has at most kMaxDirectRows rows in the task's
-  // group. The number of rows of the task must not decide this, because the backward cuts groups
+  // group, and the call need not be batch invariant. The number of rows of the task must not decide this, because the backward cuts groups
   // differently and has to sum the scores in the same order.
   bool direct;
 
@@ -85,7 +91,11 @@ inline int64_t partial_row_floats(const AttentionParams& params) {
   return params.value_head_dim + 2;
 }
 
-Schedule make_schedule(const AttentionParams& params, const TileLimits& limits, int num_threads);
+// batch_invariant: a row's result must not depend on what else is in the call, nor on num_threads.
+// All tasks then pack K and V, because direct tasks sum in an order that depends on their number of
+// rows. Tiles begin at multiples of their size, and splits are segments.
+Schedule make_schedule(const AttentionParams& params, const MaskBlocks& masks, bool batch_invariant,
+                       const TileLimits& limits, int num_threads);
 
 // The query heads that read one (key head, value head) pair.
 struct Group {
@@ -99,7 +109,8 @@ std::vector<Group> make_groups(const AttentionParams& params, std::vector<int32_
                                std::vector<int32_t>& invalid_heads);
 
 // Appends the rows of every (sequence, group), cut into blocks of at most max_rows.
-void add_row_blocks(const AttentionParams& params, const std::vector<Group>& groups, int max_rows,
-                    std::vector<Task>& tasks);
+void add_row_blocks(const AttentionParams& params, const MaskBlocks& masks,
+                    const std::vector<Group>& groups, const std::vector<int32_t>& heads,
+                    int max_rows, std::vector<Task>& tasks);
 
 }  // namespace gqa::cpu

@@ -26,7 +26,7 @@ struct RowBlocks {
 template <class V>
 bool uses_int16_products(const AttentionParams& params, const TileShape& tile) {
   return V::kHasInt16 && (params.k_dtype == DType::kInt8 || params.k_dtype == DType::kInt4) &&
-         params.dtype != DType::kFloat32 && tile.rows <= kMaxDirectRows;
+         params.dtype != DType::kFloat32 && !tile.packs;
 }
 
 template <class V>
@@ -39,6 +39,7 @@ struct TileLayout {
   int64_t q_ld, o_ld;   // row lengths of q and o, padded with zeros
   int64_t packed_keys;  // keys of the packed K and V; 0 where nothing is packed
   int64_t int16_ld;     // row length of q_int16; 0 unless products are of integers
+  int64_t total_rows;   // rows of the segments' total; 0 if keys have no segments
 
   // task_rows: at most tile.rows
   TileLayout(const AttentionParams& params, const TileShape& tile, const RowBlocks& blocks,
@@ -48,13 +49,14 @@ struct TileLayout {
         keys(tile.keys),
         q_ld(round_up(params.head_dim, kPanel)),
         o_ld(round_up(params.value_head_dim, kPanel)),
-        packed_keys(tile.rows > kMaxDirectRows || blocks.few_pack ? tile.keys : 0),
-        int16_ld(uses_int16_products<V>(params, tile) ? round_up(params.head_dim, 2 * kPanel) : 0) {
-  }
+        packed_keys(tile.packs || blocks.few_pack ? tile.keys : 0),
+        int16_ld(uses_int16_products<V>(params, tile) ? round_up(params.head_dim, 2 * kPanel) : 0),
+        total_rows(tile.segment_keys > 0 ? rows : 0) {}
 
   // Each a whole number of cache lines.
   int64_t own_floats() const {
-    return round_up(rows * (q_ld + o_ld + 3) + rows * int16_ld, kFloatsPerLine);
+    return round_up(rows * (q_ld + o_ld + 3) + rows * int16_ld + total_rows * (o_ld + 2),
+                    kFloatsPerLine);
   }
   int64_t shared_floats() const {
     return round_up(s_rows * keys + packed_keys * (q_ld + o_ld) + 6 * keys + second_s_floats(),
@@ -79,6 +81,8 @@ struct Tile {
   float* sum;        // [rows]  running sum of exp(score - max)
   float* q_sum;      // [rows]  sums of the rows of q; of a quantised cache
   int16_t* q_int16;  // [2, rows, int16_ld]  both parts of q, for products of integers
+  // The same of all earlier segments of keys: o, max and sum are then of one segment.
+  float *total_o, *total_max, *total_sum;
   // Of one tile of keys, of no use after it:
   float* s;                 // [s_rows, keys]  scores, then probabilities
   float* second_s;          // [s_rows, keys]  scores of the second parts of q
@@ -101,6 +105,9 @@ struct Tile {
     sum = take(own, layout.rows);
     q_sum = take(own, layout.rows);
     q_int16 = reinterpret_cast<int16_t*>(take(own, layout.rows * layout.int16_ld));
+    total_o = take(own, layout.total_rows * layout.o_ld);
+    total_max = take(own, layout.total_rows);
+    total_sum = take(own, layout.total_rows);
     s = take(shared, layout.s_rows * layout.keys);
     second_s = take(shared, layout.second_s_floats());
     k_panels = take(shared, layout.packed_keys * layout.q_ld);

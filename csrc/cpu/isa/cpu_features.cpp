@@ -83,12 +83,16 @@ constexpr uint32_t kCompiled = bit(Isa::kPortable)
 #if defined(GQA_HAVE_AMX)
                                | bit(Isa::kAmx)
 #endif
+#if defined(__aarch64__)
+                               | bit(Isa::kNeon)
+#endif
     ;
 
 }  // namespace
 
 const char* isa_name(Isa isa) {
-  constexpr const char* kNames[kNumIsas] = {"portable", "avx2", "avx512", "avx512_bf16", "amx"};
+  constexpr const char* kNames[kNumIsas] = {"portable", "neon",        "avx2",
+                                            "avx512",   "avx512_bf16", "amx"};
   return kNames[static_cast<int>(isa)];
 }
 
@@ -108,6 +112,9 @@ uint32_t usable_isas(const CpuRegisters& cpu, bool (*request_tiles)()) {
 uint32_t supported_isas() {
   static const uint32_t isas = [] {
     uint32_t usable = usable_isas(read_registers(), request_tiles);
+#if defined(__aarch64__)
+    usable |= bit(Isa::kNeon);  // which every such processor has
+#endif
 #if defined(GQA_EMULATE_AVX512)
     usable |= bit(Isa::kAvx512) | bit(Isa::kAvx512Bf16) | bit(Isa::kAmx);
 #endif

@@ -24,8 +24,8 @@
 namespace gqa::cpu {
 
 // Best last. A set is chosen only if the sets that it builds on can be used, too.
-enum class Isa { kPortable, kAvx2, kAvx512, kAvx512Bf16, kAmx };
-constexpr int kNumIsas = 5;
+enum class Isa { kPortable, kNeon, kAvx2, kAvx512, kAvx512Bf16, kAmx };
+constexpr int kNumIsas = 6;
 
 const char* isa_name(Isa isa);
 
@@ -38,7 +38,7 @@ struct CpuRegisters {
   uint64_t xcr0;         // register states that the operating system saves
 };
 
-// The instruction sets that the registers allow, as bits 1 << Isa. A process must request AMX tiles
+// The x86 instruction sets that the registers allow, as bits 1 << Isa. A process must request AMX tiles
 // from the operating system: request_tiles() does so and returns whether it may use them. It is
 // called only if everything else is supported.
 uint32_t usable_isas(const CpuRegisters& cpu, bool (*request_tiles)());

@@ -23,7 +23,7 @@ using Many = PairProducts<Vec, AmxEngine<Vec>>;
 constexpr int kMinTileRows = 5;
 
 void run_with_tiles(const CallState& call, const Bundle& bundle, float* scratch) {
-  if (call.schedule.tile.rows < kMinTileRows) {
+  if (!call.schedule.tile.packs && call.schedule.tile.rows < kMinTileRows) {
     return run_bundle<Vec, BFloat16, Few, Few>(call, bundle, scratch);
   }
   const AmxTiles tiles;

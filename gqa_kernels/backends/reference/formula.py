@@ -35,14 +35,28 @@ def reference_attention(
     s_max = s.detach().amax(-1, keepdim=True)
     s_max = s_max.masked_fill(s_max == -math.inf, 0)
     p = exp(s - s_max)
-    z = p.sum(-1, keepdim=True)
+    in_order = call.options.batch_invariant
+    z = sum_in_order(p, -1) if in_order else p.sum(-1, keepdim=True)
     sees_nothing = z == 0
     z = z.masked_fill(sees_nothing, 1)
     p = drop(call, p[..., :-1] / z).to(call.dtype)  # P has the input's precision
-    out = p.to(v.dtype) @ v
+    p = p.to(v.dtype)
+    out = matmul_in_order(p, v) if in_order else p @ v
     lse = ((s_max + log(z)) * unit).masked_fill(sees_nothing, -math.inf).squeeze(-1)
     out = out.to(call.dtype).masked_fill(invalid, math.nan)
     return out, lse.masked_fill(invalid.squeeze(-1), math.nan)
+
+
+def sum_in_order(x: Tensor, dim: int) -> Tensor:
+    """``x.sum(dim, keepdim=True)``, added one by one: zeros behind the others change no bit, nor
+    does the shape of ``x``."""
+    return x.cumsum(dim).narrow(dim, x.shape[dim] - 1, 1) if x.shape[dim] else x.sum(dim, True)
+
+
+def matmul_in_order(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` likewise, row by row: slow."""
+    rows = [sum_in_order(a[..., i, :, None] * b, -2) for i in range(a.shape[-2])]
+    return torch.cat(rows, -2) if rows else a @ b
 
 
 def drop(call: AttentionCall, p: Tensor) -> Tensor:
@@ -91,7 +105,9 @@ def scores(
     q, scale = call.q.to(matmul_dtype), call.scale
     if base2:
         q, scale = q * scale, 1.0
-    s = (q @ k.transpose(-1, -2)).to(dtype) * scale
+    k = k.transpose(-1, -2)
+    s = matmul_in_order(q, k) if call.options.batch_invariant else q @ k
+    s = s.to(dtype) * scale
     if call.options.softcap:
         s = call.options.softcap * torch.tanh(s / call.options.softcap)
     if call.alibi_slopes is not None:
