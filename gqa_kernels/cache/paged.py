@@ -138,6 +138,69 @@ class PagedKVCache(KVCache):
         return cls(k, v, table, to_int32(lengths), order=order, **options)
 
     @classmethod
+    def from_groups(
+        cls, k: Tensor, v: Tensor, page_table: Tensor, lengths: Tensor, *,
+        k_scale: Tensor | float | None = None, v_scale: Tensor | float | None = None,
+        k_zero: Tensor | float | None = None, v_zero: Tensor | float | None = None,
+        **options: Any,
+    ) -> PagedKVCache:  # fmt: skip
+        """Pages that belong to a group of ``G`` heads each: heads with like budgets share pages and
+        a row of the table (Tangram, arXiv 2606.06302: ``page_group_size``).
+
+        Args:
+            k: ``[P, G, page_size, D]``; any strides in which the pages lie a multiple of the heads'
+                stride apart. ``v`` likewise, the same multiple.
+            page_table: ``[B, ceil(Hk / G), max_pages]`` integers: heads ``g * G`` to ``g * G + G -
+                1`` have the pages of row ``g``, as many as the longest of them needs. It is read
+                now: make another cache when it has changed.
+            lengths: ``[B, Hk]`` integers, keys of each head.
+            k_scale, v_scale, k_zero, v_zero: one number, or fp32 ``[P, G, page_size]`` in the same
+                order of memory as k and v.
+            options: as the constructor has them.
+
+        Example::
+
+            batch = allocator.append(names, counts)     # a sequence for each (sequence, group)
+            table = batch.page_table.view(B, num_groups, -1)
+            cache = PagedKVCache.from_groups(k, v, table, lengths)
+        """
+        check_tensors(k=k, v=v, page_table=page_table, lengths=lengths)
+        _check_pages_rank(k, v, (4,))
+        if page_table.dim() != 3 or lengths.dim() != 2:
+            raise ValueError(
+                "page_table must have shape [B, groups, max_pages] and lengths [B, Hk], got "
+                f"{tuple(page_table.shape)} and {tuple(lengths.shape)}"
+            )
+        (pages, group_size), heads = k.shape[:2], lengths.shape[1]
+        if page_table.shape[1] != -(-heads // max(group_size, 1)) or v.shape[:2] != k.shape[:2]:
+            raise ValueError(
+                f"page_table must have a row for each {group_size} of {heads} heads, and v the "
+                f"pages of k {tuple(k.shape[:2])}, got {page_table.shape[1]} rows and "
+                f"{tuple(v.shape[:2])}"
+            )
+        scales: dict[str, Any] = {
+            "k_scale": k_scale, "v_scale": v_scale, "k_zero": k_zero, "v_zero": v_zero
+        }  # fmt: skip
+        step = _heads_per_page("k", k)
+        rows = {name: x for name, x in scales.items() if isinstance(x, Tensor) and x.dim() == 3}
+        for name, x in {"v": v, **rows}.items():
+            if _heads_per_page(name, x) != step:
+                raise ValueError(
+                    f"{name} must have its pages as many heads apart as k ({step}), got "
+                    f"{_heads_per_page(name, x)}"
+                )
+        for name, x in rows.items():
+            scales[name] = _head_by_head(x, step)[:, None].expand(-1, heads, -1)
+        head = torch.arange(heads, device=page_table.device)
+        table = page_table.long()[:, head // group_size]
+        exists = (table >= 0) & (table < pages)
+        table = torch.where(exists, table * step + (head % group_size)[:, None], -1)
+        return cls(
+            _head_by_head(k, step), _head_by_head(v, step), to_int32(table), lengths, **scales,
+            **options,
+        )  # fmt: skip
+
+    @classmethod
     def empty(
         cls,
         num_pages: int,
@@ -263,6 +326,27 @@ def _longest_row(
         if x.device != device:
             raise ValueError(f"{name}.device must equal k.device ({device}), got {x.device}")
     return longest
+
+
+def _heads_per_page(name: str, x: Tensor) -> int:
+    """How many heads lie between two pages of ``[P, G, ...]``, those of other tensors included."""
+    if x.shape[0] < 2 or x.shape[1] < 2:  # strides mean nothing
+        return max(x.shape[1], 1)
+    between, stride = x.stride(0), x.stride(1)
+    if stride <= 0 or between % stride:
+        raise ValueError(
+            f"{name} must have pages a multiple of a head apart, got strides {x.stride()}"
+        )
+    return between // stride
+
+
+def _head_by_head(x: Tensor, step: int) -> Tensor:
+    """``[P, G, ...]`` as pages of one head: head ``g`` of page ``p`` is page ``p * step + g``."""
+    pages, group_size = x.shape[:2]
+    if not pages:
+        return x.flatten(0, 1)
+    stride = x.stride(1) if group_size > 1 else x.stride(0) // step
+    return x.as_strided(((pages - 1) * step + group_size, *x.shape[2:]), (stride, *x.stride()[2:]))
 
 
 def _check_pages_rank(k: Tensor, v: Tensor, ranks: tuple[int, ...]) -> None:

@@ -248,6 +248,19 @@ def test_generate_goes_on_from_a_compressed_context(models):
     assert torch.equal(found, expected)
 
 
+def test_masks_of_keys_that_were_cropped_since_are_no_error(models):
+    """DMS masks keys of an answer, and the pipeline then removes the answer."""
+    ours = models[1]
+    cache = compressed(ours, PressedCache(ours.config), kvpress.KnormPress(0.0), context(30))
+    answered(ours, cache, context(3, 1), 30, tokens=2)
+    for layer, block in zip(cache.layers, ours.model.layers, strict=True):
+        looked_at = layer.keys, layer.values
+        mask = torch.tensor([0, 0]), torch.tensor([1, 1]), torch.tensor([2, 29])
+        block.self_attn.masked_key_indices = mask
+        layer.keys, layer.values = (x[:, :, :25] for x in looked_at)
+        assert layer._pages.lengths.tolist() == [[25, 24]]
+
+
 def test_pages_return_what_is_dropped():
     k, v = torch.randn(2, 2, 3, 40, 8)
     pages = HeadPages(k, v, 4, None)

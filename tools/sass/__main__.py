@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -19,7 +20,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from . import disassemble, model
-from .loops import Loop, main_loops
+from .disassemble import Kernel
+from .loops import Loop, main_loops, walk_through
 from .rows import ROWS, Part, Peer, Row
 
 SAVED = Path(__file__).with_name("main_loops.json")
@@ -28,33 +30,42 @@ BEGIN, END = "<!-- main loops: begin -->", "<!-- main loops: end -->"
 ALLOWED_GROWTH = 1.05
 
 
-def loops_of(library: Path, arch: str, patterns: Iterable[str]) -> dict[str, list[Loop]]:
-    """Main loops by pattern, of the library's kernels whose C++ name matches it."""
-    found: dict[str, list[Loop]] = {pattern: [] for pattern in patterns}
+def counts_of(library: Path, arch: str, parts: Iterable[Part]) -> dict[Part, list[int]]:
+    """A warp's instructions in the main loops of the kernels that each part matches."""
+    found: dict[Part, list[int]] = {part: [] for part in parts}
     with tempfile.TemporaryDirectory() as folder:
         for cubin in disassemble.extract_cubins(library, Path(folder), arch):
             symbols = disassemble.kernel_names(cubin)
             names = dict(zip(symbols, disassemble.demangle(symbols), strict=True))
             wanted = {
-                symbol: [pattern for pattern in found if re.search(pattern, name)]
+                symbol: [part for part in found if re.search(part.pattern, name)]
                 for symbol, name in names.items()
             }
             if not any(wanted.values()):
                 continue
             for kernel in disassemble.disassemble(cubin):
-                for pattern in wanted.get(kernel.name, ()):
-                    found[pattern] += main_loops(kernel)
+                for part in wanted.get(kernel.name, ()):
+                    found[part] += [instructions(kernel, x, part) for x in main_loops(kernel)]
     return found
 
 
-def warp_instructions(parts: tuple[Part, ...], loops: dict[str, list[Loop]]) -> int | None:
+def instructions(kernel: Kernel, loop: Loop, part: Part) -> int:
+    """Of a warp in one step, by the way around the loop that the part describes."""
+    if part.through is None:
+        executed = len(loop.path)
+    else:
+        walk = walk_through(kernel, loop.address, re.compile(part.through))
+        executed = len(walk.instructions) + (part.inner - 1) * walk.inner
+    if part.copies:
+        executed += round(part.copies * statistics.mean(loop.per_copy))
+    return executed
+
+
+def warp_instructions(parts: tuple[Part, ...], counts: dict[Part, list[int]]) -> int | None:
     """Instructions of all warps for one step: the smallest matching loop of each part."""
-    total = 0
-    for part in parts:
-        if not loops[part.pattern]:
-            return None
-        total += part.warps * min(len(loop.path) for loop in loops[part.pattern])
-    return total
+    if not all(counts[part] for part in parts):
+        return None
+    return sum(part.warps * min(counts[part]) for part in parts)
 
 
 def count(rows: Iterable[Row], libraries: dict[str, Path], side: str) -> dict[str, int | None]:
@@ -65,10 +76,10 @@ def count(rows: Iterable[Row], libraries: dict[str, Path], side: str) -> dict[st
         if not mine:
             continue
         arch = key if side == "ours" else mine[0].peer.arch
-        patterns = {part.pattern for row in mine for part in getattr(row, side)}
-        loops = loops_of(library, arch, patterns)
+        parts = {part for row in mine for part in getattr(row, side)}
+        counts = counts_of(library, arch, parts)
         for row in mine:
-            counted[f"{row.arch} {row.name}"] = warp_instructions(getattr(row, side), loops)
+            counted[f"{row.arch} {row.name}"] = warp_instructions(getattr(row, side), counts)
     return counted
 
 
@@ -95,24 +106,26 @@ def table(ours: dict[str, int | None], theirs: dict[str, int | None]) -> str:
     for row in ROWS:
         key = f"{row.arch} {row.name}"
         mine, peer = ours.get(key), theirs.get(key)
-        m, n, k = row.tile
-        flop = 2.0 * m * n * k
-
-        def predicted(executed: int, instructions: int | None, row=row, flop=flop) -> str:
-            if instructions is None:
-                return "?"
-            wgmma = row.arch == "sm_90a"
-            return (
-                f"{model.tflops(row.products[0] * flop, executed * flop, instructions, wgmma):.0f}"
-            )
-
         ratio = f"{mine / peer:.2f}" if mine and peer else "?"
         name = "FA2" if "flash-attn-jax" in row.peer.package else "FA3"
         lines.append(
             f"| {row.name} ({row.arch}) | {row.step} | {mine or '?'} | {name} {peer or '?'} | "
-            f"{ratio} | {predicted(row.products[1], mine)} | {predicted(row.products[2], peer)} |"
+            f"{ratio} | {predicted(row, 0, mine)} | {predicted(row, 1, peer)} |"
         )
     return "\n".join(lines)
+
+
+def predicted(row: Row, side: int, counted: int | None) -> str:
+    """Speed of ours (side 0) or the peer's on an H100: TFLOP/s, of decode TB/s."""
+    if counted is None:
+        return "?"
+    m, n, k = row.tile
+    flop = 2.0 * m * n * k
+    executed = row.products[1 + side] * flop
+    if row.bits is not None:
+        read = 2 * n * k * row.bits[side] / 8  # K and V
+        return f"{model.terabytes(read, executed, counted):.1f} TB/s"
+    return f"{model.tflops(row.products[0] * flop, executed, counted, row.wgmma[side]):.0f}"
 
 
 def grown(now: dict[str, int | None], before: dict[str, int | None]) -> list[str]:

@@ -20,7 +20,9 @@ from .disassemble import Instruction, Kernel
 PRODUCT = re.compile(r"^(HGMMA|HMMA|IMMA|QGMMA|UTCHMMA)")
 COPY = "LDGSTS"
 UNROLLED_COPIES = 4  # a block with as many copies is unrolled; one with fewer is a loop's body
-ENDS_BLOCK = {"BRA", "EXIT", "BRX", "RET"}
+JUMPS = ("BRA", "CALL")
+ENDS_BLOCK = {*JUMPS, "EXIT", "BRX", "RET"}
+LABEL_OPERAND = re.compile(r"`\((\.L\S+?)\)")
 
 # In order: an instruction belongs to the first class whose expression matches its opcode.
 CLASSES = {
@@ -70,6 +72,13 @@ class Loop(NamedTuple):
         )
 
 
+class Walk(NamedTuple):
+    """A way around a loop: its instructions, and those of inner loops among them."""
+
+    instructions: list[Instruction]
+    inner: int
+
+
 class Graph(NamedTuple):
     """Basic blocks as half-open ranges of instructions, and the successors of each."""
 
@@ -95,13 +104,18 @@ def control_flow(kernel: Kernel) -> Graph:
 def _targets(last: Instruction, end: int, labels: dict[str, int]) -> list[int]:
     """Where a block continues, given its last instruction."""
     conditional = last.text.startswith("@")
-    if last.operation == "BRA":
-        if ".DIV" in last.opcode:  # the divergent case of a warp-wide instruction: never hot
-            return [end]
-        match = re.search(r"`\((\.L\S+?)\)", last.text)
+    if last.operation in JUMPS:
+        match = LABEL_OPERAND.search(last.text)
         targets = [labels[match[1]]] if match and match[1] in labels else []
+        if last.operation == "CALL":  # of a label inside the kernel: a jump; else it comes back
+            return [end, *targets] if conditional or not targets else targets
+        # .DIV and .CONV: the warp diverged, or not. The detour that this takes is on no hot path.
+        if ".DIV" in last.opcode or ".CONV" in last.opcode:
+            return [end, *targets]
         has_predicate = re.search(r"BRA(\.\w+)*\s+!?U?P", last.text) is not None
         return [*targets, end] if conditional or has_predicate or ".U" in last.opcode else targets
+    if last.operation == "BRX" and (listed := re.search(r"BRANCH_TARGETS ([\w.,]+)", last.text)):
+        return [labels[name] for name in listed[1].split(",") if name in labels]
     if last.operation in ("EXIT", "RET"):
         return [end] if conditional else []
     return [end]
@@ -243,6 +257,45 @@ def _walk(graph: Graph, body: set[int], head: int, through: set[int]) -> list[in
         walk += step
         current = target
     return walk
+
+
+def walk_through(kernel: Kernel, address: int, pattern: re.Pattern[str]) -> Walk:
+    """The way around the loop at ``address`` that meets most instructions whose opcode matches, and
+    among those ways the shortest. Inner loops are passed once."""
+    graph = control_flow(kernel)
+    loops = natural_loops(graph)
+    code = [kernel.instructions[begin:end] for begin, end in graph.blocks]
+    head = next(h for h in loops if code[h][0].address == address)
+    body = loops[head]
+    backwards = {(b, h) for h, own in loops.items() for b in own if h in graph.successors[b]}
+    forward = {
+        b: [s for s in graph.successors[b] if s in body and (b, s) not in backwards] for b in body
+    }
+    best: dict[int, tuple[tuple[int, int], int | None]] = {}
+    for block in reversed(_order_from(head, forward)):
+        worth = (sum(pattern.match(i.opcode) is not None for i in code[block]), -len(code[block]))
+        ways = [(best[s][0], s) for s in forward[block] if s in best]
+        if (block, head) in backwards:
+            ways.append(((0, 0), -1))
+        if ways:
+            (matches, size), following = max(ways)
+            best[block] = ((matches + worth[0], size + worth[1]), following)
+    walk, block = [], head
+    while block != -1:
+        walk.append(block)
+        block = best[block][1]
+    inside = set().union(*(own for h, own in loops.items() if h != head and own < body))
+    inner = sum(len(code[b]) for b in walk if b in inside)
+    return Walk([i for b in walk for i in code[b]], inner)
+
+
+def _order_from(head: int, forward: dict[int, list[int]]) -> list[int]:
+    """Blocks in an order in which each comes before those that follow it."""
+    virtual = len(forward) + max(forward) + 1
+    renamed = {block: number for number, block in enumerate(forward)}
+    successors = [[renamed[s] for s in forward[b]] for b in forward] + [[renamed[head]]]
+    names = [*forward, virtual]
+    return [names[b] for b in _reverse_postorder(successors) if names[b] != virtual]
 
 
 def _instructions(graph: Graph, walk: list[int]) -> int:

@@ -40,6 +40,22 @@ def tflops(
         warp_instructions: instructions of all warps of the thread block in the step.
         uses_wgmma: whether the products are warp-group instructions; else they are mma.sync.
     """
-    rate = device.flop_per_clock * (1.0 if uses_wgmma else MMA_SYNC_RATE)
-    clocks = executed_flop / rate + warp_instructions / SCHEDULERS
+    clocks = _clocks(executed_flop, warp_instructions, uses_wgmma, device)
     return useful_flop / clocks * device.processors * device.clock_hz / 1e12
+
+
+def terabytes(
+    read_bytes: float, executed_flop: float, warp_instructions: float, device: Device = H100
+) -> float:
+    """TB/s of K and V at which a decode loop's instructions, on ``mma.sync``, would be the limit.
+
+    Memory is the limit if this is well above the device's bandwidth (3.35 TB/s on an H100).
+    """
+    clocks = _clocks(executed_flop, warp_instructions, False, device)
+    return read_bytes / clocks * device.processors * device.clock_hz / 1e12
+
+
+def _clocks(flop: float, warp_instructions: float, uses_wgmma: bool, device: Device) -> float:
+    """Of one processor, for a step."""
+    rate = device.flop_per_clock * (1.0 if uses_wgmma else MMA_SYNC_RATE)
+    return flop / rate + warp_instructions / SCHEDULERS

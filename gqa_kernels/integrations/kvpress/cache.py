@@ -155,7 +155,9 @@ class PressedLayer(HeadwiseLayer):
         else:
             batch, heads = self._pages.batch, self._pages.heads
         kept = torch.ones(batch, heads, self.seen, dtype=torch.bool, device=like.device)
-        kept[tuple(index.to(like.device) for index in masked)] = False
+        rows, heads_of, positions = (index.to(like.device) for index in masked)
+        inside = positions < self.seen  # others were cropped since
+        kept[rows[inside], heads_of[inside], positions[inside]] = False
         if self._pages is None:
             self._to_pages(kept)
         else:

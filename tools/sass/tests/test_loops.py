@@ -1,11 +1,14 @@
 """Loops, hot paths and counts of a listing that is written out here."""
 
+import re
+
 import pytest
 
 from tools.sass import model
-from tools.sass.__main__ import grown
+from tools.sass.__main__ import grown, instructions, predicted
 from tools.sass.disassemble import Instruction, parse
-from tools.sass.loops import control_flow, main_loops, natural_loops
+from tools.sass.loops import control_flow, main_loops, natural_loops, walk_through
+from tools.sass.rows import ROWS, Part
 
 # A loop with a masked tile that the hot path leaves out, and a branch around the copies.
 LISTING = """
@@ -66,6 +69,55 @@ def test_copies_in_a_loop_of_their_own_are_counted_each():
         /*006e*/                   NOP ;"""
     (loop,) = main_loops(kernel(LISTING.replace(".L_x_1:", copies)), min_products=2)
     assert loop.per_copy == [3.0]
+
+
+@pytest.mark.parametrize("jump", ["BRA.DIV ~URZ, `(.L_x_9)", "BRA.CONV ~URZ, `(.L_x_9)",
+                                  "@P3 CALL.REL.NOINC `(.L_x_9)",
+                                  "BRX R2 -0x20 (*\"BRANCH_TARGETS .L_x_9,.L_x_8\"*)"])  # fmt: skip
+def test_detours_into_a_loop_do_not_hide_it(jump):
+    """A cold block that is left and entered in the middle of the loop belongs to it."""
+    listing = LISTING.replace("/*0040*/                   FMUL R4, R4, R5", f"/*0040*/ {jump}")
+    listing = listing.replace(
+        "        /*0050*/", ".L_x_8:\n        /*0050*/"
+    ).replace(
+        "/*00a0*/                   EXIT ;",
+        "/*00a0*/                   EXIT ;\n.L_x_9:\n        /*00b0*/   NOP ;\n"
+        "        /*00c0*/   BRA `(.L_x_8) ;",
+    )  # fmt: skip
+    (loop,) = main_loops(kernel(listing), min_products=2)
+    assert loop.address == 0x10 and len(loop.path) == 6
+
+
+def test_the_way_through_copies():
+    """Around the branch lies the shortest way; through it are the copies, and an inner loop."""
+    copies = LISTING.replace("FMUL R4, R4, R5", "LDGSTS.E.128 [R3], [R4]")
+    copies = copies.replace("        /*0050*/", ".L_x_5:\n        /*0050*/").replace(
+        ".L_x_1:\n", "        /*0058*/               @P4 BRA `(.L_x_5) ;\n.L_x_1:\n"
+    )
+    found = kernel(copies)
+    short, through = (
+        walk_through(found, 0x10, re.compile(pattern)) for pattern in ("HMMA", "HMMA|LDGSTS")
+    )
+    assert (len(short.instructions), short.inner) == (6, 0)
+    assert (len(through.instructions), through.inner) == (10, 2)
+    (loop,) = main_loops(found, min_products=2)
+    assert instructions(found, loop, Part("", 1, "HMMA|LDGSTS", inner=3)) == 10 + 2 * 2
+    assert instructions(found, loop, Part("", 1, "HMMA", copies=4)) == 6 + 4 * 2
+
+
+def test_every_kind_of_loop_has_a_row():
+    names = " ".join(f"{row.arch} {row.name}" for row in ROWS)
+    for word in ("packed", "paged", "quantised", "int8", "int4", "fp8", "decode", "backward"):
+        assert word in names
+    assert len({(row.arch, row.name) for row in ROWS}) == len(ROWS)
+
+
+def test_decode_is_predicted_in_bytes():
+    """int8 reads half of what bf16 reads in a step of as many instructions."""
+    rows = {row.name: row for row in ROWS}
+    dense, int8 = rows["decode, D 128, dense"], rows["decode, D 128, int8"]
+    assert (predicted(dense, 0, 2000), predicted(int8, 0, 2000)) == ("10.8 TB/s", "5.4 TB/s")
+    assert model.terabytes(32768, 0, 4 * 1000) == pytest.approx(32768 / 1000 * 132 * 1.755e9 / 1e12)
 
 
 def test_growth_is_noticed_and_so_is_a_loop_that_vanished():
