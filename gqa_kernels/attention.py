@@ -7,16 +7,14 @@ from typing import TYPE_CHECKING, Literal, overload
 
 from torch import Tensor
 
-from .backends.dispatch import select
+from .backends.dispatch import attend, select
 from .backends.reference.scores import aux_output
 from .cache.tensors import Layout
 from .call.attention import AttentionCall
 from .call.auxiliary import AuxOutput, AuxRequest, as_aux_request
 from .call.checks import HeadMapLike
 from .call.keywords import AttentionKeywords
-from .call.options import Options
 from .native.arguments import as_bool
-from .native.autograd import autocast, is_autocast_on
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -150,13 +148,15 @@ def asym_gqa_attention(
     if return_lse is not False:
         return_lse = as_bool("return_lse", return_lse)
     aux = None if return_aux is None else as_aux_request(return_aux, return_lse)
-    call = attention_call(
+    call = AttentionCall.dense(
         q, k, v, head_map, value_head_map, causal, scale, window, softcap, alibi_slopes, sinks,
         attn_mask, kv_lengths, dropout_p, layout, batch_invariant,
     )  # fmt: skip
     call.lse_wanted = return_lse or (aux is not None and aux.lse)
-    runs = select(call, backend)
-    out, lse = runs.attend(call.draw_dropout_seed() if dropout_p else call)
+    if call.options.dropout_p:
+        select(call, backend)  # refuses the call before a seed is drawn
+        call.draw_dropout_seed()
+    out, lse = attend(call, backend)
     if call.bshd:
         out = out.transpose(1, 2)
     if aux is not None:
@@ -164,19 +164,4 @@ def asym_gqa_attention(
     return (out, lse) if return_lse else out
 
 
-def attention_call(
-    q: Tensor, k: Tensor, v: Tensor, head_map: HeadMapLike,
-    value_head_map: HeadMapLike | None = None, causal: bool = False, scale: float | None = None,
-    window: tuple[int | None, int | None] | None = None, softcap: float | None = None,
-    alibi_slopes: Tensor | None = None, sinks: Tensor | None = None,
-    attn_mask: Tensor | None = None, kv_lengths: Tensor | Sequence[int] | None = None,
-    dropout_p: float = 0.0, layout: Layout = "bhsd", batch_invariant: bool = False,
-) -> AttentionCall:  # fmt: skip
-    """The call that :func:`asym_gqa_attention` makes of its arguments."""
-    options = Options.of(causal, scale, window, softcap, dropout_p, batch_invariant)
-    if is_autocast_on():
-        q, k, v = autocast(q, k, v)
-    return AttentionCall.dense(
-        q, k, v, head_map, options, value_head_map, alibi_slopes, sinks, attn_mask, kv_lengths,
-        layout,
-    )  # fmt: skip
+attention_call = AttentionCall.dense  # the call that asym_gqa_attention makes of its arguments

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 from torch import Tensor
 
-from .backends.dispatch import select
+from .backends.dispatch import attend
 from .call.attention import AttentionCall
 from .call.checks import HeadMapLike
 from .call.keywords import PackedKeywords
@@ -102,7 +102,7 @@ def asym_gqa_varlen_attention(
         sinks=sinks, attn_mask=attn_mask,
     )  # fmt: skip
     call.lse_wanted = return_lse
-    out, lse = select(call, backend).attend(call)
+    out, lse = attend(call, backend)
     out = out[0].transpose(0, 1)
     return (out, lse[0]) if return_lse else out
 

@@ -15,6 +15,7 @@ from ..call.attention import AttentionCall
 from ..call.keep import KeepCall
 
 Call = AttentionCall | AppendCall | KeepCall
+Runner = Callable[[AttentionCall], tuple[Tensor, Tensor]]
 
 Function = TypeVar("Function", bound=Callable[..., object])
 
@@ -137,6 +138,11 @@ class Backend(ABC):
         Raises:
             ValueError, TypeError, NotImplementedError: what :meth:`AttentionCall.check` says.
         """
+
+    def runner(self, call: AttentionCall) -> Runner:
+        """What runs calls of this one's kind, as :meth:`attend` does: a backend may prepare what
+        these have in common. :func:`gqa_kernels.backends.dispatch.attend` keeps it by the kind."""
+        return self.attend
 
     @abstractmethod
     def append(self, call: AppendCall) -> Tensor | None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import _C, Tensor
 
 from ..call.append import AppendCall
 from ..call.attention import AttentionCall
@@ -15,12 +14,11 @@ from ..call.keep import KeepCall
 from ..native import build
 from ..native.flops import enter_formulas
 from ..native.schema import APPEND, FORWARD, KEEP
-from .base import Backend, Call
+from .base import Backend, Call, Runner
 
 _NO_LSE = torch.empty(0)  # in place of one that nobody reads
 
-# FORWARD's arguments of a call, by its kind.
-_arguments_of: dict[int, Callable[[AttentionCall], tuple]] = {}
+_runners: dict[tuple, Runner] = {}  # by what they follow from
 
 
 class CompiledBackend(Backend):
@@ -41,21 +39,17 @@ class CompiledBackend(Backend):
         return None
 
     def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
+        return self.runner(call)(call)
+
+    def runner(self, call: AttentionCall) -> Runner:
         if torch.compiler.is_compiling():
-            call.check()
-            return _forward()(*FORWARD.arguments_of(call))
-        kind = call.kind if call.kind >= 0 else call.find_kind()
-        arguments_of = _arguments_of.get(kind)
-        if arguments_of is None:
-            arguments_of = _arguments_of[kind] = FORWARD.arguments_like(call)
-        if (
-            call.lse_wanted
-            or call.requires_grad
-            or type(call.q) is not Tensor  # DTensor has rules for this op
-            or torch._C._get_deterministic_algorithms()  # which fills this op's memory
-        ):
-            return _run(_forward(), arguments_of(call), call)
-        return _run(_output(), arguments_of(call), call), _NO_LSE
+            return _traced
+        keeps_lse = call.lse_wanted or type(call.q) is not Tensor  # DTensor has rules for that op
+        key = (call.kind, call.options.kind, call.bshd, keeps_lse, call.requires_grad)
+        found = _runners.get(key)
+        if found is None:
+            found = _runners[key] = _runner(FORWARD.arguments_like(call), *key[-2:])
+        return found
 
     def append(self, call: AppendCall) -> Tensor | None:
         op, arguments = torch.ops.gqa_kernels.cache_append.default, APPEND.arguments_of(call)
@@ -74,19 +68,47 @@ def _forward() -> Callable[..., tuple[Tensor, Tensor]]:
     return torch.ops.gqa_kernels.attention_forward.default
 
 
-@lru_cache(maxsize=1)  # never compiled: looking it up in torch.ops takes longer
-def _output() -> Callable[..., Tensor]:
-    return torch.ops.gqa_kernels.attention_output.default
+def _traced(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """The op as torch.compile traces it."""
+    call.check()
+    return _forward()(*FORWARD.arguments_of(call))
+
+
+def _runner(
+    arguments_of: Callable[[AttentionCall], tuple], keeps_lse: bool, requires_grad: bool
+) -> Runner:
+    """What runs calls of a kind. Time matters here: a call of a few keys takes 2 microseconds."""
+    forward = _forward()
+
+    def run(call: AttentionCall) -> tuple[Tensor, Tensor]:
+        return _run(forward, arguments_of(call), call)
+
+    if keeps_lse or requires_grad:
+        return run
+    # Without OpOverload's __call__, a function of Python.
+    output: Callable[..., Tensor] = torch.ops.gqa_kernels.attention_output.default._op
+
+    def run_without_lse(call: AttentionCall) -> tuple[Tensor, Tensor]:
+        if _C._len_torch_dispatch_stack() or _C._get_deterministic_algorithms():
+            return run(call)  # deterministic mode fills the op's memory, which the other does not
+        try:
+            with _C._AutoDispatchBelowAutograd():
+                return output(*arguments_of(call)), _NO_LSE
+        except RuntimeError:
+            call.check()
+            raise
+
+    return run_without_lse
 
 
 def _run(op: Callable[..., Any], arguments: tuple, call: Call) -> Any:
     """``op(*arguments)``; past autograd (some 20 microseconds) if nothing needs it."""
-    if torch._C._len_torch_dispatch_stack():
+    if _C._len_torch_dispatch_stack():
         enter_formulas()
     try:
         if call.requires_grad:
             return op(*arguments)
-        with torch._C._AutoDispatchBelowAutograd():
+        with _C._AutoDispatchBelowAutograd():
             return op(*arguments)
     except RuntimeError:
         call.check()

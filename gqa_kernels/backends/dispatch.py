@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,12 +13,25 @@ from ..call.attention import AttentionCall
 from ..call.keep import KeepCall
 from ..native.arguments import check_choice
 from ..native.autograd import is_transformed_now
-from .base import Backend, Call, constant_while_compiling
+from .base import Backend, Call, Runner, constant_while_compiling
 from .cpu import CPUBackend
 from .cuda import CUDABackend
 from .order import auto_order, is_decode
 from .reference import ReferenceBackend
 from .triton import TritonBackend
+
+
+class Choice(NamedTuple):
+    """What runs calls of a kind.
+
+    Attributes:
+        backend: ready to run.
+        run: runs an attention call of this kind.
+    """
+
+    backend: Backend
+    run: Runner
+
 
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
@@ -29,7 +43,7 @@ _warned: set[str] = set()  # reasons why the reference was taken that the user k
 # Choices made so far. What decides is the kind of a call: its key holds no size but the head dims
 # (and, on a GPU, whether the call is decode), and no number's value. Only what can run is kept: it
 # stays usable.
-_choices: dict[tuple, Backend] = {}
+_choices: dict[tuple, Choice] = {}
 
 
 def available_backends() -> list[str]:
@@ -53,6 +67,17 @@ def explain(call: Call) -> dict[str, list[str]]:
     return reasons
 
 
+def attend(call: AttentionCall, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """Out and LSE of a call, by the backend that :func:`select` chooses; as ``Backend.attend``."""
+    if type(backend) is not str or torch.compiler.is_compiling() or is_transformed_now():
+        return _choice(call, backend).run(call)
+    key = _attention_key(call, backend)
+    choice = _choices.get(key)
+    if choice is None:
+        choice = _choices[key] = _choice(call, backend)
+    return choice.run(call)
+
+
 def select(call: Call, backend: str = "auto") -> Backend:
     """The backend that runs a call, ready to run. A choice is kept for calls of the same kind.
 
@@ -62,17 +87,22 @@ def select(call: Call, backend: str = "auto") -> Backend:
     """
     uncached = type(backend) is not str or torch.compiler.is_compiling() or is_transformed_now()
     if uncached or isinstance(call, KeepCall):
-        call.check()
-        return _choose(call, backend)
+        return _choice(call, backend).backend
     if isinstance(call, AttentionCall):
         key = _attention_key(call, backend)
     else:
         key = _append_key(call, backend)
     found = _choices.get(key)
     if found is None:
-        call.check()
-        found = _choices[key] = _choose(call, backend)
-    return found
+        found = _choices[key] = _choice(call, backend)
+    return found.backend
+
+
+def _choice(call: Call, backend: str) -> Choice:
+    call.check()
+    chosen = _choose(call, backend)
+    run = chosen.runner(call) if isinstance(call, AttentionCall) else chosen.attend
+    return Choice(chosen, run)
 
 
 def forget_choices() -> None:
@@ -81,13 +111,12 @@ def forget_choices() -> None:
 
 
 def _attention_key(call: AttentionCall, backend: str) -> tuple:
-    """What the choice for an attention call follows from."""
-    q, kv, mask = call.q, call.kv, call.attn_mask
+    """What the choice for an attention call, and what runs it, follow from."""
+    q, k, v = call.q, call.kv.k, call.kv.v
     return (
-        call.find_kind(), backend, call.options.used, call.memory, q.dtype, kv.k.dtype, q.size(3),
-        kv.v.size(3), q.is_cuda and is_decode(call), _device_key(q, kv.k, kv.v, q),
-        type(call.head_map), type(call.value_head_map),
-        mask if mask is None else (mask.dtype, mask.requires_grad), call.requires_grad,
+        call.kind, call.options.kind, backend, type(q), q.dtype, k.dtype, q.size(3), v.size(3),
+        (q.is_cpu and k.is_cpu and v.is_cpu) or (q.device, k.device, v.device, is_decode(call)),
+        call.requires_grad, call.lse_wanted, call.bshd,
     )  # fmt: skip
 
 
@@ -151,7 +180,7 @@ def _prepare(name: str) -> str | None:
     _failures.pop(name, None)
     if failure:
         _failures[name] = failure
-        warnings.warn(f"gqa_kernels: backend {name!r} is not usable: {failure}", stacklevel=5)
+        warnings.warn(f"gqa_kernels: backend {name!r} is not usable: {failure}", stacklevel=6)
     return failure
 
 
@@ -168,7 +197,7 @@ def _warn_of_reference(passed_over: list[tuple[str, list[str]]]) -> None:
         "gqa_kernels: backend='auto' runs the eager reference, which is slow and expands K and V, "
         f"because no fused backend can run this call ({why}). Change what the reasons name, or "
         "pass backend='reference' to choose it without this warning.",
-        stacklevel=5,
+        stacklevel=6,
     )
 
 

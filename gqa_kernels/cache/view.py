@@ -31,6 +31,12 @@ from ..native.arguments import check_tensors
 from .formats import FORMATS, Format
 from .tensors import DTYPES, check_last_stride, is_readable, to_int32
 
+# Bits of KVView.kind.
+KIND_BITS = 7
+KV_LENGTHS, _PAGE_TABLE, _KV_BEGIN, _K_SCALE, _V_SCALE, _K_ZERO, _V_ZERO = (
+    1 << bit for bit in range(KIND_BITS)
+)
+
 
 @dataclass(slots=True, eq=False)
 class KVView:
@@ -257,6 +263,19 @@ class KVView:
                 f"[0, {self.num_pages}), got {int(table[b, h, p])} at sequence {b}, head {h}, "
                 f"page {p}"
             )
+
+    @property
+    def kind(self) -> int:
+        """A number that is the same for views with the same tensors, whatever these hold."""
+        return (
+            (KV_LENGTHS if self.kv_lengths is not None else 0)
+            | (_PAGE_TABLE if self.page_table is not None else 0)
+            | (_KV_BEGIN if self.kv_begin is not None else 0)
+            | (_K_SCALE if self.k_scale is not None else 0)
+            | (_V_SCALE if self.v_scale is not None else 0)
+            | (_K_ZERO if self.k_zero is not None else 0)
+            | (_V_ZERO if self.v_zero is not None else 0)
+        )
 
     @property
     def batch(self) -> int:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ..cache.tensors import Layout, check_layout
-from ..cache.view import KVView
+from ..cache.view import KIND_BITS, KV_LENGTHS, KVView
 from ..head_map import HeadMap
 from ..native.arguments import check_tensors
-from ..native.autograd import is_transformed, requires_grad
+from ..native.autograd import autocast, is_autocast_on, is_transformed, requires_grad
 from ..native.dropout import draw_seed
 from . import checks
 from .checks import HeadMapLike, resolve_map
@@ -24,6 +25,13 @@ Memory = Literal["dense", "cache", "packed"]
 # What a number of KV heads is called, by the axis of the heads in the caller's dense tensors.
 _HEADS_OF = {1: ("k.shape[1]", "v.shape[1]"), 2: ("k.shape[2]", "v.shape[2]")}
 _CACHE_HEADS = ("key heads of the cache", "value heads of the cache")
+
+# Bits of AttentionCall.kind, above those of KVView.kind.
+(
+    _DEVICE_MAP, _VALUE_MAP, _VALUE_DEVICE_MAP, _SLOPES, _SINKS, _MASK, _ADDITIVE_MASK,
+    _MASK_GRADIENT, _PACKED_QUERIES, _DROPOUT_SEED, _IN_CACHE, _IN_PACKED,
+) = (1 << bit for bit in range(KIND_BITS, KIND_BITS + 12))  # fmt: skip
+_MEMORY = {"dense": 0, "cache": _IN_CACHE, "packed": _IN_PACKED}
 
 
 @dataclass(slots=True, eq=False)
@@ -55,7 +63,7 @@ class AttentionCall:
         dropout_seed: int64 ``[2]``, seed and offset (:mod:`gqa_kernels.native.dropout`), or None.
         lse_wanted: whether the LSE will be read.
         requires_grad: whether autograd records the call.
-        kind: which tensors there are, as :meth:`find_kind` says; -1 if nobody has asked.
+        kind: which tensors and which memory the call has, as :meth:`find_kind` says.
     """
 
     q: Tensor
@@ -74,7 +82,7 @@ class AttentionCall:
     dropout_seed: Tensor | None = None
     lse_wanted: bool = True
     requires_grad: bool = False
-    kind: int = field(init=False, default=-1)
+    kind: int = field(init=False, default=-1)  # set by what makes a call
 
     @classmethod
     def dense(
@@ -83,15 +91,23 @@ class AttentionCall:
         k: Tensor,
         v: Tensor,
         head_map: HeadMapLike,
-        options: Options,
         value_head_map: HeadMapLike | None = None,
+        causal: bool = False,
+        scale: float | None = None,
+        window: tuple[int | None, int | None] | None = None,
+        softcap: float | None = None,
         alibi_slopes: Tensor | None = None,
         sinks: Tensor | None = None,
         attn_mask: Tensor | None = None,
         kv_lengths: Tensor | Sequence[int] | None = None,
+        dropout_p: float = 0.0,
         layout: Layout = "bhsd",
+        batch_invariant: bool = False,
     ) -> AttentionCall:
         """The call of :func:`gqa_kernels.asym_gqa_attention`, whose arguments these are."""
+        options = Options.of(causal, scale, window, softcap, dropout_p, batch_invariant)
+        if is_autocast_on():
+            q, k, v = autocast(q, k, v)
         bshd = layout != "bhsd"
         if bshd:
             check_layout(layout)
@@ -100,13 +116,16 @@ class AttentionCall:
             checks.check_dense(*_heads_first(q, k, v, bshd), 1 + bshd)
         if bshd:
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        kind = _MEMORY["dense"]
         if kv_lengths is not None:
             kv_lengths = checks.resolve_lengths(kv_lengths, k)
+            kind |= KV_LENGTHS
         # mypy: _complete resolves the maps.
         call = cls(
             q, KVView(k, v, kv_lengths), options, "dense", bshd,
             head_map, value_head_map,  # type: ignore[arg-type]
         )  # fmt: skip
+        call.kind = kind
         return call._complete(alibi_slopes, sinks, attn_mask, _HEADS_OF[1 + bshd])
 
     @classmethod
@@ -141,7 +160,9 @@ class AttentionCall:
             q, view, options, memory, packed or layout == "bshd",
             head_map, value_head_map,  # type: ignore[arg-type]
         )  # fmt: skip
+        call.kind = _MEMORY[memory] | view.kind
         if cu_seqlens_q is not None:
+            call.kind |= _PACKED_QUERIES
             call.q_offsets, call.max_q_len = checks.resolve_offsets(
                 "cu_seqlens_q", cu_seqlens_q, "max_seqlen_q", max_seqlen_q, q, view.batch
             )
@@ -184,41 +205,43 @@ class AttentionCall:
         heads_of: tuple[str, str],
     ) -> AttentionCall:  # fmt: skip
         """Check and enter the maps and the biases."""
+        q, k, v, head_map = self.q, self.kv.k, self.kv.v, self.head_map
+        k_heads, v_heads = k.size(1), v.size(1)
         try:
-            self._enter(alibi_slopes, sinks, attn_mask, heads_of)
+            # The op finds a map whose length is not that of q's heads.
+            if type(head_map) is not HeadMap or head_map.num_kv_heads != k_heads:
+                self.head_map = resolve_map(
+                    "head_map", head_map, q.size(1), k_heads, heads_of[0], q.device
+                )
+                if type(self.head_map) is not HeadMap:
+                    self.kind |= _DEVICE_MAP
+            value_map = self.value_head_map
+            if value_map is not None:
+                if type(value_map) is not HeadMap or value_map.num_kv_heads != v_heads:
+                    self.value_head_map = resolve_map(
+                        "value_head_map", value_map, q.size(1), v_heads, heads_of[1], q.device
+                    )
+                is_host = type(self.value_head_map) is HeadMap
+                self.kind |= _VALUE_MAP if is_host else _VALUE_MAP | _VALUE_DEVICE_MAP
+            elif v_heads != k_heads:
+                self._refuse_heads(heads_of)
+            if alibi_slopes is not None:
+                self.alibi_slopes = checks.resolve_slopes(alibi_slopes, q, self.kv.batch)
+                self.kind |= _SLOPES
+            if sinks is not None:
+                self.sinks = checks.resolve_sinks(sinks, q)
+                self.kind |= _SINKS
+            if attn_mask is not None:
+                self.attn_mask = checks.resolve_mask(attn_mask, q, self._mask_shape(), self.memory)
+                self.kind |= _mask_kind(self.attn_mask)
         except (TypeError, ValueError):
             self._check_tensors()  # whatever is wrong with them comes first
             raise
         if torch.is_grad_enabled():
             self.requires_grad = requires_grad(
-                self.q, self.kv.k, self.kv.v, self.alibi_slopes, self.sinks, self.attn_mask
+                q, k, v, self.alibi_slopes, self.sinks, self.attn_mask
             )
         return self
-
-    def _enter(
-        self, alibi_slopes: Tensor | None, sinks: Tensor | None, attn_mask: Tensor | None,
-        heads_of: tuple[str, str],
-    ) -> None:  # fmt: skip
-        q, k, v, head_map = self.q, self.kv.k, self.kv.v, self.head_map
-        # The op finds a map whose length is not that of q's heads.
-        if type(head_map) is not HeadMap or head_map.num_kv_heads != k.size(1):
-            self.head_map = resolve_map(
-                "head_map", head_map, q.size(1), k.size(1), heads_of[0], q.device
-            )
-        value_map = self.value_head_map
-        if value_map is not None:
-            if type(value_map) is not HeadMap or value_map.num_kv_heads != v.size(1):
-                self.value_head_map = resolve_map(
-                    "value_head_map", value_map, q.size(1), v.size(1), heads_of[1], q.device
-                )
-        elif v.size(1) != k.size(1):
-            self._refuse_heads(heads_of)
-        if alibi_slopes is not None:
-            self.alibi_slopes = checks.resolve_slopes(alibi_slopes, q, self.kv.batch)
-        if sinks is not None:
-            self.sinks = checks.resolve_sinks(sinks, q)
-        if attn_mask is not None:
-            self.attn_mask = checks.resolve_mask(attn_mask, q, self._mask_shape(), self.memory)
 
     def _mask_shape(self) -> tuple[int, ...]:
         """``[B, Hq, Sq, Sk]`` of a mask; queries and keys are counted in their sequence."""
@@ -286,48 +309,51 @@ class AttentionCall:
             )
 
     def find_kind(self) -> int:
-        """A number that is the same for calls with the same tensors, whatever these hold."""
-        kv = self.kv
-        self.kind = (
-            (self.sinks is not None)
-            | (self.value_head_map is not None) << 1
-            | (self.alibi_slopes is not None) << 2
-            | (self.attn_mask is not None) << 3
-            | (kv.kv_lengths is not None) << 4
-            | (kv.page_table is not None) << 5
-            | (kv.kv_begin is not None) << 6
-            | (self.q_offsets is not None) << 7
-            | (kv.k_scale is not None) << 8
-            | (kv.k_zero is not None) << 9
-            | (kv.v_zero is not None) << 10
-            | (self.dropout_seed is not None) << 11
-        )
-        return self.kind
+        """A number that is the same for calls with the same kind of memory and the same tensors,
+        whatever these hold. What makes a call sets ``kind`` to it, a bit for each tensor."""
+        mask = self.attn_mask
+        bits = {
+            _DEVICE_MAP: type(self.head_map) is not HeadMap,
+            _VALUE_MAP: self.value_head_map is not None,
+            _VALUE_DEVICE_MAP: type(self.value_head_map) not in (HeadMap, type(None)),
+            _SLOPES: self.alibi_slopes is not None,
+            _SINKS: self.sinks is not None,
+            _PACKED_QUERIES: self.q_offsets is not None,
+            _DROPOUT_SEED: self.dropout_seed is not None,
+        }
+        found = _MEMORY[self.memory] | self.kv.kind | (0 if mask is None else _mask_kind(mask))
+        return found | sum(bit for bit, is_there in bits.items() if is_there)
 
     def draw_dropout_seed(self) -> AttentionCall:
         """This call, with a seed from torch's default generator if it drops anything."""
         if self.options.dropout_p:
             self.dropout_seed = draw_seed(self.q.device)
-            self.kind = -1
+            self.kind |= _DROPOUT_SEED
         return self
 
     def with_q(self, q: Tensor, view: KVView) -> AttentionCall:
         """The same call of other queries and memory, of the same kind."""
         grad = torch.is_grad_enabled() and requires_grad(q, view.k, view.v, *self.biases)
-        return AttentionCall(
+        call = AttentionCall(
             q, view, self.options, self.memory, self.bshd, self.head_map, self.value_head_map,
             *self.biases, self.q_offsets, self.max_q_len, self.max_kv_len, requires_grad=grad,
         )  # fmt: skip
+        call.kind = self.kind
+        return call
 
     def replace(self, **changes: Any) -> AttentionCall:
         """The same call with other values, unchecked. Those of the view and of the options go by
         their own names."""
-        for part in ("kv", "options"):
+        for part, replaced in (
+            ("kv", partial(replace, self.kv)),
+            ("options", self.options.replace),
+        ):
             names = {field.name for field in fields(getattr(self, part))} & changes.keys()
             if names:
-                inner = {name: changes.pop(name) for name in names}
-                changes[part] = replace(getattr(self, part), **inner)
-        return replace(self, **changes)
+                changes[part] = replaced(**{name: changes.pop(name) for name in names})
+        call = replace(self, **changes)
+        call.kind = call.find_kind()
+        return call
 
     @property
     def k(self) -> Tensor:
@@ -453,6 +479,11 @@ def _heads_first(q: Tensor, k: Tensor, v: Tensor, bshd: bool) -> tuple[Tensor, T
             x.transpose(1, 2) if isinstance(x, Tensor) and x.dim() > 2 else x for x in (q, k, v)
         )
     return q, k, v
+
+
+def _mask_kind(mask: Tensor) -> int:
+    kind = _MASK if mask.dtype == torch.bool else _MASK | _ADDITIVE_MASK
+    return kind | _MASK_GRADIENT if mask.requires_grad else kind
 
 
 def _map_tensor(head_map: HeadMap | Tensor, q: Tensor) -> Tensor:

@@ -177,9 +177,10 @@ def resolve_slopes(slopes: Tensor, q: Tensor, batch: int) -> Tensor:
 def resolve_sinks(sinks: Tensor, q: Tensor) -> Tensor:
     """fp32 ``[Hq]``."""
     _check_float_tensor("sinks", sinks, q)
-    if sinks.shape != q.shape[1:2]:
+    if sinks.dim() != 1 or sinks.size(0) != q.size(1):
         raise ValueError(f"sinks must have shape ({q.shape[1]},), got {_shape(sinks)}")
-    return sinks.to(score_dtype(q.dtype))
+    dtype = score_dtype(q.dtype)
+    return sinks if sinks.dtype == dtype else sinks.to(dtype)
 
 
 def resolve_mask(mask: Tensor, q: Tensor, target: tuple[int, ...], memory: str) -> Tensor:
@@ -330,10 +331,11 @@ def _first_half(name: str, table: Tensor, interleaved: bool) -> Tensor:
 
 
 def _check_float_tensor(name: str, x: Tensor, q: Tensor) -> None:
-    check_tensors(**{name: x})
+    if type(x) is not Tensor:
+        check_tensors(**{name: x})
     if not x.dtype.is_floating_point:
         raise TypeError(f"{name}.dtype must be floating, got {x.dtype}")
-    if x.device != q.device:
+    if not (x.is_cpu and q.is_cpu) and x.device != q.device:
         raise ValueError(f"{name}.device must equal q.device ({q.device}), got {x.device}")
 
 

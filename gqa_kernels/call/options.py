@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -27,6 +28,7 @@ class Options:
         batch_invariant: whether a query's bits depend on its own keys alone.
         dropout_p: part of the probabilities that is dropped.
         used: names of those in use, as ``Capabilities.options`` has them.
+        kind: which numbers are not the default, a bit for each.
     """
 
     scale: float | None
@@ -36,6 +38,7 @@ class Options:
     batch_invariant: bool
     dropout_p: float
     used: tuple[str, ...]
+    kind: int
 
     @staticmethod
     def of(
@@ -72,6 +75,12 @@ class Options:
         made_by = _checked if torch.compiler.is_compiling() else _interned
         return made_by(causal, scale, left, right, softcap, dropout_p, batch_invariant)
 
+    def replace(self, **changes: Any) -> Options:
+        """Options with other numbers, unchecked."""
+        made = ("used", "kind")
+        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in made}
+        return _of_numbers(*(given | changes).values())
+
 
 _SIDES = ("left", "right")
 
@@ -96,20 +105,31 @@ def _checked(
     if causal:
         window_right = 0
     softcap = 0.0 if softcap is None else softcap
+    made_by = _of_numbers if torch.compiler.is_compiling() else _interned_numbers
+    return made_by(scale, window_left, window_right, softcap, batch_invariant, dropout_p)
+
+
+def _of_numbers(
+    scale: float | None, window_left: int, window_right: int, softcap: float,
+    batch_invariant: bool, dropout_p: float,
+) -> Options:  # fmt: skip
+    has_left, has_right = window_left != UNBOUNDED, window_right != UNBOUNDED
+    has_softcap, drops = bool(softcap), bool(dropout_p)
+    given = scale is not None, has_left, has_right, has_softcap, batch_invariant, drops
     names = {
-        "window": window_left != UNBOUNDED or window_right != UNBOUNDED,
-        "softcap": bool(softcap),
-        "dropout": bool(dropout_p),
+        "window": has_left or has_right,
+        "softcap": has_softcap,
+        "dropout": drops,
         "batch_invariant": batch_invariant,
     }
-    made_by = Options if torch.compiler.is_compiling() else _options
-    return made_by(
+    return Options(
         scale, window_left, window_right, softcap, batch_invariant, dropout_p,
         tuple(name for name, is_used in names.items() if is_used),
+        sum(1 << bit for bit, is_given in enumerate(given) if is_given),
     )  # fmt: skip
 
 
-_options = lru_cache(maxsize=1024)(Options)
+_interned_numbers = lru_cache(maxsize=1024)(_of_numbers)
 _interned = lru_cache(maxsize=1024)(_checked)
 
 

@@ -26,7 +26,18 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--train", default="attention", help="all, attention or lora (%(default)s)")
     parser.add_argument("--learning-rate", type=float, default=1e-4, help="(%(default)s)")
     parser.add_argument(
-        "--distillation", type=float, default=0.0, help="weight of the parent's distributions (0)"
+        "--distillation",
+        type=float,
+        default=1.0,
+        help="weight of the parent's predictions against the text's own tokens (%(default)s)",
+    )
+    parser.add_argument(
+        "--validate",
+        type=count_or_zero,
+        default=2,
+        metavar="TEXTS",
+        help="texts kept from training, to measure the distance to the parent before, every 50 "
+        "steps and after (%(default)s)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the order of texts (%(default)s)")
     parser.add_argument(
@@ -44,6 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..convert import convert, save
     from ..convert.plan import Plan
     from ..convert.recovery import Recipe, recover
+    from ..convert.shift import PredictionShift
     from ..grouping.merging import check_merging
     from ..grouping.moments import load_stats
     from ..integrations.transformers import register
@@ -75,6 +87,13 @@ def run(arguments: argparse.Namespace) -> int:
     moments = path.parent / "moments.safetensors"
     stats = load_stats(moments, {**found.made_from, **made_from}) if moments.exists() else None
     texts = batches(arguments, tokenizer, calibration_text) if recipe else []
+    kept = -(-arguments.validate // arguments.batch_size)
+    if recipe and kept >= len(texts):
+        raise ValueError(
+            f"--validate must leave a batch to train on, got {arguments.validate} texts for "
+            f"{len(texts)} batches"
+        )
+    held_out, texts = texts[len(texts) - kept :], texts[: len(texts) - kept]
 
     child = convert(model, found.maps, merging, moments=stats, restore_norms=found.restore_norms)
     history = None
@@ -86,11 +105,15 @@ def run(arguments: argparse.Namespace) -> int:
             texts,
             recipe,
             parent=model,
+            validate=PredictionShift(model, held_out) if held_out else None,
             folder=_state(arguments),
             made_from=origin,
             progress=True,
         )
     set_float_types(child, types)
+    if history is not None and history.validation:
+        (_, before), *_, (steps, after) = history.validation
+        print(f"distance to the parent: {before:.4g} before, {after:.4g} after {steps} steps")
     print(f"wrote {save(child, out, processor=tokenizer)}")
     draw(plots.maps, found.maps, out / "maps.png")
     if history is not None:

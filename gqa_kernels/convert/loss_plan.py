@@ -234,12 +234,9 @@ def _choose(
             ((a, b), (options["k"][a], options["v"][b]))
             for a, b in product(options["k"], options["v"])
         ]
-    tried: dict[tuple[HeadMap, HeadMap], float] = {}
     best = None
     for names, pair in pairs:
-        maps = (pair[0].head_map, pair[1].head_map)
-        if maps not in tried:
-            tried[maps] = loss.joint(*maps)
-        if best is None or tried[maps] < best[2]:
-            best = pair, names[0] if names[0] == names[1] else "/".join(names), tried[maps]
+        error = loss.joint(pair[0].head_map, pair[1].head_map)
+        if best is None or error < best[2]:
+            best = pair, names[0] if names[0] == names[1] else "/".join(names), error
     return best

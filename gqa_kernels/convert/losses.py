@@ -188,6 +188,7 @@ class MergeLosses:
         if not self.variance > 0:
             raise ValueError("attention outputs must vary over the sample, got one constant")
         self._known: dict[tuple[str, tuple[int, ...]], float] = {}
+        self._joint: dict[tuple[HeadMap, HeadMap], float] = {}
 
     def __call__(self, side: str, query_heads: Sequence[int]) -> float:
         heads = tuple(query_heads)
@@ -206,6 +207,11 @@ class MergeLosses:
     @torch.no_grad()
     def joint(self, key_map: HeadMap, value_map: HeadMap) -> float:
         """The loss of both maps together, with what K and V and different groups add up to."""
+        if (key_map, value_map) not in self._joint:
+            self._joint[key_map, value_map] = self._measure_both(key_map, value_map)
+        return self._joint[key_map, value_map]
+
+    def _measure_both(self, key_map: HeadMap, value_map: HeadMap) -> float:
         groups = {"k": key_map.groups, "v": value_map.groups}
         mergers = {side: [self._merger(side, g) for g in groups[side]] for side in SIDES}
         place = {s: torch.tensor([h for g in groups[s] for h in g]).argsort() for s in SIDES}

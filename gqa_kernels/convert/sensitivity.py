@@ -5,8 +5,9 @@ A layer's loss is the squared change of its attention output. How much that move
 predictions differs from layer to layer. Two estimators:
 
 - ``"kl"``: each layer is converted alone, and the KL divergence of the model's predictions from the
-  parent's is divided by that layer's loss. One forward pass per layer over the sample. For models
-  without next-token predictions it is the relative squared change of the last hidden states.
+  parent's is divided by that layer's loss. One forward pass per layer over about a thousand
+  tokens. For models without next-token predictions it is the squared change of the last hidden
+  states over their variance.
 - ``"fisher"``: the second-order estimate of the same KL. Its quadratic form is the covariance of
   gradients of ``log p(token)`` with tokens drawn from the model itself; it is averaged over the
   directions of the output. One forward and one backward pass.
@@ -18,18 +19,19 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import kl_div
 
 from ..grouping.calibration import LayerStats
 from ..head_map import HeadMap
 from ..models.families import attention_layers
 from ..models.inputs import Batch, model_inputs, token_mask
 from ..reporting.progress import track
-from .evaluation import hidden_states, padding_mask, predicts_next_token, run
+from .evaluation import predicts_next_token, run
 from .losses import MergeLosses
 from .model import convert
+from .shift import PredictionShift
 
 WEIGHTS = ("kl", "fisher", "none")
+_KL_TOKENS = 1024  # batches are taken until they hold as many
 
 
 def layer_weights_by(
@@ -66,7 +68,6 @@ def layer_weights_by(
     return _kl(model, batches, losses, stats, progress)
 
 
-@torch.no_grad()
 def _kl(
     model: nn.Module,
     batches: list[dict[str, Tensor]],
@@ -74,10 +75,14 @@ def _kl(
     stats: Sequence[LayerStats] | None,
     progress: bool,
 ) -> list[float]:
-    training, causal = model.training, predicts_next_token(model)
-    model.eval()
-    before = [_prediction(model, batch) for batch in batches]
-    weights = []
+    weights, some, tokens = [], [], 0
+    for batch in batches:
+        some.append(batch)
+        first = next(iter(batch.values()))
+        tokens += first.shape[0] * (first.shape[1] if first.dim() == 2 else 1)
+        if tokens >= _KL_TOKENS:
+            break
+    shift = PredictionShift(model, some)
     own = [(layer.key_map, layer.value_map) for layer in attention_layers(model)]
     for index, loss in enumerate(track(losses, "Weighing layers", shown=progress)):
         maps = list(own)
@@ -86,34 +91,11 @@ def _kl(
         maps[index] = (pairs, pairs)
         child = convert(model, maps, loss.merging, moments=stats)
         child.set_attn_implementation("asym_gqa")
-        moved = sum(
-            _distance(old, _prediction(child, batch), causal)
-            for old, batch in zip(before, batches, strict=True)
-        )
-        tokens = sum(len(old) for old in before)
         cost = loss.joint(pairs, pairs)
-        weights.append(moved / tokens / cost if cost > 0 else 0.0)
-    model.train(training)
+        weights.append(shift(child) / cost if cost > 0 else 0.0)
     # A layer whose heads are copies of each other has no loss and needs no weight.
     known = [weight for weight in weights if weight > 0]
     return [weight or (min(known) if known else 1.0) for weight in weights]
-
-
-def _prediction(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """``[n, V]`` log-probabilities of the tokens that are not padding, or ``[n, d]`` states."""
-    output = run(model, batch)
-    causal = predicts_next_token(model)
-    found = output.logits if causal else hidden_states(output)
-    found = found[token_mask(batch, padding_mask(batch), found)].float()
-    return found.log_softmax(-1) if causal else found
-
-
-def _distance(old: Tensor, new: Tensor, causal: bool) -> float:
-    """Summed over tokens: KL(old || new) of log-probabilities, or the squared change of states
-    over their variance."""
-    if causal:
-        return float(kl_div(new, old, reduction="sum", log_target=True))
-    return float((new - old).square().sum() / old.var(0).sum())
 
 
 def _fisher(

@@ -1,8 +1,11 @@
-"""Second part: fewer KV heads by a map found from activations, and what that does to perplexity.
+"""Second part: fewer KV heads, found and merged in three ways, and what that does to perplexity.
 
 Every query head counts as having its own K and V (copies of the shared ones), as in an MHA model.
-The query heads are grouped by similarity and each group's K and V projections are averaged. There
-is no training afterwards.
+
+- ``neighbour, mean``: adjacent heads are averaged, as in GQA.
+- ``Align``: even groups of aligned heads (arXiv 2412.20677), here the optimal ones.
+- ``measured loss``: groups of least measured loss, heads spent over K, V and layers, and merging of
+  low rank. For the fewest heads also after a short training on the parent's predictions.
 """
 
 from __future__ import annotations
@@ -12,6 +15,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ..convert import convert
+from ..convert.plan import plan
+from ..convert.recovery import Recipe, recover
 from ..grouping import search
 from ..grouping.calibration import LayerStats, calibrate
 from ..grouping.similarity import similarity
@@ -31,15 +36,15 @@ class Merged:
     """One model and its perplexity.
 
     Attributes:
-        method: how its groups were found.
-        kv_heads: ``Hkv``.
+        method: how its groups were found and merged.
+        kv_heads: K and V heads of a layer, the mean over both and over the layers.
         maps: (K's map, V's map) of each layer.
         kv_bytes_per_token: of the KV cache.
         perplexity: on the evaluation text.
     """
 
     method: str
-    kv_heads: int
+    kv_heads: float
     maps: LayerMaps
     kv_bytes_per_token: int
     perplexity: float
@@ -55,21 +60,22 @@ def neighbour_maps(model: nn.Module, num_kv_heads: int) -> LayerMaps:
     return [(result.head_map, result.head_map) for result in found]
 
 
-def similar_maps(model: nn.Module, stats: list[LayerStats], num_kv_heads: int) -> LayerMaps:
-    """Optimal partitions of the query heads by how alike their keys (and their values) are."""
-    return [
-        tuple(
-            search(similarity(model, stats, layer.index, side), num_kv_heads, "exact").head_map
-            for side in ("k", "v")
-        )
-        for layer in attention_layers(model)
-    ]
+def aligned_maps(model: nn.Module, stats: list[LayerStats], num_kv_heads: int) -> LayerMaps:
+    """Optimal even groups by how alike keys (and values) are after they are aligned."""
+    maps = []
+    for layer in attention_layers(model):
+        low, rest = divmod(layer.num_heads, num_kv_heads)
+        sides = [similarity(model, stats, layer.index, side, "aligned_cosine") for side in "kv"]
+        found = [search(D, num_kv_heads, sizes=(low, low + bool(rest))) for D in sides]
+        maps.append((found[0].head_map, found[1].head_map))
+    return maps
 
 
 def run(loaded: LoadedModel, settings: Settings, steps: Steps) -> list[Merged]:
     """Calibrate, search, merge and measure; the first entry is the stock model."""
     stock, tokenizer = loaded.model, loaded.tokenizer
     texts = rows(tokenizer, calibration_text(), settings.calibration_shape).to(stock.device)
+    texts, chosen_by = texts.split([len(texts) * 3 // 4, -(-len(texts) // 4)])
     with steps.step("Calibrating: activations of every attention input", len(texts)) as advance:
         stats = calibrate(stock, _ticking(texts.split(1), advance))
     held_out = rows(tokenizer, evaluation_text(), settings.evaluation_shape).to(stock.device)
@@ -78,22 +84,32 @@ def run(loaded: LoadedModel, settings: Settings, steps: Steps) -> list[Merged]:
     results = [_measure("stock", stock, own, held_out, steps)]
     for num_kv_heads in settings.merged_kv_heads:
         with steps.step(f"Searching maps of {num_kv_heads} KV heads"):
+            ours = plan(
+                stock, stats, budget=2 * num_kv_heads * len(layers), held_out=chosen_by.split(1)
+            )
             found = {
-                "neighbour": neighbour_maps(stock, num_kv_heads),
-                "similarity": similar_maps(stock, stats, num_kv_heads),
+                "neighbour, mean": (neighbour_maps(stock, num_kv_heads), "mean"),
+                "Align": (aligned_maps(stock, stats, num_kv_heads), "aligned"),
+                "measured loss": (ours.maps, ours.merging),
             }
-        for method, maps in found.items():
-            child = convert(stock, maps, merging="mean")
+        for method, (maps, merging) in found.items():
+            child = convert(stock, maps, merging, moments=stats)
             child.set_attn_implementation("asym_gqa")
             results.append(_measure(method, child, maps, held_out, steps))
+    if settings.recovery_steps:
+        recipe = Recipe(steps=settings.recovery_steps, warmup=2, distillation=1.0)
+        with steps.step(f"Training: {recipe.steps} steps on the parent's predictions"):
+            recover(child, list(texts.split(1)), recipe, parent=stock)
+        method = f"measured loss, {recipe.steps} steps"
+        results.append(_measure(method, child, maps, held_out, steps))
     return results
 
 
 def _measure(
     method: str, model: nn.Module, maps: LayerMaps, held_out: Tensor, steps: Steps
 ) -> Merged:
-    kv_heads = maps[0][0].num_kv_heads
-    title = f"Perplexity: {method}, {kv_heads} KV heads"
+    kv_heads = sum(m.num_kv_heads for pair in maps for m in pair) / (2 * len(maps))
+    title = f"Perplexity: {method}, {kv_heads:g} KV heads"
     with steps.step(title, len(held_out)) as advance:
         value = perplexity(model, held_out, advance)
     return Merged(method, kv_heads, maps, kv_bytes(model, held_out[:1, :8]), value)

@@ -112,7 +112,7 @@ class Report:
         table.add_column("layer", justify="right")
         table.add_column(f"lossless, {self.settings.split_kv_heads} KV heads")
         table.add_column("group sizes")
-        table.add_column(f"{fewest.method}, {fewest.kv_heads}: K")
+        table.add_column(f"{fewest.method}, {fewest.kv_heads:.3g}: K")
         table.add_column("V")
         layers = list(zip(self.lossless.maps, fewest.maps, strict=True))
         for layer, (split, (key_map, value_map)) in enumerate(layers[:SHOWN_LAYERS]):
@@ -137,9 +137,7 @@ class Report:
 
     def _perplexities(self) -> Table:
         texts, length = self.settings.evaluation_shape
-        table = Table(
-            title=f"KV heads merged, not retrained: perplexity of {texts} x {length} tokens"
-        )
+        table = Table(title=f"KV heads merged: perplexity of {texts} x {length} tokens")
         table.add_column("groups")
         table.add_column("KV heads", justify="right")
         table.add_column("K group sizes")
@@ -148,7 +146,7 @@ class Report:
         for m in self.merged:
             table.add_row(
                 m.method,
-                str(m.kv_heads),
+                f"{m.kv_heads:.3g}",
                 _common_sizes([key_map for key_map, _ in m.maps]),
                 f"{m.kv_bytes_per_token:,}",
                 f"{m.perplexity:.2f}",

@@ -21,6 +21,7 @@ class Settings:
         seed: of the lossless maps.
         split_kv_heads: KV heads of the lossless maps; must not divide the query heads.
         merged_kv_heads: KV heads of the lossy maps.
+        recovery_steps: of training, for the fewest KV heads.
         context: tokens of the prefill that is timed.
         decode_steps: tokens decoded after it, one by one.
         repeats: timings; the median counts.
@@ -35,6 +36,7 @@ class Settings:
     seed: int = 0
     split_kv_heads: int = 5
     merged_kv_heads: tuple[int, ...] = (4, 2)
+    recovery_steps: int = 10
     context: int = 1024
     decode_steps: int = 16
     repeats: int = 3
@@ -46,6 +48,7 @@ class Settings:
         return replace(
             self,
             new_tokens=min(self.new_tokens, 16),
+            recovery_steps=2,
             context=256,
             decode_steps=8,
             calibration_shape=(4, 256),

@@ -24,6 +24,7 @@ class Schema:
         text: the schema in torch's notation, without the op's name.
         names: of the arguments, in order.
         tensors: those of them that are tensors.
+        defaults: of the last arguments.
         Arguments: named tuple of them; those with a default may be left out at the end.
     """
 
@@ -35,19 +36,28 @@ class Schema:
         self.names = tuple(name for _, name in declared)
         self.tensors = tuple(name for kind, name in declared if kind.startswith("Tensor"))
         self._paths = [(paths or {}).get(name, name) for name in self.names]
-        defaults = [_DEFAULTS[part.partition("=")[2]] for part in parts if "=" in part]
-        self.Arguments = _named_tuple(self.names, defaults)
+        self.defaults = tuple(_DEFAULTS[part.partition("=")[2]] for part in parts if "=" in part)
+        self.Arguments = _named_tuple(self.names, self.defaults)
         #: ``arguments_of(call)``: a call's arguments, in order.
         self.arguments_of: Callable[[Any], tuple] = _tuple_of(self._paths)
 
     def arguments_like(self, call: Any) -> Callable[[Any], tuple]:
-        """:attr:`arguments_of` for calls with the tensors that ``call`` has: what comes after the
-        last of these, and the numbers that follow it, is left out."""
-        given = dict(zip(self.names, self.arguments_of(call), strict=True))
-        last = max(i for i, name in enumerate(self.names) if isinstance(given[name], Tensor))
-        while last + 1 < len(self.names) and self.names[last + 1] not in self.tensors:
-            last += 1
-        return _tuple_of(self._paths[: last + 1])
+        """:attr:`arguments_of` for calls with the tensors that ``call`` has, and with the numbers
+        that it has beside their defaults: each argument that is passed takes time, so defaults at
+        the end are left out. Numbers behind a tensor that may be missing (``max_q_len`` behind
+        ``q_offsets``) stay if the tensor is there, whatever they are."""
+        given = self.arguments_of(call)
+        required = len(self.names) - len(self.defaults)
+        last = required
+        for i, name in enumerate(self.names[required:], start=required):
+            if name in self.tensors:
+                if given[i] is not None:
+                    last = i + 1
+                    while last < len(self.names) and self.names[last] not in self.tensors:
+                        last += 1
+            elif given[i] != self.defaults[i - required]:
+                last = max(last, i + 1)
+        return _tuple_of(self._paths[:last])
 
 
 def _named_tuple(names: tuple[str, ...], defaults: Sequence[object]) -> Any:

@@ -6,6 +6,7 @@ import torch
 
 from gqa_kernels import HeadMap, asym_gqa_attention
 from gqa_kernels.attention import attention_call
+from gqa_kernels.native.schema import FORWARD
 from gqa_kernels.testing import make_inputs
 
 MAP = HeadMap([0, 1, 1])
@@ -45,7 +46,7 @@ BAD = {
     "no-head-dim": (
         dict(q=Q[..., :0], k=K[..., :0]),
         ValueError,
-        r"v.shape\[3\] \(head dim\) must be .*got 0 and 8",
+        r"k.shape\[3\] \(head dim\) must be at least 1, got 0",
     ),
     "map-length": (dict(head_map=[0, 1]), ValueError, r"one entry per query head \(3\), got 2"),
     "map-empty": (dict(head_map=[]), ValueError, "head_map must have .*got"),
@@ -228,3 +229,40 @@ def test_stride_of_a_single_element_does_not_matter():
     q = torch.randn(2, 3, 4, 2)[..., :1]
     k, v = torch.randn(2, 2, 5, 2)[..., :1], V
     attention_call(q, k, v, MAP)
+
+
+def test_kind_of_a_call():
+    """What makes a call sets its kind bit by bit; the definition looks at the finished call."""
+    seen = {}
+    lengths = torch.full((Q.shape[0],), K.shape[2])
+    for name, options in {
+        "plain": {},
+        "sinks": {"sinks": torch.zeros(Q.shape[1])},
+        "slopes": {"alibi_slopes": torch.zeros(Q.shape[1])},
+        "bool mask": {"attn_mask": torch.ones(1, K.shape[2], dtype=torch.bool)},
+        "mask": {"attn_mask": torch.zeros(1, K.shape[2])},
+        "mask gradient": {"attn_mask": torch.zeros(1, K.shape[2], requires_grad=True)},
+        "lengths": {"kv_lengths": lengths},
+        "value map": {"value_head_map": MAP},
+    }.items():
+        call = attention_call(Q, K, V, MAP, **options)
+        assert call.kind == call.find_kind()
+        assert seen.setdefault(call.kind, name) == name
+    dropping = attention_call(Q, K, V, MAP, dropout_p=0.5).draw_dropout_seed()
+    assert dropping.kind == dropping.find_kind() != attention_call(Q, K, V, MAP).kind
+    changed = attention_call(Q, K, V, MAP).replace(kv_lengths=lengths, scale=0.5)
+    assert changed.kind == attention_call(Q, K, V, MAP, kv_lengths=lengths).kind
+    assert changed.options.kind == attention_call(Q, K, V, MAP, scale=0.5).options.kind
+
+
+@pytest.mark.parametrize("window", [None, (3, None), (3, 1), (None, 1)])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("scale", [None, 0.5])
+def test_no_argument_of_an_op_is_lost(window, softcap, scale):
+    """Defaults at the end of an op's arguments are left out, and nothing else is."""
+    call = attention_call(Q, K, V, MAP, window=window, softcap=softcap, scale=scale)
+    passed = FORWARD.arguments_like(call)(call)
+    complete = FORWARD.Arguments(*passed)
+    for name, value in zip(FORWARD.names, FORWARD.arguments_of(call), strict=True):
+        assert getattr(complete, name) is value or getattr(complete, name) == value
+    assert len(passed) < len(FORWARD.names)

@@ -73,7 +73,37 @@ def test_convert(folders):
     assert maps == plan.maps
     history = json.loads((folders / "child" / "recovery.json").read_text())
     assert len(history["loss"]) == 2
+    assert [steps for steps, _ in history["validation"]] == [0, 2]
     assert {"maps.png", "recovery.png", "tokenizer.txt"} <= names(folders / "child")
+
+
+def test_validation_texts_are_not_trained_on(folders, tmp_path, capsys):
+    convert = ("convert", folders / "parent", folders / "search", tmp_path / "child")
+    assert main(*convert, "--steps", 1, "--validate", 6, *SHAPE) == 2
+    assert "--validate must leave a batch to train on, got 6" in capsys.readouterr().err
+    assert main(*convert, "--steps", 1, "--validate", 5, *SHAPE) == 0
+    line = capsys.readouterr().out
+    history = json.loads((tmp_path / "child" / "recovery.json").read_text())["validation"]
+    assert f"distance to the parent: {history[0][1]:.4g} before, {history[1][1]:.4g} after" in line
+
+
+@pytest.mark.parametrize(
+    ("budget", "heads"), [("50%", 12), ("9", 9), ("512B", 8), ("0.5KiB", 8)]
+)  # fmt: skip
+def test_budgets(folders, tmp_path, capsys, budget, heads):
+    """Of 24 heads of 16 fp32 numbers: 64 bytes each."""
+    search = ("search", folders / "parent", "--budget", budget, "--out", tmp_path, *SHAPE)
+    assert main(*search, "--weights", "none") == 0
+    maps = Plan.load(tmp_path / "plan.json").maps
+    assert sum(head_map.num_kv_heads for pair in maps for head_map in pair) == heads
+    assert "minimised: held-out error of each layer's attention output" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("budget", ["many", "-4", "1.5", "3GB", "2"])
+def test_budgets_that_are_none(folders, tmp_path, capsys, budget):
+    search = ("search", folders / "parent", f"--budget={budget}", "--out", tmp_path, *SHAPE)
+    assert main(*search) == 2
+    assert "budget must be" in capsys.readouterr().err
 
 
 def test_eval(folders, tmp_path, capsys):

@@ -26,6 +26,7 @@ SMALL = Settings(
     context=24,
     decode_steps=2,
     repeats=1,
+    recovery_steps=2,
     calibration_shape=(2, 16),
     evaluation_shape=(2, 32),
 )
@@ -78,15 +79,20 @@ def test_speeds(report):
 def test_lossy_part(report):
     stock, *merged = report.merged
     assert [(m.method, m.kv_heads) for m in merged] == [
-        ("neighbour", 4),
-        ("similarity", 4),
-        ("neighbour", 2),
-        ("similarity", 2),
+        ("neighbour, mean", 4),
+        ("Align", 4),
+        ("measured loss", 3),
+        ("neighbour, mean", 2),
+        ("Align", 2),
+        ("measured loss", 2),
+        (f"measured loss, {SMALL.recovery_steps} steps", 2),
     ]
     assert [key_map.group_sizes for key_map, _ in merged[0].maps] == [(3, 2, 2, 2)] * 2
-    # Nine query heads with three distinct KV heads: four groups need not mix any of them.
-    assert merged[1].perplexity == pytest.approx(stock.perplexity, rel=1e-5)
-    assert merged[2].perplexity != pytest.approx(stock.perplexity, rel=1e-2)
+    # Nine query heads with three distinct KV heads: three groups need not mix any of them, so the
+    # search leaves the fourth unspent.
+    assert merged[2].perplexity == pytest.approx(stock.perplexity, rel=1e-5)
+    assert merged[3].perplexity != pytest.approx(stock.perplexity, rel=1e-2)
+    assert merged[6].perplexity != merged[5].perplexity
 
 
 def test_json(report, tmp_path):
@@ -98,7 +104,7 @@ def test_json(report, tmp_path):
     assert data["model"]["layers"] == 2
     assert data["lossless"]["maps"] == [list(m) for m in report.lossless.maps]
     assert data["attention"]["max_error"] == report.comparison.max_error
-    assert len(data["lossy"]["models"]) == 5
+    assert len(data["lossy"]["models"]) == 8
     assert data["settings"]["new_tokens"] == SMALL.new_tokens
     assert set(data["versions"]) >= {"gqa_kernels", "torch", "transformers"}
 
@@ -151,8 +157,11 @@ def test_real_model(tmp_path, capsys):
     data = json.loads(path.read_text())
     assert data["lossless"]["identical"]
     assert data["model"] == data["model"] | {"layers": 30, "query_heads": 9, "kv_heads": 3}
-    found = {(m["method"], m["kv_heads"]): m["perplexity"] for m in data["lossy"]["models"]}
-    assert found["stock", 3] < 30
-    assert found["similarity", 4] == pytest.approx(found["stock", 3], rel=1e-4)
-    assert found["similarity", 2] < found["neighbour", 2]
+    # Of each method first the model of 4 KV heads, then that of 2.
+    found: dict[str, list[float]] = {}
+    for merged in data["lossy"]["models"]:
+        found.setdefault(merged["method"], []).append(merged["perplexity"])
+    assert found["stock"][0] < 30
+    assert found["measured loss"][0] == pytest.approx(found["stock"][0], rel=1e-4)
+    assert found["measured loss"][1] < min(found["neighbour, mean"][1], found["Align"][1])
     assert data["cpu_seconds"] < 2 * 300  # five minutes on two cores

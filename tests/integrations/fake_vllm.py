@@ -15,6 +15,9 @@ FILES = {
             assert current is not None
             return current
 
+        def get_current_vllm_config_or_none():
+            return current
+
         @contextmanager
         def using(backend=None, **model):
             global current

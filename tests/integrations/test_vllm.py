@@ -260,10 +260,11 @@ class TestRegistered:
             ):
                 with using(backend, **model):
                     print(Backends.CPU_ATTN.get_class().__name__)
+            print(Backends.CPU_ATTN.get_class().__name__)  # nothing is being built
             """,
         )
         theirs, ours = "CPUAttentionBackend", "AsymGQABackend"
-        assert out.split() == [theirs, theirs, ours, ours]
+        assert out.split() == [theirs, theirs, ours, ours, theirs]
 
     def test_a_model_class_that_ignores_the_maps(self, tmp_path):
         """Loaded under a stock architecture, an uneven child would compute equal groups."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm.config import get_current_vllm_config
+from vllm.config import get_current_vllm_config_or_none
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from ...models.maps import is_uneven
@@ -19,9 +19,9 @@ from .names import BACKEND
 def __getattr__(name: str) -> Any:
     if name != "ChosenBackend":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    config = get_current_vllm_config()
-    asked = getattr(config.attention_config.backend, "name", None)
-    model = config.model_config
+    config = get_current_vllm_config_or_none()
+    asked = None if config is None else getattr(config.attention_config.backend, "name", None)
+    model = None if config is None else config.model_config
     # A model with uneven maps gets ours, too: it refuses a model class that ignores them.
     if asked == BACKEND or (model is not None and is_uneven(model.hf_text_config)):
         return AsymGQABackend
