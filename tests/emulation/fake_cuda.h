@@ -26,7 +26,7 @@ struct GqaEvent {
 using GqaHook = int (*)(const GqaEvent* event);
 
 void gqa_set_hook(GqaHook hook);
-// The facts of device `index`, that devices before it have too if they have none of their own.
+// The facts of device `index`; without them it has capability 8.0 and 4 multiprocessors.
 void gqa_set_device(int index, int capability, int num_sms, int shared_limit);
 void gqa_set_current_device(int index);
 int gqa_current_device();

@@ -55,6 +55,11 @@ FAULTS = {
         "host/backward_cuda.cpp", "current_stream(index));", "current_stream(0));",
         ERRORS, "test_ops_run_on_the_device_of_their_tensors", "invalid resource handle",
     ),
+    "another stream of the same device": Fault(
+        "host/append_cuda.cpp", "current_stream(index));",
+        "reinterpret_cast<cudaStream_t>(reinterpret_cast<char*>(current_stream(index)) + 0x1000));",
+        LAUNCHES, "test_append[dense-eager]", "device.stream",
+    ),
     "no device guard": Fault(
         "host/attention_cuda.cpp",
         "const torch::stable::accelerator::DeviceGuard guard(index);", "",
