@@ -367,3 +367,10 @@ def test_a_result_that_does_not_fit_is_named(return_lse):
     size = r"shape \(1, 1, 1099511627776, 8\) of Float, 3.277e\+04 GiB"
     with pytest.raises(RuntimeError, match=f"can't allocate memory for the output of .*{size}"):
         g.asym_gqa_attention(q, k, k, [0], return_lse=return_lse, backend="cpu")
+
+
+@pytest.mark.parametrize("name", ["alibi_slopes", "sinks", "attn_mask"])
+def test_sparse_tensors_are_refused(name):
+    x = torch.ones(3).to_sparse()
+    with pytest.raises(TypeError, match=f"{name}.layout must be torch.strided"):
+        g.asym_gqa_decode(queries(), dense(), [0, 1, 1], **{name: x})

@@ -16,7 +16,7 @@ MISSING = {
     ("unified_attention", "out"): "results are in memory of their own: copy them",
     ("unified_attention", "q_descale"): "queries are fp16, bf16 or fp32",
     ("unified_attention", "k_descale"): "a scale is one number, per head, or per token and head",
-    ("unified_attention", "qq_bias"): "packed queries take no mask",
+    ("unified_attention", "qq_bias"): "a mask covers all keys, this bias the new tokens' alone",
     (
         "paged_attention",
         "blocksparse_block_size",
