@@ -304,8 +304,11 @@ def table(rows: Sequence[Row], correlations: dict[str, list[dict[str, float]]]) 
 
 
 def _cell(values: Sequence[float]) -> str:
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.3f} ± {spread:.3f}" if values else ""
+    """Mean and spread over seeds; only the value if there is one seed."""
+    if not values:
+        return ""
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{spread}"
 
 
 def main() -> None:
@@ -352,12 +355,13 @@ def main() -> None:
 
 
 def _page(model: str, rows: Sequence[Row], correlations: dict) -> str:
+    seeds = len({row.seed for row in rows})
     return (
         f"# {model}: fewer KV heads at equal bytes, nothing trained\n\n"
-        f"`python -m benchmarks.studies.grouping {model}`, commit {commit()}, mean and standard "
-        "deviation over seeds. Error: of the attention output, over its variance, mean over layers."
-        " Shift: KL to the parent in nats a token (encoders: squared change of the last states "
-        "over their variance).\n\n" + table(rows, correlations)
+        f"`python -m benchmarks.studies.grouping {model}`, commit {commit()}. Seeds run: {seeds}; "
+        "with several, mean and standard deviation. Error: of the attention output, over its "
+        "variance, mean over layers. Shift: KL to the parent in nats a token (encoders: squared "
+        "change of the last states over their variance).\n\n" + table(rows, correlations)
     )
 
 

@@ -16,9 +16,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import combinations, product
 
-from ..grouping import SearchResult, allocate, search_groups, search_groups_curve
+import numpy as np
+
+from ..grouping import SearchResult, allocate, search, search_groups, search_groups_curve
 from ..grouping.result import canonical_labels
 from ..grouping.search.group_costs import EXHAUSTIVE_HEADS, total_cost
 from ..grouping.search.partitions import balanced_sizes, blocks
@@ -103,6 +105,7 @@ class _Side:
         self.items = old.groups  # query heads that stay together
         self.sizes = sizes
         self.found: dict[int, SearchResult] = {}
+        self._pairs: np.ndarray | None = None
         if sizes == "equal":
             offered = range(1, self.num_heads + 1)
         elif len(self.items) <= EXHAUSTIVE_HEADS:
@@ -122,8 +125,8 @@ class _Side:
             elif num_groups > len(self.items):
                 self.found[num_groups] = self._split(num_groups)
             else:
-                # Costed on demand; adjacent items are among its starting points.
-                found = search_groups(self._item_cost, len(self.items), num_groups)
+                starts = self._starts(num_groups)  # groups are costed on demand
+                found = search_groups(self._item_cost, len(self.items), num_groups, starts=starts)
                 self.found[num_groups] = self._of_items(found)
         return self.found[num_groups]
 
@@ -145,6 +148,18 @@ class _Side:
         """Adjacent heads together."""
         sizes = balanced_sizes(self.num_heads, num_groups)
         return self._known(blocks(sizes).tolist(), "neighbour")
+
+    def _starts(self, num_groups: int) -> list[tuple[int, ...]]:
+        """Partitions that are good by the losses of pairs: of any sizes, and even ones."""
+        count = len(self.items)
+        if self._pairs is None:
+            self._pairs = np.zeros((count, count))
+            for i, j in combinations(range(count), 2):
+                # A pair costs half its distance in the objective of search.
+                self._pairs[i, j] = self._pairs[j, i] = 2 * self._item_cost((i, j))
+        low, rest = divmod(count, num_groups)
+        rules = ("free", (low, low + bool(rest)))
+        return [search(self._pairs, num_groups, "local", sizes).labels for sizes in rules]
 
     def _item_cost(self, items: Sequence[int]) -> float:
         return self.cost(tuple(sorted(h for i in items for h in self.items[i])))

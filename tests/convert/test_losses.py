@@ -12,7 +12,7 @@ from gqa_kernels.convert.loss_plan import plan_by_loss
 from gqa_kernels.convert.losses import losses_of
 from gqa_kernels.convert.plan import plan
 from gqa_kernels.convert.sensitivity import layer_weights_by
-from gqa_kernels.grouping import calibrate, layer_errors
+from gqa_kernels.grouping import calibrate, layer_errors, search
 from gqa_kernels.integrations.transformers import register
 from gqa_kernels.models.families import attention_layers, layer_weights
 from tests import tiny_families
@@ -141,14 +141,18 @@ def test_copies_of_a_parent_head_stay_together():
 
 
 def test_more_heads_than_can_be_listed():
-    model = tiny(num_heads=14, num_kv_heads=14, num_hidden_layers=1)
+    model = tiny(num_heads=13, num_kv_heads=13, num_hidden_layers=1)
     found = plan(model, calibrate(model, HELD_OUT), 4, held_out=HELD_OUT, sizes="free")
     (layer,) = found.layers
     assert layer.key.num_groups == layer.value.num_groups == 4
     assert not layer.key.proved
     losses = losses_of(model, calibrate(model, HELD_OUT), HELD_OUT)[0]
-    neighbours = HeadMap([0] * 4 + [1] * 4 + [2] * 3 + [3] * 3)
+    neighbours = HeadMap([0] * 4 + [1] * 3 + [2] * 3 + [3] * 3)
     assert layer.key.objective <= sum(losses("k", g) for g in neighbours.groups)
+    D = [[2 * losses("k", (min(i, j), max(i, j))) * (i != j) for j in range(13)] for i in range(13)]
+    for sizes in ("free", (3, 4)):
+        by_pairs = search(D, 4, "local", sizes).head_map
+        assert layer.key.objective <= sum(losses("k", g) for g in by_pairs.groups) * (1 + 1e-9)
 
 
 class TestWeights:

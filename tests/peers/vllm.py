@@ -16,10 +16,7 @@ MISSING = {
     ("unified_attention", "out"): "results are in memory of their own: copy them",
     ("unified_attention", "q_descale"): "queries are fp16, bf16 or fp32",
     ("unified_attention", "k_descale"): "a scale is one number, per head, or per token and head",
-    (
-        "unified_attention",
-        "qq_bias",
-    ): "a mask is over all keys of a sequence, not over the queries' own",
+    ("unified_attention", "qq_bias"): "a mask covers all keys, this bias the new tokens' alone",
     (
         "paged_attention",
         "blocksparse_block_size",
