@@ -21,6 +21,7 @@ from .call.keywords import DecodeKeywords, RotaryKeywords
 from .call.options import Options
 from .keep import keep
 from .native.arguments import as_bool
+from .write import write
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -392,3 +393,4 @@ def append(
 # Methods of every cache, which as memory knows no backend.
 KVCache.append = append
 KVCache.keep = keep
+KVCache.write = write

@@ -51,6 +51,7 @@ class KVCache(ABC):
 
     append: Callable[..., Tensor | None]  # gqa_kernels.decode.append, which runs a backend
     keep: Callable[..., None]  # gqa_kernels.keep.keep, likewise
+    write: Callable[..., None]  # gqa_kernels.write.write, likewise
 
     _kept: tuple[tuple, list, KVView] | None = None
 

@@ -331,7 +331,7 @@ def _first_half(name: str, table: Tensor, interleaved: bool) -> Tensor:
 
 
 def _check_float_tensor(name: str, x: Tensor, q: Tensor) -> None:
-    if type(x) is not Tensor:
+    if type(x) is not Tensor or x.layout is not torch.strided:
         check_tensors(**{name: x})
     if not x.dtype.is_floating_point:
         raise TypeError(f"{name}.dtype must be floating, got {x.dtype}")

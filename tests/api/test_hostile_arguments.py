@@ -325,3 +325,52 @@ def test_one_meta_tensor_is_refused_after_good_appends(argument):
     arguments[argument] = arguments[argument].to("meta")
     with pytest.raises(ValueError, match="device"):
         dense().append(**arguments)
+
+
+OFFSETS = torch.tensor([0, 3])
+WITHOUT_NUMBERS = {
+    "dense": lambda k, v, k_of, v_of: g.asym_gqa_attention(k[None], k[None], v[None], [0]),
+    "dense, bshd": lambda k, v, k_of, v_of: g.asym_gqa_attention(
+        *(x[None].transpose(1, 2) for x in (k, k, v)), [0], layout="bshd"
+    ),
+    "varlen": lambda k, v, k_of, v_of: g.asym_gqa_varlen_attention(
+        *(x.transpose(0, 1) for x in (k, k, v)), [0], OFFSETS, OFFSETS, 3, 3
+    ),
+    "dense cache": lambda k, v, k_of, v_of: g.DenseKVCache(k[None], v[None], torch.tensor([3])),
+    "empty dense cache": lambda k, v, k_of, v_of: g.DenseKVCache.empty(
+        1, 1, 3, k_of, value_head_dim=v_of
+    ),
+    "paged cache": lambda k, v, k_of, v_of: g.PagedKVCache(
+        k[None], v[None], torch.tensor([[0]]), torch.tensor([3])
+    ),
+    "empty paged cache": lambda k, v, k_of, v_of: g.PagedKVCache.empty(
+        1, 4, 1, k_of, value_head_dim=v_of
+    ),
+    "append": lambda k, v, k_of, v_of: g.asym_gqa_decode(
+        torch.randn(1, 1, 1, 8), g.DenseKVCache.empty(1, 1, 3, 8, dtype=torch.float32), [0],
+        k_new=k[None, :, :1], v_new=v[None, :, :1],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("call", WITHOUT_NUMBERS)
+@pytest.mark.parametrize("k_of, v_of", [(0, 8), (8, 0), (0, 0)])
+def test_vectors_without_numbers(call, k_of, v_of):
+    with pytest.raises(ValueError) as error:
+        WITHOUT_NUMBERS[call](torch.randn(1, 3, k_of), torch.randn(1, 3, v_of), k_of, v_of)
+    assert "csrc" not in str(error.value)
+
+
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_a_result_that_does_not_fit_is_named(return_lse):
+    q, k = torch.zeros(1, 1, 1, 8).expand(1, 1, 2**40, 8), torch.zeros(1, 1, 3, 8)
+    size = r"shape \(1, 1, 1099511627776, 8\) of Float, 3.277e\+04 GiB"
+    with pytest.raises(RuntimeError, match=f"can't allocate memory for the output of .*{size}"):
+        g.asym_gqa_attention(q, k, k, [0], return_lse=return_lse, backend="cpu")
+
+
+@pytest.mark.parametrize("name", ["alibi_slopes", "sinks", "attn_mask"])
+def test_sparse_tensors_are_refused(name):
+    x = torch.ones(3).to_sparse()
+    with pytest.raises(TypeError, match=f"{name}.layout must be torch.strided"):
+        g.asym_gqa_decode(queries(), dense(), [0, 1, 1], **{name: x})

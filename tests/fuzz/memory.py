@@ -62,6 +62,7 @@ class Memory:
                 ``writable``.
         """
         source, dims = self.source, list(range(x.dim()))
+        strided = strided and x.dim() > 0
         gaps = [0] * x.dim()
         if strided:
             moving = dims if last_dim_free else dims[:-1]

@@ -29,7 +29,8 @@ class Precision:
         scores: type of scores, softmax and sums over tokens.
         products: type of matrix products and their results.
         base2: scale the queries before the product, to scores in units of ln 2.
-        shift: turn the head dims by so much: another order of summation.
+        shift: turn the head dims, in gradients also the queries, by so much: another order of
+            summation.
         recomputed: gradients as kernels compute them that keep no P: P from the LSE, and the
             softmax's gradient from the rounded output.
         one_by_one: sum the products of a score in one accumulator, one after another.
@@ -222,7 +223,8 @@ class Sequence:
         dout, dlse = dout.to(p.products), dlse.to(p.scores)
         v = self.v.to(p.products)[self.value_map]
         dropped = self._dropped(probabilities).to(p.products)
-        dv = (dropped.transpose(1, 2) @ dout).to(p.scores)
+        tokens = p.order(self.q.shape[1])  # sums over these come in another order too
+        dv = (dropped[:, tokens].transpose(1, 2) @ dout[:, tokens]).to(p.scores)
         value_order = p.order(v.shape[-1])
         dp = self._dropped(p.dot(dout[..., value_order], v[..., value_order]).to(p.scores))
         if p.recomputed:
@@ -242,7 +244,7 @@ class Sequence:
         k = self.k.to(p.products)[self.key_map][..., order]
         q = self.q.to(p.products)[..., order]
         dq = scale * (ds @ k).to(p.scores)[..., columns]
-        dk = scale * (ds.transpose(1, 2) @ q).to(p.scores)[..., columns]
+        dk = scale * (ds[:, tokens].transpose(1, 2) @ q[:, tokens]).to(p.scores)[..., columns]
         found["q"] = dq
         for name, per_head, head_map, like in (
             ("k", dk, self.key_map, self.k),
@@ -316,7 +318,7 @@ def check_gradients(
     if not sequences:
         return
     q, v = sequences[0].q, sequences[0].v
-    dtype, dim = q.dtype, max(q.shape[2], v.shape[2])
+    dtype, dim = q.dtype, max(q.shape[2], v.shape[2], q.shape[1])
     calls = list(zip(sequences, douts, dlses, strict=True))
 
     def computed(p: Precision) -> dict[str, Tensor]:

@@ -99,6 +99,10 @@ def test_strides_and_poison_around_placed_values():
         assert whole.isnan().sum() == inside - x.numel()
 
 
+def test_one_number_is_placed():
+    assert Draw(0).memory.place(torch.tensor(2.5), strided=True).item() == 2.5
+
+
 def call_with(check=lambda result: None, function=lambda **_: None, **arguments) -> Call:
     return Call(function, arguments, check, ("name",))
 

@@ -102,6 +102,19 @@ def test_chunks_and_decode_in_one_batch(head_map, queries, window, softcap, with
             eager.check(out[own].transpose(0, 1)[None], None, define, 32)
 
 
+def test_reshape_and_cache():
+    """Padding has slot -1."""
+    k, v, _, _ = paged(16)
+    slots = torch.tensor([17, -1, 3, 64])
+    new = random(4, k.shape[2], 32), random(4, k.shape[2], 32)
+    expected = [x.clone().flatten(0, 1) for x in (k, v)]
+    for x, y in zip(expected, new, strict=True):
+        x[slots[slots >= 0]] = y[slots >= 0]
+    vllm.reshape_and_cache(*new, k, v, slots)
+    for x, y in zip((k, v), expected, strict=True):
+        assert torch.equal(x.flatten(0, 1), y)
+
+
 @pytest.mark.parametrize("which", vllm.MISSING, ids="-".join)
 def test_what_cannot_be_said_is_refused(which):
     function, argument = which
@@ -113,21 +126,15 @@ def test_what_cannot_be_said_is_refused(which):
             cu = torch.arange(5)
             vllm.unified_attention(q, k, v, cu, 1, lengths, 64, 0.2, True, (-1, -1), table, 0.0,
                                    **{argument: value})  # fmt: skip
-        elif function == "paged_attention":
-            vllm.paged_attention(q, k, v, 2, 0.2, table, lengths, 16, 64, **{argument: 16})
         else:
-            vllm.reshape_and_cache(q, q, k, v, torch.arange(4))
+            vllm.paged_attention(q, k, v, 2, 0.2, table, lengths, 16, 64, **{argument: 16})
 
 
 def test_and_is_still_missing():
     """When ours takes such an argument the shim must pass it on."""
     parameters = inspect.signature(asym_gqa_decode).parameters
-    assert not {"out", "q_scale", "q_descale", "slot_mapping"} & set(parameters)
-    q, mask = random(4, 8, 32), torch.ones(1, 1, 1, 1, dtype=torch.bool)
+    assert not {"out", "q_scale", "q_descale"} & set(parameters)
     k, v, table, _ = paged(16)
-    cache = vllm.PagedKVCache(k, v, table, torch.tensor(LENGTHS), order="NHD")
-    with pytest.raises(ValueError, match="attn_mask must be None"):
-        asym_gqa_decode(q, cache, MAPS["even"], cu_seqlens_q=torch.arange(5), attn_mask=mask)
     with pytest.raises(ValueError, match="k_scale must have"):
         stored = [x.to(torch.float8_e4m3fn) for x in (k, v)]
         vllm.PagedKVCache(*stored, table, torch.tensor(LENGTHS), order="NHD",

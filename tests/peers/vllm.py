@@ -16,12 +16,11 @@ MISSING = {
     ("unified_attention", "out"): "results are in memory of their own: copy them",
     ("unified_attention", "q_descale"): "queries are fp16, bf16 or fp32",
     ("unified_attention", "k_descale"): "a scale is one number, per head, or per token and head",
-    ("unified_attention", "qq_bias"): "packed queries take no mask",
+    ("unified_attention", "qq_bias"): "a mask covers all keys, this bias the new tokens' alone",
     (
         "paged_attention",
         "blocksparse_block_size",
     ): "no block is left out; a mask hides keys",
-    ("reshape_and_cache", "slot_mapping"): "new tokens go behind each sequence's length",
 }
 FORMATS = {"fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn,
            "fp8_e5m2": torch.float8_e5m2}  # fmt: skip
@@ -76,4 +75,6 @@ def unified_attention(
 
 def reshape_and_cache(key, value, key_cache, value_cache, slot_mapping) -> None:
     """Write tokens to slots of the whole cache."""
-    refuse("reshape_and_cache", "slot_mapping", slot_mapping.tolist())
+    table, lengths = torch.zeros(0, 1, dtype=torch.int32), torch.zeros(0, dtype=torch.int32)
+    cache = PagedKVCache(key_cache, value_cache, table, lengths, order="NHD")
+    cache.write(key, value, slot_mapping)
