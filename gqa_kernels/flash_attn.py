@@ -1,8 +1,6 @@
 """FlashAttention 2's functions with one more argument, ``head_map``.
 
-Replace the import, and pass a map where the groups are uneven::
-
-    from gqa_kernels.flash_attn import flash_attn_func
+Import them from this module, and pass a map if the groups are uneven::
 
     out = flash_attn_func(q, k, v, causal=True, head_map=[0, 0, 0, 1, 2, 2])
 

@@ -1,6 +1,4 @@
-"""``torch.nn.functional.scaled_dot_product_attention`` with one more argument, ``head_map``.
-
-    from gqa_kernels.sdpa import scaled_dot_product_attention
+"""``torch.nn.functional.scaled_dot_product_attention`` with one more argument, ``head_map``::
 
     out = scaled_dot_product_attention(query, key, value, is_causal=True, head_map=[0, 0, 1])
 

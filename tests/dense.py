@@ -10,8 +10,10 @@ HIDING = -(2 - 2**-23) * 2.0**126  # half of fp32's lowest number: additive valu
 def dense_attention(
     q, k, v, head_map, *, value_head_map=None, causal=False, scale=None, window=None,
     softcap=None, alibi_slopes=None, sinks=None, attn_mask=None, kv_lengths=None,
+    batch_invariant=False,
 ):  # fmt: skip
-    """out ``[B, Hq, Sq, Dv]`` and LSE ``[B, Hq, Sq]`` in fp64 from bhsd torch tensors."""
+    """out ``[B, Hq, Sq, Dv]`` and LSE ``[B, Hq, Sq]`` in fp64 from bhsd torch tensors.
+    ``batch_invariant`` concerns rounding alone."""
     q, k, v = (x.detach().double().cpu().numpy() for x in (q, k, v))
     batch, heads, q_len, dim = q.shape
     k_heads, k_len = k.shape[1:3]

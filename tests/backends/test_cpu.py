@@ -209,13 +209,14 @@ def structured_masks(q_len, kv_len, heads):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("q_len", [2, 200])
+@pytest.mark.parametrize("q_len", [2, 130])
 def test_masks_that_hide_whole_tiles(isa, q_len, dtype):
-    q, k, v = make_inputs(2, UNEVEN, q_len, 500, 16, dtype=dtype)
+    q, k, v = make_inputs(1, UNEVEN, q_len, 500, 16, dtype=dtype)
+    with_options = {"window": (260, 9), "softcap": 5.0}
     for name, mask in structured_masks(q_len, 500, 6).items():
         low = torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, -torch.inf)
         for form in (mask, low, low.float() + 0.5 * (torch.arange(500) % 90 == 3)):
-            for options in ({}, {"window": (260, 9), "softcap": 5.0}):
+            for options in ({}, with_options) if form is mask else (with_options,):
                 try:
                     check(q, k, v, UNEVEN, attn_mask=form, **options)
                 except AssertionError as error:

@@ -46,7 +46,7 @@ def test_number_of_groups(num_groups):
 def test_a_plan_by_key_norms(shared):
     model = tiny(num_kv_heads=6)
     stats = calibrate(model, [batch([12, 12], "right")])
-    found = plan(model, stats, 2, method="key_norm", shared=shared)
+    found = plan(model, stats, 2, kind="functional", method="key_norm", sizes="free", shared=shared)
     for at, of in zip(attention_layers(model), found.layers, strict=True):
         norms = key_norms(layer_weights(at), 2, stats[at.index]).numpy()
         for result in (of.key, of.value):

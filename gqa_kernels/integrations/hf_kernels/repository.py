@@ -30,7 +30,7 @@ CORE = "core"  # the package's folder in a variant
 LEFT_OUT = (
     "__main__.py", "testing.py", "cli", "convert", "demo", "grouping", "nn", "parallel",
     "samples", "train_demo", "integrations/engine_layer.py",
-    "integrations/hf_kernels", "integrations/sglang", "integrations/vllm",
+    "integrations/hf_kernels", "integrations/kvpress", "integrations/sglang", "integrations/vllm",
 )  # fmt: skip
 CUDA_ARCHS = ["8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]  # Triton compiles for what it finds
 BACKENDS = {
