@@ -312,7 +312,7 @@ class PageAllocator:
             raise OutOfPages(f"{needed} pages are needed, {len(self._free)} are free")
 
     def _unshare(self, sequence: _Sequence, entry: int) -> list[tuple[int, int]]:
-        """Give a sequence a page of its own in the place of one that others hold too; the copy to
+        """Give a sequence a page of its own instead of one that others hold too; the copy to
         make, if any."""
         shared = sequence.pages[entry]
         if self._holders[shared] == 1:

@@ -38,7 +38,7 @@ class Child:
     oracle: nn.Module
 
     def expected(self, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
-        """Greedy continuations, each computed from all tokens anew: without a cache."""
+        """Greedy continuations, each computed from all tokens so far, without a cache."""
         found = []
         for prompt in prompts:
             ids = list(prompt)

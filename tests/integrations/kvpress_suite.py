@@ -1,4 +1,4 @@
-"""kvpress's own tests with our cache and attention in the place of DynamicCache and SDPA.
+"""kvpress's own tests with our cache and attention instead of DynamicCache and SDPA.
 
     python -m tests.integrations.kvpress_suite CLONE [--note ...] [--save]
 
