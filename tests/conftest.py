@@ -10,9 +10,9 @@ CPU_FACTS = Path("/proc/cpuinfo")
 if CPU_FACTS.exists() and "avx512f" in CPU_FACTS.read_text():
     os.environ.setdefault("OPENBLAS_CORETYPE", "Haswell")
 
-import pytest
-import torch
-from hypothesis import HealthCheck, settings
+import pytest  # noqa: E402  (numpy and torch read the environment)
+import torch  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton's kernels on CPU tensors
