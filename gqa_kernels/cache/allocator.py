@@ -143,8 +143,9 @@ class PageAllocator:
         """Make the pages that keep a part of a sequence's keys writable, and free the others.
 
         Run :meth:`gqa_kernels.PagedKVCache.keep` on the cache at this batch before the next append:
-        the batch still has every page, so that the keys can be moved out of those freed. Pages
-        that other sequences hold too, and that the kept keys will lie in, are copied.
+        the batch still lists every page, because the kept keys have to be read from the pages that
+        are freed. If the kept keys will lie in a page that another sequence uses too, that page is
+        copied.
 
         Args:
             sequences: names, each at most once.
