@@ -1,8 +1,8 @@
 """Tensor parallelism of vLLM models with head maps: the part of one rank.
 
 vLLM's layers divide every size by the number of ranks. Here sizes need not divide: a model is built
-as if there were one rank (:func:`one_rank`), with the sizes of this rank's part. Its parameters then
-load that part of the checkpoint's tensors, and :class:`SummedLinear` adds up what the ranks
+as if there were one rank (:func:`one_rank`), with the sizes of this rank's part. Its parameters
+then load that part of the checkpoint's tensors, and :class:`SummedLinear` adds up what the ranks
 computed. Each rank holds the query heads that :meth:`gqa_kernels.HeadMap.shard` assigns to it and
 the KV heads that these read, an equal slice of the feed-forward layers, and all of the vocabulary.
 """
