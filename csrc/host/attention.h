@@ -16,7 +16,7 @@ Forward attention_forward_cpu, attention_forward_cuda;
 ForwardOutput attention_output_cpu, attention_output_cuda;
 
 // The arguments of attention_forward, in the order of its schema.
-template <Forward* forward>
+template <auto* forward>
 auto attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& head_map,
                std::optional<double> scale, int64_t window_left, int64_t window_right,
                double softcap, bool batch_invariant, bool bshd, const OptionalTensor& kv_lengths,
@@ -55,16 +55,16 @@ auto attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& 
                  bshd);
 }
 
-// Likewise of attention_output, which has few of them.
+// Likewise of attention_output, which has few of them: the others are those of a call without.
 template <ForwardOutput* forward>
 Tensor attention_output(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& head_map,
                         std::optional<double> scale, int64_t window_left, int64_t window_right,
                         double softcap, bool bshd, const OptionalTensor& kv_lengths,
                         const OptionalTensor& page_table, const OptionalTensor& sinks) {
   const OptionalTensor none;
-  Inputs in{q, k, v, head_map, none, none, sinks, none, kv_lengths, page_table, none, none, 0, 0,
-            none, none, none, none, scale, window_left, window_right, softcap, false, 0.0, none};
-  return forward(in, bshd);
+  return attention<forward>(q, k, v, head_map, scale, window_left, window_right, softcap, false,
+                            bshd, kv_lengths, page_table, none, sinks, none, none, none, none, 0, 0,
+                            none, none, none, none, 0.0, none);
 }
 
 }  // namespace gqa::host

@@ -121,7 +121,9 @@ int64_t check_storage_shapes(const Inputs& in, int64_t batch, Sizes k, Sizes v) 
   return max_pages * page_size;
 }
 
-int64_t batch_of(const Inputs& in, Sizes q) { return in.kv_lengths ? in.kv_lengths->size(0) : q[0]; }
+int64_t batch_of(const Inputs& in, Sizes q) {
+  return in.kv_lengths ? in.kv_lengths->size(0) : q[0];
+}
 
 // Checked: sizes of q, k or v, whose elements hold one or two numbers.
 void check_head_dim(const char* name, Sizes sizes, int64_t numbers, int64_t max_head_dim) {
