@@ -143,7 +143,7 @@ def resolve_map(
         try:
             value = interned_map(entries, num_kv_heads)
         except ValueError:
-            for head, entry in enumerate(entries):
+            for head, entry in enumerate(bounded(name, entries)):
                 if not 0 <= entry < num_kv_heads:
                     raise ValueError(
                         f"{name} entries must lie in [0, {rule} ({num_kv_heads})), "
