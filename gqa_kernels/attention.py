@@ -62,6 +62,7 @@ def asym_gqa_attention(
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
     attn_mask: Tensor | None = None,
+    key_ranges: Tensor | None = None,
     kv_lengths: Tensor | Sequence[int] | None = None,
     dropout_p: float = 0.0,
     layout: Layout = "bhsd",
@@ -114,6 +115,10 @@ def asym_gqa_attention(
         attn_mask: boolean (True is visible) or additive, broadcastable to ``[B, Hq, Sq, Sk]`` in
             either layout. An additive value below ``torch.finfo(torch.float32).min / 2``
             (about -1.7e38) hides the key, as -inf and ``torch.finfo(torch.float32).min`` do.
+        key_ranges: integers ``[B, 1 or Hq, Sq, 2]``: query ``i`` sees the keys ``begin <= j <
+            end`` of its range, besides what the other options hide: a prefix that all see, packed
+            documents, the branches of a draft. The CPU backend skips keys that no query of a block
+            may see. On the CPU and in the reference.
         kv_lengths: ``[B]`` or ``[B, Hk]`` integers: valid keys per sequence, or per sequence and
             key head (K and V of a query head then have that length).
         dropout_p: part of the probabilities to drop, as SDPA's: the others are divided by
@@ -150,7 +155,7 @@ def asym_gqa_attention(
     aux = None if return_aux is None else as_aux_request(return_aux, return_lse)
     call = AttentionCall.dense(
         q, k, v, head_map, value_head_map, causal, scale, window, softcap, alibi_slopes, sinks,
-        attn_mask, kv_lengths, dropout_p, layout, batch_invariant,
+        attn_mask, kv_lengths, dropout_p, layout, batch_invariant, key_ranges,
     )  # fmt: skip
     call.lse_wanted = return_lse or (aux is not None and aux.lse)
     if call.options.dropout_p:

@@ -76,6 +76,7 @@ def asym_gqa_decode(
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
     attn_mask: Tensor | None = None,
+    key_ranges: Tensor | None = None,
     layout: Layout = "bhsd",
     return_lse: bool = False,
     return_aux: AuxRequest | None = None,
@@ -109,6 +110,9 @@ def asym_gqa_decode(
             have fewer keys than the capacity: the others are hidden. With ``cu_seqlens_q``, Sq is
             ``max_seqlen_q``, and queries are counted in their sequence (on the CPU and in the
             reference).
+        key_ranges: ``[B, 1 or Hq, Sq, 2]``, as for ``asym_gqa_attention``, over the keys of a
+            sequence. With ``cu_seqlens_q``, Sq is ``max_seqlen_q``, and queries are counted in
+            their sequence.
         advance: count the appended tokens in ``cache.lengths``. Caches of several layers may share
             one ``lengths``: then only the last one advances it.
         layout, return_lse, return_aux, deterministic, batch_invariant, backend: as for
@@ -129,8 +133,8 @@ def asym_gqa_decode(
     call = decode_call(
         q, cache, head_map, causal=causal, scale=scale, window=window, softcap=softcap,
         cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q, value_head_map=value_head_map,
-        alibi_slopes=alibi_slopes, sinks=sinks, attn_mask=attn_mask, layout=layout,
-        batch_invariant=batch_invariant,
+        alibi_slopes=alibi_slopes, sinks=sinks, attn_mask=attn_mask, key_ranges=key_ranges,
+        layout=layout, batch_invariant=batch_invariant,
     )  # fmt: skip
     plan = DecodePlan(call, layout, select(call, backend))
     if k_new is None:

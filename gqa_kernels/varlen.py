@@ -63,6 +63,7 @@ def asym_gqa_varlen_attention(
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
     attn_mask: Tensor | None = None,
+    key_ranges: Tensor | None = None,
     return_lse: bool = False,
     deterministic: bool = False,
     batch_invariant: bool = False,
@@ -83,6 +84,8 @@ def asym_gqa_varlen_attention(
         alibi_slopes: ``[Hq]`` or ``[B, Hq]``.
         attn_mask: broadcastable to ``[B, Hq, max_seqlen_q, max_seqlen_k]``; queries and keys are
             counted in their sequence. On the CPU and in the reference.
+        key_ranges: ``[B, 1 or Hq, max_seqlen_q, 2]``, as for ``asym_gqa_attention``; queries and
+            keys are counted in their sequence.
         head_map, value_head_map, causal, scale, window, softcap, sinks, return_lse, deterministic,
         batch_invariant, backend: as for ``asym_gqa_attention``.
 
@@ -99,7 +102,7 @@ def asym_gqa_varlen_attention(
     call = varlen_call(
         q, k, v, head_map, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, scale,
         window, softcap, batch_invariant, value_head_map=value_head_map, alibi_slopes=alibi_slopes,
-        sinks=sinks, attn_mask=attn_mask,
+        sinks=sinks, attn_mask=attn_mask, key_ranges=key_ranges,
     )  # fmt: skip
     call.lse_wanted = return_lse
     out, lse = attend(call, backend)

@@ -10,7 +10,7 @@ HIDING = -(2 - 2**-23) * 2.0**126  # half of fp32's lowest number: additive valu
 def dense_attention(
     q, k, v, head_map, *, value_head_map=None, causal=False, scale=None, window=None,
     softcap=None, alibi_slopes=None, sinks=None, attn_mask=None, kv_lengths=None,
-    batch_invariant=False,
+    batch_invariant=False, key_ranges=None,
 ):  # fmt: skip
     """out ``[B, Hq, Sq, Dv]`` and LSE ``[B, Hq, Sq]`` in fp64 from bhsd torch tensors.
     ``batch_invariant`` concerns rounding alone."""
@@ -23,6 +23,8 @@ def dense_attention(
         kind = attn_mask.dtype
         attn_mask = np.broadcast_to(attn_mask.double().cpu().numpy(), (batch, heads, q_len, k_len))
         boolean = "bool" in str(kind)
+    if key_ranges is not None:
+        key_ranges = np.broadcast_to(key_ranges.cpu().numpy(), (batch, heads, q_len, 2))
     if kv_lengths is not None:
         kv_lengths = np.asarray(kv_lengths).reshape(batch, -1)
         kv_lengths = np.broadcast_to(kv_lengths, (batch, k_heads))
@@ -43,6 +45,8 @@ def dense_attention(
             if left is not None and j < position - left:
                 continue
             if right is not None and j > position + right:
+                continue
+            if key_ranges is not None and not key_ranges[b, h, i, 0] <= j < key_ranges[b, h, i, 1]:
                 continue
             s = float(q[b, h, i] @ k[b, kv, j]) * (dim**-0.5 if scale is None else scale)
             if softcap is not None:

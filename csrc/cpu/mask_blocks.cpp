@@ -107,7 +107,9 @@ struct MaskBlocks::Reading {
   }
 };
 
-MaskBlocks::MaskBlocks(const AttentionParams& params, const ThreadPool& pool) {
+MaskBlocks::MaskBlocks(const AttentionParams& params, const KeyRanges& ranges,
+                       const ThreadPool& pool)
+    : ranges_(ranges) {
   if (params.attn_mask == nullptr) return;
   const auto rows_of = [](int64_t stride, int64_t n) { return stride == 0 ? 1 : n; };
   const int64_t batch = rows_of(params.mask_stride_b, params.batch);

@@ -1,6 +1,6 @@
-// Where a mask matters: for each of its rows and each block of 16 keys, whether the mask hides all of
-// them, and whether it changes any score. Kernels skip keys that no row of a tile sees, and read the
-// mask only in blocks that it changes.
+// Which keys a row sees, by the call's mask and key ranges too. For each row of a mask and each block
+// of 16 keys: whether the mask hides all of them, and whether it changes any score. Kernels skip keys
+// that no row of a tile sees, and read the mask only in blocks that it changes.
 #pragma once
 
 #include <cstdint>
@@ -8,16 +8,10 @@
 
 #include "../core/params.h"
 #include "../core/visible.h"
+#include "key_ranges.h"
 #include "thread_pool.h"
 
 namespace gqa::cpu {
-
-// The number of a query token in its sequence, from 0: the row of its mask. (The last token of every
-// sequence is number Sq - 1 elsewhere.)
-inline int64_t query_number(const AttentionParams& params, int64_t b, int64_t token) {
-  if (params.q_offsets == nullptr) return token;
-  return token + params.q_offsets[b + 1] - params.q_offsets[b] - params.q_len;
-}
 
 // The run of a tile's keys, counted from its first, that holds all keys a row sees; empty if begin
 // >= end. changed: whether the mask hides some keys of the run, or adds to their scores.
@@ -29,16 +23,29 @@ struct MaskRun {
 class MaskBlocks {
  public:
   // Reads the whole mask once, on the pool's threads.
-  MaskBlocks(const AttentionParams& params, const ThreadPool& pool);
+  MaskBlocks(const AttentionParams& params, const KeyRanges& ranges, const ThreadPool& pool);
 
   bool has_mask() const { return !rows_.empty(); }
-  // Whether all heads have the same mask.
-  bool same_for_heads() const { return stride_h_ == 0; }
+  // Whether a mask or ranges hide keys that lengths, causality and windows don't.
+  bool hides_keys() const { return has_mask() || ranges_.data != nullptr; }
+  // Whether all heads have the same mask and ranges.
+  bool same_for_heads() const { return stride_h_ == 0 && ranges_.stride_h == 0; }
 
-  // The keys from the first block to the last in which a row sees any. query: its number.
-  KeyRange keys(int64_t b, int64_t h, int64_t query) const {
-    const Row& row = rows_[index(b, h, query)];
-    return {row.begin * kBlockKeys, row.end * kBlockKeys};
+  // Of `all` keys, those from the first block to the last in which a row sees any. query: its number.
+  KeyRange keys(int64_t b, int64_t h, int64_t query, KeyRange all) const {
+    if (has_mask()) {
+      const Row& row = rows_[index(b, h, query)];
+      all.begin = std::max(all.begin, row.begin * kBlockKeys);
+      all.end = std::min(all.end, row.end * kBlockKeys);
+    }
+    return ranges_.within(all, b, h, query);
+  }
+
+  // The keys of a query token by everything but the mask.
+  KeyRange visible(const AttentionParams& params, int64_t length, int64_t b, int64_t h,
+                   int64_t token) const {
+    const KeyRange keys = visible_keys(params, length, token);
+    return ranges_.data ? ranges_.within(keys, b, h, query_number(params, b, token)) : keys;
   }
 
   // Of keys first to first + n - 1, at most 128, of a row.
@@ -78,6 +85,7 @@ class MaskBlocks {
 
   struct Reading;
 
+  const KeyRanges ranges_;
   int64_t stride_b_ = 0, stride_h_ = 0, stride_q_ = 0;  // rows; 0 if the mask is the same for all
   int64_t row_words_ = 0;                               // one more than its blocks need
   std::vector<Row> rows_;

@@ -68,7 +68,7 @@ Inputs AppendedCache::inputs() const {
           1.0,          -1,
           -1,           0.0,
           false,        0.0,
-          none_};
+          none_,        none_};
 }
 
 AppendParams params_of(const AppendInputs& in, const AttentionParams& cache,

@@ -26,7 +26,7 @@ auto attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& 
                const OptionalTensor& q_offsets, int64_t max_q_len, int64_t max_kv_len,
                const OptionalTensor& k_scale, const OptionalTensor& v_scale,
                const OptionalTensor& k_zero, const OptionalTensor& v_zero, double dropout_p,
-               const OptionalTensor& dropout_seed) {
+               const OptionalTensor& dropout_seed, const OptionalTensor& key_ranges) {
   return forward({q,
                   k,
                   v,
@@ -51,7 +51,8 @@ auto attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& 
                   softcap,
                   batch_invariant,
                   dropout_p,
-                  dropout_seed},
+                  dropout_seed,
+                  key_ranges},
                  bshd);
 }
 
@@ -64,7 +65,7 @@ Tensor attention_output(const Tensor& q, const Tensor& k, const Tensor& v, const
   const OptionalTensor none;
   return attention<forward>(q, k, v, head_map, scale, window_left, window_right, softcap, false,
                             bshd, kv_lengths, page_table, none, sinks, none, none, none, none, 0, 0,
-                            none, none, none, none, 0.0, none);
+                            none, none, none, none, 0.0, none, none);
 }
 
 }  // namespace gqa::host

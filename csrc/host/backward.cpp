@@ -31,7 +31,7 @@ const float* copy_rows(const float* x, int64_t heads, int64_t tokens, int64_t fi
 
 // Gradients of packed sequences, each as a dense call of its own, which spreads over the threads.
 void backward_of_sequences(const BackwardParams& all, const cpu::ThreadPool& pool,
-                           bool batch_invariant) {
+                           bool batch_invariant, const cpu::KeyRanges& ranges) {
   const AttentionParams& call = all.call;
   const int64_t heads = call.num_heads;
   std::vector<float> lse, dlse, dsinks(heads);
@@ -66,7 +66,9 @@ void backward_of_sequences(const BackwardParams& all, const cpu::ThreadPool& poo
     one.dv = from_token(all.dv, begin, all.dv_stride, call.dtype);
     if (all.dslopes) one.dslopes += b * heads;
     if (all.dsinks) one.dsinks = dsinks.data();
-    cpu::attention_backward(one, pool, batch_invariant);
+    cpu::KeyRanges own = ranges;
+    if (own.data) own.data += b * own.stride_b;
+    cpu::attention_backward(one, pool, batch_invariant, own);
     for (int64_t h = 0; all.dsinks && h < heads; ++h) all.dsinks[h] += dsinks[h];
   }
 }
@@ -78,9 +80,9 @@ Gradients attention_backward_cpu(const Inputs& in, const Results& results) {
   check_results(in, results, check_cpu);
   auto [gradients, params] = add_gradients(call.params, in, results);
   if (in.q_offsets) {
-    backward_of_sequences(params, torch_threads(), in.batch_invariant);
+    backward_of_sequences(params, torch_threads(), in.batch_invariant, call.key_ranges);
   } else {
-    cpu::attention_backward(params, torch_threads(), in.batch_invariant);
+    cpu::attention_backward(params, torch_threads(), in.batch_invariant, call.key_ranges);
   }
   return gradients;
 }

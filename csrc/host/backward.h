@@ -21,8 +21,8 @@ Gradients attention_backward(const Tensor& dout, const OptionalTensor& dlse, con
                              const OptionalTensor& q_offsets, int64_t max_q_len, int64_t max_kv_len,
                              std::optional<double> scale, int64_t window_left, int64_t window_right,
                              double softcap, bool batch_invariant, double dropout_p,
-                             const OptionalTensor& dropout_seed, bool need_slopes,
-                             bool need_sinks) {
+                             const OptionalTensor& dropout_seed, const OptionalTensor& key_ranges,
+                             bool need_slopes, bool need_sinks) {
   const OptionalTensor none;
   return backward({q,
                    k,
@@ -48,7 +48,8 @@ Gradients attention_backward(const Tensor& dout, const OptionalTensor& dlse, con
                    softcap,
                    batch_invariant,
                    dropout_p,
-                   dropout_seed},
+                   dropout_seed,
+                   key_ranges},
                   {dout, dlse, out, lse, need_slopes, need_sinks});
 }
 

@@ -55,6 +55,12 @@ Call::Call(const Inputs& in) {
   if (in.kv_begin) copy_begins(in);
   if (in.q_offsets) copy_offsets(in);
   if (in.q_offsets && in.attn_mask) check_packed_mask(*in.attn_mask);
+  if (in.key_ranges) {
+    if (in.q_offsets) check_packed_queries(*in.key_ranges);
+    const Strides strides = strides_of(*in.key_ranges);
+    key_ranges = {static_cast<const int32_t*>(in.key_ranges->const_data_ptr()), strides.b,
+                  strides.h, strides.s};
+  }
 }
 
 void Call::copy_begins(const Inputs& in) {
@@ -79,11 +85,14 @@ void Call::copy_offsets(const Inputs& in) {
   }
 }
 
-// A mask of packed sequences has room for the longest.
+// A mask or key ranges of packed sequences have room for the longest.
+void Call::check_packed_queries(const Tensor& x) const {
+  STD_TORCH_CHECK(params.q_len <= x.size(2), "max_q_len must be at least the longest sequence of ",
+                  "q_offsets (", params.q_len, "), got ", x.size(2));
+}
+
 void Call::check_packed_mask(const Tensor& mask) const {
-  STD_TORCH_CHECK(params.q_len <= mask.size(2),
-                  "max_q_len must be at least the longest sequence of ", "q_offsets (",
-                  params.q_len, "), got ", mask.size(2));
+  check_packed_queries(mask);
   for (int64_t b = 0; b < params.batch; ++b) {
     for (int64_t h = 0; h < params.num_k_heads; ++h) {
       const int64_t keys = kv_length(params, b, h);

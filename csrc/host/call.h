@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "../cpu/forward/attention.h"
+#include "../cpu/key_ranges.h"
 #include "inputs.h"
 
 namespace gqa::host {
@@ -17,10 +18,12 @@ class Call {
   Call& operator=(const Call&) = delete;
 
   AttentionParams params;  // without outputs
+  cpu::KeyRanges key_ranges;
 
  private:
   void copy_begins(const Inputs& in);
   void copy_offsets(const Inputs& in);
+  void check_packed_queries(const Tensor& x) const;
   void check_packed_mask(const Tensor& mask) const;
 
   std::vector<int32_t> key_map_, value_map_, kv_begin_, q_offsets_;

@@ -62,7 +62,8 @@ void check_dtypes(const Inputs& in) {
                                             {"kv_lengths", get(in.kv_lengths)},
                                             {"page_table", get(in.page_table)},
                                             {"kv_begin", get(in.kv_begin)},
-                                            {"q_offsets", get(in.q_offsets)}}) {
+                                            {"q_offsets", get(in.q_offsets)},
+                                            {"key_ranges", get(in.key_ranges)}}) {
     if (x) check_dtype(name, *x, ScalarType::Int);
   }
   for (const auto& [name, x] :
@@ -153,6 +154,10 @@ void check_shapes(const Inputs& in, int64_t max_head_dim) {
                 {batch, heads, in.q_offsets ? in.max_q_len : tokens,
                  in.q_offsets && shares_storage(in) ? in.max_kv_len : kv_len});
   }
+  if (in.key_ranges) {
+    check_shape("key_ranges", *in.key_ranges,
+                {batch, heads, in.q_offsets ? in.max_q_len : tokens, 2});
+  }
   STD_TORCH_CHECK(in.dropout_p >= 0 && in.dropout_p < 1, "dropout_p must lie in [0, 1), got ",
                   in.dropout_p);
   STD_TORCH_CHECK(in.dropout_p == 0 || in.dropout_seed,
@@ -238,12 +243,14 @@ void check_inputs(const Inputs& in, int64_t max_head_dim,
                                             {"v_scale", get(in.v_scale)},
                                             {"k_zero", get(in.k_zero)},
                                             {"v_zero", get(in.v_zero)},
-                                            {"dropout_seed", get(in.dropout_seed)}}) {
+                                            {"dropout_seed", get(in.dropout_seed)},
+                                            {"key_ranges", get(in.key_ranges)}}) {
     if (x) check_device(name, *x, in.q);
   }
   check_last_dim_contiguous("q", in.q);
   check_last_dim_contiguous("k", in.k);
   check_last_dim_contiguous("v", in.v);
+  if (in.key_ranges) check_last_dim_contiguous("key_ranges", *in.key_ranges);
   check_shapes(in, max_head_dim);
 }
 

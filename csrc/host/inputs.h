@@ -28,6 +28,7 @@ struct Inputs {
   bool batch_invariant;
   double dropout_p;
   const OptionalTensor& dropout_seed;  // int64 [2]: seed, offset
+  const OptionalTensor& key_ranges;    // int32 [B, Hq, Sq, 2]; CPUs only
 };
 
 Strides strides_of(const Tensor& x);

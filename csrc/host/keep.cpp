@@ -44,7 +44,7 @@ void cache_keep_cpu(const Tensor& indices, const Tensor& counts, Tensor k, Tenso
   const Inputs inputs{q,       k,       v,          head_map, none, none, none,
                       none,    lengths, page_table, kv_begin, none, 0,    0,
                       k_scale, v_scale, k_zero,     v_zero,   1.0,  -1,   -1,
-                      0.0,     false,   0.0,        none};
+                      0.0,     false,   0.0,        none,     none};
   const Call call(inputs);
   for (const auto& [name, x] : {std::pair{"indices", &indices}, {"counts", &counts}}) {
     check_dtype(name, *x, ScalarType::Int);

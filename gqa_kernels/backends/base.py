@@ -33,6 +33,7 @@ ALL_OPTIONS = frozenset(
         "dropout",
         "batch_invariant",
         "varlen_mask",
+        "key_ranges",
         "mask_gradient",
         "torch_func",
     }
@@ -45,7 +46,9 @@ ALL_CACHES = frozenset(
 
 
 # What backends with a backward op can't have: it is differentiated once, and in reverse.
-FUSED_OPTIONS = ALL_OPTIONS - {"mask_gradient", "torch_func", "batch_invariant", "varlen_mask"}
+FUSED_OPTIONS = ALL_OPTIONS - {
+    "mask_gradient", "torch_func", "batch_invariant", "varlen_mask", "key_ranges",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,8 @@ _CACHE_HEADS = ("key heads of the cache", "value heads of the cache")
 # Bits of AttentionCall.kind, above those of KVView.kind.
 (
     _DEVICE_MAP, _VALUE_MAP, _VALUE_DEVICE_MAP, _SLOPES, _SINKS, _MASK, _ADDITIVE_MASK,
-    _MASK_GRADIENT, _PACKED_QUERIES, _DROPOUT_SEED, _IN_CACHE, _IN_PACKED,
-) = (1 << bit for bit in range(KIND_BITS, KIND_BITS + 12))  # fmt: skip
+    _MASK_GRADIENT, _PACKED_QUERIES, _DROPOUT_SEED, _RANGES, _IN_CACHE, _IN_PACKED,
+) = (1 << bit for bit in range(KIND_BITS, KIND_BITS + 13))  # fmt: skip
 _MEMORY = {"dense": 0, "cache": _IN_CACHE, "packed": _IN_PACKED}
 
 
@@ -60,6 +60,8 @@ class AttentionCall:
             ``q_offsets[b]`` up to ``q_offsets[b + 1]``.
         max_q_len, max_kv_len: with ``q_offsets``, most queries and keys of a sequence. They size
             grids and masks and choose splits, and nothing else.
+        key_ranges: int32 ``[B, Hq, Sq, 2]`` (strides may be 0) or None: the first key that a query
+            sees and the one behind the last; ``[B, Hq, max_q_len, 2]`` if queries are packed.
         dropout_seed: int64 ``[2]``, seed and offset (:mod:`gqa_kernels.native.dropout`), or None.
         lse_wanted: whether the LSE will be read.
         requires_grad: whether autograd records the call.
@@ -80,6 +82,7 @@ class AttentionCall:
     max_q_len: int = 0
     max_kv_len: int = 0
     dropout_seed: Tensor | None = None
+    key_ranges: Tensor | None = None
     lse_wanted: bool = True
     requires_grad: bool = False
     kind: int = field(init=False, default=-1)  # set by what makes a call
@@ -103,6 +106,7 @@ class AttentionCall:
         dropout_p: float = 0.0,
         layout: Layout = "bhsd",
         batch_invariant: bool = False,
+        key_ranges: Tensor | None = None,
     ) -> AttentionCall:
         """The call of :func:`gqa_kernels.asym_gqa_attention`, whose arguments these are."""
         options = Options.of(causal, scale, window, softcap, dropout_p, batch_invariant)
@@ -126,7 +130,7 @@ class AttentionCall:
             head_map, value_head_map,  # type: ignore[arg-type]
         )  # fmt: skip
         call.kind = kind
-        return call._complete(alibi_slopes, sinks, attn_mask)
+        return call._complete(alibi_slopes, sinks, attn_mask, key_ranges)
 
     @classmethod
     def over(
@@ -140,6 +144,7 @@ class AttentionCall:
         alibi_slopes: Tensor | None = None,
         sinks: Tensor | None = None,
         attn_mask: Tensor | None = None,
+        key_ranges: Tensor | None = None,
         cu_seqlens_q: Tensor | None = None,
         max_seqlen_q: int | None = None,
         max_seqlen_k: int | None = None,
@@ -168,7 +173,7 @@ class AttentionCall:
             )
             capacity = view.capacity
             call.max_kv_len = capacity if max_seqlen_k is None else min(max_seqlen_k, capacity)
-        return call._complete(alibi_slopes, sinks, attn_mask)
+        return call._complete(alibi_slopes, sinks, attn_mask, key_ranges)
 
     @classmethod
     def packed(
@@ -201,9 +206,10 @@ class AttentionCall:
         )  # fmt: skip
 
     def _complete(
-        self, alibi_slopes: Tensor | None, sinks: Tensor | None, attn_mask: Tensor | None
+        self, alibi_slopes: Tensor | None, sinks: Tensor | None, attn_mask: Tensor | None,
+        key_ranges: Tensor | None,
     ) -> AttentionCall:  # fmt: skip
-        """Check and enter the maps and the biases."""
+        """Check and enter the maps, the biases and the key ranges."""
         q, k, v, head_map = self.q, self.kv.k, self.kv.v, self.head_map
         k_heads, v_heads = k.shape[1], v.shape[1]
         try:
@@ -238,6 +244,10 @@ class AttentionCall:
             if attn_mask is not None:
                 self.attn_mask = checks.resolve_mask(attn_mask, q, self._mask_shape(), self.memory)
                 self.kind |= _mask_kind(self.attn_mask)
+            if key_ranges is not None:
+                target = self._mask_shape()[:3]
+                self.key_ranges = checks.resolve_ranges(key_ranges, q, target)
+                self.kind |= _RANGES
         except (TypeError, ValueError):
             self._check_tensors()  # whatever is wrong with them comes first
             raise
@@ -247,7 +257,7 @@ class AttentionCall:
             )
         return self
 
-    def _mask_shape(self) -> tuple[int, ...]:
+    def _mask_shape(self) -> tuple[int, int, int, int]:
         """``[B, Hq, Sq, Sk]`` of a mask; queries and keys are counted in their sequence."""
         keys = self.max_kv_len if self.memory == "packed" else self.kv.capacity
         return self.kv.batch, self.num_heads, self.q_len, keys
@@ -330,6 +340,7 @@ class AttentionCall:
             _SINKS: self.sinks is not None,
             _PACKED_QUERIES: self.q_offsets is not None,
             _DROPOUT_SEED: self.dropout_seed is not None,
+            _RANGES: self.key_ranges is not None,
         }
         found = _MEMORY[self.memory] | self.kv.kind | (0 if mask is None else _mask_kind(mask))
         return found | sum(bit for bit, is_there in bits.items() if is_there)
@@ -346,7 +357,8 @@ class AttentionCall:
         grad = torch.is_grad_enabled() and requires_grad(q, view.k, view.v, *self.biases)
         call = AttentionCall(
             q, view, self.options, self.memory, self.bshd, self.head_map, self.value_head_map,
-            *self.biases, self.q_offsets, self.max_q_len, self.max_kv_len, requires_grad=grad,
+            *self.biases, self.q_offsets, self.max_q_len, self.max_kv_len,
+            key_ranges=self.key_ranges, requires_grad=grad,
         )  # fmt: skip
         call.kind = self.kind
         return call
@@ -454,6 +466,7 @@ class AttentionCall:
             "bool_mask": mask is not None and mask.dtype == torch.bool,
             "additive_mask": mask is not None and mask.dtype != torch.bool,
             "varlen_mask": mask is not None and self.q_offsets is not None,
+            "key_ranges": self.key_ranges is not None,
             "kv_lengths": self.memory == "dense" and self.kv.kv_lengths is not None,
             "device_map": isinstance(self.head_map, Tensor)
             or isinstance(self.value_head_map, Tensor),

@@ -211,6 +211,26 @@ def resolve_mask(mask: Tensor, q: Tensor, target: tuple[int, ...], memory: str) 
     return mask.expand(target)
 
 
+def resolve_ranges(ranges: Tensor, q: Tensor, target: tuple[int, int, int]) -> Tensor:
+    """int32 ``target + (2,)``, target ``[B, Hq, Sq]``; strides may be 0 but for the last."""
+    check_tensors(key_ranges=ranges)
+    if ranges.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"key_ranges.dtype must be int32 or int64, got {ranges.dtype}")
+    if ranges.device != q.device:
+        raise ValueError(f"key_ranges.device must equal q.device ({q.device}), got {ranges.device}")
+    batch, heads, tokens = target
+    if ranges.shape not in ((batch, 1, tokens, 2), (batch, heads, tokens, 2)):
+        raise ValueError(
+            f"key_ranges must have shape ({batch}, 1 or {heads}, {tokens}, 2), got {_shape(ranges)}"
+        )
+    if ranges.dtype != torch.int32:
+        limits = torch.iinfo(torch.int32)
+        ranges = ranges.clamp(limits.min, limits.max).int()
+    if ranges.stride(3) != 1:
+        ranges = ranges.contiguous()
+    return ranges.expand(*target, 2)
+
+
 def resolve_lengths(lengths: Tensor | Sequence[int], k: Tensor) -> Tensor:
     """int32 ``[B, Hk]``, strides may be 0."""
     if not isinstance(lengths, Tensor):

@@ -32,6 +32,7 @@ class PackedKeywords(PartKeywords, total=False):
     window: tuple[int | None, int | None] | None
     alibi_slopes: Tensor | None
     attn_mask: Tensor | None
+    key_ranges: Tensor | None
     deterministic: bool
     batch_invariant: bool
 

@@ -91,6 +91,7 @@ _PACKED = "Tensor? q_offsets=None, SymInt max_q_len=0, SymInt max_kv_len=0"
 _SCORES = "float? scale=None, SymInt window_left=-1, SymInt window_right=-1, float softcap=0.0, "
 _SCORES += "bool batch_invariant=False"
 _DROPOUT = "float dropout_p=0.0, Tensor? dropout_seed=None"
+_RANGES = "Tensor? key_ranges=None"
 
 _KV = ("k", "v", "kv_lengths", "page_table", "kv_begin", "k_scale", "v_scale", "k_zero", "v_zero")
 _IN_VIEW = {name: f"kv.{name}" for name in _KV}
@@ -117,7 +118,7 @@ def forward(head_map: str = "head_map", returns: str = "(Tensor out, Tensor lse)
     """
     return Schema(
         f"Tensor q, Tensor k, Tensor v, Tensor {head_map}, {_SCORES}, bool bshd=False, "
-        f"{_WHERE_KEYS_LIE}, {_BIASES}, {_PACKED}, {_SCALES}, {_DROPOUT}",
+        f"{_WHERE_KEYS_LIE}, {_BIASES}, {_PACKED}, {_SCALES}, {_DROPOUT}, {_RANGES}",
         returns,
         _IN_CALL,
     )
@@ -131,7 +132,7 @@ def backward(head_map: str = "head_map") -> Schema:
     return Schema(
         f"Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
         f"Tensor {head_map}, {_BIASES}, Tensor? kv_lengths=None, Tensor? kv_begin=None, {_PACKED}, "
-        f"{_SCORES}, {_DROPOUT}, bool need_slopes=False, bool need_sinks=False",
+        f"{_SCORES}, {_DROPOUT}, {_RANGES}, bool need_slopes=False, bool need_sinks=False",
         "(Tensor dq, Tensor dk, Tensor dv, Tensor dslopes, Tensor dsinks)",
     )
 

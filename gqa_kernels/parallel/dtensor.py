@@ -104,7 +104,7 @@ def register() -> list[str]:
 _PLACED_AS = {
     "q": "q", "out": "q", "lse": "q", "dout": "q", "dlse": "q", "k": "kv", "v": "kv",
     "head_map": "maps", "plan": "maps", "value_head_map": "maps", "alibi_slopes": "slopes",
-    "sinks": "sinks", "attn_mask": "mask", "kv_lengths": "lengths",
+    "sinks": "sinks", "attn_mask": "mask", "key_ranges": "mask", "kv_lengths": "lengths",
 }  # fmt: skip
 
 

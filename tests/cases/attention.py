@@ -49,6 +49,7 @@ class Case:
             "sinks": "sinks",
             "kv_lengths": "kv_lengths",
             "batch_invariant": "batch_invariant",
+            "key_ranges": "key_ranges",
         }
         needs = {option_of[name] for name in self.options if name in option_of}
         if self.value_head_map:
@@ -123,6 +124,22 @@ def additive_mask(case: Case) -> torch.Tensor:
     return mask
 
 
+def ranges(case: Case) -> torch.Tensor:
+    """Per head; some reach beyond the keys on either side, some are empty, some end before they
+    begin."""
+    shape = (case.batch, case.head_map.num_heads, case.q_len)
+    begin = (_random(case, *shape) * case.kv_len / 3).int()
+    size = (_random(case, *shape[:0:-1]).T.expand(shape) * case.kv_len).int()
+    return torch.stack([begin, begin + size], -1)
+
+
+def documents(case: Case) -> torch.Tensor:
+    """``[B, 1, Sq, 2]``: each query sees the keys of its own third, whole."""
+    bounds = torch.arange(4) * case.kv_len // 3
+    third = torch.arange(case.q_len) * 3 // max(case.q_len, 1)
+    return torch.stack([bounds[third], bounds[third + 1]], -1).expand(case.batch, 1, -1, -1)
+
+
 def lengths(case: Case) -> torch.Tensor:
     """One empty sequence, the others ragged."""
     return torch.arange(case.batch, dtype=torch.int32) * case.kv_len // max(1, case.batch)
@@ -151,6 +168,22 @@ _OPTION_CASES = [
     Case("padding-mask-causal", options={"attn_mask": padding_mask, "causal": True}),
     Case("additive-mask", options={"attn_mask": additive_mask}),
     Case("lengths", batch=3, options={"kv_lengths": lengths}),
+    Case("key-ranges", options={"key_ranges": ranges}),
+    Case("key-ranges-documents", options={"key_ranges": documents, "causal": True}),
+    Case("key-ranges-mask", options={"key_ranges": ranges, "attn_mask": bool_mask}),
+    Case(
+        "key-ranges-everything",
+        batch=3,
+        value_head_map=HeadMap([1, 0, 1, 1, 0, 1]),
+        options={
+            "key_ranges": ranges,
+            "window": (30, 3),
+            "softcap": 3.0,
+            "alibi_slopes": slopes,
+            "sinks": sinks,
+            "kv_lengths": lengths_per_head,
+        },
+    ),
     Case("batch-invariant", options={"batch_invariant": True, "causal": True}),
     Case("lengths-causal", batch=3, options={"kv_lengths": lengths, "causal": True}),
     Case("lengths-per-head", options={"kv_lengths": lengths_per_head}),

@@ -124,13 +124,13 @@ struct Work {
 
 }  // namespace
 
-void attention_backward(const BackwardParams& params, const ThreadPool& pool,
-                        bool batch_invariant) {
+void attention_backward(const BackwardParams& params, const ThreadPool& pool, bool batch_invariant,
+                        const KeyRanges& ranges) {
   const DefaultFloatMode mode;  // for the sums that this thread adds at the end
   const BackwardKernels& kernels =
       select_kernels(kAllKernels, chosen_isa(), [](const BackwardKernels&) { return true; });
   const AttentionParams& call = params.call;
-  const MaskBlocks masks(call, pool);
+  const MaskBlocks masks(call, ranges, pool);
   const BackwardSchedule schedule =
       make_backward_schedule(call, masks, batch_invariant, pool.num_threads);
   fill_rest(params, schedule);

@@ -7,9 +7,9 @@
 namespace gqa::cpu {
 
 // Writes params.dq, dk, dv and, unless they are null, dslopes and dsinks. The same number of
-// threads computes the same bits. batch_invariant: of the forward call. Throws std::invalid_argument
+// threads computes the same bits. batch_invariant, ranges: of the forward call. Throws std::invalid_argument
 // for a bad GQA_KERNELS_CPU_ISA.
 void attention_backward(const BackwardParams& params, const ThreadPool& pool,
-                        bool batch_invariant = false);
+                        bool batch_invariant = false, const KeyRanges& ranges = {});
 
 }  // namespace gqa::cpu

@@ -117,8 +117,9 @@ class BackwardRun {
       const float lse = call_.lse[row_index(r)];
       tile_.lse[r] = lse == -INFINITY ? INFINITY : lse * kScoreUnit<T>;
       out_rows[r] = out + head(r) * call_.out_stride.h + token(r) * call_.out_stride.s;
-      call_rows_[r] = {block_->batch, head(r), token(r),
-                       visible_keys(call_, block_->kv_length, token(r))};
+      call_rows_[r] = {
+          block_->batch, head(r), token(r),
+          state_.masks.visible(call_, block_->kv_length, block_->batch, head(r), token(r))};
       sums_[r] = RowSums{};
     }
     load_delta(dout_rows, out_rows);

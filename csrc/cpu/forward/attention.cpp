@@ -95,9 +95,9 @@ struct Work {
 }  // namespace
 
 void attention_forward(const AttentionParams& params, const ThreadPool& pool, bool lse_wanted,
-                       bool batch_invariant) {
+                       bool batch_invariant, const KeyRanges& ranges) {
   const ForwardKernels& kernels = select(params.k_dtype);
-  const MaskBlocks masks(params, pool);
+  const MaskBlocks masks(params, ranges, pool);
   const Schedule schedule =
       make_schedule(params, masks, batch_invariant, kernels.limits, pool.num_threads);
   if (params.q_offsets != nullptr) fill_tokens_of_no_sequence(params);

@@ -2,14 +2,16 @@
 #pragma once
 
 #include "../../core/params.h"
+#include "../key_ranges.h"
 #include "../thread_pool.h"
 
 namespace gqa::cpu {
 
 // Writes params.out and params.lse. lse_wanted: false if nobody will read the LSE, which then may
 // be as inexact as the output. batch_invariant: the bits of a query's results depend on its own keys
-// alone. Throws std::invalid_argument for a bad GQA_KERNELS_CPU_ISA.
+// alone. ranges: the keys that each query may see. Throws std::invalid_argument for a bad GQA_KERNELS_CPU_ISA.
 void attention_forward(const AttentionParams& params, const ThreadPool& pool,
-                       bool lse_wanted = true, bool batch_invariant = false);
+                       bool lse_wanted = true, bool batch_invariant = false,
+                       const KeyRanges& ranges = {});
 
 }  // namespace gqa::cpu

@@ -81,8 +81,9 @@ class AttentionTask {
         rows_(task.num_rows()) {
     for (int r = 0; r < rows_; ++r) {
       const int64_t t = task.token_begin + r / task.num_heads();
-      call_rows_[r] = {task.batch, call.schedule.heads[task.head_begin + r % task.num_heads()], t,
-                       visible_keys(params_, task.kv_length, t)};
+      const int32_t h = call.schedule.heads[task.head_begin + r % task.num_heads()];
+      call_rows_[r] = {task.batch, h, t,
+                       call.masks.visible(params_, task.kv_length, task.batch, h, t)};
     }
   }
   AttentionTask(const AttentionTask&) = delete;  // parts point to each other
@@ -116,7 +117,7 @@ class AttentionTask {
       strip = union_of(runs_, r, r + Products::kStrip < rows_ ? r + Products::kStrip : rows_);
       any |= strip.begin < strip.end;
     }
-    if (!any) return;  // a mask hides the whole tile
+    if (!any) return;  // a mask or key ranges hide the whole tile
     v_.fetch(first, n, v_rows);
     products_.begin_tile(k_rows, v_rows, n, next_rows.rows, next_rows.n);
     if (kQuantized<S>) dequantizer_.begin_tile(first, n);

@@ -1,4 +1,4 @@
-// The keys of a tile that a row sees, by lengths, causality, window and mask.
+// The keys of a tile that a row sees.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,7 @@ namespace gqa::cpu::GQA_ISA {
 // A row of a call: a query token of one head.
 struct CallRow {
   int64_t batch, head, token;
-  KeyRange visible;  // by lengths, causality and window
+  KeyRange visible;  // by everything but the mask
 };
 
 // The run of keys [first, first + n) that holds all keys the row sees, counted from `first`.

@@ -73,15 +73,16 @@ int direct_tile_keys(const AttentionParams& params) {
   return keys;
 }
 
-// Leaves out keys at either end that the mask hides from all rows.
-void clip_to_mask(const AttentionParams& params, const MaskBlocks& masks,
+// Leaves out keys at either end that the mask or key ranges hide from all rows.
+void clip_to_seen(const AttentionParams& params, const MaskBlocks& masks,
                   const std::vector<int32_t>& heads, Task& task) {
   int64_t begin = task.key_end, end = task.key_begin;
   const int32_t head_end = masks.same_for_heads() ? task.head_begin + 1 : task.head_end;
   for (int64_t t = task.token_begin; t < task.token_end; ++t) {
     for (int32_t i = task.head_begin; i < head_end; ++i) {
-      const KeyRange keys = masks.keys(task.batch, heads[i], query_number(params, task.batch, t));
-      if (keys.begin == keys.end) continue;
+      const KeyRange keys = masks.keys(task.batch, heads[i], query_number(params, task.batch, t),
+                                       {task.key_begin, task.key_end});
+      if (keys.begin >= keys.end) continue;
       begin = std::min(begin, keys.begin);
       end = std::max(end, keys.end);
     }
@@ -151,7 +152,7 @@ void add_row_blocks(const AttentionParams& params, const MaskBlocks& masks,
           task.kv_length = length;
           task.key_begin = visible_keys(params, length, t).begin;
           task.key_end = visible_keys(params, length, task.token_end - 1).end;
-          if (masks.has_mask()) clip_to_mask(params, masks, heads_of_groups, task);
+          if (masks.hides_keys()) clip_to_seen(params, masks, heads_of_groups, task);
           if (task.key_end < task.key_begin) task.key_end = task.key_begin;
           task.direct = q_len * group_heads <= kMaxDirectRows;
           task.num_splits = 1;

@@ -57,28 +57,32 @@ def dense_call(call: AttentionCall) -> tuple[AttentionCall, Tensor]:
     D]`` aligned to the right, so that the last token of each sequence stays the last.
     """
     k, v, unreadable = gather(call.kv)
-    q, mask = call.q, call.attn_mask
+    q, mask, ranges = call.q, call.attn_mask, call.key_ranges
     if call.q_offsets is not None:
         token, valid = query_tokens(call)
         if mask is not None:
-            mask = _aligned_right(mask, call)
+            mask = torch.nn.functional.pad(
+                _aligned_right(mask, call), (0, call.kv_len - mask.shape[3])
+            )
+        if ranges is not None:
+            ranges = _aligned_right(ranges, call)
         q = torch.cat([q, q.new_zeros(1, q.shape[1], 1, q.shape[3])], dim=2)  # of no token
         q = q[0][:, torch.where(valid, token, q.shape[2] - 1)].transpose(0, 1)
     view = KVView(k, v, _lengths(call.kv).to(torch.int32))
     dense = replace(
-        call, q=q, kv=view, memory="dense", bshd=False, q_offsets=None, attn_mask=mask
+        call, q=q, kv=view, memory="dense", bshd=False, q_offsets=None, attn_mask=mask,
+        key_ranges=ranges,
     )  # fmt: skip
     return dense, unreadable
 
 
-def _aligned_right(mask: Tensor, call: AttentionCall) -> Tensor:
-    """A mask whose rows are numbers of queries in their sequences, with rows as the queries'
-    slots, and with as many keys as the view has room for."""
+def _aligned_right(rows: Tensor, call: AttentionCall) -> Tensor:
+    """``[B, Hq, max_q_len, n]`` in which a query's row is its number in its sequence, with rows as
+    the queries' slots."""
     assert call.q_offsets is not None  # the queries are packed
     counts = call.q_offsets.long().diff()
     number = torch.arange(call.max_q_len, device=call.device) - (call.max_q_len - counts)[:, None]
-    index = number.clamp(min=0)[:, None, :, None].expand(mask.shape)
-    return torch.nn.functional.pad(mask.gather(2, index), (0, call.kv_len - mask.shape[3]))
+    return rows.gather(2, number.clamp(min=0)[:, None, :, None].expand(rows.shape))
 
 
 def gather(view: KVView) -> tuple[Tensor, Tensor, Tensor]:

@@ -162,6 +162,9 @@ def visibility(call: AttentionCall, k_index: Tensor, behind: int = 0) -> tuple[T
         visible = visible & (distance >= -call.options.window_left)
     if call.options.window_right != UNBOUNDED:
         visible = visible & (distance <= call.options.window_right)
+    if call.key_ranges is not None:
+        begin, end = call.key_ranges.unbind(-1)
+        visible = visible & (begin[..., None] <= j) & (j < end[..., None])
     if call.attn_mask is not None:
         mask = call.attn_mask
         hidden = ~mask if mask.dtype == torch.bool else mask.float() < LOWEST_MASK_VALUE

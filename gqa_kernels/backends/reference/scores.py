@@ -84,6 +84,7 @@ def _scores(call: AttentionCall, head: int, queries: slice) -> Tensor:
     """Scores of a block of queries of one head, ``[B, 1, queries, Sk + 1]``, the sink last."""
     heads = slice(head, head + 1)
     slopes, sinks, mask = call.biases
+    ranges = call.key_ranges
     one = replace(
         call,
         q=call.q[:, heads, queries],
@@ -92,5 +93,6 @@ def _scores(call: AttentionCall, head: int, queries: slice) -> Tensor:
         alibi_slopes=None if slopes is None else slopes[:, heads],
         sinks=None if sinks is None else sinks[heads],
         attn_mask=None if mask is None else mask[:, heads, queries],
+        key_ranges=None if ranges is None else ranges[:, heads, queries],
     )
     return scores(one, behind=call.q_len - queries.stop)
