@@ -40,6 +40,7 @@ OPTIONS = {
     "alibi_slopes": torch.tensor([0.5, 0.2, 0.9]),
     "sinks": torch.tensor([0.5, 2.0, -1.0]),
     "attn_mask": torch.arange(32) % 2 == 0,
+    "key_ranges": torch.tensor([1, 3]).expand(1, 1, QUERIES, 2),
     "kv_lengths": [4],
     "dropout_p": 0.5,
     "batch_invariant": True,  # sums in another order
@@ -89,6 +90,8 @@ def attention(backend, /, **options):
 def varlen(backend, /, **options):
     q, k, v = (x[0].transpose(0, 1) for x in (Q, K, V))
     ends = (torch.tensor([0, 1, QUERIES]), torch.tensor([0, 3, KEYS]))
+    if "key_ranges" in options:  # of each sequence
+        options["key_ranges"] = options["key_ranges"].expand(2, 1, QUERIES, 2)
     return asym_gqa_varlen_attention(q, k, v, MAP, *ends, 3, 7, **{"backend": backend, **options})
 
 
