@@ -23,7 +23,13 @@ SUITE_ORDER = ("gpu", "cpu", "quick")  # of which a device's README block shows 
 SCALING = ("scaling", "scaling-gpu")  # whose cases stand in one table of fits
 README_FIGURES = ("roofline", "bandwidth", "scaling")
 MEMORY = "memory"  # results without times
-OTHER_RESULTS = ("generate", "grouping", "recovery", "train-demo")  # they have their own reports
+OTHER_RESULTS = (
+    "formats",
+    "generate",
+    "grouping",
+    "recovery",
+    "train-demo",
+)  # they have their own reports
 TITLES = {
     "decode": "Decode",
     "prefill": "Prefill",

@@ -73,6 +73,7 @@ class ForwardCall:
     out: Tensor  # [B, Hq, Sq, Dv]
     lse: Tensor  # fp32 [B, Hq, Sq], contiguous
     cache: CacheCall | None = None
+    row_max: Tensor | None = None  # fp32 as lse, or None: the largest score of each row
 
     @cached_property
     def shape(self) -> Shape:
@@ -118,6 +119,7 @@ class ForwardCall:
             "values": stored(self.v, cache.v_scale, cache.v_zero),
             "out": rows_of(self.out, packed),
             "p_lse": self.lse,
+            "p_row_max": self.row_max,
             "p_plan": self.plan,
             "slopes": per_head(self.alibi_slopes),
             "p_sinks": self.sinks,
