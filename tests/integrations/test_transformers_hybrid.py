@@ -56,7 +56,7 @@ if not hasattr(LinearAttentionLayer, "update_conv_state"):  # before transformer
 
 def made(name):
     torch.manual_seed(0)
-    config = AutoConfig.for_model(name, **COMMON, **MODELS[name])
+    config = AutoConfig.for_model(name, **COMMON | MODELS[name])
     return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
 
 
@@ -132,7 +132,7 @@ def test_other_kinds_are_refused():
 
 @pytest.mark.parametrize("name", HYBRIDS)
 def test_budgets_need_attention(name):
-    config = AutoConfig.for_model(name, **COMMON, **MODELS[name])
+    config = AutoConfig.for_model(name, **COMMON | MODELS[name])
     budgets = [[(1, 4), None]] * config.num_hidden_layers
     with pytest.raises(NotImplementedError, match="budgets must be None in layers of"):
         PagedCache(config, budgets=budgets)
