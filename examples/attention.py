@@ -1,6 +1,6 @@
 """Attention with uneven, interleaved groups: prefill, gradients, and decode over a cache.
 
-    python examples/attention.py
+python examples/attention.py
 """
 
 import torch

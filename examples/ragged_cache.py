@@ -1,6 +1,6 @@
 """Keep other keys in each KV head, and compare with a mask over a full cache.
 
-    python examples/ragged_cache.py --keys 4096
+python examples/ragged_cache.py --keys 4096
 """
 
 import argparse

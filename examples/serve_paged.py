@@ -1,7 +1,7 @@
 """Serve an uneven model in transformers with a paged, quantised cache.
 
-A small random model stands for a converted one. With a converted checkpoint, replace ``small_model``
-by ``AutoModelForCausalLM.from_pretrained("child")``.
+The model is small and random. With a converted checkpoint, replace ``small_model`` by
+``AutoModelForCausalLM.from_pretrained("child")``.
 
     python examples/serve_paged.py
 """

@@ -1,8 +1,8 @@
 """A small serving engine on this package: continuous batching over a paged cache.
 
-The engine schedules requests and owns the memory. Each step packs the tokens of all running requests,
-prompts and single tokens alike, and calls attention once per layer. A random one-layer model keeps
-the example short: its tokens mean nothing, but they must not depend on the batching.
+The engine schedules requests and owns the memory. Each step packs the tokens of all running
+requests, prompts and single tokens alike, and calls attention once per layer. A random one-layer
+model keeps the example short: its tokens mean nothing, but they must not depend on the batching.
 
     python examples/your_own_engine.py
 """
@@ -25,9 +25,7 @@ class Model:
         self.head_map = head_map
         heads = (head_map.num_heads, head_map.num_kv_heads, head_map.num_kv_heads)
         self.embedding = torch.randn(VOCABULARY, 96, generator=generator)
-        self.projections = [
-            torch.randn(96, n * HEAD_DIM, generator=generator) / 10 for n in heads
-        ]
+        self.projections = [torch.randn(96, n * HEAD_DIM, generator=generator) / 10 for n in heads]
         self.output = torch.randn(heads[0] * HEAD_DIM, VOCABULARY, generator=generator)
 
     def qkv(self, tokens: Tensor) -> list[Tensor]:
@@ -113,7 +111,8 @@ class Engine:
 def main() -> None:
     model = Model(HeadMap([0, 1, 0, 2, 0, 0]))
     generator = torch.Generator().manual_seed(1)
-    prompts = [torch.randint(VOCABULARY, (n,), generator=generator).tolist() for n in (5, 21, 2, 13)]
+    sizes = (5, 21, 2, 13)
+    prompts = [torch.randint(VOCABULARY, (n,), generator=generator).tolist() for n in sizes]
     alone = []
     for prompt in prompts:
         request = Request(prompt, 8)

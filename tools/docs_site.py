@@ -38,8 +38,10 @@ PAGES = {
     "CHANGELOG.md": "changelog.md",
 }
 MESSAGES = "messages.md"  # made by tools/messages.py
-LANGUAGES = {".py": "python", ".h": "cpp", ".cuh": "cpp", ".cpp": "cpp", ".cu": "cpp", ".sh": "bash",
-             ".json": "json", ".toml": "toml", ".yml": "yaml"}  # fmt: skip
+LANGUAGES = {
+    ".py": "python", ".h": "cpp", ".cuh": "cpp", ".cpp": "cpp", ".cu": "cpp", ".sh": "bash",
+    ".json": "json", ".toml": "toml", ".yml": "yaml",
+}  # fmt: skip
 COPIED = (".svg", ".png", ".ipynb")  # as they are
 LINK = re.compile(r"(\]\()([^)\s#:]+)((?:#[^)\s]*)?\))")
 FENCE = re.compile(r"^(```.*?^```[^\n]*$)", re.DOTALL | re.MULTILINE)
@@ -101,8 +103,7 @@ def site_page(target: str) -> str:
 
 
 def _exists(target: str) -> bool:
-    generated = (f"docs/{MESSAGES}",)
-    return not target.startswith("..") and ((ROOT / target).exists() or target in generated)
+    return not target.startswith("..") and (ROOT / target).exists()
 
 
 def _resolve(path: str, target: str) -> str:
@@ -114,7 +115,10 @@ def _linked_file(config: MkDocsConfig, target: str) -> File:
     if target.endswith(COPIED):
         return File.generated(config, page, abs_src_path=str(path))
     if path.is_dir():
-        kind, text = "text", "\n".join(sorted(x.name for x in path.iterdir() if x.name[0] not in "_."))
+        kind, text = (
+            "text",
+            "\n".join(sorted(x.name for x in path.iterdir() if x.name[0] not in "_.")),
+        )
     else:
         kind, text = LANGUAGES.get(path.suffix, "text"), path.read_text(encoding="utf-8")
     head = f"---\nsearch:\n  exclude: true\ntitle: {target}\n---\n\n# {target}\n\n"

@@ -1,7 +1,7 @@
 """Every error message and warning of the package, read from its source.
 
-The documentation's page of messages is made from this (``tools/docs_site.py``), and a test holds the
-troubleshooting page to it.
+``tools/docs_site.py`` makes the documentation's page of messages from this. A test checks that the
+troubleshooting page explains those that need it.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Message:
 
     @property
     def quote(self) -> str:
-        """Its longest part without a value."""
-        return max((part.strip() for part in self.text.split(VALUE)), key=len)
+        """The beginning of its longest part without a value."""
+        return max((part.strip() for part in self.text.split(VALUE)), key=len)[:60]
 
 
 def messages() -> list[Message]:

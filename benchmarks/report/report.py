@@ -72,9 +72,7 @@ def load_memory(folder: Path) -> Results | None:
     return Results.load(path) if path.exists() else None
 
 
-def write(
-    devices: dict[str, dict[str, Results]], folder: Path, readme: Path, page: Path
-) -> None:
+def write(devices: dict[str, dict[str, Results]], folder: Path, readme: Path, page: Path) -> None:
     for name, suites in devices.items():
         text = device_report(suites, load_memory(folder / name))
         (folder / name / "report.md").write_text(text, encoding="utf-8")

@@ -13,7 +13,7 @@ from tools import docs_site
 def test_every_page_is_in_the_menu():
     menu = set(re.findall(r"[\w./-]+\.md", (ROOT / "mkdocs.yml").read_text().split("\nnav:")[1]))
     written = {p.relative_to(ROOT / "docs").as_posix() for p in (ROOT / "docs").rglob("*.md")}
-    added = {page for page in docs_site.PAGES.values()} | {docs_site.MESSAGES}
+    added = set(docs_site.PAGES.values()) | {docs_site.MESSAGES}
     assert menu == written | added
 
 
