@@ -35,7 +35,9 @@ from ..models.weights import LayerWeights
 from ..reporting.progress import track
 
 _RECORDER = "asym_gqa_recorder"
+_KEPT_CHANGES = 2  # per query head
 SIDES = ("k", "v")
+Group = tuple[int, ...]  # query heads, ascending
 
 
 @dataclass
@@ -179,7 +181,8 @@ class MergeLosses:
         self._batches = [
             _Batch(call, each) for call, each in zip(sample.calls, kept, strict=True) if each.any()
         ]
-        o = weights.o.detach().float().flatten(1)  # [d_out, Hq * Dv]
+        self._o = weights.o.detach().float().cpu()  # [d_out, Hq, Dv]
+        o = self._o.flatten(1)
         self._metric = o.T @ o
         self._head_dim = weights.o.shape[2]
         self.tokens = sum(len(batch.outputs) for batch in self._batches)
@@ -189,6 +192,7 @@ class MergeLosses:
             raise ValueError("attention outputs must vary over the sample, got one constant")
         self._known: dict[tuple[str, tuple[int, ...]], float] = {}
         self._joint: dict[tuple[HeadMap, HeadMap], float] = {}
+        self._changes: dict[tuple[int, Group, Group], Tensor] = {}  # the latest, oldest first
 
     def __call__(self, side: str, query_heads: Sequence[int]) -> float:
         heads = tuple(query_heads)
@@ -212,17 +216,42 @@ class MergeLosses:
         return self._joint[key_map, value_map]
 
     def _measure_both(self, key_map: HeadMap, value_map: HeadMap) -> float:
-        groups = {"k": key_map.groups, "v": value_map.groups}
-        mergers = {side: [self._merger(side, g) for g in groups[side]] for side in SIDES}
-        place = {s: torch.tensor([h for g in groups[s] for h in g]).argsort() for s in SIDES}
-        changes = []
+        keys = [
+            (h, tuple(key_map.groups[k]), tuple(value_map.groups[v]))
+            for h, (k, v) in enumerate(zip(key_map, value_map, strict=True))
+        ]
+        # Maps that a search tries differ in two groups: the other heads are known.
+        self._add_changes([key for key in keys if key not in self._changes])
+        total = sum(self._changes[key] for key in keys)
+        for key in keys:
+            self._changes[key] = self._changes.pop(key)
+        while len(self._changes) > _KEPT_CHANGES * self.num_heads:
+            del self._changes[next(iter(self._changes))]
+        return float(total.double().square().sum()) / self.tokens / self.variance
+
+    def _add_changes(self, keys: list[tuple[int, Group, Group]]) -> None:
+        """What query heads put into the layer's output more or less, ``[N, d_out]`` each, if their
+        groups of K and of V are merged."""
+        if not keys:
+            return
+        heads = [h for h, *_ in keys]
+        mergers = {
+            side: {group: self._merger(side, group) for _, *groups in keys for group in [groups[i]]}
+            for i, side in enumerate(SIDES)
+        }
+        changed = []
         for batch in self._batches:
-            k, v = (
-                torch.cat([merger(batch) for merger in mergers[side]], 2)[:, :, place[side]]
-                for side in SIDES
-            )
-            changes.append(batch.attend(range(self.num_heads), k, v) - batch.outputs)
-        return self._loss(changes, range(self.num_heads))
+            sides = []
+            for i, side in enumerate(SIDES):
+                merged = {group: merger(batch) for group, merger in mergers[side].items()}
+                sides.append(
+                    torch.stack(
+                        [merged[key[1 + i]][:, :, key[1 + i].index(key[0])] for key in keys], 2
+                    )
+                )
+            changed.append(batch.attend(heads, *sides) - batch.outputs[:, heads])
+        outputs = torch.einsum("nhd,ohd->hno", torch.cat(changed), self._o[:, heads])
+        self._changes.update(zip(keys, outputs, strict=True))
 
     @torch.no_grad()
     def _measure(self, side: str, heads: tuple[int, ...]) -> float:

@@ -105,13 +105,18 @@ def test_plan_is_the_optimum_of_brute_force(model, stats, sizes):
             totals = {p: sum(each(side, g) for g in HeadMap(p).groups) for p in possible}
             best.append(min(totals, key=totals.get))
             assert found.curves[index][side][3] == pytest.approx(totals[best[-1]])
+            result = found.results[index]["kv".index(side)]
+            assert result.lower_bound in (0, pytest.approx(totals[best[-1]]))
+            assert result.proved == (result.objective == result.lower_bound)
         optimum = each.joint(*map(HeadMap, best))
         assert found.errors[index] <= optimum * (1 + 1e-6)
         if sizes == "auto":
             assert found.errors[index] <= each.joint(neighbours, neighbours) * (1 + 1e-6)
-        else:
+        elif found.candidates[index] != "joint":
             assert found.errors[index] == pytest.approx(optimum)
             assert all(r.proved for r in found.results[index])
+        key, value = found.results[index]
+        assert found.errors[index] == each.joint(key.head_map, value.head_map)
 
 
 def test_budget_is_the_optimum_of_brute_force(model, stats):
