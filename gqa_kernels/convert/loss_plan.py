@@ -31,8 +31,6 @@ from ..reporting.progress import track
 from .joint_descent import Labels, descend_together
 from .losses import SIDES, Group, MergeLosses
 
-_PATIENCE = 2  # steps per head that a descent tries without a gain
-
 
 @dataclass(frozen=True)
 class LossPlan:
@@ -83,12 +81,14 @@ def plan_by_loss(
         num_kv_heads, budget, sizes, shared, progress: as for ``plan``.
     """
     sides = ("shared",) if shared else SIDES
+    places, width = len(losses) * len(sides), 1 + shared
+    average = num_kv_heads or (budget or 0) // (width * places)
     searches = [
-        {side: _Side(each, side, sizes, num_kv_heads) for side in sides}
+        {side: _Side(each, side, sizes, average, max(1, average // 2)) for side in sides}
         for each in track(losses, "Searching", shown=progress)
     ]
     curves = [{side: found.curve for side, found in each.items()} for each in searches]
-    counts, predicted = _counts(curves, weights, num_kv_heads, budget, 1 + shared)
+    counts, predicted = _counts(curves, weights, num_kv_heads, budget, width)
     results, candidates, errors = [], [], []
     for loss, layer, count in zip(losses, searches, counts, strict=True):
         pair, name, error = _choose(loss, layer, count, sizes)
@@ -108,11 +108,13 @@ class _Side:
     Attributes:
         items: the query heads of each item.
         curve: ``{G: loss}`` of the numbers of KV heads that it offers.
-        pairs: ``[n, n]`` distances of items: twice the loss of merging two.
+        pairs: ``[n, n]`` distances of items: twice what merging two loses, estimated.
         all_known: whether the loss of every group is known.
     """
 
-    def __init__(self, losses: MergeLosses, side: str, sizes: str, num_kv_heads: int | None):
+    def __init__(self, losses: MergeLosses, side: str, sizes: str, wanted: int, fewest: int):
+        """``wanted``: a number of KV heads to offer. ``fewest``: of many heads, the least to."""
+        self._losses, self._side = losses, side
         self._loss = losses.shared if side == "shared" else partial(losses, side)
         self.num_heads = losses.num_heads
         if sizes == "equal":  # of query heads, so that none stay together
@@ -124,15 +126,18 @@ class _Side:
         self._found: dict[int, SearchResult] = {}
         if sizes == "equal":
             offered = [G for G in range(1, count + 1) if self.all_known or count % G == 0]
-            offered += [num_kv_heads] if num_kv_heads and num_kv_heads not in offered else []
-            self.curve = {G: self.result(G).objective for G in sorted(offered)}
+            offered = sorted({*offered, min(max(1, wanted), count)})
+            self.curve = {G: self.result(G).objective for G in offered}
         else:
-            self._of = search_groups_curve(self.cost, count)
+            pairs = None if self.all_known else self.pairs / 2
+            self._of = search_groups_curve(self.cost, count, pairs=pairs, fewest=fewest)
             self.curve = {G: each.objective for G, each in self._of.items()}
 
     @cached_property
     def pairs(self) -> np.ndarray:
         count = len(self.items)
+        if count == self.num_heads:
+            return 2 * self._losses.pairs(self._side)
         pairs = np.zeros((count, count))
         for i, j in combinations(range(count), 2):
             pairs[i, j] = pairs[j, i] = 2 * self.cost((i, j))
@@ -173,8 +178,10 @@ class _Side:
     ) -> SearchResult:
         count = len(self.items)
         return search_groups(
-            self.cost, count, num_groups, sizes, starts=starts, patience=_PATIENCE * count
-        )
+            self.cost, count, num_groups, sizes,
+            starts=starts, patience=count * (1 if self._losses.is_slow(self._side) else 4),
+            pairs=None if self.all_known else self.pairs / 2,
+        )  # fmt: skip
 
     def joined(self, labels: Sequence[int], like: SearchResult) -> SearchResult:
         """A partition of items that the search of both sides found; its number of groups and the

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +25,7 @@ from ..attention import attention_call as checked_call
 from ..backends.reference.formula import visibility
 from ..call.attention import AttentionCall
 from ..grouping.calibration import LayerStats
+from ..grouping.low_rank import pair_estimates
 from ..grouping.merging import check_merging, merge_group
 from ..grouping.space import HeadSpace
 from ..head_map import HeadMap
@@ -36,6 +38,9 @@ from ..reporting.progress import track
 
 _RECORDER = "asym_gqa_recorder"
 _KEPT_CHANGES = 2  # per query head
+_KEPT_MERGERS = 128
+_SLOW_DIMS = 64
+_SCALED_BY = 8  # pairs measured for the scale of the others' estimates
 SIDES = ("k", "v")
 Group = tuple[int, ...]  # query heads, ascending
 
@@ -192,7 +197,9 @@ class MergeLosses:
             raise ValueError("attention outputs must vary over the sample, got one constant")
         self._known: dict[tuple[str, tuple[int, ...]], float] = {}
         self._joint: dict[tuple[HeadMap, HeadMap], float] = {}
-        self._changes: dict[tuple[int, Group, Group], Tensor] = {}  # the latest, oldest first
+        # The latest, oldest first:
+        self._changes: dict[tuple[int, Group, Group], Tensor] = {}
+        self._mergers: dict[tuple[str, Group], Callable[[_Batch], Tensor]] = {}
 
     def __call__(self, side: str, query_heads: Sequence[int]) -> float:
         heads = tuple(query_heads)
@@ -203,6 +210,32 @@ class MergeLosses:
     def old_heads(self, side: str) -> HeadMap:
         """The KV head of a side that each query head reads before merging."""
         return self._spaces[side].head_map
+
+    def is_slow(self, side: str) -> bool:
+        """Whether merging one group takes eigenvectors of large matrices."""
+        spaces = [self._spaces[each] for each in (SIDES if side == "shared" else (side,))]
+        if self.merging != "low_rank" or not all(space.symmetry.scalable for space in spaces):
+            return False
+        return any(len(dims) > _SLOW_DIMS for space in spaces for dims in space.symmetry.sets)
+
+    def pairs(self, side: str) -> np.ndarray:
+        """``[Hq, Hq]`` losses of groups of two query heads; estimates from second moments if it
+        ``is_slow`` to measure them."""
+        if side == "shared":
+            return self.pairs("k") + self.pairs("v")
+        first, second = np.triu_indices(self.num_heads, 1)
+        every = list(zip(first.tolist(), second.tolist(), strict=True))
+        found = np.zeros((self.num_heads, self.num_heads))
+        if self.is_slow(side):
+            estimates = pair_estimates(self._spaces[side]).numpy()[first, second]
+            spread = np.linspace(0, len(every) - 1, _SCALED_BY).astype(int)
+            chosen = np.argsort(estimates, kind="stable")[spread]
+            measured = sum(self(side, every[i]) for i in chosen)
+            total = estimates[chosen].sum()
+            found[first, second] = estimates * (measured / total if total > 0 else 0.0)
+        else:
+            found[first, second] = [self(side, pair) for pair in every]
+        return found + found.T
 
     def shared(self, query_heads: Sequence[int]) -> float:
         """The losses of K and of V added: the cost of a group if both have one map."""
@@ -278,8 +311,15 @@ class MergeLosses:
         index = torch.cat([h * self._head_dim + dims for h in query_heads])
         return float(((heads.T @ heads) * self._metric[index[:, None], index]).double().sum())
 
-    def _merger(self, side: str, heads: tuple[int, ...]) -> Callable[[_Batch], Tensor]:
+    def _merger(self, side: str, heads: Group) -> Callable[[_Batch], Tensor]:
         """What query heads of a group read after merging, ``[B, Sk, n, D]``, for each batch."""
+        merger = self._mergers.pop((side, heads), None) or self._new_merger(side, heads)
+        self._mergers[side, heads] = merger
+        if len(self._mergers) > _KEPT_MERGERS:
+            del self._mergers[next(iter(self._mergers))]
+        return merger
+
+    def _new_merger(self, side: str, heads: Group) -> Callable[[_Batch], Tensor]:
         space = self._spaces[side]
         if len({space.head_map[h] for h in heads}) == 1:
             return lambda batch: batch.of(side, heads)

@@ -262,7 +262,9 @@ class TestGroupCosts:
             assert found.objective == pytest.approx(ward[G].objective)
             assert found.proved == (G == 14)
         cost = self.costs(9)
-        for G, found in search_groups_curve(cost, 9, exhaustive=4).items():
+        curve = search_groups_curve(cost, 9, exhaustive=4, fewest=3)
+        assert list(curve) == [3, 4, 5, 6, 7, 8, 9]
+        for G, found in curve.items():
             assert found.num_groups == G
             assert found.objective == pytest.approx(sum(map(cost, found.head_map.groups)))
 
@@ -273,6 +275,15 @@ class TestGroupCosts:
         found = search_groups(cost, 16, 4, patience=10)
         assert found.objective <= 1.001 * search(D, 4, "local").objective
         assert len(counted) < 16 * 15 / 2 + 100
+
+    def test_estimates_of_pairs_are_not_taken_for_costs(self):
+        D = instance("euclidean", 14)
+        rough = D / 2 * np.random.default_rng(0).uniform(0.8, 1.2)
+        cost = lambda heads: group_cost(D, heads)  # noqa: E731
+        for found in search_groups_curve(cost, 14, pairs=rough).values():
+            assert found.objective == pytest.approx(sum(map(cost, found.head_map.groups)))
+        found = search_groups(cost, 14, 5, pairs=rough)
+        assert found.objective <= 1.01 * search(D, 5).objective
 
     @pytest.mark.parametrize("sizes", ["free", "equal", (1, 3)])
     def test_descent_beyond_what_can_be_listed(self, sizes):

@@ -15,13 +15,14 @@ _MEASURED = 4  # merges measured at each step
 
 
 def agglomerate(
-    cost: Callable[[Sequence[int]], float], pairs: np.ndarray
+    cost: Callable[[Sequence[int]], float], pairs: np.ndarray, *, known: bool, fewest: int = 1
 ) -> dict[int, tuple[list[int], float]]:
-    """``{G: (labels, cost)}`` for every ``G`` from ``H`` to 1.
+    """``{G: (labels, cost)}`` for every ``G`` from ``H`` to ``fewest``.
 
     Args:
         cost: of a group, its heads ascending.
         pairs: ``[H, H]`` the cost of each group of two heads.
+        known: False if ``pairs`` are estimates.
     """
     H = len(pairs)
     groups: dict[int, tuple[int, ...]] = {h: (h,) for h in range(H)}
@@ -29,9 +30,9 @@ def agglomerate(
     alone = np.array(list(costs.values()))
     rise = pairs - alone[:, None] - alone  # of the total when two groups merge, estimated or known
     np.fill_diagonal(rise, np.inf)
-    measured = np.full((H, H), True)
+    measured = np.full((H, H), known)
     found = {H: (list(range(H)), float(alone.sum()))}
-    while len(groups) > 1:
+    while len(groups) > fewest:
         for _ in range(_MEASURED):
             a, b = _least(rise)
             if measured[a, b]:

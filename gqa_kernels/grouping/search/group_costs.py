@@ -36,6 +36,7 @@ def search_groups(
     starts: Iterable[Sequence[int]] = (),
     exhaustive: int = EXHAUSTIVE_HEADS,
     patience: int | None = None,
+    pairs: np.ndarray | None = None,
 ) -> SearchResult:
     """The partition with the least sum of ``cost(group)``; proved for few heads.
 
@@ -52,7 +53,10 @@ def search_groups(
             Adjacent heads, and the best partition by the costs of pairs, are two more.
         exhaustive: up to how many heads, at most 18, every group within the size limits is costed
             (``2^H - 1`` at most) and the result proved.
-        patience: steps that a descent tries without a gain before it ends; None: all.
+        patience: steps that the descent tries without a gain before it ends, and then only from
+            the best start; None: all, from every start.
+        pairs: ``[H, H]`` estimates of the costs of groups of two heads, which decide the order of
+            steps. None: these groups are costed.
 
     Raises:
         ValueError: num_groups or sizes breaks a rule, a start is no partition into ``num_groups``
@@ -71,10 +75,11 @@ def search_groups(
         found = table.found(num_groups)
         return _found(found.labels, found.lower_bound, found.lower_bound, started, sizes)
     checked = partial(_checked, cost)
-    distances = 2 * _pair_costs(checked, num_heads)  # of two heads, the objective is half of it
+    # Of two heads, the objective of search is half their distance.
+    distances = 2 * (_pair_costs(checked, num_heads) if pairs is None else pairs)
     by_pairs = local.solve(Problem.create(distances, num_groups, sizes)).labels.tolist()
     neighbours = blocks(balanced_sizes(num_heads, num_groups)).tolist()
-    best, least = neighbours, math.inf
+    best, least, allowed = neighbours, math.inf, []
     for start in (neighbours, by_pairs, *starts):
         labels = list(canonical_labels(start))
         if len(labels) != num_heads or max(labels) + 1 != num_groups:
@@ -85,6 +90,10 @@ def search_groups(
         sizes_of = np.bincount(labels)
         if sizes_of.min() < lo or sizes_of.max() > hi:
             continue
+        allowed.append(labels)
+    if patience is not None:
+        allowed = [min(allowed, key=partial(total_cost, checked))]
+    for labels in allowed:
         labels, value = descend(checked, distances, labels, lo, hi, patience)
         if value < least:
             best, least = labels, value
@@ -92,7 +101,12 @@ def search_groups(
 
 
 def search_groups_curve(
-    cost: GroupCost, num_heads: int, *, exhaustive: int = EXHAUSTIVE_HEADS
+    cost: GroupCost,
+    num_heads: int,
+    *,
+    exhaustive: int = EXHAUSTIVE_HEADS,
+    pairs: np.ndarray | None = None,
+    fewest: int = 1,
 ) -> dict[int, SearchResult]:
     """``search_groups`` for every number of groups of any sizes, at once.
 
@@ -102,12 +116,17 @@ def search_groups_curve(
         exhaustive: up to how many heads, at most 18, all ``2^H - 1`` groups are costed and the
             results proved. Beyond, groups are merged two at a time (:mod:`.agglomerate`), which
             costs all pairs and a few groups per step.
+        pairs: as for ``search_groups``.
+        fewest: the least number of groups, beyond ``exhaustive`` heads: large groups may be slow
+            to cost.
     """
     started = time.perf_counter()
     _limits(num_heads, 1, "free", exhaustive)
     if num_heads > exhaustive:
         checked = partial(_checked, cost)
-        merged = agglomerate(checked, _pair_costs(checked, num_heads))
+        known = pairs is None
+        pairs = _pair_costs(checked, num_heads) if pairs is None else pairs
+        merged = agglomerate(checked, pairs, known=known, fewest=min(fewest, num_heads))
         return {
             G: _found(labels, value, 0.0, started, "free")
             for G, (labels, value) in sorted(merged.items())
