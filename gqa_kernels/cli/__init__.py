@@ -22,6 +22,7 @@ from . import (
     evaluate,
     inspect,
     search,
+    serve,
     shard,
     train_demo,
 )
@@ -33,7 +34,7 @@ from .parser import Parser, complain
 GROUPS: dict[str, tuple[ModuleType, ...]] = {
     "Try it": (demo, train_demo),
     "Compress a model": (inspect, search, convert, evaluate),
-    "Serve it": (shard, check_engine),
+    "Serve it": (serve, shard, check_engine),
     "If something does not work": (environment, backends),
 }
 REFUSALS = (ValueError, TypeError, NotImplementedError, ImportError, OSError, UsageError)
