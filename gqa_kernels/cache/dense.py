@@ -25,6 +25,12 @@ class DenseKVCache(KVCache):
         begin: ``[B]`` integers, slot of a sequence's first key (left padding); default 0.
         k_scale, v_scale, k_zero, v_zero: of a quantised cache: one number, ``[H]`` per head, or
             fp32 ``[B_cache, H, capacity]`` per token, which an append then computes and writes.
+
+    Examples:
+        >>> from gqa_kernels import DenseKVCache
+        >>> cache = DenseKVCache.empty(2, num_kv_heads=3, capacity=9, head_dim=64, format="int8")
+        >>> cache.k.shape, cache.lengths.tolist()
+        (torch.Size([2, 3, 9, 64]), [0, 0])
     """
 
     def __init__(

@@ -34,6 +34,15 @@ class PagedKVCache(KVCache):
         begin: ``[B]`` integers, slot of a sequence's first key; default 0.
         k_scale, v_scale, k_zero, v_zero: of a quantised cache: one number, ``[H]`` per head, or
             fp32 ``[P, H, page_size]`` per token, which an append then computes and writes.
+
+    Examples:
+        >>> import torch
+        >>> from gqa_kernels import PagedKVCache
+        >>> k, v = torch.zeros(2, 32, 3, 16, 64)  # [P, Hk, page_size, D] each
+        >>> table = torch.tensor([[4, 7], [9, 0]])
+        >>> cache = PagedKVCache(k, v, table, lengths=torch.tensor([20, 5]))
+        >>> cache.lengths.tolist()
+        [20, 5]
     """
 
     def __init__(
