@@ -142,6 +142,14 @@ def asym_gqa_attention(
         ValueError, TypeError: a malformed argument; the message names it, the rule and the value.
         NotImplementedError: the backend asked for can't run this call; the message says why
             (:func:`explain_backend` says so for every backend).
+
+    Examples:
+        >>> import torch
+        >>> from gqa_kernels import HeadMap, asym_gqa_attention
+        >>> head_map = HeadMap([0, 3, 0, 1, 2])  # 5 query heads over 4 KV heads
+        >>> q, k, v = (torch.randn(2, heads, 128, 64) for heads in (5, 4, 4))
+        >>> asym_gqa_attention(q, k, v, head_map, causal=True, window=(64, 0)).shape
+        torch.Size([2, 5, 128, 64])
     """
     if deterministic is not False:
         as_bool("deterministic", deterministic)

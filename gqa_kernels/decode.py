@@ -121,6 +121,15 @@ def asym_gqa_decode(
 
     Raises:
         ValueError, TypeError, NotImplementedError: as ``asym_gqa_attention``; nothing was appended.
+
+    Examples:
+        >>> import torch
+        >>> from gqa_kernels import DenseKVCache, asym_gqa_decode
+        >>> cache = DenseKVCache.empty(batch=1, num_kv_heads=2, capacity=64, head_dim=16)
+        >>> q, k, v = (torch.randn(1, heads, 7, 16, dtype=torch.bfloat16) for heads in (3, 2, 2))
+        >>> out = asym_gqa_decode(q, cache, [0, 0, 1], k_new=k, v_new=v)  # append, then attend
+        >>> cache.lengths.tolist()
+        [7]
     """
     if deterministic is not False:
         as_bool("deterministic", deterministic)
@@ -195,6 +204,14 @@ def plan_decode(
         head_map, options, backend: as :func:`asym_gqa_decode` has them, ``cu_seqlens_q`` included,
             without those of the append and of the result.
         deterministic: as for :func:`asym_gqa_decode`.
+
+    Examples:
+        >>> import torch
+        >>> from gqa_kernels import DenseKVCache, plan_decode
+        >>> layers = [DenseKVCache.empty(1, 2, 64, 16, dtype=torch.float32) for _ in range(3)]
+        >>> q, k, v = (torch.randn(1, heads, 1, 16) for heads in (3, 2, 2))
+        >>> plan = plan_decode(q, layers[0], [0, 0, 1])
+        >>> outs = [plan(q, layer, k, v) for layer in layers]
     """
     as_bool("deterministic", deterministic)
     call = decode_call(q, cache, head_map, **options)
@@ -217,6 +234,15 @@ class DecodePlan:
         call: the checked call; lengths are those before an append.
         layout: of q, k_new, v_new and out.
         backend: what runs it.
+
+    Examples:
+        >>> import torch
+        >>> from gqa_kernels import DenseKVCache, plan_decode
+        >>> cache = DenseKVCache.empty(1, 2, 64, 16, dtype=torch.float32)
+        >>> q, k, v = (torch.randn(1, heads, 1, 16) for heads in (3, 2, 2))
+        >>> plan = plan_decode(q, cache, [0, 0, 1])
+        >>> out = plan(q, cache, k, v)
+        >>> cache.advance(plan.new_tokens)
     """
 
     call: AttentionCall
@@ -385,6 +411,15 @@ def append(
 
     Returns:
         the rotated queries (q itself without a rotary table), or None without queries.
+
+    Examples:
+        >>> import torch
+        >>> from gqa_kernels import DenseKVCache
+        >>> cache = DenseKVCache.empty(batch=1, num_kv_heads=2, capacity=64, head_dim=16)
+        >>> k, v = torch.randn(2, 1, 2, 7, 16, dtype=torch.bfloat16)
+        >>> cache.append(k, v)
+        >>> cache.lengths.tolist()
+        [7]
     """
     if advance is not True:
         advance = as_bool("advance", advance)

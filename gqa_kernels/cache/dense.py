@@ -31,6 +31,12 @@ class DenseKVCache(KVCache):
             rest. With ``k_scale=1.0`` they are the scales of int8 keys per channel.
         hadamard: store keys rotated by a Hadamard matrix, and rotate queries likewise: the same
             attention, with much less error where keys have 4 bits. Head dim D must be even.
+
+    Examples:
+        >>> from gqa_kernels import DenseKVCache
+        >>> cache = DenseKVCache.empty(2, num_kv_heads=3, capacity=9, head_dim=64, format="int8")
+        >>> cache.k.shape, cache.lengths.tolist()
+        (torch.Size([2, 3, 9, 64]), [0, 0])
     """
 
     def __init__(

@@ -36,6 +36,15 @@ class PagedKVCache(KVCache):
             ``[P, H]`` per page and head, or fp32 ``[P, H, page_size]`` per token, which an append
             then computes and writes.
         k_channels, hadamard: how keys are stored, as for :class:`~gqa_kernels.DenseKVCache`.
+
+    Examples:
+        >>> import torch
+        >>> from gqa_kernels import PagedKVCache
+        >>> k, v = torch.zeros(2, 32, 3, 16, 64)  # [P, Hk, page_size, D] each
+        >>> table = torch.tensor([[4, 7], [9, 0]])
+        >>> cache = PagedKVCache(k, v, table, lengths=torch.tensor([20, 5]))
+        >>> cache.lengths.tolist()
+        [20, 5]
     """
 
     def __init__(

@@ -1,5 +1,5 @@
-"""Models that have more than plain attention, with PagedCache: linear attention, convolutions, both
-in one layer, latent attention, and head dims that differ."""
+"""Models with linear attention, convolutions, or both beside attention, with PagedCache; and latent
+attention, whose models expand what they cache."""
 
 import pytest
 import torch
@@ -32,31 +32,19 @@ STATES = {
         mamba_n_groups=1, mamba_d_state=8, mamba_chunk_size=4,
     ),
 }  # fmt: skip
-ATTENTION = {
-    "deepseek_v3": dict(
-        num_hidden_layers=2,
-        num_key_value_heads=6,
-        q_lora_rank=16,
-        kv_lora_rank=16,
-        qk_rope_head_dim=8,
-        qk_nope_head_dim=16,
-        v_head_dim=12,
-        first_k_dense_replace=2,
-        n_routed_experts=4,
-        num_experts_per_tok=2,
-        n_group=1,
-        topk_group=1,
-    ),
-}
-MODELS = {name: sizes for name, sizes in (STATES | ATTENTION).items() if name in CONFIG_MAPPING}
-HYBRIDS = [name for name in STATES if name in MODELS]
+MODELS = {name: sizes for name, sizes in STATES.items() if name in CONFIG_MAPPING}
 if not hasattr(LinearAttentionLayer, "update_conv_state"):  # before transformers 5.10
-    HYBRIDS, MODELS = [], {name: MODELS[name] for name in ATTENTION if name in MODELS}
+    MODELS = {}
+LATENT = dict(
+    num_hidden_layers=2, num_key_value_heads=6, q_lora_rank=16, kv_lora_rank=16,
+    qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=12, first_k_dense_replace=2,
+    n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1,
+)  # fmt: skip
 
 
-def made(name):
+def made(name, sizes=None):
     torch.manual_seed(0)
-    config = AutoConfig.for_model(name, **COMMON | MODELS[name])
+    config = AutoConfig.for_model(name, **COMMON | (MODELS[name] if sizes is None else sizes))
     return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
 
 
@@ -96,7 +84,7 @@ def test_generated_tokens(name, lengths, options):
     assert model.generate(**inputs, **options, **{CACHE: cache}).tolist() == expected
 
 
-@pytest.mark.parametrize("name", HYBRIDS)
+@pytest.mark.parametrize("name", MODELS)
 def test_reset_rows_and_memory(name):
     """A cache that was reset is as a new one; rows are chosen in every kind of layer."""
     model, inputs = made(name), batch([9, 9], "left")
@@ -130,9 +118,20 @@ def test_other_kinds_are_refused():
         PagedCache(config)
 
 
-@pytest.mark.parametrize("name", HYBRIDS)
+@pytest.mark.parametrize("name", MODELS)
 def test_budgets_need_attention(name):
     config = AutoConfig.for_model(name, **COMMON | MODELS[name])
     budgets = [[(1, 4), None]] * config.num_hidden_layers
     with pytest.raises(NotImplementedError, match="budgets must be None in layers of"):
         PagedCache(config, budgets=budgets)
+
+
+@pytest.mark.skipif("deepseek_v3" not in CONFIG_MAPPING, reason="transformers has no DeepSeek-V3")
+@pytest.mark.parametrize("chunks", [[19], [9, 1, 1, 8]], ids=["whole", "chunks"])
+def test_latent_attention(chunks):
+    """Keys of 24 and values of 12, over transformers' own cache of latents."""
+    model, inputs = made("deepseek_v3", LATENT), batch([19], "left")
+    expected = logits(model, inputs, DynamicCache(config=model.config), chunks)
+    model.set_attn_implementation(register())
+    found = logits(model, inputs, DynamicCache(config=model.config), chunks)
+    torch.testing.assert_close(found, expected, **CLOSE)

@@ -63,10 +63,11 @@ class PagedCache(Cache):
             something else than full attention.
         ValueError: budgets for another number of layers or heads, or with ``num_pages``.
 
-    Example::
-
-        streaming = [(4, 256), None]  # KV head 0 keeps 4 sinks and 256 recent keys, head 1 all
-        cache = PagedCache(model.config, budgets=[streaming] * model.config.num_hidden_layers)
+    Examples:
+        >>> cache = PagedCache(model.config, format="int8")
+        >>> tokens = model.generate(ids, past_key_values=cache, max_new_tokens=8)
+        >>> streaming = [(4, 256), None]  # KV head 0 keeps 4 sinks and 256 recent keys, head 1 all
+        >>> cache = PagedCache(model.config, budgets=[streaming] * model.config.num_hidden_layers)
     """
 
     def __init__(
