@@ -115,7 +115,7 @@ def outliers(generator, *shape):
 
 
 @pytest.mark.parametrize("format", ["int4", "int8"])
-@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("name", ["hadamard", "channels"])
 def test_less_error(name, format):
     """The LSE's error: scores are where the stored keys go."""
     generator = torch.Generator().manual_seed(0)
