@@ -236,7 +236,7 @@ def attend(
                     pages, p_table, num_pages, begin, i_n, o_n, m_n, BLOCK_N, HAS_BEGIN
                 )
             else:
-                o_page, o_slot, m_readable = 0, o_n.to(tl.int64), m_n
+                o_page, o_slot, m_readable = tl.cast(i_n, tl.int64), o_block.to(tl.int64), m_n
             # [BLOCK_N, BLOCK_D]
             if keys.FORMAT == kv.PLAIN:
                 p_k_rows = kv.row_pointers(k_rows, o_page, o_slot, PAGED)
