@@ -40,7 +40,7 @@ class LayerPlan:
         restore_norms: whether to scale merged heads.
         error: held-out error of the layer's attention output, None if not measured.
         candidate: the rule that the maps come from: ``"free"``, ``"equal"`` or ``"neighbour"``;
-            ``"free/equal"`` if K's and V's differ.
+            ``"free/equal"`` if K's and V's differ; ``"joint"`` if both were changed together.
     """
 
     key: SearchResult
