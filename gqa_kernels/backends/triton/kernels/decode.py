@@ -82,6 +82,7 @@ def decode_kernel(
     num_tiles,
     num_splits,
     scale,
+    log2_scale,  # scale * log2(e) if nothing else changes the scores, else None
     softcap,  # or None
     window_left,  # or None
     window_right,  # or None
@@ -150,6 +151,7 @@ def decode_kernel(
         Window(window_left, window_right),
         mask,
         scale,
+        log2_scale,
         softcap,
         p_seed,
         dropout_threshold,

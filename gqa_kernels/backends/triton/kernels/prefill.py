@@ -74,6 +74,7 @@ def prefill_kernel(
     num_blocks,  # ceil(Sq / BLOCK_M)
     heads_per_section,
     scale,
+    log2_scale,  # scale * log2(e) if nothing else changes the scores, else None
     softcap,  # or None
     window_left,  # or None
     window_right,  # or None
@@ -134,6 +135,7 @@ def prefill_kernel(
         Window(window_left, window_right),
         mask,
         scale,
+        log2_scale,
         softcap,
         p_seed,
         dropout_threshold,
