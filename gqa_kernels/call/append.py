@@ -147,7 +147,7 @@ class AppendCall(OverView):
         if self.kv.lengths_per_head:
             raise NotImplementedError(
                 "rotary_positions must be given, or the cache's next_positions be set, with "
-                "lengths per head and keys that the cache transforms (k_channels, hadamard), got None"
+                "lengths per head and transformed keys (k_channels, hadamard), got None"
             )
         assert self.kv.kv_lengths is not None  # a cache has lengths
         return self.kv.kv_lengths[:, 0]
