@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from gqa_kernels import (
+    AuxRequest,
     DenseKVCache,
     HeadMap,
     PagedKVCache,
@@ -17,8 +18,14 @@ from gqa_kernels import (
     explain_backend,
     plan_decode,
 )
+from gqa_kernels.attention import attention_call
 from gqa_kernels.backends.dispatch import BACKENDS
-from gqa_kernels.testing import assert_attention_close, assert_decode_close, assert_gradients_close
+from gqa_kernels.testing import (
+    assert_attention_close,
+    assert_auxiliary_close,
+    assert_decode_close,
+    assert_gradients_close,
+)
 from tests.api.test_attention import USABLE
 
 MAP = HeadMap([0, 1, 1, 0, 1])
@@ -129,6 +136,18 @@ def test_batch_invariant_results_are_those_of_the_mask(backend):
         for hidden in ({"key_ranges": key_ranges}, {"attn_mask": as_mask(key_ranges, 300)})
     ]
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("backend", RANGED)
+def test_auxiliary_outputs(backend):
+    q, k, v = tensors(20, 90)
+    options = {"key_ranges": ranges(2, 5, 20, 90)}
+    request = AuxRequest(lse=True, max_scores=True, key_scores=3)
+    _, aux = asym_gqa_attention(q, k, v, MAP, return_aux=request, backend=backend, **options)
+    assert_auxiliary_close(aux, attention_call(q, k, v, MAP, **options), 3)
+    hidden = ~as_mask(options["key_ranges"], 90)[:, :, -3:].any(2)  # [B, Hq, Sk]
+    for g, group in enumerate(MAP.groups):
+        assert not aux.key_scores[:, g][hidden[:, list(group)].all(1)].any()
 
 
 def test_types_and_layouts_of_ranges():
