@@ -107,6 +107,9 @@ SLOW_CASES = {
         ), MANY_SMS,
     ),
     "elements-split": (decode_inputs(head_dim=31, value_head_dim=9, kv_len=400), MANY_SMS),
+    "more-heads-than-threads": (
+        decode_inputs(HeadMap([i * i % 23 for i in range(150)], 23), batch=1, kv_len=20), 1,
+    ),
     "many-heads": (decode_inputs(HeadMap([i % 7 for i in range(70)]), batch=1, kv_len=65), 1),
     "one-key-head-each": (decode_inputs(HeadMap(list(range(40))[::-1]), batch=1, kv_len=33), 1),
 }  # fmt: skip
@@ -273,7 +276,7 @@ BREAKS = {
     ),
     "one key too many": ("load.cuh", "mine < limit", "mine <= limit"),
     "no barrier after the tile is known": (
-        "tile.cuh", "__syncthreads();  // the tile is known, its scratch is free", "",
+        "tile.cuh", "__syncthreads();  // the rows are known, the scratch is free", "",
     ),
     "no barrier after Q": ("kernel.cuh", "__syncthreads();  // Q is there", ""),
     "no barrier before the merge": (
@@ -287,8 +290,28 @@ BREAKS = {
     ),
     "a split forgotten": ("combine.cuh", "s0 += 32) {", "s0 += 33) {"),
     "splits that overlap": ("tile.cuh", "tile.split * chunk", "tile.split * (chunk - 1)"),
+    "a group's first head counted twice": (
+        "group_rows.cuh", "__popc(same & below)", "__popc(same & (below << 1))",
+    ),
+    "no barrier after the keys": ("group_rows.cuh", "__syncthreads();  // keys", ""),
+    "no barrier after the tiles of warps": (
+        "group_rows.cuh", "__syncthreads();  // warp_tiles", "",
+    ),
     "invalid entries let through": ("group_rows.cuh", "k_head >= num_k ||", ""),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("num_heads, most", [(32, 500), (128, 800)])
+def test_the_search_for_a_tile_takes_as_long_for_many_groups_as_for_one(num_heads, most):
+    """Instructions of a warp of the CTA that has the last group, beyond those of one head's CTA."""
+
+    def executed(heads: int) -> int:
+        head_map = HeadMap(list(range(heads)))
+        inputs = decode_inputs(head_map, kv_len=1, batch=1)
+        report = emulate(decode_phase(BF16, 64), inputs, 1, check=False).reports[0]
+        return report.warp_instructions / (heads * 4)
+
+    assert executed(num_heads) - executed(1) <= most
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "../../../core/params.h"
+#include "../../common/page_divider.h"
 
 namespace gqa::cuda::sm80 {
 
@@ -78,6 +79,7 @@ struct DecodeParams {
   int tiles, splits;   // of a sequence; of the keys of a tile
   int partial_stride;  // Dv rounded up to whole 16-byte vectors
   bool elements;       // some rows are such that 16-byte copies can't take them
+  PageDivider by_page_size;
 };
 
 // Launches the kernel. S is what K and V are stored as; quantised ones have one kernel for all

@@ -31,14 +31,14 @@ struct NumberLoader {
   CopyRows<float> k, v;
   int limit;  // no key from here on is read
 
-  __device__ __forceinline__ NumberLoader(const AttentionParams& params, int b, int k_head,
-                                          int v_head, int limit)
+  __device__ __forceinline__ NumberLoader(const AttentionParams& params, PageDivider by_page_size,
+                                          int b, int k_head, int v_head, int limit)
       : limit(limit) {
     const bool scales = (threadIdx.x & 31) < 16;
-    k = scales ? scale_rows(params, true, b, k_head, k_head)
-               : zero_rows(params, true, b, k_head, k_head);
-    v = scales ? scale_rows(params, false, b, k_head, v_head)
-               : zero_rows(params, false, b, k_head, v_head);
+    k = scales ? scale_rows(params, by_page_size, true, b, k_head, k_head)
+               : zero_rows(params, by_page_size, true, b, k_head, k_head);
+    v = scales ? scale_rows(params, by_page_size, false, b, k_head, v_head)
+               : zero_rows(params, by_page_size, false, b, k_head, v_head);
   }
 
   __device__ __forceinline__ void load(int first, uint32_t page, uint32_t dst) const {
@@ -53,7 +53,7 @@ struct NumberLoader {
 
 // Stands in for NumberLoader if K and V have q's type.
 struct NoNumbers {
-  __device__ __forceinline__ NoNumbers(const AttentionParams&, int, int, int, int) {}
+  __device__ __forceinline__ NoNumbers(const AttentionParams&, PageDivider, int, int, int, int) {}
   __device__ __forceinline__ void load(int, uint32_t, uint32_t) const {}
 };
 

@@ -45,14 +45,14 @@ __global__ void __launch_bounds__(kDecodeThreads, C::kMinCtas)
   constexpr bool kPlain = kVariant == DecodeVariant::kPlain;
   extern __shared__ __align__(128) uint8_t smem[];
   __shared__ GroupRow rows[kDecodeRows];
-  __shared__ GroupTile group;
+  __shared__ GroupSearch<kDecodeThreads> search;
   __shared__ WarpSums sums;
   __shared__ QueryNumbers query_numbers;
   const AttentionParams& a = p.attention;
   const bool elements = kVariant == DecodeVariant::kElements && (!C::kQuantized || p.elements);
   const bool bf16 = C::kQuantized ? a.dtype == DType::kBFloat16 : std::is_same_v<T, BFloat16>;
 
-  const DecodeTile tile = find_tile(p, reinterpret_cast<int*>(smem), rows, group);
+  const DecodeTile tile = find_tile(p, reinterpret_cast<int*>(smem), search, rows);
   if (tile.group.num_rows == 0) return;
   if (tile.begin >= tile.end) {
     write_unread_rows(p, tile, rows, bf16, elements);
@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(kDecodeThreads, C::kMinCtas)
   }
 
   const uint32_t s_loop = smem_u32(smem), s_q = s_loop + C::kQBegin;
-  const WarpPipeline<S, C> pipeline(a, tile, s_loop, elements);
+  const WarpPipeline<S, C> pipeline(p, tile, s_loop, elements);
   uint32_t page = pipeline.fill();
 
   if constexpr (C::kQuantized) {

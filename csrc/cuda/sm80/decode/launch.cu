@@ -61,6 +61,7 @@ DecodeParams decode_params(const AttentionParams& a, void* workspace, int num_sm
   params.splits = decode_splits(a, num_sms);
   params.partial_stride = static_cast<int>((a.value_head_dim + 3) / 4 * 4);
   params.elements = !rows_in_vectors(a);
+  params.by_page_size = page_divider(a.page_size);
   if (params.splits > 1) {
     const int64_t rows = params.splits * a.batch * a.num_heads * a.q_len;
     params.partial_out = static_cast<float*>(workspace);

@@ -26,13 +26,15 @@ struct WarpPipeline {
   int blocks;
   bool elements;
 
-  __device__ __forceinline__ WarpPipeline(const AttentionParams& a, const DecodeTile& tile,
+  __device__ __forceinline__ WarpPipeline(const DecodeParams& p, const DecodeTile& tile,
                                           uint32_t s_loop, bool elements)
-      : keys{key_rows<S>(a, tile.b, tile.group.k_head), static_cast<int>(a.head_dim) * C::kBits / 8,
-             tile.end},
-        values{value_rows<S>(a, tile.b, tile.group.k_head, tile.group.v_head),
-               static_cast<int>(a.value_head_dim) * C::kBits / 8, tile.end},
-        numbers(a, tile.b, tile.group.k_head, tile.group.v_head, tile.end),
+      : keys{key_rows<S>(p.attention, p.by_page_size, tile.b, tile.group.k_head),
+             static_cast<int>(p.attention.head_dim) * C::kBits / 8, tile.end},
+        values{value_rows<S>(p.attention, p.by_page_size, tile.b, tile.group.k_head,
+                             tile.group.v_head),
+               static_cast<int>(p.attention.value_head_dim) * C::kBits / 8, tile.end},
+        numbers(p.attention, p.by_page_size, tile.b, tile.group.k_head, tile.group.v_head,
+                tile.end),
         elements(elements) {
     const int warp = threadIdx.x / 32;
     stages = s_loop + warp * C::kWarpBytes;

@@ -62,22 +62,19 @@ __device__ __forceinline__ void write_unread_rows(const DecodeParams& p, const D
   }
 }
 
-// Finds this CTA's tile in the head map. `scratch` is Hq ints of shared memory; `rows` and `group`
-// are shared memory, too. A surplus CTA gets a tile without rows.
-__device__ __forceinline__ DecodeTile find_tile(const DecodeParams& p, int* scratch, GroupRow* rows,
-                                                GroupTile& group) {
+// Finds this CTA's tile in the head map. `scratch` is Hq ints of shared memory, rounded up to a
+// multiple of 4; `rows` and `search` are shared memory, too. A surplus CTA gets a tile without rows.
+__device__ __forceinline__ DecodeTile find_tile(const DecodeParams& p, int* scratch,
+                                                GroupSearch<kDecodeThreads>& search,
+                                                GroupRow* rows) {
   const AttentionParams& a = p.attention;
   DecodeTile tile;
   tile.b = blockIdx.x / p.tiles;
   tile.split = blockIdx.y;
   tile.queries = queries_of(a, tile.b);
-  if (threadIdx.x / 32 == 0) {
-    const GroupTile found = find_group_tile<kDecodeRows>(a, static_cast<int>(tile.queries.count),
-                                                         blockIdx.x % p.tiles, scratch, rows);
-    if ((threadIdx.x & 31) == 0) group = found;
-  }
-  __syncthreads();  // the tile is known, its scratch is free
-  tile.group = group;
+  tile.group = find_group_tile<kDecodeRows>(a, static_cast<int>(tile.queries.count),
+                                            blockIdx.x % p.tiles, scratch, search, rows);
+  __syncthreads();  // the rows are known, the scratch is free
   tile.length = 0;
   tile.begin = tile.end = 0;
   if (tile.group.num_rows > 0 && tile.group.k_head >= 0) {

@@ -119,6 +119,7 @@ void prefill(const AttentionParams& params, void*, int, cudaStream_t stream) {
   const bool general = is_quantized(params.k_dtype) || args.elements || modifies_scores(params);
   args.softmax_scale = general ? 1.0f : params.scale * kLog2e;  // the general kernel has scaled
   args.section_pairs = section_pairs(params);
+  args.by_page_size = page_divider(params.page_size);
   if (params.dtype == DType::kBFloat16) {
     launch<BFloat16>(args, general, static_cast<unsigned>(ctas), stream);
   } else {
