@@ -5,8 +5,8 @@
 //   // Why the phase can't run these parameters, with names and values; empty: it can. Looks at
 //   // shapes, strides, types and whether pointers are null or aligned; never at what they point
 //   to. std::string <phase>_unsupported(const AttentionParams&); bool <phase>_supported(const
-//   AttentionParams&); size_t <phase>_workspace_bytes(const AttentionParams&, int num_sms); void
-//   <phase>(const AttentionParams&, void* workspace, int num_sms, cudaStream_t);
+//   AttentionParams&); size_t <phase>_workspace_bytes(const AttentionParams&, const Device&); void
+//   <phase>(const AttentionParams&, void* workspace, const Device&, cudaStream_t);
 //
 // A backward takes BackwardParams, an append AppendParams. Pointers in them are device pointers:
 // the host never reads maps, lengths or tables, so launches depend on shapes only and may be

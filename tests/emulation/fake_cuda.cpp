@@ -14,6 +14,7 @@
 
 namespace {
 
+constexpr int kReserved = 1024;                // shared memory of a block that the system takes
 constexpr size_t kAlwaysAllowed = 48 * 1024;  // dynamic shared memory without an attribute
 
 struct Device {
@@ -230,6 +231,10 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int ind
     case cudaDevAttrComputeCapabilityMinor: *value = facts.capability % 10; return cudaSuccess;
     case cudaDevAttrMultiProcessorCount: *value = facts.num_sms; return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = facts.shared_limit; return cudaSuccess;
+    case cudaDevAttrReservedSharedMemoryPerBlock: *value = kReserved; return cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
+      *value = facts.shared_limit + kReserved;
+      return cudaSuccess;
     default: return cudaErrorInvalidValue;
   }
 }

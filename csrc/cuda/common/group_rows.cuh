@@ -11,6 +11,7 @@
 #include <cstdint>
 
 #include "../../core/params.h"
+#include "scan.cuh"
 
 namespace gqa::cuda {
 
@@ -92,20 +93,9 @@ __device__ __forceinline__ GroupTile find_group_tile(const AttentionParams& para
     const int size =
         before + __popc(same & ~below) + count_equal(keys, warp_first + 32, padded, key);
     const int tiles = key != kNoGroup && before == 0 ? (size * q_len + kRows - 1) / kRows : 0;
-    int end = tiles;  // of this thread's tiles among all
-#pragma unroll
-    for (int d = 1; d < 32; d *= 2) {
-      const int other = __shfl_up_sync(~0u, end, d);
-      if (lane >= d) end += other;
-    }
-    if (lane == 31) search.warp_tiles[warp] = end;
-    __syncthreads();  // warp_tiles
-    end += earlier_tiles;
-#pragma unroll
-    for (int w = 0; w < kThreads / 32; ++w) {
-      if (w < warp) end += search.warp_tiles[w];
-      earlier_tiles += search.warp_tiles[w];
-    }
+    int total;
+    const int end = earlier_tiles + scan_threads<kThreads>(tiles, search.warp_tiles, total);
+    earlier_tiles += total;
     if (tile < end && tile >= end - tiles) {
       search.key = key, search.size = size, search.tile = tile - (end - tiles);
     }

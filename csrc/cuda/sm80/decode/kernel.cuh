@@ -1,7 +1,8 @@
 // Attention of few query tokens: split-KV, with the rows of a group packed (sm_80 and later).
 //
-// Grid      (tiles x B, splits). Tiles are an upper bound over every head map of the shape, so that
-//           the grid never depends on the map's contents; surplus CTAs return at once.
+// Grid      parts x tiles. Tiles are an upper bound over every head map of the shape, and parts (of
+//           the keys of a sequence, parts.cuh) over all lengths, so that the grid never depends on
+//           what lies on the device; surplus CTAs return at once.
 // CTA       up to 16 rows (query heads of one group x query tokens) of one sequence, and one split
 //           of the keys they see: each K and V byte is read once per tile, however the group is
 //           shaped. Further tiles of a large group read the same bytes at the same time, from L2.
@@ -45,7 +46,7 @@ __global__ void __launch_bounds__(kDecodeThreads, C::kMinCtas)
   constexpr bool kPlain = kVariant == DecodeVariant::kPlain;
   extern __shared__ __align__(128) uint8_t smem[];
   __shared__ GroupRow rows[kDecodeRows];
-  __shared__ GroupSearch<kDecodeThreads> search;
+  __shared__ DecodeSearch search;
   __shared__ WarpSums sums;
   __shared__ QueryNumbers query_numbers;
   const AttentionParams& a = p.attention;

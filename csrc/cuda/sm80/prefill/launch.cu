@@ -106,9 +106,9 @@ bool prefill_supported(const AttentionParams& params) {
   return prefill_unsupported(params).empty();
 }
 
-size_t prefill_workspace_bytes(const AttentionParams&, int) { return 0; }
+size_t prefill_workspace_bytes(const AttentionParams&, const Device&) { return 0; }
 
-void prefill(const AttentionParams& params, void*, int, cudaStream_t stream) {
+void prefill(const AttentionParams& params, void*, const Device&, cudaStream_t stream) {
   const std::string reason = prefill_unsupported(params);
   if (!reason.empty()) throw std::runtime_error("sm80 prefill: " + reason);
   const int64_t ctas = num_ctas(params);
