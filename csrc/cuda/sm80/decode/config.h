@@ -6,7 +6,6 @@
 #include <cstdint>
 
 #include "../../../core/params.h"
-#include "../../../core/splits.h"
 #include "../../common/page_divider.h"
 
 namespace gqa::cuda::sm80 {
@@ -16,7 +15,6 @@ constexpr int kDecodeWarps = 4;
 constexpr int kWarpKeys = 16;                           // of a block, for one warp
 constexpr int kDecodeBlock = kDecodeWarps * kWarpKeys;  // keys
 constexpr int kDecodeThreads = kDecodeWarps * 32;
-constexpr int kPartsPerSlot = 2;  // of keys cut by lengths: parts for each CTA that runs at once
 constexpr int kStaticSharedBytes = 1024;  // at most: rows, sums and the search for the tile
 constexpr int kMaxHeads = 8192;           // their numbers fit into the shared memory of every class
 

@@ -8,6 +8,7 @@
 #include "combine.cuh"
 #include "config.h"
 #include "launch.h"
+#include "part_rule.h"
 
 namespace gqa::cuda::sm80 {
 namespace {
@@ -89,11 +90,9 @@ void cut_into_parts(DecodeParams& params, const Device& device) {
     params.parts = static_cast<int>(params.splits * a.batch);
     return;
   }
-  // Rounding makes up to one part more of every sequence, and no part has fewer blocks than
-  // kMinBlocksPerSplit but the last of a sequence.
-  params.even_parts = std::max<int64_t>(1, kPartsPerSlot * slots / tiles);
-  const int64_t most = (blocks + kMinBlocksPerSplit - 1) / kMinBlocksPerSplit;
-  const int64_t parts = std::min(params.even_parts + a.batch, std::max<int64_t>(1, most) * a.batch);
+  params.even_parts = even_parts(tiles, slots);
+  const int64_t parts =
+      std::min(params.even_parts + a.batch, parts_of(blocks, kMinBlocksPerSplit) * a.batch);
   params.parts = static_cast<int>(parts);
   params.splits = parts == a.batch ? 1 : 0;
 }

@@ -3,8 +3,7 @@
 // Without lengths every sequence is cut into the same number of parts. With lengths, which only the
 // device knows, all sequences are cut into parts of about equally many blocks, so that one long
 // sequence among short ones doesn't keep the device waiting. Every CTA adds up the lengths and finds
-// its part itself: no launch comes before, and the grid follows from shapes alone. There are twice
-// as many parts as CTAs that run at once, which evens out what rounding to whole blocks leaves.
+// its part itself: no launch comes before, and the grid follows from shapes alone.
 #pragma once
 
 #include <cstdint>
@@ -13,6 +12,7 @@
 #include "../../../core/visible.h"
 #include "../../common/scan.cuh"
 #include "config.h"
+#include "part_rule.h"
 
 namespace gqa::cuda::sm80 {
 
@@ -47,19 +47,17 @@ __device__ __forceinline__ DecodePart find_part(const DecodeParams& p, int numbe
 #pragma unroll
   for (int d = 16; d > 0; d /= 2) blocks += __shfl_xor_sync(~0u, blocks, d);
   if (thread % 32 == 0) search.warp_blocks[thread / 32] = blocks;
-  if (thread == 0) search.part.b = -1;
+  if (thread == 0) search.part = {-1, 0, 0, 0};
   __syncthreads();  // warp_blocks
   blocks = 0;
 #pragma unroll
   for (int w = 0; w < kDecodeWarps; ++w) blocks += search.warp_blocks[w];
-  // Of a part. Rounded up, so that there are at most p.parts of them.
-  const int64_t most = max(kMinBlocksPerSplit, (blocks + p.even_parts - 1) / p.even_parts);
+  const int64_t of_part = blocks_per_part(blocks, p.even_parts);
 
   int earlier = 0;  // parts of earlier passes
   for (int pass = 0; pass < batch; pass += kDecodeThreads) {
     const int b = pass + thread;
-    const int splits =
-        b < batch ? max(1, static_cast<int>((blocks_of(p, b) + most - 1) / most)) : 0;
+    const int splits = b < batch ? static_cast<int>(parts_of(blocks_of(p, b), of_part)) : 0;
     int total;
     const int end = earlier + scan_threads<kDecodeThreads>(splits, search.warp_sums, total);
     if (number < end && number >= end - splits) {
