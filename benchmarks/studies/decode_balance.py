@@ -5,7 +5,7 @@ the time with one number of splits for all sequences, the time with the parts th
 make of the sequences' lengths, and that of a balanced list of equal parts, longest first. No GPU.
 
 The model: a device runs ``SLOTS`` thread blocks at once, in order. A block starts with a fixed
-latency, then reads its keys; all blocks share the memory's bandwidth, and one alone can't use it up.
+latency, then reads its keys. All blocks share the memory's bandwidth; one alone can't use it up.
 """
 
 from __future__ import annotations

@@ -51,4 +51,26 @@ void launch_kernel(const char* name, void (*kernel)(Params), dim3 grid, int bloc
   check(cudaLaunchKernel(function, grid, dim3(block), arguments, shared_bytes, stream), name);
 }
 
+// The same for a kernel that calls wait_for_kernel_before (common/ptx.cuh) first of all: from
+// Hopper on its CTAs start while the kernel before it ends, which saves the time between launches.
+// Code that was compiled for older devices can't wait, and so must not start early.
+template <class Params>
+void launch_kernel_after(const char* name, void (*kernel)(Params), dim3 grid, int block,
+                         cudaStream_t stream, const Params& params) {
+  const void* function = reinterpret_cast<const void*>(kernel);
+  cudaFuncAttributes code;
+  check(cudaFuncGetAttributes(&code, function), name);
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(block);
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = code.ptxVersion >= 90 ? 1 : 0;
+  void* arguments[] = {const_cast<Params*>(&params)};
+  check(cudaLaunchKernelExC(&config, function, arguments), name);
+}
+
 }  // namespace gqa::cuda

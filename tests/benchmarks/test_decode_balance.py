@@ -1,4 +1,4 @@
-"""The simulation of decode batches: its model, and the rule that it shares with the CUDA kernels."""
+"""The simulation of decode batches: its model, and the rule that the CUDA kernels have, too."""
 
 import random
 import shutil

@@ -28,6 +28,7 @@ __global__ void __launch_bounds__(kCombineWarps * 32)
   const int b = static_cast<int>(row / (a.q_len * a.num_heads));
   const Queries queries = queries_of(a, b);
   if (token >= queries.count) return;
+  wait_for_kernel_before();
   int first = b, step = static_cast<int>(a.batch), splits = p.splits;
   if (p.splits == 0) {
     first = p.sequence_parts[2 * b], splits = p.sequence_parts[2 * b + 1], step = 1;

@@ -53,6 +53,7 @@ __global__ void __launch_bounds__(kDecodeThreads, C::kMinCtas)
   const bool elements = kVariant == DecodeVariant::kElements && (!C::kQuantized || p.elements);
   const bool bf16 = C::kQuantized ? a.dtype == DType::kBFloat16 : std::is_same_v<T, BFloat16>;
 
+  let_next_kernel_start();  // combine, which waits for all of this one
   const DecodeTile tile = find_tile(p, reinterpret_cast<int*>(smem), search, rows);
   if (tile.group.num_rows == 0) return;
   if (tile.begin >= tile.end) {

@@ -112,7 +112,9 @@ DecodeParams decode_params(const AttentionParams& a, void* workspace, const Devi
     const int64_t rows = partial_parts(params) * a.num_heads * a.q_len;
     params.partial_out = static_cast<float*>(workspace);
     params.partial_lse = params.partial_out + rows * params.partial_stride;
-    params.sequence_parts = reinterpret_cast<int32_t*>(params.partial_lse + rows);
+    if (params.splits == 0) {
+      params.sequence_parts = reinterpret_cast<int32_t*>(params.partial_lse + rows);
+    }
   }
   return params;
 }
@@ -175,8 +177,9 @@ size_t decode_workspace_bytes(const AttentionParams& a, const Device& device) {
   const DecodeParams params = decode_params(a, nullptr, device);
   const int64_t parts = partial_parts(params);
   if (parts == 0) return 0;
+  const int64_t numbers = params.splits == 0 ? 2 * a.batch : 0;  // sequence_parts
   return sizeof(float) * parts * a.num_heads * a.q_len * (params.partial_stride + 1) +
-         sizeof(int32_t) * 2 * a.batch;
+         sizeof(int32_t) * numbers;
 }
 
 void decode(const AttentionParams& a, void* workspace, const Device& device, cudaStream_t stream) {
@@ -187,9 +190,9 @@ void decode(const AttentionParams& a, void* workspace, const Device& device, cud
   launch_stored(params, stream);
   if (partial_parts(params) == 0) return;
   const int64_t rows = a.batch * a.num_heads * a.q_len;
-  launch_kernel("sm80 decode combine", combine_kernel,
-                dim3(static_cast<unsigned>((rows + kCombineWarps - 1) / kCombineWarps)),
-                kCombineWarps * 32, 0, stream, params);
+  launch_kernel_after("sm80 decode combine", combine_kernel,
+                      dim3(static_cast<unsigned>((rows + kCombineWarps - 1) / kCombineWarps)),
+                      kCombineWarps * 32, stream, params);
 }
 
 }  // namespace gqa::cuda::sm80

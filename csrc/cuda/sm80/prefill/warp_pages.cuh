@@ -35,7 +35,8 @@ struct alignas(16) WarpPages {
   __device__ __forceinline__ void begin(const PrefillArgs& args, const RowOrigin<T>& origin,
                                         int first_key, int length) {
     const CopyRows<T> rows = key_rows(args, origin);
-    const int thread = current_thread(), lane = thread % 32, key = key_of(thread / 32, lane, first_key);
+    const int thread = current_thread(), lane = thread % 32,
+              key = key_of(thread / 32, lane, first_key);
     if (lane < kRows && key < length) pages[lane] = rows.page(key);
     __syncwarp();  // pages
   }
@@ -47,7 +48,8 @@ struct alignas(16) WarpPages {
                                           int first_key, int length) {
     const AttentionParams& params = args.params;
     const CopyRows<T> rows = key_rows(args, origin);
-    const int thread = current_thread(), lane = thread % 32, mine = lane % 16, key = key_of(thread / 32, mine, first_key);
+    const int thread = current_thread(), lane = thread % 32, mine = lane % 16,
+              key = key_of(thread / 32, mine, first_key);
     uint64_t distance = 0;
     bool near = true;
     if (mine < kRows) {
