@@ -226,7 +226,7 @@ class DecodePlan:
     def new_tokens(self) -> int | Tensor:
         """Query tokens per sequence: a number, or ``[B]`` if they are packed."""
         offsets = self.call.q_offsets
-        return self.call.q.size(2) if offsets is None else offsets.diff()
+        return self.call.q.shape[2] if offsets is None else offsets.diff()
 
     @overload
     def __call__(

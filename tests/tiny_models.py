@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from gqa_kernels import HeadMap
 from gqa_kernels.convert import convert, random_split
@@ -70,6 +72,17 @@ def expanded(model: nn.Module) -> nn.Module:
     eager = model.config.model_type in OF_FAMILY
     parent.set_attn_implementation("eager" if eager else "sdpa")
     return parent
+
+
+def write_tokenizer(folder: Path) -> None:
+    """One word per token, ``w0``, ``w1`` and so on, for servers that take text."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {f"w{i}": i for i in range(VOCABULARY)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"unk_token": "w0", "pad_token": "w0", "bos_token": "w1", "eos_token": "w2"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
 
 
 def batch(lengths: list[int], side: str, seed: int = 0) -> dict[str, torch.Tensor]:

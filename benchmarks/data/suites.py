@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from .cases import Case, backward, decode, end_to_end, over_caches, prefill
 from .instances import SearchCase
 from .models import MILD, SKEWED
@@ -48,6 +50,14 @@ SEARCHES = [
     SearchCase("aligned_cosine", 32, 8, "equal"),
 ]
 
+PEER_CACHES = [  # kinds of cache that vLLM's and onnxruntime's kernels have, on even maps
+    replace(decode("llama-3-8b", ("even",), batch, 8192, dtype)[0], op="decode-cache", cache=cache)
+    for batch, dtype, cache in (
+        (1, BF16, "pages16"), (8, BF16, "pages128"), (1, BF16, "pages128-fp8_e4m3"),
+        (1, FP32, "pages128"), (1, FP32, "dense-int8"),
+    )
+]  # fmt: skip
+
 CPU: list[AnyCase] = [
     # Bandwidth versus context; at 8192 also the other types and a batch.
     *decode("llama-3-8b", BOTH, 1, 8192, BF16, FP32),
@@ -57,6 +67,7 @@ CPU: list[AnyCase] = [
     *prefill("llama-3-8b", BOTH, 1, 1024, BF16, FP32),
     *backward("llama-3-8b", BOTH, 1, 512, BF16, FP32),
     *over_caches("llama-3-8b", (SKEWED,), 1, 8192, "pages16", "dense-int8", "pages16-int8"),
+    *PEER_CACHES,
     *end_to_end("smollm2-135m", SMOL, 1, 128, 8, FP32),
     *SEARCHES,
     # Skew at a constant number of KV heads, and scattered, pruned and cut maps.

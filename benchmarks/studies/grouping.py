@@ -158,10 +158,7 @@ class Bench:
             weights = self.worth(name)
             found = plan_by_loss(self.losses, weights, budget=2 * groups * layers)
             plans[f"{OURS}, budget, weights {name}"] = found
-        return {
-            name: [(k.head_map, v.head_map) for k, v in found.results]
-            for name, found in plans.items()
-        }
+        return {name: found.maps for name, found in plans.items()}
 
     def worth(self, estimator: str) -> list[float]:
         return layer_weights_by(estimator, self.model, self.held_out, self.losses, self.stats)

@@ -1,4 +1,4 @@
-// The forward op that the bindings register: its arguments, once for all devices.
+// The forward ops that the bindings register: their arguments, once for all devices.
 #pragma once
 
 #include <tuple>
@@ -15,7 +15,7 @@ using ForwardOutput = Tensor(const Inputs& in, bool bshd);
 Forward attention_forward_cpu, attention_forward_cuda;
 ForwardOutput attention_output_cpu, attention_output_cuda;
 
-// The arguments of both ops, in the order of their schema.
+// The arguments of attention_forward, in the order of its schema.
 template <auto* forward>
 auto attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& head_map,
                std::optional<double> scale, int64_t window_left, int64_t window_right,
@@ -53,6 +53,18 @@ auto attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& 
                   dropout_p,
                   dropout_seed},
                  bshd);
+}
+
+// Likewise of attention_output, which has few of them: the others are those of a call without.
+template <ForwardOutput* forward>
+Tensor attention_output(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& head_map,
+                        std::optional<double> scale, int64_t window_left, int64_t window_right,
+                        double softcap, bool bshd, const OptionalTensor& kv_lengths,
+                        const OptionalTensor& page_table, const OptionalTensor& sinks) {
+  const OptionalTensor none;
+  return attention<forward>(q, k, v, head_map, scale, window_left, window_right, softcap, false,
+                            bshd, kv_lengths, page_table, none, sinks, none, none, none, none, 0, 0,
+                            none, none, none, none, 0.0, none);
 }
 
 }  // namespace gqa::host

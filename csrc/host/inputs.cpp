@@ -14,6 +14,7 @@ namespace gqa::host {
 namespace {
 
 using NamedTensors = std::initializer_list<std::pair<const char*, const Tensor*>>;
+using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 
 const Tensor* get(const OptionalTensor& x) { return x ? &*x : nullptr; }
 
@@ -22,38 +23,40 @@ const T* data_of(const OptionalTensor& x) {
   return x ? static_cast<const T*>(x->const_data_ptr()) : nullptr;
 }
 
-DType dtype_of(const char* name, const Tensor& x) {
-  switch (x.scalar_type()) {
+// Torch is asked for a type or for sizes once in each function: a question takes some nanoseconds.
+DType dtype_of(const char* name, ScalarType type) {
+  switch (type) {
     case ScalarType::Float: return DType::kFloat32;
     case ScalarType::BFloat16: return DType::kBFloat16;
     case ScalarType::Half: return DType::kFloat16;
     case ScalarType::Bool: return DType::kBool;
     default:
       STD_TORCH_CHECK(false, name, " must have dtype Float, BFloat16, Half or (a mask) Bool, got ",
-                      torch::headeronly::toString(x.scalar_type()));
+                      torch::headeronly::toString(type));
   }
 }
 
 // Type of the numbers in a cache's storage.
-DType storage_dtype_of(const char* name, const Tensor& x, const Tensor& q) {
-  switch (x.scalar_type()) {
+DType storage_dtype_of(const char* name, ScalarType type, ScalarType q_type) {
+  switch (type) {
     case ScalarType::Float8_e4m3fn: return DType::kFloat8E4M3;
     case ScalarType::Float8_e5m2: return DType::kFloat8E5M2;
     case ScalarType::Char: return DType::kInt8;
     case ScalarType::Byte: return DType::kInt4;
     default:
-      STD_TORCH_CHECK(x.scalar_type() == q.scalar_type(), name,
+      STD_TORCH_CHECK(type == q_type, name,
                       " must have q's dtype, or Float8_e4m3fn, Float8_e5m2, Char or Byte, got ",
-                      torch::headeronly::toString(x.scalar_type()));
-      return dtype_of(name, x);
+                      torch::headeronly::toString(type));
+      return dtype_of(name, type);
   }
 }
 
 void check_dtypes(const Inputs& in) {
-  const DType dtype = dtype_of("q", in.q);
+  const ScalarType q_type = in.q.scalar_type(), k_type = in.k.scalar_type();
+  const DType dtype = dtype_of("q", q_type);
   STD_TORCH_CHECK(dtype != DType::kBool, "q must be floating point, got Bool");
-  const bool quantized = storage_dtype_of("k", in.k, in.q) != dtype;
-  check_dtype("v", in.v, in.k.scalar_type());
+  const bool quantized = storage_dtype_of("k", k_type, q_type) != dtype;
+  check_dtype("v", in.v, k_type);
   check_dtype("head_map", in.head_map, ScalarType::Int);
   for (const auto& [name, x] : NamedTensors{{"value_head_map", get(in.value_head_map)},
                                             {"kv_lengths", get(in.kv_lengths)},
@@ -67,7 +70,7 @@ void check_dtypes(const Inputs& in) {
     if (x) check_dtype(name, *x, ScalarType::Float);
   }
   if (in.attn_mask) {
-    const DType mask = dtype_of("attn_mask", *in.attn_mask);
+    const DType mask = dtype_of("attn_mask", in.attn_mask->scalar_type());
     STD_TORCH_CHECK(mask == DType::kBool || mask == DType::kFloat32 || mask == dtype,
                     "attn_mask must have dtype Bool, Float or q's, got ",
                     torch::headeronly::toString(in.attn_mask->scalar_type()));
@@ -89,8 +92,8 @@ void check_dtypes(const Inputs& in) {
 bool shares_storage(const Inputs& in) { return in.kv_begin && !in.page_table && in.k.size(0) == 1; }
 
 // Shapes of the storage and of what says where keys lie; returns slots of a sequence.
-int64_t check_storage_shapes(const Inputs& in, int64_t batch) {
-  const int64_t pages = in.k.size(0), heads = in.k.size(1), page_size = in.k.size(2);
+int64_t check_storage_shapes(const Inputs& in, int64_t batch, Sizes k, Sizes v) {
+  const int64_t pages = k[0], heads = k[1], page_size = k[2];
   int64_t max_pages = 1;
   if (in.page_table) {
     STD_TORCH_CHECK(in.page_table->dim() == 3,
@@ -103,14 +106,14 @@ int64_t check_storage_shapes(const Inputs& in, int64_t batch) {
   }
   STD_TORCH_CHECK(in.kv_lengths || !(in.page_table || in.kv_begin || in.q_offsets),
                   "kv_lengths must be given with page_table, kv_begin and q_offsets");
-  check_shape("v", in.v, {pages, in.v.size(1), page_size, in.v.size(3)});
+  check_shape("v", in.v, {pages, v[1], page_size, v[3]});
   for (const auto& [name, x] :
        NamedTensors{{"k_scale", get(in.k_scale)}, {"k_zero", get(in.k_zero)}}) {
     if (x) check_shape(name, *x, {pages, heads, page_size});
   }
   for (const auto& [name, x] :
        NamedTensors{{"v_scale", get(in.v_scale)}, {"v_zero", get(in.v_zero)}}) {
-    if (x) check_shape(name, *x, {pages, in.v.size(1), page_size});
+    if (x) check_shape(name, *x, {pages, v[1], page_size});
   }
   if (in.kv_lengths) check_shape("kv_lengths", *in.kv_lengths, {batch, heads});
   if (in.kv_begin) check_shape("kv_begin", *in.kv_begin, {batch});
@@ -118,22 +121,29 @@ int64_t check_storage_shapes(const Inputs& in, int64_t batch) {
   return max_pages * page_size;
 }
 
-int64_t batch_of(const Inputs& in) { return in.kv_lengths ? in.kv_lengths->size(0) : in.q.size(0); }
+int64_t batch_of(const Inputs& in, Sizes q) {
+  return in.kv_lengths ? in.kv_lengths->size(0) : q[0];
+}
+
+// Checked: sizes of q, k or v, whose elements hold one or two numbers.
+void check_head_dim(const char* name, Sizes sizes, int64_t numbers, int64_t max_head_dim) {
+  STD_TORCH_CHECK(sizes.size() == 4, name, " must have 4 dims, got ", sizes.size());
+  const int64_t dim = sizes[3] * numbers;
+  STD_TORCH_CHECK(dim >= 1 && dim <= max_head_dim, name, " must have a head dim of 1 to ",
+                  max_head_dim, ", got ", dim);
+}
 
 void check_shapes(const Inputs& in, int64_t max_head_dim) {
-  const Tensor &q = in.q, &k = in.k, &v = in.v;
-  const int64_t packed = k.scalar_type() == ScalarType::Byte ? 2 : 1;  // numbers in an element
-  for (const auto& [name, x] : NamedTensors{{"q", &q}, {"k", &k}, {"v", &v}}) {
-    STD_TORCH_CHECK(x->dim() == 4, name, " must have 4 dims, got ", x->dim());
-    const int64_t dim = x->size(3) * (x == &q ? 1 : packed);
-    STD_TORCH_CHECK(dim >= 1 && dim <= max_head_dim, name, " must have a head dim of 1 to ",
-                    max_head_dim, ", got ", dim);
-  }
+  const Sizes q = in.q.sizes(), k = in.k.sizes(), v = in.v.sizes();
+  const int64_t packed = in.k.scalar_type() == ScalarType::Byte ? 2 : 1;
+  check_head_dim("q", q, 1, max_head_dim);
+  check_head_dim("k", k, packed, max_head_dim);
+  check_head_dim("v", v, packed, max_head_dim);
   STD_TORCH_CHECK(!in.kv_lengths || in.kv_lengths->dim() == 2,
                   "kv_lengths must have 2 dims, [B, Hk], got ", in.kv_lengths->dim());
-  const int64_t batch = batch_of(in), heads = q.size(1), tokens = q.size(2);
-  check_shape("q", q, {in.q_offsets ? 1 : batch, heads, tokens, k.size(3) * packed});
-  const int64_t kv_len = check_storage_shapes(in, batch);
+  const int64_t batch = batch_of(in, q), heads = q[1], tokens = q[2];
+  check_shape("q", in.q, {in.q_offsets ? 1 : batch, heads, tokens, k[3] * packed});
+  const int64_t kv_len = check_storage_shapes(in, batch, k, v);
   check_shape("head_map", in.head_map, {heads});
   if (in.value_head_map) check_shape("value_head_map", *in.value_head_map, {heads});
   if (in.alibi_slopes) check_shape("alibi_slopes", *in.alibi_slopes, {batch, heads});
@@ -159,12 +169,11 @@ void set_row_values(const OptionalTensor& x, const float*& data, Strides& stride
 }
 
 // Where keys and values lie; after the shapes of q, k and v.
-void set_storage(AttentionParams& params, const Inputs& in) {
-  params.batch = batch_of(in);
-  params.k_dtype = params.v_dtype = storage_dtype_of("k", in.k, in.q);
+void set_storage(AttentionParams& params, const Inputs& in, Sizes q, Sizes k) {
+  params.batch = batch_of(in, q);
   if (params.v_dtype == DType::kInt4) params.value_head_dim *= 2;
-  params.page_size = in.k.size(2);
-  params.num_pages = in.k.size(0);
+  params.page_size = k[2];
+  params.num_pages = k[0];
   params.max_pages = 1;
   if (shares_storage(in)) {
     params.num_pages = params.batch;
@@ -191,7 +200,10 @@ void set_storage(AttentionParams& params, const Inputs& in) {
 
 }  // namespace
 
-Strides strides_of(const Tensor& x) { return {x.stride(0), x.stride(1), x.stride(2)}; }
+Strides strides_of(const Tensor& x) {
+  const auto strides = x.strides();
+  return {strides[0], strides[1], strides[2]};
+}
 
 Tensor empty_beside(const Tensor& x, ScalarType dtype, std::initializer_list<int64_t> sizes,
                     std::initializer_list<int64_t> strides) {
@@ -237,16 +249,19 @@ void check_inputs(const Inputs& in, int64_t max_head_dim,
 
 AttentionParams params_of(const Inputs& in) {
   AttentionParams params{};
-  params.num_heads = in.q.size(1);
-  params.q_len = params.q_tokens = in.q.size(2);
-  params.head_dim = in.q.size(3);
-  params.num_k_heads = in.k.size(1);
-  params.num_v_heads = in.v.size(1);
-  params.value_head_dim = in.v.size(3);
-  params.dtype = dtype_of("q", in.q);
+  const Sizes q = in.q.sizes(), k = in.k.sizes(), v = in.v.sizes();
+  const ScalarType q_type = in.q.scalar_type();
+  params.num_heads = q[1];
+  params.q_len = params.q_tokens = q[2];
+  params.head_dim = q[3];
+  params.num_k_heads = k[1];
+  params.num_v_heads = v[1];
+  params.value_head_dim = v[3];
+  params.dtype = dtype_of("q", q_type);
+  params.k_dtype = params.v_dtype = storage_dtype_of("k", in.k.scalar_type(), q_type);
   params.k_stride = strides_of(in.k);
   params.v_stride = strides_of(in.v);
-  set_storage(params, in);
+  set_storage(params, in, q, k);
 
   params.q = in.q.const_data_ptr();
   params.k = in.k.const_data_ptr();
@@ -262,7 +277,7 @@ AttentionParams params_of(const Inputs& in) {
   }
   if (in.attn_mask) {
     params.attn_mask = in.attn_mask->const_data_ptr();
-    params.mask_dtype = dtype_of("attn_mask", *in.attn_mask);
+    params.mask_dtype = dtype_of("attn_mask", in.attn_mask->scalar_type());
     params.mask_stride_b = in.attn_mask->stride(0);
     params.mask_stride_h = in.attn_mask->stride(1);
     params.mask_stride_q = in.attn_mask->stride(2);
@@ -301,13 +316,13 @@ Tensor add_output(AttentionParams& params, const Tensor& q, bool bshd) {
 }
 
 Tensor add_unfilled_output(AttentionParams& params, const Tensor& q, bool bshd) {
-  const int64_t heads = q.size(1), tokens = q.size(2), dim = params.value_head_dim;
+  const int64_t heads = params.num_heads, tokens = params.q_tokens, dim = params.value_head_dim;
   const int64_t rows = std::max<int64_t>(tokens, 1);  // strides of an empty tensor as torch's
-  Tensor out =
-      empty_beside(q, q.scalar_type(), {q.size(0), heads, tokens, dim},
-                   {heads * rows * dim, bshd ? dim : rows * dim, bshd ? heads * dim : dim, 1});
+  const Strides strides{heads * rows * dim, bshd ? dim : rows * dim, bshd ? heads * dim : dim};
+  Tensor out = empty_beside(q, q.scalar_type(), {q.size(0), heads, tokens, dim},
+                            {strides.b, strides.h, strides.s, 1});
   params.out = out.mutable_data_ptr();
-  params.out_stride = strides_of(out);
+  params.out_stride = strides;
   return out;
 }
 

@@ -7,18 +7,21 @@ from typing import Any
 
 import torch
 from torch import _C, Tensor
+from torch._C import _get_deterministic_algorithms, _len_torch_dispatch_stack
 
 from ..call.append import AppendCall
 from ..call.attention import AttentionCall
 from ..call.keep import KeepCall
+from ..head_map import HeadMap
 from ..native import build
 from ..native.flops import enter_formulas
-from ..native.schema import APPEND, FORWARD, KEEP
+from ..native.schema import APPEND, FORWARD, KEEP, OUTPUT
 from .base import Backend, Call, Runner
 
 _NO_LSE = torch.empty(0)  # in place of one that nobody reads
 
 _runners: dict[tuple, Runner] = {}  # by what they follow from
+_append_runners: dict[tuple, Callable[[Callable[..., Any], AppendCall], Tensor]] = {}
 
 
 class CompiledBackend(Backend):
@@ -44,20 +47,31 @@ class CompiledBackend(Backend):
     def runner(self, call: AttentionCall) -> Runner:
         if torch.compiler.is_compiling():
             return _traced
-        keeps_lse = call.lse_wanted or type(call.q) is not Tensor  # DTensor has rules for that op
-        key = (call.kind, call.options.kind, call.bshd, keeps_lse, call.requires_grad)
+        is_tensor = type(call.q) is Tensor
+        keeps_lse = call.lse_wanted or not is_tensor  # DTensor has rules for that op
+        on_cpu = is_tensor and call.q.is_cpu
+        key = (call.kind, call.options.kind, call.bshd, keeps_lse, call.requires_grad, on_cpu)
         found = _runners.get(key)
         if found is None:
-            found = _runners[key] = _runner(FORWARD.arguments_like(call), *key[-2:])
+            found = _runners[key] = _runner(call, *key[-3:])
         return found
 
     def append(self, call: AppendCall) -> Tensor | None:
-        op, arguments = torch.ops.gqa_kernels.cache_append.default, APPEND.arguments_of(call)
+        op = torch.ops.gqa_kernels.cache_append.default
         if torch.compiler.is_compiling():
             call.check()
-            q = op(*arguments)
+            q = op(*APPEND.arguments_of(call))
         else:
-            q = _run(op, arguments, call)
+            key = (call.kv.kind, call.new_offsets is None, call.rotated_q is None,
+                   call.rotary_cos is None, call.rotary_interleaved)  # fmt: skip
+            found = _append_runners.get(key)
+            if found is None:
+                found = _append_runners[key] = APPEND.runner_like(call)
+            try:
+                q = found(op._op, call)
+            except RuntimeError:
+                call.check()
+                raise
         return call.q if call.rotated_q is None else q
 
     def keep(self, call: KeepCall) -> None:
@@ -74,26 +88,26 @@ def _traced(call: AttentionCall) -> tuple[Tensor, Tensor]:
     return _forward()(*FORWARD.arguments_of(call))
 
 
-def _runner(
-    arguments_of: Callable[[AttentionCall], tuple], keeps_lse: bool, requires_grad: bool
-) -> Runner:
+def _runner(call: AttentionCall, keeps_lse: bool, requires_grad: bool, on_cpu: bool) -> Runner:
     """What runs calls of a kind. Time matters here: a call of a few keys takes 2 microseconds."""
-    forward = _forward()
+    read_at_once = on_cpu and type(call.head_map) is HeadMap
+    paths = {"head_map": "head_map.cpu_tensor"} if read_at_once else {}
+    forward, run_forward = _forward(), FORWARD.runner_like(call, **paths)
 
     def run(call: AttentionCall) -> tuple[Tensor, Tensor]:
-        return _run(forward, arguments_of(call), call)
+        return _run(run_forward, forward, call)
 
-    if keeps_lse or requires_grad:
+    if keeps_lse or requires_grad or not set(FORWARD.given(call)) <= set(OUTPUT.names):
         return run
-    # Without OpOverload's __call__, a function of Python.
+    # Without OpOverload's __call__, a function of Python. This op has no autograd to pass by.
     output: Callable[..., Tensor] = torch.ops.gqa_kernels.attention_output.default._op
+    run_output = OUTPUT.runner_like(call, **paths)
 
     def run_without_lse(call: AttentionCall) -> tuple[Tensor, Tensor]:
-        if _C._len_torch_dispatch_stack() or _C._get_deterministic_algorithms():
+        if _len_torch_dispatch_stack() or _get_deterministic_algorithms():
             return run(call)  # deterministic mode fills the op's memory, which the other does not
         try:
-            with _C._AutoDispatchBelowAutograd():
-                return output(*arguments_of(call)), _NO_LSE
+            return run_output(output, call), _NO_LSE
         except RuntimeError:
             call.check()
             raise
@@ -101,15 +115,15 @@ def _runner(
     return run_without_lse
 
 
-def _run(op: Callable[..., Any], arguments: tuple, call: Call) -> Any:
-    """``op(*arguments)``; past autograd (some 20 microseconds) if nothing needs it."""
-    if _C._len_torch_dispatch_stack():
+def _run(run_op: Callable[..., Any], op: Callable[..., Any], call: Call) -> Any:
+    """``run_op(op, call)``; past autograd (some 20 microseconds) if nothing needs it."""
+    if _len_torch_dispatch_stack():
         enter_formulas()
     try:
         if call.requires_grad:
-            return op(*arguments)
+            return run_op(op, call)
         with _C._AutoDispatchBelowAutograd():
-            return op(*arguments)
+            return run_op(op, call)
     except RuntimeError:
         call.check()
         raise

@@ -5,8 +5,8 @@ from __future__ import annotations
 import warnings
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from ..call.append import AppendCall
 from ..call.attention import AttentionCall
@@ -69,7 +69,7 @@ def explain(call: Call) -> dict[str, list[str]]:
 
 def attend(call: AttentionCall, backend: str = "auto") -> tuple[Tensor, Tensor]:
     """Out and LSE of a call, by the backend that :func:`select` chooses; as ``Backend.attend``."""
-    if type(backend) is not str or torch.compiler.is_compiling() or is_transformed_now():
+    if type(backend) is not str or is_compiling() or is_transformed_now():
         return _choice(call, backend).run(call)
     key = _attention_key(call, backend)
     choice = _choices.get(key)
@@ -85,7 +85,7 @@ def select(call: Call, backend: str = "auto") -> Backend:
         ValueError, TypeError: ``call.check()`` refuses it, or no backend has that name.
         NotImplementedError: the named backend, or with ``"auto"`` every backend, can't run it.
     """
-    uncached = type(backend) is not str or torch.compiler.is_compiling() or is_transformed_now()
+    uncached = type(backend) is not str or is_compiling() or is_transformed_now()
     if uncached or isinstance(call, KeepCall):
         return _choice(call, backend).backend
     if isinstance(call, AttentionCall):
@@ -114,7 +114,7 @@ def _attention_key(call: AttentionCall, backend: str) -> tuple:
     """What the choice for an attention call, and what runs it, follow from."""
     q, k, v = call.q, call.kv.k, call.kv.v
     return (
-        call.kind, call.options.kind, backend, type(q), q.dtype, k.dtype, q.size(3), v.size(3),
+        call.kind, call.options.kind, backend, type(q), q.dtype, k.dtype, q.shape[3], v.shape[3],
         (q.is_cpu and k.is_cpu and v.is_cpu) or (q.device, k.device, v.device, is_decode(call)),
         call.requires_grad, call.lse_wanted, call.bshd,
     )  # fmt: skip
@@ -133,7 +133,7 @@ def _append_key(call: AppendCall, backend: str) -> tuple:
     q = k_new if call.q is None else call.q
     return (
         backend, "append", k_new.dtype, _device_key(kv.k, k_new, call.v_new, q), kv.k.dtype,
-        kv.k.size(3), kv.v.size(3),
+        kv.k.shape[3], kv.v.shape[3],
         kv.page_table is None, kv.kv_begin is None, call.new_offsets is None, call.requires_grad,
     )  # fmt: skip
 
@@ -187,7 +187,7 @@ def _prepare(name: str) -> str | None:
 def _warn_of_reference(passed_over: list[tuple[str, list[str]]]) -> None:
     """Say once per reason that ``backend="auto"`` fell back to the reference. Not while
     torch.compile traces, whose graphs a warning would break."""
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return
     why = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in passed_over)
     if why in _warned:

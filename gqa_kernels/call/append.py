@@ -82,7 +82,7 @@ class AppendCall(OverView):
             v_new = checks.heads_first("v_new", v_new, layout, packed)
         q = q_heads_first if q is None else checks.heads_first("q", q, layout, packed)
         call = cls(
-            q, k_new, v_new, view, cu_seqlens, k_new.size(2), rotary_cos, rotary_sin,
+            q, k_new, v_new, view, cu_seqlens, k_new.shape[2], rotary_cos, rotary_sin,
             as_bool("rotary_interleaved", rotary_interleaved),
             torch.is_grad_enabled() and requires_grad(q, k_new, v_new),
         )  # fmt: skip
@@ -91,7 +91,7 @@ class AppendCall(OverView):
             call.new_offsets, call.max_new = checks.resolve_offsets(
                 "cu_seqlens", cu_seqlens, "max_seqlen", max_seqlen, k_new, view.batch
             )
-        elif q is not None and not (q.dtype == k_new.dtype and q.size(2) == call.max_new):
+        elif q is not None and not (q.dtype == k_new.dtype and q.shape[2] == call.max_new):
             call.check()
         if view.num_k_heads != view.num_v_heads or rotary_cos is not None or rotary_sin is not None:
             call._check_positions(rotary_positions is not None or next_positions is not None)

@@ -116,7 +116,7 @@ class AttentionCall:
             checks.check_dense(*_heads_first(q, k, v, bshd), 1 + bshd)
         if bshd:
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        kind = _MEMORY["dense"]
+        kind = 0  # no bit says that the memory is dense
         if kv_lengths is not None:
             kv_lengths = checks.resolve_lengths(kv_lengths, k)
             kind |= KV_LENGTHS
@@ -126,7 +126,7 @@ class AttentionCall:
             head_map, value_head_map,  # type: ignore[arg-type]
         )  # fmt: skip
         call.kind = kind
-        return call._complete(alibi_slopes, sinks, attn_mask, _HEADS_OF[1 + bshd])
+        return call._complete(alibi_slopes, sinks, attn_mask)
 
     @classmethod
     def over(
@@ -168,7 +168,7 @@ class AttentionCall:
             )
             capacity = view.capacity
             call.max_kv_len = capacity if max_seqlen_k is None else min(max_seqlen_k, capacity)
-        return call._complete(alibi_slopes, sinks, attn_mask, _CACHE_HEADS)
+        return call._complete(alibi_slopes, sinks, attn_mask)
 
     @classmethod
     def packed(
@@ -201,17 +201,16 @@ class AttentionCall:
         )  # fmt: skip
 
     def _complete(
-        self, alibi_slopes: Tensor | None, sinks: Tensor | None, attn_mask: Tensor | None,
-        heads_of: tuple[str, str],
+        self, alibi_slopes: Tensor | None, sinks: Tensor | None, attn_mask: Tensor | None
     ) -> AttentionCall:  # fmt: skip
         """Check and enter the maps and the biases."""
         q, k, v, head_map = self.q, self.kv.k, self.kv.v, self.head_map
-        k_heads, v_heads = k.size(1), v.size(1)
+        k_heads, v_heads = k.shape[1], v.shape[1]
         try:
             # The op finds a map whose length is not that of q's heads.
             if type(head_map) is not HeadMap or head_map.num_kv_heads != k_heads:
                 self.head_map = resolve_map(
-                    "head_map", head_map, q.size(1), k_heads, heads_of[0], q.device
+                    "head_map", head_map, q.shape[1], k_heads, self._heads_of[0], q.device
                 )
                 if type(self.head_map) is not HeadMap:
                     self.kind |= _DEVICE_MAP
@@ -219,12 +218,17 @@ class AttentionCall:
             if value_map is not None:
                 if type(value_map) is not HeadMap or value_map.num_kv_heads != v_heads:
                     self.value_head_map = resolve_map(
-                        "value_head_map", value_map, q.size(1), v_heads, heads_of[1], q.device
+                        "value_head_map",
+                        value_map,
+                        q.shape[1],
+                        v_heads,
+                        self._heads_of[1],
+                        q.device,
                     )
                 is_host = type(self.value_head_map) is HeadMap
                 self.kind |= _VALUE_MAP if is_host else _VALUE_MAP | _VALUE_DEVICE_MAP
             elif v_heads != k_heads:
-                self._refuse_heads(heads_of)
+                self._refuse_heads()
             if alibi_slopes is not None:
                 self.alibi_slopes = checks.resolve_slopes(alibi_slopes, q, self.kv.batch)
                 self.kind |= _SLOPES
@@ -248,7 +252,13 @@ class AttentionCall:
         keys = self.max_kv_len if self.memory == "packed" else self.kv.capacity
         return self.kv.batch, self.num_heads, self.q_len, keys
 
-    def _refuse_heads(self, heads_of: tuple[str, str]) -> None:
+    @property
+    def _heads_of(self) -> tuple[str, str]:
+        """What the numbers of key heads and of value heads are called."""
+        return _HEADS_OF[1 + self.bshd] if self.memory == "dense" else _CACHE_HEADS
+
+    def _refuse_heads(self) -> None:
+        heads_of = self._heads_of
         k_heads, v_heads = self.kv.num_k_heads, self.kv.num_v_heads
         if self.memory == "dense":
             raise ValueError(
@@ -269,10 +279,10 @@ class AttentionCall:
         """
         self._check_tensors()
         q, view = self.q, self.kv
-        heads_of = _HEADS_OF[1 + self.bshd] if self.memory == "dense" else _CACHE_HEADS
+        key_heads, value_heads = self._heads_of
         for value, name, heads, rule in (
-            (self.head_map, "head_map", view.num_k_heads, heads_of[0]),
-            (self.value_head_map, "value_head_map", view.num_v_heads, heads_of[1]),
+            (self.head_map, "head_map", view.num_k_heads, key_heads),
+            (self.value_head_map, "value_head_map", view.num_v_heads, value_heads),
         ):
             if value is not None:
                 resolve_map(name, value, q.shape[1], heads, rule, q.device)

@@ -137,16 +137,19 @@ def resolve_map(
                 f"{name} must be a HeadMap, a sequence of integers or an integer tensor, "
                 f"got {type(value).__name__}"
             )
-        entries = tuple(bounded(name, value))
+        entries = tuple(value if type(value) in (list, tuple) else bounded(name, value))
         if set(map(type, entries)) != _ONLY_INT:  # converts numpy integers, refuses the rest
             entries = checked_entries(name, entries)
-        if min(entries) < 0 or max(entries) >= num_kv_heads:
-            head = next(h for h, e in enumerate(entries) if not 0 <= e < num_kv_heads)
-            raise ValueError(
-                f"{name} entries must lie in [0, {rule} ({num_kv_heads})), "
-                f"got {entries[head]} at head {head}"
-            )
-        value = interned_map(entries, num_kv_heads)
+        try:
+            value = interned_map(entries, num_kv_heads)
+        except ValueError:
+            for head, entry in enumerate(bounded(name, entries)):
+                if not 0 <= entry < num_kv_heads:
+                    raise ValueError(
+                        f"{name} entries must lie in [0, {rule} ({num_kv_heads})), "
+                        f"got {entry} at head {head}"
+                    ) from None
+            raise
     if value.num_heads != num_heads:
         raise ValueError(
             f"{name} must have one entry per query head ({num_heads}), got {value.num_heads}"

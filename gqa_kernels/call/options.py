@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from torch.compiler import is_compiling
 
 from ..native.arguments import as_bool, as_float, as_int, shown
 
@@ -72,7 +73,7 @@ class Options:
             dropout_p = as_float("dropout_p", dropout_p)
         if type(batch_invariant) is not bool:
             batch_invariant = as_bool("batch_invariant", batch_invariant)
-        made_by = _checked if torch.compiler.is_compiling() else _interned
+        made_by = _checked if is_compiling() else _interned
         return made_by(causal, scale, left, right, softcap, dropout_p, batch_invariant)
 
     def replace(self, **changes: Any) -> Options:
@@ -89,7 +90,7 @@ def _checked(
     causal: bool, scale: float | None, left: int | None, right: int | None, softcap: float | None,
     dropout_p: float, batch_invariant: bool,
 ) -> Options:  # fmt: skip
-    if not torch.compiler.is_compiling():  # to look at a symbolic value would specialise the graph
+    if not is_compiling():  # to look at a symbolic value would specialise the graph
         if scale is not None:
             as_float("scale", scale)
         if softcap is not None and as_float("softcap", softcap) < 0:
@@ -105,7 +106,7 @@ def _checked(
     if causal:
         window_right = 0
     softcap = 0.0 if softcap is None else softcap
-    made_by = _of_numbers if torch.compiler.is_compiling() else _interned_numbers
+    made_by = _of_numbers if is_compiling() else _interned_numbers
     return made_by(scale, window_left, window_right, softcap, batch_invariant, dropout_p)
 
 

@@ -17,11 +17,12 @@ from . import (
     evaluate,
     inspect,
     search,
+    serve,
     shard,
     train_demo,
 )
 
-COMMANDS = (demo, train_demo, search, convert, evaluate, inspect, shard, check_engine)
+COMMANDS = (demo, train_demo, search, convert, evaluate, inspect, shard, serve, check_engine)
 COMMANDS += (backends, environment)
 REFUSALS = (ValueError, TypeError, NotImplementedError, ImportError, OSError, UsageError)
 INTERRUPTED = 130  # the shell's exit status of a program that Ctrl-C stopped

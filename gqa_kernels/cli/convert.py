@@ -95,7 +95,14 @@ def run(arguments: argparse.Namespace) -> int:
         )
     held_out, texts = texts[len(texts) - kept :], texts[: len(texts) - kept]
 
-    child = convert(model, found.maps, merging, moments=stats, restore_norms=found.restore_norms)
+    child = convert(
+        model,
+        found.maps,
+        merging,
+        moments=stats,
+        restore_norms=found.restore_norms,
+        share_weights=recipe is None,
+    )
     history = None
     if recipe:
         child.set_attn_implementation(register())

@@ -1,13 +1,14 @@
 """run_tasks(): EleutherAI's lm-evaluation-harness on a model in memory.
 
-Tasks come with data to download, or are local: YAML files in a folder that name local data
-(``dataset_path: json``).
+Tasks download their data, generate it (``ruler_fwe`` and others of lm-eval, with the model's
+tokenizer), or are local: YAML files in a folder that name local data (``dataset_path: json``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import nn
@@ -50,20 +51,22 @@ def run_tasks(
         raise ImportError(
             f"run_tasks needs lm-eval >= {OLDEST} (pip install 'lm-eval>={OLDEST}'): {error}"
         ) from error
-    manager = TaskManager(
-        include_path=None if include_path is None else str(include_path),
-        include_defaults=include_defaults,
-    )
-    unknown = [task for task in tasks if task not in manager.all_tasks]
-    if unknown:
-        raise ValueError(f"tasks must be known to lm-eval, got {', '.join(unknown)}")
-    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-    found = lm_eval.simple_evaluate(
-        model=wrapped,
-        tasks=list(tasks),
-        num_fewshot=num_fewshot,
-        limit=limit,
-        task_manager=manager,
-        bootstrap_iters=0,
-    )
+    with TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)  # tasks that generate their data load it by name
+        manager = TaskManager(
+            include_path=None if include_path is None else str(include_path),
+            include_defaults=include_defaults,
+            metadata={"tokenizer": folder},
+        )
+        unknown = [task for task in tasks if task not in manager.all_tasks]
+        if unknown:
+            raise ValueError(f"tasks must be known to lm-eval, got {', '.join(unknown)}")
+        found = lm_eval.simple_evaluate(
+            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+            tasks=list(tasks),
+            num_fewshot=num_fewshot,
+            limit=limit,
+            task_manager=manager,
+            bootstrap_iters=0,
+        )
     return found["results"]

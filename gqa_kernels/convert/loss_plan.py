@@ -54,6 +54,11 @@ class LossPlan:
     weights: tuple[float, ...]
     predicted: dict[str, float]
 
+    @property
+    def maps(self) -> list[tuple[HeadMap, HeadMap]]:
+        """K's and V's map of each layer, for ``convert``."""
+        return [(key.head_map, value.head_map) for key, value in self.results]
+
 
 def plan_by_loss(
     losses: Sequence[MergeLosses],

@@ -36,6 +36,7 @@ def convert(
     *,
     moments: Sequence[LayerStats] | None = None,
     restore_norms: bool | Sequence[bool] = False,
+    share_weights: bool = False,
 ) -> nn.Module:
     """A copy of ``model`` whose query heads read the KV heads that ``maps`` name.
 
@@ -53,6 +54,9 @@ def convert(
         moments: what ``calibrate(model, ...)`` returned, for methods that need it.
         restore_norms: scale merged heads to the mean norm of the heads they replace; one value for
             all layers, or one for each.
+        share_weights: let the child hold the parent's own tensors wherever the conversion changes
+            nothing, instead of copies. It saves the memory of a second model; training one of the
+            two then changes the other.
 
     Raises:
         ValueError: the maps don't fit the model.
@@ -66,7 +70,9 @@ def convert(
                 f"{name} must have one entry per layer ({len(layers)}), got {len(given)}"
             )
     norms = restore_norms if isinstance(restore_norms, Sequence) else [restore_norms] * len(layers)
-    child = copy.deepcopy(model)
+    # deepcopy takes what its memo holds instead of copying it. write_layer puts new tensors in.
+    tensors = (*model.parameters(), *model.buffers()) if share_weights else ()
+    child = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
     family = family_of(model)
     places = list(attention_modules(child, family))
     for layer, pair, (_, module, output) in zip(layers, pairs, places, strict=True):

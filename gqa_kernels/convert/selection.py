@@ -72,7 +72,9 @@ def select_maps(
     tried = {}
     for name, maps in candidates.items():
         for restored in restore_norms:
-            child = convert(parent, maps, merging, moments=moments, restore_norms=restored)
+            child = convert(
+                parent, maps, merging, moments=moments, restore_norms=restored, share_weights=True
+            )
             child.set_attn_implementation(attention)
             tried[name, restored] = tuple(layer_errors(parent, child, batches))
     layers = range(len(next(iter(tried.values()))))

@@ -89,7 +89,7 @@ def _kl(
         # Half the heads, adjacent pairs: a change of the size that searches choose among.
         pairs = HeadMap([h // 2 for h in range(loss.num_heads)])
         maps[index] = (pairs, pairs)
-        child = convert(model, maps, loss.merging, moments=stats)
+        child = convert(model, maps, loss.merging, moments=stats, share_weights=True)
         child.set_attn_implementation("asym_gqa")
         cost = loss.joint(pairs, pairs)
         weights.append(shift(child) / cost if cost > 0 else 0.0)

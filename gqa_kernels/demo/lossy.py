@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ..convert import convert
-from ..convert.plan import plan
+from ..convert.loss_plan import plan_by_loss
+from ..convert.losses import losses_of
 from ..convert.recovery import Recipe, recover
+from ..convert.sensitivity import layer_weights_by
 from ..grouping import search
 from ..grouping.calibration import LayerStats, calibrate
 from ..grouping.similarity import similarity
@@ -82,15 +84,17 @@ def run(loaded: LoadedModel, settings: Settings, steps: Steps) -> list[Merged]:
     layers = attention_layers(stock)
     own = [(layer.key_map, layer.value_map) for layer in layers]
     results = [_measure("stock", stock, own, held_out, steps)]
+    with steps.step(f"Measuring losses and weights of {len(layers)} layers"):
+        chosen_by = chosen_by.split(1)
+        losses = losses_of(stock, stats, chosen_by)
+        weights = layer_weights_by("kl", stock, chosen_by, losses, stats)
     for num_kv_heads in settings.merged_kv_heads:
         with steps.step(f"Searching maps of {num_kv_heads} KV heads"):
-            ours = plan(
-                stock, stats, budget=2 * num_kv_heads * len(layers), held_out=chosen_by.split(1)
-            )
+            ours = plan_by_loss(losses, weights, budget=2 * num_kv_heads * len(layers))
             found = {
                 "neighbour, mean": (neighbour_maps(stock, num_kv_heads), "mean"),
                 "Align": (aligned_maps(stock, stats, num_kv_heads), "aligned"),
-                "measured loss": (ours.maps, ours.merging),
+                "measured loss": (ours.maps, losses[0].merging),
             }
         for method, (maps, merging) in found.items():
             child = convert(stock, maps, merging, moments=stats)

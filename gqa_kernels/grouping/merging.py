@@ -179,7 +179,7 @@ def merge_layer(
     parent = weights
     for side, head_map in (("k", key_map), ("v", value_map)):
         space = None
-        if restore_norms or method in _NEED_SPACE:
+        if _mixes(parent, side, head_map) and (restore_norms or method in _NEED_SPACE):
             space = HeadSpace.of(parent, side, moments, query_moments)
         old = weights.rows(side)
         rows, decoders = [], {}
@@ -229,6 +229,13 @@ def align_layer(
         aligned_map = HeadMap([place[h] for h in range(weights.num_heads)])
         weights = _fold(weights, side, decoders).with_rows(side, torch.stack(rows), aligned_map)
     return weights
+
+
+def _mixes(weights: LayerWeights, side: str, head_map: HeadMap) -> bool:
+    """Whether some group of a new map reads more than one old head."""
+    old = weights.key_map if side == "k" else weights.value_map
+    pairs = zip(head_map.entries, old.entries, strict=False)  # _groups refuses other lengths
+    return len(set(pairs)) > len(set(head_map.entries))
 
 
 def _groups(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Protocol
 
 import torch
@@ -169,7 +169,15 @@ def _turned(metric: Tensor, rotary: Rotary) -> Tensor:
     In the basis ``(x_a +- i x_b) / sqrt 2`` of each plane a rotation multiplies every coordinate by
     a phase, so the mean multiplies every entry of the metric by a number.
     """
-    D, half = metric.shape[-1], rotary.dim // 2
+    basis, factor = _turns(rotary, metric.shape[-1])
+    turned = (basis @ metric.to(basis.dtype) @ basis.mH) * factor
+    return (basis.mH @ turned @ basis).real
+
+
+@lru_cache(maxsize=16)  # the layers of a model have one rotation
+def _turns(rotary: Rotary, D: int) -> tuple[Tensor, Tensor]:
+    """The basis ``[D, D]``, and the mean of every entry's phase in it."""
+    half = rotary.dim // 2
     a, b = rotary.planes.T
     p = torch.arange(half)
     basis = torch.eye(D, dtype=torch.complex128)
@@ -186,5 +194,4 @@ def _turned(metric: Tensor, rotary: Rotary) -> Tensor:
         speed = torch.cat([theta, -theta, theta.new_zeros(D - rotary.dim)])
         angles = torch.arange(_WINDOW)[:, None, None] * (speed[:, None] - speed)
         factor = torch.polar(torch.ones_like(angles), angles).mean(0)
-    turned = (basis @ metric.to(basis.dtype) @ basis.mH) * factor
-    return (basis.mH @ turned @ basis).real
+    return basis, factor

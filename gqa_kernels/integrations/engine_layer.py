@@ -41,6 +41,12 @@ class Layer:
             id(self.alibi_slopes), id(self.sinks),
         )  # fmt: skip
 
+    @property
+    def kv_heads(self) -> tuple[int, int]:
+        """How many heads K and V have."""
+        value_map = self.value_head_map or self.head_map
+        return self.head_map.num_kv_heads, value_map.num_kv_heads
+
     def options(self) -> dict[str, object]:
         """Keyword arguments of :func:`gqa_kernels.asym_gqa_decode`."""
         return {

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import _functorch
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
 
 from .flops import enter_formulas
 from .schema import Schema
@@ -72,10 +74,7 @@ def register(forward_op: str, backward_op: str, forward: Schema, backward: Schem
 
 def is_transformed_now() -> bool:
     """Whether torch.func or forward-mode differentiation is active, for whatever tensor."""
-    return (
-        torch.autograd.forward_ad._current_level >= 0
-        or _functorch.peek_interpreter_stack() is not None
-    )
+    return forward_ad._current_level >= 0 or peek_interpreter_stack() is not None
 
 
 def is_transformed(*tensors: Tensor | None) -> bool:

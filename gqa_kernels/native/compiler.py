@@ -46,7 +46,7 @@ HOW_TO_INSTALL = (
     "conda: conda install -c conda-forge cxx-compiler) or set CXX to one"
 )
 # Seconds that one core takes for a whole part, for the estimate before a build.
-CORE_SECONDS = {"cpu": 150, "cuda": 2400}
+CORE_SECONDS = {"cpu": 150, "cuda": 2400, "search": 20}
 ERROR_LINES = 15
 LIBRARY = "library.so"
 # Runs in a process of its own. close_fds: ninja and the compilers inherit the caller's lock.
@@ -202,6 +202,29 @@ def compile_library(
         raise RuntimeError("building needs a Python interpreter, and sys.executable names none")
     ninja.run([sys.executable, "-c", LOAD, json.dumps(arguments)], folder)
     return folder / LIBRARY
+
+
+def compile_module(
+    part: str, compiler: Compiler, files: Mapping[str, bytes], objects: Path, lock: IO
+) -> Path:
+    """Compile a Python module by pybind11; arguments, result and errors as ``compile_library``."""
+    folder = objects / f"{part}-{platform.machine()}-{_settings_key(part, compiler, None)}"
+    root = folder / "csrc"
+    again = (folder / ".ninja_log").exists()
+    _copy_sources(files, root)
+    (folder / "lock").unlink(missing_ok=True)  # torch's, left by a killed build
+    arguments = {
+        "name": f"gqa_kernels_{part}",
+        "sources": [str(root / name) for name in files if name.endswith(".cpp")],
+        "extra_cflags": [flag for flag in COMPILE_FLAGS if not flag.startswith("-D")],
+        "build_directory": str(folder),
+        "verbose": True,
+        "with_cuda": False,
+    }
+    ninja = _Ninja(part, folder, compiler, lock)
+    ninja.announce(objects.parent, again)
+    ninja.run([sys.executable, "-c", LOAD, json.dumps(arguments)], folder)
+    return folder / f"gqa_kernels_{part}.so"
 
 
 def _settings_key(part: str, compiler: Compiler, target: CudaTarget | None) -> str:

@@ -54,7 +54,7 @@ def enter_formulas() -> None:
 def _scores(call: Any) -> int:
     """Pairs of a query and a key of its sequence, over all query heads."""
     q, heads = call.q, call.q.shape[1]
-    offsets = call.q_offsets
+    offsets = getattr(call, "q_offsets", None)  # the short op has none
     if offsets is None:
         queries = [q.shape[2]] * q.shape[0]
     elif _has_values(offsets):
@@ -75,7 +75,7 @@ def _keys(call: Any, heads: int) -> list[int] | int:
         key_heads = call.head_map if plan is None else plan[heads : 2 * heads]
         key_heads = key_heads.long().clamp(0, lengths.shape[1] - 1)
         return lengths.long()[:, key_heads].sum(1).tolist()
-    if call.q_offsets is not None:
+    if getattr(call, "q_offsets", None) is not None:
         return heads * call.max_kv_len
     table = getattr(call, "page_table", None)  # backward ops have none
     return heads * call.k.shape[2] * (1 if table is None else table.shape[2])

@@ -28,6 +28,7 @@ COMPILE_FLAGS = (
     "-DPy_LIMITED_API=0x030a0000",
 )
 PARTS = ("cpu", "cuda")  # a library each; the second adds the CUDA kernels of the ops
+SEARCH = "search"  # a Python module of its own (search_core.py), in a folder of this name
 SUFFIXES = (".h", ".cpp", ".cuh", ".cu")
 # A file that instantiates kernels for one of these compiles many times longer than any other.
 ISAS = ("amx", "avx512", "avx2", "neon", "portable")
@@ -43,6 +44,10 @@ def source_root() -> Path:
 def source_files(root: Path, part: str = "cuda") -> list[Path]:
     """Every file that decides what the library of a part does."""
     files = sorted(path for suffix in SUFFIXES for path in root.rglob(f"*{suffix}"))
+    search = root / SEARCH
+    if part == SEARCH:
+        return [path for path in files if search in path.parents]
+    files = [path for path in files if search not in path.parents]
     return [path for path in files if part == "cuda" or not is_cuda(root, path)]
 
 

@@ -448,6 +448,5 @@ def test_append_needs_a_key_head():
     x = torch.zeros(1, 1, 4, 8)
     with pytest.raises(RuntimeError, match="k must have at least 1 head, got 0"):
         torch.ops.gqa_kernels.cache_append.default(
-            None, x[:, :0, :1], x[:, :, :1], x[:, :0].clone(), x, torch.zeros(1, 0).int(),
-            *[None] * 3, 1, *[None] * 6, False,
-        )  # fmt: skip
+            x[:, :0, :1], x[:, :, :1], x[:, :0].clone(), x, torch.zeros(1, 0).int(), 1
+        )

@@ -47,6 +47,21 @@ def test_parent_is_untouched():
         assert torch.equal(tensor, before[name])
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shared_weights_are_the_parents_tensors(family):
+    parent = tiny(family)
+    maps = [HeadMap([0] * 6), HeadMap.uniform(6, 2)]  # the second layer keeps its heads
+    before = {name: tensor.clone() for name, tensor in parent.state_dict().items()}
+    copied = convert(parent, maps)
+    shared = convert(parent, maps, share_weights=True)
+    own = {id(tensor) for tensor in parent.parameters()}
+    for (name, one), other in zip(copied.named_parameters(), shared.parameters(), strict=True):
+        assert torch.equal(one, other), name
+        assert (id(other) in own) == ("_proj." not in name or ".self_attn." not in name), name
+        assert id(one) not in own
+    assert all(torch.equal(t, before[name]) for name, t in parent.state_dict().items())
+
+
 def test_mean_weighs_shared_heads_by_their_query_heads():
     parent = tiny()
     mixed = HeadMap([0, 0, 1, 1, 1, 0])  # group 0: old heads 0, 0, 1; group 1: 0, 1, 1

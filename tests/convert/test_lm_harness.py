@@ -7,10 +7,12 @@ from importlib.util import find_spec
 import pytest
 import torch
 
+from gqa_kernels import cli
+from gqa_kernels.convert import save
 from gqa_kernels.convert.lm_harness import run_tasks
 from gqa_kernels.integrations.transformers import register
 from tests.integrations.stand_ins import stand_in
-from tests.tiny_models import split, tiny
+from tests.tiny_models import split, tiny, write_tokenizer
 
 needs_lm_eval = pytest.mark.skipif(
     find_spec("lm_eval") is None, reason="lm-eval is not installed (extra lm-eval)"
@@ -65,6 +67,27 @@ def test_local_task(folder, tokenizer, monkeypatch):
         expected.append(int(logits[answers].argmax()) == gold)
     results = run_tasks(model, tokenizer, ["words"], **LOCAL, include_path=folder)
     assert results["words"]["acc,none"] == pytest.approx(sum(expected) / len(expected))
+
+
+@needs_lm_eval
+@pytest.mark.filterwarnings("ignore")  # of the harness
+def test_a_task_that_lm_eval_generates(tmp_path):
+    """By the command, on an uneven child; its tokenizer sizes the task's texts of 4,096 tokens."""
+    pytest.importorskip("wonderwords", reason="pip install 'lm-eval[ruler]'")
+    register()
+    parent = tiny(num_kv_heads=2, max_position_embeddings=8192)
+    folders = [save(model, tmp_path / name) for name, model in
+               (("parent", parent), ("child", split(parent, 4)))]  # fmt: skip
+    for folder in folders:
+        write_tokenizer(folder)
+    out, text = tmp_path / "report", tmp_path / "text"
+    text.write_text(" ".join(WORDS))
+    command = ["eval", *map(str, folders), "--out", str(out), "--text", str(text)]
+    command += ["--shape", "2", "16"]
+    assert cli.main([*command, "--tasks", "ruler_fwe", "--limit", "2"]) == 0
+    results = json.loads((out / "tasks.json").read_text())["ruler_fwe"]
+    assert results["4096,none"] == 0  # a random model finds none of the words
+    assert results["sample_len"] == 2
 
 
 @needs_lm_eval

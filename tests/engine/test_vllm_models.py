@@ -1,9 +1,6 @@
 """Uneven models in a real vLLM engine: families, caches, and what must be refused."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
@@ -18,7 +15,7 @@ from tests.engine.models import (
     prompts,
     quantised_attention,
 )
-from tests.engine.vllm_process import QUIET, engine, generate, kernels
+from tests.engine.vllm_process import engine, generate, kernels, refusal, register_class
 from tests.tiny_models import expanded, tiny
 
 pytestmark = pytest.mark.engine
@@ -38,17 +35,6 @@ def uninitialised_memory():
     import torch
 
     torch.use_deterministic_algorithms(False)
-
-
-def register_class(architecture: str) -> None:
-    """Import the class here: vLLM would start a process to look at each one."""
-    from vllm.model_executor.models.registry import ModelRegistry
-    from vllm.plugins import load_general_plugins
-
-    from gqa_kernels.integrations.vllm import models
-
-    load_general_plugins()
-    ModelRegistry.register_model(architecture, getattr(models, architecture))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -110,21 +96,6 @@ def test_a_stock_model_on_our_backend(folder):
     with engine(folder / "even", **int8) as llm:
         found = generate(llm, asked, NEW_TOKENS)
     assert found == Child(folder / "even", oracle).expected(asked, NEW_TOKENS)
-
-
-def refusal(folder, **environment) -> str:
-    """The error of a vLLM process that is to load a checkpoint."""
-    code = f"""
-from vllm import LLM
-LLM({str(folder)!r}, enforce_eager=True, max_model_len=64, skip_tokenizer_init=True,
-    dtype="float32", kv_cache_memory_bytes=1 << 24)
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300,
-        env={**os.environ, **QUIET, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", **environment},
-    )  # fmt: skip
-    assert done.returncode != 0, "it was loaded"
-    return done.stdout + done.stderr
 
 
 def test_stock_vllm_refuses_the_child(folder):

@@ -15,7 +15,7 @@ pytest.importorskip("vllm")
 
 from tests.engine.models import CONTEXT, make_child, prompts
 from tests.engine.vllm_process import Server
-from tests.tiny_models import VOCABULARY
+from tests.tiny_models import write_tokenizer
 
 pytestmark = pytest.mark.engine
 
@@ -40,17 +40,6 @@ def server(child, tmp_path_factory):
     server = Server(child.folder, arguments, tmp_path_factory.mktemp("log") / "server.log")
     yield server
     server.stop()
-
-
-def write_tokenizer(folder) -> None:
-    """One word per token, so that the server has something to decode with."""
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from transformers import PreTrainedTokenizerFast
-
-    words = {f"w{i}": i for i in range(VOCABULARY)}
-    tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(folder)
 
 
 def check_clients(server, child, seed: int) -> None:

@@ -44,6 +44,7 @@ def engine(folder: Path, **options) -> Iterator[object]:
     try:
         yield llm
     finally:
+        llm.llm_engine.engine_core.shutdown()  # ends the workers of tensor parallelism
         del llm
         gc.collect()
         cleanup_dist_env_and_memory()
@@ -63,6 +64,48 @@ def generate(llm, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
 def kernels(llm) -> list[str]:
     """Names of the classes that compute the model's attention."""
     return llm.apply_model(attention_classes)[0]
+
+
+def uneven_heads(model) -> list[tuple[int, int, int]]:
+    """Query, K and V heads of each layer that a rank runs; our model classes alone have them."""
+    from gqa_kernels.integrations.vllm.layer import UnevenAttention
+
+    layers = [x for x in model.modules() if isinstance(x, UnevenAttention)]
+    return [(x.impl.num_heads, *x.impl.layer.kv_heads) for x in layers]
+
+
+def register_class(architecture: str) -> None:
+    """Import the class here: vLLM would start a process to look at each one."""
+    from vllm.model_executor.models.registry import ModelRegistry
+    from vllm.plugins import load_general_plugins
+
+    from gqa_kernels.integrations.vllm import models
+
+    load_general_plugins()
+    ModelRegistry.register_model(architecture, getattr(models, architecture))
+
+
+def refusal(folder: Path, options: dict | None = None, **environment: str) -> str:
+    """What a vLLM process prints that must fail to load a checkpoint.
+
+    Args:
+        options: of ``vllm.LLM``.
+        environment: variables of the process.
+    """
+    code = f"""
+from vllm import LLM
+if __name__ == "__main__":
+    LLM({str(folder)!r}, enforce_eager=True, max_model_len=64, skip_tokenizer_init=True,
+        dtype="float32", kv_cache_memory_bytes=1 << 24, **{options or {}})
+"""
+    script = folder / "load.py"  # workers are spawned: they import it
+    script.write_text(code)
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, check=False, timeout=300,
+        env={**os.environ, **QUIET, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", **environment},
+    )  # fmt: skip
+    assert done.returncode != 0, "it was loaded"
+    return done.stdout + done.stderr
 
 
 class Server:

@@ -39,6 +39,24 @@ FILES = {
             models = {}
             register_model = classmethod(lambda cls, name, path: cls.models.update({name: path}))
         """,
+    "model_executor/models/config.py": """
+        from dataclasses import dataclass
+
+        @dataclass(frozen=True)
+        class ArchConfig:
+            total_num_attention_heads: int
+
+        class VerifyAndUpdateConfig:
+            @staticmethod
+            def verify_and_update_config(vllm_config): ...
+
+        class GptOssConfig(VerifyAndUpdateConfig):
+            @staticmethod
+            def verify_and_update_config(vllm_config):
+                vllm_config.changed_by = "vllm"
+
+        MODELS_CONFIG_MAP = {"GptOssForCausalLM": GptOssConfig}
+        """,
     "v1/__init__.py": "",
     "v1/kv_cache_interface.py": "class AttentionSpec: ...",
     "v1/attention/__init__.py": "",

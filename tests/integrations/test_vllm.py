@@ -154,7 +154,7 @@ def test_pages(heads, name):
     content = slot_bytes(name, dtype, (1, 1) if together else heads, (HEAD_SIZE, 8))
     memory = torch.zeros(2, cells, BLOCK_SIZE, content // dtype.itemsize, dtype=dtype)
     how = Pages(heads, (HEAD_SIZE, 8), None if format is None else dtype, format)
-    k, v, scales = how.split(memory)
+    k, v, scales = how.split(memory, heads)
     per_byte = 1 if format is None else format.per_byte
     assert k.shape == (2, heads[0], BLOCK_SIZE, HEAD_SIZE // per_byte)
     assert v.shape == (2, heads[1], BLOCK_SIZE, 8 // per_byte)
@@ -166,6 +166,19 @@ def test_pages(heads, name):
     assert memory.all() if format is None else memory.view(torch.uint8).any(-1).all()
     sizes = sum(x.numel() * x.element_size() for x in (k, v, *scales.values()))
     assert sizes == memory.numel() * memory.element_size()
+
+
+@pytest.mark.parametrize("stored", [(4, 4), (5, 4)])
+def test_blocks_with_more_heads_than_the_layer(stored):
+    """As of a rank of tensor parallelism, if another one holds more. Nothing touches the rest."""
+    engine = Engine(2)
+    cells = (stored[0], 2 * HEAD_SIZE) if stored[0] == stored[1] else (1, sum(stored) * HEAD_SIZE)
+    memory = torch.full((9, cells[0], BLOCK_SIZE, cells[1]), torch.nan)
+    how = Pages(stored, (HEAD_SIZE, HEAD_SIZE))
+    batch, tensors = engine.step([20, 3])
+    out = cached_attention(layer(), how, batch, *tensors, memory)
+    torch.testing.assert_close(out, engine.expected(batch, tensors[0]))
+    assert int(memory.isfinite().sum()) == 23 * 2 * HEAD_MAP.num_kv_heads * HEAD_SIZE
 
 
 def test_cells_of_whole_words():
@@ -265,6 +278,29 @@ class TestRegistered:
         )
         theirs, ours = "CPUAttentionBackend", "AsymGQABackend"
         assert out.split() == [theirs, theirs, ours, ours, theirs]
+
+    def test_head_counts_that_ranks_do_not_divide(self, tmp_path):
+        """vLLM's check sees a multiple; what vLLM's own class has to say about a config stays."""
+        out = self.run(
+            tmp_path,
+            """
+            from gqa_kernels.integrations import vllm as integration
+            integration.register()
+            integration.register()
+            from types import SimpleNamespace
+            from vllm.model_executor.models.config import MODELS_CONFIG_MAP, ArchConfig
+            for ranks in (1, 3, 4):
+                model = SimpleNamespace(model_arch_config=ArchConfig(9))
+                config = SimpleNamespace(
+                    model_config=model,
+                    parallel_config=SimpleNamespace(tensor_parallel_size=ranks),
+                )
+                MODELS_CONFIG_MAP["AsymGQAGptOssForCausalLM"].verify_and_update_config(config)
+                print(model.model_arch_config.total_num_attention_heads, config.changed_by)
+            assert set(MODELS_CONFIG_MAP) == {*integration.ARCHITECTURES, "GptOssForCausalLM"}
+            """,
+        )
+        assert out.splitlines() == ["9 vllm", "9 vllm", "12 vllm"]
 
     def test_a_model_class_that_ignores_the_maps(self, tmp_path):
         """Loaded under a stock architecture, an uneven child would compute equal groups."""

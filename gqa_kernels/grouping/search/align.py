@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import numpy as np
 
+from .core import core
 from .descent import State, objectives
 from .partitions import random_balanced
 from .problem import Problem
 from .registry import Found
+
+_CHUNK = 256  # swaps drawn at once
 
 
 def solve(problem: Problem, restarts: int = 200, swaps: int = 3000) -> Found:
@@ -19,12 +22,23 @@ def solve(problem: Problem, restarts: int = 200, swaps: int = 3000) -> Found:
         raise ValueError(f"restarts must be >= 1 and swaps >= 0, got {restarts} and {swaps}")
     D, H, G = problem.distances, problem.num_heads, problem.num_groups
     rng = problem.rng()
-    state = State.of(D, G, np.stack([random_balanced(problem, rng) for _ in range(restarts)]))
-    rows = np.arange(restarts)
-    for _ in range(swaps):
+    labels = np.stack([random_balanced(problem, rng) for _ in range(restarts)])
+    compiled = core(H)
+    for start in range(0, swaps, _CHUNK):
         if problem.time_left() <= 0:
             break
-        i, j = rng.integers(H, size=(2, restarts))
+        drawn = rng.integers(H, size=(min(_CHUNK, swaps - start), 2, restarts))
+        if compiled is not None:
+            labels = compiled.random_swaps(D, G, labels, drawn)
+        else:
+            labels = _swapped(State.of(D, G, labels), D, drawn)
+    return Found(labels[objectives(D, labels).argmin()])
+
+
+def _swapped(state: State, D: np.ndarray, drawn: np.ndarray) -> np.ndarray:
+    """The partitions after those of the swaps ``[T, 2, B]`` that gain, in turn."""
+    rows = np.arange(len(state.labels))
+    for i, j in drawn:
         a, b = state.labels[rows, i], state.labels[rows, j]
         gain_a = state.sums[rows, j, a] - state.sums[rows, i, a] - D[i, j]
         gain_b = state.sums[rows, i, b] - state.sums[rows, j, b] - D[i, j]
@@ -33,4 +47,4 @@ def solve(problem: Problem, restarts: int = 200, swaps: int = 3000) -> Found:
         if len(better):
             state.move(D, better, i[better], b[better])
             state.move(D, better, j[better], a[better])
-    return Found(state.labels[objectives(D, G, state.labels).argmin()])
+    return state.labels

@@ -38,7 +38,7 @@ def solve(
     rng = problem.rng()
     nearest = np.argsort(D, axis=1, kind="stable")
     current = random_balanced(problem, rng)
-    best, best_value = current, objectives(D, G, current[None])[0]
+    best, best_value = current, objectives(D, current[None])[0]
     for _ in range(iterations if G > 1 else 0):
         if problem.time_left() <= 0:
             break
@@ -47,7 +47,7 @@ def solve(
         head = rng.integers(problem.num_heads)
         others = nearest[head][current[nearest[head]] != current[head]][:candidates]
         step = _step(problem, current, head, rng.choice(others), rng.random() < preserve)
-        value = objectives(D, G, step[None])[0]
+        value = objectives(D, step[None])[0]
         if value < best_value or rng.random() < accept:
             current = step
             if value < best_value:

@@ -8,6 +8,8 @@ from math import comb
 import numpy as np
 from scipy.sparse import csc_array, vstack
 
+from .core import core
+
 _CHUNK = 1 << 15  # columns priced at once: what stays in cache
 
 
@@ -45,6 +47,9 @@ class Columns:
         """All groups of ``lo`` to ``hi`` heads, each grown from one with a head less."""
         H = len(D)
         total = number_of_groups(H, lo, hi)
+        compiled = core(H)
+        if compiled is not None:
+            return cls(*compiled.list_columns(D, lo, hi, total), H)
         members = np.full((hi, total), H, np.uint8)
         costs = np.empty(total)
         grown, pairs = [np.arange(H, dtype=np.uint8)], np.zeros(H)
@@ -82,6 +87,9 @@ class Columns:
     def reduced_costs(self, prices: np.ndarray) -> np.ndarray:
         """``[n]`` cost of each group less the prices ``[H]`` of its heads."""
         prices = np.append(prices, 0.0)
+        compiled = core(self.num_heads)
+        if compiled is not None:
+            return compiled.reduced_costs(self.members, self.costs, prices)
         result = self.costs.copy()
         for start in range(0, len(result), _CHUNK):
             part = slice(start, start + _CHUNK)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from .partitions import move_deltas
+from .core import core
+from .partitions import distance_sums, move_deltas
 from .problem import Problem
 
 # A step must gain more than this, relative to the largest entry of D, so that rounding can't cycle.
@@ -26,6 +27,10 @@ def descend(problem: Problem, labels: np.ndarray, moves: bool = True) -> np.ndar
     """
     D, G = problem.distances, problem.num_groups
     moves = moves and problem.lo < problem.hi
+    compiled = core(problem.num_heads)
+    if compiled is not None:
+        gain, seconds = _MIN_GAIN * problem.scale, problem.time_left()
+        return compiled.descend(D, G, problem.lo, problem.hi, labels, moves, gain, seconds)
     result = labels.copy()
     rows = np.arange(len(labels))  # the partitions still improving
     state = State.of(D, G, labels)
@@ -56,10 +61,10 @@ def descend(problem: Problem, labels: np.ndarray, moves: bool = True) -> np.ndar
     return result
 
 
-def objectives(D: np.ndarray, num_groups: int, labels: np.ndarray) -> np.ndarray:
+def objectives(D: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """``[B]`` objectives of ``[B, H]`` partitions."""
-    state = State.of(D, num_groups, labels)
-    return (state.pairs / np.maximum(state.sizes, 1)).sum(-1)
+    together = labels[:, :, None] == labels[:, None, :]
+    return ((D * together).sum(-1) / together.sum(-1)).sum(-1) / 2
 
 
 class State:
@@ -74,9 +79,13 @@ class State:
 
     @classmethod
     def of(cls, D: np.ndarray, num_groups: int, labels: np.ndarray) -> State:
-        members = np.eye(num_groups)[labels]  # [B, H, G]
-        sums = D @ members
-        return cls(labels.copy(), sums, members.sum(1), (sums * members).sum(1) / 2)
+        rows = np.arange(len(labels))
+        sums, sizes = distance_sums(D, num_groups, labels), np.zeros((len(labels), num_groups))
+        pairs = np.zeros_like(sizes)
+        for h, group in enumerate(labels.T):
+            sizes[rows, group] += 1
+            pairs[rows, group] += sums[rows, h, group]
+        return cls(labels.copy(), sums, sizes, pairs / 2)
 
     def take(self, keep: np.ndarray) -> State:
         return State(self.labels[keep], self.sums[keep], self.sizes[keep], self.pairs[keep])

@@ -32,7 +32,7 @@ def solve(problem: Problem, norms, rule: str = "kdgqa", starts: int = 64) -> Fou
     rng = problem.rng()
     labels = np.stack([rng.permutation(blocks(np.array(sizes))) for _ in range(starts)])
     labels = descend(problem, labels, moves=False)
-    values = objectives(problem.distances, problem.num_groups, labels)
+    values = objectives(problem.distances, labels)
     return Found(labels[values.argmin()])
 
 

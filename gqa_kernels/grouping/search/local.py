@@ -45,7 +45,7 @@ def _shaken(
 ) -> np.ndarray:
     """The best partition after ``rounds`` of shaking the best of the pool and descending again."""
     D, G, H = problem.distances, problem.num_groups, problem.num_heads
-    values = objectives(D, G, pool)
+    values = objectives(D, pool)
     order = np.argsort(values, kind="stable")[:_KEPT]
     pool, values = pool[order], values[order]
     for _ in range(rounds if 1 < G < H else 0):
@@ -57,7 +57,7 @@ def _shaken(
                 i, j = rng.integers(H, size=2)
                 row[i], row[j] = row[j], row[i]
         shaken = descend(problem, shaken)
-        found = objectives(D, G, shaken)
+        found = objectives(D, shaken)
         better = found < values
         pool[better], values[better] = shaken[better], found[better]
     return pool[values.argmin()]

@@ -31,7 +31,7 @@ def solve(problem: Problem, generations: int = 10, population: int = 100) -> Fou
 
     def aims(genomes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         used = (np.sort(genomes)[:, 1:] != np.sort(genomes)[:, :-1]).sum(1) + 1
-        return used / H, objectives(D, G, genomes)
+        return used / H, objectives(D, genomes)
 
     def repaired(genomes: np.ndarray) -> np.ndarray:
         return np.stack([repair(problem, genome) for genome in genomes.astype(np.intp)])
@@ -47,7 +47,7 @@ def solve(problem: Problem, generations: int = 10, population: int = 100) -> Fou
         in_time=lambda: problem.time_left() > 0,
     )
     genomes = repaired(genomes)
-    return Found(genomes[objectives(D, G, genomes).argmin()])
+    return Found(genomes[objectives(D, genomes).argmin()])
 
 
 def convert_layers(

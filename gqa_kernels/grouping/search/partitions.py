@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from .core import core
 from .problem import Problem
 
 
@@ -39,13 +40,16 @@ def repair(problem: Problem, labels: np.ndarray) -> np.ndarray:
     ``[0, G)``; groups may be empty.
     """
     D, G = problem.distances, problem.num_groups
+    compiled = core(problem.num_heads)
+    if compiled is not None:
+        return compiled.repair(D, G, problem.lo, problem.hi, labels[None])[0]
     labels = labels.copy()
     while True:
         sizes = np.bincount(labels, minlength=G)
         too_big, too_small = sizes > problem.hi, sizes < problem.lo
         if not (too_big.any() or too_small.any()):
             return labels
-        sums = D @ np.eye(G)[labels]  # [H, G] distance from each head to each group
+        sums = distance_sums(D, G, labels[None])[0]
         pairs = np.bincount(labels, weights=sums[np.arange(len(labels)), labels], minlength=G) / 2
         delta = move_deltas(sums, labels, sizes, pairs)
         sources = too_big if too_big.any() else sizes > problem.lo
@@ -54,6 +58,15 @@ def repair(problem: Problem, labels: np.ndarray) -> np.ndarray:
         delta[:, ~targets] = np.inf
         head, group = np.unravel_index(np.argmin(delta), delta.shape)
         labels[head] = group
+
+
+def distance_sums(D: np.ndarray, num_groups: int, labels: np.ndarray) -> np.ndarray:
+    """``[B, H, G]`` sum of the distances from each head to each group of ``[B, H]`` partitions."""
+    sums = np.zeros((*labels.shape, num_groups))
+    rows = np.arange(len(labels))
+    for h, group in enumerate(labels.T):  # one order of summation, as the compiled core's
+        sums[rows, :, group] += D[h]
+    return sums
 
 
 def move_deltas(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from .core import core
 from .problem import Problem
 from .registry import Found
 
@@ -78,6 +79,10 @@ class Table:
         n = num_heads - 1
         self.without, self.with_first, self.num_heads = without, with_first, num_heads
         self.lo, self.hi = lo, hi
+        compiled = core(num_heads)
+        if compiled is not None:
+            self.best = compiled.subset_table(without, lo, hi, num_groups)
+            return
         size = _head_counts(n)
         self.best = np.full((1 << n, num_groups + 1), np.inf)
         self.best[0, 0] = 0.0

@@ -62,7 +62,8 @@ def cached_attention(
         kv_cache: vLLM's memory of this layer, as :meth:`.pages.Pages.split` takes it.
         scales: ``k_scale`` and ``v_scale`` of an fp8 cache with one scale each.
     """
-    k_cache, v_cache, inside = pages.split(kv_cache)
+    k_heads, v_heads = layer.kv_heads
+    k_cache, v_cache, inside = pages.split(kv_cache, (k_heads, v_heads))
     append = key is not None and value is not None
     lens = batch.old_lens if append else batch.seq_lens
     cache = PagedKVCache(k_cache, v_cache, batch.block_table, lens, **(scales or inside))
@@ -80,4 +81,4 @@ def cached_attention(
         )
     if not append:
         return plan(query, cache)
-    return plan(query, cache, key[:, : pages.heads[0]], value[:, : pages.heads[1]])
+    return plan(query, cache, key[:, :k_heads], value[:, :v_heads])

@@ -152,35 +152,29 @@ class AsymGQAImpl(AttentionImpl[Batch]):
             alibi_slopes=slopes,
             sinks=sinks,
         )
-        self._lay_out(num_kv_heads, num_kv_heads)
+        self._lay_out((num_kv_heads, num_kv_heads))
 
-    def use_maps(self, key_map: HeadMap, value_map: HeadMap) -> None:
+    def use_maps(self, key_map: HeadMap, value_map: HeadMap, stored: tuple[int, int]) -> None:
         """Attend over these maps.
 
-        Raises:
-            ValueError: a map with another number of query heads.
+        Args:
+            stored: heads of K and of V in a cell of the cache, at least the maps'.
         """
-        for name, head_map in (("key_map", key_map), ("value_map", value_map)):
-            if head_map.num_heads != self.num_heads:
-                raise ValueError(
-                    f"{name} must have {self.num_heads} entries, one per query head, got "
-                    f"{head_map.num_heads}"
-                )
+        self.num_heads = key_map.num_heads
         self.layer = replace(
             self.layer, head_map=key_map, value_head_map=None if value_map == key_map else value_map
         )
-        self._lay_out(key_map.num_kv_heads, value_map.num_kv_heads)
+        self._lay_out(stored)
 
-    def _lay_out(self, k_heads: int, v_heads: int) -> None:
+    def _lay_out(self, stored: tuple[int, int]) -> None:
         format = PER_TOKEN_HEAD.get(self.kv_cache_dtype)
         storage = None if format is None else format.storage
         self.scaled = self.kv_cache_dtype in FP8_FORMATS
         if self.scaled:
             e5m2 = self.kv_cache_dtype == "fp8_e5m2"
             storage = torch.float8_e5m2 if e5m2 else current_platform.fp8_dtype()
-        self.num_kv_heads = k_heads
-        dims = (self.head_size, self.head_size_v)
-        self.pages = Pages((k_heads, v_heads), dims, storage, format)
+        self.num_kv_heads = self.layer.head_map.num_kv_heads
+        self.pages = Pages(stored, (self.head_size, self.head_size_v), storage, format)
 
     def forward(
         self,

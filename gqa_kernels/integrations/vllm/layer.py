@@ -8,33 +8,32 @@ from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
-from ...head_map import HeadMap
 from .pages import slot_bytes
+from .ranks import Heads
 
 
 class UnevenAttention(Attention):
     """An attention layer with a map for K and one for V; made by :meth:`convert`."""
 
-    key_map: HeadMap
-    value_map: HeadMap
+    heads: Heads
 
     @classmethod
-    def convert(cls, attention: Attention, key_map: HeadMap, value_map: HeadMap, room: int) -> None:
+    def convert(cls, attention: Attention, heads: Heads, room: int) -> None:
         """Give a layer that vLLM built with one KV head its maps.
 
         Args:
             room: heads of the keys and values that the model passes.
         """
         attention.__class__ = cls
-        attention.key_map, attention.value_map = key_map, value_map
-        attention.num_kv_heads = room
-        attention.impl.use_maps(key_map, value_map)
+        attention.heads = heads
+        attention.num_heads, attention.num_kv_heads = heads.counts[0], room
+        attention.impl.use_maps(heads.key_map, heads.value_map, heads.stored)
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec | None:
         spec = super().get_kv_cache_spec(vllm_config)
         if spec is None:
             return None
-        k_heads, v_heads = self.key_map.num_kv_heads, self.value_map.num_kv_heads
+        k_heads, v_heads = self.heads.stored
         if k_heads == v_heads:
             return replace(spec, num_kv_heads=k_heads)
         # vLLM has one count of heads for K and V: a token becomes one head, as wide as all of them.

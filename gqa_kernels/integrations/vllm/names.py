@@ -16,3 +16,5 @@ STOCK = (
     "GPT2LMHeadModel",
 )
 ARCHITECTURES = tuple(ARCHITECTURE_PREFIX + name for name in STOCK)
+# Fields of a config with the width of the feed-forward layers.
+FEED_FORWARD_SIZES = ("intermediate_size", "ffn_dim", "n_inner")

@@ -58,7 +58,7 @@ class Pages:
     """How a layer's cells are laid out.
 
     Attributes:
-        heads: heads of K and V in the layer.
+        heads: heads of K and V in a block. A rank of tensor parallelism may use fewer.
         dims: head dims of K and V.
         storage: type of the stored numbers, or None: that of vLLM's tensor.
         format: a format with scales in the cell, or None.
@@ -69,11 +69,14 @@ class Pages:
     storage: torch.dtype | None = None
     format: Format | None = None
 
-    def split(self, kv_cache: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def split(
+        self, kv_cache: Tensor, used: tuple[int, int]
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """K ``[blocks, Hk, block_size, D]``, V likewise, and the scales, as views.
 
         Args:
             kv_cache: vLLM's tensor of the layer.
+            used: heads of K and V in the layer, which are the first ones of the block.
 
         Returns:
             K, V, and arguments of :class:`gqa_kernels.PagedKVCache`: scales and zeros, fp32
@@ -86,7 +89,7 @@ class Pages:
         per_byte = 1 if self.format is None else self.format.per_byte
         widths = [h * d // per_byte for h, d in zip(heads, self.dims, strict=True)]
         sides = kv_cache[..., : sum(widths)].split(widths, dim=-1)
-        k, v = (_heads(x, h) for x, h in zip(sides, heads, strict=True))
+        k, v = (_heads(x, h)[:, :n] for x, h, n in zip(sides, heads, used, strict=True))
         if self.format is None:
             return k, v, {}
         behind = kv_cache[..., sum(widths) :].view(torch.float32)
@@ -95,7 +98,11 @@ class Pages:
             names += ["k_zero", "v_zero"]
         counts = list(heads) * (len(names) // 2)
         rows = behind[..., : sum(counts)].split(counts, dim=-1)
-        scales = {n: _heads(x, h)[..., 0] for n, x, h in zip(names, rows, counts, strict=True)}
+        numbers = list(used) * (len(names) // 2)
+        scales = {
+            name: _heads(x, h)[:, :n, :, 0]
+            for name, x, h, n in zip(names, rows, counts, numbers, strict=True)
+        }
         return k, v, scales
 
 

@@ -102,7 +102,7 @@ AOTITorchError aoti_torch_delete_device_guard(DeviceGuardHandle guard) {
 
 STABLE_TORCH_LIBRARY_IMPL(gqa_host, CPU, library) {
   library.impl("attention_forward", TORCH_BOX(&attention<attention_forward_cuda>));
-  library.impl("attention_output", TORCH_BOX(&attention<attention_output_cuda>));
+  library.impl("attention_output", TORCH_BOX(&attention_output<attention_output_cuda>));
   library.impl("attention_backward", TORCH_BOX(&attention_backward<attention_backward_cuda>));
   library.impl("cache_append", TORCH_BOX(&cache_append<cache_append_cuda>));
 }
