@@ -6,9 +6,10 @@ maps rows to tokens and heads in its own way, and describes its rows by one vect
 
 The running state of a tile is (b_acc, b_sum, b_max): the unnormalised output, the sum of the
 exponentials, and the maximum of the scores seen so far. A row that has seen no key has the state
-(0, 0, -inf). Scores are in natural units, but b_max is in base 2 (times LOG2E). Then
-exp2(score * LOG2E - b_max) takes one fused multiply-add and one instruction. b_max is exactly the
-number that was subtracted, so it leaves no rounding error in the LSE.
+(0, 0, -inf). b_max is in base 2 (natural units times LOG2E). Then exp2(score * LOG2E - b_max) takes
+one fused multiply-add and one instruction. b_max is exactly the number that was subtracted, so it
+leaves no rounding error in the LSE. If nothing but the scale changes scores, they stay unscaled:
+the same multiply-add scales them.
 
 Source: the online softmax is that of FlashAttention (Dao et al., arXiv 2205.14135).
 """
@@ -21,6 +22,7 @@ from . import kv
 from .dropout import keep_tile
 
 LOG2E = tl.constexpr(1.4426950408889634)
+SMALLEST_SCALE = tl.constexpr(1e-37)  # to which scores of any size are 0
 LOWEST_MASK_VALUE = tl.constexpr(options.LOWEST_MASK_VALUE)  # values below it hide their key
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -194,6 +196,12 @@ def attend(
     b_pos = rows.o_m + shift  # [BLOCK_M], query positions among the keys
     p_q_rows = kv.pointers(q, i_b, rows.o_head, rows.o_token)
     b_q = kv.load_rows(p_q_rows, rows.m_rows, DIMS.D, DIMS.BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
+    ONLY_SCALED: tl.constexpr = softcap is None and mask is None and rows.b_slope is None
+    to_base2 = LOG2E
+    if ONLY_SCALED:
+        # Maxima want a positive factor. With 0 in its place, hidden keys would become 0 * -inf.
+        to_base2 = tl.maximum(tl.abs(scale), SMALLEST_SCALE) * LOG2E
+        b_q = tl.where(scale < 0, -b_q, b_q)
     start, inner_start, inner_stop, stop = visible_keys(i_first, i_last, shift, n, window, BLOCK_N)
     if split is not None:
         # This split's share of the key blocks that the tile's tokens see.
@@ -247,7 +255,7 @@ def attend(
             b_qk = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
             if keys.FORMAT != kv.PLAIN:
                 b_qk *= kv.load_per_row(k_scale, o_page, o_slot, m_readable, PAGED)[None, :]
-            b_score = cap_scores(b_qk, scale, softcap)
+            b_score = b_qk if ONLY_SCALED else cap_scores(b_qk, scale, softcap)
             b_score = bias_and_mask(
                 b_score,
                 o_n[None, :],
@@ -263,11 +271,11 @@ def attend(
             if PAGED:  # a visible key whose page is out of range
                 m_lost = (m_n & ~m_readable)[None, :] & (b_score > float("-inf"))
                 b_score = tl.where(m_lost, float("nan"), b_score)
-            b_new_max = tl.maximum(b_max, tl.max(b_score, 1) * LOG2E)
+            b_new_max = tl.maximum(b_max, tl.max(b_score, 1) * to_base2)
             b_shift = b_new_max
             if part != INNER or mask is not None:
                 b_shift = finite_or_zero(b_new_max)
-            b_p = tl.exp2(tl.fma(b_score, LOG2E, -b_shift[:, None]))  # [BLOCK_M, BLOCK_N]
+            b_p = tl.exp2(tl.fma(b_score, to_base2, -b_shift[:, None]))  # [BLOCK_M, BLOCK_N]
             b_rescale = tl.exp2(b_max - b_shift)  # [BLOCK_M]
             b_sum = b_sum * b_rescale + tl.sum(b_p, 1)
             b_max = b_new_max
