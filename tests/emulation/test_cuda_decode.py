@@ -302,10 +302,10 @@ BREAKS = {
     ),
     "a split forgotten": ("combine.cuh", "s0 += 32) {", "s0 += 33) {"),
     "splits that overlap": (
-        "tile.cuh", "tile.part.split * chunk", "tile.part.split * (chunk - 1)",
+        "tile.cuh", "tile.part->split * chunk", "tile.part->split * (chunk - 1)",
     ),
     "a sequence's parts where they are not": (
-        "tile.cuh", "parts[2 * tile.part.b] = number", "parts[2 * tile.part.b] = 0",
+        "tile.cuh", "sequence_parts[2 * part.b] = number", "sequence_parts[2 * part.b] = 0",
     ),
     "lengths of one head for all": (
         "parts.cuh", "a.kv_lengths_stride_h == 0 ? 1 : static_cast<int>(a.num_k_heads)", "1",
@@ -372,16 +372,16 @@ def test_launches_follow_from_shapes_alone():
 
 
 def test_one_long_sequence_is_cut_and_short_ones_are_not():
-    """Blocks of 64 keys that each part has, counted by the copies of its CTA."""
+    """Three CTAs run at once, so that 23 blocks are cut into parts of up to 4."""
     lengths = [64, 64, 64, 1280]
     inputs = decode_inputs(
         HeadMap([0, 0]), kv_len=1280, batch=4, kv_lengths=torch.tensor(lengths)[:, None]
     )
     result = emulate(decode_phase(BF16, 64), inputs, 1)
     check(inputs, result)
-    # Three CTAs run at once, so 23 blocks are cut into parts of 4: 1 + 1 + 1 + 5 parts.
     (_, grid, _), _ = result.launches
-    assert grid == (6 + 4, 1, 1)  # at most one part more for each sequence than without rounding
+    # At most one part more for each sequence than without rounding; at most two tiles of a sequence.
+    assert grid == ((2 * 3 + 4) * 2, 1, 1)
 
 
 def test_host_code_says_what_it_cannot_run():

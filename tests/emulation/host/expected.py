@@ -114,8 +114,8 @@ def decode(call: AttentionParams, device: Device) -> list[Launch]:
     if call.window_left >= 0 and call.window_right >= 0:
         visible = min(visible, call.window_left + call.window_right + call.q_len)
     programs = call.batch * max(groups, ceil_div(call.num_heads * call.q_len, 16))
-    # An SM has 1 KB more than a thread block may have, and keeps 1 KB for each; rows take another.
-    by_shared = (device.shared_limit + 1024) // (DECODE_SHARED[size, bits] + 2048)
+    # An SM has 1 KB more than a thread block may have, and keeps 1 KB for each; the rest is static.
+    by_shared = (device.shared_limit + 1024) // (DECODE_SHARED[size, bits] + 1024 + 1280)
     slots = device.num_sms * max(1, min(by_shared, 2 if size == 256 else 3))
     blocks, even_parts = ceil_div(visible, 64), 0
     if call.kv_lengths and call.batch > 1:

@@ -15,7 +15,7 @@ constexpr int kDecodeWarps = 4;
 constexpr int kWarpKeys = 16;                           // of a block, for one warp
 constexpr int kDecodeBlock = kDecodeWarps * kWarpKeys;  // keys
 constexpr int kDecodeThreads = kDecodeWarps * 32;
-constexpr int kStaticSharedBytes = 1024;  // at most: rows, sums and the search for the tile
+constexpr int kStaticSharedBytes = 1280;  // at most: rows, sums and the search for the tile
 constexpr int kMaxHeads = 8192;           // their numbers fit into the shared memory of every class
 
 // kD: the class, 64, 128 or 256; D and Dv are at most kD and padded with zeros in shared memory.

@@ -49,6 +49,7 @@ __global__ void __launch_bounds__(kDecodeThreads, C::kMinCtas)
   __shared__ DecodeSearch search;
   __shared__ WarpSums sums;
   __shared__ QueryNumbers query_numbers;
+  __shared__ typename WarpPipeline<S, C>::Numbers::Rows number_rows;
   const AttentionParams& a = p.attention;
   const bool elements = kVariant == DecodeVariant::kElements && (!C::kQuantized || p.elements);
   const bool bf16 = C::kQuantized ? a.dtype == DType::kBFloat16 : std::is_same_v<T, BFloat16>;
@@ -62,7 +63,8 @@ __global__ void __launch_bounds__(kDecodeThreads, C::kMinCtas)
   }
 
   const uint32_t s_loop = smem_u32(smem), s_q = s_loop + C::kQBegin;
-  const WarpPipeline<S, C> pipeline(p, tile, s_loop, elements);
+  const WarpPipeline<S, C> pipeline(p, tile, s_loop, elements, number_rows);
+  if constexpr (C::kQuantized) __syncthreads();  // number_rows
   uint32_t page = pipeline.fill();
 
   if constexpr (C::kQuantized) {
