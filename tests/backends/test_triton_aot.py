@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from tools.sass import disassemble
-
 ROOT = Path(__file__).resolve().parents[2]
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
@@ -45,11 +43,3 @@ def test_every_configuration(target):
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_lengths_compile_nothing_again(target):
     report(target, script="compile_keys")
-
-
-@pytest.mark.skipif(
-    disassemble.unavailable_reason() is not None, reason=str(disassemble.unavailable_reason())
-)
-def test_main_loops():
-    """Their instructions; a multiplication of every score by the scale would show."""
-    report(script="triton_loops")

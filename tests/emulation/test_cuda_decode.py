@@ -380,7 +380,7 @@ def test_one_long_sequence_is_cut_and_short_ones_are_not():
     result = emulate(decode_phase(BF16, 64), inputs, 1)
     check(inputs, result)
     (_, grid, _), _ = result.launches
-    # At most one part more for each sequence than without rounding; at most two tiles of a sequence.
+    # At most one part more of each sequence than without rounding; two tiles, of any map.
     assert grid == ((2 * 3 + 4) * 2, 1, 1)
 
 
