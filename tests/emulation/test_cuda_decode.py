@@ -302,10 +302,10 @@ BREAKS = {
     ),
     "a split forgotten": ("combine.cuh", "s0 += 32) {", "s0 += 33) {"),
     "splits that overlap": (
-        "tile.cuh", "tile.part->split * chunk", "tile.part->split * (chunk - 1)",
+        "tile.cuh", "tile.part.split * chunk", "tile.part.split * (chunk - 1)",
     ),
     "a sequence's parts where they are not": (
-        "tile.cuh", "sequence_parts[2 * part.b] = number", "sequence_parts[2 * part.b] = 0",
+        "tile.cuh", "parts[2 * tile.part.b] = number", "parts[2 * tile.part.b] = 0",
     ),
     "lengths of one head for all": (
         "parts.cuh", "a.kv_lengths_stride_h == 0 ? 1 : static_cast<int>(a.num_k_heads)", "1",

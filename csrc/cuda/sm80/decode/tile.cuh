@@ -23,7 +23,7 @@ struct DecodeSearch {
 
 // What all threads of a CTA know.
 struct DecodeTile {
-  const DecodePart* part;  // in shared memory: it is needed again at the end only
+  DecodePart part;
   int b;
   GroupTile group;
   Queries queries;
@@ -43,8 +43,8 @@ __device__ __forceinline__ void cut_keys(const DecodeParams& p, const GroupRow* 
   const int begin = static_cast<int>(keys_around(p.attention, tile.length, shift + first).begin);
   const int end = static_cast<int>(keys_around(p.attention, tile.length, shift + last).end);
   const int blocks = end <= begin ? 0 : (end - begin + kDecodeBlock - 1) / kDecodeBlock;
-  const int chunk = (blocks + tile.part->splits - 1) / tile.part->splits * kDecodeBlock;
-  tile.begin = begin + tile.part->split * chunk;
+  const int chunk = (blocks + tile.part.splits - 1) / tile.part.splits * kDecodeBlock;
+  tile.begin = begin + tile.part.split * chunk;
   tile.end = min(end, tile.begin + chunk);
 }
 
@@ -57,8 +57,8 @@ __device__ __forceinline__ void write_unread_rows(const DecodeParams& p, const D
   const int lane = threadIdx.x & 31, dim = static_cast<int>(a.value_head_dim);
   for (int r = threadIdx.x / 32; r < tile.group.num_rows; r += kDecodeWarps) {
     const auto [head, token] = rows[r];
-    if (tile.part->splits > 1) {
-      if (lane == 0) p.partial_lse[partial_row(a, tile.part->number, head, token)] = lse;
+    if (tile.part.splits > 1) {
+      if (lane == 0) p.partial_lse[partial_row(a, tile.part.number, head, token)] = lse;
       continue;
     }
     uint16_t* out = static_cast<uint16_t*>(a.out) + out_offset(a, tile.queries, head, token);
@@ -76,23 +76,21 @@ __device__ __forceinline__ DecodeTile find_tile(const DecodeParams& p, int* scra
   const AttentionParams& a = p.attention;
   const int number = blockIdx.x / p.tiles, group_tile = blockIdx.x % p.tiles;
   DecodeTile tile;
-  tile.part = &search.parts.part;
   if (p.splits > 0) {
     const int batch = static_cast<int>(a.batch);
-    tile.b = number % batch;
-    if (threadIdx.x == 0) search.parts.part = {tile.b, number / batch, p.splits, number};
+    tile.part = {number % batch, number / batch, p.splits, number};
   } else {
-    const DecodePart part = find_part(p, number, search.parts);
-    tile.b = part.b;
-    if (part.b < 0) {
+    tile.part = find_part(p, number, search.parts);
+    if (tile.part.b < 0) {
       tile.group.num_rows = 0;
       return tile;
     }
-    if (group_tile == 0 && part.split == 0 && threadIdx.x == 0) {
-      p.sequence_parts[2 * part.b] = number;
-      p.sequence_parts[2 * part.b + 1] = part.splits;
+    if (group_tile == 0 && tile.part.split == 0 && threadIdx.x == 0) {
+      p.sequence_parts[2 * tile.part.b] = number;
+      p.sequence_parts[2 * tile.part.b + 1] = tile.part.splits;
     }
   }
+  tile.b = tile.part.b;
   tile.queries = queries_of(a, tile.b);
   tile.group = find_group_tile<kDecodeRows>(a, static_cast<int>(tile.queries.count), group_tile,
                                             scratch, search.groups, rows);
