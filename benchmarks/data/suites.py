@@ -1,6 +1,8 @@
-"""The suites: which cases are measured together, and what of them the README shows."""
+"""The suites: which cases are measured together, and which of them the documentation shows."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from .cases import Case, backward, decode, end_to_end, over_caches, prefill
 from .instances import SearchCase
@@ -48,6 +50,14 @@ SEARCHES = [
     SearchCase("aligned_cosine", 32, 8, "equal"),
 ]
 
+PEER_CACHES = [  # kinds of cache that vLLM's and onnxruntime's kernels have, on even maps
+    replace(decode("llama-3-8b", ("even",), batch, 8192, dtype)[0], op="decode-cache", cache=cache)
+    for batch, dtype, cache in (
+        (1, BF16, "pages16"), (8, BF16, "pages128"), (1, BF16, "pages128-fp8_e4m3"),
+        (1, FP32, "pages128"), (1, FP32, "dense-int8"),
+    )
+]  # fmt: skip
+
 CPU: list[AnyCase] = [
     # Bandwidth versus context; at 8192 also the other types and a batch.
     *decode("llama-3-8b", BOTH, 1, 8192, BF16, FP32),
@@ -57,6 +67,7 @@ CPU: list[AnyCase] = [
     *prefill("llama-3-8b", BOTH, 1, 1024, BF16, FP32),
     *backward("llama-3-8b", BOTH, 1, 512, BF16, FP32),
     *over_caches("llama-3-8b", (SKEWED,), 1, 8192, "pages16", "dense-int8", "pages16-int8"),
+    *PEER_CACHES,
     *end_to_end("smollm2-135m", SMOL, 1, 128, 8, FP32),
     *SEARCHES,
     # Skew at a constant number of KV heads, and scattered, pruned and cut maps.
@@ -156,7 +167,7 @@ SUITES: dict[str, list[AnyCase]] = {
     "gpu": GPU,
 }
 
-HEADLINE = "llama-3-8b"  # the model, with the maps of BOTH and what follows, for the README
+HEADLINE = "llama-3-8b"  # the model, with the maps of BOTH and what follows, for docs/benchmarks.md
 HEADLINE_TYPES = {"prefill": (BF16, FP32)}  # of other ops all
 HEADLINE_LENGTHS = {
     "decode": (8192,),
@@ -169,7 +180,7 @@ HEADLINE_DECODERS = ("smollm2-135m", "llama-3-8b")
 
 
 def is_headline(case: dict) -> bool:
-    """Whether a case, as rows describe it, belongs into the README."""
+    """Whether docs/benchmarks.md shows a case, as rows describe it."""
     if case["op"] in ("first-token", "generate"):
         return case["model"] in HEADLINE_DECODERS
     return (
@@ -182,3 +193,14 @@ def is_headline(case: dict) -> bool:
         and case["kv_len"] in HEADLINE_LENGTHS[case["op"]]
         and case.get("cache") in HEADLINE_CACHES
     )
+
+
+README_MAP = {HEADLINE: BOTH[1], "smollm2-135m": "4-3-2"}  # uneven maps
+
+
+def is_in_readme(case: dict) -> bool:
+    """Whether the README shows a case: of each op, one on an uneven map."""
+    typical = case["op"] in ("first-token", "generate") or (
+        case["dtype"] == BF16 and case["batch"] == 1 and case.get("cache") is None
+    )
+    return is_headline(case) and typical and case["map"] == README_MAP.get(case["model"])

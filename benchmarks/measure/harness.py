@@ -65,7 +65,9 @@ def _gate_and_time(
         try:
             prepared = contestant.prepare(problem)
             out = prepared.run(0)
-            gate.check(prepared.result(out))
+            stored = prepared.stored
+            judge = gate if stored is None else op.gate(problem.over(*stored))
+            judge.check(prepared.result(out))
             facts[contestant.name] = prepared.facts(out)
             runs[contestant.name] = prepared.run
         except AssertionError as error:

@@ -40,6 +40,11 @@ class Problem:
     def build(cls, case: Case, device: torch.device) -> Problem:
         return cls(case, [_inputs(case, device, seed) for seed in range(num_copies(case, device))])
 
+    @property
+    def tensors(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """q, k, v of every copy."""
+        return self.copies
+
     @cached_property
     def expanded(self) -> list[tuple[Tensor, Tensor, Tensor]]:
         """The copies with K and V expanded to all query heads, shared by the peers that want it."""

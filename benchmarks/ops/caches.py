@@ -45,6 +45,17 @@ class CacheProblem:
             dense.append(plain)
         return cls(case, copies, dense)
 
+    @property
+    def tensors(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """q, k, v of every copy, before they are stored."""
+        caches = zip(self.copies, self.dense, strict=True)
+        return [(q, dense.k, dense.v) for (q, _), dense in caches]
+
+    def over(self, k: Tensor, v: Tensor) -> CacheProblem:
+        """The first copy's queries over other values ``[B, Hkv, Sk, D]``."""
+        q, cache = self.copies[0]
+        return CacheProblem(self.case, [(q, DenseKVCache(k, v, cache.lengths))], [])
+
 
 def _tensors(case: Case, device: torch.device, seed: int) -> tuple[Tensor, KVCache, KVCache]:
     """Queries, a dense cache of normal random tokens, and the same tokens in the case's cache."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..measure.roofline import Work
-from ..peers import peers
+from ..peers import cache_peers, peers
 from ..peers.base import Contestant, backends
 from .attention import Gate, Problem
 from .backward import (
@@ -57,9 +57,7 @@ def _attention(summary: str) -> Op:
     return Op(summary, Problem.build, Gate, lambda case: case.work, backends, peers)
 
 
-def _over_cache(
-    summary: str, gate: Callable, backends: Callable, peers: Callable[[], dict] = dict
-) -> Op:
+def _over_cache(summary: str, gate: Callable, backends: Callable, peers: Callable[[], dict]) -> Op:
     return Op(summary, CacheProblem.build, gate, lambda case: case.work, backends, peers)
 
 
@@ -78,7 +76,7 @@ OPS: dict[str, Op] = {
         backward_backends,
         backward_peers,
     ),
-    "decode-cache": _over_cache("decode over a KV cache", CacheGate, cache_backends),
+    "decode-cache": _over_cache("decode over a KV cache", CacheGate, cache_backends, cache_peers),
     "append": _over_cache(
         "append of one new token to a KV cache", AppendGate, append_backends, append_peers
     ),

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,8 +15,12 @@ from torch import Tensor
 from gqa_kernels import HeadMap, asym_gqa_attention, explain_backend, merge_attention_states
 from gqa_kernels.backends.dispatch import BACKENDS
 
+from ..data.cases import Case
 from ..ops.attention import Problem
 
+Inputs = tuple[Tensor, Tensor, Tensor]  # q [B, Hq, Sq, D], k and v [B, Hkv, Sk, D]
+
+UNEVEN = "the map is not equal, contiguous groups"
 INTERPRETED = "runs in Triton's interpreter here, which is never timed"
 
 
@@ -28,6 +32,16 @@ def no_facts(out: Any) -> Mapping[str, Any]:
     return {}
 
 
+class ProblemWithTensors(Protocol):
+    """An attention problem, over tensors or over a cache, of which every copy has plain tensors."""
+
+    @property
+    def case(self) -> Case: ...
+
+    @property
+    def tensors(self) -> list[Inputs]: ...
+
+
 @dataclass(frozen=True)
 class Prepared:
     """A contestant ready to run.
@@ -36,11 +50,14 @@ class Prepared:
         run: what is timed; called with the index of the input copy.
         result: what the gate looks at, from what ``run`` returned; not timed.
         facts: what a row is to say beside the time, from what ``run`` returned.
+        stored: K and V ``[B, Hkv, Sk, D]`` that a quantised cache of the contestant's own stands
+            for: the gate compares with attention over them. None: over the problem's.
     """
 
     run: Callable[[int], Any]
     result: Callable[[Any], Any] = unchanged
     facts: Callable[[Any], Mapping[str, Any]] = no_facts
+    stored: tuple[Tensor, Tensor] | None = None
 
 
 class Contestant(ABC):
@@ -71,6 +88,28 @@ class Contestant(ABC):
     def control(self) -> Contestant | None:
         """What is to be timed beside it on something easier, if anything."""
         return None
+
+
+class StoringPeer(Contestant):
+    """A peer for equal groups that keeps K and V in memory of its own. It competes both over
+    tensors and over caches, which it fills outside the timing."""
+
+    @abstractmethod
+    def refusal(self, case: Case) -> str | None:
+        """Why it can't run a case of equal groups, or None."""
+
+    @abstractmethod
+    def store(self, case: Case, inputs: list[Inputs]) -> Prepared:
+        """Make ready with every copy of the inputs."""
+
+    def unsupported_reason(self, problem: ProblemWithTensors) -> str | None:
+        case = problem.case
+        if not case.head_map.is_uniform:
+            return UNEVEN
+        return "the heads have budgets" if case.cache_kind.budgets else self.refusal(case)
+
+    def prepare(self, problem: ProblemWithTensors) -> Prepared:
+        return self.store(problem.case, problem.tensors)
 
 
 class BackendContestant(Contestant):

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ..data.cases import Case
 from ..ops.attention import Problem
-from .base import Contestant, Prepared
-from .torch import UNEVEN, rows_unsupported
+from .base import UNEVEN, Contestant, Prepared
+from .torch import rows_unsupported
 
 FA3_MODULES = {  # module to import -> namespace of its op "fwd"
     "flash_attn_3._C": "flash_attn_3",

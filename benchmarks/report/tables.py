@@ -18,6 +18,8 @@ COLUMNS: dict[str, tuple[str, ...]] = {  # heading -> contestants, of which the 
     "SDPA, expanded cache": ("expanded-sdpa*",),
     "SDPA `enable_gqa`": ("gqa-sdpa*",),
     "FlexAttention": ("flex",),
+    "vLLM `CPU_ATTN`": ("vllm-cpu",),
+    "onnxruntime": ("onnxruntime",),
     "FlashAttention-3": ("fa3-expanded", "fa3-gqa"),
     "FlashAttention-4": ("fa4-expanded", "fa4-expand", "fa4-gqa"),
     "best emulation": EMULATIONS,

@@ -6,7 +6,8 @@
 3. Weights between layers (:mod:`.sensitivity`) turn losses into nats of the whole model. The
    knapsack of ``grouping.allocate`` spends the total over K, V and layers, and is exact.
 4. In each layer, the loss of K's and V's maps together decides between the searched partitions,
-   even ones and adjacent heads.
+   even ones and adjacent heads. If the two losses don't add up to it, a descent changes both maps
+   (:mod:`.joint_descent`).
 
 Query heads that read one KV head of the parent stay together, as long as the parent has more KV
 heads than the child.
@@ -14,21 +15,21 @@ heads than the child.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from itertools import combinations, product
 
 import numpy as np
 
-from ..grouping import SearchResult, allocate, search, search_groups, search_groups_curve
-from ..grouping.result import canonical_labels
+from ..grouping import SearchResult, allocate, search_groups, search_groups_curve
+from ..grouping.result import Sizes, canonical_labels
 from ..grouping.search.group_costs import EXHAUSTIVE_HEADS, total_cost
-from ..grouping.search.partitions import balanced_sizes, blocks
+from ..grouping.search.partitions import balanced_sizes, blocks, even_limits
 from ..head_map import HeadMap
 from ..reporting.progress import track
-from .losses import SIDES, MergeLosses
-
-_GRID = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # groups offered beyond EXHAUSTIVE_HEADS
+from .joint_descent import Labels, descend_together
+from .losses import SIDES, Group, MergeLosses
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class LossPlan:
     Attributes:
         results: per layer K's and V's partition; their objectives are losses of the side alone.
         candidates: per layer which rule the maps come from: ``"free"``, ``"equal"``,
-            ``"neighbour"``, or two of them for K and V.
+            ``"neighbour"``, or two of them for K and V; ``"joint"`` if the descent over both maps
+            changed them.
         errors: per layer the loss of both maps together.
         curves: per layer ``{"k": {G: loss}, "v": ...}`` (``"shared"`` for one map).
         weights: per layer, nats a token for a loss of 1.
@@ -79,12 +81,14 @@ def plan_by_loss(
         num_kv_heads, budget, sizes, shared, progress: as for ``plan``.
     """
     sides = ("shared",) if shared else SIDES
+    places, width = len(losses) * len(sides), 1 + shared
+    average = num_kv_heads or (budget or 0) // (width * places)
     searches = [
-        {side: _Side(each, side, sizes, num_kv_heads) for side in sides}
+        {side: _Side(each, side, sizes, average, max(1, average // 2)) for side in sides}
         for each in track(losses, "Searching", shown=progress)
     ]
     curves = [{side: found.curve for side, found in each.items()} for each in searches]
-    counts, predicted = _counts(curves, weights, num_kv_heads, budget, 1 + shared)
+    counts, predicted = _counts(curves, weights, num_kv_heads, budget, width)
     results, candidates, errors = [], [], []
     for loss, layer, count in zip(losses, searches, counts, strict=True):
         pair, name, error = _choose(loss, layer, count, sizes)
@@ -99,86 +103,121 @@ def plan_by_loss(
 class _Side:
     """The search of one side of one layer.
 
+    Heads here are items: query heads that read one KV head of the parent stay together.
+
     Attributes:
+        items: the query heads of each item.
         curve: ``{G: loss}`` of the numbers of KV heads that it offers.
+        pairs: ``[n, n]`` distances of items: twice what merging two loses, estimated.
+        all_known: whether the loss of every group is known.
     """
 
-    def __init__(self, losses: MergeLosses, side: str, sizes: str, num_kv_heads: int | None):
-        cost = losses.shared if side == "shared" else lambda heads: losses(side, heads)
-        old = _read_together(losses, SIDES if side == "shared" else (side,))
-        self.num_heads, self.cost = losses.num_heads, cost
-        self.items = old.groups  # query heads that stay together
-        self.sizes = sizes
-        self.found: dict[int, SearchResult] = {}
-        self._pairs: np.ndarray | None = None
-        if sizes == "equal":
-            offered = range(1, self.num_heads + 1)
-        elif len(self.items) <= EXHAUSTIVE_HEADS:
-            table = search_groups_curve(self._item_cost, len(self.items))
-            self.found = {G: self._of_items(result) for G, result in table.items()}
-            offered = self.found
+    def __init__(self, losses: MergeLosses, side: str, sizes: str, wanted: int, fewest: int):
+        """``wanted``: a number of KV heads to offer. ``fewest``: of many heads, the least to."""
+        self._losses, self._side = losses, side
+        self._loss = losses.shared if side == "shared" else partial(losses, side)
+        self.num_heads = losses.num_heads
+        if sizes == "equal":  # of query heads, so that none stay together
+            self.items: tuple[Group, ...] = tuple((h,) for h in range(self.num_heads))
         else:
-            offered = {G for G in (*_GRID, num_kv_heads or 1) if len(self.items) > G}
-            offered = sorted(offered | {len(self.items)})
-        self.curve = {G: self.result(G).objective for G in offered}
+            self.items = _read_together(losses, SIDES if side == "shared" else (side,)).groups
+        self.sizes, count = sizes, len(self.items)
+        self.all_known = count <= EXHAUSTIVE_HEADS
+        self._found: dict[int, SearchResult] = {}
+        if sizes == "equal":
+            offered = [G for G in range(1, count + 1) if self.all_known or count % G == 0]
+            offered = sorted({*offered, min(max(1, wanted), count)})
+            self.curve = {G: self.result(G).objective for G in offered}
+        else:
+            pairs = None if self.all_known else self.pairs / 2
+            self._of = search_groups_curve(self.cost, count, pairs=pairs, fewest=fewest)
+            self.curve = {G: each.objective for G, each in self._of.items()}
+
+    @cached_property
+    def pairs(self) -> np.ndarray:
+        count = len(self.items)
+        if count == self.num_heads:
+            return 2 * self._losses.pairs(self._side)
+        pairs = np.zeros((count, count))
+        for i, j in combinations(range(count), 2):
+            pairs[i, j] = pairs[j, i] = 2 * self.cost((i, j))
+        return pairs
+
+    def limits(self, num_groups: int) -> tuple[int, int]:
+        """Least and largest group by the rule for sizes."""
+        count = len(self.items)
+        return even_limits(count, num_groups) if self.sizes == "equal" else (1, count)
+
+    def cost(self, items: Sequence[int]) -> float:
+        """The loss of merging some items."""
+        return self._loss(tuple(sorted(h for i in items for h in self.items[i])))
 
     def result(self, num_groups: int) -> SearchResult:
         """The partition of least loss known, by the rule for sizes."""
-        if num_groups not in self.found:
+        if num_groups not in self._found:
             if self.sizes == "equal":
-                self.found[num_groups] = self.even(num_groups)
+                self._found[num_groups] = self.even(num_groups)
             elif num_groups > len(self.items):
-                self.found[num_groups] = self._split(num_groups)
+                self._found[num_groups] = self._split(num_groups)
             else:
-                starts = self._starts(num_groups)  # groups are costed on demand
-                found = search_groups(self._item_cost, len(self.items), num_groups, starts=starts)
-                self.found[num_groups] = self._of_items(found)
-        return self.found[num_groups]
+                found = self._of[num_groups]
+                if not found.proved:
+                    found = self._search(num_groups, "free", [found.labels])
+                self._found[num_groups] = self.of_items(found)
+        return self._found[num_groups]
 
     def even(self, num_groups: int) -> SearchResult:
-        """The best partition into groups whose sizes differ by at most one.
-
-        If they need not be equal in query heads, KV heads of the parent are counted.
-        """
-        if self.sizes != "equal" and num_groups > len(self.items):
+        """The best partition into groups whose sizes differ by at most one item."""
+        if num_groups > len(self.items):
             return self._split(num_groups)
-        count, cost = len(self.items), self._item_cost
-        if self.sizes == "equal":
-            count, cost = self.num_heads, self.cost
-        low, rest = divmod(count, num_groups)
-        found = search_groups(cost, count, num_groups, (low, low + bool(rest)))
-        return found if self.sizes == "equal" else self._of_items(found)
+        limits = even_limits(len(self.items), num_groups)
+        return self.of_items(self._search(num_groups, limits))
+
+    def _search(
+        self, num_groups: int, sizes: Sizes, starts: Sequence[Sequence[int]] = ()
+    ) -> SearchResult:
+        count = len(self.items)
+        return search_groups(
+            self.cost, count, num_groups, sizes,
+            starts=starts, patience=count * (1 if self._losses.is_slow(self._side) else 4),
+            pairs=None if self.all_known else self.pairs / 2,
+        )  # fmt: skip
+
+    def joined(self, labels: Sequence[int], like: SearchResult) -> SearchResult:
+        """A partition of items that the search of both sides found; its number of groups and the
+        bound on its loss are those of another."""
+        value = total_cost(self.cost, labels)
+        bound = min(like.lower_bound, value)
+        found = SearchResult(
+            canonical_labels(labels), value, bound, bound == value, like.seconds, "loss", like.sizes
+        )
+        return self.of_items(found)
+
+    def items_of(self, found: SearchResult) -> tuple[int, ...] | None:
+        """The labels of items; None if the partition splits one."""
+        labels = []
+        for item in self.items:
+            if len({found.labels[h] for h in item}) > 1:
+                return None
+            labels.append(found.labels[item[0]])
+        return canonical_labels(labels)
 
     def neighbour(self, num_groups: int) -> SearchResult:
         """Adjacent heads together."""
         sizes = balanced_sizes(self.num_heads, num_groups)
         return self._known(blocks(sizes).tolist(), "neighbour")
 
-    def _starts(self, num_groups: int) -> list[tuple[int, ...]]:
-        """Partitions that are good by the losses of pairs: of any sizes, and even ones."""
-        count = len(self.items)
-        if self._pairs is None:
-            self._pairs = np.zeros((count, count))
-            for i, j in combinations(range(count), 2):
-                # A pair costs half its distance in the objective of search.
-                self._pairs[i, j] = self._pairs[j, i] = 2 * self._item_cost((i, j))
-        low, rest = divmod(count, num_groups)
-        rules = ("free", (low, low + bool(rest)))
-        return [search(self._pairs, num_groups, "local", sizes).labels for sizes in rules]
-
-    def _item_cost(self, items: Sequence[int]) -> float:
-        return self.cost(tuple(sorted(h for i in items for h in self.items[i])))
-
-    def _of_items(self, found: SearchResult) -> SearchResult:
+    def labels_of(self, item_labels: Sequence[int]) -> tuple[int, ...]:
         """A partition of items as one of query heads."""
         labels = [0] * self.num_heads
-        for item, label in enumerate(found.labels):
-            for h in self.items[item]:
+        for item, label in zip(self.items, item_labels, strict=True):
+            for h in item:
                 labels[h] = label
-        return SearchResult(
-            canonical_labels(labels), found.objective, found.lower_bound, found.proved,
-            found.seconds, "loss", found.sizes,
-        )  # fmt: skip
+        return canonical_labels(labels)
+
+    def of_items(self, found: SearchResult) -> SearchResult:
+        """A result for items as one for query heads."""
+        return replace(found, labels=self.labels_of(found.labels), method="loss")
 
     def _split(self, num_groups: int) -> SearchResult:
         """More groups than the parent has KV heads: copies of those, without loss."""
@@ -195,7 +234,7 @@ class _Side:
     def _known(self, labels: Sequence[int], method: str) -> SearchResult:
         """A partition that was not searched."""
         labels = canonical_labels(labels)
-        value = total_cost(self.cost, labels)
+        value = total_cost(self._loss, labels)
         return SearchResult(labels, value, 0.0, value == 0, 0.0, method, "free")
 
 
@@ -259,4 +298,29 @@ def _choose(
         error = loss.joint(pair[0].head_map, pair[1].head_map)
         if best is None or error < best[2]:
             best = pair, names[0] if names[0] == names[1] else "/".join(names), error
-    return best
+    assert best is not None
+    return _joined(loss, layer, *best)
+
+
+def _joined(
+    loss: MergeLosses,
+    layer: dict[str, _Side],
+    pair: tuple[SearchResult, SearchResult],
+    name: str,
+    error: float,
+) -> tuple[tuple[SearchResult, SearchResult], str, float]:
+    """The choice for a layer after a descent over both maps together."""
+    results = dict(zip(layer, pair, strict=False))
+    start = {side: layer[side].items_of(found) for side, found in results.items()}
+    if error == 0 or None in start.values():
+        return pair, name, error
+
+    def maps(labels: Mapping[str, Labels]) -> tuple[HeadMap, HeadMap]:
+        found = tuple(HeadMap(layer[side].labels_of(each)) for side, each in labels.items())
+        return found[0], found[-1]
+
+    labels, value = descend_together(layer, start, lambda labels: loss.joint(*maps(labels)))
+    if value >= error:
+        return pair, name, error
+    found = [layer[side].joined(each, results[side]) for side, each in labels.items()]
+    return (found[0], found[-1]), "joint", value

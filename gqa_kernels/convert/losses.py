@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +25,7 @@ from ..attention import attention_call as checked_call
 from ..backends.reference.formula import visibility
 from ..call.attention import AttentionCall
 from ..grouping.calibration import LayerStats
+from ..grouping.low_rank import pair_estimates
 from ..grouping.merging import check_merging, merge_group
 from ..grouping.space import HeadSpace
 from ..head_map import HeadMap
@@ -35,7 +37,12 @@ from ..models.weights import LayerWeights
 from ..reporting.progress import track
 
 _RECORDER = "asym_gqa_recorder"
+_KEPT_CHANGES = 2  # per query head
+_KEPT_MERGERS = 128
+_SLOW_DIMS = 64
+_SCALED_BY = 8  # pairs measured for the scale of the others' estimates
 SIDES = ("k", "v")
+Group = tuple[int, ...]  # query heads, ascending
 
 
 @dataclass
@@ -179,7 +186,8 @@ class MergeLosses:
         self._batches = [
             _Batch(call, each) for call, each in zip(sample.calls, kept, strict=True) if each.any()
         ]
-        o = weights.o.detach().float().flatten(1)  # [d_out, Hq * Dv]
+        self._o = weights.o.detach().float().cpu()  # [d_out, Hq, Dv]
+        o = self._o.flatten(1)
         self._metric = o.T @ o
         self._head_dim = weights.o.shape[2]
         self.tokens = sum(len(batch.outputs) for batch in self._batches)
@@ -189,6 +197,9 @@ class MergeLosses:
             raise ValueError("attention outputs must vary over the sample, got one constant")
         self._known: dict[tuple[str, tuple[int, ...]], float] = {}
         self._joint: dict[tuple[HeadMap, HeadMap], float] = {}
+        # The latest, oldest first:
+        self._changes: dict[tuple[int, Group, Group], Tensor] = {}
+        self._mergers: dict[tuple[str, Group], Callable[[_Batch], Tensor]] = {}
 
     def __call__(self, side: str, query_heads: Sequence[int]) -> float:
         heads = tuple(query_heads)
@@ -199,6 +210,32 @@ class MergeLosses:
     def old_heads(self, side: str) -> HeadMap:
         """The KV head of a side that each query head reads before merging."""
         return self._spaces[side].head_map
+
+    def is_slow(self, side: str) -> bool:
+        """Whether merging one group takes eigenvectors of large matrices."""
+        spaces = [self._spaces[each] for each in (SIDES if side == "shared" else (side,))]
+        if self.merging != "low_rank" or not all(space.symmetry.scalable for space in spaces):
+            return False
+        return any(len(dims) > _SLOW_DIMS for space in spaces for dims in space.symmetry.sets)
+
+    def pairs(self, side: str) -> np.ndarray:
+        """``[Hq, Hq]`` losses of groups of two query heads; estimates from second moments if it
+        ``is_slow`` to measure them."""
+        if side == "shared":
+            return self.pairs("k") + self.pairs("v")
+        first, second = np.triu_indices(self.num_heads, 1)
+        every = list(zip(first.tolist(), second.tolist(), strict=True))
+        found = np.zeros((self.num_heads, self.num_heads))
+        if self.is_slow(side):
+            estimates = pair_estimates(self._spaces[side]).numpy()[first, second]
+            spread = np.linspace(0, len(every) - 1, _SCALED_BY).astype(int)
+            chosen = np.argsort(estimates, kind="stable")[spread]
+            measured = sum(self(side, every[i]) for i in chosen)
+            total = estimates[chosen].sum()
+            found[first, second] = estimates * (measured / total if total > 0 else 0.0)
+        else:
+            found[first, second] = [self(side, pair) for pair in every]
+        return found + found.T
 
     def shared(self, query_heads: Sequence[int]) -> float:
         """The losses of K and of V added: the cost of a group if both have one map."""
@@ -212,17 +249,42 @@ class MergeLosses:
         return self._joint[key_map, value_map]
 
     def _measure_both(self, key_map: HeadMap, value_map: HeadMap) -> float:
-        groups = {"k": key_map.groups, "v": value_map.groups}
-        mergers = {side: [self._merger(side, g) for g in groups[side]] for side in SIDES}
-        place = {s: torch.tensor([h for g in groups[s] for h in g]).argsort() for s in SIDES}
-        changes = []
+        keys = [
+            (h, tuple(key_map.groups[k]), tuple(value_map.groups[v]))
+            for h, (k, v) in enumerate(zip(key_map, value_map, strict=True))
+        ]
+        # Maps that a search tries differ in two groups: the other heads are known.
+        self._add_changes([key for key in keys if key not in self._changes])
+        total = sum(self._changes[key] for key in keys)
+        for key in keys:
+            self._changes[key] = self._changes.pop(key)
+        while len(self._changes) > _KEPT_CHANGES * self.num_heads:
+            del self._changes[next(iter(self._changes))]
+        return float(total.double().square().sum()) / self.tokens / self.variance
+
+    def _add_changes(self, keys: list[tuple[int, Group, Group]]) -> None:
+        """What query heads put into the layer's output more or less, ``[N, d_out]`` each, if their
+        groups of K and of V are merged."""
+        if not keys:
+            return
+        heads = [h for h, *_ in keys]
+        mergers = {
+            side: {group: self._merger(side, group) for _, *groups in keys for group in [groups[i]]}
+            for i, side in enumerate(SIDES)
+        }
+        changed = []
         for batch in self._batches:
-            k, v = (
-                torch.cat([merger(batch) for merger in mergers[side]], 2)[:, :, place[side]]
-                for side in SIDES
-            )
-            changes.append(batch.attend(range(self.num_heads), k, v) - batch.outputs)
-        return self._loss(changes, range(self.num_heads))
+            sides = []
+            for i, side in enumerate(SIDES):
+                merged = {group: merger(batch) for group, merger in mergers[side].items()}
+                sides.append(
+                    torch.stack(
+                        [merged[key[1 + i]][:, :, key[1 + i].index(key[0])] for key in keys], 2
+                    )
+                )
+            changed.append(batch.attend(heads, *sides) - batch.outputs[:, heads])
+        outputs = torch.einsum("nhd,ohd->hno", torch.cat(changed), self._o[:, heads])
+        self._changes.update(zip(keys, outputs, strict=True))
 
     @torch.no_grad()
     def _measure(self, side: str, heads: tuple[int, ...]) -> float:
@@ -249,8 +311,15 @@ class MergeLosses:
         index = torch.cat([h * self._head_dim + dims for h in query_heads])
         return float(((heads.T @ heads) * self._metric[index[:, None], index]).double().sum())
 
-    def _merger(self, side: str, heads: tuple[int, ...]) -> Callable[[_Batch], Tensor]:
+    def _merger(self, side: str, heads: Group) -> Callable[[_Batch], Tensor]:
         """What query heads of a group read after merging, ``[B, Sk, n, D]``, for each batch."""
+        merger = self._mergers.pop((side, heads), None) or self._new_merger(side, heads)
+        self._mergers[side, heads] = merger
+        if len(self._mergers) > _KEPT_MERGERS:
+            del self._mergers[next(iter(self._mergers))]
+        return merger
+
+    def _new_merger(self, side: str, heads: Group) -> Callable[[_Batch], Tensor]:
         space = self._spaces[side]
         if len({space.head_map[h] for h in heads}) == 1:
             return lambda batch: batch.of(side, heads)

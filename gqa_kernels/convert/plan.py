@@ -40,7 +40,7 @@ class LayerPlan:
         restore_norms: whether to scale merged heads.
         error: held-out error of the layer's attention output, None if not measured.
         candidate: the rule that the maps come from: ``"free"``, ``"equal"`` or ``"neighbour"``;
-            ``"free/equal"`` if K's and V's differ.
+            ``"free/equal"`` if K's and V's differ; ``"joint"`` if both were changed together.
     """
 
     key: SearchResult
@@ -177,11 +177,10 @@ def plan(
         ValueError: not just one of ``num_kv_heads`` and ``budget``, no ``held_out`` batches though
             they are needed, or what ``search`` refuses.
 
-    Example::
-
-        stats = calibrate(model, texts[:48])
-        found = plan(model, stats, budget=64, held_out=texts[48:])
-        child = convert(model, found.maps, found.merging, moments=stats)
+    Examples:
+        >>> stats = calibrate(model, texts[:48])
+        >>> found = plan(model, stats, budget=64, held_out=texts[48:])
+        >>> child = convert(model, found.maps, found.merging, moments=stats)
     """
     check_plan(
         model, num_kv_heads, budget=budget, kind=kind, method=method, sizes=sizes, merging=merging

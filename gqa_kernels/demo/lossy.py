@@ -21,6 +21,7 @@ from ..convert.recovery import Recipe, recover
 from ..convert.sensitivity import layer_weights_by
 from ..grouping import search
 from ..grouping.calibration import LayerStats, calibrate
+from ..grouping.search.partitions import even_limits
 from ..grouping.similarity import similarity
 from ..head_map import HeadMap
 from ..models.families import attention_layers
@@ -66,9 +67,9 @@ def aligned_maps(model: nn.Module, stats: list[LayerStats], num_kv_heads: int) -
     """Optimal even groups by how alike keys (and values) are after they are aligned."""
     maps = []
     for layer in attention_layers(model):
-        low, rest = divmod(layer.num_heads, num_kv_heads)
+        sizes = even_limits(layer.num_heads, num_kv_heads)
         sides = [similarity(model, stats, layer.index, side, "aligned_cosine") for side in "kv"]
-        found = [search(D, num_kv_heads, sizes=(low, low + bool(rest))) for D in sides]
+        found = [search(D, num_kv_heads, sizes=sizes) for D in sides]
         maps.append((found[0].head_map, found[1].head_map))
     return maps
 

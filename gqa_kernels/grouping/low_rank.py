@@ -46,7 +46,7 @@ def shared_head(space: HeadSpace, query_heads: Sequence[int]) -> SharedHead:
     decoders = torch.zeros(len(old), D, D, dtype=rows.dtype)
     encoders = torch.zeros_like(decoders)
     for dims in space.symmetry.sets:
-        roots, inverses = _roots(metric, dims)
+        roots, inverses = _roots_of(space, old, query_heads, metric, dims)
         vectors = _components(space, old, roots, dims)
         decoder, encoder = inverses @ vectors, vectors.transpose(1, 2) @ roots  # [n, r, r] each
         # m and its decoders are free up to a change of basis: scale the decoders to one
@@ -114,6 +114,35 @@ class GroupLosses:
         return total
 
 
+def pair_estimates(space: HeadSpace) -> Tensor:
+    """``[Hq, Hq]``: near ``GroupLosses`` of every two query heads up to one factor, without
+    eigenvalues; 0 if they read one old head.
+
+    Of a rotated plane they are exact. Of other dims, as if the weighted heads' products ``C_ij``
+    had spectra of one shape: a two by two matrix of their norms stands for them.
+    """
+    heads = list(space.head_map.entries)
+    cross = space.cross[heads][:, heads]
+    total = torch.zeros(len(heads), len(heads), dtype=cross.dtype)
+    for dims in space.symmetry.sets:
+        roots, _ = _roots(space.metric, dims)
+        products = roots[:, None] @ cross[..., dims[:, None], dims] @ roots
+        total += _smaller_eigenvalue(products.flatten(2).norm(dim=2))
+    planes = space.symmetry.planes
+    if len(planes):
+        gram = _plane_gram(cross, _plane_roots(space.metric, planes), planes)
+        total += _smaller_eigenvalue(gram.abs()).sum(0)
+    old = torch.tensor(heads)
+    return total.masked_fill(old[:, None] == old, 0)
+
+
+def _smaller_eigenvalue(products: Tensor) -> Tensor:
+    """Of ``[[p_ii, p_ij], [p_ji, p_jj]]`` for all pairs of ``[..., n, n]`` products."""
+    own = products.diagonal(dim1=-2, dim2=-1)
+    a, b = own[..., :, None], own[..., None, :]
+    return ((a + b) / 2 - (((a - b) / 2).square() + products.square()).sqrt()).clamp(min=0)
+
+
 def _readers(space: HeadSpace, query_heads: Sequence[int]) -> tuple[list[int], Tensor]:
     """The old KV heads that some query heads read, and the sum ``[n, D, D]`` of their readers'
     metrics: the best decoder of an old head is the same for all of its readers."""
@@ -123,6 +152,21 @@ def _readers(space: HeadSpace, query_heads: Sequence[int]) -> tuple[list[int], T
     for h in query_heads:
         metric[place[space.head_map[h]]] += space.metric[h]
     return list(counts), metric
+
+
+def _roots_of(
+    space: HeadSpace, old: list[int], query_heads: Sequence[int], metric: Tensor, dims: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``_roots`` of the old heads' metrics; each is computed once."""
+    found = []
+    for head, each in zip(old, metric, strict=True):
+        readers = tuple(h for h in query_heads if space.head_map[h] == head)
+        key = readers, int(dims[0])
+        if key not in space.roots:
+            space.roots[key] = tuple(root[0] for root in _roots(each[None], dims))
+        found.append(space.roots[key])
+    roots, inverses = zip(*found, strict=True)
+    return torch.stack(roots), torch.stack(inverses)
 
 
 def _roots(metric: Tensor, dims: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -95,6 +95,11 @@ class HeadSpace:
         flat = self.rows.flatten(0, 1)
         left = flat if self.sigma is None else flat @ self.sigma
         return (left @ flat.T).view(H, D, H, D).transpose(1, 2)
+
+    @cached_property
+    def roots(self) -> dict[Any, tuple[Tensor, Tensor]]:
+        """Roots of metrics that :mod:`.low_rank` has computed."""
+        return {}
 
     @cached_property
     def energy(self) -> Tensor:

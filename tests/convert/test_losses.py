@@ -105,13 +105,18 @@ def test_plan_is_the_optimum_of_brute_force(model, stats, sizes):
             totals = {p: sum(each(side, g) for g in HeadMap(p).groups) for p in possible}
             best.append(min(totals, key=totals.get))
             assert found.curves[index][side][3] == pytest.approx(totals[best[-1]])
+            result = found.results[index]["kv".index(side)]
+            assert result.lower_bound in (0, pytest.approx(totals[best[-1]]))
+            assert result.proved == (result.objective == result.lower_bound)
         optimum = each.joint(*map(HeadMap, best))
         assert found.errors[index] <= optimum * (1 + 1e-6)
         if sizes == "auto":
             assert found.errors[index] <= each.joint(neighbours, neighbours) * (1 + 1e-6)
-        else:
+        elif found.candidates[index] != "joint":
             assert found.errors[index] == pytest.approx(optimum)
             assert all(r.proved for r in found.results[index])
+        key, value = found.results[index]
+        assert found.errors[index] == each.joint(key.head_map, value.head_map)
 
 
 def test_budget_is_the_optimum_of_brute_force(model, stats):
@@ -148,11 +153,24 @@ def test_more_heads_than_can_be_listed():
     assert not layer.key.proved
     losses = losses_of(model, calibrate(model, HELD_OUT), HELD_OUT)[0]
     neighbours = HeadMap([0] * 4 + [1] * 3 + [2] * 3 + [3] * 3)
-    assert layer.key.objective <= sum(losses("k", g) for g in neighbours.groups)
+    assert layer.error <= losses.joint(neighbours, neighbours)
+    assert layer.error == losses.joint(*layer.maps)
     D = [[2 * losses("k", (min(i, j), max(i, j))) * (i != j) for j in range(13)] for i in range(13)]
     for sizes in ("free", (3, 4)):
         by_pairs = search(D, 4, "local", sizes).head_map
-        assert layer.key.objective <= sum(losses("k", g) for g in by_pairs.groups) * (1 + 1e-9)
+        by_pairs = sum(losses("k", g) for g in by_pairs.groups)
+        assert found.curves[0]["k"][4] <= 1.1 * by_pairs  # before the descent
+
+
+def test_pairs_of_large_heads_are_estimated():
+    model = tiny(num_heads=3, num_kv_heads=3, num_hidden_layers=1, head_dim=80)
+    losses = losses_of(model, calibrate(model, HELD_OUT), HELD_OUT)[0]
+    assert losses.is_slow("v") and losses.is_slow("shared") and not losses.is_slow("k")
+    both = losses.pairs("k") + losses.pairs("v")
+    torch.testing.assert_close(losses.pairs("shared"), both)
+    for i, j in [(0, 1), (0, 2), (1, 2)]:
+        assert losses.pairs("k")[i, j] == losses("k", (i, j))
+        assert losses.pairs("v")[i, j] == pytest.approx(losses("v", (i, j)), rel=0.5)
 
 
 class TestWeights:

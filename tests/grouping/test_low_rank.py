@@ -7,7 +7,7 @@ import torch
 
 from gqa_kernels import HeadMap
 from gqa_kernels.grouping import merge_layer, search_groups
-from gqa_kernels.grouping.low_rank import GroupLosses, shared_head
+from gqa_kernels.grouping.low_rank import GroupLosses, pair_estimates, shared_head
 from gqa_kernels.grouping.space import HeadSpace
 from tests.grouping.layers import ROTARY, attention, computed, moments, relative, tokens
 from tests.grouping.layers import layer as any_layer
@@ -74,6 +74,30 @@ def test_heads_that_are_functions_of_each_other_lose_nothing():
     assert relative(attention(child, X), attention(weights, X)) < 1e-3
     turned = merge_layer(weights, one, weights.value_map, method="aligned", moments=moments(X))
     assert relative(attention(turned, X), attention(weights, X)) > 0.05
+
+
+@pytest.mark.parametrize("num_kv_heads", [6, 3])
+def test_estimates_of_rotated_pairs_are_exact(num_kv_heads):
+    space = HeadSpace.of(layer("half_split", num_kv_heads=num_kv_heads), "k", moments(X))
+    losses, found = GroupLosses(space), pair_estimates(space)
+    assert not space.symmetry.sets  # every dim is rotated
+    for i in range(6):
+        for j in range(i + 1, 6):
+            for estimate in (found[i, j], found[j, i]):
+                assert float(estimate) == pytest.approx(losses((i, j)), rel=1e-6, abs=1e-9)
+
+
+def test_estimates_of_other_pairs_are_lower_for_heads_that_are_alike():
+    """Heads 3, 4 and 5 are those of 0, 1 and 2, and a little more."""
+    weights = layer()
+    rows = weights.rows("v")
+    rows = torch.cat([rows[:3], rows[:3] + 0.1 * rows[3:]])
+    space = HeadSpace.of(weights.with_rows("v", rows, weights.value_map), "v", moments(X))
+    found = pair_estimates(space)
+    twins = [found[h, h + 3] for h in range(3)]
+    others = [found[i, j] for i in range(6) for j in range(i + 1, 6) if j - i != 3]
+    assert max(twins) < min(others)
+    assert found.diagonal().eq(0).all()
 
 
 def test_losses_are_not_for_heads_before_a_norm():

@@ -1,6 +1,7 @@
 """The exact methods: against brute force, against each other, and at the sizes of real models."""
 
 import time
+from functools import cache
 from itertools import combinations
 
 import numpy as np
@@ -251,6 +252,38 @@ class TestGroupCosts:
         for G, found in search_groups_curve(cost, 6).items():
             assert found.objective == pytest.approx(search_groups(cost, 6, G).objective)
             assert found.num_groups == G and found.proved
+
+    def test_curve_beyond_what_can_be_listed(self):
+        """Of sums over pairs the merges are Ward's; of any costs it is what the labels cost."""
+        D = instance("euclidean", 14)
+        ward = search_curve(D, "hierarchical")
+        for G, found in search_groups_curve(lambda heads: group_cost(D, heads), 14).items():
+            assert found.labels == ward[G].labels
+            assert found.objective == pytest.approx(ward[G].objective)
+            assert found.proved == (G == 14)
+        cost = self.costs(9)
+        curve = search_groups_curve(cost, 9, exhaustive=4, fewest=3)
+        assert list(curve) == [3, 4, 5, 6, 7, 8, 9]
+        for G, found in curve.items():
+            assert found.num_groups == G
+            assert found.objective == pytest.approx(sum(map(cost, found.head_map.groups)))
+
+    def test_patience_costs_fewer_groups(self):
+        D = instance("euclidean", 16)
+        counted = []
+        cost = cache(lambda heads: counted.append(heads) or group_cost(D, heads))
+        found = search_groups(cost, 16, 4, patience=10)
+        assert found.objective <= 1.001 * search(D, 4, "local").objective
+        assert len(counted) < 16 * 15 / 2 + 100
+
+    def test_estimates_of_pairs_are_not_taken_for_costs(self):
+        D = instance("euclidean", 14)
+        rough = D / 2 * np.random.default_rng(0).uniform(0.8, 1.2)
+        cost = lambda heads: group_cost(D, heads)  # noqa: E731
+        for found in search_groups_curve(cost, 14, pairs=rough).values():
+            assert found.objective == pytest.approx(sum(map(cost, found.head_map.groups)))
+        found = search_groups(cost, 14, 5, pairs=rough)
+        assert found.objective <= 1.01 * search(D, 5).objective
 
     @pytest.mark.parametrize("sizes", ["free", "equal", (1, 3)])
     def test_descent_beyond_what_can_be_listed(self, sizes):

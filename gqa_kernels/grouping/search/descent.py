@@ -35,9 +35,9 @@ def descend(problem: Problem, labels: np.ndarray, moves: bool = True) -> np.ndar
     rows = np.arange(len(labels))  # the partitions still improving
     state = State.of(D, G, labels)
     while len(rows) and problem.time_left() > 0:
-        swap_gain, first, second = _best_swap(D, state)
+        swap_gain, first, second = _best(swap_gains(D, state))
         if moves:
-            move_gain, head, group = _best_move(problem, state)
+            move_gain, head, group = _best(move_gains(state, problem.lo, problem.hi))
             use_move = move_gain < swap_gain
             gain = np.minimum(move_gain, swap_gain)
         else:
@@ -102,21 +102,18 @@ class State:
         self.labels[rows, heads] = groups
 
 
-def _best_move(problem: Problem, state: State):
-    """Gain, head and group of each partition's best move."""
+def move_gains(state: State, lo: int, hi: int) -> np.ndarray:
+    """``[B, H, G]`` change of the objective when a head moves to a group; inf if it may not."""
     labels, sizes = state.labels, state.sizes
     delta = move_deltas(state.sums, labels, sizes, state.pairs)
-    delta[np.take_along_axis(sizes <= problem.lo, labels, -1)] = np.inf
-    delta = np.where((sizes >= problem.hi)[:, None, :], np.inf, delta)
+    delta[np.take_along_axis(sizes <= lo, labels, -1)] = np.inf
+    delta = np.where((sizes >= hi)[:, None, :], np.inf, delta)
     np.put_along_axis(delta, labels[..., None], np.inf, -1)
-    delta = delta.reshape(len(labels), -1)
-    best = delta.argmin(1)
-    head, group = np.divmod(best, sizes.shape[1])
-    return delta[np.arange(len(best)), best], head, group
+    return delta
 
 
-def _best_swap(D: np.ndarray, state: State):
-    """Gain and the two heads of each partition's best swap."""
+def swap_gains(D: np.ndarray, state: State) -> np.ndarray:
+    """``[B, H, H]`` change of the objective when two heads swap; inf in one group."""
     labels = state.labels
     size = np.take_along_axis(state.sizes, labels, -1)[..., None]  # of each head's own group
     # to_group[b, i, j]: sum of distances from head j to the group of head i
@@ -125,7 +122,12 @@ def _best_swap(D: np.ndarray, state: State):
     half = (to_group - own - D) / size  # change in i's group when j takes i's place
     delta = half + half.swapaxes(1, 2)
     delta[labels[:, :, None] == labels[:, None, :]] = np.inf
-    delta = delta.reshape(len(labels), -1)
-    best = delta.argmin(1)
-    first, second = np.divmod(best, len(D))
-    return delta[np.arange(len(best)), best], first, second
+    return delta
+
+
+def _best(delta: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The least entry of each ``[B, H, n]``, and its place in H and n."""
+    flat = delta.reshape(len(delta), -1)
+    best = flat.argmin(1)
+    first, second = np.divmod(best, delta.shape[2])
+    return flat[np.arange(len(best)), best], first, second

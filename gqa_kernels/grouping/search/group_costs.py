@@ -1,27 +1,30 @@
 """Search over costs of whole groups: what merging a group really loses, not a sum over pairs.
 
 Up to ``EXHAUSTIVE_HEADS`` heads every group is costed once, and the subset DP proves the optimum
-for every number of groups. Beyond, groups are costed on demand: descent from given partitions, by
-single moves and swaps, proves nothing.
+for every number of groups. Beyond, groups are costed on demand, all pairs and then the groups that
+their costs make promising. That proves nothing.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import combinations
 
 import numpy as np
 
 from ..result import SearchResult, Sizes, canonical_labels
+from . import local
+from .agglomerate import agglomerate
+from .group_descent import descend
 from .partitions import balanced_sizes, blocks
-from .problem import check_sizes, size_limits
+from .problem import Problem, check_sizes, size_limits
 from .subset_dp import MAX_HEADS, Table
 
 GroupCost = Callable[[tuple[int, ...]], float]
 EXHAUSTIVE_HEADS = 12  # 4095 groups
-_MIN_GAIN = 1e-9  # of a step, relative to the cost
 
 
 def search_groups(
@@ -32,6 +35,8 @@ def search_groups(
     *,
     starts: Iterable[Sequence[int]] = (),
     exhaustive: int = EXHAUSTIVE_HEADS,
+    patience: int | None = None,
+    pairs: np.ndarray | None = None,
 ) -> SearchResult:
     """The partition with the least sum of ``cost(group)``; proved for few heads.
 
@@ -45,9 +50,13 @@ def search_groups(
         num_heads: ``H``.
         num_groups, sizes: as for ``search``.
         starts: partitions to descend from if there are too many heads to cost every group.
-            Adjacent heads are one more.
+            Adjacent heads, and the best partition by the costs of pairs, are two more.
         exhaustive: up to how many heads, at most 18, every group within the size limits is costed
             (``2^H - 1`` at most) and the result proved.
+        patience: steps that the descent tries without a gain before it ends, and then only from
+            the best start; None: all, from every start.
+        pairs: ``[H, H]`` estimates of the costs of groups of two heads, which decide the order of
+            steps. None: these groups are costed.
 
     Raises:
         ValueError: num_groups or sizes breaks a rule, a start is no partition into ``num_groups``
@@ -64,10 +73,14 @@ def search_groups(
     if num_heads <= exhaustive:
         table = Table(*_all_costs(cost, num_heads, lo, hi), num_heads, lo, hi, num_groups)
         found = table.found(num_groups)
-        return _proved(found.labels, found.lower_bound, started, sizes)
+        return _found(found.labels, found.lower_bound, found.lower_bound, started, sizes)
+    checked = partial(_checked, cost)
+    # Of two heads, the objective of search is half their distance.
+    distances = 2 * (_pair_costs(checked, num_heads) if pairs is None else pairs)
+    by_pairs = local.solve(Problem.create(distances, num_groups, sizes)).labels.tolist()
     neighbours = blocks(balanced_sizes(num_heads, num_groups)).tolist()
-    best, least = neighbours, math.inf
-    for start in (neighbours, *starts):
+    best, least, allowed = neighbours, math.inf, []
+    for start in (neighbours, by_pairs, *starts):
         labels = list(canonical_labels(start))
         if len(labels) != num_heads or max(labels) + 1 != num_groups:
             raise ValueError(
@@ -77,32 +90,53 @@ def search_groups(
         sizes_of = np.bincount(labels)
         if sizes_of.min() < lo or sizes_of.max() > hi:
             continue
-        labels, value = _descend(cost, labels, lo, hi)
+        allowed.append(labels)
+    if patience is not None:
+        allowed = [min(allowed, key=partial(total_cost, checked))]
+    for labels in allowed:
+        labels, value = descend(checked, distances, labels, lo, hi, patience)
         if value < least:
             best, least = labels, value
-    return SearchResult(
-        labels=canonical_labels(best),
-        objective=least,
-        lower_bound=0.0,
-        proved=False,
-        seconds=time.perf_counter() - started,
-        method="group_costs",
-        sizes=sizes,
-    )
+    return _found(best, least, 0.0, started, sizes)
 
 
-def search_groups_curve(cost: GroupCost, num_heads: int) -> dict[int, SearchResult]:
-    """``search_groups`` for every number of groups of any sizes, all proved, from one table.
+def search_groups_curve(
+    cost: GroupCost,
+    num_heads: int,
+    *,
+    exhaustive: int = EXHAUSTIVE_HEADS,
+    pairs: np.ndarray | None = None,
+    fewest: int = 1,
+) -> dict[int, SearchResult]:
+    """``search_groups`` for every number of groups of any sizes, at once.
 
     Args:
-        cost: as for ``search_groups``; called for all ``2^H - 1`` groups.
-        num_heads: ``H``, 18 at most.
+        cost: as for ``search_groups``.
+        num_heads: ``H``.
+        exhaustive: up to how many heads, at most 18, all ``2^H - 1`` groups are costed and the
+            results proved. Beyond, groups are merged two at a time (:mod:`.agglomerate`), which
+            costs all pairs and a few groups per step.
+        pairs: as for ``search_groups``.
+        fewest: the least number of groups, beyond ``exhaustive`` heads: large groups may be slow
+            to cost.
     """
     started = time.perf_counter()
-    _limits(num_heads, 1, "free", num_heads)
+    _limits(num_heads, 1, "free", exhaustive)
+    if num_heads > exhaustive:
+        checked = partial(_checked, cost)
+        known = pairs is None
+        pairs = _pair_costs(checked, num_heads) if pairs is None else pairs
+        merged = agglomerate(checked, pairs, known=known, fewest=min(fewest, num_heads))
+        return {
+            G: _found(labels, value, 0.0, started, "free")
+            for G, (labels, value) in sorted(merged.items())
+        }
     table = Table(*_all_costs(cost, num_heads, 1, num_heads), num_heads, 1, num_heads, num_heads)
     found = ((G, table.found(G)) for G in range(1, num_heads + 1))
-    return {G: _proved(each.labels, each.lower_bound, started, "free") for G, each in found}
+    return {
+        G: _found(each.labels, each.lower_bound, each.lower_bound, started, "free")
+        for G, each in found
+    }
 
 
 def total_cost(cost: GroupCost, labels: Sequence[int]) -> float:
@@ -129,6 +163,14 @@ def _all_costs(cost: GroupCost, num_heads: int, lo: int, hi: int) -> tuple[np.nd
     return costs[0::2], costs[1::2]
 
 
+def _pair_costs(cost: GroupCost, num_heads: int) -> np.ndarray:
+    """``[H, H]``: the cost of each group of two heads, 0 for one."""
+    pairs = np.zeros((num_heads, num_heads))
+    for i, j in combinations(range(num_heads), 2):
+        pairs[i, j] = pairs[j, i] = cost((i, j))
+    return pairs
+
+
 def _checked(cost: GroupCost, heads: tuple[int, ...]) -> float:
     value = cost(heads)
     if not 0 <= value < np.inf:
@@ -136,12 +178,14 @@ def _checked(cost: GroupCost, heads: tuple[int, ...]) -> float:
     return value
 
 
-def _proved(labels: np.ndarray, value: float, started: float, sizes: Sizes) -> SearchResult:
+def _found(
+    labels: Sequence[int], value: float, bound: float, started: float, sizes: Sizes
+) -> SearchResult:
     return SearchResult(
         labels=canonical_labels(labels),
         objective=value,
-        lower_bound=value,
-        proved=True,
+        lower_bound=bound,
+        proved=bound == value,
         seconds=time.perf_counter() - started,
         method="group_costs",
         sizes=sizes,
@@ -153,45 +197,3 @@ def _groups(labels: Sequence[int]) -> list[tuple[int, ...]]:
     for head, label in enumerate(labels):
         groups.setdefault(label, []).append(head)
     return [tuple(group) for group in groups.values()]
-
-
-def _descend(cost: GroupCost, labels: list[int], lo: int, hi: int) -> tuple[list[int], float]:
-    """Moves and swaps, each taken as soon as it gains, until none does; and the cost."""
-    labels = list(labels)
-    groups = {g: [h for h, label in enumerate(labels) if label == g] for g in set(labels)}
-    costs = {g: _checked(cost, tuple(heads)) for g, heads in groups.items()}
-    gained = True
-    while gained:
-        gained = False
-        for first, second, a, b in _steps(groups, lo, hi):
-            # An earlier step may have moved a head of this one.
-            if any(h is not None and labels[h] != g for h, g in ((a, first), (b, second))):
-                continue
-            new = {
-                first: sorted({*groups[first], b} - {a, None}),
-                second: sorted({*groups[second], a} - {b, None}),
-            }
-            if not all(lo <= len(heads) <= hi for heads in new.values()):
-                continue
-            before = costs[first] + costs[second]
-            after = {g: _checked(cost, tuple(heads)) for g, heads in new.items()}
-            if sum(after.values()) < before * (1 - _MIN_GAIN):
-                groups.update(new)
-                costs.update(after)
-                for g, heads in new.items():
-                    for h in heads:
-                        labels[h] = g
-                gained = True
-    return labels, sum(costs.values())
-
-
-def _steps(
-    groups: dict[int, list[int]], lo: int, hi: int
-) -> Iterator[tuple[int, int, int | None, int | None]]:
-    """``(group, other, head that leaves group, head that leaves other)`` of moves and swaps."""
-    current = {g: tuple(heads) for g, heads in groups.items()}
-    for first, second in combinations(current, 2):
-        if lo < hi:
-            yield from ((first, second, a, None) for a in current[first])
-            yield from ((first, second, None, b) for b in current[second])
-        yield from ((first, second, a, b) for a in current[first] for b in current[second])

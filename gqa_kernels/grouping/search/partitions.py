@@ -15,6 +15,12 @@ def balanced_sizes(num_heads: int, num_groups: int) -> np.ndarray:
     return sizes
 
 
+def even_limits(num_heads: int, num_groups: int) -> tuple[int, int]:
+    """Least and largest group if sizes differ by at most one."""
+    low, rest = divmod(num_heads, num_groups)
+    return low, low + bool(rest)
+
+
 def blocks(sizes: np.ndarray) -> np.ndarray:
     """Labels of contiguous groups of the given sizes: ``[2, 1]`` -> ``[0, 0, 1]``."""
     return np.repeat(np.arange(len(sizes)), sizes)
