@@ -36,6 +36,18 @@ def merge_attention_states(
 
     Returns:
         out in the type of ``out_a``, and the LSE, fp32.
+
+    Examples:
+        >>> import torch
+        >>> from gqa_kernels import asym_gqa_attention, merge_attention_states
+        >>> q, k, v = (torch.randn(1, heads, 8, 16) for heads in (3, 2, 2))
+        >>> parts = [
+        ...     asym_gqa_attention(q, k[:, :, part], v[:, :, part], [0, 0, 1], return_lse=True)
+        ...     for part in (slice(0, 5), slice(5, 8))
+        ... ]
+        >>> out, lse = merge_attention_states(*parts[0], *parts[1])
+        >>> torch.allclose(out, asym_gqa_attention(q, k, v, [0, 0, 1]), atol=1e-5)
+        True
     """
     _check_states({"out_a": out_a, "out_b": out_b}, {"lse_a": lse_a, "lse_b": lse_b}, layout)
     # FlashAttention-2 marks a row that sees no key by +inf.
@@ -138,6 +150,16 @@ def shared_prefix_attention(
 
     Returns:
         as :func:`gqa_kernels.asym_gqa_decode`.
+
+    Examples:
+        >>> import torch
+        >>> from gqa_kernels import DenseKVCache, shared_prefix_attention
+        >>> prefix = DenseKVCache.empty(1, 2, 64, 16, dtype=torch.float32)  # of all sequences
+        >>> prefix.append(*torch.randn(2, 1, 2, 40, 16))
+        >>> suffix = DenseKVCache.empty(4, 2, 64, 16, dtype=torch.float32)
+        >>> suffix.append(*torch.randn(2, 4, 2, 5, 16))
+        >>> shared_prefix_attention(torch.randn(4, 3, 1, 16), prefix, suffix, [0, 0, 1]).shape
+        torch.Size([4, 3, 1, 16])
     """
     return_lse = as_bool("return_lse", return_lse)
     if sinks is not None:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 from torch import Tensor
 
+from .backends.auxiliary import attend_with_auxiliary
 from .backends.base import Backend
 from .backends.dispatch import select
-from .backends.reference.scores import aux_output
 from .cache.base import KVCache
 from .cache.tensors import Layout
 from .cache.view import KVView
@@ -121,6 +121,15 @@ def asym_gqa_decode(
 
     Raises:
         ValueError, TypeError, NotImplementedError: as ``asym_gqa_attention``; nothing was appended.
+
+    Examples:
+        >>> import torch
+        >>> from gqa_kernels import DenseKVCache, asym_gqa_decode
+        >>> cache = DenseKVCache.empty(batch=1, num_kv_heads=2, capacity=64, head_dim=16)
+        >>> q, k, v = (torch.randn(1, heads, 7, 16, dtype=torch.bfloat16) for heads in (3, 2, 2))
+        >>> out = asym_gqa_decode(q, cache, [0, 0, 1], k_new=k, v_new=v)  # append, then attend
+        >>> cache.lengths.tolist()
+        [7]
     """
     if deterministic is not False:
         as_bool("deterministic", deterministic)
@@ -145,7 +154,8 @@ def asym_gqa_decode(
 
 
 def decode_call(q: Tensor, cache: KVCache, head_map: HeadMapLike, **options: Any) -> AttentionCall:
-    """The call that :func:`asym_gqa_decode` makes of its arguments, without new tokens."""
+    """The call that :func:`asym_gqa_decode` makes of its arguments, without new tokens. Over a
+    cache that transforms keys, the queries are still to be matched with them."""
     _check_cache(cache)
     call = view_call(q, cache.unchecked_view(), head_map, **options)
     _check_distances(call, cache)
@@ -194,6 +204,14 @@ def plan_decode(
         head_map, options, backend: as :func:`asym_gqa_decode` has them, ``cu_seqlens_q`` included,
             without those of the append and of the result.
         deterministic: as for :func:`asym_gqa_decode`.
+
+    Examples:
+        >>> import torch
+        >>> from gqa_kernels import DenseKVCache, plan_decode
+        >>> layers = [DenseKVCache.empty(1, 2, 64, 16, dtype=torch.float32) for _ in range(3)]
+        >>> q, k, v = (torch.randn(1, heads, 1, 16) for heads in (3, 2, 2))
+        >>> plan = plan_decode(q, layers[0], [0, 0, 1])
+        >>> outs = [plan(q, layer, k, v) for layer in layers]
     """
     as_bool("deterministic", deterministic)
     call = decode_call(q, cache, head_map, **options)
@@ -216,6 +234,15 @@ class DecodePlan:
         call: the checked call; lengths are those before an append.
         layout: of q, k_new, v_new and out.
         backend: what runs it.
+
+    Examples:
+        >>> import torch
+        >>> from gqa_kernels import DenseKVCache, plan_decode
+        >>> cache = DenseKVCache.empty(1, 2, 64, 16, dtype=torch.float32)
+        >>> q, k, v = (torch.randn(1, heads, 1, 16) for heads in (3, 2, 2))
+        >>> plan = plan_decode(q, cache, [0, 0, 1])
+        >>> out = plan(q, cache, k, v)
+        >>> cache.advance(plan.new_tokens)
     """
 
     call: AttentionCall
@@ -311,7 +338,8 @@ class DecodePlan:
                 k_new, v_new, call.kv, cu_seqlens=offsets, max_seqlen=call.max_q_len,
                 rotary_cos=rotary_cos, rotary_sin=rotary_sin,
                 rotary_interleaved=rotary_interleaved, rotary_positions=rotary_positions,
-                next_positions=cache.next_positions, layout=self.layout, q_heads_first=call.q,
+                next_positions=cache.next_positions, key_transform=cache.key_transform,
+                layout=self.layout, q_heads_first=call.q,
             )  # fmt: skip
             rotated = select(append, self.backend.name).append(append)
             if rotated is not None:
@@ -323,13 +351,20 @@ class DecodePlan:
             raise ValueError("rotary_cos must be None where there is no k_new to rotate")
         elif rotary_positions is not None:
             raise ValueError("rotary_positions must be None where there is no k_new to rotate")
-        call.lse_wanted = return_lse or (aux is not None and aux.lse)
-        out, lse = self.backend.attend(call)
+        if cache.key_transform is not None:
+            call.q = cache.matching_queries(call.q, call.head_map_tensor)
+        call.lse_wanted = return_lse
+        if aux is None:
+            out, lse = self.backend.attend(call)
+        else:
+            out, more = attend_with_auxiliary(call, aux, self.backend)
         if packed or self.layout != "bhsd":
             out = from_heads_first(out, self.layout, packed)
-        lse = lse[0] if packed and call.lse_wanted else lse
         if aux is not None:
-            return out, aux_output(call, lse, aux)
+            if packed and more.lse is not None:
+                more = more._replace(lse=more.lse[0])
+            return out, more
+        lse = lse[0] if packed and return_lse else lse
         return (out, lse) if return_lse else out
 
 
@@ -376,13 +411,23 @@ def append(
 
     Returns:
         the rotated queries (q itself without a rotary table), or None without queries.
+
+    Examples:
+        >>> import torch
+        >>> from gqa_kernels import DenseKVCache
+        >>> cache = DenseKVCache.empty(batch=1, num_kv_heads=2, capacity=64, head_dim=16)
+        >>> k, v = torch.randn(2, 1, 2, 7, 16, dtype=torch.bfloat16)
+        >>> cache.append(k, v)
+        >>> cache.lengths.tolist()
+        [7]
     """
     if advance is not True:
         advance = as_bool("advance", advance)
     call = AppendCall.create(
         k_new, v_new, cache.unchecked_view(), q=q, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen,
         rotary_cos=rotary_cos, rotary_sin=rotary_sin, rotary_interleaved=rotary_interleaved,
-        rotary_positions=rotary_positions, next_positions=cache.next_positions, layout=layout,
+        rotary_positions=rotary_positions, next_positions=cache.next_positions,
+        key_transform=cache.key_transform, layout=layout,
     )  # fmt: skip
     rotated = select(call, backend).append(call)
     if advance:

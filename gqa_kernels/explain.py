@@ -38,9 +38,12 @@ def explain_backend(function: Callable, *args: Any, **kwargs: Any) -> dict[str, 
     Raises:
         ValueError, TypeError: as the function does for malformed arguments.
 
-    Example:
-        >>> explain_backend(asym_gqa_attention, q, k, v, head_map, softcap=30.0)
-        {'cpu': [], 'reference': [], 'cuda': ['no CUDA device', ...], ...}
+    Examples:
+        >>> import torch
+        >>> from gqa_kernels import asym_gqa_attention, explain_backend
+        >>> q, k, v = (torch.randn(1, heads, 8, 16, dtype=torch.float64) for heads in (3, 2, 2))
+        >>> explain_backend(asym_gqa_attention, q, k, v, [0, 0, 1])["reference"]
+        []
     """
     kwargs = {name: x for name, x in kwargs.items() if name not in _NO_PART}
     if getattr(function, "__func__", function) is append:

@@ -62,6 +62,13 @@ def flash_attn_func(
     Raises:
         ValueError, TypeError: as :func:`gqa_kernels.asym_gqa_attention`.
         NotImplementedError: ``return_attn_probs``.
+
+    Examples:
+        >>> import torch
+        >>> from gqa_kernels.flash_attn import flash_attn_func
+        >>> q, k, v = (torch.randn(2, 8, heads, 16) for heads in (3, 2, 2))
+        >>> flash_attn_func(q, k, v, causal=True, window_size=(4, 0), head_map=[0, 0, 1]).shape
+        torch.Size([2, 8, 3, 16])
     """
     _refuse_probabilities(return_attn_probs)
     return asym_gqa_attention(
@@ -103,6 +110,14 @@ def flash_attn_varlen_func(
     Raises:
         ValueError, TypeError: as :func:`gqa_kernels.asym_gqa_varlen_attention`.
         NotImplementedError: dropout, or ``return_attn_probs``.
+
+    Examples:
+        >>> import torch
+        >>> from gqa_kernels.flash_attn import flash_attn_varlen_func
+        >>> offsets = torch.tensor([0, 5, 12], dtype=torch.int32)
+        >>> q, k, v = (torch.randn(12, heads, 16) for heads in (3, 2, 2))
+        >>> flash_attn_varlen_func(q, k, v, offsets, offsets, 7, 7, head_map=[0, 0, 1]).shape
+        torch.Size([12, 3, 16])
     """
     if dropout_p:
         raise NotImplementedError(f"dropout_p must be 0 for packed sequences, got {dropout_p}")
@@ -165,6 +180,17 @@ def flash_attn_with_kvcache(
         NotImplementedError: ``num_splits`` above 1; a batch index with a block table; rotation
             without causality or a window, where FlashAttention gives all queries one position;
             rotation with another number of new keys than queries.
+
+    Examples:
+        >>> import torch
+        >>> from gqa_kernels.flash_attn import flash_attn_with_kvcache
+        >>> k_cache, v_cache = torch.zeros(2, 1, 64, 2, 16)  # [B, S, Hkv, D] each
+        >>> q, k, v = (torch.randn(1, 1, heads, 16) for heads in (3, 2, 2))
+        >>> lengths = torch.tensor([0], dtype=torch.int32)
+        >>> flash_attn_with_kvcache(
+        ...     q, k_cache, v_cache, k, v, cache_seqlens=lengths, causal=True, head_map=[0, 0, 1]
+        ... ).shape
+        torch.Size([1, 1, 3, 16])
     """
     check_tensors(q=q, k_cache=k_cache, v_cache=v_cache)
     if num_splits > 1:

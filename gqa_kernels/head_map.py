@@ -28,6 +28,12 @@ class HeadMapShard:
         kv_heads: global index of each local KV head (key head), ascending.
         value_head_map: the local map of V where it differs from K's, else None.
         value_heads: global index of each local value head; ``kv_heads`` where the map is shared.
+
+    Examples:
+        >>> from gqa_kernels import HeadMap
+        >>> shard = HeadMap.from_group_sizes([3, 1, 2]).shard(rank=0, world=2)
+        >>> len(shard.query_heads) == shard.head_map.num_heads
+        True
     """
 
     head_map: HeadMap
@@ -51,6 +57,14 @@ class HeadMap:
         TypeError: an entry is not an integer.
         ValueError: the map is empty, an entry lies outside ``[0, num_kv_heads)``, or there are more
             than ``MAX_HEADS`` heads.
+
+    Examples:
+        >>> from gqa_kernels import HeadMap
+        >>> head_map = HeadMap([0, 3, 0, 1, 2])
+        >>> head_map.groups
+        ((0, 2), (3,), (4,), (1,))
+        >>> HeadMap.from_group_sizes([3, 1, 2])
+        HeadMap([0, 0, 0, 1, 2, 2], num_kv_heads=3)
     """
 
     _entries: tuple[int, ...]

@@ -42,11 +42,15 @@ def keep(
         NotImplementedError: ``[B, Hk, n]`` where key and value heads differ in number; or no
             backend can move keys of this cache.
 
-    Example::
-
-        scores = importance_of(cache)                       # [B, Hk, capacity], of your own
-        kept = scores.topk(256, -1).indices.sort(-1).values
-        cache.keep(kept)                                    # 256 keys of each head
+    Examples:
+        >>> import torch
+        >>> from gqa_kernels import DenseKVCache
+        >>> cache = DenseKVCache.empty(batch=1, num_kv_heads=2, capacity=64, head_dim=16)
+        >>> cache.append(*torch.randn(2, 1, 2, 7, 16, dtype=torch.bfloat16))
+        >>> scores = torch.rand(1, 2, 7)  # how important each key is
+        >>> cache.keep(scores.topk(3, -1).indices.sort(-1).values)  # 3 keys of each head
+        >>> cache.lengths.tolist()
+        [[3, 3]]
     """
     view = cache.view()
     call, after = KeepCall.create(view, kept, lengths)

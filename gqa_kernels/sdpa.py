@@ -48,6 +48,13 @@ def scaled_dot_product_attention(
 
     Raises:
         ValueError, TypeError: as :func:`gqa_kernels.asym_gqa_attention`.
+
+    Examples:
+        >>> import torch
+        >>> from gqa_kernels.sdpa import scaled_dot_product_attention
+        >>> q, k, v = (torch.randn(1, heads, 8, 16) for heads in (3, 2, 2))
+        >>> scaled_dot_product_attention(q, k, v, is_causal=True, head_map=[0, 0, 1]).shape
+        torch.Size([1, 3, 8, 16])
     """
     check_tensors(query=query, key=key, value=value)
     for name, x in (("query", query), ("key", key), ("value", value)):

@@ -26,9 +26,11 @@ from torch import Tensor
 from .attention import attention_call
 from .backends.reference.cache import dense_call, query_tokens
 from .backends.reference.formula import drop, reference_attention, scores_and_values
+from .backends.reference.scores import key_scores, max_scores
 from .cache.base import KVCache
 from .cache.tensors import Layout
 from .call.attention import AttentionCall
+from .call.auxiliary import AuxOutput
 from .call.checks import HeadMapLike
 from .decode import decode_call
 from .head_map import HeadMap
@@ -55,6 +57,13 @@ def make_inputs(
     Args:
         strided: views into larger tensors whose other elements are NaN, so that a kernel that
             assumes contiguous memory, or reads beyond its rows, shows.
+
+    Examples:
+        >>> from gqa_kernels import HeadMap
+        >>> from gqa_kernels.testing import make_inputs
+        >>> q, k, v = make_inputs(2, HeadMap([0, 0, 1]), q_len=5, kv_len=9, head_dim=16)
+        >>> q.shape, k.shape
+        (torch.Size([2, 3, 5, 16]), torch.Size([2, 2, 9, 16]))
     """
     generator = torch.Generator().manual_seed(seed)
     value_heads = (value_head_map or head_map).num_kv_heads
@@ -91,6 +100,13 @@ def assert_close(
         exact: the exact result, fp64, same shape.
         eager: results of eager torch in the precision of ``actual``.
         factor: how many times as wrong as eager ``actual`` may be: 2 for outputs, 3 for gradients.
+
+    Examples:
+        >>> import torch
+        >>> from gqa_kernels.testing import assert_close
+        >>> x = torch.randn(100, dtype=torch.bfloat16)
+        >>> exact = x.double().exp()
+        >>> assert_close("exp", x.float().exp().bfloat16(), exact, eager=[x.exp()])
     """
     assert actual.shape == exact.shape, (
         f"{name}: shape {tuple(actual.shape)}, expected {tuple(exact.shape)}"
@@ -130,6 +146,14 @@ def assert_attention_close(
     Args:
         out: as returned for ``layout``; likewise ``lse``.
         q, k, v, head_map, options: as given to the call (without ``backend`` and ``return_lse``).
+
+    Examples:
+        >>> from gqa_kernels import HeadMap, asym_gqa_attention
+        >>> from gqa_kernels.testing import assert_attention_close, make_inputs
+        >>> head_map = HeadMap([0, 0, 1])
+        >>> q, k, v = make_inputs(2, head_map, q_len=5, kv_len=9, head_dim=16)
+        >>> out = asym_gqa_attention(q, k, v, head_map, causal=True)
+        >>> assert_attention_close(out, q, k, v, head_map, causal=True)
     """
     inputs = attention_call(q, k, v, head_map, **options)
     if inputs.bshd:
@@ -172,6 +196,17 @@ def assert_gradients_close(
             have an LSE without gradient: their ``dlse`` must be 0.
         dlse: gradient of the LSE, ``[B, Hq, Sq]``, or None.
         dropout_seed: the seed that the call drew, where it had ``dropout_p``.
+
+    Examples:
+        >>> import torch
+        >>> from gqa_kernels import HeadMap, asym_gqa_attention
+        >>> from gqa_kernels.testing import assert_gradients_close, make_inputs
+        >>> head_map = HeadMap([0, 0, 1])
+        >>> q, k, v = make_inputs(2, head_map, q_len=5, kv_len=9, head_dim=16, requires_grad=True)
+        >>> out = asym_gqa_attention(q, k, v, head_map)
+        >>> dout = torch.randn_like(out)
+        >>> dq, dk = torch.autograd.grad(out, (q, k), dout)
+        >>> assert_gradients_close({"q": dq, "k": dk}, q, k, v, head_map, dout=dout)
     """
     given = {"q": q, "k": k, "v": v, **options}
     if dout is not None and options.get("layout") == "bshd":
@@ -284,8 +319,19 @@ def assert_decode_close(
     Args:
         out, lse: as returned for ``layout``.
         q, cache, head_map, options: as given to the call, without new keys: the cache has them.
+
+    Examples:
+        >>> import torch
+        >>> from gqa_kernels import DenseKVCache, asym_gqa_decode
+        >>> from gqa_kernels.testing import assert_decode_close
+        >>> cache = DenseKVCache.empty(1, 2, 64, 16, dtype=torch.float32)
+        >>> cache.append(*torch.randn(2, 1, 2, 7, 16))
+        >>> q = torch.randn(1, 3, 1, 16)
+        >>> assert_decode_close(asym_gqa_decode(q, cache, [0, 0, 1]), q, cache, [0, 0, 1])
     """
     inputs = decode_call(q, cache, head_map, **options)
+    if cache.key_transform is not None:
+        inputs = inputs.replace(q=cache.matching_queries(inputs.q, inputs.head_map_tensor))
     if inputs.q_offsets is not None:
         out, lse = out.transpose(0, 1)[None], None if lse is None else lse[None]
     elif options.get("layout") == "bshd":
@@ -320,6 +366,38 @@ def assert_cache_close(out: Tensor, inputs: AttentionCall, lse: Tensor | None = 
             forms = list(equivalent_forms(low if inputs.kv.format is None else dense))
             eager = [valid_only(reference_attention(x, None, base2)[1]) for x, base2 in forms]
             assert_close("lse", lse, exact_lse, eager)
+
+
+def assert_auxiliary_close(
+    aux: AuxOutput, inputs: AttentionCall, queries: int = 0, exact: AuxOutput | None = None
+) -> None:
+    """Hold the auxiliary outputs of a call to the tolerance rule. Scores are fp32 whatever the
+    input's type, and so is eager torch's largest. Its probabilities have the input's precision.
+
+    Args:
+        aux: as ``return_aux`` returned it; what it lacks is not looked at.
+        inputs: the call: :func:`~gqa_kernels.attention.attention_call` or
+            :func:`~gqa_kernels.decode.decode_call` of its arguments.
+        queries: ``AuxRequest.key_scores`` of the request.
+        exact: fp64 results; by default the reference's. Packed queries need them.
+    """
+    one_form = inputs.q_offsets is not None
+    if not one_form and inputs.memory != "dense":
+        inputs = dense_call(inputs)[0]
+    with torch.no_grad():
+        forms = [(inputs, False), (inputs, True)] if one_form else [*equivalent_forms(inputs)]
+        for name, score in (
+            ("max_scores", max_scores),
+            ("key_scores", lambda call, *form: key_scores(call, queries, *form)),
+        ):
+            actual = getattr(aux, name)
+            if actual is not None:
+                true = score(upcast(inputs)) if exact is None else getattr(exact, name)
+                assert actual.dtype == torch.float32, f"{name}: dtype {actual.dtype}"
+                rounded = (True,) if name == "key_scores" else ()
+                assert_close(
+                    name, actual, true.double(), [score(*form, *rounded) for form in forms]
+                )
 
 
 def equivalent_forms(inputs: AttentionCall) -> Iterator[tuple[AttentionCall, bool]]:

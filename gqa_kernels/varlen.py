@@ -83,8 +83,8 @@ def asym_gqa_varlen_attention(
         alibi_slopes: ``[Hq]`` or ``[B, Hq]``.
         attn_mask: broadcastable to ``[B, Hq, max_seqlen_q, max_seqlen_k]``; queries and keys are
             counted in their sequence. On the CPU and in the reference.
-        head_map, value_head_map, causal, scale, window, softcap, sinks, return_lse, deterministic,
-        batch_invariant, backend: as for ``asym_gqa_attention``.
+        head_map, value_head_map, causal, scale, window, softcap, sinks, return_lse, \
+        deterministic, batch_invariant, backend: as for ``asym_gqa_attention``.
 
     Returns:
         out ``[total_q, Hq, Dv]`` in q's dtype; with ``return_lse`` also the LSE, fp32
@@ -93,6 +93,15 @@ def asym_gqa_varlen_attention(
 
     Raises:
         ValueError, TypeError, NotImplementedError: as ``asym_gqa_attention``.
+
+    Examples:
+        >>> import torch
+        >>> from gqa_kernels import asym_gqa_varlen_attention
+        >>> offsets = torch.tensor([0, 5, 12])  # two sequences, of 5 and 7 tokens
+        >>> q, k, v = (torch.randn(12, heads, 64) for heads in (3, 2, 2))
+        >>> out = asym_gqa_varlen_attention(q, k, v, [0, 0, 1], offsets, offsets, 7, 7, causal=True)
+        >>> out.shape
+        torch.Size([12, 3, 64])
     """
     as_bool("deterministic", deterministic)
     return_lse = as_bool("return_lse", return_lse)

@@ -30,10 +30,12 @@ def write(
     Raises:
         ValueError, TypeError, NotImplementedError: as :meth:`KVCache.append`; nothing was written.
 
-    Example::
-
-        cache.write(k, v, slot_mapping)            # by the scheduler of an engine
-        cache.lengths.copy_(lengths)
+    Examples:
+        >>> import torch
+        >>> from gqa_kernels import PagedKVCache
+        >>> pages = PagedKVCache.empty(num_pages=8, page_size=16, num_kv_heads=2, head_dim=64)
+        >>> k, v = torch.randn(2, 3, 2, 64, dtype=torch.bfloat16)  # [total, H, D] each
+        >>> pages.write(k, v, slot_mapping=torch.tensor([4, 50, -1]))  # -1 is dropped
     """
     check_tensors(k_new=k_new, v_new=v_new, slot_mapping=slot_mapping)
     memory = cache.unchecked_view()
@@ -56,6 +58,8 @@ def write(
         page[:, None, None].expand(-1, heads, 1), begin, memory.k_scale, memory.v_scale,
         memory.k_zero, memory.v_zero,
     )  # fmt: skip
-    call = AppendCall(None, k_new[:, :, None], v_new[:, :, None], view, max_new=1)
+    call = AppendCall(
+        None, cache.stored_keys(k_new[:, :, None]), v_new[:, :, None], view, max_new=1
+    )
     call.check()
     select(call, backend).append(call)

@@ -7,7 +7,7 @@ from pathlib import Path
 import gqa_kernels
 
 ROOT = Path(gqa_kernels.__file__).parent
-PUBLIC = "attention cascade decode explain flash_attn keep sdpa testing varlen write"
+PUBLIC = "attention cascade decode explain flash_attn keep public sdpa testing varlen write"
 
 # Top first. A name is a module or a package; a module belongs to the longest name that it is in.
 LAYERS = (

@@ -1,4 +1,4 @@
-"""The suites: which cases are measured together, and what of them the README shows."""
+"""The suites: which cases are measured together, and which of them the documentation shows."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ SUITES: dict[str, list[AnyCase]] = {
     "gpu": GPU,
 }
 
-HEADLINE = "llama-3-8b"  # the model, with the maps of BOTH and what follows, for the README
+HEADLINE = "llama-3-8b"  # the model, with the maps of BOTH and what follows, for docs/benchmarks.md
 HEADLINE_TYPES = {"prefill": (BF16, FP32)}  # of other ops all
 HEADLINE_LENGTHS = {
     "decode": (8192,),
@@ -180,7 +180,7 @@ HEADLINE_DECODERS = ("smollm2-135m", "llama-3-8b")
 
 
 def is_headline(case: dict) -> bool:
-    """Whether a case, as rows describe it, belongs into the README."""
+    """Whether docs/benchmarks.md shows a case, as rows describe it."""
     if case["op"] in ("first-token", "generate"):
         return case["model"] in HEADLINE_DECODERS
     return (
@@ -193,3 +193,14 @@ def is_headline(case: dict) -> bool:
         and case["kv_len"] in HEADLINE_LENGTHS[case["op"]]
         and case.get("cache") in HEADLINE_CACHES
     )
+
+
+README_MAP = {HEADLINE: BOTH[1], "smollm2-135m": "4-3-2"}  # uneven maps
+
+
+def is_in_readme(case: dict) -> bool:
+    """Whether the README shows a case: of each op, one on an uneven map."""
+    typical = case["op"] in ("first-token", "generate") or (
+        case["dtype"] == BF16 and case["batch"] == 1 and case.get("cache") is None
+    )
+    return is_headline(case) and typical and case["map"] == README_MAP.get(case["model"])

@@ -181,7 +181,7 @@ def _skew(cases: list[CaseRows]) -> Figure:
     widest = max(shapes, key=lambda s: (shapes.count(s), s), default=None)
     chosen = [c for c in chosen if (c.case["batch"], c.case["kv_len"]) == widest]
     lines = _lines(chosen, lambda c: max(c.case["group_sizes"]), lambda row: 1e6 * row["median"])
-    shown = ("ours", "expanded-sdpa", *EMULATIONS)
+    shown = ("ours", "expand+sdpa", "expanded-sdpa", *EMULATIONS)
     where = f", batch {widest[0]}, {widest[1]} keys" if widest else ""
     return Figure(
         "skew", f"Decode, {HEADLINE}{where}: 32 query heads over 8 KV heads",

@@ -1,4 +1,4 @@
-"""Writes the reports, figures and the README's performance block from the results files.
+"""Writes the reports, figures, and the blocks of results in the documentation and the README.
 
 ``python -m benchmarks.report`` writes; with ``--check`` it changes nothing and fails where a file
 is stale.
@@ -7,23 +7,31 @@ is stale.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..data.suites import is_headline
+from ..data.suites import is_headline, is_in_readme
 from . import display, tables
 from .figures import Figure, draw, figures, is_current
 from .results import FOLDER, Results
 
 ROOT = Path(__file__).parents[2]
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
-SUITE_ORDER = ("gpu", "cpu", "quick")  # of which a device's README block shows the first it has
+SUITE_ORDER = ("gpu", "cpu", "quick")  # the first that a device has represents it
 SCALING = ("scaling", "scaling-gpu")  # whose cases stand in one table of fits
-README_FIGURES = ("roofline", "bandwidth", "scaling")
+README_FIGURE = "skew"
+README_LEAVES_OUT = ("rate", "/ even map", "/ dense cache", "KV bytes per token")
 MEMORY = "memory"  # results without times
-OTHER_RESULTS = ("generate", "grouping", "recovery", "train-demo")  # they have their own reports
+OTHER_RESULTS = (
+    "formats",
+    "generate",
+    "grouping",
+    "recovery",
+    "train-demo",
+)  # they have their own reports
 TITLES = {
     "decode": "Decode",
     "prefill": "Prefill",
@@ -39,15 +47,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("--check", action="store_true", help="only say what is stale")
     parser.add_argument("--results", type=Path, default=FOLDER, help="folder of the results")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="a few rows")
+    parser.add_argument(
+        "--page", type=Path, default=ROOT / "docs" / "benchmarks.md", help="the headline cases"
+    )
     arguments = parser.parse_args(argv)
     devices = load_all(arguments.results)
     if arguments.check:
-        stale = find_stale(devices, arguments.results, arguments.readme)
+        stale = find_stale(devices, arguments.results, arguments.readme, arguments.page)
         for name in stale:
             print(f"{name} is stale: run python -m benchmarks.report", file=sys.stderr)
         return 1 if stale else 0
-    write(devices, arguments.results, arguments.readme)
+    write(devices, arguments.results, arguments.readme, arguments.page)
     return 0
 
 
@@ -67,7 +78,7 @@ def load_memory(folder: Path) -> Results | None:
     return Results.load(path) if path.exists() else None
 
 
-def write(devices: dict[str, dict[str, Results]], folder: Path, readme: Path) -> None:
+def write(devices: dict[str, dict[str, Results]], folder: Path, readme: Path, page: Path) -> None:
     for name, suites in devices.items():
         text = device_report(suites, load_memory(folder / name))
         (folder / name / "report.md").write_text(text, encoding="utf-8")
@@ -77,11 +88,14 @@ def write(devices: dict[str, dict[str, Results]], folder: Path, readme: Path) ->
                 draw(figure, folder / name)
         for path in _orphans(drawn, folder / name):
             path.unlink()
-    text = readme.read_text(encoding="utf-8")
-    readme.write_text(with_block(text, readme_block(devices, folder, readme)), encoding="utf-8")
+    for path, made in ((readme, readme_block), (page, page_block)):
+        text = with_block(path.read_text(encoding="utf-8"), made(devices, folder, path))
+        path.write_text(text, encoding="utf-8")
 
 
-def find_stale(devices: dict[str, dict[str, Results]], folder: Path, readme: Path) -> list[str]:
+def find_stale(
+    devices: dict[str, dict[str, Results]], folder: Path, readme: Path, page: Path
+) -> list[str]:
     """Files that :func:`write` would change."""
     stale = []
     for name, suites in devices.items():
@@ -91,9 +105,10 @@ def find_stale(devices: dict[str, dict[str, Results]], folder: Path, readme: Pat
         drawn = figures(newest_suite(suites), suites.values())
         stale += [f"{name}/{f.file}" for f in drawn if not is_current(f, folder / name)]
         stale += [f"{name}/{path.name}" for path in _orphans(drawn, folder / name)]
-    text = readme.read_text(encoding="utf-8")
-    if devices and with_block(text, readme_block(devices, folder, readme)) != text:
-        stale.append(readme.name)
+    for path, made in ((readme, readme_block), (page, page_block)):
+        text = path.read_text(encoding="utf-8")
+        if devices and with_block(text, made(devices, folder, path)) != text:
+            stale.append(path.name)
     return stale
 
 
@@ -103,9 +118,9 @@ def _orphans(drawn: Sequence[Figure], folder: Path) -> list[Path]:
 
 
 def with_block(text: str, block: str) -> str:
-    """The README with its performance block replaced."""
+    """A page with its block of results replaced."""
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"README must have one {BEGIN} and after it one {END}, got another count")
+        raise ValueError(f"a page must have one {BEGIN} and after it one {END}, got another count")
     pattern = re.escape(BEGIN) + ".*?" + re.escape(END)
     return re.sub(pattern, lambda _: f"{BEGIN}\n{block}{END}", text, flags=re.DOTALL)
 
@@ -117,12 +132,30 @@ def newest_suite(suites: dict[str, Results]) -> Results:
 
 
 def readme_block(devices: dict[str, dict[str, Results]], folder: Path, readme: Path) -> str:
-    """Headline tables of every device. Times of peers are in multiples of ours."""
+    """A few cases of each device, and one figure."""
     parts = []
     for name, suites in devices.items():
         results = newest_suite(suites)
-        where = Path(_relative(folder / name, readme.parent))
-        parts.append(tables.provenance(results.header))
+        where = _relative(folder / name, readme.parent).as_posix()
+        drawn = [f for f in figures(results, suites.values()) if f.name == README_FIGURE]
+        parts += [f"![{f.title}]({where}/{f.file})" for f in drawn]
+        table = tables.comparison(results, list(TITLES), is_in_readme, README_LEAVES_OUT)
+        header = results.header
+        parts.append(
+            f"{header['device']}, {header['threads']} CPU threads, commit {header['commit']}. "
+            "Peers' times are in multiples of ours; bold: faster than ours."
+        )
+        parts += [table, tables.score(results).split("\n")[0]] if table else []
+    return "".join(f"\n{part}\n" for part in parts if part) + "\n"
+
+
+def page_block(devices: dict[str, dict[str, Results]], folder: Path, page: Path) -> str:
+    """Headline tables of every device, and all of its figures."""
+    parts = []
+    for name, suites in devices.items():
+        results = newest_suite(suites)
+        where = _relative(folder / name, page.parent).as_posix()
+        parts += [f"## {results.header['device']}", tables.provenance(results.header)]
         table = tables.comparison(results, list(TITLES), is_headline, ("KV bytes per token",))
         if table:
             parts.append("Peers' times are in multiples of ours; bold: faster than ours.")
@@ -130,9 +163,9 @@ def readme_block(devices: dict[str, dict[str, Results]], folder: Path, readme: P
         parts.append(tables.score(results))
         memory = load_memory(folder / name)
         parts += [tables.peaks(memory)] if memory else []
-        drawn = [f for f in figures(results, suites.values()) if f.name in README_FIGURES]
-        parts.append("\n".join(f"![{f.title}]({where.as_posix()}/{f.file})" for f in drawn))
-        parts.append(f"[All cases]({where.as_posix()}/report.md)")
+        drawn = figures(results, suites.values())
+        parts.append("\n\n".join(f"![{f.title}]({where}/{f.file})" for f in drawn))
+        parts.append(f"[All cases]({where}/report.md)")
     return "".join(f"\n{part}\n" for part in parts if part) + "\n"
 
 
@@ -171,8 +204,7 @@ def device_report(suites: dict[str, Results], memory: Results | None) -> str:
 
 
 def _relative(path: Path, start: Path) -> Path:
-    path, start = path.resolve(), start.resolve()
-    return path.relative_to(start) if path.is_relative_to(start) else path
+    return Path(os.path.relpath(path.resolve(), start.resolve()))
 
 
 if __name__ == "__main__":

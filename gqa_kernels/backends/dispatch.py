@@ -52,6 +52,11 @@ def available_backends() -> list[str]:
     ``cpu`` counts where its kernels are built or a C++ compiler is found; ``cuda`` where there is a
     GPU and its kernels are built or nvcc is found; ``triton`` where there is a GPU or its
     interpreter is on.
+
+    Examples:
+        >>> from gqa_kernels import available_backends
+        >>> available_backends()[-1]
+        'reference'
     """
     return [name for name, backend in BACKENDS.items() if backend.unavailable_reason() is None]
 

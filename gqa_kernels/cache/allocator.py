@@ -21,7 +21,17 @@ MAX_PAGES = 2**31 - 1  # page tables hold int32
 
 
 class OutOfPages(RuntimeError):
-    """There are too few free pages. Nothing was changed."""
+    """There are too few free pages. Nothing was changed.
+
+    Examples:
+        >>> from gqa_kernels import OutOfPages, PageAllocator
+        >>> allocator = PageAllocator(num_pages=1, page_size=16)
+        >>> try:
+        ...     allocator.append([allocator.allocate()], 17)
+        ... except OutOfPages as error:
+        ...     print(error)
+        2 pages are needed, 1 are free
+    """
 
 
 @dataclass(frozen=True)
@@ -58,6 +68,14 @@ class PageAllocator:
 
     With budgets per head, a sequence of the allocator is one head of one sequence: see the batch's
     page table as ``[B, Hk, max_pages]``.
+
+    Examples:
+        >>> from gqa_kernels import PageAllocator
+        >>> allocator = PageAllocator(num_pages=8, page_size=16)
+        >>> sequence = allocator.allocate()
+        >>> batch = allocator.append([sequence], 20)  # two pages
+        >>> allocator.length(sequence), allocator.num_free_pages
+        (20, 6)
     """
 
     def __init__(self, num_pages: int, page_size: int):

@@ -18,11 +18,27 @@ class AuxRequest(NamedTuple):
         max_scores: the largest score per (sequence, query head): what QK-clip looks at.
         key_scores: a number ``w`` of queries, 0 for none: the attention that each key gets from the
             last ``w`` queries: what H2O, SnapKV and TOVA evict by.
+
+    Examples:
+        >>> import torch
+        >>> from gqa_kernels import AuxRequest, asym_gqa_attention
+        >>> q, k, v = (torch.randn(1, heads, 8, 16) for heads in (3, 2, 2))
+        >>> out, aux = asym_gqa_attention(q, k, v, [0, 0, 1], return_aux=AuxRequest(key_scores=4))
+        >>> aux.key_scores.shape
+        torch.Size([1, 2, 8])
     """
 
     lse: bool = False
     max_scores: bool = False
     key_scores: int = 0
+
+    def output(self, lse: Tensor, max_scores: Tensor, key_scores: Tensor) -> AuxOutput:
+        """Those of an op's results that were asked for."""
+        return AuxOutput(
+            lse if self.lse else None,
+            max_scores if self.max_scores else None,
+            key_scores if self.key_scores else None,
+        )
 
 
 class AuxOutput(NamedTuple):
@@ -35,6 +51,15 @@ class AuxOutput(NamedTuple):
         key_scores: fp32 ``[B, Hk, Sk]`` (the capacity for a cache): the sum of the probabilities
             that the last ``w`` queries of the KV head's query heads give to a key, before dropout.
             0 beyond the length.
+
+    Examples:
+        >>> import torch
+        >>> from gqa_kernels import AuxRequest, asym_gqa_attention
+        >>> q, k, v = (torch.randn(1, heads, 8, 16) for heads in (3, 2, 2))
+        >>> request = AuxRequest(max_scores=True)
+        >>> out, aux = asym_gqa_attention(q, k, v, [0, 0, 1], return_aux=request)
+        >>> aux.max_scores.shape, aux.lse
+        (torch.Size([1, 3]), None)
     """
 
     lse: Tensor | None = None

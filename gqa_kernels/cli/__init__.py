@@ -1,13 +1,18 @@
-"""The command line, ``gqa-kernels``: demo, train-demo, search, convert, eval, inspect and more."""
+"""The command line, ``gqa-kernels``.
+
+The commands' modules import torch when they run, not before: help needs none, ``env`` must report
+that torch is broken, and Ctrl-C while torch is loaded is answered like any other.
+"""
 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
+from types import ModuleType
 
 from ..native import env
 from ..reporting.errors import UsageError
+from ..version import __version__
 from . import (
     backends,
     check_engine,
@@ -21,37 +26,67 @@ from . import (
     shard,
     train_demo,
 )
+from .outcome import add_json, results_to
+from .parser import Parser, complain
 
-COMMANDS = (demo, train_demo, search, convert, evaluate, inspect, shard, serve, check_engine)
-COMMANDS += (backends, environment)
+# Each command's module has SUMMARY, EXAMPLE, add(commands), run(arguments) -> Outcome, and, if an
+# interrupted run can be continued, kept(arguments).
+GROUPS: dict[str, tuple[ModuleType, ...]] = {
+    "Try it": (demo, train_demo),
+    "Compress a model": (inspect, search, convert, evaluate),
+    "Serve it": (serve, shard, check_engine),
+    "If something does not work": (environment, backends),
+}
 REFUSALS = (ValueError, TypeError, NotImplementedError, ImportError, OSError, UsageError)
 INTERRUPTED = 130  # the shell's exit status of a program that Ctrl-C stopped
+EXIT_STATUS = "exit status: 0 success, 1 a check failed, 2 it could not run, 130 interrupted"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a subcommand.
+    """Run a command.
 
     Returns:
         The exit status. 0: success, 1: a check failed, 2: it could not run, 130: interrupted.
     """
-    arguments = parser().parse_args(argv)
-    if argv is None:
-        env.restart_with_passive_threads()
+    top = parser()
+    arguments = top.parse_args(argv)
+    if arguments.run is None:
+        top.print_help()
+        return 0
+    env.let_threads_sleep()
     try:
-        return arguments.run(arguments)
-    except KeyboardInterrupt:
-        _complain(f"interrupted; {_kept(arguments) or 'nothing was kept'}")
+        with results_to(arguments.json) as outcomes:
+            outcomes.append(arguments.run(arguments))
+        return outcomes[0].status
+    except KeyboardInterrupt as interrupt:
+        complain(f"interrupted; {str(interrupt) or _kept(arguments) or 'nothing was kept'}")
         return INTERRUPTED
     except REFUSALS as error:
-        _complain(str(error) or type(error).__name__)
+        complain(str(error) or type(error).__name__)
         return 2
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="gqa-kernels", description=__doc__)
-    commands = top.add_subparsers(metavar="COMMAND", required=True)
-    for command in COMMANDS:
-        command.add(commands)
+    """The parser of all commands."""
+    top = Parser(
+        prog="gqa-kernels",
+        usage="gqa-kernels COMMAND [OPTIONS]",
+        epilog="'gqa-kernels COMMAND --help' shows a command's options and an example.\n"
+        + EXIT_STATUS,
+    )
+    top.add_argument("--version", action="version", version=__version__)
+    top.set_defaults(run=None)
+    commands = top.add_subparsers(prog=top.prog, metavar="COMMAND", help=argparse.SUPPRESS)
+    paragraphs = ["Attention kernels for asymmetric grouped-query attention."]
+    for title, modules in GROUPS.items():
+        lines = [f"\n{title}:"]
+        for module in modules:
+            command = module.add(commands)
+            lines.append(f"  {command.prog.split()[-1]:13} {module.SUMMARY}")
+            command.epilog = f"example:\n  {module.EXAMPLE}\n\n{EXIT_STATUS}"
+            add_json(command)
+        paragraphs.append("\n".join(lines))
+    top.description = "\n".join(paragraphs)
     return top
 
 
@@ -61,8 +96,3 @@ def _kept(arguments: argparse.Namespace) -> str | None:
         return arguments.kept(arguments) if hasattr(arguments, "kept") else None
     except REFUSALS:  # a file that no run can continue
         return None
-
-
-def _complain(message: str) -> None:
-    """One line on standard error, however many the message has."""
-    print(f"gqa-kernels: {' '.join(message.split())}", file=sys.stderr)

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 
 SMOLLM2 = "smollm2"
+# Names of backends.dispatch.BACKENDS, which can't be imported without torch.
+BACKENDS = ("cpu", "cuda", "triton", "reference")
 
 
 def count(text: str) -> int:

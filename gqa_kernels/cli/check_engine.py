@@ -13,12 +13,17 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..reporting.errors import UsageError
 from .arguments import count
+from .outcome import Outcome
 
+if TYPE_CHECKING:
+    import torch
+
+SUMMARY = "compare an engine's text with transformers'"
+EXAMPLE = "gqa-kernels check-engine vllm"
 PROMPTS = (
     "The three primary colours are",
     "Water boils at",
@@ -83,24 +88,39 @@ def sglang(folder: Path, converted: bool, prompts: Tokens, new_tokens: int) -> T
 ENGINES: dict[str, Callable[[Path, bool, Tokens, int], Tokens]] = {"vllm": vllm, "sglang": sglang}
 
 
-def add(commands: argparse._SubParsersAction) -> None:
+def add(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         "check-engine",
-        help="compare an engine's text with transformers'",
+        help=SUMMARY,
         description="Prints for each model and prompt how many tokens are equal.",
     )
     parser.add_argument("engine", choices=ENGINES)
     parser.add_argument("--new-tokens", type=count, default=32, help="(%(default)s)")
     parser.set_defaults(run=run)
+    return parser
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> Outcome:
+    import torch
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return 0 if check(ENGINES[arguments.engine], arguments.new_tokens, device) else 1
+    found = check(ENGINES[arguments.engine], arguments.new_tokens, device)
+    equal = all(one.same == one.tokens for one in found)
+    return Outcome([one._asdict() for one in found], 0 if equal else 1)
 
 
-def check(generate: Callable, new_tokens: int, device: str) -> bool:
-    """Print a line per model and prompt; whether all of them are equal.
+class Compared(NamedTuple):
+    """How many of the tokens that a model writes after a prompt are the engine's, up to the first
+    that differs."""
+
+    model: str
+    prompt: str
+    same: int
+    tokens: int
+
+
+def check(generate: Callable, new_tokens: int, device: str) -> list[Compared]:
+    """Print a line per model and prompt, and return what they say.
 
     Args:
         generate: a function like :func:`vllm`.
@@ -117,7 +137,7 @@ def check(generate: Callable, new_tokens: int, device: str) -> bool:
     maps = [random_split(layer.key_map, 5, layer.index) for layer in layers]
     models = {"even": loaded.model, "converted": convert(loaded.model, maps, merging="none")}
     prompts = [loaded.tokenizer.encode(text) for text in PROMPTS]
-    equal = True
+    compared = []
     for name, model in models.items():
         model.set_attn_implementation(register())
         model.to(device)
@@ -128,14 +148,16 @@ def check(generate: Callable, new_tokens: int, device: str) -> bool:
             found = generate(target, name == "converted", prompts, new_tokens)
         for text, theirs, ours in zip(PROMPTS, expected, found, strict=True):
             same = next((i for i, pair in enumerate(zip(theirs, ours, strict=False))
-                         if pair[0] != pair[1]), len(theirs))  # fmt: skip
-            equal &= ours == theirs
+                         if pair[0] != pair[1]), min(len(theirs), len(ours)))  # fmt: skip
+            compared.append(Compared(name, text, same, len(theirs)))
             print(f"{name}: {same} of {len(theirs)} tokens equal after {text!r}")
-    return equal
+    return compared
 
 
 def greedy(model: torch.nn.Module, ids: list[int], new_tokens: int) -> list[int]:
     """The continuation of a prompt by transformers."""
+    import torch
+
     given = torch.tensor([ids], device=model.device)
     out = model.generate(
         given, attention_mask=torch.ones_like(given), do_sample=False, min_new_tokens=new_tokens,

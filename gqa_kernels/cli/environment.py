@@ -9,38 +9,69 @@ import shlex
 from collections.abc import Callable
 from importlib import metadata
 
-import torch
+from ..native import env
+from .outcome import Outcome
 
-from ..native import build, compiler, env, library_cache
-
+SUMMARY = "versions, devices and settings, for bug reports"
+EXAMPLE = "gqa-kernels env"
 VERSIONS = ("gqa-kernels", "torch", "triton", "transformers", "ninja")
 
 
-def add(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("env", help="versions, devices and settings, for bug reports")
+def add(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    parser = commands.add_parser("env", help=SUMMARY, description="Compiles nothing.")
     parser.set_defaults(run=run)
+    return parser
 
 
-def run(arguments: argparse.Namespace) -> int:
-    facts: dict[str, Callable[[], object]] = {
+def run(arguments: argparse.Namespace) -> Outcome:
+    questions: dict[str, Callable[[], object]] = {
         "python": lambda: f"{platform.python_version()} on {platform.platform()}",
         **{name: lambda name=name: _version(name) for name in VERSIONS},
-        "device": lambda: torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "threads": torch.get_num_threads,
+        "device": _device,
+        "threads": _threads,
         "OpenMP threads wait": lambda: env.omp_wait_policy() or "actively",
         "kernel cache": _cache,
         "C++ compiler": _compiler,
         "build at first use": lambda: "on" if env.build_enabled() else "off",
-        "CPU kernels": lambda: build.unavailable_reason() or "usable",
+        "CPU kernels": _cpu_kernels,
         "CPU kernels run on": instruction_set,
         "CUDA kernels wanted": env.cuda_kernels,
-        "CUDA kernels": build.cuda_build_info,
+        "CUDA kernels": _cuda_kernels,
         "Triton interpreter": lambda: "on" if env.triton_interpreter() else "off",
     }
-    for name, ask in facts.items():
-        print(f"{name}: {answer(ask)}")
-    print("variables:", " ".join(_variables()) or "none set")
-    return 0
+    facts: dict[str, object] = {name: answer(ask) for name, ask in questions.items()}
+    for name, fact in facts.items():
+        print(f"{name}: {fact}")
+    variables = {name: os.environ[name] for name in env.VARIABLES if name in os.environ}
+    print("variables:", " ".join(f"{n}={x}" for n, x in variables.items()) or "none set")
+    return Outcome({**facts, "variables": variables})
+
+
+# What needs torch imports it within an answer, which then says what is wrong with torch.
+
+
+def _device() -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+def _threads() -> int:
+    import torch
+
+    return torch.get_num_threads()
+
+
+def _cpu_kernels() -> str:
+    from ..native import build
+
+    return build.unavailable_reason() or "usable"
+
+
+def _cuda_kernels() -> str:
+    from ..native import build
+
+    return build.cuda_build_info()
 
 
 def answer(ask: Callable[[], object]) -> str:
@@ -52,6 +83,9 @@ def answer(ask: Callable[[], object]) -> str:
 
 
 def instruction_set() -> str:
+    """What the CPU kernels run on, as far as it is known without compiling them."""
+    from ..native import build
+
     known = build.cpu_instruction_set()
     if known is None:
         wanted = f" (GQA_KERNELS_CPU_ISA={env.cpu_isa()})" if env.cpu_isa() else ""
@@ -60,6 +94,8 @@ def instruction_set() -> str:
 
 
 def _cache() -> str:
+    from ..native import library_cache
+
     folder = env.cache_dir()
     if folder in library_cache.folders() or not folder.exists():
         return f"{folder}{'' if library_cache.preferred_is_writable() else ', not writable'}"
@@ -67,12 +103,10 @@ def _cache() -> str:
 
 
 def _compiler() -> str:
+    from ..native import compiler
+
     found = compiler.find_compiler()
     return f"{shlex.join(found.command)}: {(found.version.splitlines() or [''])[0]}"
-
-
-def _variables() -> list[str]:
-    return [f"{name}={os.environ[name]}" for name in env.VARIABLES if name in os.environ]
 
 
 def _version(distribution: str) -> str:

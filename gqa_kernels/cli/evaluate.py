@@ -8,12 +8,16 @@ from pathlib import Path
 
 from .arguments import add_model, add_text, count
 from .data import batches, draw, load_model
+from .outcome import Outcome
+
+SUMMARY = "perplexity, KL, agreement, entropy and errors of a converted model"
+EXAMPLE = "gqa-kernels eval smollm2 child --out report"
 
 
-def add(commands: argparse._SubParsersAction) -> None:
+def add(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         "eval",
-        help="perplexity, KL, agreement, entropy and errors of a converted model",
+        help=SUMMARY,
         description="Writes eval.json and pictures of the layers' errors and entropies; with "
         "--tasks also tasks.json.",
     )
@@ -25,9 +29,10 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--limit", type=count, help="examples of each task")
     add_text(parser, "held-out text", (4, 512))
     parser.set_defaults(run=run)
+    return parser
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> Outcome:
     from ..convert.evaluation import evaluate
     from ..convert.lm_harness import run_tasks
     from ..integrations.transformers import register
@@ -58,6 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
         "entropy of attention (nats)",
         out / "entropy.png",
     )
+    results = None
     if arguments.tasks:
         results = run_tasks(
             child,
@@ -67,4 +73,4 @@ def run(arguments: argparse.Namespace) -> int:
             limit=arguments.limit,
         )
         print(f"wrote {write_atomically(out / 'tasks.json', json.dumps(results, indent=1))}")
-    return 0
+    return Outcome({**json.loads(found.to_json()), "tasks": results})

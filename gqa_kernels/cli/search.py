@@ -10,14 +10,17 @@ from typing import Any
 
 from .arguments import add_model, add_text, count
 from .data import batches, draw, load_model
+from .outcome import Outcome
 
+SUMMARY = "find which query heads should share a KV head"
+EXAMPLE = "gqa-kernels search smollm2 --budget 67% --out found"
 SUMS = "sums.safetensors"
 
 
-def add(commands: argparse._SubParsersAction) -> None:
+def add(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         "search",
-        help="find which query heads should share a KV head",
+        help=SUMMARY,
         description="Spends a total of KV heads over K, V and layers so that the model loses "
         "least. Writes moments.safetensors, plan.json and pictures of the maps, of the curves "
         "over the number of heads, and of the first layer's heads.",
@@ -58,9 +61,10 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
     add_text(parser, "calibration text", (16, 512))
     parser.set_defaults(run=run, kept=kept)
+    return parser
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> Outcome:
     from ..convert.plan import check_plan, plan
     from ..grouping import calibrate
     from ..grouping.convergence import split_half
@@ -118,7 +122,8 @@ def run(arguments: argparse.Namespace) -> int:
     side = "shared" if arguments.shared else "k"
     distances = similarity(model, stats, 0, side, kind).array
     draw(plots.dendrogram, distances, found.layers[0].key.labels, out / "heads.png")
-    return 0
+    maps = [{"k": list(key), "v": list(value)} for key, value in found.maps]
+    return Outcome({"plan": str(out / "plan.json"), "layers": maps, "predicted": found.predicted})
 
 
 def kept(arguments: argparse.Namespace) -> str | None:

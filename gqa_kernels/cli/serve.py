@@ -13,20 +13,26 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from .outcome import Outcome
 
-def add(commands: argparse._SubParsersAction) -> None:
+SUMMARY = "serve a checkpoint over HTTP with transformers' OpenAI server"
+EXAMPLE = "gqa-kernels serve child --port 8000"
+
+
+def add(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         "serve",
-        help="serve a checkpoint over HTTP with transformers' OpenAI server",
+        help=SUMMARY,
         description="Options behind the folder are those of `transformers serve`, for example "
         "--continuous-batching and --port. Needs pip install 'gqa-kernels[serve]'.",
     )
     parser.add_argument("model", type=Path, help="a checkpoint folder, converted or not")
     parser.add_argument("options", nargs=argparse.REMAINDER, help="of `transformers serve`")
     parser.set_defaults(run=run)
+    return parser
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> Outcome:
     try:
         import typer
         from transformers.cli.serve import Serve
@@ -38,12 +44,13 @@ def run(arguments: argparse.Namespace) -> int:
     server = typer.Typer(add_completion=False)
     server.command()(Serve)
     manager = _manager(model_manager.ModelManager)
+    status = 0
     with manager.models, patch.object(model_manager, "ModelManager", manager):
         try:
             server([str(arguments.model), *arguments.options], prog_name="gqa-kernels serve")
         except SystemExit as end:  # it ends so, with or without an error
-            return int(end.code or 0)
-    return 0
+            status = int(end.code or 0)
+    return Outcome({"model": str(arguments.model)}, status)
 
 
 def _manager(stock: type) -> type:

@@ -6,12 +6,16 @@ import argparse
 from pathlib import Path
 
 from .arguments import count, count_or_zero
+from .outcome import Outcome
+
+SUMMARY = "split a checkpoint across the ranks of tensor parallelism"
+EXAMPLE = "gqa-kernels shard child shards --ranks 3"
 
 
-def add(commands: argparse._SubParsersAction) -> None:
+def add(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         "shard",
-        help="split a checkpoint across the ranks of tensor parallelism",
+        help=SUMMARY,
         description="Writes a folder per rank: its weights, config and maps. Load them with "
         "gqa_kernels.parallel.shard_checkpoint.load_shard.",
     )
@@ -23,11 +27,13 @@ def add(commands: argparse._SubParsersAction) -> None:
             f"--{name}-cost", type=count_or_zero, default=1, help=f"load of {what} (%(default)s)"
         )
     parser.set_defaults(run=run)
+    return parser
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> Outcome:
     from ..parallel.shard_checkpoint import shard_checkpoint
 
     costs = {"query_cost": arguments.query_cost, "kv_cost": arguments.kv_cost}
-    print(f"wrote {shard_checkpoint(arguments.model, arguments.out, arguments.ranks, **costs)}")
-    return 0
+    out = shard_checkpoint(arguments.model, arguments.out, arguments.ranks, **costs)
+    print(f"wrote {out}")
+    return Outcome({"folder": str(out), "ranks": arguments.ranks})

@@ -7,12 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from .arguments import count
+from .outcome import Outcome
+
+SUMMARY = "small models trained with uneven groups, compared over seeds"
+EXAMPLE = "gqa-kernels train-demo --quick --task text --seeds 1"
 
 
-def add(commands: argparse._SubParsersAction) -> None:
+def add(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         "train-demo",
-        help="small models trained with uneven groups, compared over seeds",
+        help=SUMMARY,
         description="Train a decoder on text and a ViT on digits, then continue from each with "
         "even, key-norm driven and searched groups of the same KV size. An interrupted run "
         "continues from its checkpoints. Downloads nothing.",
@@ -25,9 +29,10 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--seeds", type=count, metavar="N", help="(3)")
     parser.add_argument("--quick", action="store_true", help="tiny models, few steps")
     parser.set_defaults(run=run, kept=kept)
+    return parser
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> Outcome:
     from ..samples.smollm2 import require
     from ..train_demo.settings import Settings
 
@@ -48,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     report.show(console)
     report.save(arguments.folder / "report.json")
     report.plot(arguments.folder / "losses.svg")
-    return 0
+    return Outcome(report.to_dict())
 
 
 def kept(arguments: argparse.Namespace) -> str | None:

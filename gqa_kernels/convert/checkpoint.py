@@ -45,6 +45,9 @@ def save(model: nn.Module, folder: str | Path, *, processor: Any = None) -> Path
 
     Raises:
         ValueError: the folder holds something.
+
+    Examples:
+        >>> save(child, "child", processor=tokenizer)
     """
     folder = check_new_folder("folder", folder)
     guard(model.config)
@@ -69,6 +72,9 @@ def load(folder: str | Path, **options: Any) -> nn.Module:
         ValueError: no checkpoint there, a config that transformers can't make a model of, weights
             missing, truncated or of another shape, or maps that don't fit the model.
         NotImplementedError: the config has maps and the family is not known.
+
+    Examples:
+        >>> child = load("child")
     """
     folder = Path(folder)
     config, model_class, maps = read_config(folder)

@@ -70,6 +70,9 @@ def evaluate(
 
     Raises:
         ValueError: no tokens, or models of different depth.
+
+    Examples:
+        >>> print(evaluate(model, child, held_out).to_json())
     """
     layers, own = attention_layers(parent), attention_layers(child)
     if len(layers) != len(own):

@@ -61,6 +61,10 @@ def convert(
     Raises:
         ValueError: the maps don't fit the model.
         NotImplementedError: the family is not known.
+
+    Examples:
+        >>> child = convert(model, maps, merging="aligned", moments=stats)
+        >>> child.set_attn_implementation(register())
     """
     layers = attention_layers(model)
     pairs = _checked(maps, layers)

@@ -177,11 +177,10 @@ def plan(
         ValueError: not just one of ``num_kv_heads`` and ``budget``, no ``held_out`` batches though
             they are needed, or what ``search`` refuses.
 
-    Example::
-
-        stats = calibrate(model, texts[:48])
-        found = plan(model, stats, budget=64, held_out=texts[48:])
-        child = convert(model, found.maps, found.merging, moments=stats)
+    Examples:
+        >>> stats = calibrate(model, texts[:48])
+        >>> found = plan(model, stats, budget=64, held_out=texts[48:])
+        >>> child = convert(model, found.maps, found.merging, moments=stats)
     """
     check_plan(
         model, num_kv_heads, budget=budget, kind=kind, method=method, sizes=sizes, merging=merging

@@ -61,6 +61,11 @@ class Recipe:
         betas, weight_decay, clip: of AdamW; ``clip`` is the largest gradient norm.
         lora_rank, lora_alpha: of the adapters.
         seed: of the order of the batches and of new adapters.
+
+    Examples:
+        >>> from gqa_kernels.convert.recovery import Recipe
+        >>> Recipe(steps=50).steps
+        50
     """
 
     steps: int = 100
@@ -147,6 +152,9 @@ def recover(
             was made from something else.
         ImportError: LoRA, and peft is missing or too old.
         NotImplementedError: no next-token loss, no labels and no distillation.
+
+    Examples:
+        >>> recovery = recover(child, texts, parent=model, recipe=Recipe(steps=50))
     """
     if not len(batches):
         raise ValueError("batches must hold at least one batch, got none")

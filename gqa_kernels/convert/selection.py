@@ -62,6 +62,9 @@ def select_maps(
 
     Raises:
         ValueError: there are no candidates, or ``convert`` refuses one.
+
+    Examples:
+        >>> chosen = select_maps(model, candidates, held_out)
     """
     if not candidates or not restore_norms:
         raise ValueError(

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from collections import Counter
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -14,7 +12,6 @@ from rich.table import Table
 
 from ..head_map import HeadMap
 from ..reporting.device import device_summary
-from ..reporting.files import write_atomically
 from ..samples import text
 from ..samples.smollm2 import LoadedModel
 from ..version import __version__
@@ -93,10 +90,6 @@ class Report:
                 ],
             },
         }
-
-    def save(self, path: Path) -> None:
-        """Write the JSON; the file appears whole or not at all."""
-        write_atomically(path, json.dumps(self.to_dict(), indent=1) + "\n")
 
     def show(self, console: Console) -> None:
         for table in (self._maps(), self._speeds(), self._perplexities()):

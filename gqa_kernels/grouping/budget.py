@@ -47,6 +47,12 @@ def allocate(curves: Sequence[Mapping[int, float | SearchResult]], budget: int) 
     Raises:
         ValueError: there are no layers, a curve is empty or holds a negative number of heads or a
             cost that is not finite, or even the smallest choices exceed the budget.
+
+    Examples:
+        >>> from gqa_kernels.grouping import allocate
+        >>> important, dull = {1: 9.0, 2: 1.0}, {1: 2.0, 2: 1.0}  # cost by number of KV heads
+        >>> allocate([important, dull], budget=3).num_kv_heads
+        (2, 1)
     """
     budget = operator.index(budget)
     if not curves:

@@ -51,6 +51,9 @@ def calibrate(
         ValueError: no batch, only padding, activations that are not finite, tokens that the model
             doesn't know, or a file to resume from that was made from another model or other data.
         NotImplementedError: the model's family is not known.
+
+    Examples:
+        >>> stats = calibrate(model, texts)  # tensors of token ids
     """
     layers = attention_layers(model)
     names = [name for layer in layers for name in _names(layer)]

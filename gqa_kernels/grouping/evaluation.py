@@ -27,6 +27,9 @@ def layer_errors(parent: nn.Module, child: nn.Module, batches: Iterable[Batch]) 
 
     Raises:
         ValueError: no tokens, or outputs that are not finite.
+
+    Examples:
+        >>> layer_errors(parent, child, held_out)  # one number per attention layer
     """
     layers = list(zip(attention_layers(parent), attention_layers(child), strict=True))
     sums = [_Sums() for _ in layers]

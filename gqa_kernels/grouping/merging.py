@@ -174,6 +174,10 @@ def merge_layer(
     Raises:
         ValueError: no such method, a map that doesn't fit, a KV head without a reader, or one that
             the method refuses.
+
+    Examples:
+        >>> weights = layer_weights(attention_layers(model)[0])
+        >>> child = merge_layer(weights, key_map, value_map, method="aligned", moments=stats[0])
     """
     check_merging(method)
     parent = weights

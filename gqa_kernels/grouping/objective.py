@@ -64,6 +64,14 @@ def group_cost(D: NDArray[np.float64], members: Sequence[int]) -> float:
 
 
 def objective(D: NDArray[np.float64], labels: Sequence[int]) -> float:
-    """Cost of a partition given as ``H`` group labels; empty groups cost nothing."""
+    """Cost of a partition given as ``H`` group labels; empty groups cost nothing.
+
+    Examples:
+        >>> import numpy as np
+        >>> from gqa_kernels.grouping import objective
+        >>> D = np.array([[0, 1, 4], [1, 0, 4], [4, 4, 0]])
+        >>> objective(D, [0, 0, 1])
+        0.5
+    """
     labels = np.asarray(labels, dtype=np.intp)
     return sum(group_cost(D, np.flatnonzero(labels == g)) for g in np.unique(labels))

@@ -32,6 +32,11 @@ class SearchResult:
         seconds: wall time of the search.
         method: name of the method.
         sizes: the rule the group sizes had to obey: ``"free"``, ``"equal"`` or ``(lo, hi)``.
+
+    Examples:
+        >>> from gqa_kernels.grouping import search
+        >>> search([[0, 1, 4], [1, 0, 4], [4, 4, 0]], num_groups=2).head_map
+        HeadMap([0, 0, 1], num_kv_heads=2)
     """
 
     labels: tuple[int, ...]

@@ -29,6 +29,10 @@ class Dissimilarity:
     Attributes:
         array: ``[Hq, Hq]`` fp64, symmetric, non-negative, zero diagonal.
         layer, side, kind: what it was made from.
+
+    Examples:
+        >>> D = similarity(model, stats, layer=0, side="k", kind="aligned")
+        >>> D.array.shape
     """
 
     array: np.ndarray
@@ -166,6 +170,10 @@ def similarity(
     Raises:
         ValueError: a bad side, kind or layer, no stats, stats that are not finite, or a head whose
             K or V is zero.
+
+    Examples:
+        >>> D = similarity(model, stats, layer=0, side="k", kind="aligned")
+        >>> found = search(D, num_groups=4)
     """
     _check(side, kind, stats)
     layers = attention_layers(model)

@@ -29,15 +29,13 @@ import shlex
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, NamedTuple
 
-import torch
-
 from . import cuda_build, env
+from .build_progress import BuildProgress, say
 from .sources import COMPILE_FLAGS, cpu_sources
 
 COMPILERS = ("c++", "g++", "clang++")
@@ -56,6 +54,10 @@ from torch.utils import cpp_extension
 subprocess.run = functools.partial(subprocess.run, close_fds=False)
 cpp_extension.load(**json.loads(sys.argv[1]))
 """
+
+
+class BuildInterrupted(KeyboardInterrupt):
+    """Ctrl-C during a build; the message says what is kept."""
 
 
 class Compiler(NamedTuple):
@@ -229,6 +231,8 @@ def compile_module(
 
 def _settings_key(part: str, compiler: Compiler, target: CudaTarget | None) -> str:
     """Everything but the sources that the objects depend on."""
+    import torch
+
     settings = (part, compiler, target, COMPILE_FLAGS, torch.__file__, torch.__version__)
     return hashlib.sha256(repr(settings).encode()).hexdigest()[:8]
 
@@ -261,7 +265,8 @@ class _Ninja:
     """Runs ninja, or what runs it, for one library, and says on standard error how far it is."""
 
     def __init__(self, part: str, folder: Path, compiler: Compiler, lock: IO):
-        self.part, self.lock, self.started = part, lock, time.monotonic()
+        self.part, self.lock, self.folder = part, lock, folder
+        self.progress = BuildProgress()
         self.command = shlex.join(compiler.command)
         self.environment = {
             **os.environ,
@@ -280,16 +285,31 @@ class _Ninja:
         if again:
             extent = "what has changed since the last build"
         else:
-            minutes = max(1, round(CORE_SECONDS[self.part] / env.max_jobs() / 60))
+            self.progress.expected = CORE_SECONDS[self.part] / env.max_jobs()
+            minutes = max(1, round(self.progress.expected / 60))
             extent = f"once, for about {minutes} min on {env.max_jobs()} free processors"
-        self._say(f"compiling the {self.part.upper()} kernels, {extent}; kept in {cache}")
+        say(f"compiling the {self.part.upper()} kernels, {extent}; kept in {cache}")
 
     def run(self, command: Sequence[str], folder: Path) -> None:
         """Run a command that prints what ``ninja -v`` prints.
 
         Raises:
             RuntimeError: it failed; with the compiler's last lines.
+            BuildInterrupted: by Ctrl-C.
         """
+        try:
+            said, status = self._follow(command, folder)
+        except KeyboardInterrupt:
+            self.progress.end()
+            raise BuildInterrupted(
+                f"what was compiled so far is kept in {self.folder}, and the next build continues"
+            ) from None
+        self.progress.end()
+        if status != 0:
+            raise RuntimeError(self._failure(said, status))
+
+    def _follow(self, command: Sequence[str], folder: Path) -> tuple[list[str], int]:
+        """Run it, show its progress, and return its other lines and its exit status."""
         said = []
         with subprocess.Popen(
             command, cwd=folder, env=self.environment, stdout=subprocess.PIPE,
@@ -297,14 +317,12 @@ class _Ninja:
         ) as process:  # fmt: skip
             assert process.stdout is not None  # it is a pipe
             for line in process.stdout:
-                done = re.match(r"\[(\d+/\d+)\] .* -o (\S+)", line)
+                done = re.match(r"\[(\d+)/(\d+)\] .* -o (\S+)", line)
                 if done:
-                    seconds = time.monotonic() - self.started
-                    self._say(f"[{done[1]}] {_described(done[2])}, {seconds:.0f} s")
+                    self.progress.show(int(done[1]), int(done[2]), _described(done[3]))
                 elif line.strip():
                     said.append(line.rstrip())
-        if process.returncode != 0:
-            raise RuntimeError(self._failure(said, process.returncode))
+        return said, process.returncode
 
     def _failure(self, said: list[str], status: int) -> str:
         first = next((i for i, line in enumerate(said) if line.startswith("FAILED:")), None)
@@ -319,9 +337,6 @@ class _Ninja:
             f"building the {self.part.upper()} kernels failed: {self.command} exited with "
             f"{code[1] if code else status} for {_described(said[first].split()[-1])}:\n{words}"
         )
-
-    def _say(self, message: str) -> None:
-        print(f"gqa_kernels: {message}", file=sys.stderr, flush=True)
 
 
 def _described(output: str) -> str:

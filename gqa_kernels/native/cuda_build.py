@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import re
-import shlex
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+from . import ninja_file
 from .sources import find_text, is_cuda
 
 # Of a wheel: A100 and its family, H100, B200, RTX 50. Kernels under csrc/cuda/sm90 use instructions
@@ -85,6 +85,18 @@ def find_toolkit(cuda_home: str | None) -> Toolkit | None:
         return None
     told = subprocess.run([nvcc, "--version"], capture_output=True, text=True, timeout=60)
     return Toolkit(root.resolve(), told.stdout.strip()) if told.returncode == 0 else None
+
+
+def version_digits(toolkit: Toolkit) -> str:
+    """A toolkit's release as in the local versions of wheels: ``130`` for CUDA 13.0.
+
+    Raises:
+        ValueError: its nvcc names no release.
+    """
+    found = re.search(r"release (\d+)\.(\d+)", toolkit.version)
+    if found is None:
+        raise ValueError(f"nvcc --version must name a release, got {toolkit.version!r}")
+    return found[1] + found[2]
 
 
 def parse_archs(arch_list: str) -> tuple[str, ...]:
@@ -167,19 +179,11 @@ def write_ninja(
     Returns:
         The objects that ninja will make.
     """
-    lines = ["rule kernel", "  command = $command", "  depfile = $out.d", "  deps = gcc", ""]
-    objects = []
-    for source in kernel_sources(root, archs):
-        name = ".".join(source.relative_to(root).with_suffix(".o").parts)
-        command = compile_command(toolkit, root, source, Path(name), archs, ptx)
-        line = shlex.join([*command, "-MD", "-MF", f"{name}.d"])
-        escaped = re.sub("([$ :])", r"$\1", str(source))
-        lines.append(f"build {name}: kernel {escaped}")
-        lines.append(f"  command = {line.replace('$', '$$')}")
-        objects.append(folder / name)
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    (folder / "build.ninja").write_text("\n".join(lines) + "\n")
-    return objects
+
+    def command(source: Path, target: Path) -> list[str]:
+        return compile_command(toolkit, root, source, target, archs, ptx)
+
+    return ninja_file.write_ninja(folder, root, kernel_sources(root, archs), command)
 
 
 def build_info(library: Path) -> str | None:

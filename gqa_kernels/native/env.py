@@ -15,7 +15,7 @@
 | ``GQA_KERNELS_CPU_SUBNORMALS`` | ``cheap`` or ``costly``: what they cost the AVX2 kernels as \
 operands, by which these read fp8 (``cheap`` on AMD) |
 | ``TRITON_INTERPRET`` | Triton's: ``1`` runs its kernels on the CPU, slowly, for tests (``0``) |
-| ``OMP_WAIT_POLICY`` | OpenMP's; the command line sets ``PASSIVE`` where it is unset |
+| ``OMP_WAIT_POLICY`` | OpenMP's; the command line sets ``PASSIVE`` if it is unset |
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import sys
 from pathlib import Path
 
 # What the table above lists.
@@ -112,13 +111,10 @@ def omp_wait_policy() -> str | None:
     return os.environ.get("OMP_WAIT_POLICY")
 
 
-def restart_with_passive_threads() -> None:
-    """Start the process again with OpenMP threads that sleep while they wait, unless told how.
+def let_threads_sleep() -> None:
+    """Let OpenMP's threads sleep while they wait, unless the user chose. Call it before torch is
+    loaded, which is when OpenMP reads the setting.
 
-    Their default is to spin: with one other busy process that is 25 times slower. OpenMP reads the
-    setting when torch is loaded, which importing this package does.
+    Their default is to spin: with one other busy process that is 25 times slower.
     """
-    if omp_wait_policy() is None:
-        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-        sys.stdout.flush()
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -34,6 +34,13 @@ class AsymGroupedQueryAttention(nn.Module):
         rotary_base: base of the rotary embedding's frequencies; None for none.
         dropout: of the probabilities, in training.
         backend: of :func:`gqa_kernels.asym_gqa_attention`.
+
+    Examples:
+        >>> import torch
+        >>> from gqa_kernels.nn import AsymGroupedQueryAttention
+        >>> layer = AsymGroupedQueryAttention(96, 12, 4, allocation="kdgqa", rotary_base=10000.0)
+        >>> layer(torch.randn(2, 16, 96), causal=True).shape
+        torch.Size([2, 16, 96])
     """
 
     def __init__(
@@ -150,7 +157,15 @@ def _noise_like(out: Tensor) -> Tensor:
 
 
 def step_allocations(model: nn.Module) -> None:
-    """Count a finished training step in every AsymGroupedQueryAttention of ``model``."""
+    """Count a finished training step in every AsymGroupedQueryAttention of ``model``.
+
+    Examples:
+        >>> import torch
+        >>> from gqa_kernels.nn import AsymGroupedQueryAttention, step_allocations
+        >>> layer = AsymGroupedQueryAttention(96, 12, 4, allocation="kdgqa")
+        >>> layer(torch.randn(2, 16, 96), causal=True).sum().backward()
+        >>> step_allocations(layer)  # after the optimizer's step
+    """
     for module in model.modules():
         if isinstance(module, AsymGroupedQueryAttention):
             module.step_allocation()

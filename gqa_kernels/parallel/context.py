@@ -41,7 +41,13 @@ def contiguous_ranges(lengths: Sequence[int], begin: int = 0) -> list[list[Range
 
 def zigzag_ranges(length: int, world: int) -> list[list[Range]]:
     """Two pieces a rank, one from each end of the sequence: equal work where attention is causal
-    (Llama 3, arXiv 2407.21783, section 3.3.2)."""
+    (Llama 3, arXiv 2407.21783, section 3.3.2).
+
+    Examples:
+        >>> from gqa_kernels.parallel.context import zigzag_ranges
+        >>> zigzag_ranges(16, 2)  # both ranks have as much causal work
+        [[(0, 4), (12, 16)], [(4, 8), (8, 12)]]
+    """
     pieces = 2 * world
     runs = [(length * i // pieces, length * (i + 1) // pieces) for i in range(pieces)]
     return [[runs[rank], runs[pieces - 1 - rank]] for rank in range(world)]
@@ -127,6 +133,12 @@ def context_parallel_attention(
     Raises:
         ValueError, TypeError: as ``asym_gqa_attention``, and for ranges that don't fit.
         NotImplementedError: slopes that require a gradient, or are given without ``causal``.
+
+    Examples:
+        >>> ranges = zigzag_ranges(length, world)  # q, k, v: this rank's tokens, in this order
+        >>> out = context_parallel_attention(
+        ...     q, k, v, head_map, causal=True, q_ranges=ranges, kv_ranges=ranges
+        ... )
     """
     ring = Ring.of(group)
     axis = 1 if layout == "bshd" else 2
@@ -219,6 +231,9 @@ def context_parallel_decode(
     Raises:
         ValueError, TypeError, NotImplementedError: as ``asym_gqa_decode``; ``newest`` is missing or
             no rank; a query requires a gradient.
+
+    Examples:
+        >>> out = context_parallel_decode(q, cache, head_map)  # the cache holds a part of the keys
     """
     ring = Ring.of(group)
     q_len = q.shape[1 if layout == "bshd" else 2]

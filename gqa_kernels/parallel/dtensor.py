@@ -86,6 +86,11 @@ def register() -> list[str]:
 
     Returns:
         names of the backends whose ops now have rules.
+
+    Examples:
+        >>> register()
+        >>> q, k, v = (distribute_tensor(x, mesh, [Shard(0)]) for x in (q, k, v))
+        >>> out = asym_gqa_attention(q, k, v, head_map)
     """
     registered = []
     if any(not BACKENDS[name].unavailable_reason() for name in ("cpu", "cuda")):

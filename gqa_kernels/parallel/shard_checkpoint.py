@@ -52,6 +52,9 @@ def shard_checkpoint(
         ValueError: no complete checkpoint there, an index or a link that leads out of the folder,
             ``out`` holds something, or ``world`` is out of range.
         NotImplementedError: the model can't be cut, or its weights are quantised.
+
+    Examples:
+        >>> shard_checkpoint("child", "child-shards", world=2)
     """
     folder, out = Path(folder), check_new_folder("out", out)
     if world < 1:
@@ -91,6 +94,10 @@ def load_shard(
 
     Raises:
         ValueError: the folder was cut for another number of ranks, or is not complete.
+
+    Examples:
+        >>> dist.init_process_group()
+        >>> model = load_shard("child-shards", dtype=torch.bfloat16)
     """
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     own = Path(folder) / f"rank-{rank}"

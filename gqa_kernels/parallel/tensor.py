@@ -56,6 +56,9 @@ def shard_model(
     Raises:
         NotImplementedError: the model has no such plan, or it has a rule not known here.
         ValueError: ``rank`` or ``world`` is out of range.
+
+    Examples:
+        >>> model = shard_model(model, rank=dist.get_rank(), world=dist.get_world_size())
     """
     rules = rules_of(model)
     shards = {

@@ -78,10 +78,9 @@ def ulysses_attention(
         ValueError, TypeError: as ``asym_gqa_attention``; the group has more ranks than there are
             query heads; lengths that don't fit; ranges without a ring.
 
-    Example::
-
-        # 28 query heads over 4 KV heads on 8 ranks: 4 or 3 query heads each
-        out = ulysses_attention(q, k, v, HeadMap.uniform(28, 4), causal=True)
+    Examples:
+        >>> # 28 query heads over 4 KV heads on 8 ranks: 4 or 3 query heads each
+        >>> out = ulysses_attention(q, k, v, HeadMap.uniform(28, 4), causal=True)
     """
     check_tensors(q=q, k=k, v=v)
     check_layout(layout)

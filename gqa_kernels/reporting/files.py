@@ -11,8 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 
 def write_atomically(path: str | Path, data: bytes | str) -> Path:
     """Write a file. A reader, or a crash, sees the old content or the new one, never a part."""
@@ -37,6 +35,8 @@ def read_state(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: the file is truncated, or holds something else.
     """
+    import torch  # not above: commands that answer without torch write files, too
+
     try:
         content = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:

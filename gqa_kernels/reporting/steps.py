@@ -7,7 +7,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 
 class Steps:
@@ -23,6 +30,8 @@ class Steps:
         if total is not None:
             columns.append(MofNCompleteColumn())
         columns.append(TimeElapsedColumn())
+        if total is not None:
+            columns += [TextColumn("left:"), TimeRemainingColumn()]
         started = time.perf_counter()
         with Progress(
             *columns, console=self.console, transient=True, disable=not self.console.is_terminal

@@ -6,6 +6,7 @@ import json
 import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -90,16 +91,19 @@ class Report:
             )
         return rows
 
-    def save(self, path: Path) -> None:
-        """The whole report as JSON, and the tables as Markdown beside it."""
-        data = {
+    def to_dict(self) -> dict[str, Any]:
+        """The whole report as JSON holds it."""
+        return {
             "processor": device_name(CPU),
             "versions": _versions(),
             "threads": torch.get_num_threads(),
             "settings": asdict(self.settings),
             "outcomes": [asdict(outcome) for outcome in self.outcomes],
         }
-        path.write_text(json.dumps(data, indent=1) + "\n")
+
+    def save(self, path: Path) -> None:
+        """Write the JSON, and the tables as Markdown beside it."""
+        path.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
         path.with_suffix(".md").write_text(self.markdown())
 
     def plot(self, path: Path) -> None:

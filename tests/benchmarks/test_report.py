@@ -1,4 +1,4 @@
-"""The report and the README's block are made from the results, and staleness shows."""
+"""Reports, and the blocks of the README and docs/benchmarks.md, are made from the results."""
 
 import pytest
 
@@ -58,7 +58,7 @@ def made_up(case, contestant, times):
 
 @pytest.fixture
 def place(tmp_path):
-    """A folder of results and a README."""
+    """A folder of results, a README and a page of results."""
     rows = [made_up(case, name, times) for case in CASES for name, times in TIMES.items()]
     rows += [made_up(CASES[0], "sdpa-per-size", None)]
     searched = SearchCase("planted", 8, 3)
@@ -67,8 +67,10 @@ def place(tmp_path):
     rows += [{"key": row_key(searched, "exact"), "case_key": searched.key, "case": searched.facts,
               "contestant": "exact", **facts}]  # fmt: skip
     Results(dict(HEADER), rows).save(tmp_path / "results" / "test-cpu" / "cpu.json")
-    (tmp_path / "README.md").write_text(f"# Top\n\n{report.BEGIN}\nearlier\n{report.END}\n\nrest\n")
-    return ["--results", str(tmp_path / "results"), "--readme", str(tmp_path / "README.md")]
+    for name in ("README.md", "page.md"):
+        (tmp_path / name).write_text(f"# Top\n\n{report.BEGIN}\nearlier\n{report.END}\n\nrest\n")
+    options = {"results": "results", "readme": "README.md", "page": "page.md"}
+    return [word for k, name in options.items() for word in (f"--{k}", str(tmp_path / name))]
 
 
 def test_written_report_is_current_and_edits_make_it_stale(place, tmp_path, capsys):
@@ -112,15 +114,18 @@ def test_figures_are_small_and_redrawn_when_the_data_change(place, tmp_path, cap
 def test_tables_show_wins_and_losses_and_where_they_were_measured(place, tmp_path):
     pytest.importorskip("matplotlib")
     report.main(place)
-    readme = (tmp_path / "README.md").read_text()
-    for fact in ("Test CPU", "2 CPU threads", "torch 2.13.0", "commit abcdef", "20.0 GB/s"):
+    readme, page = ((tmp_path / name).read_text() for name in ("README.md", "page.md"))
+    for fact in ("Test CPU", "2 CPU threads", "commit abcdef", "skew.svg"):
         assert fact in readme
-    line = next(x for x in readme.splitlines() if x.startswith(f"| decode: llama-3-8b {BOTH[1]}"))
+    assert 1 <= sum(line.startswith("| decode: ") for line in readme.splitlines()) <= 5
+    for fact in ("Test CPU", "2 CPU threads", "torch 2.13.0", "commit abcdef", "20.0 GB/s"):
+        assert fact in page
+    line = next(x for x in page.splitlines() if x.startswith(f"| decode: llama-3-8b {BOTH[1]}"))
     assert line.split(" | ")[3:] == ["50 %", "1.25", "8.00x", "**0.50x**", "2.00x |"]
-    assert "expand + SDPA: ours is faster on 9 of 9 cases" in readme
-    assert "SDPA, expanded cache: ours is faster on 0 of 9 cases" in readme
+    assert "expand + SDPA: ours is faster on 9 of 9 cases" in page and "9 of 9 cases" in readme
+    assert "SDPA, expanded cache: ours is faster on 0 of 9 cases" in page
     written = (tmp_path / "results" / "test-cpu" / "report.md").read_text()
-    assert "| exact | 1.00 ms, proved optimal |" in written and "objective" not in readme
+    assert "| exact | 1.00 ms, proved optimal |" in written and "objective" not in page
     assert "sdpa-per-size wrong: out: error 1 exceeds 0.1" in written
     assert "- fa3-rows: needs a CUDA GPU" in written
 
@@ -138,7 +143,7 @@ def test_peak_memory_has_a_table(place, tmp_path, capsys):
     Results(about, rows).save(tmp_path / "results" / "test-cpu" / "memory.json")
     assert report.main(place) == 0 and report.main([*place, "--check"]) == 0
     cells = "4096 keys, float32 | 83 MiB | 226 MiB | 143 MiB | 128 MiB |"
-    for path in (tmp_path / "README.md", tmp_path / "results" / "test-cpu" / "report.md"):
+    for path in (tmp_path / "page.md", tmp_path / "results" / "test-cpu" / "report.md"):
         assert cells in path.read_text() and "faster on 9 of 9 cases" in path.read_text()
     (tmp_path / "results" / "test-cpu" / "memory.json").unlink()
     assert report.main([*place, "--check"]) == 1
@@ -146,7 +151,7 @@ def test_peak_memory_has_a_table(place, tmp_path, capsys):
 
 
 def test_markers_are_required():
-    with pytest.raises(ValueError, match="README must have one"):
+    with pytest.raises(ValueError, match="a page must have one"):
         report.with_block("no markers", "")
 
 

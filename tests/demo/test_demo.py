@@ -95,9 +95,12 @@ def test_lossy_part(report):
     assert merged[6].perplexity != merged[5].perplexity
 
 
-def test_json(report, tmp_path):
+def test_json(report, tmp_path, monkeypatch, capsys):
     path = tmp_path / "out.json"
-    report.save(path)
+    monkeypatch.setattr("gqa_kernels.demo.run.run", lambda *_: report)
+    monkeypatch.setattr("gqa_kernels.samples.smollm2.require", lambda *_: None)
+    assert cli.main(["demo", "--json", str(path)]) == 0
+    capsys.readouterr()
     assert [file.name for file in tmp_path.iterdir()] == ["out.json"]
     data = json.loads(path.read_text())
     assert data["ok"] is True

@@ -1,33 +1,17 @@
-"""The README's code runs; the files and commands that it and the other pages name exist."""
+"""The files and commands that the README and the other pages name exist."""
 
 import re
 import shlex
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 
 from benchmarks.run import _parser as benchmarks_parser
 from gqa_kernels.cli import parser
 
-ROOT = Path(__file__).parents[2]
-PAGES = sorted(
-    path
-    for folder in (".", "docs", "benchmarks", "csrc", "tests")
-    for path in (ROOT / folder).glob("**/*.md" if folder == "csrc" else "*.md")
-)
-OWN = ("gqa_kernels.", "benchmarks.", "tests.")  # modules
-FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-BLOCKS = [
-    code for kind, code in FENCED.findall((ROOT / "README.md").read_text()) if kind == "python"
-]
+from .pages import FENCED, PAGES, ROOT
 
-
-@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
-def test_python_block_runs(block):
-    if "transformers" in block:
-        pytest.importorskip("transformers")
-    exec(compile(block, "README.md", "exec"), {})
+OWN = ("gqa_kernels.", "benchmarks.", "tests.", "tools.")  # modules
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -1,12 +1,10 @@
 """What people do with a model: train it, adapt it, pack, compile, pipe, save it; all with maps."""
 
 import json
-import re
 import subprocess
 import sys
 import warnings
 from importlib import metadata
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +18,7 @@ from gqa_kernels.integrations.transformers import PagedCache, attention, registe
 from gqa_kernels.integrations.transformers.versions import installed
 from gqa_kernels.testing import assert_close
 from tests import tiny_families
-from tests.integrations.releases import CACHE, needs_5, needs_batching
+from tests.integrations.releases import CACHE, needs_5
 from tests.tiny_models import batch, expanded, split, tiny
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}  # logits of two fp32 summation orders, values up to about 5
@@ -333,15 +331,3 @@ def test_attention_weights_are_not_to_be_had(family):
     with warnings.catch_warnings():  # none without the request
         warnings.filterwarnings("error", message="output_attentions")
         child(**tiny_families.inputs(family))
-
-
-@needs_batching
-def test_documentation_runs():
-    text = (Path(__file__).parents[2] / "docs/transformers.md").read_text()
-    names = {}
-    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
-        exec(compile(block, "docs/transformers.md", "exec"), names)
-    rows = 2 * (3 + 3) * (16 + 4)  # bytes of a token: layers, K and V heads, int8 and a scale
-    assert names["cache"].nbytes == rows * 64 * 2  # 47 and 22 tokens: a page each
-    assert names["tokens"].shape == (2, 48)
-    assert len(names["outputs"]) == 2

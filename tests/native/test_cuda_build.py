@@ -17,6 +17,7 @@ def test_every_source_is_listed():
         *sources.cpu_sources(root),
         *cuda_build.host_sources(root),
         *cuda_build.kernel_sources(root, cuda_build.DEFAULT_ARCHS),
+        *(path for path in sources.source_files(root, sources.SEARCH) if path.suffix == ".cpp"),
     ]
     assert sorted(listed) == sorted([*root.rglob("*.cpp"), *root.rglob("*.cu")])
     for_ampere = cuda_build.kernel_sources(root, ("80",))

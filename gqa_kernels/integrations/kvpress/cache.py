@@ -32,6 +32,11 @@ class PressedCache(Cache):
 
     Raises:
         NotImplementedError: a layer has a sliding window, whose distances dropped keys change.
+
+    Examples:
+        >>> cache = PressedCache(model.config)
+        >>> with AdaKVPress(SnapKVPress(compression_ratio=0.75))(model):
+        ...     model.model(input_ids=context, past_key_values=cache)
     """
 
     def __init__(self, config: Any, *, page_size: int = 16, format: str | None = None):

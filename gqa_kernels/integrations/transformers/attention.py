@@ -31,9 +31,8 @@ def register(name: str = "asym_gqa", backend: str = "auto") -> str:
     Raises:
         ImportError: transformers is missing or too old.
 
-    Example::
-
-        model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=register())
+    Examples:
+        >>> model = AutoModelForCausalLM.from_pretrained("child", attn_implementation=register())
     """
     require_transformers()
     from transformers import AttentionInterface, AttentionMaskInterface

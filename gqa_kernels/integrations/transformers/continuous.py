@@ -30,6 +30,10 @@ def continuous_batching(model: nn.Module, backend: str = "auto") -> Iterator[nn.
     Raises:
         ImportError: transformers is missing or too old.
         NotImplementedError: the config's maps have other counts.
+
+    Examples:
+        >>> with continuous_batching(model):
+        ...     outputs = model.generate_batch([[5, 9, 3], [7]], max_new_tokens=4)
     """
     require_transformers(BATCHING)
     _check_heads(model.config)

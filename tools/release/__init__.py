@@ -1,0 +1,1 @@
+"""Builds what is released: wheels, the source distribution, an SBOM and checksums."""
