@@ -67,6 +67,11 @@ def lowest_heads(scores: Sequence[Sequence[float]], count: int) -> list[list[int
 
     Raises:
         ValueError: more heads than may go.
+
+    Example::
+
+        >>> lowest_heads([[0.1, 0.2, 0.3], [0.9, 0.15, 0.8]], 2)
+        [[0], [1]]
     """
     found: list[list[int]] = [[] for _ in scores]
     most = sum(len(layer) - 1 for layer in scores)
