@@ -146,8 +146,8 @@ class AppendCall(OverView):
         embedding, so that no kernel can apply the latter."""
         if self.kv.lengths_per_head:
             raise NotImplementedError(
-                "append: with lengths per head and transformed keys, pass rotary_positions, or set "
-                "the cache's next_positions"
+                "rotary_positions must be given, or the cache's next_positions be set, with "
+                "lengths per head and transformed keys (k_channels, hadamard), got None"
             )
         assert self.kv.kv_lengths is not None  # a cache has lengths
         return self.kv.kv_lengths[:, 0]

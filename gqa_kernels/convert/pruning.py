@@ -44,8 +44,8 @@ def prune_heads(model: nn.Module, dropped: Sequence[Collection[int]]) -> nn.Modu
 
     Example::
 
-        child = prune_heads(model, [[0, 3]] + [[]] * (num_layers - 1))
-        child.set_attn_implementation(register())
+        >>> child = prune_heads(model, [[0, 3]] + [[]] * (num_layers - 1))
+        >>> child.set_attn_implementation(register())
     """
     layers = attention_layers(model)
     check_count(dropped, len(layers), "dropped")
@@ -70,6 +70,7 @@ def lowest_heads(scores: Sequence[Sequence[float]], count: int) -> list[list[int
 
     Example::
 
+        >>> from gqa_kernels.convert import lowest_heads
         >>> lowest_heads([[0.1, 0.2, 0.3], [0.9, 0.15, 0.8]], 2)
         [[0], [1]]
     """
