@@ -70,6 +70,13 @@ def on_page_markdown(markdown: str, page: Any, config: MkDocsConfig, files: File
     return with_site_links(written_at.get(uri, f"docs/{uri}"), uri, markdown)
 
 
+def on_page_content(html: str, page: Any, config: MkDocsConfig, files: Files) -> str:
+    """Docstrings in Markdown: they use the roles and the ``::`` of reStructuredText."""
+    html = re.sub(r":(?:class|func|meth|mod|attr|data):(?=<code>)", "", html)
+    html = re.sub(r"<code>~(?:[\w.]+\.)?(\w+)</code>", r"<code>\1</code>", html)
+    return re.sub(r"::(?=</p>)", ":", html)
+
+
 def linked_files(path: str, text: str) -> set[str]:
     """Files of the repository that a page at ``path`` links, from the repository's root."""
     prose = FENCE.sub("", text)
