@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Literal, overload
 
 from torch import Tensor
 
+from .backends.auxiliary import attend_with_auxiliary
 from .backends.dispatch import attend, select
-from .backends.reference.scores import aux_output
 from .cache.tensors import Layout
 from .call.attention import AttentionCall
 from .call.auxiliary import AuxOutput, AuxRequest, as_aux_request
@@ -160,15 +160,16 @@ def asym_gqa_attention(
         q, k, v, head_map, value_head_map, causal, scale, window, softcap, alibi_slopes, sinks,
         attn_mask, kv_lengths, dropout_p, layout, batch_invariant,
     )  # fmt: skip
-    call.lse_wanted = return_lse or (aux is not None and aux.lse)
+    call.lse_wanted = return_lse
     if call.options.dropout_p:
         select(call, backend)  # refuses the call before a seed is drawn
         call.draw_dropout_seed()
+    if aux is not None:
+        out, more = attend_with_auxiliary(call, aux, select(call, backend))
+        return out.transpose(1, 2) if call.bshd else out, more
     out, lse = attend(call, backend)
     if call.bshd:
         out = out.transpose(1, 2)
-    if aux is not None:
-        return out, aux_output(call, lse, aux)
     return (out, lse) if return_lse else out
 
 

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 from torch import Tensor
 
+from .backends.auxiliary import attend_with_auxiliary
 from .backends.base import Backend
 from .backends.dispatch import select
-from .backends.reference.scores import aux_output
 from .cache.base import KVCache
+from .cache.hadamard import rotate_by_hadamard
 from .cache.tensors import Layout
 from .cache.view import KVView
 from .call.append import AppendCall
@@ -154,7 +155,8 @@ def asym_gqa_decode(
 
 
 def decode_call(q: Tensor, cache: KVCache, head_map: HeadMapLike, **options: Any) -> AttentionCall:
-    """The call that :func:`asym_gqa_decode` makes of its arguments, without new tokens."""
+    """The call that :func:`asym_gqa_decode` makes of its arguments, without new tokens. Over a
+    cache with ``hadamard`` the queries are still to be rotated."""
     _check_cache(cache)
     call = view_call(q, cache.unchecked_view(), head_map, **options)
     _check_distances(call, cache)
@@ -337,7 +339,8 @@ class DecodePlan:
                 k_new, v_new, call.kv, cu_seqlens=offsets, max_seqlen=call.max_q_len,
                 rotary_cos=rotary_cos, rotary_sin=rotary_sin,
                 rotary_interleaved=rotary_interleaved, rotary_positions=rotary_positions,
-                next_positions=cache.next_positions, layout=self.layout, q_heads_first=call.q,
+                next_positions=cache.next_positions, hadamard=cache.hadamard,
+                layout=self.layout, q_heads_first=call.q,
             )  # fmt: skip
             rotated = select(append, self.backend.name).append(append)
             if rotated is not None:
@@ -349,13 +352,20 @@ class DecodePlan:
             raise ValueError("rotary_cos must be None where there is no k_new to rotate")
         elif rotary_positions is not None:
             raise ValueError("rotary_positions must be None where there is no k_new to rotate")
-        call.lse_wanted = return_lse or (aux is not None and aux.lse)
-        out, lse = self.backend.attend(call)
+        if cache.hadamard:
+            call.q = rotate_by_hadamard(call.q)
+        call.lse_wanted = return_lse
+        if aux is None:
+            out, lse = self.backend.attend(call)
+        else:
+            out, more = attend_with_auxiliary(call, aux, self.backend)
         if packed or self.layout != "bhsd":
             out = from_heads_first(out, self.layout, packed)
-        lse = lse[0] if packed and call.lse_wanted else lse
         if aux is not None:
-            return out, aux_output(call, lse, aux)
+            if packed and more.lse is not None:
+                more = more._replace(lse=more.lse[0])
+            return out, more
+        lse = lse[0] if packed and return_lse else lse
         return (out, lse) if return_lse else out
 
 
@@ -417,7 +427,8 @@ def append(
     call = AppendCall.create(
         k_new, v_new, cache.unchecked_view(), q=q, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen,
         rotary_cos=rotary_cos, rotary_sin=rotary_sin, rotary_interleaved=rotary_interleaved,
-        rotary_positions=rotary_positions, next_positions=cache.next_positions, layout=layout,
+        rotary_positions=rotary_positions, next_positions=cache.next_positions,
+        hadamard=cache.hadamard, layout=layout,
     )  # fmt: skip
     rotated = select(call, backend).append(call)
     if advance:

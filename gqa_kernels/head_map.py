@@ -204,8 +204,8 @@ class HeadMap:
 
         Every rank gets complete query heads and only the KV heads that they read. KV heads that no
         query head reads are left out. The split minimises the largest load of a rank, then
-        the total number of KV heads stored. It is proven optimal (:mod:`gqa_kernels.partition`), and
-        is the same on every rank.
+        the total number of KV heads stored. It is proven optimal
+        (:mod:`gqa_kernels.partition`), and is the same on every rank.
 
         Args:
             rank, world: this rank and the number of ranks, at most ``Hq``.

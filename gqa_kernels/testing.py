@@ -26,9 +26,12 @@ from torch import Tensor
 from .attention import attention_call
 from .backends.reference.cache import dense_call, query_tokens
 from .backends.reference.formula import drop, reference_attention, scores_and_values
+from .backends.reference.scores import key_scores, max_scores
 from .cache.base import KVCache
+from .cache.hadamard import rotate_by_hadamard
 from .cache.tensors import Layout
 from .call.attention import AttentionCall
+from .call.auxiliary import AuxOutput
 from .call.checks import HeadMapLike
 from .decode import decode_call
 from .head_map import HeadMap
@@ -328,6 +331,8 @@ def assert_decode_close(
         >>> assert_decode_close(asym_gqa_decode(q, cache, [0, 0, 1]), q, cache, [0, 0, 1])
     """
     inputs = decode_call(q, cache, head_map, **options)
+    if cache.hadamard:
+        inputs = inputs.replace(q=rotate_by_hadamard(inputs.q))
     if inputs.q_offsets is not None:
         out, lse = out.transpose(0, 1)[None], None if lse is None else lse[None]
     elif options.get("layout") == "bshd":
@@ -362,6 +367,38 @@ def assert_cache_close(out: Tensor, inputs: AttentionCall, lse: Tensor | None = 
             forms = list(equivalent_forms(low if inputs.kv.format is None else dense))
             eager = [valid_only(reference_attention(x, None, base2)[1]) for x, base2 in forms]
             assert_close("lse", lse, exact_lse, eager)
+
+
+def assert_auxiliary_close(
+    aux: AuxOutput, inputs: AttentionCall, queries: int = 0, exact: AuxOutput | None = None
+) -> None:
+    """Hold the auxiliary outputs of a call to the tolerance rule. Scores are fp32 whatever the
+    input's type, and so is eager torch's largest. Its probabilities have the input's precision.
+
+    Args:
+        aux: as ``return_aux`` returned it; what it lacks is not looked at.
+        inputs: the call: :func:`~gqa_kernels.attention.attention_call` or
+            :func:`~gqa_kernels.decode.decode_call` of its arguments.
+        queries: ``AuxRequest.key_scores`` of the request.
+        exact: fp64 results; by default the reference's. Packed queries need them.
+    """
+    one_form = inputs.q_offsets is not None
+    if not one_form and inputs.memory != "dense":
+        inputs = dense_call(inputs)[0]
+    with torch.no_grad():
+        forms = [(inputs, False), (inputs, True)] if one_form else [*equivalent_forms(inputs)]
+        for name, score in (
+            ("max_scores", max_scores),
+            ("key_scores", lambda call, *form: key_scores(call, queries, *form)),
+        ):
+            actual = getattr(aux, name)
+            if actual is not None:
+                true = score(upcast(inputs)) if exact is None else getattr(exact, name)
+                assert actual.dtype == torch.float32, f"{name}: dtype {actual.dtype}"
+                rounded = (True,) if name == "key_scores" else ()
+                assert_close(
+                    name, actual, true.double(), [score(*form, *rounded) for form in forms]
+                )
 
 
 def equivalent_forms(inputs: AttentionCall) -> Iterator[tuple[AttentionCall, bool]]:

@@ -25,7 +25,13 @@ SCALING = ("scaling", "scaling-gpu")  # whose cases stand in one table of fits
 README_FIGURE = "skew"
 README_LEAVES_OUT = ("rate", "/ even map", "/ dense cache", "KV bytes per token")
 MEMORY = "memory"  # results without times
-OTHER_RESULTS = ("generate", "grouping", "recovery", "train-demo")  # they have their own reports
+OTHER_RESULTS = (
+    "formats",
+    "generate",
+    "grouping",
+    "recovery",
+    "train-demo",
+)  # they have their own reports
 TITLES = {
     "decode": "Decode",
     "prefill": "Prefill",

@@ -1,8 +1,10 @@
 #include "attention.h"
 
+#include <cstring>
 #include <memory>
 
 #include "../cpu/forward/attention.h"
+#include "allocate.h"
 #include "call.h"
 
 namespace gqa::host {
@@ -12,6 +14,29 @@ std::tuple<Tensor, Tensor> attention_forward_cpu(const Inputs& in, bool bshd) {
   const Tensor out = add_output(call.params, in.q, bshd), lse = add_lse(call.params, in.q);
   cpu::attention_forward(call.params, torch_threads(), true, in.batch_invariant);
   return {out, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_auxiliary_cpu(const Inputs& in, bool bshd,
+                                                                   bool max_scores,
+                                                                   int64_t key_scores) {
+  Call call(in);
+  const AttentionParams& params = call.params;
+  STD_TORCH_CHECK(key_scores >= 0, "key_scores must be non-negative, got ", key_scores);
+  const Tensor out = add_output(call.params, in.q, bshd), lse = add_lse(call.params, in.q);
+  const Tensor most = new_result(
+      "max_scores", in.q, {max_scores ? params.batch : 0, params.num_heads}, ScalarType::Float);
+  const Tensor sums = new_result(
+      "key_scores", in.q, {key_scores > 0 ? params.batch : 0, params.num_k_heads, params.kv_len},
+      ScalarType::Float);
+  cpu::Auxiliary wanted;
+  if (max_scores) wanted.max_scores = static_cast<float*>(most.mutable_data_ptr());
+  if (key_scores > 0) {
+    wanted.key_scores = static_cast<float*>(sums.mutable_data_ptr());
+    wanted.queries = key_scores;
+    std::memset(wanted.key_scores, 0, sums.numel() * sizeof(float));
+  }
+  cpu::attention_forward(params, torch_threads(), true, in.batch_invariant, wanted);
+  return {out, lse, most, sums};
 }
 
 Tensor attention_output_cpu(const Inputs& in, bool bshd) {

@@ -15,8 +15,15 @@ using ForwardOutput = Tensor(const Inputs& in, bool bshd);
 Forward attention_forward_cpu, attention_forward_cuda;
 ForwardOutput attention_output_cpu, attention_output_cuda;
 
-// The arguments of attention_forward, in the order of its schema.
-template <auto* forward>
+// The same, and what else is wanted (AuxRequest of gqa_kernels/call/auxiliary.py): max_scores
+// [B, Hq] and key_scores [B, Hk, Sk], fp32; without elements if not wanted.
+using ForwardAuxiliary = std::tuple<Tensor, Tensor, Tensor, Tensor>(const Inputs& in, bool bshd,
+                                                                    bool max_scores,
+                                                                    int64_t key_scores);
+ForwardAuxiliary attention_auxiliary_cpu;
+
+// The arguments of attention_forward, in the order of its schema; More: of what else is wanted.
+template <auto* forward, class... More>
 auto attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& head_map,
                std::optional<double> scale, int64_t window_left, int64_t window_right,
                double softcap, bool batch_invariant, bool bshd, const OptionalTensor& kv_lengths,
@@ -26,7 +33,7 @@ auto attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& 
                const OptionalTensor& q_offsets, int64_t max_q_len, int64_t max_kv_len,
                const OptionalTensor& k_scale, const OptionalTensor& v_scale,
                const OptionalTensor& k_zero, const OptionalTensor& v_zero, double dropout_p,
-               const OptionalTensor& dropout_seed) {
+               const OptionalTensor& dropout_seed, More... more) {
   return forward({q,
                   k,
                   v,
@@ -52,7 +59,7 @@ auto attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& 
                   batch_invariant,
                   dropout_p,
                   dropout_seed},
-                 bshd);
+                 bshd, more...);
 }
 
 // Likewise of attention_output, which has few of them: the others are those of a call without.

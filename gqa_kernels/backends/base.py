@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..call.append import AppendCall
 from ..call.attention import AttentionCall
+from ..call.auxiliary import AuxOutput, AuxRequest
 from ..call.keep import KeepCall
 
 Call = AttentionCall | AppendCall | KeepCall
@@ -143,6 +144,20 @@ class Backend(ABC):
         """What runs calls of this one's kind, as :meth:`attend` does: a backend may prepare what
         these have in common. :func:`gqa_kernels.backends.dispatch.attend` keeps it by the kind."""
         return self.attend
+
+    def fuses_auxiliary(self, call: AttentionCall) -> bool:
+        """Whether :meth:`attend_with_auxiliary` can run a call that the backend supports."""
+        return False
+
+    def attend_with_auxiliary(
+        self, call: AttentionCall, request: AuxRequest
+    ) -> tuple[Tensor, AuxOutput]:
+        """Out, as :meth:`attend` returns it, and what the request asks for, from the same kernels.
+
+        Raises:
+            NotImplementedError: :meth:`fuses_auxiliary` says no.
+        """
+        raise NotImplementedError(f"backend {self.name!r} has no auxiliary outputs of its own")
 
     @abstractmethod
     def append(self, call: AppendCall) -> Tensor | None:

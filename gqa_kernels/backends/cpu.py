@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
+from ..call.attention import AttentionCall
+from ..call.auxiliary import AuxOutput, AuxRequest
 from ..native import build
+from ..native.autograd import is_transformed_now
+from ..native.flops import enter_formulas
+from ..native.schema import FORWARD
 from .base import ALL_CACHES, FUSED_OPTIONS, Capabilities
 from .compiled import CompiledBackend
 
@@ -23,3 +29,20 @@ class CPUBackend(CompiledBackend):
 
     def unavailable_reason(self) -> str | None:
         return build.unavailable_reason()
+
+    def fuses_auxiliary(self, call: AttentionCall) -> bool:
+        return type(call.q) is Tensor and not call.requires_grad and not is_transformed_now()
+
+    def attend_with_auxiliary(
+        self, call: AttentionCall, request: AuxRequest
+    ) -> tuple[Tensor, AuxOutput]:
+        arguments = (*FORWARD.arguments_of(call), request.max_scores, request.key_scores)
+        op = torch.ops.gqa_kernels.attention_auxiliary.default
+        if torch._C._len_torch_dispatch_stack():
+            enter_formulas()
+        try:
+            out, *results = op(*arguments)
+        except RuntimeError:
+            call.check()
+            raise
+        return out, request.output(*results)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..native.arguments import as_bool, as_int, check_tensors, shown
 from .formats import FORMAT_OF_NAME
+from .hadamard import check_head_dim
 from .memory import empty
 from .view import KVView
 
@@ -37,6 +38,7 @@ class KVCache(ABC):
         next_positions: ``[B]`` integers, position of each sequence's next token, once it is not
             its length: :meth:`keep` sets it, :meth:`advance` counts it on, and an append rotates by
             it. None before.
+        hadamard: keys are stored rotated (:mod:`gqa_kernels.cache.hadamard`).
     """
 
     k: Tensor
@@ -48,6 +50,7 @@ class KVCache(ABC):
     v_zero: Tensor | float | None
 
     next_positions: Tensor | None = None
+    hadamard: bool = False
 
     append: Callable[..., Tensor | None]  # gqa_kernels.decode.append, which runs a backend
     keep: Callable[..., None]  # gqa_kernels.keep.keep, likewise
@@ -62,6 +65,12 @@ class KVCache(ABC):
     @abstractmethod
     def _create_view(self) -> KVView:
         """A new view, whose values are not looked at."""
+
+    def _set_hadamard(self, hadamard: object) -> None:
+        """Have keys rotated, if the head dim of k allows it."""
+        self.hadamard = as_bool("hadamard", hadamard)
+        if self.hadamard:
+            check_head_dim(self.unchecked_view().head_dim)
 
     def view(self) -> KVView:
         """The normalised form; checks every value that the host can see.

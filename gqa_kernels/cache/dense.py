@@ -23,8 +23,11 @@ class DenseKVCache(KVCache):
         lengths: ``[B]`` integers, or ``[B, Hk]`` with a budget per head: keys there are.
         batch_index: ``[B]`` integers, the row of each sequence in k and v; default its own number.
         begin: ``[B]`` integers, slot of a sequence's first key (left padding); default 0.
-        k_scale, v_scale, k_zero, v_zero: of a quantised cache: one number, ``[H]`` per head, or
-            fp32 ``[B_cache, H, capacity]`` per token, which an append then computes and writes.
+        k_scale, v_scale, k_zero, v_zero: of a quantised cache: one number, ``[H]`` per head,
+            ``[B_cache, H]`` per row of k and head, or fp32 ``[B_cache, H, capacity]`` per token,
+            which an append then computes and writes.
+        hadamard: store keys rotated by a Hadamard matrix, and rotate queries likewise: the same
+            attention, with much less error where keys have 4 bits. Head dim D must be even.
 
     Examples:
         >>> from gqa_kernels import DenseKVCache
@@ -45,6 +48,7 @@ class DenseKVCache(KVCache):
         v_scale: Tensor | float | None = None,
         k_zero: Tensor | float | None = None,
         v_zero: Tensor | float | None = None,
+        hadamard: bool = False,
         layout: Layout = "bhsd",
     ):
         check_layout(layout)
@@ -64,6 +68,7 @@ class DenseKVCache(KVCache):
         self.batch_index, self.begin = batch_index, begin
         self.k_scale, self.v_scale, self.k_zero, self.v_zero = k_scale, v_scale, k_zero, v_zero
         self.view()
+        self._set_hadamard(hadamard)
 
     @classmethod
     def empty(
@@ -79,6 +84,7 @@ class DenseKVCache(KVCache):
         device: torch.device | str = "cpu",
         format: str | None = None,
         zeros: bool = False,
+        hadamard: bool = False,
         layout: Layout = "bhsd",
     ) -> DenseKVCache:
         """An empty cache in memory of its own.
@@ -87,6 +93,7 @@ class DenseKVCache(KVCache):
             format: None stores ``dtype``; ``"fp8_e4m3"``, ``"fp8_e5m2"``, ``"int8"`` or ``"int4"``
                 quantises with a scale per token and head.
             zeros: keep a zero per token and head too (int8, int4).
+            hadamard: as the constructor has it.
             layout: memory order.
         """
         check_layout(layout)
@@ -100,7 +107,7 @@ class DenseKVCache(KVCache):
         k = empty_storage(batch, num_kv_heads, capacity, head_dim, *where)
         v = empty_storage(batch, num_value_heads, capacity, value_head_dim, *where)
         lengths = torch.zeros(batch, dtype=torch.int32, device=device)
-        return cls(k, v, lengths, **empty_scales(k, v, format, zeros))
+        return cls(k, v, lengths, hadamard=hadamard, **empty_scales(k, v, format, zeros))
 
     def _parts(self) -> tuple[Tensor | float | None, ...]:
         return (

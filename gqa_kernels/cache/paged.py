@@ -32,8 +32,10 @@ class PagedKVCache(KVCache):
         lengths: ``[B]`` integers, or ``[B, Hk]``: keys there are.
         order: memory order of k and v as given.
         begin: ``[B]`` integers, slot of a sequence's first key; default 0.
-        k_scale, v_scale, k_zero, v_zero: of a quantised cache: one number, ``[H]`` per head, or
-            fp32 ``[P, H, page_size]`` per token, which an append then computes and writes.
+        k_scale, v_scale, k_zero, v_zero: of a quantised cache: one number, ``[H]`` per head,
+            ``[P, H]`` per page and head, or fp32 ``[P, H, page_size]`` per token, which an append
+            then computes and writes.
+        hadamard: keys are rotated, as for :class:`~gqa_kernels.DenseKVCache`.
 
     Examples:
         >>> import torch
@@ -58,6 +60,7 @@ class PagedKVCache(KVCache):
         v_scale: Tensor | float | None = None,
         k_zero: Tensor | float | None = None,
         v_zero: Tensor | float | None = None,
+        hadamard: bool = False,
     ):
         _check_order(order)
         check_tensors(k=k, v=v, page_table=page_table, lengths=lengths)
@@ -76,6 +79,7 @@ class PagedKVCache(KVCache):
         self.k, self.v, self.page_table, self.lengths, self.begin = k, v, page_table, lengths, begin
         self.k_scale, self.v_scale, self.k_zero, self.v_zero = k_scale, v_scale, k_zero, v_zero
         self.view()
+        self._set_hadamard(hadamard)
 
     @classmethod
     def from_packed(
@@ -223,12 +227,13 @@ class PagedKVCache(KVCache):
         device: torch.device | str = "cpu",
         format: str | None = None,
         zeros: bool = False,
+        hadamard: bool = False,
         order: Order = "HND",
     ) -> PagedKVCache:
         """Pages in memory of their own, with no sequence; :meth:`at` gives it some.
 
         Args:
-            format, zeros: as for :meth:`gqa_kernels.DenseKVCache.empty`.
+            format, zeros, hadamard: as for :meth:`gqa_kernels.DenseKVCache.empty`.
             order: memory order.
         """
         _check_order(order)
@@ -246,7 +251,7 @@ class PagedKVCache(KVCache):
         v = empty_storage(num_pages, num_value_heads, page_size, value_head_dim, *where)
         table = torch.zeros(0, 1, dtype=torch.int32, device=device)
         lengths = torch.zeros(0, dtype=torch.int32, device=device)
-        return cls(k, v, table, lengths, **empty_scales(k, v, format, zeros))
+        return cls(k, v, table, lengths, hadamard=hadamard, **empty_scales(k, v, format, zeros))
 
     def at(
         self, page_table: Tensor | PageBatch, lengths: Tensor | None = None,
@@ -267,7 +272,9 @@ class PagedKVCache(KVCache):
             return found
         if lengths is None:
             raise TypeError("lengths must be given with a page_table in a tensor, got None")
-        return PagedKVCache(self.k, self.v, page_table, lengths, begin=begin, **self.scales)
+        return PagedKVCache(
+            self.k, self.v, page_table, lengths, begin=begin, hadamard=self.hadamard, **self.scales
+        )
 
     def copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copy pages ``(from, to)``, with their scales, as copy-on-write asks for."""

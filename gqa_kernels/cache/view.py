@@ -94,8 +94,9 @@ class KVView:
             page_table: ``[B, max_pages]`` or ``[B, Hk, max_pages]`` integers.
             kv_begin: ``[B]`` integers.
             k_scale, v_scale, k_zero, v_zero: a number or tensor of one element for the whole
-                tensor, ``[H]`` per head, or fp32 ``[P, H, page_size]`` per token and head; only the
-                last is written by an append.
+                tensor, ``[H]`` per head, ``[P, H]`` per page (of dense storage: sequence) and head,
+                or fp32 ``[P, H, page_size]`` per token and head; only the last is written by an
+                append.
             check_values: look at lengths, begins and page ids too.
 
         Raises:
@@ -416,6 +417,9 @@ def _rows(name: str, x: Tensor | float | None, storage: Tensor) -> Tensor | None
         return x.as_strided(target, (0, 0, 0))
     if x.shape == (heads,):
         return x.as_strided(target, (0, x.stride(0), 0))
+    if x.shape == target[:2]:
+        return x.as_strided(target, (*x.stride(), 0))
     raise ValueError(
-        f"{name} must have 1 element, shape ({heads},) or {tuple(target)}, got {tuple(x.shape)}"
+        f"{name} must have 1 element, shape ({heads},), {tuple(target[:2])} or {tuple(target)}, "
+        f"got {tuple(x.shape)}"
     )

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..cache.hadamard import rotate_by_hadamard
 from ..cache.tensors import Layout
 from ..cache.view import KVView
 from ..native.arguments import as_bool, check_tensors
@@ -65,12 +66,13 @@ class AppendCall(OverView):
         rotary_interleaved: bool = False,
         rotary_positions: Tensor | None = None,
         next_positions: Tensor | None = None,
+        hadamard: bool = False,
         layout: Layout = "bhsd",
         q_heads_first: Tensor | None = None,
     ) -> AppendCall:
         """The call of :meth:`gqa_kernels.cache.base.KVCache.append`, whose arguments these are,
         with room for every token. ``q_heads_first``: q as ``[B, Hq, S, D]``, in its place.
-        ``next_positions``: of the cache."""
+        ``next_positions``, ``hadamard``: of the cache; the latter copies the new keys."""
         packed = cu_seqlens is not None
         if packed:
             check_tensors(cu_seqlens=cu_seqlens)
@@ -95,9 +97,14 @@ class AppendCall(OverView):
             call.check()
         if view.num_k_heads != view.num_v_heads or rotary_cos is not None or rotary_sin is not None:
             call._check_positions(rotary_positions is not None or next_positions is not None)
+            if hadamard and rotary_positions is None and next_positions is None:
+                next_positions = call._positions_by_length()
             call._rotate_at(rotary_positions, next_positions)
         elif rotary_positions is not None:
             raise ValueError("rotary_positions must be None without rotary_cos and rotary_sin")
+        if hadamard:
+            call.check()
+            call.k_new = rotate_by_hadamard(call.k_new)
         new = call.max_new if call.new_offsets is None else call.new_offsets
         if not view.has_slots(new):
             call.check()
@@ -133,6 +140,17 @@ class AppendCall(OverView):
                     "append: with lengths per head a query has no one position; pass "
                     "rotary_positions, or set the cache's next_positions"
                 )
+
+    def _positions_by_length(self) -> Tensor:
+        """``[B]``, positions of the first new tokens; a Hadamard rotation comes after the rotary
+        embedding, so that no kernel can apply the latter."""
+        if self.kv.lengths_per_head:
+            raise NotImplementedError(
+                "append: with lengths per head and hadamard, pass rotary_positions, or set the "
+                "cache's next_positions"
+            )
+        assert self.kv.kv_lengths is not None  # a cache has lengths
+        return self.kv.kv_lengths[:, 0]
 
     def _rotate_at(self, positions: Tensor | None, first: Tensor | None) -> None:
         """Rotate q and k_new by positions that are not those that the lengths say. No kernel takes

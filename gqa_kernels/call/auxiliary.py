@@ -32,6 +32,14 @@ class AuxRequest(NamedTuple):
     max_scores: bool = False
     key_scores: int = 0
 
+    def output(self, lse: Tensor, max_scores: Tensor, key_scores: Tensor) -> AuxOutput:
+        """Those of an op's results that were asked for."""
+        return AuxOutput(
+            lse if self.lse else None,
+            max_scores if self.max_scores else None,
+            key_scores if self.key_scores else None,
+        )
+
 
 class AuxOutput(NamedTuple):
     """The outputs that an :class:`AuxRequest` asked for; None for the others.

@@ -9,6 +9,7 @@ from . import autograd, flops, schema
 for _name, _schema in (
     ("attention_forward", schema.FORWARD),
     ("attention_output", schema.OUTPUT),
+    ("attention_auxiliary", schema.AUXILIARY),
     ("attention_backward", schema.BACKWARD),
     ("cache_append", schema.APPEND),
     ("cache_keep", schema.KEEP),
@@ -18,6 +19,9 @@ for _name, _schema in (
 
 torch.library.register_fake("gqa_kernels::attention_forward", schema.fake_forward(schema.FORWARD))
 torch.library.register_fake("gqa_kernels::attention_output", schema.fake_output)
+torch.library.register_fake(
+    "gqa_kernels::attention_auxiliary", schema.fake_auxiliary(schema.AUXILIARY)
+)
 torch.library.register_fake(
     "gqa_kernels::attention_backward", schema.fake_backward(schema.BACKWARD)
 )
@@ -30,6 +34,7 @@ autograd.register(
 for _name, _schema, _is_backward in (
     ("attention_forward", schema.FORWARD, False),
     ("attention_output", schema.OUTPUT, False),
+    ("attention_auxiliary", schema.AUXILIARY, False),
     ("attention_backward", schema.BACKWARD, True),
 ):
     flops.register(_name, _schema, is_backward=_is_backward)

@@ -103,7 +103,9 @@ _IN_CALL = {
 }
 
 
-def forward(head_map: str = "head_map", returns: str = "(Tensor out, Tensor lse)") -> Schema:
+def forward(
+    head_map: str = "head_map", returns: str = "(Tensor out, Tensor lse)", more: str = ""
+) -> Schema:
     """Attention. Returns out ``[B, Hq, Sq, Dv]`` and the LSE, fp32 ``[B, Hq, Sq]``.
 
     What few calls have comes last: a call leaves out what it has not.
@@ -111,15 +113,26 @@ def forward(head_map: str = "head_map", returns: str = "(Tensor out, Tensor lse)
     Args:
         head_map: name of the argument that holds the head map: int32 ``[Hq]``, or a plan of it.
         returns: in torch's notation.
+        more: further arguments, behind the others.
 
     The ops take tensors as :class:`~gqa_kernels.call.attention.AttentionCall` and its
     :class:`~gqa_kernels.cache.view.KVView` have them.
     """
     return Schema(
         f"Tensor q, Tensor k, Tensor v, Tensor {head_map}, {_SCORES}, bool bshd=False, "
-        f"{_WHERE_KEYS_LIE}, {_BIASES}, {_PACKED}, {_SCALES}, {_DROPOUT}",
+        f"{_WHERE_KEYS_LIE}, {_BIASES}, {_PACKED}, {_SCALES}, {_DROPOUT}{more}",
         returns,
         _IN_CALL,
+    )
+
+
+def auxiliary(head_map: str = "head_map") -> Schema:
+    """Attention with what an AuxRequest (``gqa_kernels/call/auxiliary.py``) asks for beside out and
+    LSE, as AuxOutput has it; without elements if not asked for. Nothing is differentiated."""
+    return forward(
+        head_map,
+        "(Tensor out, Tensor lse, Tensor max_scores, Tensor key_scores)",
+        ", bool max_scores=False, SymInt key_scores=0",
     )
 
 
@@ -137,6 +150,7 @@ def backward(head_map: str = "head_map") -> Schema:
 
 
 FORWARD, BACKWARD = forward(), backward()
+AUXILIARY = auxiliary()
 # Attention that keeps no LSE, with the arguments that most calls have. A call that leaves an
 # argument out still pays some 0.06 microseconds for it; calls with others use FORWARD.
 OUTPUT = Schema(
@@ -191,6 +205,28 @@ def fake_forward(schema: Schema) -> Callable[..., tuple[Tensor, Tensor]]:
         return empty_results(schema.Arguments(*arguments, **named))
 
     return fake
+
+
+def fake_auxiliary(schema: Schema) -> Callable[..., tuple[Tensor, ...]]:
+    """Fake kernel of attention with auxiliary outputs."""
+
+    def fake(*arguments: Any, **named: Any) -> tuple[Tensor, ...]:
+        return empty_auxiliary(schema.Arguments(*arguments, **named))
+
+    return fake
+
+
+def empty_auxiliary(call: Any) -> tuple[Tensor, ...]:
+    """Uninitialised out, LSE, max_scores and key_scores."""
+    batch = call.q.shape[0] if call.q_offsets is None else call.q_offsets.shape[0] - 1
+    slots = call.k.shape[2] * (1 if call.page_table is None else call.page_table.shape[2])
+    heads, k_heads = call.q.shape[1], call.k.shape[1]
+    shapes = (
+        (batch if call.max_scores else 0, heads),
+        (batch if call.key_scores else 0, k_heads, slots),
+    )
+    more = (call.q.new_empty(shape, dtype=torch.float32) for shape in shapes)
+    return (*empty_results(call), *more)
 
 
 def fake_output(*arguments: Any, **named: Any) -> Tensor:

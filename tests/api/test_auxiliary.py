@@ -7,19 +7,23 @@ import torch
 from torch.nn.attention.flex_attention import AuxRequest as TorchRequest
 
 from gqa_kernels import (
+    AuxOutput,
     AuxRequest,
     asym_gqa_attention,
     asym_gqa_decode,
     available_backends,
     plan_decode,
 )
+from gqa_kernels.attention import attention_call
 from gqa_kernels.backends.reference.cache import gather
+from gqa_kernels.decode import decode_call
+from gqa_kernels.testing import assert_auxiliary_close
 from tests.cache.test_decode import filled, queries
 from tests.cases.attention import UNEVEN, WITH_EMPTY
 from tests.cases.caches import Kind
 from tests.dense import dense_attention
 
-BACKENDS = [name for name in available_backends() if name != "triton"]  # one is like the other
+BACKENDS = available_backends()
 OPTIONS = {
     "plain": {},
     "causal": {"causal": True},
@@ -46,24 +50,31 @@ def summed(p, head_map, heads, last):
     return found
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("last", [1, 4, 100])
-def test_key_scores_are_sums_of_probabilities(name, last):
+def test_key_scores_are_sums_of_probabilities(name, last, backend, device):
     head_map, options = UNEVEN, OPTIONS[name]
     generator = torch.Generator().manual_seed(1)
     q = torch.randn(2, 6, 9, 16, generator=generator)
     k, v = torch.randn(2, 2, 3, 19, 16, generator=generator)
     expected = summed(probabilities(q, k, head_map, **options), head_map, 3, last)
-    plain = asym_gqa_attention(q, k, v, head_map, **options)
+    on = [x.to(device) if isinstance(x, torch.Tensor) else x for x in (q, k, v, head_map)]
+    options = {
+        name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in options.items()
+    }
+    plain = asym_gqa_attention(*on, backend=backend, **options)
     out, aux = asym_gqa_attention(
-        q, k, v, head_map, return_aux=AuxRequest(key_scores=last), **options
+        *on, return_aux=AuxRequest(key_scores=last), backend=backend, **options
     )
     assert torch.equal(out, plain) and aux.lse is None and aux.max_scores is None
-    torch.testing.assert_close(aux.key_scores.double(), expected, rtol=1e-5, atol=1e-5)
+    exact = AuxOutput(key_scores=expected.to(device))
+    assert_auxiliary_close(aux, attention_call(*on, **options), last, exact)
 
 
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "triton"])
 @pytest.mark.parametrize("name", OPTIONS)
-def test_max_scores_are_the_largest(name):
+def test_max_scores_are_the_largest(name, backend):
     """A key's score is the LSE of attention to it alone, without sinks."""
     options = {key: x for key, x in OPTIONS[name].items() if key not in ("sinks", "attn_mask")}
     generator = torch.Generator().manual_seed(2)
@@ -72,7 +83,8 @@ def test_max_scores_are_the_largest(name):
     mask = OPTIONS[name].get("attn_mask", torch.ones(19, dtype=torch.bool))
     alone = torch.stack([
         asym_gqa_attention(
-            q, k, v, UNEVEN, return_lse=True, attn_mask=mask & (torch.arange(19) == j), **options
+            q.double(), k.double(), v.double(), UNEVEN, return_lse=True,
+            attn_mask=mask & (torch.arange(19) == j), backend="reference", **options,
         )[1]
         for j in range(19)
     ])  # fmt: skip
@@ -80,9 +92,10 @@ def test_max_scores_are_the_largest(name):
     if name == "sinks":
         given["sinks"] = OPTIONS[name]["sinks"]
     _, aux = asym_gqa_attention(
-        q, k, v, UNEVEN, return_aux=AuxRequest(lse=True, max_scores=True), **given
+        q, k, v, UNEVEN, return_aux=AuxRequest(lse=True, max_scores=True), backend=backend, **given
     )
-    torch.testing.assert_close(aux.max_scores, alone.amax((0, 3)), rtol=1e-5, atol=1e-5)
+    exact = AuxOutput(max_scores=alone.amax((0, 3)))
+    assert_auxiliary_close(aux, attention_call(q, k, v, UNEVEN, **given), exact=exact)
     assert aux.lse.shape == (2, 6, 300) and aux.key_scores is None
 
 
@@ -102,16 +115,18 @@ def test_over_caches(kind, backend, device):
     planned, again = plan(q, cache, *new, return_aux=AuxRequest(True, True, 2))
     assert torch.equal(out, planned) and torch.equal(aux.key_scores, again.key_scores)
     cache.advance(2)
+    call = decode_call(q, cache, UNEVEN)
+    assert_auxiliary_close(again, call, 2)
     k, _, _ = gather(cache.view())
     lengths = cache.lengths.cpu()
     p = probabilities(q, k.float(), UNEVEN, causal=True, kv_lengths=lengths)
-    torch.testing.assert_close(
-        aux.key_scores.cpu().double(), summed(p, UNEVEN, 3, 2), rtol=1e-4, atol=1e-5
-    )
+    exact = AuxOutput(key_scores=summed(p, UNEVEN, 3, 2).to(device))
+    assert_auxiliary_close(aux, call, 2, exact)
     assert aux.lse.shape == (3, 6, 2) and again.max_scores.shape == (3, 6)
 
 
-def test_packed_queries(device):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_packed_queries(backend, device):
     """The last queries of each sequence, of which some have fewer or none."""
     cache, _ = filled(Kind(3), torch.float32, device)
     counts = [5, 0, 1]
@@ -119,9 +134,11 @@ def test_packed_queries(device):
     q = torch.randn(6, 6, 16, device=device)
     request = AuxRequest(lse=True, max_scores=True, key_scores=3)
     _, aux = asym_gqa_decode(
-        q, cache, UNEVEN, cu_seqlens_q=offsets, max_seqlen_q=5, return_aux=request
-    )
+        q, cache, UNEVEN, cu_seqlens_q=offsets, max_seqlen_q=5, return_aux=request,
+        backend=backend,
+    )  # fmt: skip
     assert aux.lse.shape == (6, 6)
+    exact = torch.zeros(aux.key_scores.shape, dtype=torch.float64)
     k, _, _ = gather(cache.view())
     for b, count in enumerate(counts):
         one = q[offsets[b] : offsets[b] + count].transpose(0, 1)[None]
@@ -131,18 +148,21 @@ def test_packed_queries(device):
         p = probabilities(
             one, k[b : b + 1], UNEVEN, causal=True, kv_lengths=cache.lengths[b : b + 1].cpu()
         )
-        torch.testing.assert_close(
-            aux.key_scores[b].cpu().double(), summed(p, UNEVEN, 3, 3)[0], rtol=1e-4, atol=1e-5
-        )
+        exact[b] = summed(p, UNEVEN, 3, 3)[0]
+    call = decode_call(q, cache, UNEVEN, cu_seqlens_q=offsets, max_seqlen_q=5)
+    assert_auxiliary_close(aux._replace(max_scores=None), call, 3, AuxOutput(key_scores=exact))
 
 
-def test_maps():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_maps(backend):
     """Empty groups get nothing; a head whose entry is out of range gives nothing."""
     q, k = torch.randn(1, WITH_EMPTY.num_heads, 2, 8), torch.randn(1, WITH_EMPTY.num_kv_heads, 5, 8)
-    _, aux = asym_gqa_attention(q, k, k, WITH_EMPTY, return_aux=AuxRequest(key_scores=2))
-    sizes = torch.tensor(WITH_EMPTY.group_sizes)
-    assert 0 in sizes
-    torch.testing.assert_close(aux.key_scores.sum(-1)[0], 2.0 * sizes)
+    request = AuxRequest(max_scores=True, key_scores=2)
+    _, aux = asym_gqa_attention(q, k, k, WITH_EMPTY, return_aux=request, backend=backend)
+    assert_auxiliary_close(aux, attention_call(q, k, k, WITH_EMPTY), 2)
+    for g, size in enumerate(WITH_EMPTY.group_sizes):
+        assert aux.key_scores[:, g].any() == (size > 0)
+    assert 0 in WITH_EMPTY.group_sizes
     _, aux = asym_gqa_attention(q, k, k, WITH_EMPTY, return_aux=TorchRequest(lse=True))
     assert aux.lse is not None and aux.key_scores is None
 

@@ -5,10 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gqa_kernels import DenseKVCache, PagedKVCache
+from gqa_kernels import DenseKVCache, PagedKVCache, asym_gqa_decode
 from gqa_kernels.backends.dispatch import BACKENDS
 from gqa_kernels.backends.reference.cache import gather
 from gqa_kernels.call.append import AppendCall
+from gqa_kernels.testing import assert_decode_close
 from tests.cache.test_decode import USABLE
 from tests.cases.appends import FORMATS, rotary_table
 from tests.cases.attention import UNEVEN
@@ -169,6 +170,25 @@ def test_given_scales_saturate_and_stay(backend, dtype, device):
             expected = expected.round()
         assert torch.equal(got[:, :, :3].cpu(), expected * scale)
     assert v_scale.tolist() == [0.5, 0.25, 2.0]
+
+
+@pytest.mark.parametrize("backend", USABLE)
+def test_scales_of_each_sequence_and_head(backend, device):
+    """``[B, Hk]``, as FlashAttention-3 has descale factors: the append and attention read them."""
+    k, v = (torch.zeros(2, 3, 8, 16, dtype=torch.int8, device=device) for _ in range(2))
+    lengths = torch.zeros(2, dtype=torch.int32, device=device)
+    scale = (torch.arange(6, device=device).float().view(2, 3) + 1) / 64
+    cache = DenseKVCache(k, v, lengths, k_scale=scale, v_scale=scale.flip(0))
+    new = torch.randn(2, 3, 5, 16, generator=torch.Generator().manual_seed(0)).to(device)
+    q = torch.randn(2, 6, 2, 16, device=device)
+    cache.append(new, new, backend=backend)
+    got_k, got_v, _ = gather(cache.view())
+    for got, each in ((got_k, scale), (got_v, scale.flip(0))):
+        each = each.cpu()[:, :, None, None]
+        expected = (new.cpu() / each).round().clamp(-128, 127) * each
+        assert torch.equal(got[:, :, :5].cpu(), expected)
+    out, lse = asym_gqa_decode(q, cache, UNEVEN, return_lse=True, backend=backend)
+    assert_decode_close(out, q, cache, UNEVEN, lse=lse)
 
 
 @pytest.mark.parametrize("backend", USABLE)

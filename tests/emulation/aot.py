@@ -33,6 +33,8 @@ from gqa_kernels.cache.paged import PagedKVCache
 from gqa_kernels.call.attention import AttentionCall
 from gqa_kernels.decode import view_call
 from gqa_kernels.native.schema import empty_output
+from tools.sass.disassemble import disassemble
+from tools.sass.loops import main_loops
 
 assert os.environ.get("TRITON_INTERPRET", "0") != "1"
 
@@ -112,11 +114,13 @@ def compile_launch(launch: Launch, gpu: GPUTarget):
 @dataclass(frozen=True)
 class Resources:
     """Per thread: registers, bytes of spills (NVIDIA) or spilled registers (AMD). Per program:
-    bytes of shared memory."""
+    bytes of shared memory. Per warp: instructions of one step of the main loop, if there is one
+    and the target is NVIDIA's."""
 
     registers: int
     spills: int
     shared: int
+    step: int | None = None
 
 
 def resources(compiled) -> Resources:
@@ -139,9 +143,12 @@ def resources(compiled) -> Resources:
         source.write_text(compiled.asm["ptx"])
         command = [str(ptxas), "-v", f"-arch={target}", str(source), "-o", f"{folder}/kernel.cubin"]
         report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        loops = [loop for kernel in disassemble(Path(folder, "kernel.cubin"))
+                 for loop in main_loops(kernel)]  # fmt: skip
     registers = re.search(r"Used (\d+) registers", report)[1]
     spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report).groups()
-    return Resources(int(registers), sum(map(int, spills)), shared)
+    step = min((len(loop.path) for loop in loops), default=None)
+    return Resources(int(registers), sum(map(int, spills)), shared, step)
 
 
 def make_call(

@@ -1,8 +1,10 @@
-"""Registers, spills and shared memory: ``python -m tests.emulation.resources TARGET [--all]``
+"""What Triton's kernels use: ``python -m tests.emulation.resources TARGET [--all]``
 
 Compiles the launches that real calls would make on the target (a key of ``aot.TARGETS``) and prints
-one line per compiled kernel; ``--all`` takes every configuration instead of the main ones. Exits
-with 1 if a kernel that must not spill does, or if one needs more shared memory than there is.
+one line per compiled kernel: registers, spills, shared memory, and what a warp executes for a block
+of keys (or queries) that needs no mask, if that takes 8 matrix instructions or more. ``--all``
+takes every configuration instead of the main ones. Exits with 1 if a kernel that must not spill
+does, or if one needs more shared memory than there is.
 Environment: ``TRITON_INTERPRET`` must not be 1.
 """
 
@@ -162,6 +164,7 @@ def lines(
                 f"{target.facts.family:6} {launch.kernel.__name__:18} D{configuration.head_dim:<4}"
                 f"{dtype:9} {configuration.options:13} {tile:>8} {launch.num_warps} warps "
                 f"{used.registers:4} registers {used.spills:5} spills {used.shared:7} B shared"
+                + ("" if used.step is None else f" {used.step:5} instructions a step")
             )
             yield line + ("" if kept else "  <- over the limit"), kept
 

@@ -61,6 +61,8 @@ class Place:
                 x = torch.tensor(x)
             if x is None or x.dim() == 3:
                 found.append(None if x is None else x[page, head, slot])
+            elif x.dim() == 2:
+                found.append(x[page, head])
             else:
                 found.append((x[head] if x.numel() > 1 else x.reshape(())).expand(page.shape))
         return found
@@ -165,11 +167,12 @@ def _storage(draw: Draw, kind: str, format: Stored | None, dtype, rows, size, ke
     if format is None:
         return k, v, scales
     sizes = {"fp8_e4m3": 0.5, "fp8_e5m2": 0.5, "int8": 0.02, "int4": 0.2}
-    scope = draw.pick("number", "one", "head", "token", "token")
+    scope = draw.pick("number", "one", "head", "page", "token", "token")
     zeros = format.integer and draw.chance(0.5)
     for side, x in (("k", k), ("v", v)):
         for name in ("scale", "zero") if zeros else ("scale",):
-            shape = {"head": (x.shape[1],), "token": x.shape[:3]}.get(scope, (1,))
+            shapes = {"head": (x.shape[1],), "page": x.shape[:2], "token": x.shape[:3]}
+            shape = shapes.get(scope, (1,))
             value = draw.normal(*shape).abs() * sizes[format.name] + 1e-3
             if name == "zero":
                 value = draw.integers(0, 9, *shape).float()

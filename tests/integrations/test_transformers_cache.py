@@ -196,6 +196,25 @@ def test_quantised(llama, format, zeros):
     assert not torch.allclose(ours, exact, **CLOSE)
 
 
+@pytest.mark.parametrize("budgets", [False, True], ids=["plain", "budgets"])
+def test_rotated_keys(llama, budgets):
+    """The scores are the same; dense copies of the keys, too."""
+    inputs = batch([16], "left")
+    chunks = [9, 3, 1, 1, 1, 1]
+    layers = [[(2, 8), None, None, (4, 4)]] * llama.config.num_hidden_layers
+    options = {"page_size": PAGE, "budgets": layers if budgets else None}
+    plain, rotated = (
+        PagedCache(llama.config, hadamard=hadamard, **options) for hadamard in (False, True)
+    )
+    expected, found = (forced(llama, inputs, cache, chunks) for cache in (plain, rotated))
+    torch.testing.assert_close(found, expected, **CLOSE)
+    if budgets:
+        pages = [cache.layers[0]._pages for cache in (plain, rotated)]
+        assert pages[1].pool.hadamard and not torch.equal(pages[0].pool.k, pages[1].pool.k)
+        for one, other in zip(*(x.dense() for x in pages), strict=True):
+            torch.testing.assert_close(one, other, **CLOSE)
+
+
 class TestMemory:
     TOKENS, HEADS, DIM, LAYERS = 64, 4, 16, 2
 

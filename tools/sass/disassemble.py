@@ -1,6 +1,6 @@
 """Machine code as text: cubins out of libraries, and the instructions of each kernel.
 
-Needs ``cuobjdump`` and ``nvdisasm``. Both come with a CUDA toolkit, or from pip as
+Needs ``cuobjdump`` and ``nvdisasm``. Both come with a CUDA toolkit, with Triton, or from pip as
 ``nvidia-cuda-cuobjdump`` and ``nvidia-cuda-nvdisasm``.
 """
 
@@ -47,12 +47,16 @@ class Kernel(NamedTuple):
 
 
 def tool(name: str) -> str | None:
-    """Path of a program of the CUDA toolkit: on PATH, under $CUDA_HOME, or installed by pip."""
+    """Path of a program of the CUDA toolkit: on PATH, under $CUDA_HOME, or installed by pip, with
+    Triton too."""
     home = os.environ.get("CUDA_HOME")
     candidates = [shutil.which(name), *([f"{home}/bin/{name}"] if home else [])]
     spec = importlib.util.find_spec("nvidia")
     for folder in spec.submodule_search_locations if spec else ():
         candidates += map(str, sorted(Path(folder).glob(f"cu[0-9]*/bin/{name}"), reverse=True))
+    triton = importlib.util.find_spec("triton")
+    if triton is not None and triton.origin is not None:
+        candidates.append(str(Path(triton.origin).parent / "backends/nvidia/bin" / name))
     return next((path for path in candidates if path and os.path.exists(path)), None)
 
 

@@ -95,14 +95,15 @@ struct Work {
 }  // namespace
 
 void attention_forward(const AttentionParams& params, const ThreadPool& pool, bool lse_wanted,
-                       bool batch_invariant) {
+                       bool batch_invariant, const Auxiliary& wanted) {
   const ForwardKernels& kernels = select(params.k_dtype);
   const MaskBlocks masks(params, pool);
   const Schedule schedule =
       make_schedule(params, masks, batch_invariant, kernels.limits, pool.num_threads);
   if (params.q_offsets != nullptr) fill_tokens_of_no_sequence(params);
   for (const int32_t head : schedule.invalid_heads) fill_head_with_nan(params, head);
-  if (schedule.tasks.empty()) return;
+  const AuxiliaryWork auxiliary(params, schedule, wanted);
+  if (schedule.tasks.empty()) return auxiliary.finish(schedule);
 
   AlignedFloats partials(schedule.partial_floats);
   const auto unfinished = std::make_unique<std::atomic<int32_t>[]>(schedule.num_merges);
@@ -113,12 +114,15 @@ void attention_forward(const AttentionParams& params, const ThreadPool& pool, bo
   for (const Bundle& bundle : schedule.bundles) {
     floats = std::max(floats, kernels.scratch_floats(params, schedule, bundle));
   }
-  AlignedFloats scratch(schedule.num_workers * floats);
+  const int64_t worker_floats = floats + auxiliary.worker_floats();
+  AlignedFloats scratch(schedule.num_workers * worker_floats);
 
-  const CallState call{params,           masks,      schedule,          partials.get(),
-                       unfinished.get(), lse_wanted, cheap_subnormals()};
-  Work work{call, kernels.run_bundle[static_cast<int>(params.k_dtype)], scratch.get(), floats};
+  const CallState call{params,    masks,  schedule,   partials.get(),    unfinished.get(),
+                       auxiliary, floats, lse_wanted, cheap_subnormals()};
+  Work work{call, kernels.run_bundle[static_cast<int>(params.k_dtype)], scratch.get(),
+            worker_floats};
   run_workers(pool, schedule.num_workers, work);
+  auxiliary.finish(schedule);
 }
 
 }  // namespace gqa::cpu

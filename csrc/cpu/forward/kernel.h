@@ -23,6 +23,7 @@
 #include "../isa/math.h"
 #include "dequantize.h"
 #include "kernel_table.h"
+#include "key_scores.h"
 #include "kv_rows.h"
 #include "products_direct.h"
 #include "products_fp8.h"
@@ -78,7 +79,9 @@ class AttentionTask {
         v_(KVRows<S>::v(params_, pages_, task.v_head)),
         dequantizer_(params_, pages_, task.k_head, task.v_head, tile_),
         products_(params_, tile_, more...),
-        rows_(task.num_rows()) {
+        rows_(task.num_rows()),
+        key_scores_(call.auxiliary.rows_of(&task - call.schedule.tasks.data()), rows_,
+                    shared + call.scratch_floats) {
     for (int r = 0; r < rows_; ++r) {
       const int64_t t = task.token_begin + r / task.num_heads();
       call_rows_[r] = {task.batch, call.schedule.heads[task.head_begin + r % task.num_heads()], t,
@@ -116,7 +119,11 @@ class AttentionTask {
       strip = union_of(runs_, r, r + Products::kStrip < rows_ ? r + Products::kStrip : rows_);
       any |= strip.begin < strip.end;
     }
-    if (!any) return;  // a mask hides the whole tile
+    key_scores_.begin_tile(first, n);
+    if (!any) {  // a mask hides the whole tile
+      key_scores_.hide_all();
+      return;
+    }
     v_.fetch(first, n, v_rows);
     products_.begin_tile(k_rows, v_rows, n, next_rows.rows, next_rows.n);
     if (kQuantized<S>) dequantizer_.begin_tile(first, n);
@@ -156,6 +163,7 @@ class AttentionTask {
     if (task_.merge < 0) {
       for (int r = 0; r < rows_; ++r)
         write_row(r, tile_.o + r * tile_.layout.o_ld, tile_.max[r], tile_.sum[r]);
+      key_scores_.sum();
     } else {
       store_partial_result();
       // The last split to finish sees all others' results: acquire pairs with their release.
@@ -213,8 +221,13 @@ class AttentionTask {
     float block_max[kSoftmaxRows];
     for (int i = 0; i < n; ++i) {
       const StripKeys& strip = strips[(r + i) / Products::kStrip];
-      if (strip.begin >= strip.end) continue;
-      block_max[i] = finish_scores<kBias>(r + i, s + i * tile_.layout.keys, first, strip);
+      float* scores = s + i * tile_.layout.keys;
+      if (strip.begin >= strip.end) {
+        if (key_scores_.counts(r + i)) key_scores_.hide(r + i);
+        continue;
+      }
+      block_max[i] = finish_scores<kBias>(r + i, scores, first, strip);
+      if (key_scores_.counts(r + i)) key_scores_.store(r + i, scores, strip);
     }
     for (int i = 0; i < n; ++i) {
       const StripKeys& strip = strips[(r + i) / Products::kStrip];
@@ -302,6 +315,7 @@ class AttentionTask {
       }
       write_row(r, o, max, sum);
     }
+    key_scores_.sum();
   }
 
   // Adds the result of one segment to that of those before.
@@ -347,6 +361,7 @@ class AttentionTask {
     const int64_t h = head(r), b = stored_batch(), t = stored_token(r);
     const bool sees_nothing =
         sum == 0.0f;  // a visible key adds about 1 at the maximum; NaN is not 0
+    const float score_max = max;
     float factor = 1.0f;
     if (params_.sinks && !sees_nothing) {
       const float sink = params_.sinks[h] * kScoreUnit<S>;
@@ -358,10 +373,16 @@ class AttentionTask {
     // In double, because an error of the LSE is a relative error of the backward's P. `max` carries
     // the rounding of kScoreUnit, and so must the factor.
     constexpr double kNatural = 1.0 / static_cast<double>(kScoreUnit<S>);
-    params_.lse[(b * params_.num_heads + h) * params_.q_tokens + t] =
+    const int64_t row = (b * params_.num_heads + h) * params_.q_tokens + t;
+    params_.lse[row] =
         sees_nothing ? -INFINITY
                      : static_cast<float>(max * kNatural + std::log(static_cast<double>(sum)));
-    const typename V::F inverse = V::set1(sees_nothing ? 0.0f : factor / sum);
+    const float probability = sees_nothing ? 0.0f : factor / sum;  // of a key at the maximum
+    const typename V::F inverse = V::set1(probability);
+    if (call_.auxiliary.row_max() != nullptr) {
+      call_.auxiliary.row_max()[row] = static_cast<float>(score_max * kNatural);
+    }
+    if (key_scores_.counts(r)) key_scores_.end_row(r, score_max, probability);
     T* out = static_cast<T*>(params_.out) + b * params_.out_stride.b + h * params_.out_stride.h +
              t * params_.out_stride.s;
     const int64_t dims = params_.value_head_dim;
@@ -380,6 +401,7 @@ class AttentionTask {
   Dequantizer<V, S> dequantizer_;
   Products products_;
   int rows_;
+  KeyScores<V, S, Products::kMaxRows> key_scores_;
   bool has_total_ = false;  // whether total_o holds segments
   CallRow call_rows_[Products::kMaxRows];
   MaskRun runs_[Products::kMaxRows];  // of this tile

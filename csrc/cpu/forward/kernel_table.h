@@ -9,6 +9,7 @@
 #include "../aligned.h"
 #include "../isa/cpu_features.h"
 #include "../mask_blocks.h"
+#include "auxiliary.h"
 #include "schedule.h"
 
 namespace gqa::cpu {
@@ -20,6 +21,8 @@ struct CallState {
   const Schedule& schedule;
   float* partials;                   // [schedule.partial_floats]
   std::atomic<int32_t>* unfinished;  // [schedule.num_merges] splits still at work
+  const AuxiliaryWork& auxiliary;
+  int64_t scratch_floats;  // of a worker, before its memory for the auxiliary work
   bool lse_wanted;
   bool cheap_subnormals;
 };

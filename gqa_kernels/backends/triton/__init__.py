@@ -13,6 +13,7 @@
     common.py       the formula: scores, masking, online softmax
     kv.py           where keys and values lie: dense or paged, and what stored numbers mean
     append.py       kernel that writes new tokens into a cache, rotated and quantised
+    key_scores.py   kernel that sums the attention that each key gets from the last queries
     keep.py         kernel that moves the keys that a cache keeps to the front
     cache_launch.py tensors of an append -> its launch
     interpreter.py  corrects the interpreter's bf16
@@ -29,8 +30,10 @@ from torch import Tensor
 
 from ...call.append import AppendCall
 from ...call.attention import AttentionCall
+from ...call.auxiliary import AuxOutput, AuxRequest
 from ...call.keep import KeepCall
 from ...native import env
+from ...native.autograd import is_transformed_now
 from ...native.flops import enter_formulas
 from ...native.schema import APPEND, FORWARD, KEEP
 from ..base import ALL_CACHES, FUSED_OPTIONS, Backend, Call, Capabilities
@@ -72,12 +75,31 @@ class TritonBackend(Backend):
     def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
         from .ops import triton_attention_forward
 
+        return triton_attention_forward(**self._arguments(call))
+
+    def _arguments(self, call: AttentionCall) -> dict[str, object]:
+        """The arguments of a checked call, by name."""
         call.check()
         if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack():
             enter_formulas()
         named = dict(zip(FORWARD.names, FORWARD.arguments_of(call), strict=True))
         del named["head_map"]
-        return triton_attention_forward(plan=plan_for(call), **named)
+        return {"plan": plan_for(call), **named}
+
+    def fuses_auxiliary(self, call: AttentionCall) -> bool:
+        return type(call.q) is Tensor and not call.requires_grad and not is_transformed_now()
+
+    def attend_with_auxiliary(
+        self, call: AttentionCall, request: AuxRequest
+    ) -> tuple[Tensor, AuxOutput]:
+        from .ops import triton_attention_auxiliary
+
+        out, *results = triton_attention_auxiliary(
+            **self._arguments(call),
+            max_scores=request.max_scores,
+            key_scores=request.key_scores,
+        )
+        return out, request.output(*results)
 
     def append(self, call: AppendCall) -> Tensor | None:
         from .ops import triton_cache_append

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,8 +23,10 @@ from .launch.append import append_launch
 from .launch.backward import BackwardCall, run_backward, sinks_gradient
 from .launch.forward import CacheCall, ForwardCall, forward_launches
 from .launch.keep import keep_launch
+from .launch.key_scores import key_scores_launch
 
 FORWARD, BACKWARD = schema.forward("plan"), schema.backward("plan")
+AUXILIARY = schema.auxiliary("plan")
 
 
 @torch.library.custom_op(
@@ -37,6 +40,38 @@ def triton_attention_forward(*arguments: Any, **named: Any) -> tuple[Tensor, Ten
         for launch in forward_launches(_forward_call(call, out, lse), device_facts(call.q.device)):
             launch.run()
     return out, lse
+
+
+@torch.library.custom_op(
+    "gqa_kernels::triton_attention_auxiliary", mutates_args=(), schema=AUXILIARY.text
+)
+def triton_attention_auxiliary(*arguments: Any, **named: Any) -> tuple[Tensor, ...]:
+    """See :func:`gqa_kernels.native.schema.auxiliary`."""
+    call = AUXILIARY.Arguments(*arguments, **named)
+    out, lse, most, sums = schema.empty_auxiliary(call)
+    row_max = torch.empty_like(lse) if call.max_scores else None
+    forward = replace(_forward_call(call, out, lse), row_max=row_max)
+    with torch.cuda.device_of(call.q):
+        for launch in forward_launches(forward, device_facts(call.q.device)):
+            launch.run()
+        launch = key_scores_launch(forward, sums, call.key_scores)
+        if launch is not None:
+            launch.run()
+    if row_max is not None:
+        most = _max_of_sequences(row_max, call.q_offsets)
+    return out, lse, most, sums
+
+
+def _max_of_sequences(row_max: Tensor, q_offsets: Tensor | None) -> Tensor:
+    """``[B, Hq]`` of ``[B, Hq, Sq]``, or of packed ``[1, Hq, tokens]``; -inf without queries."""
+    if q_offsets is None:
+        return torch.nn.functional.pad(row_max, (0, 1), value=-torch.inf).amax(2)
+    token = torch.arange(row_max.shape[2], device=row_max.device)
+    sequence = torch.searchsorted(q_offsets[1:], token, right=True)  # B: of no sequence
+    heads, batch = row_max.shape[1], q_offsets.shape[0] - 1
+    most = row_max.new_full((heads, batch + 1), -torch.inf)
+    most.scatter_reduce_(1, sequence.expand(heads, -1), row_max[0], "amax")
+    return most[:, :batch].t().contiguous()
 
 
 @torch.library.custom_op(
@@ -118,6 +153,7 @@ def _forward_call(call: Any, out: Tensor, lse: Tensor) -> ForwardCall:
 
 for _op, _fake in (
     (triton_attention_forward, schema.fake_forward(FORWARD)),
+    (triton_attention_auxiliary, schema.fake_auxiliary(AUXILIARY)),
     (triton_attention_backward, schema.fake_backward(BACKWARD)),
     (triton_cache_append, schema.fake_append),
     (triton_cache_keep, schema.fake_keep),
@@ -128,4 +164,5 @@ autograd.register(
     BACKWARD,
 )  # fmt: skip
 flops.register("triton_attention_forward", FORWARD)
+flops.register("triton_attention_auxiliary", AUXILIARY)
 flops.register("triton_attention_backward", BACKWARD, is_backward=True)

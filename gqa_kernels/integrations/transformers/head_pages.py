@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...backends.reference.cache import gather
 from ...cache.allocator import PageAllocator
+from ...cache.hadamard import rotate_by_hadamard
 from ...cache.paged import PagedKVCache
 
 SPARE = 8  # a full pool grows by an eighth of itself
@@ -20,16 +21,18 @@ class HeadPages:
 
     Args:
         k, v: ``[B, Hk, ., D]`` and ``[B, Hk, ., Dv]``, tensors like the ones to hold.
-        page_size, format, zeros: as :meth:`gqa_kernels.PagedKVCache.empty` has them.
+        page_size, format, zeros, hadamard: as :meth:`gqa_kernels.PagedKVCache.empty` has them.
     """
 
     def __init__(
-        self, k: Tensor, v: Tensor, page_size: int, format: str | None, zeros: bool = False
-    ):
+        self, k: Tensor, v: Tensor, page_size: int, format: str | None, zeros: bool = False,
+        hadamard: bool = False,
+    ):  # fmt: skip
         self.batch, self.heads = k.shape[:2]
         self.num_heads = self.batch * self.heads
         self._dims, self._dtype, self._device = (k.shape[3], v.shape[3]), k.dtype, k.device
         self._page_size, self._format, self._zeros = page_size, format, zeros
+        self._hadamard = hadamard
         self._take(0)
 
     @property
@@ -96,6 +99,7 @@ class HeadPages:
         """A copy of keys and values as ``[B, Hk, longest, D]``, 0 beyond a head's length."""
         cache = self._by_head(self.pool.at(self.allocator.batch(self._names)))
         k, v, _ = gather(cache.view())
+        k = rotate_by_hadamard(k) if self._hadamard else k
         longest = int(cache.lengths.max()) if cache.lengths.numel() else 0
         return k[:, :, :longest].to(self._dtype), v[:, :, :longest].to(self._dtype)
 
@@ -108,7 +112,7 @@ class HeadPages:
         }
         return PagedKVCache(
             each.k[:, 0], each.v[:, 0], each.page_table.view(*shape, -1), each.lengths.view(shape),
-            **scales,
+            hadamard=each.hadamard, **scales,
         )  # fmt: skip
 
     def _take(self, pages: int) -> None:
@@ -121,7 +125,7 @@ class HeadPages:
         return PagedKVCache.empty(
             pages, self._page_size, 1, self._dims[0], value_head_dim=self._dims[1],
             dtype=self._dtype, device=self._device, format=self._format,
-            zeros=self._zeros,
+            zeros=self._zeros, hadamard=self._hadamard,
         )  # fmt: skip
 
     def _grow(self, pages: int) -> None:

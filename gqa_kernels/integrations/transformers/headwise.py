@@ -26,7 +26,7 @@ class HeadwiseLayer(DeferredLayer):
 
     Args:
         page_size: keys of a page.
-        format, zeros: as for :class:`gqa_kernels.integrations.transformers.PagedCache`.
+        format, zeros, hadamard: as for :class:`gqa_kernels.integrations.transformers.PagedCache`.
 
     Attributes:
         seen: positions of the layer, those of dropped keys included.
@@ -35,8 +35,10 @@ class HeadwiseLayer(DeferredLayer):
     is_sliding = False
     is_croppable = False
 
-    def __init__(self, page_size: int, format: str | None, zeros: bool = False):
-        self._page_size, self._stored = page_size, (format, zeros)
+    def __init__(
+        self, page_size: int, format: str | None, zeros: bool = False, hadamard: bool = False
+    ):
+        self._page_size, self._stored = page_size, (format, zeros, hadamard)
         self.reset()
         super().__init__()
 
@@ -140,9 +142,12 @@ class BudgetedLayer(HeadwiseLayer):
         budgets: of each KV head.
     """
 
-    def __init__(self, page_size: int, format: str | None, zeros: bool, budgets: Sequence[Budget]):
+    def __init__(
+        self, page_size: int, format: str | None, zeros: bool, hadamard: bool,
+        budgets: Sequence[Budget],
+    ):  # fmt: skip
         self._budgets = budgets
-        super().__init__(page_size, format, zeros)
+        super().__init__(page_size, format, zeros, hadamard)
 
     def reset(self) -> None:
         super().reset()

@@ -14,17 +14,17 @@ def load_lse(p_rows, m_rows):
 
 
 @triton.jit
-def probabilities(b_score, b_lse, EXACT: tl.constexpr):
+def probabilities(b_score, log2_scale, b_lse, EXACT: tl.constexpr):
     """exp(score - LSE) of a tile.
 
-    The exponent is the forward's, ``fma(score, LOG2E, -maximum)``, so that the score is rounded in
+    The exponent is the forward's, ``fma(score, unit, -maximum)``, so that the score is rounded in
     the same way. A plain ``score - LSE`` would let the compiler fuse the subtraction with the
     product that made the score; P would then differ from the forward's in its last digits, the more
     the larger the scores. EXACT also subtracts what rounding took off ``LSE * LOG2E``, which 16
     bits hide and fp32 does not.
     """
     b_shift = b_lse * common.LOG2E
-    b_exponent = tl.fma(b_score, common.LOG2E, -b_shift)
+    b_exponent = tl.fma(b_score, common.exponent_unit(log2_scale), -b_shift)
     if EXACT:
         b_finite = tl.where(b_lse < float("inf"), b_lse, 0.0)  # inf - inf is NaN
         b_exponent -= tl.fma(b_finite, common.LOG2E, -(b_finite * common.LOG2E))

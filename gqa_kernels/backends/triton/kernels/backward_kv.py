@@ -84,6 +84,7 @@ def backward_kv_kernel(
     num_tokens,  # Sq; of packed sequences the sum
     num_blocks,  # ceil(Sk / BLOCK_N)
     scale,
+    log2_scale,  # scale * log2(e) if nothing else changes the scores, else None
     softcap,  # or None
     window_left,  # or None
     window_right,  # or None
@@ -164,7 +165,7 @@ def backward_kv_kernel(
             p_q_rows = kv.row_pointers(q_head, 0, o_m64, False)
             b_q = kv.load_rows(p_q_rows, m_m, DIMS.D, DIMS.BLOCK_D, True)
             b_qk = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")  # [BLOCK_N, BLOCK_M]
-            b_capped = common.cap_scores(b_qk, scale, softcap)
+            b_capped = common.cap_scores(b_qk, scale, log2_scale, softcap)
             b_score = common.bias_and_mask(
                 b_capped,
                 o_n[:, None],
@@ -178,7 +179,7 @@ def backward_kv_kernel(
                 True,
             )
             b_lse = load_lse(p_lse + i_row + o_m64, m_m)  # [BLOCK_M]
-            b_p = probabilities(b_score, b_lse[None, :], b_q.dtype == tl.float32)
+            b_p = probabilities(b_score, log2_scale, b_lse[None, :], b_q.dtype == tl.float32)
             m_keep = None
             if p_seed is not None:
                 m_keep = keep_tile_keys_first(

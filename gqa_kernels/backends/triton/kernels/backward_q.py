@@ -64,6 +64,7 @@ def backward_q_kernel(
     num_blocks,  # ceil(Sq / BLOCK_M)
     heads_per_section,
     scale,
+    log2_scale,  # scale * log2(e) if nothing else changes the scores, else None
     softcap,  # or None
     window_left,  # or None
     window_right,  # or None
@@ -150,7 +151,7 @@ def backward_q_kernel(
             b_k = kv.load_rows(p_k_rows, m_n, DIMS.D, DIMS.BLOCK_D, edge)
             b_v = kv.load_rows(p_v_rows, m_n, DIMS.DV, DIMS.BLOCK_DV, edge)
             b_qk = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
-            b_capped = common.cap_scores(b_qk, scale, softcap)
+            b_capped = common.cap_scores(b_qk, scale, log2_scale, softcap)
             b_score = common.bias_and_mask(
                 b_capped,
                 o_n[None, :],
@@ -163,7 +164,7 @@ def backward_q_kernel(
                 window,
                 edge,
             )
-            b_p = probabilities(b_score, b_lse[:, None], b_q.dtype == tl.float32)
+            b_p = probabilities(b_score, log2_scale, b_lse[:, None], b_q.dtype == tl.float32)
             m_keep = None
             if p_seed is not None:
                 m_keep = keep_tile(

@@ -20,6 +20,7 @@ def combine_kernel(
     partial,  # Partial
     out,  # Rows [B, Hq, Sq, Dv]; packed [1, Hq, tokens, Dv]
     p_lse,  # [B, Hq, Sq] fp32, contiguous; packed [1, Hq, tokens]
+    p_row_max,  # likewise, the largest score of each row, or None
     p_plan,  # perm [Hq], k_head [Hq], v_head [Hq], offsets [G + 2]
     p_sinks,  # [Hq] fp32, or None
     p_q_offsets,  # [B + 1] int32, tokens of packed sequences, or None
@@ -65,12 +66,15 @@ def combine_kernel(
         p_acc = partial.acc + (i_row * num_splits + o_chunk)[:, None] * DIMS.DV + o_dv[None, :]
         b_acc += tl.sum(tl.load(p_acc, mask=m_acc, other=0.0) * b_weight[:, None], 0)
 
+    i_out_row = kv.first_row(p_q_offsets, i_b, i_head, i_token, num_heads, num_tokens) + i_m
+    if p_row_max is not None:
+        most = tl.where(valid, row_max * common.LN2, float("nan"))
+        tl.store(p_row_max + i_out_row, most)
     if p_sinks is not None:
         row_sum, row_max, factor = common.add_sink(row_sum, row_max, tl.load(p_sinks + i_head))
         b_acc = b_acc * factor
     b_out = b_acc * common.normaliser(row_sum)
     row_lse = common.log_sum_exp(row_sum, row_max)
-    i_out_row = kv.first_row(p_q_offsets, i_b, i_head, i_token, num_heads, num_tokens) + i_m
     tl.store(p_lse + i_out_row, tl.where(valid, row_lse, float("nan")))
     b_out = tl.where(valid, b_out, float("nan")).to(out.ptr.dtype.element_ty)
     tl.store(kv.pointers(out, i_b, i_head, i_token + i_m) + o_dv, b_out, mask=o_dv < DIMS.DV)

@@ -6,9 +6,11 @@ maps rows to tokens and heads in its own way, and describes its rows by one vect
 
 The running state of a tile is (b_acc, b_sum, b_max): the unnormalised output, the sum of the
 exponentials, and the maximum of the scores seen so far. A row that has seen no key has the state
-(0, 0, -inf). Scores are in natural units, but b_max is in base 2 (times LOG2E). Then
-exp2(score * LOG2E - b_max) takes one fused multiply-add and one instruction. b_max is exactly the
-number that was subtracted, so it leaves no rounding error in the LSE.
+(0, 0, -inf). b_max is in base 2 (natural units times LOG2E). Scores are in natural units, or are
+the plain products q . k if nothing but the scale changes them (``log2_scale``). Then
+exp2(score * unit - b_max), with the unit LOG2E or scale * LOG2E, takes one fused multiply-add and
+one instruction. b_max is exactly the number that was subtracted, so it leaves no rounding error in
+the LSE.
 
 Source: the online softmax is that of FlashAttention (Dao et al., arXiv 2205.14135).
 """
@@ -98,9 +100,17 @@ def visible_keys(
 
 
 @triton.jit
-def cap_scores(b_qk, scale, softcap):
-    """Scaled and, with a softcap, capped scores of q . k."""
-    b_score = b_qk * scale
+def exponent_unit(log2_scale):
+    """What brings the scores of :func:`cap_scores` to base 2."""
+    return LOG2E if log2_scale is None else log2_scale
+
+
+@triton.jit
+def cap_scores(b_qk, scale, log2_scale, softcap):
+    """Scaled and, with a softcap, capped scores of q . k; with ``log2_scale`` q . k itself."""
+    b_score = b_qk
+    if log2_scale is None:
+        b_score = b_qk * scale
     if softcap is not None:
         b_score = tanh(b_score / softcap) * softcap
     return b_score
@@ -161,6 +171,7 @@ def attend(
     window,  # Window
     mask,  # Mask, or None
     scale,
+    log2_scale,  # scale * LOG2E, or None
     softcap,
     p_seed,  # dropout's seed and offset, or None
     dropout_threshold,
@@ -205,6 +216,7 @@ def attend(
         inner_stop = tl.minimum(tl.maximum(inner_stop, split_start), split_stop)
         start = split_start
         stop = tl.minimum(stop, split_stop)
+    unit = exponent_unit(log2_scale)
     b_acc = tl.zeros([BLOCK_M, DIMS.BLOCK_DV], tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
     b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -224,7 +236,7 @@ def attend(
                     pages, p_table, num_pages, begin, i_n, o_n, m_n, BLOCK_N, HAS_BEGIN
                 )
             else:
-                o_page, o_slot, m_readable = 0, o_n.to(tl.int64), m_n
+                o_page, o_slot, m_readable = tl.cast(i_n, tl.int64), o_block.to(tl.int64), m_n
             # [BLOCK_N, BLOCK_D]
             if keys.FORMAT == kv.PLAIN:
                 p_k_rows = kv.row_pointers(k_rows, o_page, o_slot, PAGED)
@@ -247,7 +259,7 @@ def attend(
             b_qk = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
             if keys.FORMAT != kv.PLAIN:
                 b_qk *= kv.load_per_row(k_scale, o_page, o_slot, m_readable, PAGED)[None, :]
-            b_score = cap_scores(b_qk, scale, softcap)
+            b_score = cap_scores(b_qk, scale, log2_scale, softcap)
             b_score = bias_and_mask(
                 b_score,
                 o_n[None, :],
@@ -263,11 +275,11 @@ def attend(
             if PAGED:  # a visible key whose page is out of range
                 m_lost = (m_n & ~m_readable)[None, :] & (b_score > float("-inf"))
                 b_score = tl.where(m_lost, float("nan"), b_score)
-            b_new_max = tl.maximum(b_max, tl.max(b_score, 1) * LOG2E)
+            b_new_max = tl.maximum(b_max, tl.max(b_score, 1) * unit)
             b_shift = b_new_max
             if part != INNER or mask is not None:
                 b_shift = finite_or_zero(b_new_max)
-            b_p = tl.exp2(tl.fma(b_score, LOG2E, -b_shift[:, None]))  # [BLOCK_M, BLOCK_N]
+            b_p = tl.exp2(tl.fma(b_score, unit, -b_shift[:, None]))  # [BLOCK_M, BLOCK_N]
             b_rescale = tl.exp2(b_max - b_shift)  # [BLOCK_M]
             b_sum = b_sum * b_rescale + tl.sum(b_p, 1)
             b_max = b_new_max

@@ -62,6 +62,7 @@ def decode_kernel(
     values,  # Stored [B, Hv, Sk, Dv]; likewise
     out,  # Rows [B, Hq, Sq, Dv]
     p_lse,  # [B, Hq, Sq] fp32, contiguous; packed [1, Hq, tokens]
+    p_row_max,  # likewise, the largest score of each row, or None
     partial,  # Partial, or None with one split
     p_plan,  # perm [Hq], k_head [Hq], v_head [Hq], offsets [G + 2]
     slopes,  # PerHead [B, Hq] fp32, or None
@@ -81,6 +82,7 @@ def decode_kernel(
     num_tiles,
     num_splits,
     scale,
+    log2_scale,  # scale * log2(e) if nothing else changes the scores, else None
     softcap,  # or None
     window_left,  # or None
     window_right,  # or None
@@ -149,6 +151,7 @@ def decode_kernel(
         Window(window_left, window_right),
         mask,
         scale,
+        log2_scale,
         softcap,
         p_seed,
         dropout_threshold,
@@ -168,6 +171,10 @@ def decode_kernel(
         p_acc_rows = partial.acc + o_partial * DIMS.DV
         common.store_rows(p_acc_rows, b_acc, m_rows, DIMS.DV, DIMS.BLOCK_DV)
     else:
+        o_row = kv.first_row(p_q_offsets, i_b, o_head, i_token, num_heads, num_tokens) + o_m64
+        if p_row_max is not None:
+            b_most = tl.where(valid, b_max * common.LN2, float("nan"))
+            tl.store(p_row_max + o_row, b_most, mask=m_rows)
         if p_sinks is not None:
             b_sink = tl.load(p_sinks + o_head, mask=m_rows, other=0.0)
             b_sum, b_max, b_factor = common.add_sink(b_sum, b_max, b_sink)
@@ -175,7 +182,6 @@ def decode_kernel(
         b_out = b_acc * common.normaliser(b_sum)[:, None]
         b_lse = common.log_sum_exp(b_sum, b_max)
         p_out_rows = kv.pointers(out, i_b, o_head, o_token)
-        o_row = kv.first_row(p_q_offsets, i_b, o_head, i_token, num_heads, num_tokens) + o_m64
         b_out = tl.where(valid, b_out, float("nan"))
         tl.store(p_lse + o_row, tl.where(valid, b_lse, float("nan")), mask=m_rows)
         common.store_rows(p_out_rows, b_out, m_rows, DIMS.DV, DIMS.BLOCK_DV)

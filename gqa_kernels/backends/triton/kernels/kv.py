@@ -129,7 +129,7 @@ def row_pointers(rows, o_page, o_slot, PAGED: tl.constexpr):
     """Pointers to the rows of keys or values: [BLOCK_N]."""
     if PAGED:
         return rows.ptr + o_page * rows.stride_b + o_slot * rows.stride_n
-    return rows.ptr + o_slot * rows.stride_n
+    return rows.ptr + o_page * rows.stride_n + o_slot * rows.stride_n
 
 
 @triton.jit

@@ -55,6 +55,7 @@ def prefill_kernel(
     values,  # Stored [B, Hv, Sk, Dv]; likewise
     out,  # Rows [B, Hq, Sq, Dv]
     p_lse,  # [B, Hq, Sq] fp32, contiguous; packed [1, Hq, tokens]
+    p_row_max,  # likewise, the largest score of each row, or None
     p_plan,  # perm [Hq], k_head [Hq], v_head [Hq], offsets [G + 2]
     slopes,  # PerHead [B, Hq] fp32, or None
     p_sinks,  # [Hq] fp32, or None
@@ -73,6 +74,7 @@ def prefill_kernel(
     num_blocks,  # ceil(Sq / BLOCK_M)
     heads_per_section,
     scale,
+    log2_scale,  # scale * log2(e) if nothing else changes the scores, else None
     softcap,  # or None
     window_left,  # or None
     window_right,  # or None
@@ -133,6 +135,7 @@ def prefill_kernel(
         Window(window_left, window_right),
         mask,
         scale,
+        log2_scale,
         softcap,
         p_seed,
         dropout_threshold,
@@ -142,6 +145,9 @@ def prefill_kernel(
         p_begin is not None,
     )
 
+    o_row = kv.first_row(p_q_offsets, i_b, i_head, i_token, num_heads, num_tokens) + o_m64
+    if p_row_max is not None:
+        tl.store(p_row_max + o_row, tl.where(valid, b_max * common.LN2, float("nan")), mask=m_rows)
     if p_sinks is not None:
         b_sum, b_max, b_factor = common.add_sink(b_sum, b_max, tl.load(p_sinks + i_head))
         b_acc = b_acc * b_factor[:, None]
@@ -150,9 +156,6 @@ def prefill_kernel(
         b_out = b_out * dropout_scale
     b_lse = common.log_sum_exp(b_sum, b_max)
     p_out_rows = kv.pointers(out, i_b, i_head, o_token)
-    p_lse_rows = (
-        p_lse + kv.first_row(p_q_offsets, i_b, i_head, i_token, num_heads, num_tokens) + o_m64
-    )
     b_out = tl.where(valid, b_out, float("nan"))
-    tl.store(p_lse_rows, tl.where(valid, b_lse, float("nan")), mask=m_rows)
+    tl.store(p_lse + o_row, tl.where(valid, b_lse, float("nan")), mask=m_rows)
     common.store_rows(p_out_rows, b_out, m_rows, DIMS.DV, DIMS.BLOCK_DV)

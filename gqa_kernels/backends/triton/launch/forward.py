@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -73,6 +74,19 @@ class ForwardCall:
     out: Tensor  # [B, Hq, Sq, Dv]
     lse: Tensor  # fp32 [B, Hq, Sq], contiguous
     cache: CacheCall | None = None
+    row_max: Tensor | None = None  # fp32 as lse, or None: the largest score of each row
+
+    @property
+    def log2_scale(self) -> float | None:
+        """``scale * log2(e)`` if kernels may leave the scale to the exponent, which saves a
+        multiplication per score: nothing else changes the scores, and the largest q . k of a row
+        is its largest score. fp32 keeps the scores themselves: there the rounding of the product
+        shows."""
+        mask = self.attn_mask
+        alone = self.softcap <= 0 and self.alibi_slopes is None
+        alone = alone and (mask is None or mask.dtype == torch.bool)
+        folds = alone and self.scale > 0 and self.q.dtype != torch.float32
+        return self.scale * math.log2(math.e) if folds else None
 
     @cached_property
     def shape(self) -> Shape:
@@ -118,6 +132,7 @@ class ForwardCall:
             "values": stored(self.v, cache.v_scale, cache.v_zero),
             "out": rows_of(self.out, packed),
             "p_lse": self.lse,
+            "p_row_max": self.row_max,
             "p_plan": self.plan,
             "slopes": per_head(self.alibi_slopes),
             "p_sinks": self.sinks,
@@ -134,6 +149,7 @@ class ForwardCall:
             "num_tokens": self.q.shape[2],
             "num_pages": self.k.shape[0],
             "scale": self.scale,
+            "log2_scale": self.log2_scale,
             "softcap": self.softcap if self.softcap > 0 else None,
             "window_left": shape.window_left if shape.window_left >= 0 else None,
             "window_right": shape.window_right if shape.window_right >= 0 else None,
