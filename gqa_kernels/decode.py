@@ -11,7 +11,6 @@ from .backends.auxiliary import attend_with_auxiliary
 from .backends.base import Backend
 from .backends.dispatch import select
 from .cache.base import KVCache
-from .cache.hadamard import rotate_by_hadamard
 from .cache.tensors import Layout
 from .cache.view import KVView
 from .call.append import AppendCall
@@ -156,7 +155,7 @@ def asym_gqa_decode(
 
 def decode_call(q: Tensor, cache: KVCache, head_map: HeadMapLike, **options: Any) -> AttentionCall:
     """The call that :func:`asym_gqa_decode` makes of its arguments, without new tokens. Over a
-    cache with ``hadamard`` the queries are still to be rotated."""
+    cache that transforms keys, the queries are still to be matched with them."""
     _check_cache(cache)
     call = view_call(q, cache.unchecked_view(), head_map, **options)
     _check_distances(call, cache)
@@ -339,7 +338,7 @@ class DecodePlan:
                 k_new, v_new, call.kv, cu_seqlens=offsets, max_seqlen=call.max_q_len,
                 rotary_cos=rotary_cos, rotary_sin=rotary_sin,
                 rotary_interleaved=rotary_interleaved, rotary_positions=rotary_positions,
-                next_positions=cache.next_positions, hadamard=cache.hadamard,
+                next_positions=cache.next_positions, key_transform=cache.key_transform,
                 layout=self.layout, q_heads_first=call.q,
             )  # fmt: skip
             rotated = select(append, self.backend.name).append(append)
@@ -352,8 +351,8 @@ class DecodePlan:
             raise ValueError("rotary_cos must be None where there is no k_new to rotate")
         elif rotary_positions is not None:
             raise ValueError("rotary_positions must be None where there is no k_new to rotate")
-        if cache.hadamard:
-            call.q = rotate_by_hadamard(call.q)
+        if cache.key_transform is not None:
+            call.q = cache.matching_queries(call.q, call.head_map_tensor)
         call.lse_wanted = return_lse
         if aux is None:
             out, lse = self.backend.attend(call)
@@ -428,7 +427,7 @@ def append(
         k_new, v_new, cache.unchecked_view(), q=q, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen,
         rotary_cos=rotary_cos, rotary_sin=rotary_sin, rotary_interleaved=rotary_interleaved,
         rotary_positions=rotary_positions, next_positions=cache.next_positions,
-        hadamard=cache.hadamard, layout=layout,
+        key_transform=cache.key_transform, layout=layout,
     )  # fmt: skip
     rotated = select(call, backend).append(call)
     if advance:

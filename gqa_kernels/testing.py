@@ -28,7 +28,6 @@ from .backends.reference.cache import dense_call, query_tokens
 from .backends.reference.formula import drop, reference_attention, scores_and_values
 from .backends.reference.scores import key_scores, max_scores
 from .cache.base import KVCache
-from .cache.hadamard import rotate_by_hadamard
 from .cache.tensors import Layout
 from .call.attention import AttentionCall
 from .call.auxiliary import AuxOutput
@@ -331,8 +330,8 @@ def assert_decode_close(
         >>> assert_decode_close(asym_gqa_decode(q, cache, [0, 0, 1]), q, cache, [0, 0, 1])
     """
     inputs = decode_call(q, cache, head_map, **options)
-    if cache.hadamard:
-        inputs = inputs.replace(q=rotate_by_hadamard(inputs.q))
+    if cache.key_transform is not None:
+        inputs = inputs.replace(q=cache.matching_queries(inputs.q, inputs.head_map_tensor))
     if inputs.q_offsets is not None:
         out, lse = out.transpose(0, 1)[None], None if lse is None else lse[None]
     elif options.get("layout") == "bshd":

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from .backends.dispatch import select
 from .cache.base import KVCache
-from .cache.hadamard import rotate_by_hadamard
 from .cache.tensors import to_int32
 from .cache.view import KVView
 from .call.append import AppendCall
@@ -59,8 +58,8 @@ def write(
         page[:, None, None].expand(-1, heads, 1), begin, memory.k_scale, memory.v_scale,
         memory.k_zero, memory.v_zero,
     )  # fmt: skip
-    if cache.hadamard:
-        k_new = rotate_by_hadamard(k_new)
-    call = AppendCall(None, k_new[:, :, None], v_new[:, :, None], view, max_new=1)
+    call = AppendCall(
+        None, cache.stored_keys(k_new[:, :, None]), v_new[:, :, None], view, max_new=1
+    )
     call.check()
     select(call, backend).append(call)

@@ -30,7 +30,6 @@ INSTEAD = {  # pattern -> the field's word
     r"(make|makes|made) ready": "prepare, load",
     r"widened cop(y|ies)": "dequantised copy",
     r"nothing is waited for": "nothing synchronises",
-    r"for want of": "for lack of",
     r"where (packed|wanted|asked for)": "if packed",
     r"the turn of": "the exchange of",
 }

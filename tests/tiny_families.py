@@ -25,6 +25,11 @@ CONFIGS = {
         hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=2, num_attention_heads=HEADS,
         num_key_value_heads=3, head_dim=DIM, **DECODER,
     ),
+    "gemma3_text": dict(
+        hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=2, num_attention_heads=HEADS,
+        num_key_value_heads=3, head_dim=DIM, query_pre_attn_scalar=DIM, sliding_window=4,
+        layer_types=["sliding_attention", "full_attention"], **DECODER,
+    ),
     "opt": dict(
         hidden_size=WIDTH, ffn_dim=64, num_hidden_layers=2, num_attention_heads=HEADS,
         word_embed_proj_dim=WIDTH, max_position_embeddings=64, init_std=0.2, dropout=0.0, **DECODER,
@@ -49,7 +54,10 @@ CONFIGS = {
 }  # fmt: skip
 # transformers 4 names the modules of the other families otherwise.
 FAMILIES = tuple(CONFIGS) if installed() >= (5, 0) else ("llama", "qwen3")
-DECODERS = tuple(n for n in ("llama", "qwen3", "opt", "gpt2", "gpt_neox") if n in FAMILIES)
+GROUPED = ("qwen3", "gemma3_text")  # parents with fewer KV heads than query heads
+DECODERS = tuple(
+    n for n in ("llama", "qwen3", "gemma3_text", "opt", "gpt2", "gpt_neox") if n in FAMILIES
+)
 UNEVEN = (  # differing counts per layer, and for K and V
     (HeadMap([0, 1, 0, 2, 0, 2]), HeadMap([1, 1, 0, 0, 2, 3])),
     (HeadMap([1, 0, 0, 0, 0, 1]), HeadMap([0, 0, 0, 0, 1, 0])),

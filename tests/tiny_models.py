@@ -13,9 +13,14 @@ from gqa_kernels.convert import convert, random_split
 from gqa_kernels.models.families import attention_layers
 
 VOCABULARY = 64
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gpt_oss")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gpt_oss")
 OF_FAMILY = {  # what makes the family's attention its own: softcap, sinks, alternating windows
     "gemma2": {"query_pre_attn_scalar": 16, "attn_logit_softcapping": 1.0, "sliding_window": 8},
+    "gemma3_text": {
+        "query_pre_attn_scalar": 16,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
     "gpt_oss": {"num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 8},
 }
 

@@ -31,6 +31,7 @@ PAGES = {
     f"{RESULTS}/grouping/mgm.md": "benchmarks/grouping.md",
     f"{RESULTS}/grouping/merging.md": "benchmarks/merging.md",
     f"{RESULTS}/grouping/search.md": "benchmarks/search.md",
+    f"{RESULTS}/formats/smollm2.md": "benchmarks/formats.md",
     f"{RESULTS}/recovery/smollm2.md": "benchmarks/recovery.md",
     f"{RESULTS}/train-demo/report.md": "benchmarks/train_demo.md",
     "CONTRIBUTING.md": "contributing.md",

@@ -157,7 +157,9 @@ class Backend(ABC):
         Raises:
             NotImplementedError: :meth:`fuses_auxiliary` says no.
         """
-        raise NotImplementedError(f"backend {self.name!r} has no auxiliary outputs of its own")
+        raise NotImplementedError(
+            f"backend must be one whose kernels compute auxiliary outputs, got {self.name!r}"
+        )
 
     @abstractmethod
     def append(self, call: AppendCall) -> Tensor | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..native.arguments import as_bool, as_int, check_tensors, shown
 from .formats import FORMAT_OF_NAME
-from .hadamard import check_head_dim
+from .hadamard import check_head_dim, rotate_by_hadamard
 from .memory import empty
 from .view import KVView
 
@@ -38,7 +38,10 @@ class KVCache(ABC):
         next_positions: ``[B]`` integers, position of each sequence's next token, once it is not
             its length: :meth:`keep` sets it, :meth:`advance` counts it on, and an append rotates by
             it. None before.
-        hadamard: keys are stored rotated (:mod:`gqa_kernels.cache.hadamard`).
+        k_channels: fp32 ``[Hk, D]`` or None: keys are stored divided by these, and queries are
+            multiplied by them, so that large columns take no steps from the others (KIVI, arXiv
+            2402.02750; SmoothQuant).
+        hadamard: keys are stored rotated (:mod:`gqa_kernels.cache.hadamard`), after the division.
     """
 
     k: Tensor
@@ -50,6 +53,7 @@ class KVCache(ABC):
     v_zero: Tensor | float | None
 
     next_positions: Tensor | None = None
+    k_channels: Tensor | None = None
     hadamard: bool = False
 
     append: Callable[..., Tensor | None]  # gqa_kernels.decode.append, which runs a backend
@@ -66,11 +70,45 @@ class KVCache(ABC):
     def _create_view(self) -> KVView:
         """A new view, whose values are not looked at."""
 
-    def _set_hadamard(self, hadamard: object) -> None:
-        """Have keys rotated, if the head dim of k allows it."""
+    def _transform_keys(self, k_channels: Tensor | None, hadamard: object) -> None:
+        """Have keys divided by channels, and rotated, if they fit k."""
+        view = self.unchecked_view()
+        if k_channels is not None:
+            check_tensors(k_channels=k_channels)
+            shape = (view.num_k_heads, view.head_dim)
+            if k_channels.shape != shape or k_channels.device != view.device:
+                raise ValueError(
+                    f"k_channels must have shape {shape}, [Hk, D], on {view.device}, got "
+                    f"{tuple(k_channels.shape)} on {k_channels.device}"
+                )
+            if k_channels.dtype != torch.float32:
+                raise TypeError(f"k_channels.dtype must be float32, got {k_channels.dtype}")
+        self.k_channels = k_channels
         self.hadamard = as_bool("hadamard", hadamard)
         if self.hadamard:
-            check_head_dim(self.unchecked_view().head_dim)
+            check_head_dim(view.head_dim)
+
+    @property
+    def key_transform(self) -> Callable[[Tensor], Tensor] | None:
+        """:meth:`stored_keys`; None if keys are stored as they come."""
+        return self.stored_keys if self.hadamard or self.k_channels is not None else None
+
+    def stored_keys(self, k: Tensor) -> Tensor:
+        """New keys ``[.., Hk, S, D]``, rotated by position, as the cache stores them."""
+        if self.k_channels is not None:
+            k = (k.float() / self.k_channels[:, None]).to(k.dtype)
+        return rotate_by_hadamard(k) if self.hadamard else k
+
+    def matching_queries(self, q: Tensor, head_map: Tensor) -> Tensor:
+        """Queries ``[.., Hq, S, D]`` to multiply with stored keys.
+
+        Args:
+            head_map: integers ``[Hq]``.
+        """
+        if self.k_channels is not None:
+            key_head = head_map.long().clamp(0, len(self.k_channels) - 1)
+            q = (q.float() * self.k_channels[key_head][:, None]).to(q.dtype)
+        return rotate_by_hadamard(q) if self.hadamard else q
 
     def view(self) -> KVView:
         """The normalised form; checks every value that the host can see.

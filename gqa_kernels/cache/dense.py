@@ -26,6 +26,9 @@ class DenseKVCache(KVCache):
         k_scale, v_scale, k_zero, v_zero: of a quantised cache: one number, ``[H]`` per head,
             ``[B_cache, H]`` per row of k and head, or fp32 ``[B_cache, H, capacity]`` per token,
             which an append then computes and writes.
+        k_channels: fp32 ``[Hk, D]``, positive: store keys divided by these, and multiply queries by
+            them: the same attention, with less error where some columns of K are larger than the
+            rest. With ``k_scale=1.0`` they are the scales of int8 keys per channel.
         hadamard: store keys rotated by a Hadamard matrix, and rotate queries likewise: the same
             attention, with much less error where keys have 4 bits. Head dim D must be even.
 
@@ -48,6 +51,7 @@ class DenseKVCache(KVCache):
         v_scale: Tensor | float | None = None,
         k_zero: Tensor | float | None = None,
         v_zero: Tensor | float | None = None,
+        k_channels: Tensor | None = None,
         hadamard: bool = False,
         layout: Layout = "bhsd",
     ):
@@ -68,7 +72,7 @@ class DenseKVCache(KVCache):
         self.batch_index, self.begin = batch_index, begin
         self.k_scale, self.v_scale, self.k_zero, self.v_zero = k_scale, v_scale, k_zero, v_zero
         self.view()
-        self._set_hadamard(hadamard)
+        self._transform_keys(k_channels, hadamard)
 
     @classmethod
     def empty(
@@ -84,6 +88,7 @@ class DenseKVCache(KVCache):
         device: torch.device | str = "cpu",
         format: str | None = None,
         zeros: bool = False,
+        k_channels: Tensor | None = None,
         hadamard: bool = False,
         layout: Layout = "bhsd",
     ) -> DenseKVCache:
@@ -93,7 +98,7 @@ class DenseKVCache(KVCache):
             format: None stores ``dtype``; ``"fp8_e4m3"``, ``"fp8_e5m2"``, ``"int8"`` or ``"int4"``
                 quantises with a scale per token and head.
             zeros: keep a zero per token and head too (int8, int4).
-            hadamard: as the constructor has it.
+            k_channels, hadamard: as the constructor has them.
             layout: memory order.
         """
         check_layout(layout)
@@ -107,7 +112,10 @@ class DenseKVCache(KVCache):
         k = empty_storage(batch, num_kv_heads, capacity, head_dim, *where)
         v = empty_storage(batch, num_value_heads, capacity, value_head_dim, *where)
         lengths = torch.zeros(batch, dtype=torch.int32, device=device)
-        return cls(k, v, lengths, hadamard=hadamard, **empty_scales(k, v, format, zeros))
+        return cls(
+            k, v, lengths, k_channels=k_channels, hadamard=hadamard,
+            **empty_scales(k, v, format, zeros),
+        )  # fmt: skip
 
     def _parts(self) -> tuple[Tensor | float | None, ...]:
         return (

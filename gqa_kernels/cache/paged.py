@@ -35,7 +35,7 @@ class PagedKVCache(KVCache):
         k_scale, v_scale, k_zero, v_zero: of a quantised cache: one number, ``[H]`` per head,
             ``[P, H]`` per page and head, or fp32 ``[P, H, page_size]`` per token, which an append
             then computes and writes.
-        hadamard: keys are rotated, as for :class:`~gqa_kernels.DenseKVCache`.
+        k_channels, hadamard: how keys are stored, as for :class:`~gqa_kernels.DenseKVCache`.
 
     Examples:
         >>> import torch
@@ -60,6 +60,7 @@ class PagedKVCache(KVCache):
         v_scale: Tensor | float | None = None,
         k_zero: Tensor | float | None = None,
         v_zero: Tensor | float | None = None,
+        k_channels: Tensor | None = None,
         hadamard: bool = False,
     ):
         _check_order(order)
@@ -79,7 +80,7 @@ class PagedKVCache(KVCache):
         self.k, self.v, self.page_table, self.lengths, self.begin = k, v, page_table, lengths, begin
         self.k_scale, self.v_scale, self.k_zero, self.v_zero = k_scale, v_scale, k_zero, v_zero
         self.view()
-        self._set_hadamard(hadamard)
+        self._transform_keys(k_channels, hadamard)
 
     @classmethod
     def from_packed(
@@ -227,13 +228,14 @@ class PagedKVCache(KVCache):
         device: torch.device | str = "cpu",
         format: str | None = None,
         zeros: bool = False,
+        k_channels: Tensor | None = None,
         hadamard: bool = False,
         order: Order = "HND",
     ) -> PagedKVCache:
         """Pages in memory of their own, with no sequence; :meth:`at` gives it some.
 
         Args:
-            format, zeros, hadamard: as for :meth:`gqa_kernels.DenseKVCache.empty`.
+            format, zeros, k_channels, hadamard: as for :meth:`gqa_kernels.DenseKVCache.empty`.
             order: memory order.
         """
         _check_order(order)
@@ -251,7 +253,10 @@ class PagedKVCache(KVCache):
         v = empty_storage(num_pages, num_value_heads, page_size, value_head_dim, *where)
         table = torch.zeros(0, 1, dtype=torch.int32, device=device)
         lengths = torch.zeros(0, dtype=torch.int32, device=device)
-        return cls(k, v, table, lengths, hadamard=hadamard, **empty_scales(k, v, format, zeros))
+        return cls(
+            k, v, table, lengths, k_channels=k_channels, hadamard=hadamard,
+            **empty_scales(k, v, format, zeros),
+        )  # fmt: skip
 
     def at(
         self, page_table: Tensor | PageBatch, lengths: Tensor | None = None,
@@ -273,8 +278,9 @@ class PagedKVCache(KVCache):
         if lengths is None:
             raise TypeError("lengths must be given with a page_table in a tensor, got None")
         return PagedKVCache(
-            self.k, self.v, page_table, lengths, begin=begin, hadamard=self.hadamard, **self.scales
-        )
+            self.k, self.v, page_table, lengths, begin=begin, k_channels=self.k_channels,
+            hadamard=self.hadamard, **self.scales,
+        )  # fmt: skip
 
     def copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copy pages ``(from, to)``, with their scales, as copy-on-write asks for."""

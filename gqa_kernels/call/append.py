@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..cache.hadamard import rotate_by_hadamard
 from ..cache.tensors import Layout
 from ..cache.view import KVView
 from ..native.arguments import as_bool, check_tensors
@@ -66,13 +66,13 @@ class AppendCall(OverView):
         rotary_interleaved: bool = False,
         rotary_positions: Tensor | None = None,
         next_positions: Tensor | None = None,
-        hadamard: bool = False,
+        key_transform: Callable[[Tensor], Tensor] | None = None,
         layout: Layout = "bhsd",
         q_heads_first: Tensor | None = None,
     ) -> AppendCall:
         """The call of :meth:`gqa_kernels.cache.base.KVCache.append`, whose arguments these are,
         with room for every token. ``q_heads_first``: q as ``[B, Hq, S, D]``, in its place.
-        ``next_positions``, ``hadamard``: of the cache; the latter copies the new keys."""
+        ``next_positions``, ``key_transform``: of the cache; the latter copies the new keys."""
         packed = cu_seqlens is not None
         if packed:
             check_tensors(cu_seqlens=cu_seqlens)
@@ -97,14 +97,14 @@ class AppendCall(OverView):
             call.check()
         if view.num_k_heads != view.num_v_heads or rotary_cos is not None or rotary_sin is not None:
             call._check_positions(rotary_positions is not None or next_positions is not None)
-            if hadamard and rotary_positions is None and next_positions is None:
+            if key_transform is not None and rotary_positions is None and next_positions is None:
                 next_positions = call._positions_by_length()
             call._rotate_at(rotary_positions, next_positions)
         elif rotary_positions is not None:
             raise ValueError("rotary_positions must be None without rotary_cos and rotary_sin")
-        if hadamard:
+        if key_transform is not None:
             call.check()
-            call.k_new = rotate_by_hadamard(call.k_new)
+            call.k_new = key_transform(call.k_new)
         new = call.max_new if call.new_offsets is None else call.new_offsets
         if not view.has_slots(new):
             call.check()
@@ -142,12 +142,12 @@ class AppendCall(OverView):
                 )
 
     def _positions_by_length(self) -> Tensor:
-        """``[B]``, positions of the first new tokens; a Hadamard rotation comes after the rotary
+        """``[B]``, positions of the first new tokens. The cache transforms keys after the rotary
         embedding, so that no kernel can apply the latter."""
         if self.kv.lengths_per_head:
             raise NotImplementedError(
-                "append: with lengths per head and hadamard, pass rotary_positions, or set the "
-                "cache's next_positions"
+                "rotary_positions must be given, or the cache's next_positions be set, with "
+                "lengths per head and transformed keys (k_channels, hadamard), got None"
             )
         assert self.kv.kv_lengths is not None  # a cache has lengths
         return self.kv.kv_lengths[:, 0]

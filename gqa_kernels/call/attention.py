@@ -217,13 +217,9 @@ class AttentionCall:
             value_map = self.value_head_map
             if value_map is not None:
                 if type(value_map) is not HeadMap or value_map.num_kv_heads != v_heads:
+                    rule = self._heads_of[1]
                     self.value_head_map = resolve_map(
-                        "value_head_map",
-                        value_map,
-                        q.shape[1],
-                        v_heads,
-                        self._heads_of[1],
-                        q.device,
+                        "value_head_map", value_map, q.shape[1], v_heads, rule, q.device
                     )
                 is_host = type(self.value_head_map) is HeadMap
                 self.kind |= _VALUE_MAP if is_host else _VALUE_MAP | _VALUE_DEVICE_MAP

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..head_map import HeadMap
 from . import projections
-from .maps import layer_maps
+from .maps import layer_maps, query_heads
 from .projections import Heads, Names
 from .weights import LayerWeights, Rotary
 
@@ -49,6 +49,7 @@ class Family:
         rotary: layout of the rotation's planes, None without rotation.
         adapter: name of the attention class of ``attention.py`` that a converted model needs,
             None if transformers' own handles fewer KV heads.
+        norm_offset: what is added to the weights of the norms of q and k.
     """
 
     model_types: tuple[str, ...]
@@ -59,6 +60,7 @@ class Family:
     num_kv_heads: str | None = None
     rotary: str | None = None
     adapter: str | None = None
+    norm_offset: float = 0.0
 
 
 FAMILIES = (
@@ -67,6 +69,13 @@ FAMILIES = (
         (Stack("layers", "self_attn", "self_attn.o_proj"),),
         num_kv_heads="num_key_value_heads",
         rotary="half_split",
+    ),
+    Family(
+        ("gemma3_text",),
+        (Stack("layers", "self_attn", "self_attn.o_proj"),),
+        num_kv_heads="num_key_value_heads",
+        rotary="half_split",
+        norm_offset=1.0,
     ),
     Family(
         ("opt",),
@@ -185,10 +194,12 @@ def layer_weights(layer: AttentionLayer) -> LayerWeights:
     o = projections.read_output(layer.output, layer.num_heads)
     norms = {}
     if hasattr(module, "q_norm"):
+        offset = layer.family.norm_offset
+        eps = "eps" if hasattr(module.q_norm, "eps") else "variance_epsilon"
         norms = {
-            "q_norm": module.q_norm.weight.detach(),
-            "k_norm": module.k_norm.weight.detach(),
-            "norm_eps": module.q_norm.variance_epsilon,
+            "q_norm": module.q_norm.weight.detach() + offset,
+            "k_norm": module.k_norm.weight.detach() + offset,
+            "norm_eps": getattr(module.q_norm, eps),
         }
     return LayerWeights(
         q.weight, k.weight, v.weight, o.weight, layer.key_map, layer.value_map,
@@ -238,21 +249,26 @@ def attention_modules(
 
 def _attention_layers(model: nn.Module, family: Family) -> Iterator[AttentionLayer]:
     config = model.config
-    num_heads, dim = getattr(config, family.num_heads), head_dim(config, family)
-    rotary = _rotary(model, family)
+    most, dim = getattr(config, family.num_heads), head_dim(config, family)
     for index, (stack, module, output) in enumerate(attention_modules(model, family)):
+        num_heads = query_heads(config, index, most)
         heads = projections.head_counts(module, family.names, num_heads, dim)
         key_map, value_map = layer_maps(config, index, num_heads, heads.key, heads.value)
         yield AttentionLayer(
             index, module, output, family, stack, num_heads, dim,
-            key_map, value_map or key_map, rotary,
+            key_map, value_map or key_map, _rotary(model, family, module),
         )  # fmt: skip
 
 
-def _rotary(model: nn.Module, family: Family) -> Rotary | None:
+def _rotary(model: nn.Module, family: Family, module: nn.Module) -> Rotary | None:
+    """The rotation in an attention module. Gemma 3 has one per type of layer."""
     if family.rotary is None:
         return None
-    frequencies = model.base_model.rotary_emb.inv_freq.tolist()
+    rotary = model.base_model.rotary_emb
+    if getattr(module, "is_sliding", False):  # transformers 4 has two modules for Gemma 3
+        rotary = getattr(model.base_model, "rotary_emb_local", rotary)
+    own = f"{getattr(module, 'layer_type', None)}_inv_freq"
+    frequencies = getattr(rotary, own if hasattr(rotary, own) else "inv_freq").tolist()
     return Rotary(2 * len(frequencies), family.rotary, tuple(frequencies))
 
 

@@ -17,7 +17,7 @@ from gqa_kernels import (
 from gqa_kernels.attention import attention_call
 from gqa_kernels.backends.reference.cache import gather
 from gqa_kernels.decode import decode_call
-from gqa_kernels.testing import assert_auxiliary_close
+from gqa_kernels.testing import assert_auxiliary_close, make_inputs
 from tests.cache.test_decode import filled, queries
 from tests.cases.attention import UNEVEN, WITH_EMPTY
 from tests.cases.caches import Kind
@@ -123,6 +123,18 @@ def test_over_caches(kind, backend, device):
     exact = AuxOutput(key_scores=summed(p, UNEVEN, 3, 2).to(device))
     assert_auxiliary_close(aux, call, 2, exact)
     assert aux.lse.shape == (3, 6, 2) and again.max_scores.shape == (3, 6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("q_len", [1, 40])
+@pytest.mark.parametrize("options", [{}, {"softcap": 2.0}], ids=["plain", "softcap"])
+def test_16_bits(options, q_len, backend, device):
+    """Kernels may keep scores in other units where nothing but the scale changes them."""
+    q, k, v = make_inputs(2, UNEVEN, q_len, 70, 16, dtype=torch.bfloat16, device=device)
+    options = {"causal": True, **options}
+    request = AuxRequest(max_scores=True, key_scores=2)
+    _, aux = asym_gqa_attention(q, k, v, UNEVEN, return_aux=request, backend=backend, **options)
+    assert_auxiliary_close(aux, attention_call(q, k, v, UNEVEN, **options), 2)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

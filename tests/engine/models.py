@@ -20,7 +20,7 @@ from gqa_kernels.convert import convert, save
 from gqa_kernels.integrations.transformers import register
 from tests import tiny_families, tiny_models
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gpt_oss", "opt", "gpt2")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gpt_oss", "opt", "gpt2")
 EXPANDED_BY_FAMILY = ("opt", "gpt2")  # the rest by tiny_models.expanded
 CONTEXT = 64  # most tokens of a sequence: OPT and GPT-2 have no more positions
 

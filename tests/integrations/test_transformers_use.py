@@ -19,6 +19,7 @@ from gqa_kernels.integrations.transformers.versions import installed
 from gqa_kernels.testing import assert_close
 from tests import tiny_families
 from tests.integrations.releases import CACHE, needs_5
+from tests.tiny_families import GROUPED
 from tests.tiny_models import batch, expanded, split, tiny
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}  # logits of two fp32 summation orders, values up to about 5
@@ -42,7 +43,7 @@ def states(model, given):
 
 class TestGradients:
     @pytest.mark.parametrize("padded", [True, False])
-    @pytest.mark.parametrize("family", sorted({*tiny_families.FAMILIES} - {"llama", "qwen3"}))
+    @pytest.mark.parametrize("family", sorted({*tiny_families.FAMILIES} - {*GROUPED, "llama"}))
     def test_families_with_expanded_keys_and_values(self, family, padded):
         """Of the input embeddings, or of the image; through transformers' eager attention."""
         if family == "vit" and padded:
@@ -158,7 +159,7 @@ class TestEvenMaps:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
     @pytest.mark.parametrize("family", MODELS)
     def test_equals_eager_attention(self, family, dtype):
-        of_family = family in tiny_families.CONFIGS and family not in ("llama", "qwen3")
+        of_family = family in tiny_families.CONFIGS and family not in (*GROUPED, "llama")
         window = {"sliding_window": 4} if family == "mistral" else {}
         model = tiny_families.tiny(family) if of_family else tiny(family, **window)
         model.to(dtype)  # weights that every type holds

@@ -13,6 +13,7 @@ from tests.integrations.releases import CACHE
 from tests.tiny_families import (
     DECODERS,
     FAMILIES,
+    GROUPED,
     HEADS,
     inputs,
     maps_for,
@@ -37,7 +38,7 @@ def family(request):
 def converted(family):
     """A parent and its child with other K and V counts in every layer."""
     parent = tiny(family)
-    if family == "qwen3":  # 3 KV heads: K's and V's maps merge those, with multiplicity
+    if family in GROUPED:  # 3 KV heads: K's and V's maps merge those, with multiplicity
         assert attention_layers(parent)[0].key_map == HeadMap.uniform(HEADS, 3)
     child = convert(parent, maps_for(parent))
     child.set_attn_implementation("asym_gqa")
@@ -46,7 +47,7 @@ def converted(family):
 
 def expanded(parent, child):
     """The child in stock modules; a GQA parent's are widened to a KV head per query head."""
-    if parent.config.model_type == "qwen3":
+    if parent.config.model_type in GROUPED:
         parent = convert(parent, [HeadMap.uniform(HEADS, HEADS)] * 2, merging="none")
     return stock(child, parent)
 
@@ -90,6 +91,20 @@ def test_generation_of_an_encoder_decoder():
     given.update(max_new_tokens=8, do_sample=False)
     ours, theirs = (model.generate(**given) for model in (child, stock(child, parent)))
     assert ours.tolist() == theirs.tolist()
+
+
+def test_norms_and_rotations_of_gemma3():
+    """Its norms store their weights minus 1, and each type of layer has a rotation of its own."""
+    model = tiny("gemma3_text")
+    for layer, kind in zip(attention_layers(model), model.config.layer_types, strict=True):
+        weights, x = layer_weights(layer), torch.randn(3, 8)
+        by_hand = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + weights.norm_eps)
+        torch.testing.assert_close(layer.module.q_norm(x), by_hand * weights.q_norm)
+        torch.testing.assert_close(layer.module.k_norm(x), by_hand * weights.k_norm)
+        base = model.config.rope_parameters[kind]["rope_theta"]
+        expected = [base ** (-2 * plane / 8) for plane in range(4)]
+        assert layer.rotary.frequencies == pytest.approx(expected)
+    assert len({p["rope_theta"] for p in model.config.rope_parameters.values()}) == 2
 
 
 def test_weights_by_head_give_the_attention_inputs_projections(family):

@@ -11,6 +11,7 @@ STOCK = (
     "Qwen2ForCausalLM",
     "Qwen3ForCausalLM",
     "Gemma2ForCausalLM",
+    "Gemma3ForCausalLM",
     "GptOssForCausalLM",
     "OPTForCausalLM",
     "GPT2LMHeadModel",

@@ -50,6 +50,7 @@ def key_scores_kernel(
     num_blocks,  # ceil(Sk / BLOCK_N)
     num_queries,  # last queries of each sequence that count
     scale,
+    log2_scale,  # scale * log2(e) if nothing else changes the scores, else None
     softcap,  # or None
     window_left,  # or None
     window_right,  # or None
@@ -116,7 +117,7 @@ def key_scores_kernel(
         b_qk = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
         if keys.FORMAT != kv.PLAIN:
             b_qk *= b_scale[None, :]
-        b_score = common.cap_scores(b_qk, scale, softcap)
+        b_score = common.cap_scores(b_qk, scale, log2_scale, softcap)
         b_slope, p_mask = None, None
         if slopes is not None:
             p_slope_rows = slopes.ptr + i_b * slopes.stride_b + o_head * slopes.stride_h
@@ -138,7 +139,8 @@ def key_scores_kernel(
         )
         o_lse = kv.first_row(p_q_offsets, i_b, o_head, i_token, num_heads, num_tokens) + o_m64
         b_lse = load_lse(p_lse + o_lse, m_rows)  # [BLOCK_M]
-        b_total += tl.sum(probabilities(b_score, b_lse[:, None], b_q.dtype == tl.float32), 0)
+        b_p = probabilities(b_score, log2_scale, b_lse[:, None], b_q.dtype == tl.float32)
+        b_total += tl.sum(b_p, 0)
 
     p_row = p_key_scores + (i_b * num_groups + i_k_head) * kv_len
     tl.store(p_row + o_n, b_total, mask=o_n < kv_len)

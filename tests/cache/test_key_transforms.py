@@ -1,15 +1,34 @@
-"""Caches with rotated keys: the same attention, and less error where keys have 4 bits."""
+"""Caches that store keys rotated, or divided by channels: the same attention, less error."""
 
 import pytest
 import torch
 
-from gqa_kernels import DenseKVCache, PagedKVCache, asym_gqa_decode, available_backends, plan_decode
+from gqa_kernels import (
+    DenseKVCache,
+    PagedKVCache,
+    asym_gqa_attention,
+    asym_gqa_decode,
+    available_backends,
+    plan_decode,
+)
 from gqa_kernels.backends.reference.cache import gather
 from gqa_kernels.cache.hadamard import block_size, rotate_by_hadamard
 from gqa_kernels.testing import assert_attention_close, assert_decode_close
 from tests.cases.attention import UNEVEN
 
 BACKENDS = available_backends()
+HADAMARD, CHANNELS = {"hadamard": True}, {"k_channels": True}
+TRANSFORMS = {"hadamard": HADAMARD, "channels": CHANNELS, "both": HADAMARD | CHANNELS}
+
+
+def transform(name, heads, dim, device="cpu"):
+    """The arguments of a cache; channels from 0.1 to 10."""
+    given = dict(TRANSFORMS[name])
+    if "k_channels" in given:
+        generator = torch.Generator().manual_seed(2)
+        exponent = torch.rand(heads, dim, generator=generator) * 2 - 1
+        given["k_channels"] = (10**exponent).to(device)
+    return given
 
 
 def matrix(dim):
@@ -37,10 +56,11 @@ def test_the_rotation(dim):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("paged", [False, True], ids=["dense", "paged"])
-def test_attention_stays_what_it_is(paged, backend, device):
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_attention_stays_what_it_is(name, paged, backend, device):
     """By appends with and without a rotary table, packed or not, plans, and writes to slots."""
     batch, dim, lengths = 2, 16, [0, 0]
-    sizes = {"dtype": torch.float32, "device": device, "hadamard": True}
+    sizes = {"dtype": torch.float32, "device": device, **transform(name, 3, dim, device)}
     if paged:
         table = torch.tensor([[3, 0, 5, 1], [2, 4, 7, 6]], device=device)
         pool = PagedKVCache.empty(8, 8, 3, dim, **sizes)
@@ -48,7 +68,7 @@ def test_attention_stays_what_it_is(paged, backend, device):
     else:
         cache = DenseKVCache.empty(batch, 3, 32, dim, **sizes)
     plain = DenseKVCache.empty(batch, 3, 32, dim, dtype=torch.float32, device=device)
-    assert cache.hadamard and not plain.hadamard
+    assert cache.key_transform is not None and plain.key_transform is None
     table = [x.to(device) for x in rotary(40, dim)]
     for tokens, rotates in ((5, True), (1, True), (4, False)):
         q, k, v = (torch.randn(batch, n, tokens, dim, device=device) for n in (6, 3, 3))
@@ -79,7 +99,7 @@ def test_attention_stays_what_it_is(paged, backend, device):
         turned, _, _ = gather(cache.view())
         for b, length in enumerate(cache.lengths.tolist()):
             torch.testing.assert_close(
-                turned[b, :, :length], rotate_by_hadamard(stored[b, :, :length])
+                turned[b, :, :length], cache.stored_keys(stored[b, :, :length])
             )  # fmt: skip
     assert_attention_close(
         asym_gqa_decode(q, plain, UNEVEN, backend=backend), q, stored[:, :, :n], values[:, :, :n],
@@ -94,27 +114,48 @@ def outliers(generator, *shape):
     return x
 
 
-def test_less_error_with_four_bits():
+@pytest.mark.parametrize("format", ["int4", "int8"])
+@pytest.mark.parametrize("name", ["hadamard", "channels"])
+def test_less_error(name, format):
     """The LSE's error: scores are where the stored keys go."""
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(1, 6, 8, 64, generator=generator)
     k, v = outliers(generator, 1, 3, 200, 64), torch.randn(1, 3, 200, 64, generator=generator)
+    given = dict(TRANSFORMS[name])
+    if "k_channels" in given:
+        given["k_channels"] = k[0].abs().amax(1)
     found = {}
-    for name, format, hadamard in (
-        ("exact", None, False), ("plain", "int4", False), ("rotated", "int4", True)
+    for key, options in (
+        ("exact", {}), ("plain", {"format": format}), ("less", {"format": format, **given})
     ):  # fmt: skip
-        cache = DenseKVCache.empty(
-            1, 3, 200, 64, dtype=torch.float32, format=format, hadamard=hadamard
-        )
+        cache = DenseKVCache.empty(1, 3, 200, 64, dtype=torch.float32, **options)
         cache.append(k, v)
-        found[name] = asym_gqa_decode(q, cache, UNEVEN, return_lse=True)[1]
-    plain, rotated = ((found[name] - found["exact"]).abs().mean() for name in ("plain", "rotated"))
-    assert rotated < plain / 2
+        found[key] = asym_gqa_decode(q, cache, UNEVEN, return_lse=True)[1]
+    plain, less = ((found[key] - found["exact"]).abs().mean() for key in ("plain", "less"))
+    assert less < plain / 2
 
 
-def test_keep_fork_and_per_head_lengths():
-    """What moves keys moves rotated ones; other memory is rotated if its cache says so."""
-    cache = DenseKVCache.empty(1, 3, 16, 8, dtype=torch.float32, hadamard=True)
+def test_scales_per_channel():
+    """int8 keys with a scale of each channel: what a stored number means."""
+    k, v = torch.randn(2, 1, 3, 9, 8, generator=torch.Generator().manual_seed(0))
+    channels = k[0].abs().amax(1) / 127
+    memory = torch.zeros(2, 1, 3, 16, 8, dtype=torch.int8)
+    lengths = torch.zeros(1, dtype=torch.int32)
+    cache = DenseKVCache(*memory, lengths, k_scale=1.0, v_scale=0.02, k_channels=channels)
+    cache.append(k, v)
+    assert torch.equal(cache.k[0, :, :9].float(), (k[0] / channels[:, None]).round())
+    q = torch.randn(1, 6, 1, 8)
+    dequantised = cache.k[:, :, :9].float() * channels[:, None]
+    values = cache.v[:, :, :9].float() * 0.02
+    out = asym_gqa_decode(q, cache, UNEVEN)
+    torch.testing.assert_close(out, asym_gqa_attention(q, dequantised, values, UNEVEN))
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_keep_and_per_head_lengths(name):
+    """What moves keys moves them as stored; other memory holds such keys if its cache says so."""
+    given = transform(name, 3, 8)
+    cache = DenseKVCache.empty(1, 3, 16, 8, dtype=torch.float32, **given)
     plain = DenseKVCache.empty(1, 3, 16, 8, dtype=torch.float32)
     k, v = torch.randn(2, 1, 3, 10, 8)
     q = torch.randn(1, 6, 1, 8)
@@ -124,10 +165,10 @@ def test_keep_fork_and_per_head_lengths():
         x.keep(kept)
     out, expected = (asym_gqa_decode(q, x, UNEVEN) for x in (cache, plain))
     torch.testing.assert_close(out, expected)
-    again = DenseKVCache(cache.k, cache.v, cache.lengths, hadamard=True)
+    again = DenseKVCache(cache.k, cache.v, cache.lengths, **given)
     torch.testing.assert_close(asym_gqa_decode(q, again, UNEVEN), expected)
     cos, sin = rotary(20, 8)
-    with pytest.raises(NotImplementedError, match="lengths per head and hadamard, pass rotary_pos"):
+    with pytest.raises(NotImplementedError, match="rotary_positions must be given, or"):
         again.append(k[:, :, :1], v[:, :, :1], rotary_cos=cos, rotary_sin=sin)
     for x in (cache, plain):  # keep() has set the next positions
         x.append(k[:, :, :1], v[:, :, :1], rotary_cos=cos, rotary_sin=sin)
@@ -140,3 +181,10 @@ def test_errors():
         DenseKVCache.empty(1, 1, 4, 7, dtype=torch.float32, hadamard=True)
     with pytest.raises(TypeError, match="hadamard must be True or False, got 'yes'"):
         PagedKVCache.empty(1, 4, 1, 8, hadamard="yes")
+    for channels, error, message in (
+        (torch.ones(2, 8), ValueError, r"k_channels must have shape \(1, 8\), \[Hk, D\], on cpu"),
+        (torch.ones(1, 8).double(), TypeError, "k_channels.dtype must be float32"),
+        (3, TypeError, "k_channels must be a torch.Tensor, got int"),
+    ):
+        with pytest.raises(error, match=message):
+            DenseKVCache.empty(1, 1, 4, 8, k_channels=channels)
