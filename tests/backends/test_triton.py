@@ -61,6 +61,17 @@ def test_any_number_of_splits(num_splits, kv_len, q_len):
     assert_attention_close(call.out, q, k, v, UNEVEN, lse=call.lse, **options)
 
 
+@pytest.mark.parametrize("scale", [0.0, -2.0])
+@pytest.mark.parametrize("q_len", [1, 33])
+def test_scales_that_are_not_positive(q_len, scale):
+    """The scale is part of the exponent's multiply-add; hidden keys stay hidden, whatever it is."""
+    q, k, v = make_inputs(2, UNEVEN, q_len, 70, 32, dtype=torch.bfloat16)
+    lengths = torch.tensor([0, 41])[:, None].expand(2, UNEVEN.num_kv_heads)
+    options = {"causal": True, "scale": scale, "kv_lengths": lengths}
+    out, lse = asym_gqa_attention(q, k, v, UNEVEN, return_lse=True, backend="triton", **options)
+    assert_attention_close(out, q, k, v, UNEVEN, lse=lse, **options)
+
+
 @pytest.mark.parametrize("q_len", [1, 3])
 def test_group_larger_than_a_tile(q_len):
     """34 heads of one group with 3 query tokens are more rows than any decode tile has."""

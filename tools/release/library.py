@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gqa_kernels.native import compiler, env, manylinux, ninja_file
-from gqa_kernels.native.build import LIBRARY
-from gqa_kernels.native.sources import COMPILE_FLAGS, cpu_sources
+from gqa_kernels.native.sources import COMPILE_FLAGS, LIBRARY, cpu_sources
 
 from .platforms import Platform
 

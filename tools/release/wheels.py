@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from gqa_kernels.native.build import LIBRARY
+from gqa_kernels.native.sources import LIBRARY
 
 from .platforms import GLIBC_MINOR, MANYLINUX, Platform
 
