@@ -39,7 +39,7 @@ BACKENDS: dict[str, Backend] = {
 }
 
 _failures: dict[str, str] = {}  # of backends that looked usable and could not be loaded
-_warned: set[str] = set()  # reasons why the reference was taken that the user knows of
+_warned: set[str] = set()  # warnings given so far about backends that could not run a call
 # Choices made so far. What decides is the kind of a call: its key holds no size but the head dims
 # (and, on a GPU, whether the call is decode), and no number's value. Only what can run is kept: it
 # stays usable.
@@ -152,8 +152,8 @@ def _choose(call: Call, backend: str) -> Backend:
                 failure = _prepare(name)
                 reasons = [failure] if failure else []
             if not reasons:
-                if name == "reference" and passed_over:
-                    _warn_of_reference(passed_over)
+                if passed_over:
+                    _warn(name, passed_over)
                 return BACKENDS[name]
             passed_over.append((name, reasons))
         raise NotImplementedError(
@@ -179,25 +179,31 @@ def _unavailable(name: str) -> str | None:
 
 @constant_while_compiling
 def _prepare(name: str) -> str | None:
-    """Load a backend's kernels. Returns None on success, else why it failed, which is a warning
-    too: the backend looked usable."""
+    """Load a backend's kernels. Returns None on success, else why it failed."""
     failure = BACKENDS[name].prepare()
     _failures.pop(name, None)
     if failure:
         _failures[name] = failure
-        warnings.warn(f"gqa_kernels: backend {name!r} is not usable: {failure}", stacklevel=6)
     return failure
 
 
-def _warn_of_reference(passed_over: list[tuple[str, list[str]]]) -> None:
-    """Say once per reason that ``backend="auto"`` fell back to the reference. Not while
-    torch.compile traces, whose graphs a warning would break."""
+def _warn(chosen: str, passed_over: list[tuple[str, list[str]]]) -> None:
+    """Say once per reason that ``backend="auto"`` fell back to the reference, or passed over a
+    backend that looked usable and failed to load. Not while torch.compile traces, whose graphs a
+    warning would break."""
     if is_compiling():
         return
-    why = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in passed_over)
-    if why in _warned:
+    if chosen == "reference":
+        why = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in passed_over)
+    else:
+        failed = [name for name, _ in passed_over if name in _failures]
+        why = "; ".join(f"{name!r} is not usable: {_failures[name]}" for name in failed)
+    if not why or why in _warned:
         return
     _warned.add(why)
+    if chosen != "reference":
+        warnings.warn(f"gqa_kernels: backend {why}", stacklevel=6)
+        return
     warnings.warn(
         "gqa_kernels: backend='auto' runs the eager reference, which is slow and expands K and V, "
         f"because no fused backend can run this call ({why}). Change what the reasons name, or "

@@ -22,9 +22,7 @@ from pathlib import Path
 import torch
 
 from . import compiler, cuda_build, env, library_cache, sources
-from .sources import PACKAGE, cpu_sources, source_root
-
-LIBRARY = "_C.abi3.so"  # ahead of time, in the package
+from .sources import LIBRARY, PACKAGE, cpu_sources, source_root
 
 _lock = threading.RLock()
 _loaded: dict[str, Path] = {}

@@ -15,6 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1]
+LIBRARY = "_C.abi3.so"  # built ahead of time, in the package
 COMPILE_FLAGS = (
     "-std=c++17",
     "-O3",

@@ -78,11 +78,28 @@ def test_auto_falls_back_and_warns_where_a_backend_fails_to_build(nothing_said, 
     monkeypatch.setattr(type(backend), "unavailable_reason", lambda self: None)
     monkeypatch.setattr(type(backend), "prepare", lambda self: "the compiler said no")
     call = small()
-    with pytest.warns(UserWarning, match="'cpu' is not usable: the compiler said no"):
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
         out = asym_gqa_attention(*call)
+        asym_gqa_attention(*call)
+    (warning,) = seen  # one, which gives the reason
+    assert "runs the eager reference" in str(warning.message)
+    assert "(cpu: the compiler said no)" in str(warning.message)
     assert torch.equal(out, asym_gqa_attention(*call, backend="reference"))
     with pytest.raises(NotImplementedError, match="the compiler said no"):
         asym_gqa_attention(*call, backend="cpu")
+
+
+def test_auto_says_that_a_backend_before_the_chosen_one_failed(nothing_said, monkeypatch):
+    cuda = dispatch.BACKENDS["cuda"]
+    monkeypatch.setattr(dispatch, "auto_order", lambda _: ("cuda", "cpu", "reference"))
+    monkeypatch.setattr(type(cuda), "unavailable_reason", lambda self: None)
+    monkeypatch.setattr(type(cuda), "unsupported", lambda self, call: [])
+    monkeypatch.setattr(type(cuda), "prepare", lambda self: "the driver said no")
+    dispatch.forget_choices()
+    with pytest.warns(UserWarning, match="^gqa_kernels: backend 'cuda' is not usable: the driver"):
+        asym_gqa_attention(*small())
+    dispatch.forget_choices()
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ import pytest
 
 from gqa_kernels import __version__, available_backends, cli
 from gqa_kernels.backends.dispatch import BACKENDS
-from gqa_kernels.cli import arguments, demo
+from gqa_kernels.cli import arguments, demo, environment
+from gqa_kernels.native import compiler
 
 
 def test_backends(capsys):
@@ -148,6 +149,15 @@ def test_ctrl_c_while_torch_is_loaded(command, tmp_path):
     done = run_python(f"{code}from gqa_kernels.cli import main\nsys.exit(main({command.split()}))")
     assert done.returncode == 130
     assert done.stderr == "gqa-kernels: interrupted; nothing was kept\n"
+
+
+def test_ctrl_c_during_a_build(capsys, monkeypatch):
+    def interrupted(_):
+        raise compiler.BuildInterrupted("objects are kept in a folder")
+
+    monkeypatch.setattr(environment, "run", interrupted)
+    assert cli.main(["env"]) == 130
+    assert capsys.readouterr().err == "gqa-kernels: interrupted; objects are kept in a folder\n"
 
 
 @pytest.mark.parametrize("command", ["env", "backends"])

@@ -131,6 +131,20 @@ def test_killed_build_leaves_nothing_in_the_way(machine, group):
     assert "what has changed since the last build" in err
 
 
+def test_ctrl_c_says_what_is_kept(machine):
+    process = machine.start("build.load()", new_session=True, CXX=machine.compiler(seconds=0.5))
+    deadline = time.monotonic() + 120
+    while machine.compilations() < 3:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode != 0 and machine.libraries() == []
+    last = err.splitlines()[-1]
+    assert "BuildInterrupted: what was compiled so far is kept in" in last
+    assert str(machine.cache) in last and "the next build continues" in last
+
+
 def test_an_edited_checkout_gets_a_library_of_its_own(machine, tmp_path):
     """Two checkouts share a build folder; a file that differs is compiled, the others are not."""
     code = """

@@ -79,8 +79,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--platform", action="append", choices=PLATFORMS, help=f"({', '.join(CPU_WHEELS)})"
     )
     parser.add_argument("--cuda", action="store_true", help="with CUDA kernels; for one platform")
+    parser.add_argument(
+        "--describe", action="store_true", help="build nothing: write SBOM and checksums again"
+    )
     parser.add_argument("--scratch", type=Path, help="folder to keep objects in (a temporary one)")
     arguments = parser.parse_args(argv)
+    if arguments.describe:
+        describe(arguments.out)
+        return 0
     platforms = arguments.platform or CPU_WHEELS
     if arguments.cuda and len(platforms) != 1:
         parser.error("--cuda needs one --platform")
