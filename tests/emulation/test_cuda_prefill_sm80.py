@@ -151,7 +151,7 @@ def test_sections_of_heads():
 
 
 def test_invalid_map_entries():
-    """As a device tensor may hold them: NaN for these heads, nothing read, others as ever."""
+    """As a device tensor may hold them: NaN for these heads, nothing read, others unchanged."""
     q, k, v = make_inputs(1, SMALL, 20, 70, 64, dtype=torch.bfloat16)
     inputs = attention_call(q, k, v, SMALL, causal=True)
     call = make_call(inputs, head_map=torch.tensor([1, -1, 3], dtype=torch.int32))
