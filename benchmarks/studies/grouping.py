@@ -52,7 +52,7 @@ from ..report.results import commit, versions
 TEXTS = {"mgm": (48, 64, 64), "minilm": (32, 16, 32)}  # to calibrate, to choose by, to report on
 COUNTS = {"mgm": (4, 2), "minilm": (6, 3)}
 SEEDS = (0, 1, 2)
-PARTITIONS = 12  # random ones per layer, of which errors and objectives are compared
+PARTITIONS = 16  # random ones per layer, of which errors and objectives are compared
 OURS = "measured loss"
 Maps = list[tuple[HeadMap, HeadMap]]
 
@@ -163,15 +163,16 @@ class Bench:
     def worth(self, estimator: str) -> list[float]:
         return layer_weights_by(estimator, self.model, self.held_out, self.losses, self.stats)
 
-    def correlations(self, groups: int) -> list[dict[str, float]]:
+    def correlations(self, counts: Sequence[int]) -> list[dict[str, float]]:
         """Per layer, Spearman's correlation of each objective with the error on the test texts,
-        over random partitions of K and V into ``groups`` groups."""
+        over random partitions of K and of V. Their numbers of groups are drawn from ``counts``."""
         rng = np.random.default_rng(self.seed)
         truth = losses_of(self.model, self.stats, self.test, queries=8192)
         found = []
         for index, true in enumerate(truth):
             pairs = [
-                tuple(_random(rng, true.num_heads, groups) for _ in "kv") for _ in range(PARTITIONS)
+                tuple(_random(rng, true.num_heads, int(rng.choice(counts))) for _ in "kv")
+                for _ in range(PARTITIONS)
             ]
             errors = [true.joint(*pair) for pair in pairs]
             found.append(
@@ -284,19 +285,23 @@ def table(rows: Sequence[Row], correlations: dict[str, list[dict[str, float]]]) 
             for field in ("error", "shift")
         ]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    each = [layer for layers in correlations.values() for layer in layers]
-    if each:
+    if correlations:
+        ranges = list(correlations)
+        head = "".join(f" {name}: mean | {name}: least of any layer |" for name in ranges)
         lines += [
             "",
-            "Spearman's correlation of an objective with the error, over random partitions of one "
-            "layer into a fixed number of groups:",
+            "Spearman's correlation of an objective with the error on other texts, over random "
+            "partitions of one layer's K and V heads:",
             "",
-            "| objective | mean | least of any layer |",
-            "|---|--:|--:|",
+            f"| objective |{head}",
+            "|---|" + "--:|--:|" * len(ranges),
         ]
-        for name in each[0]:
-            values = [layer[name] for layer in each]
-            lines.append(f"| {name} | {statistics.mean(values):.2f} | {min(values):.2f} |")
+        for name in correlations[ranges[0]][0]:
+            cells = []
+            for layers in correlations.values():
+                values = [layer[name] for layer in layers]
+                cells += [f"{statistics.mean(values):.2f}", f"{min(values):.2f}"]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -345,8 +350,10 @@ def main() -> None:
                 rows.append(bench.row(name, maps(), merging, groups))
                 print(rows[-1], flush=True)
                 keep()
-        if str(seed) not in correlations:
-            correlations[str(seed)] = bench.correlations(counts[0])
+        if seed == arguments.seeds[0] and not correlations:
+            heads = bench.losses[0].num_heads
+            correlations[f"into {counts[0]} groups"] = bench.correlations(counts[:1])
+            correlations["into any number"] = bench.correlations(range(1, heads + 1))
             keep()
     print(table(rows, correlations))
 

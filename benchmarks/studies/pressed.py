@@ -7,7 +7,7 @@ and other numbers in each head (AdaKV over SnapKV): with kvpress alone, which ma
 them, and on our cache, which drops them. Every contestant is given the context once. Then they take
 turns at the same tokens of the text after it, one by one, and crop their caches. Rows have the
 median and the quartiles of tokens/s, the bytes of the storages behind keys and values, and the
-perplexity of those tokens.
+perplexity of those tokens. Pictures of all three are drawn beside the file.
 """
 
 from __future__ import annotations
@@ -189,6 +189,29 @@ def show(rows: list[dict]) -> None:
         )
 
 
+def pictures(rows: list[dict], path: Path) -> list[Path]:
+    """KV memory, tokens/s and perplexity against the keys kept, beside a results file."""
+    from gqa_kernels.reporting.plots import lines
+
+    drawn = []
+    for name, label, value in (
+        ("memory", "MiB of keys and values", lambda row: row["kv_bytes"] / 2**20),
+        ("speed", "tokens/s", lambda row: row["tokens_per_second"]),
+        ("perplexity", "perplexity", lambda row: row["perplexity"]),
+    ):
+        named: dict[str, dict[float, float]] = {EVEN: {}, FAKED: {}, HEADS: {}}
+        for row in rows:
+            contestant = row["contestant"]
+            of = {STOCK: (FAKED,), OURS: (EVEN, HEADS)}.get(
+                contestant, (contestant.rpartition(" ")[0],)
+            )
+            for line in of:
+                named[line][100 * (1 - row["dropped"])] = value(row)
+        target = path.with_name(f"{path.stem}-{name}.svg")
+        drawn.append(lines(named, "% of the keys kept", label, target))
+    return drawn
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--context", type=int, default=2048)
@@ -199,8 +222,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--path", type=Path, default=PATH)
-    parser.add_argument("--save", action="store_true", help="write the file")
+    parser.add_argument("--save", action="store_true", help="write the file and its pictures")
+    parser.add_argument("--pictures", action="store_true", help="draw the file again; run nothing")
     options = parser.parse_args(arguments)
+    if options.pictures:
+        pictures(Results.load(options.path).rows, options.path)
+        return
 
     from gqa_kernels.models.fingerprint import fingerprint
     from gqa_kernels.samples.smollm2 import load_smollm2
@@ -223,6 +250,7 @@ def main(arguments: list[str] | None = None) -> None:
         results = Results(header(torch.device("cpu"), "pressed", available, made_from))
         results.add(rows)
         results.save(options.path)
+        pictures(rows, options.path)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,7 @@
 #include "attention.h"
 
-#include <mutex>
 #include <stdexcept>
 #include <string>
-#include <vector>
 
 #include "launch.h"
 #include "sm80/decode/launch.h"
@@ -28,25 +26,6 @@ bool leaves_device_idle(const AttentionParams& params, const Device& device) {
 
 }  // namespace
 
-Device current_device() {
-  static std::mutex mutex;
-  static std::vector<Device> known;
-  int index = 0;
-  check(cudaGetDevice(&index), "cudaGetDevice");
-  const std::lock_guard<std::mutex> lock(mutex);
-  if (known.size() <= static_cast<size_t>(index)) known.resize(index + 1);
-  Device& device = known[index];
-  if (device.num_sms == 0) {
-    int major = 0, minor = 0, num_sms = 0;
-    const char* name = "cudaDeviceGetAttribute";
-    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index), name);
-    check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index), name);
-    check(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, index), name);
-    device = {10 * major + minor, num_sms};
-  }
-  return device;
-}
-
 Phase choose_phase(const AttentionParams& params, const Device& device) {
   const std::string decode_reason = sm80::decode_unsupported(params);
   const bool few = params.q_len <= kDecodeQueries || leaves_device_idle(params, device);
@@ -68,22 +47,22 @@ Phase choose_phase(const AttentionParams& params, const Device& device) {
 
 size_t workspace_bytes(const AttentionParams& params, Phase phase, const Device& device) {
   switch (phase) {
-    case Phase::kDecode: return sm80::decode_workspace_bytes(params, device.num_sms);
+    case Phase::kDecode: return sm80::decode_workspace_bytes(params, device);
 #ifdef GQA_CUDA_SM90
-    case Phase::kPrefillSm90: return sm90::prefill_workspace_bytes(params, device.num_sms);
+    case Phase::kPrefillSm90: return sm90::prefill_workspace_bytes(params, device);
 #endif
-    default: return sm80::prefill_workspace_bytes(params, device.num_sms);
+    default: return sm80::prefill_workspace_bytes(params, device);
   }
 }
 
 void attention_forward(const AttentionParams& params, Phase phase, void* workspace,
                        const Device& device, cudaStream_t stream) {
   switch (phase) {
-    case Phase::kDecode: return sm80::decode(params, workspace, device.num_sms, stream);
+    case Phase::kDecode: return sm80::decode(params, workspace, device, stream);
 #ifdef GQA_CUDA_SM90
-    case Phase::kPrefillSm90: return sm90::prefill(params, workspace, device.num_sms, stream);
+    case Phase::kPrefillSm90: return sm90::prefill(params, workspace, device, stream);
 #endif
-    default: return sm80::prefill(params, workspace, device.num_sms, stream);
+    default: return sm80::prefill(params, workspace, device, stream);
   }
 }
 

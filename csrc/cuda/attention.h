@@ -6,17 +6,9 @@
 #include <cstddef>
 
 #include "../core/params.h"
+#include "device.h"
 
 namespace gqa::cuda {
-
-// Facts that choices may depend on.
-struct Device {
-  int capability;  // 10 * major + minor
-  int num_sms;
-};
-
-// Of the current device; asked for once per device. Throws std::runtime_error.
-Device current_device();
 
 enum class Phase { kDecode, kPrefillSm80, kPrefillSm90 };
 

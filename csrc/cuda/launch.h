@@ -5,8 +5,8 @@
 //   // Why the phase can't run these parameters, with names and values; empty: it can. Looks at
 //   // shapes, strides, types and whether pointers are null or aligned; never at what they point
 //   to. std::string <phase>_unsupported(const AttentionParams&); bool <phase>_supported(const
-//   AttentionParams&); size_t <phase>_workspace_bytes(const AttentionParams&, int num_sms); void
-//   <phase>(const AttentionParams&, void* workspace, int num_sms, cudaStream_t);
+//   AttentionParams&); size_t <phase>_workspace_bytes(const AttentionParams&, const Device&); void
+//   <phase>(const AttentionParams&, void* workspace, const Device&, cudaStream_t);
 //
 // A backward takes BackwardParams, an append AppendParams. Pointers in them are device pointers:
 // the host never reads maps, lengths or tables, so launches depend on shapes only and may be
@@ -49,6 +49,28 @@ void launch_kernel(const char* name, void (*kernel)(Params), dim3 grid, int bloc
   }
   void* arguments[] = {const_cast<Params*>(&params)};
   check(cudaLaunchKernel(function, grid, dim3(block), arguments, shared_bytes, stream), name);
+}
+
+// The same for a kernel that calls wait_for_kernel_before (common/ptx.cuh) first of all: from
+// Hopper on its CTAs start while the kernel before it ends, which saves the time between launches.
+// Code that was compiled for older devices can't wait, and so must not start early.
+template <class Params>
+void launch_kernel_after(const char* name, void (*kernel)(Params), dim3 grid, int block,
+                         cudaStream_t stream, const Params& params) {
+  const void* function = reinterpret_cast<const void*>(kernel);
+  cudaFuncAttributes code;
+  check(cudaFuncGetAttributes(&code, function), name);
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(block);
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = code.ptxVersion >= 90 ? 1 : 0;
+  void* arguments[] = {const_cast<Params*>(&params)};
+  check(cudaLaunchKernelExC(&config, function, arguments), name);
 }
 
 }  // namespace gqa::cuda

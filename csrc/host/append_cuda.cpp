@@ -16,7 +16,7 @@ Tensor cache_append_cuda(const AppendInputs& in) {
   Tensor rotated = add_rotated(params, in);
   const std::string reason = cuda::sm80::append_unsupported(params);
   STD_TORCH_CHECK(reason.empty(), "no CUDA kernel can run this append: ", reason);
-  cuda::sm80::append(params, nullptr, device.num_sms, current_stream(index));
+  cuda::sm80::append(params, nullptr, device, current_stream(index));
   return rotated;
 }
 

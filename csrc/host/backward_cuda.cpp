@@ -15,8 +15,8 @@ Gradients attention_backward_cuda(const Inputs& in, const Results& results) {
   const std::string reason = cuda::sm80::backward_unsupported(params);
   STD_TORCH_CHECK(reason.empty(), "no CUDA kernel can run this backward: ", reason);
   Tensor workspace =
-      workspace_of(in.q, cuda::sm80::backward_workspace_bytes(params, device.num_sms));
-  cuda::sm80::backward(params, workspace.mutable_data_ptr(), device.num_sms, current_stream(index));
+      workspace_of(in.q, cuda::sm80::backward_workspace_bytes(params, device));
+  cuda::sm80::backward(params, workspace.mutable_data_ptr(), device, current_stream(index));
   return gradients;
 }
 

@@ -136,7 +136,7 @@ def kept(arguments: argparse.Namespace) -> str | None:
 
 
 def heads_of(text: str, model: Any, types: Any) -> int:
-    """K plus V heads over all layers that a ``--budget`` stands for.
+    """K plus V heads over all layers that a ``--budget`` allows.
 
     Raises:
         ValueError: text that is neither a share, bytes a token, nor a number of heads.
@@ -164,10 +164,11 @@ def _summary(found: Any, budget: int | None) -> list[str]:
     """What was minimised, and what the same total of KV heads costs if it is spent otherwise."""
     if found.kind != "loss":
         return [f"minimised: {found.kind}, a sum over pairs of heads; not the error of the layer"]
-    proved = all(side.proved for layer in found.layers for side in (layer.key, layer.value))
+    proved = sum(layer.key.proved and layer.value.proved for layer in found.layers)
+    joint = sum(layer.candidate == "joint" for layer in found.layers)
     lines = [
-        "minimised: held-out error of each layer's attention output, "
-        + ("optimal for K and V apart" if proved else "not proved optimal in every layer")
+        "minimised: held-out error of each layer's attention output; proved optimal for K and V "
+        f"apart in {proved} of {len(found.layers)} layers, improved for both together in {joint}"
     ]
     spent, equal = found.predicted["by layer"], found.predicted.get("equal counts")
     if budget is None:

@@ -8,7 +8,8 @@
     child = load("child")
 
 ``plan`` searches maps for all layers, ``selection`` chooses among several, ``sequential`` converts
-layer by layer, ``evaluation`` compares with the parent, ``recovery`` trains the child,
+layer by layer, ``prune_heads`` drops query heads, ``evaluation`` compares with the parent,
+``recovery`` trains the child,
 ``lm_harness`` runs lm-eval on it. ``gqa_kernels.models.families`` lists the model families;
 ``attention.py`` holds the two that need a forward of their own.
 
@@ -21,7 +22,17 @@ and ``save_pretrained`` of a model that transformers loaded forgets it; ``save``
 
 from .checkpoint import load, save
 from .model import convert
+from .pruning import lowest_heads, prune_heads
 from .selection import Selection, select_maps
 from .split import random_split
 
-__all__ = ["Selection", "convert", "load", "random_split", "save", "select_maps"]
+__all__ = [
+    "Selection",
+    "convert",
+    "load",
+    "lowest_heads",
+    "prune_heads",
+    "random_split",
+    "save",
+    "select_maps",
+]

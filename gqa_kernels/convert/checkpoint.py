@@ -163,10 +163,10 @@ def _check_heads(config: Any, maps: Maps) -> None:
     heads = getattr(config, _family(config).num_heads)
     for layer, pair in enumerate(maps):
         for head_map in pair:
-            if head_map.num_heads != heads:
+            if head_map.num_heads > heads or head_map.num_heads != pair[0].num_heads:
                 raise ValueError(
-                    f"head maps of a config must have {heads} entries, one per query head, got "
-                    f"{head_map.num_heads} in layer {layer}"
+                    f"head maps of a config must have an entry for each query head left of {heads},"
+                    f" the same number for K and V, got {head_map.num_heads} in layer {layer}"
                 )
 
 

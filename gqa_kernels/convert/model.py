@@ -113,20 +113,18 @@ def set_maps(model: nn.Module, family: Family, pairs: Sequence[tuple[HeadMap, He
 def resize(model: nn.Module, family: Family, pairs: Sequence[tuple[HeadMap, HeadMap]]) -> None:
     """Change the projections of an unconverted model to the shapes of these maps. Their values are
     undefined."""
-    config = model.config
-    num_heads, dim = getattr(config, family.num_heads), head_dim(config, family)
+    dim = head_dim(model.config, family)
     places = list(attention_modules(model, family))
     check_count(pairs, len(places))
-    for index, (_, module, _) in enumerate(places):
-        key_map, value_map = pairs[index]
-        heads = Heads(num_heads, key_map.num_kv_heads, value_map.num_kv_heads)
-        projections.resize(module, family.names, heads, dim)
+    for (key_map, value_map), (_, module, output) in zip(pairs, places, strict=True):
+        heads = Heads(key_map.num_heads, key_map.num_kv_heads, value_map.num_kv_heads)
+        projections.resize(module, output, family.names, heads, dim)
 
 
-def check_count(maps: Sequence[object], layers: int) -> None:
-    """Raise ValueError unless there is a map for every layer."""
-    if len(maps) != layers:
-        raise ValueError(f"maps must have one entry per layer ({layers}), got {len(maps)}")
+def check_count(given: Sequence[object], layers: int, name: str = "maps") -> None:
+    """Raise ValueError unless there is an entry for every layer."""
+    if len(given) != layers:
+        raise ValueError(f"{name} must have one entry per layer ({layers}), got {len(given)}")
 
 
 def _checked(

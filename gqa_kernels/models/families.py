@@ -11,7 +11,7 @@ from torch import nn
 
 from ..head_map import HeadMap
 from . import projections
-from .maps import layer_maps
+from .maps import layer_maps, query_heads
 from .projections import Heads, Names
 from .weights import LayerWeights, Rotary
 
@@ -249,8 +249,9 @@ def attention_modules(
 
 def _attention_layers(model: nn.Module, family: Family) -> Iterator[AttentionLayer]:
     config = model.config
-    num_heads, dim = getattr(config, family.num_heads), head_dim(config, family)
+    most, dim = getattr(config, family.num_heads), head_dim(config, family)
     for index, (stack, module, output) in enumerate(attention_modules(model, family)):
+        num_heads = query_heads(config, index, most)
         heads = projections.head_counts(module, family.names, num_heads, dim)
         key_map, value_map = layer_maps(config, index, num_heads, heads.key, heads.value)
         yield AttentionLayer(

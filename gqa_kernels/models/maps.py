@@ -56,6 +56,13 @@ def layer_maps(
     return key_map, value_map
 
 
+def query_heads(config: Any, layer: int, default: int) -> int:
+    """Query heads of a layer, of which some may have been dropped: entries of its map."""
+    maps = _field(config, KEY_FIELD)
+    known = maps is not None and layer < len(maps) and isinstance(maps[layer], (list, tuple))
+    return len(maps[layer]) if maps is not None and known else default
+
+
 def layer_index(module: Any) -> int | None:
     """The index of an attention module's map in the config.
 

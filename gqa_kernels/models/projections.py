@@ -114,14 +114,15 @@ def write(module: nn.Module, names: Names, parts: list[Projection]) -> None:
     mark(module, Heads(*(len(part.weight) for part in parts)))
 
 
-def resize(module: nn.Module, names: Names, heads: Heads, head_dim: int) -> None:
+def resize(module: nn.Module, output: nn.Module, names: Names, heads: Heads, head_dim: int) -> None:
     """Change the projections to these head counts. Their values are then undefined."""
+    _resize(output, inputs=heads.query * head_dim)
     if names.fused:
-        _resize(getattr(module, names.fused), sum(heads) * head_dim)
+        _resize(getattr(module, names.fused), outputs=sum(heads) * head_dim)
         mark(module, heads)
         return
-    for name, count in zip((names.key, names.value), heads[1:], strict=True):
-        _resize(getattr(module, name), count * head_dim)
+    for name, count in zip((names.query, names.key, names.value), heads, strict=True):
+        _resize(getattr(module, name), outputs=count * head_dim)
 
 
 def mark(module: nn.Module, heads: Heads) -> None:
@@ -169,20 +170,29 @@ def _replace(projection: nn.Module, weight: Tensor, bias: Tensor | None) -> None
     if bias is not None:
         old = projection.bias
         projection.bias = nn.Parameter(bias.to(old).clone(), old.requires_grad)
-    _set_outputs(projection, weight.shape[1] if _is_conv1d(projection) else weight.shape[0])
+    _set_features(projection)
 
 
-def _resize(projection: nn.Module, outputs: int) -> None:
-    inputs = projection.weight.shape[0 if _is_conv1d(projection) else 1]
-    shape = (inputs, outputs) if _is_conv1d(projection) else (outputs, inputs)
+def _resize(projection: nn.Module, inputs: int | None = None, outputs: int | None = None) -> None:
+    """Change one of the two numbers of features."""
+    shape = list(projection.weight.shape)
+    places = (0, 1) if _is_conv1d(projection) else (1, 0)  # of inputs and outputs
+    for place, features in zip(places, (inputs, outputs), strict=True):
+        shape[place] = shape[place] if features is None else features
+    if shape == list(projection.weight.shape):
+        return
     projection.weight = nn.Parameter(projection.weight.new_empty(shape))
     if projection.bias is not None:
-        projection.bias = nn.Parameter(projection.bias.new_empty(outputs))
-    _set_outputs(projection, outputs)
+        projection.bias = nn.Parameter(projection.bias.new_empty(shape[places[1]]))
+    _set_features(projection)
 
 
-def _set_outputs(projection: nn.Module, outputs: int) -> None:
-    setattr(projection, "nf" if _is_conv1d(projection) else "out_features", outputs)
+def _set_features(projection: nn.Module) -> None:
+    """The numbers that a projection says it has."""
+    if _is_conv1d(projection):
+        projection.nx, projection.nf = projection.weight.shape
+    else:
+        projection.out_features, projection.in_features = projection.weight.shape
 
 
 def _is_conv1d(projection: nn.Module) -> bool:

@@ -57,6 +57,38 @@ def test_both_halves_choose_the_same_splits(tmp_path):
     assert [int(x) for x in told.stdout.split()] == [choose_splits(*c).num_splits for c in cases]
 
 
+def test_division_by_page_sizes_is_exact(tmp_path):
+    compiler = shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    header = sources.source_root() / "cuda" / "common" / "page_divider.h"
+    source = tmp_path / "divider.cpp"
+    source.write_text(
+        f"""#include "{header}"
+        #include <cstdio>
+        int main() {{
+          int wrong = 0;
+          const auto check = [&](uint32_t size) {{
+            const gqa::cuda::PageDivider divider = gqa::cuda::page_divider(size);
+            const auto same = [&](uint32_t n) {{ wrong += divider.quotient(n) != n / size; }};
+            for (uint32_t n = 0; n < 3000; ++n) same(n), same(INT32_MAX - n);
+            for (uint64_t n = size; n <= INT32_MAX; n += 1 + (INT32_MAX / size / 500) * size) {{
+              same(static_cast<uint32_t>(n)), same(static_cast<uint32_t>(n) - 1);
+            }}
+          }};
+          for (uint32_t size = 1; size < 2000; ++size) check(size);
+          for (uint32_t bit = 11; bit < 31; ++bit) {{
+            check((1u << bit) - 1), check(1u << bit), check((1u << bit) + 1);
+          }}
+          check(INT32_MAX - 1), check(INT32_MAX);
+          std::printf("%d", wrong);
+        }}"""
+    )
+    subprocess.run([compiler, "-std=c++17", "-O1", source, "-o", tmp_path / "divider"], check=True)
+    told = subprocess.run([tmp_path / "divider"], capture_output=True, text=True, check=True)
+    assert told.stdout == "0"
+
+
 def check(q, k, v, head_map, **options):
     out, lse = asym_gqa_attention(q, k, v, head_map, return_lse=True, backend="cuda", **options)
     assert_attention_close(out, q, k, v, head_map, lse=lse, **options)

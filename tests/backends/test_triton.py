@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(not usable, reason="no GPU, and the interpreter 
 
 def call_of(q, k, v, head_map, **options):
     """The op's arguments, wrapped as the launch code takes them."""
-    import gqa_kernels.backends.triton.ops  # noqa: F401  (mends the interpreter)
+    import gqa_kernels.backends.triton.ops  # noqa: F401  (patches the interpreter)
     from gqa_kernels.backends.triton.launch.forward import ForwardCall
     from gqa_kernels.native.schema import empty_output
 
@@ -59,6 +59,17 @@ def test_any_number_of_splits(num_splits, kv_len, q_len):
     for launch in launches:
         launch.run()
     assert_attention_close(call.out, q, k, v, UNEVEN, lse=call.lse, **options)
+
+
+@pytest.mark.parametrize("scale", [0.0, -2.0])
+@pytest.mark.parametrize("q_len", [1, 33])
+def test_scales_that_are_not_positive(q_len, scale):
+    """The scale is part of the exponent's multiply-add; hidden keys stay hidden, whatever it is."""
+    q, k, v = make_inputs(2, UNEVEN, q_len, 70, 32, dtype=torch.bfloat16)
+    lengths = torch.tensor([0, 41])[:, None].expand(2, UNEVEN.num_kv_heads)
+    options = {"causal": True, "scale": scale, "kv_lengths": lengths}
+    out, lse = asym_gqa_attention(q, k, v, UNEVEN, return_lse=True, backend="triton", **options)
+    assert_attention_close(out, q, k, v, UNEVEN, lse=lse, **options)
 
 
 @pytest.mark.parametrize("q_len", [1, 3])
@@ -141,7 +152,7 @@ def test_row_tiles_suffice_for_every_map(family):
 
 
 def test_device_map_is_read_on_the_device():
-    """A map in a tensor, with entries out of range: NaN for those heads, the others as ever."""
+    """A map in a tensor, with entries out of range: NaN for those heads, the others unchanged."""
     from gqa_kernels.backends.triton.ops import triton_attention_forward
     from gqa_kernels.backends.triton.plan import build_plan
 

@@ -173,6 +173,27 @@ def test_given_scales_saturate_and_stay(backend, dtype, device):
 
 
 @pytest.mark.parametrize("backend", USABLE)
+def test_angles_of_each_token(backend, device):
+    """mrope (Qwen2-VL): each token has three positions, which share the columns of its angles."""
+    generator = torch.Generator().manual_seed(0)
+    position = torch.randint(0, 50, (3, 2, 5), generator=generator)
+    angles = position[..., None] * 10000 ** (-torch.arange(8) / 8)
+    angles = torch.cat([part[i] for i, part in enumerate(angles.split((2, 3, 3), -1))], -1)
+    cos, sin = (x.flatten(0, 1).to(device) for x in (angles.cos(), angles.sin()))
+    cache = DenseKVCache.empty(2, 3, 8, 16, dtype=torch.float32, device=device)
+    k, v, q = (torch.randn(2, heads, 5, 16, generator=generator) for heads in (3, 3, 6))
+    turned = cache.append(
+        k.to(device), v.to(device), q=q.to(device), rotary_cos=cos, rotary_sin=sin,
+        rotary_positions=torch.arange(10, device=device).view(2, 5), backend=backend,
+    )  # fmt: skip
+    stored, _, _ = gather(cache.view())
+    cos, sin = (x[:, None].repeat(1, 1, 1, 2) for x in (angles.cos(), angles.sin()))
+    for found, x in ((stored[:, :, :5], k), (turned, q)):
+        half = torch.cat([-x[..., 8:], x[..., :8]], -1)
+        torch.testing.assert_close(found.cpu(), x * cos + half * sin)
+
+
+@pytest.mark.parametrize("backend", USABLE)
 def test_scales_of_each_sequence_and_head(backend, device):
     """``[B, Hk]``, as FlashAttention-3 has descale factors: the append and attention read them."""
     k, v = (torch.zeros(2, 3, 8, 16, dtype=torch.int8, device=device) for _ in range(2))

@@ -32,6 +32,7 @@ NOT_RUN = {
     "gqa_kernels.convert.evaluation.evaluate",
     "gqa_kernels.convert.load",
     "gqa_kernels.convert.plan.plan",
+    "gqa_kernels.convert.prune_heads",
     "gqa_kernels.convert.recovery.recover",
     "gqa_kernels.convert.save",
     "gqa_kernels.convert.select_maps",

@@ -14,6 +14,7 @@
 
 namespace {
 
+constexpr int kReserved = 1024;               // shared memory of a block that the system takes
 constexpr size_t kAlwaysAllowed = 48 * 1024;  // dynamic shared memory without an attribute
 
 struct Device {
@@ -53,7 +54,8 @@ GqaEvent event_of(const char* kind, const char* name, cudaStream_t stream = null
 }
 
 cudaError_t launch(const void* function, dim3 grid, dim3 block, void** arguments,
-                   size_t shared_bytes, cudaStream_t stream, const unsigned* cluster) {
+                   size_t shared_bytes, cudaStream_t stream, const unsigned* cluster,
+                   bool starts_early = false) {
   const auto kernel = kernels.find(function);
   if (kernel == kernels.end()) return cudaErrorInvalidDeviceFunction;
   if (const cudaError_t error = check_stream(stream); error != cudaSuccess) return error;
@@ -72,6 +74,7 @@ cudaError_t launch(const void* function, dim3 grid, dim3 block, void** arguments
   std::memcpy(event.cluster, cluster, sizeof(event.cluster));
   event.shared_bytes = shared_bytes;
   event.arguments = arguments;
+  event.value = starts_early;
   return static_cast<cudaError_t>(gqa_tell(event));
 }
 
@@ -168,14 +171,25 @@ cudaError_t cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void**
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* function,
                                 void** arguments) {
   unsigned cluster[3] = {1, 1, 1};
+  bool starts_early = false;
   for (unsigned i = 0; i < config->numAttrs; ++i) {
     if (config->attrs[i].id == cudaLaunchAttributeClusterDimension) {
       const auto& dim = config->attrs[i].val.clusterDim;
       cluster[0] = dim.x, cluster[1] = dim.y, cluster[2] = dim.z;
     }
+    if (config->attrs[i].id == cudaLaunchAttributeProgrammaticStreamSerialization) {
+      starts_early = config->attrs[i].val.programmaticStreamSerializationAllowed != 0;
+    }
   }
   return launch(function, config->gridDim, config->blockDim, arguments, config->dynamicSmemBytes,
-                config->stream, cluster);
+                config->stream, cluster, starts_early);
+}
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* function) {
+  if (kernels.find(function) == kernels.end()) return cudaErrorInvalidDeviceFunction;
+  *attributes = {};
+  // As of a library with code for every device.
+  attributes->binaryVersion = attributes->ptxVersion = device(current).capability;
+  return cudaSuccess;
 }
 cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribute, int value) {
   const auto kernel = kernels.find(function);
@@ -230,6 +244,10 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int ind
     case cudaDevAttrComputeCapabilityMinor: *value = facts.capability % 10; return cudaSuccess;
     case cudaDevAttrMultiProcessorCount: *value = facts.num_sms; return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = facts.shared_limit; return cudaSuccess;
+    case cudaDevAttrReservedSharedMemoryPerBlock: *value = kReserved; return cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
+      *value = facts.shared_limit + kReserved;
+      return cudaSuccess;
     default: return cudaErrorInvalidValue;
   }
 }

@@ -19,7 +19,7 @@ struct GqaEvent {
   void** arguments;
   const void* address;  // of a memset, a tensor that is freed
   size_t bytes;
-  int64_t value;  // set by a memset or an attribute
+  int64_t value;  // set by a memset or an attribute; of a launch: 1 if it may start early
 };
 
 // Returns the error that the call fails with, 0 for success.

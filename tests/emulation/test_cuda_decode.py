@@ -86,6 +86,18 @@ CASES = {
             kv_lengths=torch.tensor([[0, 257, 9], [130, 64, 9]]),
         ), MANY_SMS,
     ),
+    "lengths-per-sequence": (
+        decode_inputs(
+            kv_len=700, batch=5,
+            kv_lengths=torch.tensor([3, 700, 0, 130, 64])[:, None].expand(5, 3),
+        ), 2,
+    ),
+    "lengths-window": (
+        decode_inputs(
+            kv_len=500, q_len=2, batch=3, window=(200, 0),
+            kv_lengths=torch.tensor([[500], [40], [333]]).expand(3, 3),
+        ), 4,
+    ),
     "window": (decode_inputs(kv_len=500, q_len=2, window=(300, 0)), MANY_SMS),
     "everything": (
         decode_inputs(q_len=3, kv_len=260, **every_option(3, 260, 4, 2, torch.float32)), MANY_SMS,
@@ -107,6 +119,9 @@ SLOW_CASES = {
         ), MANY_SMS,
     ),
     "elements-split": (decode_inputs(head_dim=31, value_head_dim=9, kv_len=400), MANY_SMS),
+    "more-heads-than-threads": (
+        decode_inputs(HeadMap([i * i % 23 for i in range(150)], 23), batch=1, kv_len=20), 1,
+    ),
     "many-heads": (decode_inputs(HeadMap([i % 7 for i in range(70)]), batch=1, kv_len=65), 1),
     "one-key-head-each": (decode_inputs(HeadMap(list(range(40))[::-1]), batch=1, kv_len=33), 1),
 }  # fmt: skip
@@ -123,7 +138,7 @@ def run_case(inputs: AttentionCall, num_sms: int, seed: int = 0):
 def test_results_and_hazards(name):
     inputs, num_sms = CASES[name]
     result = run_case(inputs, num_sms)
-    split = num_sms == MANY_SMS and inputs.k.shape[2] >= 256  # four blocks
+    split = num_sms > 1 and inputs.k.shape[2] >= 256  # four blocks
     assert len(result.launches) == (2 if split else 1), result.launches
 
 
@@ -273,7 +288,7 @@ BREAKS = {
     ),
     "one key too many": ("load.cuh", "mine < limit", "mine <= limit"),
     "no barrier after the tile is known": (
-        "tile.cuh", "__syncthreads();  // the tile is known, its scratch is free", "",
+        "tile.cuh", "__syncthreads();  // the rows are known, the scratch is free", "",
     ),
     "no barrier after Q": ("kernel.cuh", "__syncthreads();  // Q is there", ""),
     "no barrier before the merge": (
@@ -286,9 +301,36 @@ BREAKS = {
         "copy_rows.cuh", "params.v_stride, b, k_head, v_head", "params.v_stride, b, k_head, k_head",
     ),
     "a split forgotten": ("combine.cuh", "s0 += 32) {", "s0 += 33) {"),
-    "splits that overlap": ("tile.cuh", "tile.split * chunk", "tile.split * (chunk - 1)"),
+    "splits that overlap": (
+        "tile.cuh", "tile.part.split * chunk", "tile.part.split * (chunk - 1)",
+    ),
+    "a sequence's parts where they are not": (
+        "tile.cuh", "parts[2 * tile.part.b] = number", "parts[2 * tile.part.b] = 0",
+    ),
+    "lengths of one head for all": (
+        "parts.cuh", "a.kv_lengths_stride_h == 0 ? 1 : static_cast<int>(a.num_k_heads)", "1",
+    ),
+    "no barrier after the blocks of warps": ("parts.cuh", "__syncthreads();  // warp_blocks", ""),
+    "no barrier after the sums of warps": ("scan.cuh", "__syncthreads();  // warp_sums", ""),
+    "a group's first head counted twice": (
+        "group_rows.cuh", "__popc(same & below)", "__popc(same & (below << 1))",
+    ),
+    "no barrier after the keys": ("group_rows.cuh", "__syncthreads();  // keys", ""),
     "invalid entries let through": ("group_rows.cuh", "k_head >= num_k ||", ""),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("num_heads, most", [(32, 500), (128, 800)])
+def test_the_search_for_a_tile_takes_as_long_for_many_groups_as_for_one(num_heads, most):
+    """Instructions of a warp of the CTA that has the last group, beyond those of one head's CTA."""
+
+    def executed(heads: int) -> int:
+        head_map = HeadMap(list(range(heads)))
+        inputs = decode_inputs(head_map, kv_len=1, batch=1)
+        report = emulate(decode_phase(BF16, 64), inputs, 1, check=False).reports[0]
+        return report.warp_instructions / (heads * 4)
+
+    assert executed(num_heads) - executed(1) <= most
 
 
 @pytest.mark.slow
@@ -300,6 +342,12 @@ def test_planted_errors_are_noticed(name):
         (decode_inputs(kv_len=330, q_len=2, causal=True, sinks=torch.randn(4)), MANY_SMS),
         (decode_inputs(kv_len=70, value_head_map=HeadMap([0, 0, 1, 0])), 1),
         (decode_inputs(kv_len=4500, batch=1), 99),
+        (
+            decode_inputs(
+                kv_len=400, batch=3, kv_lengths=torch.tensor([[64, 130, 9], [0, 1, 0], [9, 400, 9]])
+            ),
+            2,
+        ),
     ]
     invalid = make_call(calls[1][0], head_map=torch.tensor([1, 3, 1, 1], dtype=torch.int32))
     with pytest.raises((AssertionError, PtxError)):
@@ -310,12 +358,30 @@ def test_planted_errors_are_noticed(name):
 
 
 def test_launches_follow_from_shapes_alone():
-    """Whatever the map: what CUDA graphs and maps on the device need."""
+    """Whatever the map and the lengths: what CUDA graphs and maps on the device need."""
     seen = set()
     for entries in ([0] * 12, [2] * 12, [0, 1, 2] * 4):
         inputs = decode_inputs(HeadMap(entries, 3), kv_len=130, batch=1)
         seen.add(str(emulate(decode_phase(BF16, 64), inputs, MANY_SMS, check=False).launches))
     assert len(seen) == 1
+    for lengths in ([0, 0], [300, 300], [300, 1]):
+        kv_lengths = torch.tensor(lengths)[:, None].expand(2, 3)
+        inputs = decode_inputs(kv_len=300, kv_lengths=kv_lengths)
+        seen.add(str(emulate(decode_phase(BF16, 64), inputs, 2, check=False).launches))
+    assert len(seen) == 2
+
+
+def test_one_long_sequence_is_cut_and_short_ones_are_not():
+    """Three CTAs run at once, so that 23 blocks are cut into parts of up to 4."""
+    lengths = [64, 64, 64, 1280]
+    inputs = decode_inputs(
+        HeadMap([0, 0]), kv_len=1280, batch=4, kv_lengths=torch.tensor(lengths)[:, None]
+    )
+    result = emulate(decode_phase(BF16, 64), inputs, 1)
+    check(inputs, result)
+    (_, grid, _), _ = result.launches
+    # At most one part more of each sequence than without rounding; two tiles, of any map.
+    assert grid == ((2 * 3 + 4) * 2, 1, 1)
 
 
 def test_host_code_says_what_it_cannot_run():

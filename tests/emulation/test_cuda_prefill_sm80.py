@@ -15,6 +15,7 @@ from tools.ptxsim import PtxError
 
 from .compiled_units import unavailable_reason
 from .cuda_harness import (
+    Call,
     Phase,
     Result,
     check,
@@ -150,7 +151,7 @@ def test_sections_of_heads():
 
 
 def test_invalid_map_entries():
-    """As a device tensor may hold them: NaN for these heads, nothing read, others as ever."""
+    """As a device tensor may hold them: NaN for these heads, nothing read, others unchanged."""
     q, k, v = make_inputs(1, SMALL, 20, 70, 64, dtype=torch.bfloat16)
     inputs = attention_call(q, k, v, SMALL, causal=True)
     call = make_call(inputs, head_map=torch.tensor([1, -1, 3], dtype=torch.int32))
@@ -161,31 +162,114 @@ def test_invalid_map_entries():
     check(one, Result(result.out[:, :1], result.lse[:, :1]))
 
 
-@pytest.mark.parametrize("page_size", [16, pytest.param(5, marks=pytest.mark.slow)])
-def test_paged(page_size: int):
-    """Pages of one packed pool; garbage page ids beyond the length, NaN in unused slots."""
-    batch, kv_len, lengths = 2, 90, torch.tensor([[90] * 3, [41] * 3])
-    q, k, v = make_inputs(batch, SMALL, 33, kv_len, 64, dtype=torch.bfloat16)
-    inputs = attention_call(q, k, v, SMALL, causal=True, kv_lengths=lengths)
-    pages = -(-kv_len // page_size)
+def paged(inputs: AttentionCall, page_size: int, lengths: list[int], packed: bool = True) -> Call:
+    """The call with K and V in shuffled pages; NaN in unused slots, garbage in unused entries.
+
+    ``packed``: K and V of a token lie together, else in pools with other strides.
+    """
+    batch, pages = len(lengths), -(-inputs.k.shape[2] // page_size)
     ids = torch.randperm(batch * pages + 2, generator=torch.Generator().manual_seed(3))
     table = ids[: batch * pages].view(batch, pages).to(torch.int32)
-    pool = torch.full((len(ids), page_size, 3, 128), torch.nan, dtype=torch.bfloat16)
-    for b in range(batch):
-        for s in range(int(lengths[b, 0])):
-            pool[table[b, s // page_size], s % page_size] = torch.cat([k[b, :, s], v[b, :, s]], -1)
-        table[b, -(-int(lengths[b, 0]) // page_size) :] = NEVER
-    pool = pool.transpose(1, 2)
-    paged = inputs.replace(k=pool[..., :64], v=pool[..., 64:])
-    table = table[:, None].expand(batch, 3, pages)
-    check(inputs, phase_for(inputs).run(make_call(paged, page_table=table, batch=batch)))
-    # A page that is not in storage: NaN for the rows that see its keys, and for them only.
-    table = table.contiguous()
-    table[0, :, 2] = NEVER
-    result = phase_for(inputs).run(make_call(paged, page_table=table, batch=batch))
-    hidden = 2 * page_size - (kv_len - 33)  # tokens whose keys all lie before that page
-    assert result.out[0, :, max(0, hidden) :].isnan().all()
-    assert result.out[1].isfinite().all()
+    dims = [inputs.head_dim, inputs.value_head_dim]
+    shape = (len(ids), page_size, SMALL.num_kv_heads)
+    if packed:
+        pool = torch.full((*shape, sum(dims)), torch.nan, dtype=inputs.dtype).transpose(1, 2)
+        pools = [pool[..., : dims[0]], pool[..., dims[0] :]]
+    else:
+        k = torch.full((*shape, dims[0]), torch.nan, dtype=inputs.dtype).transpose(1, 2)
+        v = k.new_full((len(ids), SMALL.num_kv_heads, page_size, dims[1]), torch.nan)
+        pools = [k, v]
+    for b, length in enumerate(lengths):
+        for pool, x in zip(pools, (inputs.k, inputs.v), strict=True):
+            for s in range(length):
+                pool[table[b, s // page_size], :, s % page_size] = x[b, :, s]
+        table[b, -(-length // page_size) :] = NEVER
+    table = table[:, None].expand(batch, SMALL.num_kv_heads, pages).contiguous()
+    return make_call(inputs.replace(k=pools[0], v=pools[1]), page_table=table, batch=batch)
+
+
+def paged_inputs(lengths: list[int], q_len: int = 33, head_dim: int = 64, **options):
+    q, k, v = make_inputs(len(lengths), SMALL, q_len, max(lengths), head_dim, dtype=torch.bfloat16)
+    kv_lengths = torch.tensor([[length] * SMALL.num_kv_heads for length in lengths])
+    return attention_call(q, k, v, SMALL, causal=True, kv_lengths=kv_lengths, **options)
+
+
+@pytest.mark.parametrize(
+    "page_size, head_dim, options",
+    [
+        (16, 64, {}),
+        (48, 128, {}),
+        (32, 256, {}),
+        (7, 64, {"softcap": 3.0}),
+        pytest.param(1, 64, {}, marks=pytest.mark.slow),
+        pytest.param(5, 128, {"softcap": 3.0}, marks=pytest.mark.slow),
+        pytest.param(100, 256, {"softcap": 3.0}, marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "apart"])
+def test_paged(page_size: int, head_dim: int, options: dict, packed: bool):
+    """Whole blocks and partial ones, pages of any size."""
+    lengths = [150, 41, 128]
+    inputs = paged_inputs(lengths, head_dim=head_dim, **options)
+    check(inputs, phase_for(inputs).run(paged(inputs, page_size, lengths, packed)))
+
+
+@pytest.mark.parametrize("missing", [0, 2, 5])
+def test_a_page_that_is_not_in_storage(missing: int):
+    """NaN for the rows that see its keys, and for them only."""
+    lengths, page_size, q_len = [90, 41], 16, 33
+    inputs = paged_inputs(lengths, q_len)
+    call = paged(inputs, page_size, lengths)
+    call.tensors["page_table"][0, :, missing] = NEVER
+    result = phase_for(inputs).run(call)
+    hidden = max(0, missing * page_size - (lengths[0] - q_len))  # tokens before that page's keys
+    assert result.out[0, :, hidden:].isnan().all()
+    assert result.out[0, :, :hidden].isfinite().all() and result.out[1].isfinite().all()
+
+
+def test_rows_of_pages_too_far_apart_for_32_bits():
+    """They are copied row by row. (The limit is 64 GB; here it is a few rows.)"""
+    lengths = [150, 128]
+    limit = ("warp_pages.cuh", "distance < kNone", "distance < 500")
+    phase = Phase("sm80", "prefill", ("launch", "bf16_d64"), (limit,))
+    inputs = paged_inputs(lengths)
+    check(inputs, phase.run(paged(inputs, 16, lengths)))
+
+
+def test_pages_are_looked_up_once_for_a_key():
+    """By a warp for each row that it copies, a block ahead: 4 bytes a key in a tile of queries."""
+    q_len, kv_len = 128, 320
+    inputs = paged_inputs([kv_len], q_len)
+    report = phase_for(inputs).run(paged(inputs, 16, [kv_len])).reports[0]
+    ids = [s for s in report.memory_sites if s["kind"] == "global" and "cp.async.ca" in s["where"]]
+    assert sum(s["bytes"] for s in ids) == (kv_len - 64) * 4 * SMALL.num_heads
+    assert report.bank_conflicts == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        pytest.param("next = key + C::kBlockN", "next = key", id="pages-of-the-same-block"),
+        pytest.param("__syncwarp();  // distances", "", id="no-barrier-after-distances"),
+        pytest.param("__syncwarp();  // pages", "", id="no-barrier-after-first-pages"),
+        pytest.param("page < rows.num_pages &&", "", id="pages-out-of-storage-let-through"),
+        pytest.param("near = key < length", "near = true", id="keys-beyond-the-last-let-through"),
+        pytest.param(
+            "params.k_stride.s : params.v_stride.s", "params.k_stride.s : params.k_stride.s",
+            id="strides-of-k-for-v",
+        ),
+    ],
+)  # fmt: skip
+def test_broken_page_look_ups_are_noticed(old: str, new: str):
+    lengths = [150, 200]
+    phase = Phase("sm80", "prefill", ("launch", "bf16_d64"), (("warp_pages.cuh", old, new),))
+    inputs = paged_inputs(lengths)
+    with pytest.raises((AssertionError, PtxError)):
+        call = paged(inputs, 16, lengths, packed=False)
+        check(inputs, phase.run(call))
+        call.tensors["page_table"][0, :, 2] = NEVER
+        assert phase.run(call).out[0].isnan().all()
 
 
 def test_packed_sequences():

@@ -2,8 +2,8 @@
 
 python -m tools.sass LIBRARY            print the table (LIBRARY: a built _C.abi3.so)
 python -m tools.sass LIBRARY --check    fail if a loop grew by more than 5 %
-python -m tools.sass LIBRARY --write    measure the peers too (pip downloads their wheels), save
-                                        main_loops.json and the table of csrc/README.md
+python -m tools.sass LIBRARY --write    save main_loops.json and the table of csrc/README.md
+python -m tools.sass LIBRARY --write --peers    measure the peers too (pip downloads their wheels)
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -52,13 +51,9 @@ def counts_of(library: Path, arch: str, parts: Iterable[Part]) -> dict[Part, lis
 def instructions(kernel: Kernel, loop: Loop, part: Part) -> int:
     """Of a warp in one step, by the way around the loop that the part describes."""
     if part.through is None:
-        executed = len(loop.path)
-    else:
-        walk = walk_through(kernel, loop.address, re.compile(part.through))
-        executed = len(walk.instructions) + (part.inner - 1) * walk.inner
-    if part.copies:
-        executed += round(part.copies * statistics.mean(loop.per_copy))
-    return executed
+        return len(loop.path)
+    walk = walk_through(kernel, loop.address, re.compile(part.through), part.inner > 0)
+    return len(walk.instructions) + (part.inner - 1) * walk.inner
 
 
 def warp_instructions(parts: tuple[Part, ...], counts: dict[Part, list[int]]) -> int | None:
@@ -149,6 +144,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("library", type=Path)
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--write", action="store_true")
+    parser.add_argument("--peers", action="store_true")
     options = parser.parse_args(arguments)
     reason = disassemble.unavailable_reason()
     if reason:
@@ -157,11 +153,12 @@ def main(arguments: list[str] | None = None) -> int:
     saved = json.loads(SAVED.read_text()) if SAVED.exists() else {"ours": {}, "peers": {}}
     ours = count(ROWS, {row.arch: options.library for row in ROWS}, "ours")
     theirs = saved["peers"]
-    if options.write:
+    if options.peers:
         with tempfile.TemporaryDirectory() as folder:
             peers = {row.peer.package: row.peer for row in ROWS}
             libraries = {name: download(peer, Path(folder)) for name, peer in peers.items()}
             theirs = count(ROWS, libraries, "theirs")
+    if options.write:
         SAVED.write_text(json.dumps({"ours": ours, "peers": theirs}, indent=1) + "\n")
         text = README.read_text()
         before, after = text.split(BEGIN)[0], text.split(END)[1]

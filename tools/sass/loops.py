@@ -3,8 +3,7 @@
 A loop's static size counts code that one iteration does not execute, such as masking on the
 diagonal. The hot path is what a warp executes for a tile that needs no mask: the shortest path from
 the loop's head back to it through every block that holds a matrix instruction, and through the
-unrolled asynchronous copies of the next tile. Copies that look up a page for every 16 bytes form
-loops of their own, with the number of instructions for each copy.
+unrolled asynchronous copies of the next tile.
 """
 
 from __future__ import annotations
@@ -54,14 +53,12 @@ class Loop(NamedTuple):
     """A loop with matrix products.
 
     ``size`` counts every instruction of its blocks, ``path`` are those of the hot path.
-    ``per_copy`` has, for each inner loop of asynchronous copies, its instructions per copy.
     """
 
     kernel: str
     address: int
     size: int
     path: list[Instruction]
-    per_copy: list[float]
 
     @property
     def counts(self) -> Counter[str]:
@@ -212,14 +209,9 @@ def main_loops(kernel: Kernel, min_products: int = 8) -> list[Loop]:
         path = _hot_path(graph, products, copies, head, body)
         if path is None:
             continue
-        per_copy = [
-            sum(len(code[b]) for b in inner) / sum(copies[b] for b in inner)
-            for inner in (loops[h] for h in sorted(loops) if h != head and loops[h] < body)
-            if 0 < sum(copies[b] for b in inner) < UNROLLED_COPIES
-        ]
         size = sum(len(code[b]) for b in body)
         hot = [i for b in path for i in code[b]]
-        found.append(Loop(kernel.name, code[head][0].address, size, hot, per_copy))
+        found.append(Loop(kernel.name, code[head][0].address, size, hot))
     return found
 
 
@@ -259,14 +251,19 @@ def _walk(graph: Graph, body: set[int], head: int, through: set[int]) -> list[in
     return walk
 
 
-def walk_through(kernel: Kernel, address: int, pattern: re.Pattern[str]) -> Walk:
+def walk_through(
+    kernel: Kernel, address: int, pattern: re.Pattern[str], inner_loops: bool = True
+) -> Walk:
     """The way around the loop at ``address`` that meets most instructions whose opcode matches, and
-    among those ways the shortest. Inner loops are passed once."""
+    among those ways the shortest. Inner loops are passed once, or lie on no way."""
     graph = control_flow(kernel)
     loops = natural_loops(graph)
     code = [kernel.instructions[begin:end] for begin, end in graph.blocks]
     head = next(h for h in loops if code[h][0].address == address)
     body = loops[head]
+    inside = set().union(*(own for h, own in loops.items() if h != head and own < body))
+    if not inner_loops:
+        body = body - inside
     backwards = {(b, h) for h, own in loops.items() for b in own if h in graph.successors[b]}
     forward = {
         b: [s for s in graph.successors[b] if s in body and (b, s) not in backwards] for b in body
@@ -284,7 +281,6 @@ def walk_through(kernel: Kernel, address: int, pattern: re.Pattern[str]) -> Walk
     while block != -1:
         walk.append(block)
         block = best[block][1]
-    inside = set().union(*(own for h, own in loops.items() if h != head and own < body))
     inner = sum(len(code[b]) for b in walk if b in inside)
     return Walk([i for b in walk for i in code[b]], inner)
 

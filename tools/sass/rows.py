@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 COPY, PRODUCT = "LDGSTS", "HMMA"
-INTEGER_DIVISION = "I2F"  # which every look-up of a page makes: key / page_size
+LOOK_UP = r"IMAD\.HI"  # of a page: the multiplication in key / page_size
 
 
 class Peer(NamedTuple):
@@ -24,15 +24,14 @@ class Part(NamedTuple):
     """Loops that together make one step: kernels' names, and how many warps run the loop for it.
 
     ``through``: opcodes that the way around the loop meets as often as it can (without: all matrix
-    products and unrolled copies). ``inner``: how often each of its inner loops runs in a step.
-    ``copies``: made in inner loops in a step, beside the hot path, each as long as those say.
+    products and unrolled copies). ``inner``: how often each of its inner loops runs in a step;
+    0: they lie on another way.
     """
 
     pattern: str
     warps: int
     through: str | None = None
     inner: int = 1
-    copies: int = 0
 
 
 class Row(NamedTuple):
@@ -80,9 +79,16 @@ def _fa3(
     )
 
 
-def _sm80(config: str, general: str = "false", warps: int = 4, **path: object) -> tuple[Part, ...]:
-    name = rf"sm80::prefill_sm80_kernel<gqa::BFloat16, .*::{config}<128>, {general}"
+def _sm80(
+    config: str, warps: int = 4, *, general: bool = False, paged: bool = False, **path: object
+) -> tuple[Part, ...]:
+    flags = f"{general}, {paged}".lower()
+    name = rf"sm80::prefill_sm80_kernel<gqa::BFloat16, .*::{config}<128>, {flags}>"
     return (Part(name, warps, **path),)
+
+
+# Its inner loops copy row by row what has no place in the fast path.
+_PAGED = {"paged": True, "through": f"{COPY}|{PRODUCT}|{LOOK_UP}", "inner": 0}
 
 
 def _decode(stored: str, bits: int, variant: int, paged: bool = False) -> tuple[Part, ...]:
@@ -92,7 +98,7 @@ def _decode(stored: str, bits: int, variant: int, paged: bool = False) -> tuple[
         rf"sm80::decode_kernel<gqa::{own}, gqa::{stored}, .*DecodeConfig<128, {bits}>, "
         rf"\(gqa::cuda::sm80::DecodeVariant\){variant}>"
     )
-    return (Part(name, 4, f"{COPY}|{PRODUCT}" + (f"|{INTEGER_DIVISION}" if paged else "")),)
+    return (Part(name, 4, f"{COPY}|{PRODUCT}" + (f"|{LOOK_UP}" if paged else "")),)
 
 
 _FA2_FORWARD = (Part(r"flash_fwd_kernel<Flash_fwd_kernel_traits<128, 128, 64, 4, .*bfloat16", 4),)
@@ -136,20 +142,20 @@ ROWS = (
         _sm80("PrefillConfig", warps=8), FA3_ALL_DIMS,
         _fa3(128, 128, 128, 8, causal=True, packed=True), (False, True)),
     Row("prefill, D 128, paged", "sm_90a", "128 x 128", (128, 128, 128), (2, 2, 2),
-        _sm80("PrefillConfig", warps=8, through=PRODUCT, copies=16), FA3,
+        _sm80("PrefillConfig", warps=8, **_PAGED), FA3,
         _fa3(128, 128, 128, 8, causal=False, paged=True), (False, True)),
     Row("backward, D 128", "sm_90a", "64 x 128", (64, 128, 128), (5, 7, 5),
         _SM80_BACKWARD, FA3, _FA3_BACKWARD, (False, True)),
     Row("prefill, D 128, dense", "sm_80", "128 x 64", (128, 64, 128), (2, 2, 2),
         _sm80("PrefillConfig"), FA2, _FA2_FORWARD),
     Row("prefill, D 128, masks and softcap", "sm_80", "128 x 64", (128, 64, 128), (2, 2, 2),
-        _sm80("PrefillConfig", "true"), FA2, _FA2_FORWARD),
+        _sm80("PrefillConfig", general=True), FA2, _FA2_FORWARD),
     Row("prefill, D 128, paged", "sm_80", "128 x 64", (128, 64, 128), (2, 2, 2),
-        _sm80("PrefillConfig", through=PRODUCT, copies=16), FA2, (_FA2_SPLIT,)),
+        _sm80("PrefillConfig", **_PAGED), FA2, (_FA2_SPLIT,)),
     # A tile is dequantised in shared memory, by loops that each run twice.
     Row("prefill, D 128, quantised", "sm_80", "128 x 32", (128, 32, 128), (2, 2, 2),
-        _sm80("QuantizedPrefillConfig", "true", through=f"{COPY}|STS|{PRODUCT}", inner=2), FA2,
-        (_FA2_FORWARD[0]._replace(warps=2),)),
+        _sm80("QuantizedPrefillConfig", general=True, through=f"{COPY}|STS|{PRODUCT}", inner=2),
+        FA2, (_FA2_FORWARD[0]._replace(warps=2),)),
     Row("backward, D 128", "sm_80", "64 x 128", (64, 128, 128), (5, 7, 5),
         _SM80_BACKWARD, FA2, _FA2_BACKWARD),
     *(

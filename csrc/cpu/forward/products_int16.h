@@ -138,7 +138,7 @@ GQA_INLINE void add_int16(const int16_t* p, int64_t ldp, const float* step, cons
       load_pairs<V>(v[key], v[key + 1], column + c * kW, kWhole ? 2 * kW : width, x0, x1);
       GQA_UNROLL(6)
       for (int r = 0; r < kRows; ++r) {
-        const I weights = V::set_pair(p + r * ldp + key);
+        const auto weights = V::set_pair(p + r * ldp + key);
         V::add_products(sum[r][c], weights, x0);
         V::add_products(sum[r][c + 1], weights, x1);
       }

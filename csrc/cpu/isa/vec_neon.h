@@ -20,6 +20,9 @@ struct Vec {
   struct Mask {
     uint32x4_t a, b;
   };
+  struct I {  // 16 int16; or 8 sums of 32 bits, as their bits
+    int16x8_t a, b;
+  };
   static constexpr int kWidth = 8;
 
   static GQA_INLINE F set1(float x) { return {vdupq_n_f32(x), vdupq_n_f32(x)}; }
@@ -57,7 +60,56 @@ struct Vec {
 
   template <class S>
   static constexpr bool kMasks = false;
-  static constexpr bool kHasInt16 = false;
+  static constexpr bool kHasInt16 = true;
+  static GQA_INLINE I zero_integers() { return {vdupq_n_s16(0), vdupq_n_s16(0)}; }
+  static GQA_INLINE I load_int16(const int16_t* p) { return {vld1q_s16(p), vld1q_s16(p + 8)}; }
+  static GQA_INLINE void load_int16(const Int8* p, I& x0, I& x1) {
+    x0 = widen_bytes(vld1q_s8(&p->value));
+    x1 = widen_bytes(vld1q_s8(&p->value + 16));
+  }
+  static GQA_INLINE void load_int16(const Int4Pair* p, I& x0, I& x1) {
+    int8x16_t even, odd;
+    nibbles(vld1q_u8(&p->bits), even, odd);
+    x0 = widen_bytes(vzip1q_s8(even, odd));
+    x1 = widen_bytes(vzip2q_s8(even, odd));
+  }
+  // Pairs of 4 columns lie in one register: those of row a in its lower half, those of b above.
+  static GQA_INLINE void load_pairs(const Int8* a, const Int8* b, I& x0, I& x1) {
+    const int32x4_t row_a = vreinterpretq_s32_s8(vld1q_s8(&a->value));
+    const int32x4_t row_b = vreinterpretq_s32_s8(vld1q_s8(&b->value));
+    x0 = widen_bytes(vreinterpretq_s8_s32(vzip1q_s32(row_a, row_b)));
+    x1 = widen_bytes(vreinterpretq_s8_s32(vzip2q_s32(row_a, row_b)));
+  }
+  static GQA_INLINE void load_pairs(const Int4Pair* a, const Int4Pair* b, I& even, I& odd) {
+    const uint32x2_t row_a = vreinterpret_u32_u8(vld1_u8(&a->bits));
+    const uint32x2_t row_b = vreinterpret_u32_u8(vld1_u8(&b->bits));
+    int8x16_t x, y;
+    nibbles(vreinterpretq_u8_u32(vcombine_u32(vzip1_u32(row_a, row_b), vzip2_u32(row_a, row_b))), x,
+            y);
+    even = widen_bytes(x);
+    odd = widen_bytes(y);
+  }
+  template <class S>
+  static GQA_INLINE void order_pairs(F& x0, F& x1) {
+    if (kNumbersPerElement<S> == 2) interleave(x0, x1);
+  }
+  static GQA_INLINE int16x4_t set_pair(const int16_t* p) {
+    int32_t pair;
+    std::memcpy(&pair, p, sizeof pair);
+    return vreinterpret_s16_s32(vdup_n_s32(pair));
+  }
+  static GQA_INLINE void add_products(I& sum, int16x4_t pair, I x) {
+    sum = {add_products(sum.a, pair, x.a), add_products(sum.b, pair, x.b)};
+  }
+  static GQA_INLINE void add_products(I& sum, I x, I y) {
+    sum = {add_products(sum.a, x.a, y.a), add_products(sum.b, x.b, y.b)};
+  }
+  static GQA_INLINE F to_float(I x) {
+    return {vcvtq_f32_s32(vreinterpretq_s32_s16(x.a)), vcvtq_f32_s32(vreinterpretq_s32_s16(x.b))};
+  }
+  static GQA_INLINE void store_int16(int16_t* p, F x) {
+    vst1q_s16(p, vcombine_s16(vqmovn_s32(vcvtnq_s32_f32(x.a)), vqmovn_s32(vcvtnq_s32_f32(x.b))));
+  }
   static constexpr bool kShiftsFp8 = false;
   template <class S>
   static constexpr bool kDeinterleaves = false;
@@ -83,6 +135,7 @@ struct Vec {
   }
   // Compilers keep vectors in registers by themselves: no instruction takes one from memory.
   static GQA_INLINE void pin(F&) {}
+  static GQA_INLINE void pin(I&) {}
 
   static GQA_INLINE void store(float* p, F x) {
     vst1q_f32(p, x.a);
@@ -126,8 +179,12 @@ struct Vec {
 
   static GQA_INLINE float reduce_add(F x) { return vaddvq_f32(vaddq_f32(x.a, x.b)); }
   static GQA_INLINE float reduce_max(F x) { return vmaxnmvq_f32(vmaxnmq_f32(x.a, x.b)); }
-  static GQA_INLINE void store_sums4(float* out, const F (&x)[4]) { vst1q_f32(out, sums4(x)); }
-  static GQA_INLINE void store_sums2x2(float* p, float* q, const F (&x)[4]) {
+  template <class X>
+  static GQA_INLINE void store_sums4(float* out, const X (&x)[4]) {
+    vst1q_f32(out, sums4(x));
+  }
+  template <class X>
+  static GQA_INLINE void store_sums2x2(float* p, float* q, const X (&x)[4]) {
     const float32x4_t sums = sums4(x);
     vst1_f32(p, vget_low_f32(sums));
     vst1_f32(q, vget_high_f32(sums));
@@ -179,6 +236,34 @@ struct Vec {
     GQA_UNROLL(4)
     for (int i = 0; i < 4; ++i) halves[i] = vaddq_f32(x[i].a, x[i].b);
     return vpaddq_f32(vpaddq_f32(halves[0], halves[1]), vpaddq_f32(halves[2], halves[3]));
+  }
+  static GQA_INLINE float32x4_t sums4(const I (&x)[4]) {
+    int32x4_t halves[4];
+    GQA_UNROLL(4)
+    for (int i = 0; i < 4; ++i) {
+      halves[i] = vaddq_s32(vreinterpretq_s32_s16(x[i].a), vreinterpretq_s32_s16(x[i].b));
+    }
+    return vcvtq_f32_s32(
+        vpaddq_s32(vpaddq_s32(halves[0], halves[1]), vpaddq_s32(halves[2], halves[3])));
+  }
+  static GQA_INLINE I widen_bytes(int8x16_t x) {
+    return {vmovl_s8(vget_low_s8(x)), vmovl_high_s8(x)};
+  }
+  // The halves of bytes less the default zero of int4.
+  static GQA_INLINE void nibbles(uint8x16_t bytes, int8x16_t& even, int8x16_t& odd) {
+    const int8x16_t eight = vdupq_n_s8(8);
+    even = vsubq_s8(vreinterpretq_s8_u8(vandq_u8(bytes, vdupq_n_u8(15))), eight);
+    odd = vsubq_s8(vreinterpretq_s8_u8(vshrq_n_u8(bytes, 4)), eight);
+  }
+  // sum[i] += x[i] * y[i] + x[i + 4] * y[i + 4], in 32 bits.
+  static GQA_INLINE int16x8_t add_products(int16x8_t sum, int16x8_t x, int16x8_t y) {
+    const int32x4_t low = vmlal_s16(vreinterpretq_s32_s16(sum), vget_low_s16(x), vget_low_s16(y));
+    return vreinterpretq_s16_s32(vmlal_high_s16(low, x, y));
+  }
+  // sum[i] += pair[0] * x[i] + pair[1] * x[i + 4], likewise.
+  static GQA_INLINE int16x8_t add_products(int16x8_t sum, int16x4_t pair, int16x8_t x) {
+    const int32x4_t low = vmlal_lane_s16(vreinterpretq_s32_s16(sum), vget_low_s16(x), pair, 0);
+    return vreinterpretq_s16_s32(vmlal_high_lane_s16(low, x, pair, 1));
   }
   static GQA_INLINE void transpose4(float32x4_t (&x)[4]) {
     const float64x2_t even01 = vreinterpretq_f64_f32(vtrn1q_f32(x[0], x[1]));

@@ -50,8 +50,9 @@ struct Vec {
   //   I                        2 * kWidth int16, or kWidth sums of 32 bits
   //   load_int16(p, x0, x1)    4 * kWidth int8 or int4 numbers; of int4 even and odd ones apart
   //   load_pairs(a, b, x0, x1) pairs (a[i], b[i]) of 2 * kWidth numbers, likewise
-  //   set_pair(p)              a pair of int16, repeated
-  //   add_products(sum, a, b)  sum[i] += a[2i] * b[2i] + a[2i + 1] * b[2i + 1]
+  //   set_pair(p)              a pair of int16, repeated or of a type of its own
+  //   add_products(sum, a, b)  sum[i] += a[2i] * b[2i] + a[2i + 1] * b[2i + 1], or of other two
+  //                            numbers, if load_pairs and set_pair place pairs likewise
   //   store_int16(p, x)        kWidth floats, rounded to nearest
   static constexpr bool kHasInt16 = false;
 

@@ -6,6 +6,7 @@
 
 #include "../../core/params.h"
 #include "../../core/visible.h"
+#include "page_divider.h"
 
 namespace gqa::cuda {
 
@@ -21,25 +22,42 @@ __device__ const PoisonRow poison_row = [] {
   return row;
 }();
 
+// Where the rows of one (sequence, head) begin. The rest of CopyRows is the same for all of them.
+template <class T>
+struct RowOrigin {
+  const T* base;         // of the head; dense: row of key 0 of the sequence
+  const int32_t* table;  // of (sequence, key head), or nullptr: dense
+  uint32_t first;        // slot of key 0
+};
+
 // The rows of K or V that one (sequence, head) has.
 template <class T>
-struct CopyRows {
-  const T* base;         // of the head; dense: row of key 0 of the sequence
-  int64_t stride;        // from slot to slot
-  const int32_t* table;  // of (sequence, key head), or nullptr: dense
+struct CopyRows : RowOrigin<T> {
+  using RowOrigin<T>::base, RowOrigin<T>::table, RowOrigin<T>::first;
+  int64_t stride;  // from slot to slot
   int64_t table_stride, page_stride;
-  uint32_t page_size, num_pages, first;  // first: slot of key 0
+  uint32_t page_size, num_pages;
+  PageDivider by_page_size;
 
-  // The page that holds key `j`, so that callers can prefetch it.
+  // Where the table has the page that holds key `j`.
+  __device__ __forceinline__ const int32_t* page_entry(uint32_t j) const {
+    return table + by_page_size.quotient(first + j) * table_stride;
+  }
+  // That page, so that callers can prefetch it.
   __device__ __forceinline__ uint32_t page(uint32_t j) const {
-    return table == nullptr ? 0 : table[(first + j) / page_size * table_stride];
+    return table == nullptr ? 0 : *page_entry(j);
+  }
+
+  // The slot of key `j` in its page.
+  __device__ __forceinline__ uint32_t slot(uint32_t j) const {
+    return first + j - by_page_size.quotient(first + j) * page_size;
   }
 
   // Row of key `j`, which must be one of the sequence's; nullptr where its page is not in storage.
   __device__ __forceinline__ const T* row(uint32_t j, uint32_t page) const {
     if (table == nullptr) return base + j * stride;
     if (page >= num_pages) return nullptr;
-    return base + page * page_stride + (first + j) % page_size * stride;
+    return base + page * page_stride + slot(j) * stride;
   }
   __device__ __forceinline__ const T* row(uint32_t j) const { return row(j, page(j)); }
 
@@ -53,36 +71,51 @@ struct CopyRows {
 
 // `head` is the head of K or V that `data` holds; the table is that of `k_head` for both.
 template <class T>
-__device__ __forceinline__ CopyRows<T> copy_rows(const AttentionParams& params, const void* data,
-                                                 const Strides& strides, int b, int k_head,
-                                                 int head) {
-  CopyRows<T> rows;
+__device__ __forceinline__ RowOrigin<T> row_origin(const AttentionParams& params, const void* data,
+                                                   const Strides& strides, int b, int k_head,
+                                                   int head) {
   const int64_t first = first_slot(params, b);
-  rows.base = static_cast<const T*>(data) + head * strides.h;
-  rows.stride = strides.s;
-  rows.first = static_cast<uint32_t>(first);
-  rows.table = params.page_table;
+  RowOrigin<T> origin{static_cast<const T*>(data) + head * strides.h, params.page_table,
+                      static_cast<uint32_t>(first)};
   if (params.page_table == nullptr) {
-    rows.base += b * strides.b + first * strides.s;
+    origin.base += b * strides.b + first * strides.s;
   } else {
-    rows.table += b * params.page_table_stride_b + k_head * params.page_table_stride_h;
+    origin.table += b * params.page_table_stride_b + k_head * params.page_table_stride_h;
+  }
+  return origin;
+}
+
+// `by_page_size` divides by the page size, if there are pages.
+template <class T>
+__device__ __forceinline__ CopyRows<T> copy_rows(const AttentionParams& params,
+                                                 PageDivider by_page_size, const Strides& strides,
+                                                 const RowOrigin<T>& origin) {
+  CopyRows<T> rows;
+  static_cast<RowOrigin<T>&>(rows) = origin;
+  rows.stride = strides.s;
+  if (params.page_table != nullptr) {
     rows.table_stride = params.page_table_stride_p;
     rows.page_stride = strides.b;
     rows.page_size = static_cast<uint32_t>(params.page_size);
+    rows.by_page_size = by_page_size;
     rows.num_pages = static_cast<uint32_t>(params.num_pages);
   }
   return rows;
 }
 
 template <class T>
-__device__ __forceinline__ CopyRows<T> key_rows(const AttentionParams& params, int b, int k_head) {
-  return copy_rows<T>(params, params.k, params.k_stride, b, k_head, k_head);
+__device__ __forceinline__ CopyRows<T> key_rows(const AttentionParams& params,
+                                                PageDivider by_page_size, int b, int k_head) {
+  return copy_rows<T>(params, by_page_size, params.k_stride,
+                      row_origin<T>(params, params.k, params.k_stride, b, k_head, k_head));
 }
 
 template <class T>
-__device__ __forceinline__ CopyRows<T> value_rows(const AttentionParams& params, int b, int k_head,
+__device__ __forceinline__ CopyRows<T> value_rows(const AttentionParams& params,
+                                                  PageDivider by_page_size, int b, int k_head,
                                                   int v_head) {
-  return copy_rows<T>(params, params.v, params.v_stride, b, k_head, v_head);
+  return copy_rows<T>(params, by_page_size, params.v_stride,
+                      row_origin<T>(params, params.v, params.v_stride, b, k_head, v_head));
 }
 
 // Where keys that have no scale or zero of their own find it.
@@ -94,26 +127,29 @@ __device__ const DefaultNumbers default_numbers{1.0f, 0.0f};
 // Scales or zeros of K or V, [P, H, page_size] as `strides` say; `otherwise` is that of every key
 // where there are none.
 __device__ __forceinline__ CopyRows<float> number_rows(const AttentionParams& params,
-                                                       const float* data, Strides strides,
-                                                       const float* otherwise, int b, int k_head,
-                                                       int head) {
+                                                       PageDivider by_page_size, const float* data,
+                                                       Strides strides, const float* otherwise,
+                                                       int b, int k_head, int head) {
   if (data == nullptr) {
     data = otherwise;
     strides = {0, 0, 0};
   }
-  return copy_rows<float>(params, data, strides, b, k_head, head);
+  return copy_rows<float>(params, by_page_size, strides,
+                          row_origin<float>(params, data, strides, b, k_head, head));
 }
 
-__device__ __forceinline__ CopyRows<float> scale_rows(const AttentionParams& params, bool keys,
-                                                      int b, int k_head, int head) {
-  return number_rows(params, keys ? params.k_scale : params.v_scale,
+__device__ __forceinline__ CopyRows<float> scale_rows(const AttentionParams& params,
+                                                      PageDivider by_page_size, bool keys, int b,
+                                                      int k_head, int head) {
+  return number_rows(params, by_page_size, keys ? params.k_scale : params.v_scale,
                      keys ? params.k_scale_stride : params.v_scale_stride, &default_numbers.scale,
                      b, k_head, head);
 }
 
-__device__ __forceinline__ CopyRows<float> zero_rows(const AttentionParams& params, bool keys,
-                                                     int b, int k_head, int head) {
-  return number_rows(params, keys ? params.k_zero : params.v_zero,
+__device__ __forceinline__ CopyRows<float> zero_rows(const AttentionParams& params,
+                                                     PageDivider by_page_size, bool keys, int b,
+                                                     int k_head, int head) {
+  return number_rows(params, by_page_size, keys ? params.k_zero : params.v_zero,
                      keys ? params.k_zero_stride : params.v_zero_stride, &default_numbers.zero, b,
                      k_head, head);
 }

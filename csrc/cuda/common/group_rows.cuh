@@ -2,14 +2,16 @@
 //
 // A group is the query heads that read one (key head, value head) pair; its rows are heads x query
 // tokens, token fastest. Groups are taken in the order of their first head, and each is cut into
-// tiles of kRows rows. The warp that needs a tile finds it in the head map itself: no plan lies in
+// tiles of kRows rows. The CTA that needs a tile finds it in the head map itself: no plan lies in
 // memory, no launch comes before, and a map that changes between graph replays is simply read
-// again.
+// again. Every thread ranks one head among all of them, so that the search takes as long for many
+// groups as for one.
 #pragma once
 
 #include <cstdint>
 
 #include "../../core/params.h"
+#include "scan.cuh"
 
 namespace gqa::cuda {
 
@@ -42,56 +44,80 @@ __device__ __forceinline__ int group_key(const AttentionParams& params, int head
   return k_head * num_v + v_head;
 }
 
-// Tile number `tile` of a sequence with `q_len` query tokens, by one whole warp.
-//   keys  [Hq] ints of shared memory, for this warp alone until it returns
-//   rows  [kRows] in shared memory: the tile's rows, valid after a barrier with this warp
-template <int kRows>
-__device__ __forceinline__ GroupTile find_group_tile(const AttentionParams& params, int q_len,
-                                                     int tile, int* keys, GroupRow* rows) {
-  constexpr int kPassed = -2;
-  const int lane = threadIdx.x & 31, num_heads = static_cast<int>(params.num_heads);
-  const int num_v = static_cast<int>(params.num_v_heads);
-  for (int h = lane; h < num_heads; h += 32) keys[h] = group_key(params, h);
-  __syncwarp();  // keys are read across lanes
-  for (int first = 0; first < num_heads;) {
-    const int key = keys[first];
-    int group_size = 0, next = num_heads;
-    for (int h0 = first & ~31; h0 < num_heads; h0 += 32) {
-      const int mine = h0 + lane < num_heads ? keys[h0 + lane] : kPassed;
-      group_size += __popc(__ballot_sync(~0u, mine == key));
-      const unsigned others = __ballot_sync(~0u, mine != key && mine != kPassed);
-      if (others && next == num_heads) next = h0 + __ffs(others) - 1;
-    }
-    const int group_rows = group_size * q_len, tiles = (group_rows + kRows - 1) / kRows;
-    if (tile < tiles) {
-      const int first_row = tile * kRows, first_member = first_row / q_len;
-      const int num_rows = min(kRows, group_rows - first_row);
-      // Each head of the group writes its own rows of the tile.
-      int rank = 0;
-      for (int h0 = first & ~31; h0 < num_heads; h0 += 32) {
-        const bool same = h0 + lane < num_heads && keys[h0 + lane] == key;
-        const unsigned members = __ballot_sync(~0u, same);
-        const int member = rank + __popc(members & ((1u << lane) - 1));
-        if (same && member >= first_member) {
-          const int row = member * q_len - first_row;  // of its token 0
-          for (int r = max(row, 0); r < min(row + q_len, num_rows); ++r) {
-            rows[r] = {h0 + lane, r - row};
-          }
-        }
-        rank += __popc(members);
-      }
-      if (lane >= num_rows && lane < kRows) rows[lane] = {-1, 0};
-      return {key < 0 ? -1 : key / num_v, key < 0 ? -1 : key % num_v, num_rows};
-    }
-    tile -= tiles;
-    __syncwarp();  // every lane has read keys[first]
-    for (int h = (first & ~31) + lane; h < num_heads; h += 32) {
-      if (keys[h] == key) keys[h] = kPassed;
-    }
-    __syncwarp();
-    first = next;
+constexpr int kNoGroup = -2;  // no head's key
+
+// How many of the keys [begin, end) equal `key`. Both ends are multiples of 4.
+__device__ __forceinline__ int count_equal(const int* keys, int begin, int end, int key) {
+  int count = 0;
+#pragma unroll 4
+  for (int h = begin; h < end; h += 4) {
+    const int4 four = *reinterpret_cast<const int4*>(keys + h);
+    count += (four.x == key) + (four.y == key) + (four.z == key) + (four.w == key);
   }
-  return {-1, -1, 0};
+  return count;
+}
+
+// What the threads of a CTA exchange during the search, in shared memory.
+template <int kThreads>
+struct GroupSearch {
+  int warp_tiles[kThreads / 32];
+  int key, size, tile;  // of the group that has the tile: its heads, and which of its tiles it is
+};
+
+// Tile number `tile` of a sequence with `q_len` query tokens, by all kThreads threads of a CTA.
+//   keys    [Hq, rounded up to a multiple of 4] ints of shared memory, 16-byte aligned
+//   rows    [kRows] in shared memory: the tile's rows
+// After a barrier `rows` may be read and `keys` written.
+template <int kRows, int kThreads>
+__device__ __forceinline__ GroupTile find_group_tile(const AttentionParams& params, int q_len,
+                                                     int tile, int* keys,
+                                                     GroupSearch<kThreads>& search,
+                                                     GroupRow* rows) {
+  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+  const unsigned below = (1u << lane) - 1;
+  const int num_heads = static_cast<int>(params.num_heads), padded = (num_heads + 3) & ~3;
+  for (int h = thread; h < padded; h += kThreads) {
+    keys[h] = h < num_heads ? group_key(params, h) : kNoGroup;
+  }
+  if (thread < kRows) rows[thread] = {-1, 0};
+  if (thread == 0) search.key = kNoGroup;
+  __syncthreads();  // keys
+
+  int before = 0;         // heads of this thread's group before its own
+  int earlier_tiles = 0;  // of groups whose first heads came in earlier passes
+  for (int pass = 0; pass < num_heads; pass += kThreads) {
+    const int head = pass + thread, warp_first = pass + warp * 32;
+    const int key = head < num_heads ? keys[head] : kNoGroup;
+    const unsigned same = __match_any_sync(~0u, key);
+    before = count_equal(keys, 0, min(warp_first, padded), key) + __popc(same & below);
+    const int size =
+        before + __popc(same & ~below) + count_equal(keys, warp_first + 32, padded, key);
+    const int tiles = key != kNoGroup && before == 0 ? (size * q_len + kRows - 1) / kRows : 0;
+    int total;
+    const int end = earlier_tiles + scan_threads<kThreads>(tiles, search.warp_tiles, total);
+    earlier_tiles += total;
+    if (tile < end && tile >= end - tiles) {
+      search.key = key, search.size = size, search.tile = tile - (end - tiles);
+    }
+    __syncthreads();  // the group, if it was found; warp_tiles are read
+    if (search.key != kNoGroup) break;
+  }
+  const int key = search.key;
+  if (key == kNoGroup) return {-1, -1, 0};
+  const int first_row = search.tile * kRows;
+  const int num_rows = min(kRows, search.size * q_len - first_row);
+  // Each head of the group writes its own rows of the tile.
+  for (int head = thread; head < num_heads; head += kThreads) {
+    if (keys[head] != key) continue;
+    if (num_heads > kThreads) {  // `before` is of another head
+      before = count_equal(keys, 0, head & ~3, key);
+      for (int h = head & ~3; h < head; ++h) before += keys[h] == key;
+    }
+    const int row = before * q_len - first_row;  // of its token 0
+    for (int r = max(row, 0); r < min(row + q_len, num_rows); ++r) rows[r] = {head, r - row};
+  }
+  const int num_v = static_cast<int>(params.num_v_heads);
+  return {key < 0 ? -1 : key / num_v, key < 0 ? -1 : key % num_v, num_rows};
 }
 
 }  // namespace gqa::cuda

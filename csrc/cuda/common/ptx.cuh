@@ -10,6 +10,31 @@ __device__ __forceinline__ uint32_t smem_u32(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
+// This thread, read again at every call. Otherwise the compiler keeps values derived from it in
+// registers from tile to tile, which costs more than it saves.
+__device__ __forceinline__ uint32_t current_thread() {
+  uint32_t thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
+// The compiler keeps no register with what it derived from x so far; it computes that again.
+__device__ __forceinline__ void forget_derived(uint32_t& x) { asm volatile("" : "+r"(x)); }
+
+// Lets the next kernel's CTAs start, if launch_kernel_after launched it, as soon as every CTA of this
+// one has called this or is done.
+__device__ __forceinline__ void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+// Waits until the kernel before is done and what it wrote is there.
+__device__ __forceinline__ void wait_for_kernel_before() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // 2^x with an error of about 2 ulp; 2^-inf is 0.
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;

@@ -18,9 +18,9 @@ struct CopyPlace {
   int row, chunk;
   uint32_t offset;  // of the chunk of the first row in the tile's shared memory
 
-  __device__ __forceinline__ CopyPlace() {
-    chunk = threadIdx.x % C::kChunks;
-    row = threadIdx.x / C::kChunks;
+  __device__ __forceinline__ explicit CopyPlace(uint32_t thread = threadIdx.x) {
+    chunk = thread % C::kChunks;
+    row = thread / C::kChunks;
     offset = row * C::kRowBytes + ((chunk ^ (row & 7)) << 4);
   }
 

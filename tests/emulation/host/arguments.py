@@ -8,6 +8,12 @@ from collections.abc import Iterator
 from ..cuda_params import POINTER, AppendParams, AttentionParams, BackwardParams, Strides
 
 
+class PageDivider(ctypes.Structure):
+    """``gqa::cuda::PageDivider``."""
+
+    _fields_ = (("multiplier", ctypes.c_uint32), ("shift", ctypes.c_uint32))
+
+
 class DecodeArguments(ctypes.Structure):
     """``gqa::cuda::sm80::DecodeParams``."""
 
@@ -17,8 +23,13 @@ class DecodeArguments(ctypes.Structure):
         ("partial_lse", POINTER),
         ("tiles", ctypes.c_int),
         ("splits", ctypes.c_int),
+        ("parts", ctypes.c_int),
+        ("even_parts", ctypes.c_int64),
+        ("most_keys", ctypes.c_int64),
+        ("sequence_parts", POINTER),
         ("partial_stride", ctypes.c_int),
         ("elements", ctypes.c_bool),
+        ("by_page_size", PageDivider),
     )
 
 
@@ -30,6 +41,7 @@ class PrefillArguments(ctypes.Structure):
         ("softmax_scale", ctypes.c_float),
         ("elements", ctypes.c_bool),
         ("section_pairs", ctypes.c_int),
+        ("by_page_size", PageDivider),
     )
 
 

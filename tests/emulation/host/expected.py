@@ -114,8 +114,17 @@ def decode(call: AttentionParams, device: Device) -> list[Launch]:
     if call.window_left >= 0 and call.window_right >= 0:
         visible = min(visible, call.window_left + call.window_right + call.q_len)
     programs = call.batch * max(groups, ceil_div(call.num_heads * call.q_len, 16))
-    slots = device.num_sms * (2 if size == 256 else 3)
-    splits = choose_splits(programs, ceil_div(visible, 64), slots).num_splits
+    # An SM has 1 KB more than a thread block may have, and keeps 1 KB for each; the rest is static.
+    by_shared = (device.shared_limit + 1024) // (DECODE_SHARED[size, bits] + 1024 + 1280)
+    slots = device.num_sms * max(1, min(by_shared, 2 if size == 256 else 3))
+    blocks, even_parts = ceil_div(visible, 64), 0
+    if call.kv_lengths and call.batch > 1:
+        even_parts = max(1, 2 * slots // (programs // call.batch))
+        parts = min(even_parts + call.batch, max(1, ceil_div(blocks, 2)) * call.batch)
+        splits = 1 if parts == call.batch else 0
+    else:
+        splits = choose_splits(programs, blocks, slots).num_splits
+        parts = splits * call.batch
     pages, slots_of_page = (
         (call.num_pages, call.page_size) if call.page_table else (call.batch, call.kv_len)
     )
@@ -141,16 +150,20 @@ def decode(call: AttentionParams, device: Device) -> list[Launch]:
         f"VariantE{variant}E",
     )
     stride = ceil_div(call.value_head_dim, 4) * 4
-    fields = {"tiles": tiles, "splits": splits, "partial_stride": stride, "elements": not vectors}
+    fields = {
+        "tiles": tiles, "splits": splits, "parts": parts, "even_parts": even_parts,
+        "most_keys": visible, "partial_stride": stride, "elements": not vectors,
+    }  # fmt: skip
     workspace = {}
-    if splits > 1:
-        out_bytes = 4 * splits * rows * stride
-        workspace = {"partial_out": (0, out_bytes), "partial_lse": (out_bytes, 4 * splits * rows)}
-    main = Launch(
-        kernel, (tiles * call.batch, splits), 128, DECODE_SHARED[size, bits], fields, workspace
-    )
+    if splits != 1:
+        lse_bytes = 4 * parts * rows // call.batch
+        out_bytes = lse_bytes * stride
+        workspace = {"partial_out": (0, out_bytes), "partial_lse": (out_bytes, lse_bytes)}
+        if splits == 0:
+            workspace["sequence_parts"] = (out_bytes + lse_bytes, 8 * call.batch)
+    main = Launch(kernel, (tiles * parts, 1), 128, DECODE_SHARED[size, bits], fields, workspace)
     combine = Launch(("combine_kernel",), (ceil_div(rows, 4), 1), 128, 0, fields, workspace)
-    return [main, combine] if splits > 1 else [main]
+    return [main, combine] if splits != 1 else [main]
 
 
 def prefill(call: AttentionParams) -> list[Launch]:
@@ -173,7 +186,8 @@ def prefill(call: AttentionParams) -> list[Launch]:
         )
     general = bool(bits < 16 or not aligned or changes_scores(call) or call.dropout_threshold)
     config = f"{'22Quantized' if bits < 16 else '13'}PrefillConfigILi{size}E"
-    kernel = ("prefill_sm80_kernel", type_name(call.dtype), config, f"Lb{int(general)}E")
+    flags = f"Lb{int(general)}ELb{int(bits == 16 and bool(call.page_table))}E"
+    kernel = ("prefill_sm80_kernel", type_name(call.dtype), config, flags)
     shared = (QUANTIZED_PREFILL_SHARED if bits < 16 else PREFILL_SHARED)[size]
     fields = {
         "softmax_scale": 1.0 if general else call.scale * LOG2E,

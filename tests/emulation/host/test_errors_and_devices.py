@@ -172,10 +172,13 @@ def test_nothing_waits_for_the_device(host):
 
 
 def test_the_merge_of_splits_reads_what_they_wrote(host):
-    main, combine = checks.check_forward(host, split_call(), A100).launches
-    found, merged = checks.argument_of(main), checks.argument_of(combine)
-    assert found.splits > 1
-    assert (merged.partial_out, merged.partial_lse) == (found.partial_out, found.partial_lse)
+    for device in (A100, H100):
+        main, combine = checks.check_forward(host, split_call(), device).launches
+        found, merged = checks.argument_of(main), checks.argument_of(combine)
+        assert found.splits > 1
+        assert (merged.partial_out, merged.partial_lse) == (found.partial_out, found.partial_lse)
+        # From Hopper on it starts while the other one ends.
+        assert (main.value, combine.value) == (0, device is H100)
 
 
 @pytest.mark.parametrize("device", [A100, H100], ids=["A100", "H100"])

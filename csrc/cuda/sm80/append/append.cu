@@ -132,9 +132,9 @@ std::string append_unsupported(const AppendParams& p) {
 
 bool append_supported(const AppendParams& params) { return append_unsupported(params).empty(); }
 
-size_t append_workspace_bytes(const AppendParams&, int) { return 0; }
+size_t append_workspace_bytes(const AppendParams&, const Device&) { return 0; }
 
-void append(const AppendParams& params, void*, int, cudaStream_t stream) {
+void append(const AppendParams& params, void*, const Device&, cudaStream_t stream) {
   const std::string reason = append_unsupported(params);
   if (!reason.empty()) throw std::runtime_error("sm80 append: " + reason);
   if (all_tokens(params) == 0) return;

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "../../../core/append_params.h"
+#include "../../device.h"
 
 namespace gqa::cuda::sm80 {
 
@@ -15,7 +16,7 @@ namespace gqa::cuda::sm80 {
 // bounds.
 std::string append_unsupported(const AppendParams& params);
 bool append_supported(const AppendParams& params);
-size_t append_workspace_bytes(const AppendParams& params, int num_sms);
-void append(const AppendParams& params, void* workspace, int num_sms, cudaStream_t stream);
+size_t append_workspace_bytes(const AppendParams& params, const Device& device);
+void append(const AppendParams& params, void* workspace, const Device& device, cudaStream_t stream);
 
 }  // namespace gqa::cuda::sm80

@@ -127,13 +127,13 @@ bool backward_supported(const BackwardParams& params) {
   return backward_unsupported(params).empty();
 }
 
-size_t backward_workspace_bytes(const BackwardParams& params, int) {
+size_t backward_workspace_bytes(const BackwardParams& params, const Device&) {
   const Sizes sizes = sizes_of(params);
   const int64_t head_sums = wants_sums(params) ? sizes.q_ctas : 0;
   return sizes.numbers * sizeof(RowNumbers) + head_sums * sizeof(HeadSums);
 }
 
-void backward(const BackwardParams& params, void* workspace, int, cudaStream_t stream) {
+void backward(const BackwardParams& params, void* workspace, const Device&, cudaStream_t stream) {
   const std::string reason = backward_unsupported(params);
   if (!reason.empty()) throw std::runtime_error("sm80 backward: " + reason);
   const AttentionParams& call = params.call;

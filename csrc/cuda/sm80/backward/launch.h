@@ -7,6 +7,7 @@
 #include <string>
 
 #include "../../../core/backward_params.h"
+#include "../../device.h"
 
 namespace gqa::cuda::sm80 {
 
@@ -14,7 +15,8 @@ namespace gqa::cuda::sm80 {
 // to blocks of 32 tokens, and where slopes want gradients a number for each block of query rows.
 std::string backward_unsupported(const BackwardParams& params);
 bool backward_supported(const BackwardParams& params);
-size_t backward_workspace_bytes(const BackwardParams& params, int num_sms);
-void backward(const BackwardParams& params, void* workspace, int num_sms, cudaStream_t stream);
+size_t backward_workspace_bytes(const BackwardParams& params, const Device& device);
+void backward(const BackwardParams& params, void* workspace, const Device& device,
+              cudaStream_t stream);
 
 }  // namespace gqa::cuda::sm80

@@ -25,12 +25,22 @@ __global__ void __launch_bounds__(kCombineWarps * 32)
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kCombineWarps + threadIdx.x / 32;
   if (row >= all_rows) return;
   const int64_t token = row % a.q_len, head = row / a.q_len % a.num_heads;
-  const Queries queries = queries_of(a, row / (a.q_len * a.num_heads));
+  const int b = static_cast<int>(row / (a.q_len * a.num_heads));
+  const Queries queries = queries_of(a, b);
   if (token >= queries.count) return;
+  wait_for_kernel_before();
+  int first = b, step = static_cast<int>(a.batch), splits = p.splits;
+  if (p.splits == 0) {
+    first = p.sequence_parts[2 * b], splits = p.sequence_parts[2 * b + 1], step = 1;
+    if (splits == 1) return;  // its CTA has written the results
+  }
+  const auto partial = [&](int s) {
+    return partial_row(a, first + static_cast<int64_t>(s) * step, head, token);
+  };
 
   float larger = minus_infinity();
-  for (int s = lane; s < p.splits; s += 32) {
-    larger = fmaxf(larger, p.partial_lse[s * all_rows + row]);
+  for (int s = lane; s < splits; s += 32) {
+    larger = fmaxf(larger, p.partial_lse[partial(s)]);
   }
 #pragma unroll
   for (int d = 16; d > 0; d /= 2) larger = fmaxf(larger, __shfl_xor_sync(~0u, larger, d));
@@ -38,17 +48,16 @@ __global__ void __launch_bounds__(kCombineWarps * 32)
 
   constexpr int kVectors = 2;  // 256 elements / 32 lanes / 4
   float4 acc[kVectors] = {};
-  for (int s0 = 0; s0 < p.splits; s0 += 32) {
+  for (int s0 = 0; s0 < splits; s0 += 32) {
     const int s = s0 + lane;
-    const float weight =
-        s < p.splits ? exp2_approx(p.partial_lse[s * all_rows + row] - shift) : 0.f;
+    const float weight = s < splits ? exp2_approx(p.partial_lse[partial(s)] - shift) : 0.f;
     sum += weight;  // NaN stays
-    const int count = min(32, p.splits - s0);
+    const int count = min(32, splits - s0);
 #pragma unroll 4
     for (int i = 0; i < count; ++i) {
       const float w = __shfl_sync(~0u, weight, i);
       if (!(w > 0.f)) continue;  // a split without keys left its output unwritten
-      const float* from = p.partial_out + ((s0 + i) * all_rows + row) * p.partial_stride;
+      const float* from = p.partial_out + partial(s0 + i) * p.partial_stride;
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) {
         const int d = v * 128 + lane * 4;

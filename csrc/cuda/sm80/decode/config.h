@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "../../../core/params.h"
+#include "../../common/page_divider.h"
 
 namespace gqa::cuda::sm80 {
 
@@ -14,7 +15,8 @@ constexpr int kDecodeWarps = 4;
 constexpr int kWarpKeys = 16;                           // of a block, for one warp
 constexpr int kDecodeBlock = kDecodeWarps * kWarpKeys;  // keys
 constexpr int kDecodeThreads = kDecodeWarps * 32;
-constexpr int kMaxHeads = 8192;  // their numbers fit into the shared memory of every class
+constexpr int kStaticSharedBytes = 1280;  // at most: rows, sums and the search for the tile
+constexpr int kMaxHeads = 8192;           // their numbers fit into the shared memory of every class
 
 // kD: the class, 64, 128 or 256; D and Dv are at most kD and padded with zeros in shared memory.
 // kBits: of a number of K and V as they are stored, which is how they lie in shared memory, too.
@@ -73,11 +75,19 @@ enum class DecodeVariant {
 
 struct DecodeParams {
   AttentionParams attention;
-  float* partial_out;  // [splits, B, Hq, Sq, partial_stride], normalised; nullptr where splits is 1
-  float* partial_lse;  // [splits, B, Hq, Sq], in base 2, without sinks
-  int tiles, splits;   // of a sequence; of the keys of a tile
-  int partial_stride;  // Dv rounded up to whole 16-byte vectors
-  bool elements;       // some rows are such that 16-byte copies can't take them
+  // Of every part of the keys of a sequence; nullptr if no sequence is cut.
+  float* partial_out;  // [parts, Hq, Sq, partial_stride], normalised
+  float* partial_lse;  // [parts, Hq, Sq], in base 2, without sinks
+  int tiles;           // of a sequence
+  int splits;          // of each sequence, part s * B + b is split s of sequence b; 0: by lengths
+  int parts;           // of all sequences, at most
+  // If sequences are cut by their lengths (parts.cuh): how many parts there would be without
+  // rounding, the keys of a sequence that count, and where each sequence's parts are found.
+  int64_t even_parts, most_keys;
+  int32_t* sequence_parts;  // [B, 2]: the first of its parts, and how many
+  int partial_stride;       // Dv rounded up to whole 16-byte vectors
+  bool elements;            // some rows are such that 16-byte copies can't take them
+  PageDivider by_page_size;
 };
 
 // Launches the kernel. S is what K and V are stored as; quantised ones have one kernel for all

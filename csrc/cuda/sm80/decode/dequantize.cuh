@@ -28,24 +28,28 @@ constexpr float kLeastLog2Scale = -64.0f;
 // 16 each. Lane l copies a scale, or from lane 16 on a zero, of key l % 16. A key of no page has
 // scale and zero NaN for K, 0 for V.
 struct NumberLoader {
-  CopyRows<float> k, v;
+  // In shared memory, for want of registers: of K and V, scales and zeros.
+  using Rows = CopyRows<float>[2][2];
+  const Rows& rows;
   int limit;  // no key from here on is read
 
-  __device__ __forceinline__ NumberLoader(const AttentionParams& params, int b, int k_head,
-                                          int v_head, int limit)
-      : limit(limit) {
-    const bool scales = (threadIdx.x & 31) < 16;
-    k = scales ? scale_rows(params, true, b, k_head, k_head)
-               : zero_rows(params, true, b, k_head, k_head);
-    v = scales ? scale_rows(params, false, b, k_head, v_head)
-               : zero_rows(params, false, b, k_head, v_head);
+  // `rows` is written, and there after a barrier.
+  __device__ __forceinline__ NumberLoader(const AttentionParams& params, PageDivider by_page_size,
+                                          int b, int k_head, int v_head, int limit, Rows& rows)
+      : rows(rows), limit(limit) {
+    if (threadIdx.x < 2) {
+      const bool keys = threadIdx.x == 0;
+      const int head = keys ? k_head : v_head;
+      rows[threadIdx.x][0] = scale_rows(params, by_page_size, keys, b, k_head, head);
+      rows[threadIdx.x][1] = zero_rows(params, by_page_size, keys, b, k_head, head);
+    }
   }
 
   __device__ __forceinline__ void load(int first, uint32_t page, uint32_t dst) const {
-    const int lane = threadIdx.x & 31, mine = first + (lane & 15);
+    const int lane = threadIdx.x & 31, mine = first + (lane & 15), zeros = lane >> 4;
     const bool there = mine < limit;
-    const float* k_at = there ? k.key_row(mine, page) : nullptr;
-    const float* v_at = there ? v.row(mine, page) : nullptr;
+    const float* k_at = there ? rows[0][zeros].key_row(mine, page) : nullptr;
+    const float* v_at = there ? rows[1][zeros].row(mine, page) : nullptr;
     cp_async_small<4>(dst + lane * 4, k_at, k_at == nullptr ? 0 : 4);
     cp_async_small<4>(dst + 128 + lane * 4, v_at, v_at == nullptr ? 0 : 4);
   }
@@ -53,7 +57,9 @@ struct NumberLoader {
 
 // Stands in for NumberLoader if K and V have q's type.
 struct NoNumbers {
-  __device__ __forceinline__ NoNumbers(const AttentionParams&, int, int, int, int) {}
+  struct Rows {};
+  __device__ __forceinline__ NoNumbers(const AttentionParams&, PageDivider, int, int, int, int,
+                                       Rows&) {}
   __device__ __forceinline__ void load(int, uint32_t, uint32_t) const {}
 };
 

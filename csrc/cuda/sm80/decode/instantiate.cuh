@@ -20,7 +20,7 @@ void launch_decode(const DecodeParams& params, DecodeVariant variant, cudaStream
       kernel = decode_kernel<T, S, C, DecodeVariant::kGeneral>;
     }
   }
-  const dim3 grid(static_cast<unsigned>(params.tiles * params.attention.batch), params.splits);
+  const dim3 grid(static_cast<unsigned>(params.tiles) * params.parts);
   launch_kernel("sm80 decode", kernel, grid, kDecodeThreads, C::kSharedBytes, stream, params);
 }
 

@@ -1,7 +1,8 @@
 // Attention of few query tokens: split-KV, with the rows of a group packed (sm_80 and later).
 //
-// Grid      (tiles x B, splits). Tiles are an upper bound over every head map of the shape, so that
-//           the grid never depends on the map's contents; surplus CTAs return at once.
+// Grid      parts x tiles. Tiles are an upper bound over every head map of the shape, and parts (of
+//           the keys of a sequence, parts.cuh) over all lengths, so that the grid never depends on
+//           what lies on the device; surplus CTAs return at once.
 // CTA       up to 16 rows (query heads of one group x query tokens) of one sequence, and one split
 //           of the keys they see: each K and V byte is read once per tile, however the group is
 //           shaped. Further tiles of a large group read the same bytes at the same time, from L2.
@@ -45,14 +46,16 @@ __global__ void __launch_bounds__(kDecodeThreads, C::kMinCtas)
   constexpr bool kPlain = kVariant == DecodeVariant::kPlain;
   extern __shared__ __align__(128) uint8_t smem[];
   __shared__ GroupRow rows[kDecodeRows];
-  __shared__ GroupTile group;
+  __shared__ DecodeSearch search;
   __shared__ WarpSums sums;
   __shared__ QueryNumbers query_numbers;
+  __shared__ typename WarpPipeline<S, C>::Numbers::Rows number_rows;
   const AttentionParams& a = p.attention;
   const bool elements = kVariant == DecodeVariant::kElements && (!C::kQuantized || p.elements);
   const bool bf16 = C::kQuantized ? a.dtype == DType::kBFloat16 : std::is_same_v<T, BFloat16>;
 
-  const DecodeTile tile = find_tile(p, reinterpret_cast<int*>(smem), rows, group);
+  let_next_kernel_start();  // combine, which waits for all of this one
+  const DecodeTile tile = find_tile(p, reinterpret_cast<int*>(smem), search, rows);
   if (tile.group.num_rows == 0) return;
   if (tile.begin >= tile.end) {
     write_unread_rows(p, tile, rows, bf16, elements);
@@ -60,7 +63,8 @@ __global__ void __launch_bounds__(kDecodeThreads, C::kMinCtas)
   }
 
   const uint32_t s_loop = smem_u32(smem), s_q = s_loop + C::kQBegin;
-  const WarpPipeline<S, C> pipeline(a, tile, s_loop, elements);
+  const WarpPipeline<S, C> pipeline(p, tile, s_loop, elements, number_rows);
+  if constexpr (C::kQuantized) __syncthreads();  // number_rows
   uint32_t page = pipeline.fill();
 
   if constexpr (C::kQuantized) {

@@ -1,5 +1,6 @@
-// Host side of the decode kernels: what they can run, how many splits, which instance.
+// Host side of the decode kernels: what they can run, how keys are cut into parts, which instance.
 #include <algorithm>
+#include <type_traits>
 
 #include "../../../core/splits.h"
 #include "../../common/group_rows.cuh"
@@ -7,6 +8,7 @@
 #include "combine.cuh"
 #include "config.h"
 #include "launch.h"
+#include "part_rule.h"
 
 namespace gqa::cuda::sm80 {
 namespace {
@@ -52,19 +54,67 @@ int64_t most_visible_keys(const AttentionParams& a) {
   return std::min(a.kv_len, a.window_left + a.window_right + a.q_len);
 }
 
-int ctas_per_sm(int dim_class) { return dim_class == 256 ? 2 : 3; }
+// CTAs of the call's kernel that the device runs at once.
+int64_t decode_slots(const AttentionParams& a, const Device& device) {
+  const int bits = !is_quantized(a.k_dtype) ? 16 : a.k_dtype == DType::kInt4 ? 4 : 8;
+  const auto slots = [&](auto config) {
+    using C = decltype(config);
+    return int64_t{device.num_sms} *
+           ctas_per_sm(device, C::kSharedBytes + kStaticSharedBytes, C::kMinCtas);
+  };
+  const auto of_class = [&](auto dim) {
+    constexpr int kD = decltype(dim)::value;
+    return bits == 16  ? slots(DecodeConfig<kD, 16>())
+           : bits == 8 ? slots(DecodeConfig<kD, 8>())
+                       : slots(DecodeConfig<kD, 4>());
+  };
+  switch (head_dim_class(a)) {
+    case 64: return of_class(std::integral_constant<int, 64>());
+    case 128: return of_class(std::integral_constant<int, 128>());
+    default: return of_class(std::integral_constant<int, 256>());
+  }
+}
 
-DecodeParams decode_params(const AttentionParams& a, void* workspace, int num_sms) {
+// How the keys are cut: `splits` and `parts`, and what cutting by lengths takes.
+void cut_into_parts(DecodeParams& params, const Device& device) {
+  const AttentionParams& a = params.attention;
+  // How many tiles a map fills is not known on the host; this many they are where no group is
+  // empty and none has a partial tile more than it must.
+  const int64_t groups = std::min(a.num_heads, std::max(a.num_k_heads, a.num_v_heads));
+  const int64_t tiles = std::max(groups, (a.num_heads * a.q_len + kDecodeRows - 1) / kDecodeRows);
+  const int64_t slots = decode_slots(a, device);
+  params.most_keys = most_visible_keys(a);
+  const int64_t blocks = (params.most_keys + kDecodeBlock - 1) / kDecodeBlock;
+  if (a.kv_lengths == nullptr || a.batch == 1) {
+    params.splits = static_cast<int>(choose_splits(tiles * a.batch, blocks, slots));
+    params.parts = static_cast<int>(params.splits * a.batch);
+    return;
+  }
+  params.even_parts = even_parts(tiles, slots);
+  const int64_t parts =
+      std::min(params.even_parts + a.batch, parts_of(blocks, kMinBlocksPerSplit) * a.batch);
+  params.parts = static_cast<int>(parts);
+  params.splits = parts == a.batch ? 1 : 0;
+}
+
+// Parts of all sequences whose results are merged.
+int64_t partial_parts(const DecodeParams& params) { return params.splits == 1 ? 0 : params.parts; }
+
+DecodeParams decode_params(const AttentionParams& a, void* workspace, const Device& device) {
   DecodeParams params{};
   params.attention = a;
   params.tiles = static_cast<int>(most_group_tiles(a, kDecodeRows));
-  params.splits = decode_splits(a, num_sms);
+  cut_into_parts(params, device);
   params.partial_stride = static_cast<int>((a.value_head_dim + 3) / 4 * 4);
   params.elements = !rows_in_vectors(a);
-  if (params.splits > 1) {
-    const int64_t rows = params.splits * a.batch * a.num_heads * a.q_len;
+  params.by_page_size = page_divider(a.page_size);
+  if (partial_parts(params) > 0) {
+    const int64_t rows = partial_parts(params) * a.num_heads * a.q_len;
     params.partial_out = static_cast<float*>(workspace);
     params.partial_lse = params.partial_out + rows * params.partial_stride;
+    if (params.splits == 0) {
+      params.sequence_parts = reinterpret_cast<int32_t*>(params.partial_lse + rows);
+    }
   }
   return params;
 }
@@ -123,34 +173,26 @@ std::string decode_unsupported(const AttentionParams& a) {
 
 bool decode_supported(const AttentionParams& params) { return decode_unsupported(params).empty(); }
 
-int decode_splits(const AttentionParams& a, int num_sms) {
-  // How many tiles a map fills is not known on the host; this many they are where no group is
-  // empty and none has a partial tile more than it must.
-  const int64_t groups = std::min(a.num_heads, std::max(a.num_k_heads, a.num_v_heads));
-  const int64_t tiles = std::max(groups, (a.num_heads * a.q_len + kDecodeRows - 1) / kDecodeRows);
-  const int64_t blocks = (most_visible_keys(a) + kDecodeBlock - 1) / kDecodeBlock;
-  const int64_t slots = static_cast<int64_t>(num_sms) * ctas_per_sm(head_dim_class(a));
-  return static_cast<int>(choose_splits(tiles * a.batch, blocks, slots));
+size_t decode_workspace_bytes(const AttentionParams& a, const Device& device) {
+  const DecodeParams params = decode_params(a, nullptr, device);
+  const int64_t parts = partial_parts(params);
+  if (parts == 0) return 0;
+  const int64_t numbers = params.splits == 0 ? 2 * a.batch : 0;  // sequence_parts
+  return sizeof(float) * parts * a.num_heads * a.q_len * (params.partial_stride + 1) +
+         sizeof(int32_t) * numbers;
 }
 
-size_t decode_workspace_bytes(const AttentionParams& a, int num_sms) {
-  const DecodeParams params = decode_params(a, nullptr, num_sms);
-  if (params.splits == 1) return 0;
-  return sizeof(float) * params.splits * a.batch * a.num_heads * a.q_len *
-         (params.partial_stride + 1);
-}
-
-void decode(const AttentionParams& a, void* workspace, int num_sms, cudaStream_t stream) {
+void decode(const AttentionParams& a, void* workspace, const Device& device, cudaStream_t stream) {
   const std::string reason = decode_unsupported(a);
   if (!reason.empty()) throw std::runtime_error("sm80 decode: " + reason);
   if (a.batch * a.num_heads * a.q_len == 0) return;
-  const DecodeParams params = decode_params(a, workspace, num_sms);
+  const DecodeParams params = decode_params(a, workspace, device);
   launch_stored(params, stream);
-  if (params.splits == 1) return;
+  if (partial_parts(params) == 0) return;
   const int64_t rows = a.batch * a.num_heads * a.q_len;
-  launch_kernel("sm80 decode combine", combine_kernel,
-                dim3(static_cast<unsigned>((rows + kCombineWarps - 1) / kCombineWarps)),
-                kCombineWarps * 32, 0, stream, params);
+  launch_kernel_after("sm80 decode combine", combine_kernel,
+                      dim3(static_cast<unsigned>((rows + kCombineWarps - 1) / kCombineWarps)),
+                      kCombineWarps * 32, stream, params);
 }
 
 }  // namespace gqa::cuda::sm80

@@ -7,16 +7,15 @@
 #include <string>
 
 #include "../../../core/params.h"
+#include "../../device.h"
 
 namespace gqa::cuda::sm80 {
 
 // As described in cuda/launch.h.
 std::string decode_unsupported(const AttentionParams& params);
 bool decode_supported(const AttentionParams& params);
-size_t decode_workspace_bytes(const AttentionParams& params, int num_sms);
-void decode(const AttentionParams& params, void* workspace, int num_sms, cudaStream_t stream);
-
-// The number of parts that the keys of a tile are cut into.
-int decode_splits(const AttentionParams& params, int num_sms);
+size_t decode_workspace_bytes(const AttentionParams& params, const Device& device);
+void decode(const AttentionParams& params, void* workspace, const Device& device,
+            cudaStream_t stream);
 
 }  // namespace gqa::cuda::sm80

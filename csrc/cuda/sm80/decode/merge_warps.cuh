@@ -97,14 +97,13 @@ __device__ __forceinline__ void store_rows(const DecodeParams& p, const DecodeTi
       const float4 y = ld_shared_v4(s_loop + ((w * kDecodeRows + r) * C::kOutStride + d) * 4);
       x.x += y.x, x.y += y.y, x.z += y.z, x.w += y.w;
     }
-    const bool merged_later = p.splits > 1;
+    const bool merged_later = tile.part.splits > 1;
     float factor = 1.f;
     if (a.sinks != nullptr && !merged_later) factor = add_sink(a.sinks[head], shift, sum);
     if (sum != 0.f) factor /= sum;
     x.x *= factor, x.y *= factor, x.z *= factor, x.w *= factor;
     if (merged_later) {
-      const int64_t all_rows = a.batch * a.num_heads * a.q_len;
-      const int64_t at = tile.split * all_rows + (tile.b * a.num_heads + head) * a.q_len + token;
+      const int64_t at = partial_row(a, tile.part.number, head, token);
       if (d < dim) st_global_v4(p.partial_out + at * p.partial_stride + d, x.x, x.y, x.z, x.w);
       if (d == 0) p.partial_lse[at] = sum == 0.f ? minus_infinity() : shift + __log2f(sum);
     } else {

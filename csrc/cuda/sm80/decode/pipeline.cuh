@@ -20,19 +20,23 @@ template <class S, class C>
 struct WarpPipeline {
   BlockLoader<S, C, true> keys;
   BlockLoader<S, C, false> values;
-  std::conditional_t<C::kQuantized, NumberLoader, NoNumbers> numbers;
+  using Numbers = std::conditional_t<C::kQuantized, NumberLoader, NoNumbers>;
+  Numbers numbers;
   uint32_t stages;  // shared address of the warp's part of stage 0
   int first, end;   // keys
   int blocks;
   bool elements;
 
-  __device__ __forceinline__ WarpPipeline(const AttentionParams& a, const DecodeTile& tile,
-                                          uint32_t s_loop, bool elements)
-      : keys{key_rows<S>(a, tile.b, tile.group.k_head), static_cast<int>(a.head_dim) * C::kBits / 8,
-             tile.end},
-        values{value_rows<S>(a, tile.b, tile.group.k_head, tile.group.v_head),
-               static_cast<int>(a.value_head_dim) * C::kBits / 8, tile.end},
-        numbers(a, tile.b, tile.group.k_head, tile.group.v_head, tile.end),
+  __device__ __forceinline__ WarpPipeline(const DecodeParams& p, const DecodeTile& tile,
+                                          uint32_t s_loop, bool elements,
+                                          typename Numbers::Rows& number_rows)
+      : keys{key_rows<S>(p.attention, p.by_page_size, tile.b, tile.group.k_head),
+             static_cast<int>(p.attention.head_dim) * C::kBits / 8, tile.end},
+        values{value_rows<S>(p.attention, p.by_page_size, tile.b, tile.group.k_head,
+                             tile.group.v_head),
+               static_cast<int>(p.attention.value_head_dim) * C::kBits / 8, tile.end},
+        numbers(p.attention, p.by_page_size, tile.b, tile.group.k_head, tile.group.v_head, tile.end,
+                number_rows),
         elements(elements) {
     const int warp = threadIdx.x / 32;
     stages = s_loop + warp * C::kWarpBytes;

@@ -9,6 +9,12 @@
 
 namespace gqa::cuda::sm80 {
 
+// The row of a part's partial results.
+__device__ __forceinline__ int64_t partial_row(const AttentionParams& a, int64_t part, int64_t head,
+                                               int64_t token) {
+  return (part * a.num_heads + head) * a.q_len + token;
+}
+
 // Stores four output elements, of which `count` exist. `elements`: `to` may be unaligned.
 __device__ __forceinline__ void store_out(uint16_t* to, float4 x, int count, bool bf16,
                                           bool elements) {

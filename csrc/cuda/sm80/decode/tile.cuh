@@ -10,13 +10,21 @@
 #include "../../common/softmax.cuh"
 #include "../../common/state.cuh"
 #include "config.h"
+#include "parts.cuh"
 #include "store.cuh"
 
 namespace gqa::cuda::sm80 {
 
+// What threads exchange before they know their tile, in shared memory.
+struct DecodeSearch {
+  PartSearch parts;
+  GroupSearch<kDecodeThreads> groups;
+};
+
 // What all threads of a CTA know.
 struct DecodeTile {
-  int b, split;
+  DecodePart part;
+  int b;
   GroupTile group;
   Queries queries;
   int length;      // keys of the sequence
@@ -35,8 +43,8 @@ __device__ __forceinline__ void cut_keys(const DecodeParams& p, const GroupRow* 
   const int begin = static_cast<int>(keys_around(p.attention, tile.length, shift + first).begin);
   const int end = static_cast<int>(keys_around(p.attention, tile.length, shift + last).end);
   const int blocks = end <= begin ? 0 : (end - begin + kDecodeBlock - 1) / kDecodeBlock;
-  const int chunk = (blocks + p.splits - 1) / p.splits * kDecodeBlock;
-  tile.begin = begin + tile.split * chunk;
+  const int chunk = (blocks + tile.part.splits - 1) / tile.part.splits * kDecodeBlock;
+  tile.begin = begin + tile.part.split * chunk;
   tile.end = min(end, tile.begin + chunk);
 }
 
@@ -49,9 +57,8 @@ __device__ __forceinline__ void write_unread_rows(const DecodeParams& p, const D
   const int lane = threadIdx.x & 31, dim = static_cast<int>(a.value_head_dim);
   for (int r = threadIdx.x / 32; r < tile.group.num_rows; r += kDecodeWarps) {
     const auto [head, token] = rows[r];
-    if (p.splits > 1) {
-      const int64_t row = (tile.b * a.num_heads + head) * a.q_len + token;
-      if (lane == 0) p.partial_lse[tile.split * a.batch * a.num_heads * a.q_len + row] = lse;
+    if (tile.part.splits > 1) {
+      if (lane == 0) p.partial_lse[partial_row(a, tile.part.number, head, token)] = lse;
       continue;
     }
     uint16_t* out = static_cast<uint16_t*>(a.out) + out_offset(a, tile.queries, head, token);
@@ -62,22 +69,32 @@ __device__ __forceinline__ void write_unread_rows(const DecodeParams& p, const D
   }
 }
 
-// Finds this CTA's tile in the head map. `scratch` is Hq ints of shared memory; `rows` and `group`
-// are shared memory, too. A surplus CTA gets a tile without rows.
-__device__ __forceinline__ DecodeTile find_tile(const DecodeParams& p, int* scratch, GroupRow* rows,
-                                                GroupTile& group) {
+// Finds this CTA's tile in the head map. `scratch` is Hq ints of shared memory, rounded up to a
+// multiple of 4; `rows` and `search` are shared memory, too. A surplus CTA gets a tile without rows.
+__device__ __forceinline__ DecodeTile find_tile(const DecodeParams& p, int* scratch,
+                                                DecodeSearch& search, GroupRow* rows) {
   const AttentionParams& a = p.attention;
+  const int number = blockIdx.x / p.tiles, group_tile = blockIdx.x % p.tiles;
   DecodeTile tile;
-  tile.b = blockIdx.x / p.tiles;
-  tile.split = blockIdx.y;
-  tile.queries = queries_of(a, tile.b);
-  if (threadIdx.x / 32 == 0) {
-    const GroupTile found = find_group_tile<kDecodeRows>(a, static_cast<int>(tile.queries.count),
-                                                         blockIdx.x % p.tiles, scratch, rows);
-    if ((threadIdx.x & 31) == 0) group = found;
+  if (p.splits > 0) {
+    const int batch = static_cast<int>(a.batch);
+    tile.part = {number % batch, number / batch, p.splits, number};
+  } else {
+    tile.part = find_part(p, number, search.parts);
+    if (tile.part.b < 0) {
+      tile.group.num_rows = 0;
+      return tile;
+    }
+    if (group_tile == 0 && tile.part.split == 0 && threadIdx.x == 0) {
+      p.sequence_parts[2 * tile.part.b] = number;
+      p.sequence_parts[2 * tile.part.b + 1] = tile.part.splits;
+    }
   }
-  __syncthreads();  // the tile is known, its scratch is free
-  tile.group = group;
+  tile.b = tile.part.b;
+  tile.queries = queries_of(a, tile.b);
+  tile.group = find_group_tile<kDecodeRows>(a, static_cast<int>(tile.queries.count), group_tile,
+                                            scratch, search.groups, rows);
+  __syncthreads();  // the rows are known, the scratch is free
   tile.length = 0;
   tile.begin = tile.end = 0;
   if (tile.group.num_rows > 0 && tile.group.k_head >= 0) {

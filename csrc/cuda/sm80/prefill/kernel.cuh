@@ -41,7 +41,7 @@ namespace gqa::cuda::sm80 {
 template <class C>
 using QFragments = uint32_t[C::kQInRegisters ? C::kD / 16 : 1][C::kRowTiles][4];
 
-template <class T, class C, bool kGeneral>
+template <class T, class C, bool kGeneral, bool kPaged>
 __global__ void __launch_bounds__(C::kThreads, C::kMinCtas)
     prefill_sm80_kernel(const __grid_constant__ PrefillArgs args) {
   const AttentionParams& params = args.params;
@@ -50,6 +50,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinCtas)
   __shared__ QueryTile tile;
   __shared__ TokenRange warp_keys[C::kWarps];
   __shared__ KVRows<T, C> k_rows, v_rows;
+  __shared__ WarpPages<C> warp_pages[kPaged ? C::kWarps : 1];
   __shared__ float k_scales[C::kQuantized ? C::kBlockN : 1];
   __shared__ int end_key;
 
@@ -74,11 +75,11 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinCtas)
       tile = t;
       end_key = keys.end;
       if constexpr (C::kQuantized) {
-        k_rows = quantized_rows<true>(params, t.b, t.k_head, t.v_head);
-        v_rows = quantized_rows<false>(params, t.b, t.k_head, t.v_head);
+        k_rows = quantized_rows<true>(params, args.by_page_size, t.b, t.k_head, t.v_head);
+        v_rows = quantized_rows<false>(params, args.by_page_size, t.b, t.k_head, t.v_head);
       } else {
-        k_rows = key_rows<T>(params, t.b, t.k_head);
-        v_rows = value_rows<T>(params, t.b, t.k_head, t.v_head);
+        k_rows = row_origin<T>(params, params.k, params.k_stride, t.b, t.k_head, t.k_head);
+        v_rows = row_origin<T>(params, params.v, params.v_stride, t.b, t.k_head, t.v_head);
       }
     }
     if (threadIdx.x % 32 == 0) {
@@ -92,13 +93,15 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinCtas)
   const uint32_t staged_k = ring, staged_v = ring + C::kSlotBytes / 2;
   using QuantizedK = QuantizedTiles<C, true>;
   using QuantizedV = QuantizedTiles<C, false>;
+  WarpPages<C>& pages = warp_pages[kPaged ? warp : 0];
   // Starts the copy of a tile, where there is one. A group even when empty: the waits count groups.
   const auto load_k = [&](int key, uint32_t to) {
     if (key < end_key) {
       if constexpr (C::kQuantized) {
         QuantizedK::request(args, k_rows, key, tile.length, staged_k);
       } else {
-        load_tile<C, true, kGeneral>(args, k_rows, key, tile.length, to);
+        if constexpr (kPaged) pages.look_up(args, k_rows, key, tile.length);
+        load_tile<C, true, kGeneral, kPaged>(args, k_rows, pages, key, tile.length, to);
       }
     }
     cp_async_commit();
@@ -108,11 +111,12 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinCtas)
       if constexpr (C::kQuantized) {
         QuantizedV::request(args, v_rows, key, tile.length, staged_v);
       } else {
-        load_tile<C, false, kGeneral>(args, v_rows, key, tile.length, to);
+        load_tile<C, false, kGeneral, kPaged>(args, v_rows, pages, key, tile.length, to);
       }
     }
     cp_async_commit();
   };
+  if constexpr (kPaged) pages.begin(args, k_rows, first_key, tile.length);
   load_k(first_key, ring);
   if constexpr (!C::kQInRegisters) load_v(first_key, ring + C::kSlotBytes);
 
@@ -183,7 +187,10 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinCtas)
     }
     first_key += C::kBlockN;
     if (first_key >= end_key) break;
-    if constexpr (!C::kQuantized) slot = slot_before<C>(slot, ring);
+    if constexpr (!C::kQuantized) {
+      forget_derived(slot);  // slot_before is computed again, and not kept during the step
+      slot = slot_before<C>(slot, ring);
+    }
   }
   store_output<T, C>(args, tile, base, warp * C::kWarpRows, state, output,
                      drops ? params.dropout_scale : 1.0f);

@@ -106,9 +106,9 @@ bool prefill_supported(const AttentionParams& params) {
   return prefill_unsupported(params).empty();
 }
 
-size_t prefill_workspace_bytes(const AttentionParams&, int) { return 0; }
+size_t prefill_workspace_bytes(const AttentionParams&, const Device&) { return 0; }
 
-void prefill(const AttentionParams& params, void*, int, cudaStream_t stream) {
+void prefill(const AttentionParams& params, void*, const Device&, cudaStream_t stream) {
   const std::string reason = prefill_unsupported(params);
   if (!reason.empty()) throw std::runtime_error("sm80 prefill: " + reason);
   const int64_t ctas = num_ctas(params);
@@ -119,6 +119,7 @@ void prefill(const AttentionParams& params, void*, int, cudaStream_t stream) {
   const bool general = is_quantized(params.k_dtype) || args.elements || modifies_scores(params);
   args.softmax_scale = general ? 1.0f : params.scale * kLog2e;  // the general kernel has scaled
   args.section_pairs = section_pairs(params);
+  args.by_page_size = page_divider(params.page_size);
   if (params.dtype == DType::kBFloat16) {
     launch<BFloat16>(args, general, static_cast<unsigned>(ctas), stream);
   } else {

@@ -8,24 +8,32 @@
 #include "../shared_tile.cuh"
 #include "args.h"
 #include "config.h"
+#include "warp_pages.cuh"
 
 namespace gqa::cuda::sm80 {
 
 // Starts the copy of keys first_key and on of K or V to a slot. Rows beyond the sequence's keys
 // become zeros: their scores are masked, but a NaN times a probability of 0 would not be.
 // kKeys: rows of K, whose pages outside the storage poison the scores.
-template <class C, bool kKeys, bool kGeneral, class T>
-__device__ __forceinline__ void load_tile(const PrefillArgs& args, const CopyRows<T>& rows,
-                                          int first_key, int length, uint32_t slot) {
+template <class C, bool kKeys, bool kGeneral, bool kPaged, class T>
+__device__ __forceinline__ void load_tile(const PrefillArgs& args, const RowOrigin<T>& origin,
+                                          const WarpPages<C>& pages, int first_key, int length,
+                                          uint32_t slot) {
   constexpr int kRows = C::kCopyRows, kCopies = C::kBlockN / kRows;
   const AttentionParams& params = args.params;
-  const int64_t stride = kKeys ? params.k_stride.s : params.v_stride.s;
+  const Strides& strides = kKeys ? params.k_stride : params.v_stride;
   const int dim = static_cast<int>(kKeys ? params.head_dim : params.value_head_dim);
   const bool elements = kGeneral && args.elements;
-  const CopyPlace<C> place;
+  const CopyPlace<C> place(current_thread());
   const int key = first_key + place.row;
   const uint32_t to = slot + place.offset;
-  if (elements || params.page_table != nullptr) {
+  const bool in_dim = place.chunk * 8 < dim;
+  if constexpr (kPaged) {
+    if (!elements && pages.template copy<kKeys>(origin.base, to, in_dim)) return;
+  }
+  if (kPaged || elements) {
+    CopyRows<T> rows = copy_rows(params, args.by_page_size, strides, origin);
+    if (!kPaged) rows.table = nullptr;  // for the compiler
 #pragma unroll 1
     for (int i = 0; i < kCopies; ++i) {
       const T* row = nullptr;
@@ -36,17 +44,16 @@ __device__ __forceinline__ void load_tile(const PrefillArgs& args, const CopyRow
     }
     return;
   }
-  const T* at = rows.base + place.chunk * 8 + static_cast<uint32_t>(key) * stride;
-  const bool in_dim = place.chunk * 8 < dim;
+  const T* at = origin.base + place.chunk * 8 + static_cast<uint32_t>(key) * strides.s;
   if (first_key + C::kBlockN <= length) {
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
-      cp_async16(to + i * kRows * C::kRowBytes, at + i * kRows * stride, in_dim);
+      cp_async16(to + i * kRows * C::kRowBytes, at + i * kRows * strides.s, in_dim);
     }
   } else {
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
-      cp_async16(to + i * kRows * C::kRowBytes, at + i * kRows * stride,
+      cp_async16(to + i * kRows * C::kRowBytes, at + i * kRows * strides.s,
                  in_dim && key + i * kRows < length);
     }
   }

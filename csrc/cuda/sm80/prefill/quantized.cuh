@@ -26,23 +26,19 @@ struct QuantizedRows {
 };
 
 template <class T, class C>
-using KVRows = std::conditional_t<C::kQuantized, QuantizedRows, CopyRows<T>>;
+using KVRows = std::conditional_t<C::kQuantized, QuantizedRows, RowOrigin<T>>;
 
 template <bool kKeys>
-__device__ __forceinline__ QuantizedRows quantized_rows(const AttentionParams& params, int b,
-                                                        int k_head, int v_head) {
+__device__ __forceinline__ QuantizedRows quantized_rows(const AttentionParams& params,
+                                                        PageDivider by_page_size, int b, int k_head,
+                                                        int v_head) {
   const int head = kKeys ? k_head : v_head;
-  return {copy_rows<Int8>(params, kKeys ? params.k : params.v,
-                          kKeys ? params.k_stride : params.v_stride, b, k_head, head),
-          scale_rows(params, kKeys, b, k_head, head), zero_rows(params, kKeys, b, k_head, head)};
-}
-
-// This thread, read again at every call. Otherwise the compiler keeps values derived from it in
-// registers from tile to tile, which costs more than it saves.
-__device__ __forceinline__ uint32_t current_thread() {
-  uint32_t thread;
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-  return thread;
+  const Strides& strides = kKeys ? params.k_stride : params.v_stride;
+  const auto origin =
+      row_origin<Int8>(params, kKeys ? params.k : params.v, strides, b, k_head, head);
+  return {copy_rows(params, by_page_size, strides, origin),
+          scale_rows(params, by_page_size, kKeys, b, k_head, head),
+          zero_rows(params, by_page_size, kKeys, b, k_head, head)};
 }
 
 // The sixteen numbers in shared memory from `stored` on, less their zeros, times `scale`, as two

@@ -115,11 +115,13 @@ bool prefill_supported(const AttentionParams& params) {
   return prefill_unsupported(params).empty();
 }
 
-size_t prefill_workspace_bytes(const AttentionParams& params, int num_sms) {
-  return draws_tiles(params, num_sms) ? sizeof(int) : 0;
+size_t prefill_workspace_bytes(const AttentionParams& params, const Device& device) {
+  return draws_tiles(params, device.num_sms) ? sizeof(int) : 0;
 }
 
-void prefill(const AttentionParams& params, void* workspace, int num_sms, cudaStream_t stream) {
+void prefill(const AttentionParams& params, void* workspace, const Device& device,
+             cudaStream_t stream) {
+  const int num_sms = device.num_sms;
   if (std::string reason = prefill_unsupported(params); !reason.empty()) {
     throw std::runtime_error("sm90 prefill: " + reason);
   }

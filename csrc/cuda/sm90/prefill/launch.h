@@ -6,6 +6,7 @@
 #include <string>
 
 #include "../../../core/params.h"
+#include "../../device.h"
 
 namespace gqa::cuda::sm90 {
 
@@ -14,7 +15,8 @@ namespace gqa::cuda::sm90 {
 // 16 bytes, and strides positive).
 std::string prefill_unsupported(const AttentionParams& params);
 bool prefill_supported(const AttentionParams& params);
-size_t prefill_workspace_bytes(const AttentionParams& params, int num_sms);
-void prefill(const AttentionParams& params, void* workspace, int num_sms, cudaStream_t stream);
+size_t prefill_workspace_bytes(const AttentionParams& params, const Device& device);
+void prefill(const AttentionParams& params, void* workspace, const Device& device,
+             cudaStream_t stream);
 
 }  // namespace gqa::cuda::sm90

@@ -1,0 +1,1 @@
+"""How many instructions the CPU kernels' inner loops take, from their machine code."""
