@@ -101,9 +101,9 @@ def asym_gqa_attention(
         k: ``[B, Hk, Sk, D]``, q's dtype and device.
         v: ``[B, Hv, Sk, Dv]``; ``Hv = Hk`` unless ``value_head_map`` is given.
         head_map: ``Hq`` integers: a :class:`HeadMap`, a sequence, or an integer tensor. A tensor on
-            an accelerator is read there, without synchronisation; where an entry of it is out of
-            range that head's output is NaN.
-        value_head_map: the same for V, where K and V are grouped apart.
+            an accelerator is read there, without synchronisation. If an entry of it is out of
+            range, that head's output is NaN.
+        value_head_map: the same for V, if K and V are grouped differently.
         causal: query ``i`` sees keys ``j <= i'`` (aligned to the bottom right).
         scale: factor of the scores; default ``D ** -0.5``.
         window: ``(left, right)`` in tokens, inclusive: keys with ``i' - left <= j <= i' + right``

@@ -102,7 +102,7 @@ def asym_gqa_decode(
         v_new: the values likewise.
         cu_seqlens_q: ``[B + 1]`` integers: sequence ``b`` has the queries ``cu_seqlens_q[b]`` up to
             ``cu_seqlens_q[b + 1]``.
-        max_seqlen_q: most queries of a sequence; needed where ``cu_seqlens_q`` is on a device.
+        max_seqlen_q: most queries of a sequence; needed if ``cu_seqlens_q`` is on a device.
         rotary_cos, rotary_sin, rotary_interleaved, rotary_positions: rotate k_new and q by their
             positions, as :meth:`~gqa_kernels.cache.base.KVCache.append` says.
         causal, scale, window, softcap, alibi_slopes, sinks: as for ``asym_gqa_attention``.
@@ -120,7 +120,7 @@ def asym_gqa_decode(
 
     Returns:
         out in q's shape (last dim ``Dv``) and dtype; with ``return_lse`` also the LSE, fp32
-        ``[B, Hq, Sq]``, or ``[Hq, total_q]`` where packed. What stands at packed tokens of no
+        ``[B, Hq, Sq]``, or ``[Hq, total_q]`` if packed. The output at packed tokens of no
         sequence is unspecified.
 
     Raises:
@@ -388,7 +388,7 @@ def append(
     advance: bool = True,
     backend: str = "auto",
 ) -> Tensor | None:
-    """Write new tokens behind the ones there are: rotated, and quantised where the cache is.
+    """Append new tokens to each sequence: rotate them, and quantise them if the cache is quantised.
 
     Args:
         k_new: ``[B, Hk, S, D]`` (``[B, S, Hk, D]`` for layout ``"bshd"``), or packed
@@ -397,7 +397,7 @@ def append(
         q: queries of the same tokens, to rotate too; not modified.
         cu_seqlens: ``[B + 1]`` integers: the new tokens of sequence ``b`` are
             ``cu_seqlens[b]`` up to ``cu_seqlens[b + 1]``.
-        max_seqlen: most new tokens of a sequence; needed where ``cu_seqlens`` is on a device.
+        max_seqlen: most new tokens of a sequence; needed if ``cu_seqlens`` is on a device.
         rotary_cos, rotary_sin: ``[max_position, R / 2]``, cosines and sines of the angles: the
             first ``R`` columns of k_new and q are rotated by the angle of their position, which
             is the length before the append plus the token's index. Contiguous tables in fp32 or the

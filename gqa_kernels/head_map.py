@@ -26,8 +26,8 @@ class HeadMapShard:
         head_map: the map among the rank's own heads (both numbered from 0).
         query_heads: global index of each local query head, ascending.
         kv_heads: global index of each local KV head (key head), ascending.
-        value_head_map: the local map of V where it differs from K's, else None.
-        value_heads: global index of each local value head; ``kv_heads`` where the map is shared.
+        value_head_map: the local map of V if it differs from K's, else None.
+        value_heads: global index of each local value head; ``kv_heads`` if the map is shared.
 
     Examples:
         >>> from gqa_kernels import HeadMap
@@ -50,7 +50,7 @@ class HeadMap:
     Args:
         entries: ``Hq`` integers, ``entries[h]`` = KV head that query head ``h`` reads. Groups may
             be uneven, interleaved, of size 1 or empty.
-        num_kv_heads: ``Hkv``; default ``max(entries) + 1``. Give it where trailing KV heads are
+        num_kv_heads: ``Hkv``; default ``max(entries) + 1``. Give it if trailing KV heads are
             read by no query head.
 
     Raises:
@@ -153,7 +153,7 @@ class HeadMap:
 
     @cached_property
     def is_uniform(self) -> bool:
-        """True where this is the map ordinary GQA kernels compute (equal, contiguous groups)."""
+        """Whether this is the map that ordinary GQA kernels compute: equal, contiguous groups."""
         ratio, rest = divmod(self.num_heads, self._num_kv_heads)
         return rest == 0 and all(e == h // ratio for h, e in enumerate(self._entries))
 
@@ -200,15 +200,16 @@ class HeadMap:
         query_cost: int = 1,
         kv_cost: int = 1,
     ) -> HeadMapShard:
-        """Rank ``rank``'s part when the query heads are cut over ``world`` ranks.
+        """Rank ``rank``'s part when the query heads are split across ``world`` ranks.
 
-        Every rank gets whole query heads and just the KV heads these read; KV heads that no query
-        head reads are left out. The cut minimises the largest load of a rank, then the KV heads
-        held in all (:mod:`gqa_kernels.partition`; proven optimal), and is the same on every rank.
+        Every rank gets complete query heads and only the KV heads that they read. KV heads that no
+        query head reads are left out. The split minimises the largest load of a rank, then
+        the total number of KV heads stored. It is proven optimal
+        (:mod:`gqa_kernels.partition`), and is the same on every rank.
 
         Args:
             rank, world: this rank and the number of ranks, at most ``Hq``.
-            value_head_map: the map of V where it differs.
+            value_head_map: the map of V, if it differs.
             query_cost, kv_cost: load of a query head and of a KV head (a K and a V head). The
                 default counts the rows of the projections; long contexts weigh ``kv_cost`` more.
 

@@ -39,7 +39,7 @@ def keep(
     Raises:
         ValueError, TypeError: the message names the argument, the rule and the value; nothing was
             moved.
-        NotImplementedError: ``[B, Hk, n]`` where key and value heads differ in number; or no
+        NotImplementedError: ``[B, Hk, n]`` if key and value heads differ in number; or no
             backend can move keys of this cache.
 
     Examples:

@@ -39,7 +39,7 @@ def scaled_dot_product_attention(
             ``[B, Hq, Sq, Sk]``.
         is_causal: query ``i`` sees the keys up to ``i``. With ``Sq != Sk`` that is a mask tensor
             ``[Sq, Sk]``, which is read like any other.
-        enable_gqa: even groups, where no ``head_map`` is given; otherwise each query head has a KV
+        enable_gqa: even groups, if no ``head_map`` is given; otherwise each query head has a KV
             head of its own, or all share one.
         head_map: the KV head of each query head.
 

@@ -313,7 +313,7 @@ def assert_decode_close(
 ) -> None:
     """Hold an output (and LSE) of :func:`gqa_kernels.asym_gqa_decode` to the tolerance rule.
 
-    The exact result is attention over the values that the cache stands for, so that this measures a
+    The exact result is attention over the values that the cache represents, so that this measures a
     kernel and not the cache's format.
 
     Args:

@@ -91,7 +91,7 @@ def asym_gqa_varlen_attention(
 
     Returns:
         out ``[total_q, Hq, Dv]`` in q's dtype; with ``return_lse`` also the LSE, fp32
-        ``[Hq, total_q]``. What stands at tokens of no sequence is unspecified; gradients of such
+        ``[Hq, total_q]``. The output at tokens of no sequence is unspecified; gradients of such
         tokens are zeros.
 
     Raises:

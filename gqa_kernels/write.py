@@ -17,7 +17,7 @@ def write(
     cache: KVCache, k_new: Tensor, v_new: Tensor, slot_mapping: Tensor, *, backend: str = "auto"
 ) -> None:
     """Write tokens to slots that the caller names, as engines do (vLLM's ``reshape_and_cache``);
-    quantised where the cache is. Lengths stay as they are.
+    quantised if the cache is. Lengths do not change.
 
     Args:
         k_new: ``[total, Hk, D]``.

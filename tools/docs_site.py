@@ -31,6 +31,7 @@ PAGES = {
     f"{RESULTS}/grouping/mgm.md": "benchmarks/grouping.md",
     f"{RESULTS}/grouping/merging.md": "benchmarks/merging.md",
     f"{RESULTS}/grouping/search.md": "benchmarks/search.md",
+    f"{RESULTS}/formats/smollm2.md": "benchmarks/formats.md",
     f"{RESULTS}/recovery/smollm2.md": "benchmarks/recovery.md",
     f"{RESULTS}/train-demo/report.md": "benchmarks/train_demo.md",
     "CONTRIBUTING.md": "contributing.md",
@@ -68,6 +69,13 @@ def on_page_markdown(markdown: str, page: Any, config: MkDocsConfig, files: File
         return markdown
     written_at = {page: path for path, page in PAGES.items()}
     return with_site_links(written_at.get(uri, f"docs/{uri}"), uri, markdown)
+
+
+def on_page_content(html: str, page: Any, config: MkDocsConfig, files: Files) -> str:
+    """Docstrings in Markdown: they use the roles and the ``::`` of reStructuredText."""
+    html = re.sub(r":(?:class|func|meth|mod|attr|data):(?=<code>)", "", html)
+    html = re.sub(r"<code>~(?:[\w.]+\.)?(\w+)</code>", r"<code>\1</code>", html)
+    return re.sub(r"::(?=</p>)", ":", html)
 
 
 def linked_files(path: str, text: str) -> set[str]:

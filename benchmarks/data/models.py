@@ -60,7 +60,7 @@ MAPS = {
 
 
 def head_map(name: str, model: Model) -> HeadMap:
-    """The map that a name out of ``MAPS`` stands for."""
+    """The map of a name in ``MAPS``."""
     heads, kv_heads = model.num_heads, model.num_kv_heads
     chance = random.Random(0)  # the same maps on every machine
     even = HeadMap.uniform(heads, kv_heads)

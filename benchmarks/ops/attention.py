@@ -47,7 +47,7 @@ class Problem:
 
     @cached_property
     def expanded(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """The copies with K and V expanded to all query heads, shared by the peers that want it."""
+        """The copies with K and V expanded to all query heads, shared by the peers that need it."""
         index = self.head_map.tensor(self.device).long()
         return [(q, k[:, index], v[:, index]) for q, k, v in self.copies]
 

@@ -110,7 +110,7 @@ def _with_budgets(case: Case, normal: Callable[..., Tensor], generator) -> Paged
 
 class CacheGate:
     """Holds decode results of the first copy's first and last sequence to the tolerance rule, over
-    the values that the cache stands for."""
+    the values that the cache represents."""
 
     def __init__(self, problem: CacheProblem):
         q, cache = problem.copies[0]

@@ -1,4 +1,4 @@
-"""What a contestant is: a backend of the package or a peer, made ready for one problem."""
+"""What a contestant is: a backend of the package or a peer, prepared for one problem."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ class Prepared:
         run: what is timed; called with the index of the input copy.
         result: what the gate looks at, from what ``run`` returned; not timed.
         facts: what a row is to say beside the time, from what ``run`` returned.
-        stored: K and V ``[B, Hkv, Sk, D]`` that a quantised cache of the contestant's own stands
-            for: the gate compares with attention over them. None: over the problem's.
+        stored: K and V ``[B, Hkv, Sk, D]`` that a quantised cache of the contestant's own
+            represents: the gate compares with attention over them. None: over the problem's.
     """
 
     run: Callable[[int], Any]
@@ -83,7 +83,7 @@ class Contestant(ABC):
 
     @abstractmethod
     def prepare(self, problem: Problem) -> Prepared:
-        """Make ready; nothing of it is timed."""
+        """Prepare the inputs. This is not timed."""
 
     def control(self) -> Contestant | None:
         """What is to be timed beside it on something easier, if anything."""
@@ -100,7 +100,7 @@ class StoringPeer(Contestant):
 
     @abstractmethod
     def store(self, case: Case, inputs: list[Inputs]) -> Prepared:
-        """Make ready with every copy of the inputs."""
+        """Prepare every copy of the inputs."""
 
     def unsupported_reason(self, problem: ProblemWithTensors) -> str | None:
         case = problem.case

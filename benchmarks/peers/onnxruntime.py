@@ -60,7 +60,7 @@ class OnnxruntimePeer(StoringPeer):
 
 class _Binding:
     """The operator with one copy's tensors bound to it: q ``[B, Hq, Sq, D]``, k and v
-    ``[B, Hkv, Sk, D]``. What a quantised cache stands for is appended to ``stored``."""
+    ``[B, Hkv, Sk, D]``. The dequantised values of a quantised cache are appended to ``stored``."""
 
     def __init__(
         self, case: Case, q: Tensor, k: Tensor, v: Tensor, stored: list[tuple[Tensor, Tensor]]

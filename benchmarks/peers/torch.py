@@ -1,6 +1,6 @@
 """What people run today instead: torch's attention on expanded, permuted, padded or cut-up inputs.
 
-Each peer is given, outside the timing, whatever a model could be converted to beforehand: heads in
+Each peer gets its best input, prepared outside the timing: heads in
 another order, zero heads added, a cache stored expanded. What it must do per call is timed.
 """
 
@@ -30,7 +30,7 @@ SDPA_STORAGE = {
 
 
 class SdpaPeer(Contestant):
-    """SDPA on K and V expanded in each call, expanded beforehand, or as they are (even maps)."""
+    """SDPA on K and V expanded in each call, expanded before timing, or as they are (even maps)."""
 
     def __init__(self, storage: str, backend: str | None = None):
         self.storage, self.backend = storage, backend
@@ -223,8 +223,8 @@ def pad_heads(q: Tensor, slots: Tensor, width: int) -> Tensor:
 
 
 def _compiled_flex() -> Callable:
-    """Compiled anew: after eight shapes of one function Dynamo would go on in eager mode, in which
-    FlexAttention materialises all scores."""
+    """Compiled again for each case. After eight shapes of one function Dynamo would continue in
+    eager mode, in which FlexAttention materialises all scores."""
     from torch.nn.attention.flex_attention import flex_attention
 
     torch.compiler.reset()

@@ -51,7 +51,7 @@ def figures(results: Results, suites: Iterable[Results] = ()) -> list[Figure]:
     """Those that the results have data for.
 
     Args:
-        results: that stand for the device.
+        results: those that represent the device.
         suites: all of its results, for the fits.
     """
     cases = by_case(results)

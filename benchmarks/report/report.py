@@ -126,7 +126,7 @@ def with_block(text: str, block: str) -> str:
 
 
 def newest_suite(suites: dict[str, Results]) -> Results:
-    """The results that stand for a device: of its first suite in order, else any."""
+    """The results that represent a device: of its first suite in order, else any."""
     names = [name for name in SUITE_ORDER if name in suites] or sorted(suites)
     return suites[names[0]]
 

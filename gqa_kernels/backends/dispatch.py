@@ -39,7 +39,7 @@ BACKENDS: dict[str, Backend] = {
 }
 
 _failures: dict[str, str] = {}  # of backends that looked usable and could not be loaded
-_warned: set[str] = set()  # what the user was told of backends that could not run a call
+_warned: set[str] = set()  # warnings given so far about backends that could not run a call
 # Choices made so far. What decides is the kind of a call: its key holds no size but the head dims
 # (and, on a GPU, whether the call is decode), and no number's value. Only what can run is kept: it
 # stays usable.

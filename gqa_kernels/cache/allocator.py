@@ -60,7 +60,7 @@ class _Sequence:
 
 
 class PageAllocator:
-    """Hands out the pages of a cache to sequences, which are named by integers.
+    """Assigns the pages of a cache to sequences, which are named by integers.
 
     Args:
         num_pages: pages of the cache.

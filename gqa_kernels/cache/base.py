@@ -199,7 +199,7 @@ def checked_sizes(**sizes: object) -> tuple[int, ...]:
 
 
 def _place(x: Tensor) -> tuple:
-    """What changes where a tensor comes to lie elsewhere or in another form."""
+    """What changes when a tensor moves to other memory or takes another form."""
     return x.data_ptr(), x.shape, x.stride(), x.dtype
 
 
@@ -208,7 +208,7 @@ def empty_storage(
     device: torch.device | str,
     format: str | None, tokens_first: bool,
 ) -> Tensor:  # fmt: skip
-    """Uninitialised ``[pages, heads, slots, dim]`` memory, in a format where one is named.
+    """Uninitialised ``[pages, heads, slots, dim]`` memory, in a format if one is named.
 
     Args:
         tokens_first: a page is ``[slots, heads, dim]`` in memory.
@@ -230,7 +230,7 @@ def empty_storage(
 
 
 def empty_scales(k: Tensor, v: Tensor, format: str | None, zeros: bool) -> Scales:
-    """Scales of each token and head, and zeros where asked for, of a quantised cache."""
+    """Scales of each token and head, and zeros if requested, of a quantised cache."""
     zeros = as_bool("zeros", zeros)
     if format is None:
         return {}

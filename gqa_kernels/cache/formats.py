@@ -1,8 +1,8 @@
 """Quantised caches: what a stored number means, and how a row becomes stored numbers.
 
-A row is one token of one head, ``[D]``. A stored number stands for ``(stored - zero) * scale``:
+A row is one token of one head, ``[D]``. A stored number represents ``(stored - zero) * scale``:
 
-| format     | storage                         | stored range | zero where none is given |
+| format     | storage                         | stored range | default zero            |
 |------------|---------------------------------|--------------|--------------------------|
 | fp8_e4m3   | ``torch.float8_e4m3fn``         | +-448        | 0                        |
 | fp8_e5m2   | ``torch.float8_e5m2``           | +-57344      | 0                        |
@@ -30,9 +30,9 @@ class Format:
         name: as in the table above.
         storage: torch dtype of the memory.
         low, high: smallest and largest stored number.
-        symmetric_high: where no zeros are kept, the largest magnitude of a row is stored as this
+        symmetric_high: if no zeros are kept, the largest magnitude of a row is stored as this
             distance from the zero.
-        default_zero: zero where none is given.
+        default_zero: the zero if none is given.
         per_byte: stored numbers in one element of the memory.
         integer: whether stored numbers are integers, so that a zero can be one.
     """

@@ -8,11 +8,11 @@ import mmap
 import torch
 from torch import Tensor
 
-SMALLEST = 1 << 22  # bytes; huge pages are of 2 MiB where pages are of 4 KiB
+SMALLEST = 1 << 22  # bytes; huge pages are of 2 MiB if pages are of 4 KiB
 
 
 def empty(*shape: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    """:func:`torch.empty`, on a CPU in huge pages where the operating system gives some.
+    """:func:`torch.empty`, on a CPU in huge pages if the operating system has some.
 
     Attention walks over a cache in runs of one head's keys, of 4 KiB in a page of 16 tokens of 128
     bf16 numbers: with ordinary pages each run waits for an address translation of its own.
@@ -27,6 +27,6 @@ def empty(*shape: int, dtype: torch.dtype, device: torch.device | str) -> Tensor
         address = x.data_ptr()
         first = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
         libc = ctypes.CDLL(None)
-        # Advice: where it is refused, pages stay as they are.
+        # Advice: if it is refused, pages stay as they are.
         libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(address + size - first), advice)
     return x

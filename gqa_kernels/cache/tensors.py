@@ -20,7 +20,7 @@ def check_layout(layout: object) -> None:
 
 
 def check_last_stride(name: str, x: Tensor) -> None:
-    """The last dim must be contiguous, except where it is never stepped through."""
+    """The last dim must be contiguous, unless it is never stepped through."""
     if x.stride(-1) != 1 and x.shape[-1] > 1 and x.numel() > 0:
         raise ValueError(
             f"{name}.stride(-1) must be 1, got {x.stride(-1)}; call {name}.contiguous() first"

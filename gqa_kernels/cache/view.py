@@ -321,7 +321,7 @@ class KVView:
 
     @property
     def format(self) -> Format | None:
-        """The storage format, None where values are stored as they are."""
+        """The storage format, or None if values are stored as they are."""
         return FORMATS.get(self.k.dtype)
 
     @property

@@ -136,7 +136,7 @@ def kept(arguments: argparse.Namespace) -> str | None:
 
 
 def heads_of(text: str, model: Any, types: Any) -> int:
-    """K plus V heads over all layers that a ``--budget`` stands for.
+    """K plus V heads over all layers that a ``--budget`` allows.
 
     Raises:
         ValueError: text that is neither a share, bytes a token, nor a number of heads.

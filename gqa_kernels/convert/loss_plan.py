@@ -183,10 +183,10 @@ class _Side:
             pairs=None if self.all_known else self.pairs / 2,
         )  # fmt: skip
 
-    def joined(self, labels: Sequence[int], like: SearchResult) -> SearchResult:
-        """A partition of items that the search of both sides found; its number of groups and the
-        bound on its loss are those of another."""
-        value = total_cost(self.cost, labels)
+    def joined(self, labels: Sequence[int]) -> SearchResult:
+        """A partition of items that the search of both sides found. The bound on its loss is that
+        of the search of this side."""
+        value, like = total_cost(self.cost, labels), self.result(max(labels) + 1)
         bound = min(like.lower_bound, value)
         found = SearchResult(
             canonical_labels(labels), value, bound, bound == value, like.seconds, "loss", like.sizes
@@ -322,5 +322,5 @@ def _joined(
     labels, value = descend_together(layer, start, lambda labels: loss.joint(*maps(labels)))
     if value >= error:
         return pair, name, error
-    found = [layer[side].joined(each, results[side]) for side, each in labels.items()]
+    found = [layer[side].joined(each) for side, each in labels.items()]
     return (found[0], found[-1]), "joint", value

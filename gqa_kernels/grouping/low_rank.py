@@ -119,7 +119,7 @@ def pair_estimates(space: HeadSpace) -> Tensor:
     eigenvalues; 0 if they read one old head.
 
     Of a rotated plane they are exact. Of other dims, as if the weighted heads' products ``C_ij``
-    had spectra of one shape: a two by two matrix of their norms stands for them.
+    had spectra of one shape: a two by two matrix of their norms represents them.
     """
     heads = list(space.head_map.entries)
     cross = space.cross[heads][:, heads]

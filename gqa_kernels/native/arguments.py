@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Symbolic numbers of torch.compile, which stand for numbers: torch's annotations don't say so.
+# Symbolic numbers of torch.compile, which act as numbers: torch's annotations don't say so.
 _SymInt: type[Any] = torch.SymInt
 _SymNumber: tuple[type[Any], ...] = (torch.SymFloat, torch.SymInt)
 _Bools: tuple[type[Any], ...] = (bool, torch.SymBool)

@@ -275,7 +275,7 @@ class _Ninja:
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),  # the same torch
             "MAX_JOBS": str(env.max_jobs()),
             "NINJA_STATUS": "[%f/%t] ",
-            # ninja already compiles nothing twice; who wants ccache as well says so in CXX.
+            # ninja already compiles nothing twice. Set CXX to use ccache as well.
             "TORCH_NO_COMPILER_WRAPPER": "1",
             # The stable ABI is C: any compiler will do.
             "TORCH_DONT_CHECK_COMPILER_ABI": "1",

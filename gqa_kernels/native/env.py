@@ -6,7 +6,7 @@
 | ``GQA_KERNELS_BUILD`` | ``0``: never compile at first use (``1``) |
 | ``CXX`` | C++ compiler for that, with arguments if need be: ``ccache g++`` (``c++``, ``g++`` or \
 ``clang++``) |
-| ``MAX_JOBS`` | how many files to compile at a time, as everywhere in torch (one per processor) |
+| ``MAX_JOBS`` | how many files to compile at a time, as in torch (default: one per processor) |
 | ``CUDA_HOME`` | CUDA toolkit for that and for ``setup.py`` (the one of the nvcc on PATH) |
 | ``GQA_KERNELS_CUDA`` | ``0``: no CUDA kernels; ``1``: ``setup.py`` fails without nvcc (``auto``) |
 | ``TORCH_CUDA_ARCH_LIST`` | devices to compile for, ``8.0;9.0`` (at first use: those at hand) |

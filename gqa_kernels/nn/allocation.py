@@ -52,7 +52,7 @@ def contiguous_map(sizes: Tensor, num_heads: int) -> Tensor:
 
 
 def allocate(shares: Tensor, num_heads: int) -> Tensor:
-    """The head map int32 ``[Hq]`` that gives query heads out in proportion to ``shares``."""
+    """The head map int32 ``[Hq]`` that assigns query heads in proportion to ``shares``."""
     return contiguous_map(largest_remainders(shares, num_heads), num_heads)
 
 

@@ -258,6 +258,7 @@ TAKEN = {
     "advance": {"True"},
     "rotary_interleaved": {"True"},
     "zeros": {"True"},
+    "hadamard": {"True"},
     "max_seqlen_q": {"huge", "None"},
     "max_seqlen_k": {"huge", "None"},
     "max_seqlen": {"huge"},

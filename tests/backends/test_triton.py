@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(not usable, reason="no GPU, and the interpreter 
 
 def call_of(q, k, v, head_map, **options):
     """The op's arguments, wrapped as the launch code takes them."""
-    import gqa_kernels.backends.triton.ops  # noqa: F401  (mends the interpreter)
+    import gqa_kernels.backends.triton.ops  # noqa: F401  (patches the interpreter)
     from gqa_kernels.backends.triton.launch.forward import ForwardCall
     from gqa_kernels.native.schema import empty_output
 
@@ -152,7 +152,7 @@ def test_row_tiles_suffice_for_every_map(family):
 
 
 def test_device_map_is_read_on_the_device():
-    """A map in a tensor, with entries out of range: NaN for those heads, the others as ever."""
+    """A map in a tensor, with entries out of range: NaN for those heads, the others unchanged."""
     from gqa_kernels.backends.triton.ops import triton_attention_forward
     from gqa_kernels.backends.triton.plan import build_plan
 

@@ -1,4 +1,4 @@
-"""Caches with a history, of every kind, and the tokens that they must stand for."""
+"""Caches with a history, of every kind, and the tokens that they must represent."""
 
 from __future__ import annotations
 

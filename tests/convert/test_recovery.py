@@ -1,4 +1,4 @@
-"""recover(): it learns, resumes bit for bit, trains what it is told to, and refuses nonsense."""
+"""recover(): it learns, resumes bit for bit, trains chosen weights only, refuses nonsense."""
 
 import copy
 import sys

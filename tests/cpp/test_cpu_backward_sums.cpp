@@ -17,7 +17,7 @@
 namespace {
 
 std::atomic<int64_t> live_bytes{0}, peak_bytes{0};
-constexpr int64_t kHeader = 64;  // bytes before what is handed out; they hold its size
+constexpr int64_t kHeader = 64;  // bytes before each allocation; they hold its size
 
 }  // namespace
 

@@ -29,6 +29,12 @@ def test_links_become_the_sites():
     )
 
 
+def test_docstrings_lose_the_marks_of_restructured_text():
+    html = "<p>a :class:<code>~gqa_kernels.HeadMap</code>, :func:<code>x.search</code> as::</p>"
+    shown = docs_site.on_page_content(html, None, None, None)
+    assert shown == "<p>a <code>HeadMap</code>, <code>x.search</code> as:</p>"
+
+
 def test_pages_outside_docs_exist():
     for path in docs_site.PAGES:
         assert (ROOT / path).exists(), path

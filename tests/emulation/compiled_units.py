@@ -106,7 +106,7 @@ def host_unit(source: Path, *flags: str, reads: Iterable[Path] = ()) -> Path:
 
 
 def link(name: str, objects: Iterable[Path], *flags: object) -> Path:
-    """A shared library of objects, whose paths stand for their content."""
+    """A shared library of objects, whose paths identify their content."""
     objects = list(objects)
     command = [*compiler.find_compiler().command, "-shared"]
 

@@ -244,7 +244,7 @@ class Phase:
         """Run the call; its outputs are updated.
 
         Args:
-            num_sms: of the device that the host code is told of.
+            num_sms: that the host code sees.
             fail: ``(kind, error)``: calls of the runtime of that kind fail with that number.
             procs, options: of the emulator's ``launch`` (``seed``, ``check``, ...).
 

@@ -91,7 +91,7 @@ def decode_large_group(arch: str) -> Case:
 
 
 def decode_invalid_heads(arch: str) -> Case:
-    """A map entry out of range, as a device tensor may hold: NaN for its head, others as ever."""
+    """A map entry out of range, as a device tensor may hold: NaN for its head, others unchanged."""
     inputs, call, _ = decode_case(arch, 2, 2, 90, causal=True)
     head_map = torch.tensor([1, 0, 7, 1])
     inputs = inputs.replace(head_map=head_map)

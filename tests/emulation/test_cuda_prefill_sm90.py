@@ -148,7 +148,7 @@ def test_cache_views():
     table = pages[:, None, None].expand(2, 3, 1)
     call = make_call(inputs, page_table=table, kv_begin=begin, batch=2)
     check(expected, phase_for(inputs).run(call))
-    # A sequence whose page is not in storage is NaN; the other one is as ever.
+    # A sequence whose page is not in storage is NaN; the other one is unchanged.
     table = torch.tensor([4, 1], dtype=torch.int32)[:, None, None].expand(2, 3, 1)
     result = phase_for(inputs).run(make_call(inputs, page_table=table, kv_begin=begin, batch=2))
     assert result.out[0].isnan().all() and result.lse[0].isnan().all()
@@ -156,7 +156,7 @@ def test_cache_views():
 
 
 def test_invalid_map_entries():
-    """As a device tensor may hold them: NaN for these heads, nothing read, others as ever."""
+    """As a device tensor may hold them: NaN for these heads, nothing read, others unchanged."""
     q, k, v = make_inputs(1, SMALL, 20, 70, 64, dtype=torch.bfloat16)
     inputs = attention_call(q, k, v, SMALL, causal=True)
     call = make_call(inputs, head_map=torch.tensor([-1, 0, 3], dtype=torch.int32))

@@ -234,7 +234,7 @@ def test_numbers_that_are_not_given():
 
 @pytest.mark.parametrize("phase", ["decode", "prefill"])
 def test_page_outside_the_storage_poisons_the_rows_that_see_it(phase):
-    """Integers have no NaN of their own. No read out of bounds, and other rows as ever."""
+    """Integers have no NaN of their own. No read out of bounds, and other rows unchanged."""
     inputs = cache_inputs(Kind(16, format="int8"), (90, 50), q_len=4, window=(20, 0))
     table = inputs.kv.page_table.clone()
     table[0, :, 4] = -1  # keys 64 to 79: seen

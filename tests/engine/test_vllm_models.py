@@ -79,6 +79,20 @@ def test_caches(folder, kv_cache_dtype, format, per_row, block_size):
     assert found == child.expected(asked, NEW_TOKENS)
 
 
+def test_compiled(folder):
+    """As vLLM runs models without --enforce-eager: one graph, in which attention is an op."""
+    child = make_child("llama", folder / "compiled")
+    register_class("AsymGQALlamaForCausalLM")
+    asked = prompts(8, CONTEXT - NEW_TOKENS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("CXX", raising=False)  # inductor refuses one with a wrapper
+        with engine(child.folder, enforce_eager=False) as llm:
+            assert llm.llm_engine.vllm_config.compilation_config.mode.name == "DYNAMO_TRACE_ONCE"
+            assert kernels(llm) == OURS
+            found = generate(llm, asked, NEW_TOKENS)
+    assert found == child.expected(asked, NEW_TOKENS)
+
+
 def test_a_stock_model_on_our_backend(folder):
     """As vLLM's own backend runs it; and in an int8 cache, which that backend has not."""
     model = tiny("llama", 6, 2, head_dim=32)
@@ -102,6 +116,12 @@ def test_stock_vllm_refuses_the_child(folder):
     child = make_divisible_child(folder / "stock")
     error = refusal(child.folder, VLLM_PLUGINS="")
     assert "['AsymGQALlamaForCausalLM'] are not supported" in error
+
+
+def test_models_of_transformers_refuse_the_child(folder):
+    child = make_divisible_child(folder / "transformers")
+    error = refusal(child.folder, {"model_impl": "transformers"})
+    assert "'AsymGQALlamaForCausalLM' is not a registered model" in error
 
 
 def test_a_stock_architecture_is_refused(folder):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Stored:
-    """A format: a stored number stands for ``(stored - zero) * scale``.
+    """A format: a stored number represents ``(stored - zero) * scale``.
 
     Attributes:
         largest: what the largest magnitude of a row is stored as, measured from the zero.

@@ -55,14 +55,14 @@ def test_refused(D, message):
         as_distances(D)
 
 
-def test_rounding_is_mended_in_a_copy():
+def test_rounding_is_cleaned_in_a_copy():
     D = instance("raw_cosine", 4).astype(np.float32)
     D[0, 0], D[1, 2] = -1e-8, D[1, 2] + 1e-8
     before = D.copy()
-    mended = as_distances(D)
-    assert (mended == mended.T).all() and (np.diagonal(mended) == 0).all() and mended.min() >= 0
+    cleaned = as_distances(D)
+    assert (cleaned == cleaned.T).all() and (np.diagonal(cleaned) == 0).all() and cleaned.min() >= 0
     np.testing.assert_array_equal(D, before)
-    assert not mended.flags.writeable
+    assert not cleaned.flags.writeable
 
 
 def test_what_can_hold_a_matrix():

@@ -32,7 +32,7 @@ def repository(tmp_path_factory):
 @pytest.fixture
 def kernel(repository, monkeypatch):
     """What ``kernels`` does: the folder's ``__init__.py`` under the id of the metadata."""
-    monkeypatch.setenv("GQA_KERNELS_BUILD", "0")  # its C++ would compile anew
+    monkeypatch.setenv("GQA_KERNELS_BUILD", "0")  # its C++ would be compiled again
     folder = repository / "build" / "torch-cpu"
     identity = json.loads((folder / "metadata.json").read_text())["id"]
     if identity not in sys.modules:

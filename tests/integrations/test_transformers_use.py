@@ -118,7 +118,7 @@ class TestGeneration:
 
     @pytest.mark.parametrize("family", ["llama", pytest.param("gpt_oss", marks=pytest.mark.slow)])
     def test_compiled_with_a_static_cache(self, family):
-        """generate() compiles the decode step itself; on a CPU where it is told to."""
+        """generate() compiles the decode step itself; on a CPU if asked to."""
         model = split(tiny(family), num_kv_heads=4)
         inputs = batch([7, 3], "left")
         options = {"max_new_tokens": 6, "do_sample": False, "cache_implementation": "static"}

@@ -1,4 +1,4 @@
-"""transformers' own attention tests, with this package in the place of SDPA and FlashAttention.
+"""transformers' own attention tests, with this package instead of SDPA and FlashAttention.
 
     python -m tests.integrations.transformers_suite CLONE [--common FILE] [--families llama bert]
 
@@ -49,7 +49,7 @@ def copied(clone: Path, common: Path | None, folder: Path, families: list[str]) 
     """Of a clone, what the tests of some families need.
 
     Args:
-        common: in the place of the clone's ``tests/test_modeling_common.py``.
+        common: instead of the clone's ``tests/test_modeling_common.py``.
 
     Raises:
         ValueError: the clone lacks the tests of a family.
@@ -82,7 +82,7 @@ def run(
     Args:
         folder: of :func:`copied`.
         tests: files, or names of single tests.
-        attention: "ours" or "stock", in the place of SDPA and FlashAttention.
+        attention: "ours" or "stock", instead of SDPA and FlashAttention.
         backend: of ours.
 
     Raises:

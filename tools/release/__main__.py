@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--cuda", action="store_true", help="with CUDA kernels; for one platform")
     parser.add_argument(
-        "--describe", action="store_true", help="build nothing: write SBOM and checksums anew"
+        "--describe", action="store_true", help="build nothing: write SBOM and checksums again"
     )
     parser.add_argument("--scratch", type=Path, help="folder to keep objects in (a temporary one)")
     arguments = parser.parse_args(argv)

@@ -1,7 +1,6 @@
 """Compiles the CPU library for a platform, which may be another one than this machine's.
 
-Nothing of torch but its headers is needed: an empty library under the name of torch's stands for it
-when ours is linked.
+Only torch's headers are needed. Ours is linked with an empty library that has the name of torch's.
 """
 
 from __future__ import annotations

@@ -95,7 +95,7 @@ def build_cuda(checkout: Path, platform: Platform, out: Path, scratch: Path) -> 
 
 
 def _empty(folder: Path) -> Path:
-    """A new folder in the place of an old one."""
+    """A new folder, instead of an old one."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     return folder

@@ -4,7 +4,7 @@ Up to version 3.9 the interpreter holds bf16 values as their raw 16 bits and com
 they were integers, and its casts to bf16 truncate. Here bf16 operands are widened to fp32 before
 arithmetic and products, and results are rounded to nearest even, as devices do. ``tl.fma`` rounds
 once instead of twice. With numpy 2.4 and later, loops whose bounds are run-time values fail for
-want of ``__index__``; that is mended too.
+lack of ``__index__``. That is patched too.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def fp32_to_bf16(values: np.ndarray) -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def install() -> None:
-    """Mend the interpreter of this process, once."""
+    """Patch the interpreter of this process, once."""
     handle = triton_interpreter.TensorHandle
     builder = triton_interpreter.InterpreterBuilder
     stock_binary, stock_unary = builder.binary_op, builder.unary_op

@@ -42,8 +42,8 @@ def attention_call(
         dropout: fraction of the probabilities to drop; 0 outside training.
         s_aux: attention sinks ``[Hq]``.
         position_bias: ``[1 or B, Hq, Sq, Sk]``, added to the scores (T5).
-        cu_seq_lens_q: ``[n + 1]``, where packed sequences begin in the single row. They don't see
-            each other, even if the model's mask ignores position ids (GPT-OSS).
+        cu_seq_lens_q: ``[n + 1]``, offsets of the packed sequences in the single row. They don't
+            see each other, even if the model's mask ignores position ids (GPT-OSS).
         position_ids: ``[..., S]``, of all new tokens. Layers that share keys and values (Gemma 4)
             may get the queries of the last of them only.
     """

@@ -1,4 +1,4 @@
-"""pytest plugin: transformers' own tests with this package in the place of SDPA and FlashAttention.
+"""pytest plugin: transformers' own tests with this package instead of SDPA and FlashAttention.
 
 Loaded by tests/integrations/transformers_suite.py into a pytest that runs transformers' tests, of
 models on the CPU:
