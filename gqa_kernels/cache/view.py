@@ -278,6 +278,13 @@ class KVView:
             | (_V_ZERO if self.v_zero is not None else 0)
         )
 
+    def describe(self) -> str:
+        """The view in words, for errors."""
+        return (
+            f"{' '.join(self.kinds)} cache with k {tuple(self.k.shape)}, v {tuple(self.v.shape)} "
+            f"as [P, H, page_size, D] on {self.device}"
+        )
+
     @property
     def batch(self) -> int:
         return self.k.shape[0] if self.kv_lengths is None else self.kv_lengths.shape[0]

@@ -14,7 +14,6 @@ from ..cache.view import KVView
 from ..native.arguments import as_bool, check_tensors
 from ..native.autograd import requires_grad
 from . import checks
-from .attention import described
 from .over_view import OverView
 from .rotary import check_positions, positions_from, rotate
 
@@ -227,4 +226,4 @@ class AppendCall(OverView):
 
     def describe(self) -> str:
         """The call in words, for errors."""
-        return f"append of k_new {tuple(self.k_new.shape)} to {described(self.kv)}"
+        return f"append of k_new {tuple(self.k_new.shape)} to {self.kv.describe()}"

@@ -117,7 +117,7 @@ class AttentionCall:
             check_layout(layout)
         tensors = type(q) is type(k) is type(v) is Tensor
         if not (tensors and q.dim() == k.dim() == v.dim() == 4):
-            checks.check_dense(*_heads_first(q, k, v, bshd), 1 + bshd)
+            checks.check_dense(*checks.dense_heads_first(q, k, v, bshd), 1 + bshd)
         if bshd:
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         kind = 0  # no bit says that the memory is dense
@@ -479,25 +479,8 @@ class AttentionCall:
         if self.memory == "dense":
             where = f"q {q}, k {k}, v {v} as [B, H, S, D] in {self.dtype} on {self.device}"
         else:
-            where = f"q {q} in {self.dtype} over {described(self.kv)}"
+            where = f"q {q} in {self.dtype} over {self.kv.describe()}"
         return where + with_options
-
-
-def described(view: KVView) -> str:
-    """A cache in words, for errors."""
-    return (
-        f"{' '.join(view.kinds)} cache with k {tuple(view.k.shape)}, v {tuple(view.v.shape)} as "
-        f"[P, H, page_size, D] on {view.device}"
-    )
-
-
-def _heads_first(q: Tensor, k: Tensor, v: Tensor, bshd: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Views as ``[B, H, S, D]`` of what is possibly not such a tensor."""
-    if bshd:
-        q, k, v = (
-            x.transpose(1, 2) if isinstance(x, Tensor) and x.dim() > 2 else x for x in (q, k, v)
-        )
-    return q, k, v
 
 
 def _mask_kind(mask: Tensor) -> int:

@@ -96,6 +96,15 @@ def from_heads_first(x: Tensor, layout: Layout, packed: bool) -> Tensor:
     return x.transpose(1, 2) if layout == "bshd" else x
 
 
+def dense_heads_first(q: Tensor, k: Tensor, v: Tensor, bshd: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Views as ``[B, H, S, D]`` of what is possibly not such a tensor."""
+    if bshd:
+        q, k, v = (
+            x.transpose(1, 2) if isinstance(x, Tensor) and x.dim() > 2 else x for x in (q, k, v)
+        )
+    return q, k, v
+
+
 @lru_cache(maxsize=1024)
 def interned_map(entries: tuple[int, ...], num_kv_heads: int) -> HeadMap:
     """One HeadMap per content, so that plans cached on it are found again."""

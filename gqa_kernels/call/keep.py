@@ -11,7 +11,6 @@ from torch import Tensor
 from ..cache.tensors import is_readable, to_int32
 from ..cache.view import KVView
 from ..native.arguments import check_tensors
-from .attention import described
 from .over_view import OverView
 
 
@@ -128,7 +127,7 @@ class KeepCall(OverView):
 
     def describe(self) -> str:
         """The call in words, for errors."""
-        return f"keep of {self.indices.shape[2]} keys in {described(self.kv)}"
+        return f"keep of {self.indices.shape[2]} keys in {self.kv.describe()}"
 
 
 def _check_shape(name: str, x: Tensor, view: KVView, last: str) -> None:

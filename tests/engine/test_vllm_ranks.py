@@ -54,8 +54,13 @@ def shards(maps, ranks: int) -> list:
 
 
 @pytest.mark.parametrize(
-    "family, ranks", [("llama", 4), ("qwen3", 2), ("gemma2", 3), ("opt", 3), ("gpt2", 2)]
-)
+    "family, ranks",
+    [
+        ("llama", 4),
+        *(pytest.param(family, ranks, marks=pytest.mark.slow)
+          for family, ranks in (("qwen3", 2), ("gemma2", 3), ("opt", 3), ("gpt2", 2))),
+    ],
+)  # fmt: skip
 def test_uneven_children(tmp_path, family, ranks):
     """6 query heads, and feed-forward layers of 64, over ranks that divide neither."""
     child = make_child(family, tmp_path)
@@ -63,6 +68,7 @@ def test_uneven_children(tmp_path, family, ranks):
     check(child, ranks, shards(UNEVEN, ranks))
 
 
+@pytest.mark.slow
 def test_caches_with_scales(tmp_path):
     """A rank with fewer KV heads than another one reads its scales, too."""
     child = make_child("llama", tmp_path)
