@@ -307,9 +307,6 @@ BREAKS = {
     "a sequence's parts where they are not": (
         "tile.cuh", "parts[2 * tile.part.b] = number", "parts[2 * tile.part.b] = 0",
     ),
-    "lengths of one head for all": (
-        "parts.cuh", "a.kv_lengths_stride_h == 0 ? 1 : static_cast<int>(a.num_k_heads)", "1",
-    ),
     "no barrier after the blocks of warps": ("parts.cuh", "__syncthreads();  // warp_blocks", ""),
     "no barrier after the sums of warps": ("scan.cuh", "__syncthreads();  // warp_sums", ""),
     "a group's first head counted twice": (

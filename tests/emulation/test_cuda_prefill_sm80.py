@@ -251,10 +251,7 @@ def test_pages_are_looked_up_once_for_a_key():
     "old, new",
     [
         pytest.param("next = key + C::kBlockN", "next = key", id="pages-of-the-same-block"),
-        pytest.param("__syncwarp();  // distances", "", id="no-barrier-after-distances"),
-        pytest.param("__syncwarp();  // pages", "", id="no-barrier-after-first-pages"),
         pytest.param("page < rows.num_pages &&", "", id="pages-out-of-storage-let-through"),
-        pytest.param("near = key < length", "near = true", id="keys-beyond-the-last-let-through"),
         pytest.param(
             "params.k_stride.s : params.v_stride.s", "params.k_stride.s : params.k_stride.s",
             id="strides-of-k-for-v",
