@@ -84,7 +84,10 @@ class HeadMap:
                 raise ValueError(
                     f"head_map entries must lie in [0, {num_kv_heads}), got {e} at head {h}"
                 )
-        self.__dict__.update(_entries=entries, _num_kv_heads=num_kv_heads, _tensors={})
+        # Not through __dict__, which Dynamo of torch 2.10 can't trace.
+        object.__setattr__(self, "_entries", entries)
+        object.__setattr__(self, "_num_kv_heads", num_kv_heads)
+        object.__setattr__(self, "_tensors", {})
 
     @classmethod
     def uniform(cls, num_heads: int, num_kv_heads: int) -> HeadMap:
