@@ -14,8 +14,7 @@ Gradients attention_backward_cuda(const Inputs& in, const Results& results) {
   auto [gradients, params] = add_gradients(params_of(in), in, results);
   const std::string reason = cuda::sm80::backward_unsupported(params);
   STD_TORCH_CHECK(reason.empty(), "no CUDA kernel can run this backward: ", reason);
-  Tensor workspace =
-      workspace_of(in.q, cuda::sm80::backward_workspace_bytes(params, device));
+  Tensor workspace = workspace_of(in.q, cuda::sm80::backward_workspace_bytes(params, device));
   cuda::sm80::backward(params, workspace.mutable_data_ptr(), device, current_stream(index));
   return gradients;
 }
