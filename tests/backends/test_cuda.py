@@ -65,6 +65,7 @@ def test_division_by_page_sizes_is_exact(tmp_path):
     source = tmp_path / "divider.cpp"
     source.write_text(
         f"""#include "{header}"
+        #include <algorithm>
         #include <cstdio>
         int main() {{
           int wrong = 0;
@@ -72,7 +73,8 @@ def test_division_by_page_sizes_is_exact(tmp_path):
             const gqa::cuda::PageDivider divider = gqa::cuda::page_divider(size);
             const auto same = [&](uint32_t n) {{ wrong += divider.quotient(n) != n / size; }};
             for (uint32_t n = 0; n < 3000; ++n) same(n), same(INT32_MAX - n);
-            for (uint64_t n = size; n <= INT32_MAX; n += 1 + (INT32_MAX / size / 500) * size) {{
+            const uint64_t step = 1 + std::max<uint64_t>(INT32_MAX / size / 500 * size, 1 << 21);
+            for (uint64_t n = size; n <= INT32_MAX; n += step) {{
               same(static_cast<uint32_t>(n)), same(static_cast<uint32_t>(n) - 1);
             }}
           }};

@@ -3,6 +3,7 @@ checks on: bounds, races, uninitialised shared memory, copies not waited for."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from itertools import product
 
@@ -123,7 +124,10 @@ def case(name: str, **changes) -> AttentionCall:
 def test_decode(name):
     inputs = case(name)
     result = run("decode", inputs)
-    assert len(result.launches) == (2 if inputs.kv.capacity > 128 else 1)  # two blocks
+    seen = inputs.kv.capacity
+    if inputs.options.window_left >= 0:
+        seen = min(seen, inputs.options.window_left + inputs.options.window_right + inputs.q_len)
+    assert len(result.launches) == (2 if seen > 128 else 1)  # two blocks
 
 
 @pytest.mark.slow
@@ -256,7 +260,8 @@ def test_stored_bytes_cross_memory_once_and_no_bank_conflicts(format, dim):
     head_map = HeadMap([0, 2, 0, 0, 2, 0, 0, 0], num_kv_heads=3)
     kv_len, used_heads = 768, 2
     inputs = cache_inputs(Kind(format=format), (kv_len,), dim=dim, head_map=head_map)
-    (report, *_) = run("decode", inputs, num_sms=2).reports
+    result = run("decode", inputs, num_sms=2)
+    (report, *_), (_, grid, _) = result.reports, result.launches[0]
     sites = [site for site in report.memory_sites if site["kind"] == "global"]
     rows = 2 * used_heads * kv_len
     stored_bytes = rows * dim * (4 if format == "int4" else 8) // 8
@@ -266,8 +271,9 @@ def test_stored_bytes_cross_memory_once_and_no_bank_conflicts(format, dim):
     assert 32 * sum(site["sectors"] for site in numbers) <= rows * 4 * 1.6
     reads = sum(site["sectors"] for site in sites if "st.global" not in site["where"])
     assert 32 * reads <= stored_bytes + rows * 4 * 1.6 + 32 * 200  # map, Q
-    # But for Q, whose pairs are put in the order of K's.
-    shared = [site for site in report.memory_sites if site["kind"] == "shared"]
+    # But for Q, whose pairs are put in the order of K's, and for what a CTA stores once.
+    shared = [site for site in report.memory_sites
+              if site["kind"] == "shared" and site["requests"] > math.prod(grid)]  # fmt: skip
     assert sum(site["excess"] for site in shared if "st.shared.b32" not in site["where"]) == 0
 
 

@@ -9,6 +9,7 @@ import torch
 
 from gqa_kernels import HeadMap
 from gqa_kernels.attention import attention_call
+from gqa_kernels.backends.cuda import CUDABackend
 from gqa_kernels.testing import make_inputs
 from tests.cases import appends, attention, caches
 from tests.emulation.cuda_backward import Packed, make_packed_call
@@ -21,6 +22,11 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 DEVICES = {"A100": A100, "H100": H100, "B200": B200, "RTX 5090": RTX_5090}
 CAPTURES = pytest.mark.parametrize("capture", [False, True], ids=["eager", "capture"])
 UNEVEN = HeadMap([1, 0, 1, 1], num_kv_heads=3)
+
+
+def with_options_of_cuda(cases: list[attention.Case]) -> list[attention.Case]:
+    """Those whose options the CUDA kernels have."""
+    return [case for case in cases if case.needs() <= CUDABackend.capabilities.options]
 
 
 def sizes_of(case: attention.Case) -> list[attention.Case]:
@@ -36,7 +42,7 @@ def sizes_of(case: attention.Case) -> list[attention.Case]:
 
 @CAPTURES
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("case", attention.CASES, ids=lambda case: case.id)
+@pytest.mark.parametrize("case", with_options_of_cuda(attention.CASES), ids=lambda case: case.id)
 def test_attention(host, case, device, capture):
     """Options, maps and shapes of the test matrix."""
     for i, each in enumerate(sizes_of(case)):
@@ -83,7 +89,9 @@ def test_tiles_of_uneven_length_are_drawn_from_a_counter(host, capture):
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize("case", attention.PREFILL_CASES, ids=lambda case: case.id)
+@pytest.mark.parametrize(
+    "case", with_options_of_cuda(attention.PREFILL_CASES), ids=lambda case: case.id
+)
 def test_backward(host, case, dtype):
     """Options, maps and shapes of the test matrix, with a gradient of the LSE and without."""
     cases = [case] if "dims" in case.id else [
