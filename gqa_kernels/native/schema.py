@@ -152,8 +152,8 @@ def backward(head_map: str = "head_map") -> Schema:
 
 FORWARD, BACKWARD = forward(), backward()
 AUXILIARY = auxiliary()
-# Attention that keeps no LSE, with the arguments that most calls have. A call that leaves an
-# argument out still pays some 0.06 microseconds for it; calls with others use FORWARD.
+# Attention that keeps no LSE, with the arguments that most calls have. Torch takes time for each
+# argument of an op, also for one that a call leaves out. Calls with other arguments use FORWARD.
 OUTPUT = Schema(
     "Tensor q, Tensor k, Tensor v, Tensor head_map, float? scale=None, SymInt window_left=-1, "
     "SymInt window_right=-1, float softcap=0.0, bool bshd=False, Tensor? kv_lengths=None, "

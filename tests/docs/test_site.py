@@ -1,4 +1,4 @@
-"""The site: its menu has every page, and links between pages lead where they should."""
+"""The site: its menu lists every page, and every link between pages has a target."""
 
 import re
 
