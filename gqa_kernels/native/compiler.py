@@ -299,7 +299,7 @@ class _Ninja:
 
         Raises:
             RuntimeError: the command failed; the message has the compiler's last lines.
-            BuildInterrupted: the user pressed Ctrl-C.
+                BuildInterrupted: the user pressed Ctrl-C.
         """
         try:
             said, status = self._follow(command, folder)

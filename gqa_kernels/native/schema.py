@@ -48,7 +48,7 @@ class Schema:
 
         Args:
             paths: the attribute of a call that holds an argument, if a faster one than usual
-            exists.
+                exists.
         """
         path_of = {**dict(zip(self.names, self._paths, strict=True)), **paths}
         required = self.names[: len(self.names) - len(self.defaults)]

@@ -24,9 +24,9 @@ class AsymGroupedQueryAttention(nn.Module):
         embed_dim: channels of input and output.
         num_heads, num_kv_heads: ``Hq`` and ``Hkv``.
         head_map: ``Hq`` integers in ``[0, Hkv)``. By default, consecutive groups of sizes that
-        differ by one at most.
+            differ by one at most.
         allocation: None for a fixed map, or a name in ``ALLOCATIONS``. Call
-        :func:`step_allocations` after each optimizer step.
+            :func:`step_allocations` after each optimizer step.
         window: steps between two allocations of the DGQA kinds.
         perturbation: factor of the noise of PGQA (arXiv 2408.08454). Training subtracts from the
             attention's output Gaussian noise with the mean and deviation of each row, and zero at
