@@ -103,12 +103,13 @@ __device__ __forceinline__ KeyBlocks describe_tile(const PrefillArguments& argum
 }
 
 // The page of this lane's box of the block that begins at `key0`.
+template <class C>
 __device__ __forceinline__ int look_up_page(const PrefillArguments& arguments,
                                             const KeyBlocks& keys, int key0) {
   const AttentionParams& params = arguments.attention;
   if (params.max_pages == 1) return keys.page;
-  const int key = key0 + static_cast<int>(threadIdx.x) * arguments.box_rows;
-  if (key0 < 0 || key >= keys.length) return kBeyondKeys;
+  const int in_block = static_cast<int>(threadIdx.x) * arguments.box_rows, key = key0 + in_block;
+  if (in_block >= C::kBlockN || key0 < 0 || key >= keys.length) return kBeyondKeys;
   const int page =
       params.page_table[keys.sequence * params.page_table_stride_b +
                         keys.k_head * params.page_table_stride_h +
@@ -181,11 +182,11 @@ __device__ __forceinline__ void produce(const PrefillArguments& arguments, uint3
     if (leads) tiles[round % 2] = t;
     // From the last block to the first, in the order that consumers need them: K0 K1 V0 K2 V1 ...
     // Q comes after V0, because those buffers are free before the last tile's Q is.
-    int page = look_up_page(arguments, keys, keys.last_key), page_before = 0;
+    int page = look_up_page<C>(arguments, keys, keys.last_key), page_before = 0;
 #pragma unroll 1
     for (int i = 0; i <= keys.count; i++) {
       const int n = blocks_before + i, key0 = keys.last_key - i * C::kBlockN;
-      const int next_page = look_up_page(arguments, keys, key0 - C::kBlockN);
+      const int next_page = look_up_page<C>(arguments, keys, key0 - C::kBlockN);
       if (i < keys.count) {
         load_block(k_ring, &arguments.k, base + C::kK, n, keys, keys.k_head, key0, page, true);
       }
