@@ -320,7 +320,8 @@ class MergeLosses:
         return merger
 
     def _new_merger(self, side: str, heads: Group) -> Callable[[_Batch], Tensor]:
-        space = self._spaces[side]
+        # A merger must not refer to the losses that keep it: such a cycle outlives them by long.
+        space, normed = self._spaces[side], self._normed
         if len({space.head_map[h] for h in heads}) == 1:
             return lambda batch: batch.of(side, heads)
         group, merged = merge_group(space, heads, self.merging)
@@ -337,7 +338,7 @@ class MergeLosses:
                 new = shared[:, :, None].expand(-1, -1, len(heads), -1)
             else:
                 new = torch.einsum("nde,bse->bsnd", decoders, shared)
-            if side == "k" and self._normed:
+            if side == "k" and normed:
                 norm = batch.of(side, heads).norm(dim=-1, keepdim=True)
                 new = new * (norm / new.norm(dim=-1, keepdim=True))
             return new
