@@ -197,7 +197,7 @@ def _leading(gram: Tensor, count: int) -> Tensor:
     basis = torch.linalg.qr(fast @ start.to(fast.device))[0]
     for _ in range(_ROUNDS):
         basis = torch.linalg.qr(fast @ (fast @ basis))[0]
-    basis = basis.double()
+    basis = torch.linalg.qr(basis.double())[0]
     return basis @ torch.linalg.eigh(basis.T @ gram @ basis)[1][:, _SPARE:]
 
 

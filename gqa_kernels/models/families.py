@@ -228,6 +228,12 @@ def head_dim(config: Any, family: Family) -> int:
     return given or config.hidden_size // getattr(config, family.num_heads)
 
 
+def attention_blocks(model: nn.Module) -> list[nn.Module]:
+    """The blocks that hold a model's attention layers, each once."""
+    lists = [_reach(model.base_model, stack.blocks) or () for stack in family_of(model).stacks]
+    return list({id(block): block for blocks in lists for block in blocks}.values())
+
+
 def attention_modules(
     model: nn.Module, family: Family
 ) -> Iterator[tuple[Stack, nn.Module, nn.Module]]:

@@ -249,6 +249,15 @@ class TestRefusals:
         error = self.refused(capsys, "inspect", tmp_path / "nowhere")
         assert "must be a checkpoint" in error
 
+    @pytest.mark.parametrize("device", ["nowhere", "meta", "cuda:99"])
+    def test_devices_that_are_not_there(self, folders, tmp_path, capsys, device):
+        for command in ("search", "eval", "convert"):
+            places = [folders / "parent"] * (1 if command == "search" else 2)
+            places = places if command != "convert" else [places[0], folders / "search"]
+            out = (tmp_path / "out",) if command == "convert" else ("--out", tmp_path / "out")
+            error = self.refused(capsys, command, *places, *out, "--device", device)
+            assert f"--device must be one that works here, got {device}" in error
+
     def test_truncated_checkpoint(self, folders, tmp_path, capsys):
         folder = save(load(folders / "child"), tmp_path / "child")
         weights = folder / "model.safetensors"
@@ -338,7 +347,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("change", [
         ("--steps", 4), ("--train", "all"), ("--learning-rate", 1), ("--shape", 5, 24),
-        ("--merging", "mean"),
+        ("--merging", "mean"), ("--dtype", "bfloat16"), ("--checkpointing",),
     ])  # fmt: skip
     def test_state_of_something_else(self, folders, tmp_path, capsys, change):
         state = tmp_path / "state"
