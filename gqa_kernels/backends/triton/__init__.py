@@ -47,7 +47,7 @@ class TritonBackend(Backend):
     capabilities = Capabilities(
         devices=frozenset({"cuda", "cpu"}),
         dtypes=frozenset({torch.float16, torch.bfloat16, torch.float32}),
-        max_head_dim=256,
+        max_head_dim=576,
         options=FUSED_OPTIONS,
         autograd=True,
         varlen_autograd=True,

@@ -33,12 +33,27 @@ class DeviceFacts:
 
 @dataclass(frozen=True)
 class Tile:
-    """Rows and keys of a tile, and how the kernel is compiled for it."""
+    """Rows and keys of a tile, and how the kernel is compiled for it.
+
+    Attributes:
+        d_columns: most columns of q and k that are multiplied at once.
+        dv_columns: most columns of v and out that a program has.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    d_columns: int = 256
+    dv_columns: int = 256
+
+    def key_slices(self, shape: Shape) -> int:
+        """Programs that share the columns of the gradients of q or k."""
+        return ceil_div(shape.head_dim, self.d_columns)
+
+    def value_slices(self, shape: Shape) -> int:
+        """Programs that share the columns of out, or of the gradient of v."""
+        return ceil_div(shape.value_head_dim, self.dv_columns)
 
 
 @dataclass(frozen=True)
@@ -79,9 +94,12 @@ class DecodeConfig:
 
 INTERPRETER = DeviceFacts("interpreter", num_sms=4, l2_bytes=1 << 20)
 
-_INTERPRETED = {dim: (Tile(64, 64, 4, 1),) * 2 for dim in (64, 128, 256)}
+_INTERPRETED = {
+    **{dim: (Tile(64, 64, 4, 1),) * 2 for dim in (64, 128, 256)},
+    512: (Tile(32, 32, 4, 1),) * 2,
+}
 
-# (family, bytes per element) -> dim class (the larger padded head dim, at least 64)
+# (family, bytes per element) -> dim class (the larger padded head dim, at least 64; 512: above 256)
 # -> tile of plain calls, and of those that take more registers: with pages or quantised K and V,
 # softcap, ALiBi or a mask tensor, or a head dim that is no power of two, whose loads are masked.
 PREFILL_TILES: dict[tuple[str, int], dict[int, tuple[Tile, Tile]]] = {
@@ -89,36 +107,43 @@ PREFILL_TILES: dict[tuple[str, int], dict[int, tuple[Tile, Tile]]] = {
         64: (Tile(128, 64, 4, 3), Tile(128, 64, 8, 2)),
         128: (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
         256: (Tile(64, 64, 8, 2), Tile(64, 32, 8, 2)),
+        512: (Tile(64, 32, 8, 2, 64, 256),) * 2,
     },
     ("sm86", 2): {
         64: (Tile(128, 64, 4, 2), Tile(128, 64, 8, 2)),
         128: (Tile(128, 32, 8, 2), Tile(128, 32, 8, 2)),
         256: (Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
+        512: (Tile(64, 32, 8, 1, 64, 256),) * 2,
     },
     ("sm90", 2): {
         64: (Tile(128, 128, 8, 2), Tile(128, 64, 8, 2)),
         128: (Tile(128, 128, 8, 2), Tile(128, 64, 8, 2)),
         256: (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
+        512: (Tile(64, 32, 8, 2, 64, 256),) * 2,
     },
     ("sm100", 2): {
         64: (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2)),
         128: (Tile(128, 64, 8, 3), Tile(128, 32, 8, 2)),
         256: (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
+        512: (Tile(64, 32, 4, 1, 64, 256),) * 2,
     },
     ("gfx9", 2): {
         64: (Tile(128, 64, 4, 1), Tile(128, 64, 4, 1)),
         128: (Tile(128, 32, 4, 1), Tile(128, 32, 4, 1)),
         256: (Tile(64, 32, 4, 1), Tile(64, 32, 4, 1)),
+        512: (Tile(64, 32, 4, 1, 64, 256),) * 2,
     },
     **{(family, 4): {
         64: (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
         128: (Tile(32, 16, 4, 2), Tile(16, 16, 4, 2)),
         256: (Tile(32, 16, 8, 2), Tile(16, 16, 4, 2)),
+        512: (Tile(16, 16, 4, 2, 64, 256),) * 2,
     } for family in ("sm80", "sm86", "sm90", "sm100")},
     ("gfx9", 4): {
         64: (Tile(64, 32, 4, 1), Tile(64, 32, 4, 1)),
         128: (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
         256: (Tile(32, 16, 4, 1), Tile(32, 16, 4, 1)),
+        512: (Tile(32, 16, 4, 1, 64, 256),) * 2,
     },
     ("interpreter", 2): _INTERPRETED,
     ("interpreter", 4): _INTERPRETED,
@@ -130,31 +155,37 @@ DECODE_TILES: dict[tuple[str, int], dict[int, tuple[Tile, Tile]]] = {
         64: (Tile(64, 64, 4, 3), Tile(32, 64, 4, 3)),
         128: (Tile(32, 32, 4, 4), Tile(32, 32, 4, 3)),
         256: (Tile(16, 32, 4, 3), Tile(16, 32, 4, 2)),
+        512: (Tile(16, 32, 4, 2, 64, 256),) * 2,
     },
     ("sm86", 2): {
         64: (Tile(64, 64, 4, 3), Tile(32, 64, 4, 2)),
         128: (Tile(32, 64, 4, 2), Tile(32, 32, 4, 2)),
         256: (Tile(16, 32, 4, 2), Tile(16, 32, 4, 2)),
+        512: (Tile(16, 32, 4, 2, 64, 256),) * 2,
     },
     **{(family, 2): {
         64: (Tile(64, 64, 4, 3), Tile(32, 64, 4, 3)),
         128: (Tile(32, 64, 4, 3), Tile(32, 32, 4, 3)),
         256: (Tile(16, 32, 4, 3), Tile(16, 32, 4, 2)),
+        512: (Tile(16, 32, 4, 2, 64, 256),) * 2,
     } for family in ("sm90", "sm100")},
     ("gfx9", 2): {
         64: (Tile(64, 64, 4, 1), Tile(64, 64, 4, 1)),
         128: (Tile(32, 64, 4, 1), Tile(32, 64, 4, 1)),
         256: (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
+        512: (Tile(16, 32, 4, 1, 64, 256),) * 2,
     },
     **{(family, 4): {
         64: (Tile(16, 32, 4, 2), Tile(16, 16, 4, 2)),
         128: (Tile(16, 16, 4, 2), Tile(16, 16, 4, 2)),
         256: (Tile(16, 16, 4, 2), Tile(16, 16, 4, 2)),
+        512: (Tile(16, 16, 4, 2, 64, 256),) * 2,
     } for family in ("sm80", "sm86", "sm90", "sm100")},
     ("gfx9", 4): {
         64: (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
         128: (Tile(16, 32, 4, 1), Tile(16, 32, 4, 1)),
         256: (Tile(16, 16, 4, 1), Tile(16, 16, 4, 1)),
+        512: (Tile(16, 16, 4, 1, 64, 256),) * 2,
     },
     ("interpreter", 2): _INTERPRETED,
     ("interpreter", 4): _INTERPRETED,
@@ -166,31 +197,37 @@ BACKWARD_KV_TILES: dict[tuple[str, int], dict[int, tuple[Tile, Tile]]] = {
         64: (Tile(16, 128, 8, 2), Tile(32, 64, 8, 1)),
         128: (Tile(32, 64, 8, 2), Tile(32, 64, 8, 2)),
         256: (Tile(16, 32, 8, 2), Tile(16, 32, 8, 2)),
+        512: (Tile(16, 32, 8, 1, 256, 256),) * 2,
     },
     ("sm90", 2): {
         64: (Tile(32, 128, 8, 2), Tile(32, 128, 8, 2)),
         128: (Tile(32, 128, 8, 2), Tile(32, 128, 8, 2)),
         256: (Tile(16, 32, 8, 2), Tile(16, 32, 8, 2)),
+        512: (Tile(16, 32, 8, 1, 256, 256),) * 2,
     },
     ("sm100", 2): {
         64: (Tile(32, 128, 8, 2), Tile(32, 128, 8, 2)),
         128: (Tile(32, 64, 8, 2), Tile(32, 64, 8, 2)),
         256: (Tile(16, 32, 8, 2), Tile(16, 32, 8, 2)),
+        512: (Tile(16, 32, 8, 1, 256, 256),) * 2,
     },
     ("sm86", 2): {
         64: (Tile(32, 64, 4, 2), Tile(32, 64, 4, 2)),
         128: (Tile(32, 64, 8, 1), Tile(32, 32, 8, 1)),
         256: (Tile(16, 32, 8, 1), Tile(16, 32, 8, 1)),
+        512: (Tile(16, 32, 8, 1, 256, 256),) * 2,
     },
     ("gfx9", 2): {
         64: (Tile(32, 64, 4, 1), Tile(32, 64, 4, 1)),
         128: (Tile(32, 64, 4, 1), Tile(32, 32, 4, 1)),
         256: (Tile(16, 32, 4, 1), Tile(16, 32, 4, 1)),
+        512: (Tile(16, 32, 4, 1, 256, 256),) * 2,
     },
     **{(family, 4): {
         64: (Tile(16, 32, 4, 1), Tile(16, 32, 4, 1)),
         128: (Tile(16, 16, 4, 1), Tile(16, 16, 4, 1)),
         256: (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+        512: (Tile(16, 16, 8, 1, 128, 128),) * 2,
     } for family in ("sm80", "sm86", "sm90", "sm100", "gfx9")},
     ("interpreter", 2): _INTERPRETED,
     ("interpreter", 4): _INTERPRETED,
@@ -200,31 +237,37 @@ BACKWARD_Q_TILES: dict[tuple[str, int], dict[int, tuple[Tile, Tile]]] = {
         64: (Tile(128, 32, 4, 2), Tile(64, 32, 4, 2)),
         128: (Tile(64, 32, 4, 2), Tile(64, 32, 8, 2)),
         256: (Tile(32, 16, 8, 2), Tile(32, 16, 8, 2)),
+        512: (Tile(32, 16, 8, 1, 256, 256),) * 2,
     },
     ("sm90", 2): {
         64: (Tile(128, 64, 8, 2), Tile(64, 32, 4, 2)),
         128: (Tile(128, 64, 8, 2), Tile(64, 32, 8, 2)),
         256: (Tile(64, 32, 8, 2), Tile(32, 16, 8, 2)),
+        512: (Tile(32, 16, 8, 1, 256, 256),) * 2,
     },
     ("sm100", 2): {
         64: (Tile(128, 64, 8, 2), Tile(64, 32, 4, 2)),
         128: (Tile(64, 64, 4, 2), Tile(64, 32, 8, 2)),
         256: (Tile(64, 32, 8, 2), Tile(32, 16, 8, 2)),
+        512: (Tile(32, 16, 8, 1, 256, 256),) * 2,
     },
     ("sm86", 2): {
         64: (Tile(64, 32, 4, 2), Tile(64, 32, 4, 2)),
         128: (Tile(64, 32, 8, 1), Tile(32, 32, 8, 1)),
         256: (Tile(32, 16, 8, 1), Tile(32, 16, 8, 1)),
+        512: (Tile(32, 16, 8, 1, 256, 256),) * 2,
     },
     ("gfx9", 2): {
         64: (Tile(64, 32, 4, 1), Tile(64, 32, 4, 1)),
         128: (Tile(64, 32, 4, 1), Tile(32, 32, 4, 1)),
         256: (Tile(32, 16, 4, 1), Tile(32, 16, 4, 1)),
+        512: (Tile(32, 16, 4, 1, 256, 256),) * 2,
     },
     **{(family, 4): {
         64: (Tile(32, 16, 4, 1), Tile(32, 16, 4, 1)),
         128: (Tile(16, 16, 4, 1), Tile(16, 16, 4, 1)),
         256: (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+        512: (Tile(16, 16, 8, 1, 128, 128),) * 2,
     } for family in ("sm80", "sm86", "sm90", "sm100", "gfx9")},
     ("interpreter", 2): _INTERPRETED,
     ("interpreter", 4): _INTERPRETED,
@@ -340,6 +383,6 @@ def _lookup(
     table: dict[tuple[str, int], dict[int, tuple[Tile, Tile]]], shape: Shape, facts: DeviceFacts
 ) -> Tile:
     padded = padded_dim(shape.head_dim), padded_dim(shape.value_head_dim)
-    plain, small = table[facts.family, shape.itemsize][max(64, *padded)]
+    plain, small = table[facts.family, shape.itemsize][min(max(64, *padded), 512)]
     exact = padded == (shape.head_dim, shape.value_head_dim)
     return plain if exact and not (shape.modifies_scores or shape.paged_or_quantised) else small

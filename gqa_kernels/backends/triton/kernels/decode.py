@@ -1,8 +1,9 @@
 """Decode: split-KV attention with the query heads of a group packed into the rows of one tile.
 
-Grid    one program per (sequence, KV split, row tile), flattened, row tiles fastest. A row tile
-        is up to BLOCK_M of the q_len * group_size rows of one group; the number of row tiles is
-        the most that any head map of this shape can need, so the grid depends on shapes only.
+Grid    one program per (sequence, KV split, row tile, slice of the columns of V and O), flattened,
+        slices fastest, then row tiles. There is one slice up to Dv 256. A row tile is up to BLOCK_M
+        of the q_len * group_size rows of one group; the number of row tiles is the most that any
+        head map of this shape can need, so the grid depends on shapes only.
 Program finds its group and its first row from the plan's offsets (a surplus tile exits at once),
         gathers its query rows, and runs the online softmax over its share of the keys that these
         rows see. So each byte of K and V is read once per (sequence, group, split); a group of
@@ -94,7 +95,7 @@ def decode_kernel(
     BLOCK_N: tl.constexpr,
 ):
     # Program id -> sequence, split, row tile -> group and rows.
-    i_program = tl.program_id(0)
+    i_program, i_v_col = common.program_slice(DIMS.DV, DIMS.BLOCK_DV)
     i_tile = i_program % num_tiles
     i_split = i_program // num_tiles % num_splits
     i_b = (i_program // num_tiles // num_splits).to(tl.int64)
@@ -114,7 +115,7 @@ def decode_kernel(
 
     # Keys of the sequence; none for heads without a KV head.
     n, begin = kv.sequence_keys(lengths, p_begin, kv_len, i_b, i_k_head, valid)
-    source = Source(i_b, i_k_head, i_v_head, n, begin)
+    source = Source(i_b, i_k_head, i_v_head, n, begin, i_v_col)
     shift = n - n_q
 
     # Rows of the tile, token by token, the group's heads inside: row = token * group_size + head.
@@ -163,18 +164,19 @@ def decode_kernel(
 
     if p_seed is not None:
         b_acc = b_acc * dropout_scale
+    m_first = m_rows & (i_v_col == 0)  # each row's numbers are stored once
     if partial is not None:
         # [BLOCK_M]
         o_partial = ((i_b * num_heads + o_sorted) * q_len + o_m64) * num_splits + i_split
-        tl.store(partial.sum + o_partial, b_sum, mask=m_rows)
-        tl.store(partial.max + o_partial, b_max, mask=m_rows)
+        tl.store(partial.sum + o_partial, b_sum, mask=m_first)
+        tl.store(partial.max + o_partial, b_max, mask=m_first)
         p_acc_rows = partial.acc + o_partial * DIMS.DV
-        common.store_rows(p_acc_rows, b_acc, m_rows, DIMS.DV, DIMS.BLOCK_DV)
+        common.store_rows(p_acc_rows, b_acc, m_rows, DIMS.DV, DIMS.BLOCK_DV, i_v_col)
     else:
         o_row = kv.first_row(p_q_offsets, i_b, o_head, i_token, num_heads, num_tokens) + o_m64
         if p_row_max is not None:
             b_most = tl.where(valid, b_max * common.LN2, float("nan"))
-            tl.store(p_row_max + o_row, b_most, mask=m_rows)
+            tl.store(p_row_max + o_row, b_most, mask=m_first)
         if p_sinks is not None:
             b_sink = tl.load(p_sinks + o_head, mask=m_rows, other=0.0)
             b_sum, b_max, b_factor = common.add_sink(b_sum, b_max, b_sink)
@@ -183,5 +185,5 @@ def decode_kernel(
         b_lse = common.log_sum_exp(b_sum, b_max)
         p_out_rows = kv.pointers(out, i_b, o_head, o_token)
         b_out = tl.where(valid, b_out, float("nan"))
-        tl.store(p_lse + o_row, tl.where(valid, b_lse, float("nan")), mask=m_rows)
-        common.store_rows(p_out_rows, b_out, m_rows, DIMS.DV, DIMS.BLOCK_DV)
+        tl.store(p_lse + o_row, tl.where(valid, b_lse, float("nan")), mask=m_first)
+        common.store_rows(p_out_rows, b_out, m_rows, DIMS.DV, DIMS.BLOCK_DV, i_v_col)

@@ -16,6 +16,7 @@ from ..configs import (
     Tile,
     decode_config,
     heads_per_section,
+    padded_dim,
     power_of_two,
     prefers_decode,
     prefill_tile,
@@ -28,7 +29,8 @@ from ..plan import num_groups
 from ..splits import ceil_div
 from .base import FORMATS, Argument, Launch, dims_of, mask_of, pages_of, per_head, rows_of, stored
 
-COMBINE_CHUNK = 16  # splits whose partial outputs the combine kernel holds at once
+COMBINE_CHUNK = 16  # splits whose partial outputs the combine kernel holds at once, at most
+COMBINE_ELEMENTS = 16 * 256  # of these outputs, likewise
 
 
 @dataclass(frozen=True)
@@ -176,10 +178,11 @@ def prefill_launch(call: ForwardCall, tile: Tile, section: int) -> Launch:
     arguments = call.arguments() | {
         "num_blocks": num_blocks,
         "heads_per_section": section,
+        "DIMS": dims_of(shape.head_dim, shape.value_head_dim, tile),
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
     }
-    grid = shape.batch * shape.num_heads * num_blocks
+    grid = shape.batch * shape.num_heads * num_blocks * tile.value_slices(shape)
     return Launch.of(prefill_kernel, grid, arguments, tile.num_warps, tile.num_stages)
 
 
@@ -204,10 +207,17 @@ def decode_launches(call: ForwardCall, config: DecodeConfig) -> list[Launch]:
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
         "BLOCK_S": power_of_two(num_splits),
-        "CHUNK_S": min(COMBINE_CHUNK, power_of_two(num_splits)),
+        "CHUNK_S": min(
+            COMBINE_CHUNK,
+            COMBINE_ELEMENTS // padded_dim(shape.value_head_dim),
+            power_of_two(num_splits),
+        ),
     }
-    grid = shape.batch * num_splits * config.num_tiles
-    launches = [Launch.of(decode_kernel, grid, arguments, tile.num_warps, tile.num_stages)]
+    of_tile = {"DIMS": dims_of(shape.head_dim, shape.value_head_dim, tile)}
+    grid = shape.batch * num_splits * config.num_tiles * tile.value_slices(shape)
+    launches = [
+        Launch.of(decode_kernel, grid, arguments | of_tile, tile.num_warps, tile.num_stages)
+    ]
     if partial is not None:
         num_rows = shape.batch * shape.num_heads * shape.q_len
         launches.append(Launch.of(combine_kernel, num_rows, arguments, 4, 2))
