@@ -66,7 +66,10 @@ class Family:
 
 FAMILIES = (
     Family(
-        ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gpt_oss"),
+        (
+            "llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "gemma",
+            "gemma2", "gpt_oss", "olmo", "smollm3", "granite", "starcoder2", "arcee", "nemotron",
+        ),
         (Stack("layers", "self_attn", "self_attn.o_proj"),),
         num_kv_heads="num_key_value_heads",
         rotary="half_split",
@@ -177,6 +180,11 @@ def attention_layers(model: nn.Module) -> list[AttentionLayer]:
         raise NotImplementedError(
             f"a {model.config.model_type} model must have no cross-attention, got "
             "config.add_cross_attention"
+        )
+    if getattr(model.config, "clip_qkv", None) is not None:
+        raise NotImplementedError(
+            f"a {model.config.model_type} model must not clip q, k and v, got config.clip_qkv="
+            f"{model.config.clip_qkv}"
         )
     layers = list(_attention_layers(model, family))
     if not layers:

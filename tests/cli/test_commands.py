@@ -408,7 +408,8 @@ class TestRefusals:
         assert "must be one of llama, " in error and "got 'gemma'" in error
 
     def test_model_without_a_tokenizer(self, folders, tmp_path, capsys, monkeypatch):
-        monkeypatch.setattr(data, "load_model", lambda name: data.Loaded(load(name), None, {}))
+        loaded = lambda name, device: data.Loaded(load(name), None, {})  # noqa: E731
+        monkeypatch.setattr(data, "load_model", loaded)
         monkeypatch.setattr("gqa_kernels.cli.search.load_model", data.load_model)
         search = ("search", folders / "parent", "--kv-heads", 2, "--out", tmp_path, *SHAPE)
         assert "--batches must be given" in self.refused(capsys, *search)
