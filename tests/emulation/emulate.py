@@ -130,6 +130,14 @@ def prefill_paged(arch: str) -> Case:
     return inputs, call, [prefill_launch(call, Tile(64, 32, 4, 2), 3)]
 
 
+def decode_by_lengths(arch: str) -> Case:
+    """Parts of a long sequence, one part of a short and of an empty one, and surplus parts."""
+    cache = make_cache(UNEVEN, [450, 20, 0], 64, torch.bfloat16, page_size=16)
+    inputs, call = make_cache_call([1, 1, 1], cache, UNEVEN, torch.bfloat16)
+    facts = replace(TARGETS[arch].facts, num_sms=3)
+    return inputs, call, decode_launches(call, decode_config(call.shape, facts))
+
+
 def prefill_wide(arch: str) -> Case:
     """Latent attention's head dims: chunks of Q and K, and slices of V."""
     inputs, call = make_call(
@@ -152,7 +160,7 @@ CASES: dict[str, Callable[[str], Case]] = {
     for make in (
         prefill_causal, prefill_everything, prefill_fp32, decode_splits, decode_everything,
         decode_large_group, decode_invalid_heads, decode_paged, decode_fp8, decode_int4,
-        prefill_paged, prefill_wide, decode_wide,
+        prefill_paged, decode_by_lengths, prefill_wide, decode_wide,
     )
 }  # fmt: skip
 

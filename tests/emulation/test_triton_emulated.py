@@ -14,7 +14,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 ARCHS = ("sm_80", "sm_90")
-CASES = ("prefill_causal", "decode_splits", "decode_everything", "decode_paged")
+CASES = (
+    "prefill_causal",
+    "decode_splits",
+    "decode_everything",
+    "decode_paged",
+    "decode_by_lengths",
+)
 BACKWARD_CASES = (
     "backward_causal", "backward_everything", "backward_large_scores", "backward_packed",
 )  # fmt: skip

@@ -70,9 +70,9 @@ class Pages(NamedTuple):
 class Partial(NamedTuple):
     """What the splits of a decode leave to the combine kernel: fp32, contiguous."""
 
-    acc: Pointer  # [B, Hq (sorted), Sq, num_splits, Dv]
-    sum: Pointer  # [B, Hq (sorted), Sq, num_splits]
-    max: Pointer  # [B, Hq (sorted), Sq, num_splits]
+    acc: Pointer  # [parts, Hq (sorted), Sq, Dv]; the parts of a sequence follow each other
+    sum: Pointer  # [parts, Hq (sorted), Sq]
+    max: Pointer  # [parts, Hq (sorted), Sq]
 
 
 class Dims(NamedTuple):
