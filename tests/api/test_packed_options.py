@@ -26,14 +26,20 @@ def packed(dtype=torch.float32):
     ]
 
 
-def dropped(q, k, v, keep):
-    """Causal attention of one sequence by the formula, with the probabilities that stay."""
-    expand = list(MAP.entries)
-    s = q @ k[:, expand].mT * q.shape[-1] ** -0.5
+def dropped(q, k, v, keep, form):
+    """Causal attention of one sequence by the formula, with the probabilities that stay, in one of
+    several forms that round differently."""
+    scale, expand = q.shape[-1] ** -0.5, list(MAP.entries)
+    s = (q * scale) @ k[:, expand].mT if form % 2 else q @ k[:, expand].mT * scale
     n, keys = s.shape[-2:]
     s = s.masked_fill(torch.ones(n, keys).triu(keys - n + 1).bool(), -torch.inf)
-    p = s.float().softmax(-1) if s.dtype != torch.float64 else s.softmax(-1)
-    return (p * keep / (1 - P)).to(q.dtype) @ v[:, expand]
+    s = s if s.dtype == torch.float64 else s.float()
+    if form < 2:
+        p = s.softmax(-1)
+    else:
+        p = (s - s.logsumexp(-1, keepdim=True)).exp()
+    p = p * keep / (1 - P) if form < 4 else p * (keep * (1 / (1 - P)))
+    return p.to(q.dtype) @ v[:, expand]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -48,21 +54,28 @@ def test_dropout_of_packed_sequences(backend, dtype):
     grads = torch.autograd.grad(out, x, dout)
     torch.set_rng_state(state)
     keep = keep_mask(draw_seed(x[0].device), P, len(QUERIES), 5, max(QUERIES), max(KEYS))
+    names = ("out", *"qkv")
+    found = {name: [] for name in names}
+    by_form = [{name: [] for name in names} for _ in range(7)]  # the first one is exact
     for b in WITH_QUERIES:
         own_keep = keep[b, :, : QUERIES[b], : KEYS[b]]
-        results = []
-        for precision in (torch.float64, dtype):
+        for form, results in enumerate(by_form, -1):
+            precision = torch.float64 if form < 0 else dtype
             own = [
                 part(y.detach(), b, n).to(precision).requires_grad_()
                 for y, n in zip(x, COUNTS, strict=True)
             ]
-            expected = dropped(*own, own_keep)
+            expected = dropped(*own, own_keep, max(form, 0))
             own_dout = part(dout, b, QUERIES).to(precision)
-            results.append([expected.detach(), *torch.autograd.grad(expected, own, own_dout)])
-        found = [part(out.detach(), b, QUERIES)]
-        found += [part(grad, b, n) for grad, n in zip(grads, COUNTS, strict=True)]
-        for name, actual, exact, eager in zip(("out", *"qkv"), found, *results, strict=True):
-            assert_close(f"{name} {b}", actual, exact, [eager], 2.0 if name == "out" else 3.0)
+            values = expected.detach(), *torch.autograd.grad(expected, own, own_dout)
+            for name, value in zip(names, values, strict=True):
+                results[name].append(value.flatten())
+        for name, value, n in zip(names, (out.detach(), *grads), (QUERIES, *COUNTS), strict=True):
+            found[name].append(part(value, b, n).flatten())
+    exact, *eager = ({n: torch.cat(y) for n, y in results.items()} for results in by_form)
+    for name, values in found.items():
+        forms = [results[name] for results in eager]
+        assert_close(name, torch.cat(values), exact[name], forms, 2.0 if name == "out" else 3.0)
 
 
 @pytest.mark.parametrize("backend", DROPPING)
