@@ -42,7 +42,7 @@ def poisoned_memory():
 
 @pytest.fixture(autouse=True)
 def seed(request):
-    """A test draws the same numbers, whichever tests ran before it; others if ``GQA_TEST_SEED=7``."""
+    """A test draws the same numbers whichever tests ran before; others if ``GQA_TEST_SEED=7``."""
     number = zlib.crc32(request.node.nodeid.encode()) + int(os.environ.get("GQA_TEST_SEED", "0"))
     number %= 2**32
     for set_seed in (torch.manual_seed, random.seed, numpy.random.seed):
