@@ -24,7 +24,6 @@ struct CallState {
   const AuxiliaryWork& auxiliary;
   int64_t scratch_floats;  // of a worker, before its memory for the auxiliary work
   bool lse_wanted;
-  bool cheap_subnormals;
 };
 
 // Runs the tasks of one bundle. scratch has scratch_floats(...) floats.
