@@ -47,8 +47,8 @@ class TritonBackend(Backend):
     capabilities = Capabilities(
         devices=frozenset({"cuda", "cpu"}),
         dtypes=frozenset({torch.float16, torch.bfloat16, torch.float32}),
-        max_head_dim=256,
-        options=FUSED_OPTIONS,
+        max_head_dim=576,
+        options=FUSED_OPTIONS | {"varlen_mask"},
         autograd=True,
         varlen_autograd=True,
         caches=ALL_CACHES,
