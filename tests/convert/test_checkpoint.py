@@ -238,8 +238,8 @@ class TestLoading:
 
     def test_unknown_family(self, tmp_path):
         folder = self.saved(tmp_path)
-        self.edit(folder, model_type="gemma", architectures=["GemmaForCausalLM"])
-        with pytest.raises(NotImplementedError, match="'gemma' model with head maps"):
+        self.edit(folder, model_type="cohere", architectures=["CohereForCausalLM"])
+        with pytest.raises(NotImplementedError, match="'cohere' model with head maps"):
             load(folder)
 
     @pytest.mark.parametrize("pickled", [b"", b"cos\nsystem\n(S'true'\ntR.", "tensor"])
