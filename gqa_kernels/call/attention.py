@@ -462,6 +462,7 @@ class AttentionCall:
             "bool_mask": mask is not None and mask.dtype == torch.bool,
             "additive_mask": mask is not None and mask.dtype != torch.bool,
             "varlen_mask": mask is not None and self.q_offsets is not None,
+            "varlen_dropout": bool(self.options.dropout_p) and self.q_offsets is not None,
             "key_ranges": self.key_ranges is not None,
             "kv_lengths": self.memory == "dense" and self.kv.kv_lengths is not None,
             "device_map": isinstance(self.head_map, Tensor)

@@ -24,12 +24,33 @@ pytestmark = pytest.mark.skipif(
 DTYPES = sorted(CPUBackend.capabilities.dtypes, key=str)
 
 
+ARM_NEEDS = {  # each needs those before it, too
+    "neon_dot": {"asimddp"},
+    "neon_fhm": {"asimdfhm"},
+    "neon_bf16": {"bf16", "i8mm"},
+}
+
+
+def _cpu_flags(field: str) -> set[str]:
+    info = Path("/proc/cpuinfo")
+    return (
+        set(info.read_text().partition(field)[2].partition("\n")[0].split())
+        if info.exists()
+        else set()
+    )
+
+
 def instruction_sets() -> list[str]:
     """Those the processor has, as Linux lists them: the kernels' own choice must agree."""
     if platform.machine() in ("aarch64", "arm64"):
-        return ["portable", "neon"]
-    info = Path("/proc/cpuinfo").read_text()
-    flags = set(info.partition("flags")[2].partition("\n")[0].split())
+        has = _cpu_flags("Features")
+        names = ["portable", "neon"]
+        for name, wanted in ARM_NEEDS.items():
+            if not wanted <= has:
+                break
+            names.append(name)
+        return names
+    flags = _cpu_flags("flags")
     needs = {
         "avx2": {"avx2", "fma", "f16c"},
         "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},

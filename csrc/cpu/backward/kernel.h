@@ -272,8 +272,8 @@ class BackwardRun {
     const float rest = std::fma(call_.lse[row_index(r)], kScoreUnit<T>, -tile_.lse[r]);
     BackwardRow row{tile_.lse[r], rest, tile_.delta[r], nullptr};
     if (call_.dropout_threshold != 0) {
-      dropout_row(call_, block_->batch, head(r), token(r), first, keys.visible_begin,
-                  keys.visible_end, tile_.keep);
+      dropout_row(call_, state_.first_sequence + block_->batch, head(r), token(r), first,
+                  keys.visible_begin, keys.visible_end, tile_.keep);
       row.keep = tile_.keep;
     }
     backward_row<V, T, kBias>(p, ds, keys, call_.scale, bias, row,

@@ -26,7 +26,7 @@ const ForwardKernels* const kAllKernels[] = {
 #if defined(__x86_64__)
     &kAvx2Forward,
 #elif defined(__aarch64__)
-    &kNeonForward,
+    &kNeonBf16Forward, &kNeonFhmForward, &kNeonDotForward, &kNeonForward,
 #endif
     &kPortableForward,
 };

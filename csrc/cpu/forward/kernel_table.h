@@ -47,6 +47,9 @@ extern const ForwardKernels kPortableForward;
 extern const ForwardKernels kAvx2Forward;
 #elif defined(__aarch64__)
 extern const ForwardKernels kNeonForward;
+extern const ForwardKernels kNeonDotForward;
+extern const ForwardKernels kNeonFhmForward;
+extern const ForwardKernels kNeonBf16Forward;
 #endif
 #if defined(GQA_HAVE_AVX512)
 extern const ForwardKernels kAvx512Forward;

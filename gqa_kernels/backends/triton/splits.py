@@ -5,8 +5,11 @@ the keys are split and the partial results merged. More splits fill the device b
 scratch traffic and a longer merge. The count depends on shapes and the device only, never on tensor
 contents, so that a CUDA graph captured once stays right.
 
-The rule is FlashAttention-3's idea (hopper/heuristics.h): the fewest splits whose last wave of
-programs is nearly as full as the best one reachable.
+If sequences have lengths, which only the device knows, all of them are cut into parts of about
+equally many blocks instead (kernels/parts.py). Here is how many parts there can be.
+
+The rule for split counts is FlashAttention-3's idea (hopper/heuristics.h): the fewest splits whose
+last wave of programs is nearly as full as the best one reachable.
 """
 
 from __future__ import annotations
