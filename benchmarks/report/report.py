@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..data.suites import is_headline, is_in_readme
-from . import display, tables
+from . import display, engine, tables
 from .figures import Figure, draw, figures, is_current
 from .results import FOLDER, Results
 
@@ -146,6 +146,9 @@ def readme_block(devices: dict[str, dict[str, Results]], folder: Path, readme: P
             "Peers' times are in multiples of ours; bold: faster than ours."
         )
         parts += [table, tables.score(results).split("\n")[0]] if table else []
+    served = engine.load(folder)
+    if served:
+        parts.append(engine.line(served))
     return "".join(f"\n{part}\n" for part in parts if part) + "\n"
 
 
@@ -166,6 +169,9 @@ def page_block(devices: dict[str, dict[str, Results]], folder: Path, page: Path)
         drawn = figures(results, suites.values())
         parts.append("\n\n".join(f"![{f.title}]({where}/{f.file})" for f in drawn))
         parts.append(f"[All cases]({where}/report.md)")
+    served = engine.load(folder)
+    if served:
+        parts.append(engine.table(served))
     return "".join(f"\n{part}\n" for part in parts if part) + "\n"
 
 

@@ -1,12 +1,18 @@
 """SmolLM2-135M in vLLM on a CPU: tokens/s and KV memory, vLLM's own attention against ours.
 
     python -m benchmarks.studies.vllm_throughput --save
+    python -m benchmarks.studies.vllm_throughput --save --dtype float32
 
 Needs a virtual environment with vLLM (the extra `engine`) and `hf`. Each contestant is a process
 with an engine; they take turns at the same requests, all sent at once, without prefix caching. The
 rows have the median and the quartiles of generated tokens/s, and the bytes of KV memory per token
 as the engine allocates it. ``uneven`` is the stock function with its three KV heads split into
-five, another map in each layer. Greedy tokens are compared with vLLM's own attention.
+five, another map in each layer.
+
+Texts of two contestants differ after a near-tie, which the rounding of bf16 decides. So each token
+is also compared with the stock model's choice in fp32 (transformers, the same prefix): is it the
+same, and if not, how far is its logit below the largest? If rounding is all that differs, vLLM's
+own attention meets that choice no more often than ours.
 """
 
 from __future__ import annotations
@@ -20,8 +26,10 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..report.results import FOLDER, Results, header
 
@@ -99,6 +107,22 @@ class Contestant:
         self.process.wait()
 
 
+def below_the_best(model: Any, prompts: list[list[int]], written: list[list[int]]) -> Tensor:
+    """By how much the logit of each written token is below the largest: ``[requests, new]``.
+
+    Args:
+        model: the judge, a language model of transformers.
+        prompts: equally long.
+    """
+    ids = torch.tensor([[*p, *w] for p, w in zip(prompts, written, strict=True)])
+    new = len(written[0])
+    with torch.no_grad():
+        logits = torch.cat(
+            [model(row[None], logits_to_keep=new + 1).logits[:, :-1].float() for row in ids]
+        )
+    return logits.amax(-1) - logits.gather(-1, ids[:, -new:, None])[..., 0]
+
+
 def run(
     folder: Path, prompts: list[list[int]], new: int, rounds: int, wait: bool, options: dict
 ) -> list[dict]:
@@ -108,6 +132,8 @@ def run(
         wait: for a line on stdin before the timed turns.
         options: of ``vllm.LLM``.
     """
+    from transformers import AutoModelForCausalLM
+
     found = {
         name: Contestant(folder / checkpoint, {**options, **own})
         for name, (checkpoint, own) in CONTESTANTS.items()
@@ -125,15 +151,20 @@ def run(
     finally:
         for one in found.values():
             one.stop()
+    judge = AutoModelForCausalLM.from_pretrained(folder / "stock", dtype=torch.float32)
     rows = []
     for name in found:
         speeds = [len(prompts) * new / s for s in seconds[name]]
         low, middle, high = statistics.quantiles(speeds, n=4)
         pairs = zip(tokens[name], tokens[STOCK], strict=True)
+        below = below_the_best(judge, prompts, tokens[name])
         rows.append(
             {
                 "key": f"{options['dtype']} {len(prompts)}x{len(prompts[0])}+{new} {name}",
                 "contestant": name,
+                "dtype": options["dtype"],
+                "prompt": len(prompts[0]),
+                "new": new,
                 "tokens_per_second": middle,
                 "low": low,
                 "high": high,
@@ -141,6 +172,9 @@ def run(
                 "kv_bytes_per_token": memory[name],
                 "requests": len(prompts),
                 "requests_as_stock": sum(a == b for a, b in pairs),
+                "tokens": below.numel(),
+                "tokens_as_fp32": int((below == 0).sum()),
+                "furthest_below": float(below.max()),
             }
         )
     return rows
@@ -156,7 +190,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
     parser.add_argument("--checkpoints", type=Path, help="folder to keep them in between runs")
     parser.add_argument("--path", type=Path, default=PATH)
-    parser.add_argument("--save", action="store_true", help="write the file")
+    parser.add_argument("--save", action="store_true", help="add the rows to the file")
     parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.serve:
@@ -167,6 +201,10 @@ def main(arguments: list[str] | None = None) -> None:
 
     from gqa_kernels.samples.text import calibration_text, rows
 
+    available = dict.fromkeys(CONTESTANTS, "available")
+    results = Results(header(torch.device("cpu"), "generate", available, None))
+    if options.save and options.path.exists():
+        results.resume(Results.load(options.path), options.path)
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.checkpoints or Path(temporary)
         if not (folder / "uneven").exists():
@@ -183,11 +221,11 @@ def main(arguments: list[str] | None = None) -> None:
             f"{row['contestant']:26} {row['tokens_per_second']:7.1f} tokens/s "
             f"({row['low']:.1f} to {row['high']:.1f})  "
             f"{row['kv_bytes_per_token'] / 1024:.1f} KiB a token  "
-            f"{row['requests_as_stock']} of {row['requests']} requests as stock"
+            f"{row['requests_as_stock']} of {row['requests']} requests as stock  "
+            f"{row['tokens_as_fp32']} of {row['tokens']} tokens the fp32 model's choice, "
+            f"the furthest {row['furthest_below']:.3f} below it"
         )
     if options.save:
-        available = dict.fromkeys(CONTESTANTS, "available")
-        results = Results(header(torch.device("cpu"), "generate", available, None))
         results.add(found)
         results.save(options.path)
 

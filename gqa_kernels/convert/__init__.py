@@ -14,10 +14,10 @@ layer by layer, ``prune_heads`` drops query heads, ``evaluation`` compares with 
 ``attention.py`` holds the two that need a forward of their own.
 
 A child's checkpoint is an ordinary one with ``kv_head_map`` (and ``value_head_map``) in its config.
-Where the groups are not those of ordinary GQA its config says ``attn_implementation: asym_gqa``, so
-that transformers refuses it unless ``register()`` was called, rather than compute equal groups. Two
-things are up to you: an explicit ``from_pretrained(..., attn_implementation="sdpa")`` overrides it,
-and ``save_pretrained`` of a model that transformers loaded forgets it; ``save`` doesn't.
+If its groups are not those of ordinary GQA, ``save`` and ``save_pretrained`` both write a config
+that says ``attn_implementation: asym_gqa``, so that transformers refuses it unless ``register()``
+was called, whatever attention the caller names. Its ``architectures`` name a class that engines
+know from this package only. Anything else would compute equal groups.
 """
 
 from .checkpoint import load, save

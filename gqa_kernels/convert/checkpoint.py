@@ -7,7 +7,6 @@ once ``asym_gqa`` is registered. ``load`` loads every family and every map.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,13 +15,12 @@ from typing import Any
 from torch import nn
 
 from ..head_map import HeadMap
+from ..integrations.transformers.guards import guard_saving
 from ..models.checkpoint_files import CONFIG, check_indices
 from ..models.families import FAMILIES, Family, attention_modules, family_of
 from ..models.maps import (
     IMPLEMENTATION,
     guard,
-    guarded_architecture,
-    is_uneven,
     stock_architecture,
     stored_maps,
 )
@@ -51,10 +49,9 @@ def save(model: nn.Module, folder: str | Path, *, processor: Any = None) -> Path
     """
     folder = check_new_folder("folder", folder)
     guard(model.config)
+    guard_saving(model)
     with new_folder(folder) as unfinished:
         model.save_pretrained(unfinished)
-        if is_uneven(model.config):
-            _rename_architectures(unfinished / "config.json")
         if processor is not None:
             processor.save_pretrained(unfinished)
     return folder
@@ -168,16 +165,6 @@ def _check_heads(config: Any, maps: Maps) -> None:
                     f"head maps of a config must have an entry for each query head left of {heads},"
                     f" the same number for K and V, got {head_map.num_heads} in layer {layer}"
                 )
-
-
-def _rename_architectures(file: Path) -> None:
-    """Name model classes that only this package registers in engines.
-
-    An engine that does not know the class refuses to load the model. It would ignore the maps.
-    """
-    config = json.loads(file.read_text())
-    config["architectures"] = [guarded_architecture(n) for n in config["architectures"]]
-    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def _model_class(config: Any) -> type[nn.Module]:

@@ -10,7 +10,7 @@ from torch import nn
 from ..grouping.calibration import LayerStats
 from ..grouping.merging import merge_layer
 from ..head_map import HeadMap
-from ..integrations.transformers.guards import guard_layer
+from ..integrations.transformers.guards import guard_layer, guard_saving
 from ..models import projections
 from ..models.families import (
     AttentionLayer,
@@ -100,6 +100,7 @@ def set_maps(model: nn.Module, family: Family, pairs: Sequence[tuple[HeadMap, He
     # An encoder and a decoder have configs of their own, copies of the model's.
     configs = {id(c): c for c in (model.config, *(module.config for _, module, _ in places))}
     counts = {head_map.num_kv_heads for pair in pairs for head_map in pair}
+    guard_saving(model)
     for config in configs.values():
         store_maps(config, *zip(*pairs, strict=True))
         if family.num_kv_heads:

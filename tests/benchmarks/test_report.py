@@ -160,3 +160,28 @@ def test_the_repository_is_current():
     if not report.load_all(FOLDER):
         pytest.skip("no results are committed")
     assert report.main(["--check"]) == 0
+
+
+def test_a_whole_model_in_vllm(place, tmp_path):
+    """A table on the page, a line in the README."""
+    pytest.importorskip("matplotlib")
+    facts = {
+        "low": 1.0, "high": 300.0, "prompt": 256, "new": 32, "requests": 16, "tokens": 512,
+        "kv_bytes_per_token": 23040.0, "requests_as_stock": 6, "tokens_as_fp32": 505,
+        "furthest_below": 0.0625,
+    }  # fmt: skip
+    rows = [
+        {"key": f"{dtype} {name}", "contestant": name, "dtype": dtype, "tokens_per_second": speed,
+         **facts}
+        for dtype in ("bfloat16", "float32")
+        for name, speed in (("theirs", 181.6), ("ours", 193.6))
+    ]  # fmt: skip
+    Results({**HEADER, "limits": None}, rows).save(tmp_path / "results" / "generate" / "vllm.json")
+    assert report.main(place) == 0 and report.main([*place, "--check"]) == 0
+    page, readme = ((tmp_path / name).read_text() for name in ("page.md", "README.md"))
+    assert (
+        "| ours, bfloat16, 16 requests of 256 + 32 tokens | 194 | 1 to 300 | 23,040 bytes | "
+        "6 of 16 | 505 of 512 | 0.06 |"
+    ) in page
+    assert "ours, float32" in page
+    assert readme.count("bfloat16, 16 requests of 256 + 32 tokens, tokens/s: theirs 182; ours 194.")

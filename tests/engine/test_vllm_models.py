@@ -1,4 +1,4 @@
-"""Uneven models in a real vLLM engine: families, caches, and what must be refused."""
+"""Uneven models in a real vLLM engine: families and caches."""
 
 import json
 
@@ -15,7 +15,7 @@ from tests.engine.models import (
     prompts,
     quantised_attention,
 )
-from tests.engine.vllm_process import engine, generate, kernels, refusal, register_class
+from tests.engine.vllm_process import engine, generate, kernels, register_class
 from tests.tiny_models import expanded, tiny
 
 pytestmark = pytest.mark.engine
@@ -110,24 +110,3 @@ def test_a_stock_model_on_our_backend(folder):
     with engine(folder / "even", **int8) as llm:
         found = generate(llm, asked, NEW_TOKENS)
     assert found == Child(folder / "even", oracle).expected(asked, NEW_TOKENS)
-
-
-def test_stock_vllm_refuses_the_child(folder):
-    child = make_divisible_child(folder / "stock")
-    error = refusal(child.folder, VLLM_PLUGINS="")
-    assert "['AsymGQALlamaForCausalLM'] are not supported" in error
-
-
-def test_models_of_transformers_refuse_the_child(folder):
-    child = make_divisible_child(folder / "transformers")
-    error = refusal(child.folder, {"model_impl": "transformers"})
-    assert "'AsymGQALlamaForCausalLM' is not a registered model" in error
-
-
-def test_a_stock_architecture_is_refused(folder):
-    """As ``model.save_pretrained`` writes the config of a child."""
-    child = make_divisible_child(folder / "renamed")
-    file = child.folder / "config.json"
-    config = json.loads(file.read_text())
-    file.write_text(json.dumps({**config, "architectures": ["LlamaForCausalLM"]}))
-    assert "which would compute equal groups" in refusal(child.folder)

@@ -86,26 +86,45 @@ def register_class(architecture: str) -> None:
 
 
 def refusal(folder: Path, options: dict | None = None, **environment: str) -> str:
-    """What a vLLM process prints that must fail to load a checkpoint.
+    """What a vLLM process prints that must fail to load a checkpoint; see :func:`refusals`."""
+    return refusals({"it": (folder, options or {})}, **environment)["it"]
+
+
+def refusals(asked: dict[str, tuple[Path, dict]], **environment: str) -> dict[str, str]:
+    """Errors of checkpoints that a vLLM process must fail to load, one after another.
 
     Args:
-        options: of ``vllm.LLM``.
+        asked: for each attempt its folder, and options of ``vllm.LLM``.
         environment: variables of the process.
+
+    Returns:
+        The error of each attempt, with what its workers printed.
     """
     code = f"""
+import traceback
 from vllm import LLM
 if __name__ == "__main__":
-    LLM({str(folder)!r}, enforce_eager=True, max_model_len=64, skip_tokenizer_init=True,
-        dtype="float32", kv_cache_memory_bytes=1 << 24, **{options or {}})
+    for name, (folder, options) in { ({n: (str(f), o) for n, (f, o) in asked.items()})!r}.items():
+        print("attempt", repr(name), flush=True)
+        try:
+            LLM(folder, enforce_eager=True, max_model_len=64, skip_tokenizer_init=True,
+                dtype="float32", kv_cache_memory_bytes=1 << 24, **options)
+            print("loaded", flush=True)
+        except Exception:
+            traceback.print_exc(file=sys.stdout)
 """
-    script = folder / "load.py"  # workers are spawned: they import it
-    script.write_text(code)
+    script = next(iter(asked.values()))[0] / "load.py"  # workers are spawned: they import it
+    script.write_text("import sys\n" + code)
     done = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, check=False, timeout=300,
+        [sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        check=False, timeout=300,
         env={**os.environ, **QUIET, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", **environment},
     )  # fmt: skip
-    assert done.returncode != 0, "it was loaded"
-    return done.stdout + done.stderr
+    assert done.returncode == 0, done.stdout
+    printed = done.stdout.split("attempt ")[1:]
+    found = dict(zip(asked, printed, strict=True))
+    assert not [name for name, text in found.items() if "\nloaded\n" in text]
+    return found
 
 
 class Server:

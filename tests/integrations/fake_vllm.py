@@ -38,6 +38,9 @@ FILES = {
         class ModelRegistry:
             models = {}
             register_model = classmethod(lambda cls, name, path: cls.models.update({name: path}))
+            get_supported_archs = classmethod(
+                lambda cls: ["GptOssForCausalLM", "LlamaForCausalLM", *cls.models]
+            )
         """,
     "model_executor/models/config.py": """
         from dataclasses import dataclass

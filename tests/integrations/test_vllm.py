@@ -297,16 +297,35 @@ class TestRegistered:
                 )
                 MODELS_CONFIG_MAP["AsymGQAGptOssForCausalLM"].verify_and_update_config(config)
                 print(model.model_arch_config.total_num_attention_heads, config.changed_by)
-            assert set(MODELS_CONFIG_MAP) == {*integration.ARCHITECTURES, "GptOssForCausalLM"}
+            theirs = {"GptOssForCausalLM", "LlamaForCausalLM"}
+            assert set(MODELS_CONFIG_MAP) == {*integration.ARCHITECTURES, *theirs}
             """,
         )
         assert out.splitlines() == ["9 vllm", "9 vllm", "12 vllm"]
 
     def test_a_model_class_that_ignores_the_maps(self, tmp_path):
-        """Loaded under a stock architecture, an uneven child would compute equal groups."""
+        """Loaded under a stock architecture, an uneven child would compute equal groups.
+
+        On any platform, whatever attention it chose: vLLM is stopped before it builds the model.
+        """
         out = self.run(
             tmp_path,
             """
+            from types import SimpleNamespace
+            from gqa_kernels.integrations import vllm as integration
+            integration.register()
+            integration.register()
+            from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+            for maps in ([[0, 0, 0, 1]], [[0, 0, 1, 1]], None):
+                for name in ("LlamaForCausalLM", "GptOssForCausalLM"):
+                    text = SimpleNamespace(kv_head_map=maps, architectures=[name])
+                    config = SimpleNamespace(model_config=SimpleNamespace(hf_text_config=text))
+                    try:
+                        MODELS_CONFIG_MAP[name].verify_and_update_config(config)
+                    except NotImplementedError as error:
+                        print("stopped:", error)
+                    else:
+                        print(name, maps, getattr(config, "changed_by", None))
             from vllm.config import using
             from gqa_kernels.integrations.vllm.backend import AsymGQAImpl
             with using(kv_head_map=[[0, 0, 0, 1]], architectures=["LlamaForCausalLM"]):
@@ -319,3 +338,12 @@ class TestRegistered:
             """,
         )
         assert "got ['LlamaForCausalLM'], which would compute equal groups" in out
+        lines = out.splitlines()
+        for line, name in zip(lines, ("LlamaForCausalLM", "GptOssForCausalLM"), strict=False):
+            assert line.startswith("stopped:") and f"got ['{name}'], which would compute" in line
+        assert lines[2:6] == [
+            "LlamaForCausalLM [[0, 0, 1, 1]] None",
+            "GptOssForCausalLM [[0, 0, 1, 1]] vllm",
+            "LlamaForCausalLM None None",
+            "GptOssForCausalLM None vllm",
+        ]

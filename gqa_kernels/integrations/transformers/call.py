@@ -47,7 +47,7 @@ def attention_call(
         position_ids: ``[..., S]``, of all new tokens. Layers that share keys and values (Gemma 4)
             may get the queries of the last of them only.
     """
-    if torch.is_autocast_enabled(query.device.type):
+    if not query.is_meta and torch.is_autocast_enabled(query.device.type):
         # The rotation leaves q and k in fp32, other than v: one type, as SDPA takes them.
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from torch import nn
 
 from ...head_map import HeadMap
-from ...models.maps import IMPLEMENTATION_FIELD, KEY_FIELD, guard
+from ...models.maps import (
+    IMPLEMENTATION_FIELD,
+    KEY_FIELD,
+    guard,
+    guarded_architecture,
+    is_uneven,
+)
 
 READS_MAPS = "reads_head_maps"  # attribute of attention functions that go by a config's maps
 
@@ -31,19 +37,41 @@ def restore(config: object, uneven: bool) -> None:
 def watch_new_models() -> None:
     """From now on, guard every model with head maps when it is built.
 
-    Its config gets its guard back, since the model may be saved again before it ever runs, and its
-    attention layers refuse to run on an attention function that ignores the maps.
+    Its config gets its guard back, since the model may be saved again before it ever runs, what
+    saves it names a class that engines refuse, and its attention layers refuse to run on an
+    attention function that ignores the maps.
     """
 
-    def look(_: nn.Module, __: str, part: nn.Module | None) -> None:
+    def look(whole: nn.Module, _: str, part: nn.Module | None) -> None:
         config = None if part is None else part.__dict__.get("config")
         if getattr(config, KEY_FIELD, None) is not None:
             with suppress(ValueError, TypeError):  # wrong maps are reported when the model runs
                 restore(config, uneven=True)
+            if hasattr(whole, "save_pretrained"):
+                guard_saving(whole)
             if hasattr(part, "num_key_value_groups"):
                 protect(part)
 
     nn.modules.module.register_module_module_registration_hook(look)
+
+
+def guard_saving(model: nn.Module) -> None:
+    """Let ``model.save_pretrained`` name a class that only this package registers in engines.
+
+    An engine that does not know the class refuses to load the model. It would ignore the maps.
+    """
+    model.save_pretrained = partial(_save_guarded, model)
+
+
+def _save_guarded(model: nn.Module, *args: Any, **options: Any) -> Any:
+    stock = type(model)
+    try:
+        if is_uneven(model.config):  # transformers writes the name of the model's class
+            name = guarded_architecture(stock.__name__.removeprefix("FSDP"))
+            model.__class__ = type(name, (stock,), {"__module__": stock.__module__})
+        return stock.save_pretrained(model, *args, **options)
+    finally:
+        model.__class__ = stock
 
 
 def guard_layer(module: nn.Module, key_map: HeadMap, value_map: HeadMap) -> None:

@@ -51,11 +51,13 @@ def register() -> None:
     if current_platform.is_cpu():
         # On CPUs vLLM always takes the class behind this member, whatever the user asks for.
         register_backend(AttentionBackendEnum.CPU_ATTN, f"{__name__}.cpu.ChosenBackend")
-    from . import divisible
+    from . import divisible, equal_groups
 
     for name in ARCHITECTURES:
         divisible.register(name)
         ModelRegistry.register_model(name, f"{__name__}.models:{name}")
+    for name in {*ModelRegistry.get_supported_archs()} - {*ARCHITECTURES}:
+        equal_groups.register(name)
 
 
 def plugin() -> None:

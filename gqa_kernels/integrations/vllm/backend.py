@@ -20,8 +20,8 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from ...head_map import HeadMap
-from ...models.maps import KEY_FIELD, is_uneven
 from ..engine_layer import Layer
+from . import equal_groups
 from .attention import Batch, cached_attention
 from .names import BACKEND
 from .pages import PER_TOKEN_HEAD, Pages, slot_bytes
@@ -136,7 +136,8 @@ class AsymGQAImpl(AttentionImpl[Batch]):
             raise NotImplementedError(
                 f"attn_type must be 'decoder' with {BACKEND}, got {attn_type!r}"
             )
-        _refuse_equal_groups()
+        # Our model classes hide the maps while vLLM builds the model, and set them afterwards.
+        equal_groups.refuse(get_current_vllm_config().model_config)
         self.num_heads = num_heads
         self.head_size = head_size
         self.head_size_v = head_size if head_size_v is None else head_size_v
@@ -212,17 +213,3 @@ class AsymGQAImpl(AttentionImpl[Batch]):
             scales={"k_scale": layer._k_scale, "v_scale": layer._v_scale} if self.scaled else None,
         )
         return output
-
-
-def _refuse_equal_groups() -> None:
-    """Raise NotImplementedError if the model being built has uneven maps.
-
-    Our model classes hide them while vLLM builds the model, and set them afterwards.
-    """
-    model = get_current_vllm_config().model_config
-    if model is not None and is_uneven(model.hf_text_config):
-        raise NotImplementedError(
-            f"a model with config.{KEY_FIELD} must be loaded by a model class that reads it, got "
-            f"{model.hf_text_config.architectures}, which would compute equal groups: save the "
-            "model with gqa_kernels.convert.save, which names the class"
-        )

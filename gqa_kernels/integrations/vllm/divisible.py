@@ -18,6 +18,8 @@ from ...models.maps import stock_architecture
 def register(architecture: str) -> None:
     """Enter the hook of one of our architectures, which does what that of vLLM's own class does,
     too."""
+    if architecture in MODELS_CONFIG_MAP:
+        return
     stock = MODELS_CONFIG_MAP.get(stock_architecture(architecture), VerifyAndUpdateConfig)
 
     class Divisible(stock):
