@@ -66,7 +66,10 @@ class Family:
 
 FAMILIES = (
     Family(
-        ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gpt_oss"),
+        (
+            "llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "gemma",
+            "gemma2", "gpt_oss", "olmo", "smollm3", "granite", "starcoder2", "arcee", "nemotron",
+        ),
         (Stack("layers", "self_attn", "self_attn.o_proj"),),
         num_kv_heads="num_key_value_heads",
         rotary="half_split",
@@ -178,6 +181,11 @@ def attention_layers(model: nn.Module) -> list[AttentionLayer]:
             f"a {model.config.model_type} model must have no cross-attention, got "
             "config.add_cross_attention"
         )
+    if getattr(model.config, "clip_qkv", None) is not None:
+        raise NotImplementedError(
+            f"a {model.config.model_type} model must not clip q, k and v, got config.clip_qkv="
+            f"{model.config.clip_qkv}"
+        )
     layers = list(_attention_layers(model, family))
     if not layers:
         blocks = ", ".join(stack.blocks for stack in family.stacks)
@@ -227,6 +235,12 @@ def head_dim(config: Any, family: Family) -> int:
     """``D`` of a model."""
     given = getattr(config, family.head_dim, None)
     return given or config.hidden_size // getattr(config, family.num_heads)
+
+
+def attention_blocks(model: nn.Module) -> list[nn.Module]:
+    """The blocks that hold a model's attention layers, each once."""
+    lists = [_reach(model.base_model, stack.blocks) or () for stack in family_of(model).stacks]
+    return list({id(block): block for blocks in lists for block in blocks}.values())
 
 
 def attention_modules(

@@ -303,12 +303,15 @@ class _Ninja:
         """
         try:
             said, status = self._follow(command, folder)
+            # Python drops a KeyboardInterrupt that arrives in a destructor. Ninja notices it.
+            interrupted = any("ninja: build stopped: interrupted" in line for line in said)
         except KeyboardInterrupt:
-            self.progress.end()
+            interrupted = True
+        self.progress.end()
+        if interrupted:
             raise BuildInterrupted(
                 f"what was compiled so far is kept in {self.folder}, and the next build continues"
-            ) from None
-        self.progress.end()
+            )
         if status != 0:
             raise RuntimeError(self._failure(said, status))
 

@@ -10,8 +10,9 @@
 | ``CUDA_HOME`` | CUDA toolkit for that and for ``setup.py`` (the one of the nvcc on PATH) |
 | ``GQA_KERNELS_CUDA`` | ``0``: no CUDA kernels; ``1``: ``setup.py`` fails without nvcc (``auto``) |
 | ``TORCH_CUDA_ARCH_LIST`` | devices to compile for, ``8.0;9.0`` (at first use: this machine's) |
-| ``GQA_KERNELS_CPU_ISA`` | instruction set of the CPU kernels: ``portable``, ``neon``, ``avx2``, \
-``avx512``, ``avx512_bf16`` or ``amx`` (the best one here) |
+| ``GQA_KERNELS_CPU_ISA`` | instruction set of the CPU kernels: ``portable``, ``neon``, \
+``neon_dot``, ``neon_fhm``, ``neon_bf16``, ``avx2``, ``avx512``, ``avx512_bf16`` or ``amx`` \
+(the best one here) |
 | ``GQA_KERNELS_CPU_SUBNORMALS`` | ``cheap`` or ``costly``: whether subnormal operands are slow. \
 The AVX2 kernels choose their fp8 decoding by it (``cheap`` on AMD) |
 | ``TRITON_INTERPRET`` | Triton's: ``1`` runs its kernels on the CPU, slowly, for tests (``0``) |

@@ -24,7 +24,7 @@ from ..backends.dispatch import select
 from ..cache.base import KVCache
 from ..cache.tensors import Layout
 from ..call.checks import HeadMapLike
-from ..call.keywords import PackedKeywords, PartKeywords
+from ..call.keywords import CommonKeywords, PartKeywords
 from ..call.options import UNBOUNDED, Options
 from ..cascade import merge_attention_states, merge_sinks
 from ..decode import asym_gqa_decode
@@ -54,7 +54,8 @@ def zigzag_ranges(length: int, world: int) -> list[list[Range]]:
     return [[runs[rank], runs[pieces - 1 - rank]] for rank in range(world)]
 
 
-class _ContextKeywords(PackedKeywords, total=False):
+class _ContextKeywords(CommonKeywords, total=False):
+    causal: bool
     q_ranges: Ranges | None
     kv_ranges: Ranges | None
     layout: Layout
