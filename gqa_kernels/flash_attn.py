@@ -109,7 +109,7 @@ def flash_attn_varlen_func(
 
     Raises:
         ValueError, TypeError: as :func:`gqa_kernels.asym_gqa_varlen_attention`.
-        NotImplementedError: dropout, or ``return_attn_probs``.
+        NotImplementedError: dropout with ``block_table`` or off the CPU, or ``return_attn_probs``.
 
     Examples:
         >>> import torch
@@ -119,8 +119,6 @@ def flash_attn_varlen_func(
         >>> flash_attn_varlen_func(q, k, v, offsets, offsets, 7, 7, head_map=[0, 0, 1]).shape
         torch.Size([12, 3, 16])
     """
-    if dropout_p:
-        raise NotImplementedError(f"dropout_p must be 0 for packed sequences, got {dropout_p}")
     _refuse_probabilities(return_attn_probs)
     head_map = _map(head_map, q, k)
     options: dict[str, Any] = {
@@ -129,8 +127,11 @@ def flash_attn_varlen_func(
     }  # fmt: skip
     if block_table is None:
         return asym_gqa_varlen_attention(
-            q, k, v, head_map, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options
-        )
+            q, k, v, head_map, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+            dropout_p=dropout_p, **options,
+        )  # fmt: skip
+    if dropout_p:
+        raise NotImplementedError(f"dropout_p must be 0 with block_table, got {dropout_p}")
     check_tensors(cu_seqlens_k=cu_seqlens_k)
     cache = PagedKVCache(k, v, block_table, cu_seqlens_k.diff(), order="NHD")
     return asym_gqa_decode(

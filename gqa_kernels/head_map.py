@@ -15,7 +15,7 @@ from .partition import Groups, assign
 
 MAX_HEADS = 1 << 20  # of a map; far above any model, and small enough to list
 MAX_COST = 1 << 30  # of a head in a shard: sums over MAX_HEADS fit into 64 bits
-_CPU = torch.device("cpu")
+_CPU = "cpu"  # as a key: a string is found faster than a torch.device
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,9 @@ class HeadMap:
         num_kv_heads: ``Hkv``; default ``max(entries) + 1``. Give it if trailing KV heads are
             read by no query head.
 
+    Attributes:
+        num_kv_heads: ``Hkv``.
+
     Raises:
         TypeError: an entry is not an integer.
         ValueError: the map is empty, an entry lies outside ``[0, num_kv_heads)``, or there are more
@@ -68,7 +71,7 @@ class HeadMap:
     """
 
     _entries: tuple[int, ...]
-    _num_kv_heads: int
+    num_kv_heads: int
     _tensors: dict[object, torch.Tensor]
 
     def __init__(self, entries: Iterable[int], num_kv_heads: int | None = None):
@@ -86,7 +89,7 @@ class HeadMap:
                 )
         # Not through __dict__, which Dynamo of torch 2.10 can't trace.
         object.__setattr__(self, "_entries", entries)
-        object.__setattr__(self, "_num_kv_heads", num_kv_heads)
+        object.__setattr__(self, "num_kv_heads", num_kv_heads)
         object.__setattr__(self, "_tensors", {})
 
     @classmethod
@@ -137,15 +140,10 @@ class HeadMap:
         """``Hq``."""
         return len(self._entries)
 
-    @property
-    def num_kv_heads(self) -> int:
-        """``Hkv``."""
-        return self._num_kv_heads
-
     @cached_property
     def groups(self) -> tuple[tuple[int, ...], ...]:
         """Query heads of each KV head, ascending."""
-        groups: list[list[int]] = [[] for _ in range(self._num_kv_heads)]
+        groups: list[list[int]] = [[] for _ in range(self.num_kv_heads)]
         for h, e in enumerate(self._entries):
             groups[e].append(h)
         return tuple(map(tuple, groups))
@@ -157,7 +155,7 @@ class HeadMap:
     @cached_property
     def is_uniform(self) -> bool:
         """Whether this is the map that ordinary GQA kernels compute: equal, contiguous groups."""
-        ratio, rest = divmod(self.num_heads, self._num_kv_heads)
+        ratio, rest = divmod(self.num_heads, self.num_kv_heads)
         return rest == 0 and all(e == h // ratio for h, e in enumerate(self._entries))
 
     def cached(self, key: object, build: Callable[[], torch.Tensor]) -> torch.Tensor:
@@ -185,7 +183,8 @@ class HeadMap:
         """The entries as an int32 tensor ``[Hq]``, built once per device. Don't modify it."""
         device = as_device(device)
         return self.cached(
-            device, lambda: torch.tensor(self._entries, dtype=torch.int32, device=device)
+            _CPU if device.type == _CPU else device,
+            lambda: torch.tensor(self._entries, dtype=torch.int32, device=device),
         )
 
     @property
@@ -272,7 +271,7 @@ class HeadMap:
         return HeadMap((local[self._entries[h]] for h in query_heads), len(kv_heads)), kv_heads
 
     def to_json(self) -> str:
-        return json.dumps({"entries": self._entries, "num_kv_heads": self._num_kv_heads})
+        return json.dumps({"entries": self._entries, "num_kv_heads": self.num_kv_heads})
 
     @classmethod
     def from_json(cls, text: str) -> HeadMap:
@@ -296,10 +295,10 @@ class HeadMap:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, HeadMap):
             return NotImplemented
-        return self._entries == other._entries and self._num_kv_heads == other._num_kv_heads
+        return self._entries == other._entries and self.num_kv_heads == other.num_kv_heads
 
     def __hash__(self) -> int:
-        return hash((self._entries, self._num_kv_heads))
+        return hash((self._entries, self.num_kv_heads))
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -311,10 +310,10 @@ class HeadMap:
         return iter(self._entries)
 
     def __reduce__(self) -> tuple[type[HeadMap], tuple[tuple[int, ...], int]]:
-        return (HeadMap, (self._entries, self._num_kv_heads))
+        return (HeadMap, (self._entries, self.num_kv_heads))
 
     def __repr__(self) -> str:
-        return f"HeadMap({list(self._entries)}, num_kv_heads={self._num_kv_heads})"
+        return f"HeadMap({list(self._entries)}, num_kv_heads={self.num_kv_heads})"
 
 
 def _renumbered(indices: Iterable[int]) -> tuple[int, ...]:

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 from torch import Tensor
 
-from .backends.dispatch import attend
+from .backends.dispatch import attend, select
 from .call.attention import AttentionCall
+from .call.causality import causal_ranges
 from .call.checks import HeadMapLike
 from .call.keywords import PackedKeywords
 from .call.options import Options
@@ -56,7 +57,7 @@ def asym_gqa_varlen_attention(
     max_seqlen_k: int,
     *,
     value_head_map: HeadMapLike | None = None,
-    causal: bool = False,
+    causal: bool | Tensor = False,
     scale: float | None = None,
     window: tuple[int | None, int | None] | None = None,
     softcap: float | None = None,
@@ -64,6 +65,7 @@ def asym_gqa_varlen_attention(
     sinks: Tensor | None = None,
     attn_mask: Tensor | None = None,
     key_ranges: Tensor | None = None,
+    dropout_p: float = 0.0,
     return_lse: bool = False,
     deterministic: bool = False,
     batch_invariant: bool = False,
@@ -81,12 +83,16 @@ def asym_gqa_varlen_attention(
             queries ``cu_seqlens_q[b]`` up to ``cu_seqlens_q[b + 1]``, and keys likewise. On an
             accelerator they are read there, without synchronisation.
         max_seqlen_q, max_seqlen_k: most queries and keys of a sequence: sizes of grids.
+        causal: a bool, or a bool tensor ``[B]`` for each sequence, which takes a backend with
+            ``key_ranges``.
         alibi_slopes: ``[Hq]`` or ``[B, Hq]``.
         attn_mask: broadcastable to ``[B, Hq, max_seqlen_q, max_seqlen_k]``; queries and keys are
             counted in their sequence. On the CPU and in the reference.
         key_ranges: ``[B, 1 or Hq, max_seqlen_q, 2]``, as for ``asym_gqa_attention``; queries and
             keys are counted in their sequence.
-        head_map, value_head_map, causal, scale, window, softcap, sinks, return_lse, \
+        dropout_p: as for ``asym_gqa_attention``, and refused under the same conditions. On the CPU
+            and in the reference.
+        head_map, value_head_map, scale, window, softcap, sinks, return_lse, \
         deterministic, batch_invariant, backend: as for ``asym_gqa_attention``.
 
     Returns:
@@ -110,10 +116,13 @@ def asym_gqa_varlen_attention(
     return_lse = as_bool("return_lse", return_lse)
     call = varlen_call(
         q, k, v, head_map, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, scale,
-        window, softcap, batch_invariant, value_head_map=value_head_map, alibi_slopes=alibi_slopes,
-        sinks=sinks, attn_mask=attn_mask, key_ranges=key_ranges,
+        window, softcap, batch_invariant, dropout_p, key_ranges, value_head_map=value_head_map,
+        alibi_slopes=alibi_slopes, sinks=sinks, attn_mask=attn_mask,
     )  # fmt: skip
     call.lse_wanted = return_lse
+    if call.options.dropout_p:
+        select(call, backend)  # refuses the call before a seed is drawn
+        call.draw_dropout_seed()
     out, lse = attend(call, backend)
     out = out[0].transpose(0, 1)
     return (out, lse[0]) if return_lse else out
@@ -121,13 +130,17 @@ def asym_gqa_varlen_attention(
 
 def varlen_call(
     q: Tensor, k: Tensor, v: Tensor, head_map: HeadMapLike, cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int, causal: bool = False,
+    cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int, causal: bool | Tensor = False,
     scale: float | None = None, window: tuple[int | None, int | None] | None = None,
-    softcap: float | None = None, batch_invariant: bool = False, **tensors: Any,
+    softcap: float | None = None, batch_invariant: bool = False, dropout_p: float = 0.0,
+    key_ranges: Tensor | None = None, **tensors: Any,
 ) -> AttentionCall:  # fmt: skip
     """The call that :func:`asym_gqa_varlen_attention` makes of its arguments."""
-    options = Options.of(causal, scale, window, softcap, batch_invariant=batch_invariant)
+    if isinstance(causal, Tensor):
+        key_ranges = causal_ranges(causal, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, key_ranges)
+        causal = False
+    options = Options.of(causal, scale, window, softcap, dropout_p, batch_invariant)
     return AttentionCall.packed(
         *autocast(q, k, v), head_map, options, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
-        max_seqlen_k, **tensors,
+        max_seqlen_k, key_ranges=key_ranges, **tensors,
     )  # fmt: skip

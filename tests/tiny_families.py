@@ -52,9 +52,31 @@ CONFIGS = {
         decoder_start_token_id=0, **TOKENS,
     ),
 }  # fmt: skip
+_LLAMA = {**CONFIGS["llama"], "num_key_value_heads": 3}
+# Families whose attention is LLaMA's. A few tests take them; what differs is outside attention.
+LLAMA_LIKE = {
+    "mistral": _LLAMA,
+    "mixtral": {**_LLAMA, "num_local_experts": 4},
+    "qwen2": _LLAMA,
+    "qwen2_moe": {
+        **_LLAMA, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+    },
+    "qwen3_moe": {
+        **_LLAMA, "head_dim": DIM, "num_experts": 4, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+    },
+    "gemma": {**_LLAMA, "head_dim": DIM},
+    "gemma2": {**_LLAMA, "head_dim": DIM},
+    "olmo": _LLAMA,
+    "smollm3": _LLAMA,
+    "granite": _LLAMA,
+    "starcoder2": _LLAMA,
+    "arcee": _LLAMA,
+    "nemotron": _LLAMA,
+}  # fmt: skip
 # transformers 4 names the modules of the other families otherwise.
 FAMILIES = tuple(CONFIGS) if installed() >= (5, 0) else ("llama", "qwen3")
-GROUPED = ("qwen3", "gemma3_text")  # parents with fewer KV heads than query heads
+GROUPED = ("qwen3", "gemma3_text", *LLAMA_LIKE)  # parents with fewer KV heads than query heads
 DECODERS = tuple(
     n for n in ("llama", "qwen3", "gemma3_text", "opt", "gpt2", "gpt_neox") if n in FAMILIES
 )
@@ -69,10 +91,10 @@ def tiny(family: str) -> nn.Module:
 
     Skips the test if the installed transformers has the family's modules under other names.
     """
-    if family not in FAMILIES:
+    if family not in (*FAMILIES, *LLAMA_LIKE):
         pytest.skip(f"{family} needs transformers 5")
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **CONFIGS[family])
+    config = AutoConfig.for_model(family, **{**CONFIGS, **LLAMA_LIKE}[family])
     kind = {"bert": AutoModel, "vit": AutoModel, "t5": AutoModelForSeq2SeqLM}
     model = kind.get(family, AutoModelForCausalLM).from_config(config).eval()
     with torch.no_grad():

@@ -39,6 +39,7 @@ OPTIONS = {
     "dropout": "dropout",
     "batch_invariant": "`batch_invariant`",
     "varlen_mask": "mask over packed queries",
+    "varlen_dropout": "dropout over packed queries",
     "key_ranges": "range of keys per query (`key_ranges`)",
     "mask_gradient": "gradient of an additive mask",
     "torch_func": "`torch.func`, forward mode",

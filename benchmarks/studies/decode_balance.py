@@ -1,8 +1,9 @@
 """Decode steps of uneven batches, simulated: how long the device waits for its last thread block.
 
 ``python -m benchmarks.studies.decode_balance`` prints, for batches of equal and unequal sequences,
-the time with one number of splits for all sequences, the time with the parts that the CUDA kernels
-make of the sequences' lengths, and that of a balanced list of equal parts, longest first. No GPU.
+the time with one number of splits for all sequences, the time with the parts that the CUDA and
+Triton kernels make of the sequences' lengths, and that of a balanced list of equal parts, longest
+first. No GPU.
 
 The model: a device runs ``SLOTS`` thread blocks at once, in order. A block starts with a fixed
 latency, then reads its keys. All blocks share the memory's bandwidth; one alone can't use it up.
@@ -13,15 +14,21 @@ from __future__ import annotations
 import heapq
 import math
 import random
+from itertools import product
 from typing import NamedTuple
 
-from gqa_kernels.backends.triton.splits import MIN_BLOCKS_PER_SPLIT, ceil_div, choose_splits
+from gqa_kernels.backends.triton.splits import (
+    MIN_BLOCKS_PER_SPLIT,
+    blocks_per_part,
+    ceil_div,
+    choose_parts,
+    choose_splits,
+)
 
 BANDWIDTH, OF_A_BLOCK, START = 3.0e12, 50e9, 2e-6  # an H100: bytes/s, bytes/s, s
-SLOTS = 132 * 3
+SLOTS = {"cuda": 132 * 3, "triton": 132 * 2}  # thread blocks at once, by the kernels' backend
 BLOCK = 64  # keys
 KEY_BYTES = 2 * 128 * 2  # K and V of D 128, 16 bits
-PARTS_PER_SLOT = 2
 UNEVEN = (9, 7, 5, 4, 3, 2, 1, 1)
 ROWS = 16  # of a tile
 
@@ -44,16 +51,6 @@ class Batch(NamedTuple):
         return [ceil_div(length, BLOCK) for length in self.lengths]
 
 
-def even_parts(tiles: int, slots: int) -> int:
-    """Parts of all sequences, if none were rounded up (csrc/cuda/sm80/decode/part_rule.h)."""
-    return max(1, PARTS_PER_SLOT * slots // tiles)
-
-
-def blocks_per_part(blocks: int, parts: int) -> int:
-    """Blocks of a part, of the blocks of all sequences."""
-    return max(MIN_BLOCKS_PER_SPLIT, ceil_div(blocks, parts))
-
-
 def one_split_count(batch: Batch, slots: int) -> list[int]:
     """Blocks of each thread block, in order: every sequence cut into as many parts."""
     work = (len(batch.lengths) * batch.tiles, ceil_div(batch.capacity, BLOCK), slots)
@@ -67,15 +64,17 @@ def one_split_count(batch: Batch, slots: int) -> list[int]:
 
 
 def by_lengths(batch: Batch, slots: int) -> list[int]:
-    """The same, if parts have about equally many blocks. Surplus thread blocks are part of it."""
-    parts = even_parts(batch.tiles, slots)
-    most = blocks_per_part(sum(batch.blocks), parts)
+    """The same, if parts have about equally many blocks. Surplus thread blocks are part of it.
+    CUDA and Triton have the same rule (csrc/cuda/sm80/decode/part_rule.h)."""
+    blocks_of_one = ceil_div(batch.capacity, BLOCK)
+    choice = choose_parts(len(batch.lengths), batch.tiles, blocks_of_one, slots)
+    most = blocks_per_part(sum(batch.blocks), choice.even_parts)
     found = []
     for blocks in batch.blocks:
         splits = max(1, ceil_div(blocks, most))
         for split in range(splits):
             found += [_part(blocks, splits, split)] * batch.tiles
-    surplus = (parts + len(batch.lengths)) * batch.tiles - len(found)
+    surplus = choice.most_parts * batch.tiles - len(found)
     return found + [0] * surplus
 
 
@@ -134,14 +133,14 @@ def batches() -> list[Batch]:
 
 
 def main() -> None:
-    print("| sequences | one split count | by lengths | balanced | before | now |")
-    print("|---|---:|---:|---:|---:|---:|")
-    for batch in batches():
+    print("| kernels | sequences | one split count | by lengths | balanced | before | now |")
+    print("|---|---|---:|---:|---:|---:|---:|")
+    for (name, slots), batch in product(SLOTS.items(), batches()):
         ways = (one_split_count, by_lengths, balanced)
-        before, now, best = (seconds(way(batch, SLOTS), SLOTS) for way in ways)
+        before, now, best = (seconds(way(batch, slots), slots) for way in ways)
         print(
-            f"| {batch.name} | {before * 1e6:.0f} us | {now * 1e6:.0f} us | {best * 1e6:.0f} us | "
-            f"{before / best:.2f} | {now / best:.2f} |"
+            f"| {name} | {batch.name} | {before * 1e6:.0f} us | {now * 1e6:.0f} us | "
+            f"{best * 1e6:.0f} us | {before / best:.2f} | {now / best:.2f} |"
         )
 
 

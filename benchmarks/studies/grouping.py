@@ -1,5 +1,4 @@
-"""Fewer KV heads by every published grouping and by ours: one table per model, and how well each
-objective predicts the error.
+"""Fewer KV heads by every published grouping and by ours: one table per model.
 
     pip install --no-deps microformer-mgm     # or unpack it and name the folder with --folder
     python -m benchmarks.studies.grouping mgm --out benchmarks/results/grouping
@@ -18,13 +17,12 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -32,16 +30,13 @@ from gqa_kernels import HeadMap
 from gqa_kernels.convert import convert
 from gqa_kernels.convert.evaluation import predicts_next_token
 from gqa_kernels.convert.loss_plan import plan_by_loss
-from gqa_kernels.convert.losses import MergeLosses, losses_of
+from gqa_kernels.convert.losses import losses_of
 from gqa_kernels.convert.sensitivity import layer_weights_by
 from gqa_kernels.convert.shift import PredictionShift
 from gqa_kernels.grouping import calibrate, layer_errors, search
 from gqa_kernels.grouping.key_norms import key_norms
-from gqa_kernels.grouping.low_rank import GroupLosses
 from gqa_kernels.grouping.moments import LayerStats
-from gqa_kernels.grouping.objective import objective
 from gqa_kernels.grouping.similarity import layer_similarity
-from gqa_kernels.grouping.space import HeadSpace
 from gqa_kernels.integrations.transformers import register
 from gqa_kernels.models.families import attention_layers, layer_weights
 from gqa_kernels.reporting.device import device_name
@@ -49,10 +44,9 @@ from gqa_kernels.reporting.files import write_atomically
 
 from ..report.results import commit, versions
 
-TEXTS = {"mgm": (48, 64, 64), "minilm": (32, 16, 32)}  # to calibrate, to choose by, to report on
+TEXTS = {"mgm": (64, 128, 128), "minilm": (32, 16, 32)}  # to calibrate, to choose by, to report on
 COUNTS = {"mgm": (4, 2), "minilm": (6, 3)}
 SEEDS = (0, 1, 2)
-PARTITIONS = 16  # random ones per layer, of which errors and objectives are compared
 OURS = "measured loss"
 Maps = list[tuple[HeadMap, HeadMap]]
 
@@ -91,7 +85,6 @@ METHODS = (
     Method("exact even, functional, low rank", "exact", "functional", "equal", "low_rank"),
     Method("exact uneven, functional, low rank", "exact", "functional", "free", "low_rank"),
 )  # fmt: skip
-KINDS = ("weight", "activation", "cka", "aligned", "functional", "low_rank")
 
 
 @dataclass(frozen=True)
@@ -119,7 +112,7 @@ class Bench:
         self.model, texts = MODELS[name](folder)
         order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed))
         parts = texts[order][: sum(TEXTS[name])].split(TEXTS[name])
-        calibration, self.held_out, self.test = (_batches(part) for part in parts)
+        calibration, self.held_out, self.test = (batches_of(part) for part in parts)
         self.seed = seed
         self.stats: list[LayerStats] = calibrate(self.model, calibration)
         self.weights = [layer_weights(layer) for layer in attention_layers(self.model)]
@@ -163,79 +156,13 @@ class Bench:
     def worth(self, estimator: str) -> list[float]:
         return layer_weights_by(estimator, self.model, self.held_out, self.losses, self.stats)
 
-    def correlations(self, counts: Sequence[int]) -> list[dict[str, float]]:
-        """Per layer, Spearman's correlation of each objective with the error on the test texts,
-        over random partitions of K and of V. Their numbers of groups are drawn from ``counts``."""
-        rng = np.random.default_rng(self.seed)
-        truth = losses_of(self.model, self.stats, self.test, queries=8192)
-        found = []
-        for index, true in enumerate(truth):
-            pairs = [
-                tuple(_random(rng, true.num_heads, int(rng.choice(counts))) for _ in "kv")
-                for _ in range(PARTITIONS)
-            ]
-            errors = [true.joint(*pair) for pair in pairs]
-            found.append(
-                {
-                    name: _spearman([value(*pair) for pair in pairs], errors)
-                    for name, value in self._objectives(index).items()
-                }
-            )
-        return found
 
-    def _objectives(self, index: int) -> dict[str, Callable[[HeadMap, HeadMap], float]]:
-        weights, stats, losses = self.weights[index], self.stats[index], self.losses[index]
-        found: dict[str, Callable] = {}
-        for kind in KINDS:
-            D = [layer_similarity(weights, stats, side, kind) for side in "kv"]
-            found[f"pairs, {kind}"] = partial(_pairs, D)
-        moments = [GroupLosses(HeadSpace.of(weights, side, stats)) for side in "kv"]
-        whole = [each(range(weights.num_heads)) for each in moments]
-        found["groups, second moments"] = partial(_groups, moments, whole)
-        found["groups, measured (K and V apart)"] = partial(_measured, losses)
-        found["groups, measured (together)"] = losses.joint
-        return found
-
-
-def _pairs(D: Sequence[np.ndarray], *maps: HeadMap) -> float:
-    return sum(objective(d, m.entries) for d, m in zip(D, maps, strict=True))
-
-
-def _groups(losses: Sequence[GroupLosses], whole: Sequence[float], *maps: HeadMap) -> float:
-    return sum(
-        loss(group) / scale
-        for loss, scale, head_map in zip(losses, whole, maps, strict=True)
-        for group in head_map.groups
-    )
-
-
-def _measured(losses: MergeLosses, *maps: HeadMap) -> float:
-    return sum(
-        losses(side, group)
-        for side, head_map in zip("kv", maps, strict=True)
-        for group in head_map.groups
-    )
-
-
-def _random(rng: np.random.Generator, heads: int, groups: int) -> HeadMap:
-    while True:
-        _, labels = np.unique(rng.integers(groups, size=heads), return_inverse=True)
-        if labels.max() == groups - 1:
-            return HeadMap(labels.tolist())
-
-
-def _spearman(a: Sequence[float], b: Sequence[float]) -> float:
-    from scipy.stats import spearmanr
-
-    return float(spearmanr(a, b).statistic)
-
-
-def _batches(ids: Tensor) -> list[dict[str, Tensor]]:
+def batches_of(ids: Tensor) -> list[dict[str, Tensor]]:
     return [{"input_ids": part, "attention_mask": (part != 0).long()} for part in ids.split(32)]
 
 
-def mgm(folder: Path | None) -> tuple[nn.Module, Tensor]:
-    """The model and 384 texts of up to 96 tokens that it wrote, padded with 0."""
+def mgm(folder: Path | None, count: int = 384) -> tuple[nn.Module, Tensor]:
+    """The model and texts of up to 96 tokens that it wrote, padded with 0."""
     from transformers import GPT2LMHeadModel
 
     if folder is None:
@@ -247,7 +174,7 @@ def mgm(folder: Path | None) -> tuple[nn.Module, Tensor]:
     model = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32).eval()
     torch.manual_seed(0)
     parts = []
-    for _ in range(6):
+    for _ in range(count // 64):
         ids = model.generate(
             torch.full((64, 1), model.config.bos_token_id),
             attention_mask=torch.ones(64, 1, dtype=torch.long),
@@ -260,21 +187,22 @@ def mgm(folder: Path | None) -> tuple[nn.Module, Tensor]:
     return model, torch.cat(parts)
 
 
-def minilm(folder: Path | None) -> tuple[nn.Module, Tensor]:
-    """The model and texts of 128 tokens of two sets of chapters of the Python reference."""
+def minilm(folder: Path | None, count: int = 384) -> tuple[nn.Module, Tensor]:
+    """The model and texts of 128 tokens: 224 of some chapters of the Python reference, then 160 of
+    others."""
     from .real_models import minilm as load
     from .real_models import texts
 
     loaded = load()
-    parts = texts(loaded, *TEXTS["minilm"])
-    return loaded.model, torch.cat([batch for part in parts for batch in part])
+    parts = texts(loaded, 224, 0, 160)
+    return loaded.model, torch.cat([batch for part in parts for batch in part])[:count]
 
 
 MODELS = {"mgm": mgm, "minilm": minilm}
 
 
-def table(rows: Sequence[Row], correlations: dict[str, list[dict[str, float]]]) -> str:
-    """Markdown: methods down, counts across; then correlations."""
+def table(rows: Sequence[Row]) -> str:
+    """Markdown: methods down, counts across."""
     counts = list(dict.fromkeys(row.kv_heads for row in rows))
     head = "".join(f" {c} heads: error | {c} heads: shift |" for c in counts)
     lines = [f"| method |{head}", "|---|" + "--:|--:|" * len(counts)]
@@ -285,23 +213,6 @@ def table(rows: Sequence[Row], correlations: dict[str, list[dict[str, float]]]) 
             for field in ("error", "shift")
         ]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    if correlations:
-        ranges = list(correlations)
-        head = "".join(f" {name}: mean | {name}: least of any layer |" for name in ranges)
-        lines += [
-            "",
-            "Spearman's correlation of an objective with the error on other texts, over random "
-            "partitions of one layer's K and V heads:",
-            "",
-            f"| objective |{head}",
-            "|---|" + "--:|--:|" * len(ranges),
-        ]
-        for name in correlations[ranges[0]][0]:
-            cells = []
-            for layers in correlations.values():
-                values = [layer[name] for layer in layers]
-                cells += [f"{statistics.mean(values):.2f}", f"{min(values):.2f}"]
-            lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -323,18 +234,17 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     arguments = parser.parse_args()
     path = arguments.out / f"{arguments.model}.json"
-    kept = json.loads(path.read_text()) if path.exists() else {"rows": [], "correlations": {}}
+    kept = json.loads(path.read_text()) if path.exists() else {"rows": []}
     rows = [Row(**row) for row in kept["rows"]]
-    correlations = kept["correlations"]
     about = {
         "device": device_name(torch.device("cpu")), "commit": commit(), "versions": versions(),
         "model": arguments.model, "texts": TEXTS[arguments.model],
     }  # fmt: skip
 
     def keep() -> None:
-        data = {**about, "rows": [asdict(row) for row in rows], "correlations": correlations}
+        data = {**about, "rows": [asdict(row) for row in rows]}
         write_atomically(path, json.dumps(data, indent=1) + "\n")
-        write_atomically(path.with_suffix(".md"), _page(arguments.model, rows, correlations))
+        write_atomically(path.with_suffix(".md"), _page(arguments.model, rows))
 
     counts = COUNTS[arguments.model]
     for seed in arguments.seeds:
@@ -350,22 +260,17 @@ def main() -> None:
                 rows.append(bench.row(name, maps(), merging, groups))
                 print(rows[-1], flush=True)
                 keep()
-        if seed == arguments.seeds[0] and not correlations:
-            heads = bench.losses[0].num_heads
-            correlations[f"into {counts[0]} groups"] = bench.correlations(counts[:1])
-            correlations["into any number"] = bench.correlations(range(1, heads + 1))
-            keep()
-    print(table(rows, correlations))
+    print(table(rows))
 
 
-def _page(model: str, rows: Sequence[Row], correlations: dict) -> str:
+def _page(model: str, rows: Sequence[Row]) -> str:
     seeds = len({row.seed for row in rows})
     return (
         f"# {model}: fewer KV heads at equal bytes, nothing trained\n\n"
         f"`python -m benchmarks.studies.grouping {model}`, commit {commit()}. Seeds run: {seeds}; "
         "with several, mean and standard deviation. Error: of the attention output, over its "
         "variance, mean over layers. Shift: KL to the parent in nats a token (encoders: squared "
-        "change of the last states over their variance).\n\n" + table(rows, correlations)
+        "change of the last states over their variance).\n\n" + table(rows)
     )
 
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks.studies.search                          # five families, four sizes
     python -m benchmarks.studies.search --real --json out.json --markdown out.md
-    python -m benchmarks.studies.search --heads 64 --groups 16 --sizes equal --families random
+    python -m benchmarks.studies.search --heads 128 --groups 32 --sizes equal --methods exact
     python -m benchmarks.studies.search --matrix layer0_k.npy --groups 4 --json layer0.json
 
 The gain that can be had is the mean objective of random balanced partitions less the optimum; a
@@ -16,7 +16,7 @@ import argparse
 import importlib.util
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -67,12 +67,19 @@ class Row:
 
 
 def compare(
-    name: str, D: np.ndarray, groups: int, sizes: Sizes, seed: int, time_limit: float | None
+    name: str,
+    D: np.ndarray,
+    groups: int,
+    sizes: Sizes,
+    seed: int,
+    time_limit: float | None,
+    methods: Sequence[str] = tuple(RUNS),
 ) -> list[Row]:
-    """All methods on one matrix; NSGA-II is left out where pymoo is missing."""
+    """Methods on one matrix; NSGA-II is left out if pymoo is missing."""
     random = mean_random_objective(D, groups, sizes)
     measured = []
-    for label, (method, options) in RUNS.items():
+    for label in methods:
+        method, options = RUNS[label]
         if method == "nsga2" and importlib.util.find_spec("pymoo") is None:
             continue
         started = time.process_time()
@@ -177,6 +184,7 @@ def main() -> None:
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     parser.add_argument("--real", action="store_true", help="heads of MiniLM and SmolLM2")
     parser.add_argument("--matrix", nargs="+", type=Path, help=".npy dissimilarities [H, H]")
+    parser.add_argument("--methods", nargs="+", choices=RUNS, default=list(RUNS), metavar="NAME")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--time-limit", type=float, help="seconds for each method")
     parser.add_argument("--json", type=Path, help="write the rows here")
@@ -185,7 +193,7 @@ def main() -> None:
     rows: list[Row] = []
     tables: list[str] = []
     for name, D, groups, sizes in matrices(args):
-        found = compare(name, D, groups, sizes, args.seed, args.time_limit)
+        found = compare(name, D, groups, sizes, args.seed, args.time_limit, args.methods)
         tables.append(table(found))
         print(tables[-1], flush=True)
         rows += found

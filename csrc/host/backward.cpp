@@ -68,7 +68,7 @@ void backward_of_sequences(const BackwardParams& all, const cpu::ThreadPool& poo
     if (all.dsinks) one.dsinks = dsinks.data();
     cpu::KeyRanges own = ranges;
     if (own.data) own.data += b * own.stride_b;
-    cpu::attention_backward(one, pool, batch_invariant, own);
+    cpu::attention_backward(one, pool, batch_invariant, own, b);
     for (int64_t h = 0; all.dsinks && h < heads; ++h) all.dsinks[h] += dsinks[h];
   }
 }

@@ -35,6 +35,9 @@ cuda::Device check_cuda_call(const Inputs& in) {
   if (in.sinks) check_contiguous("sinks", *in.sinks);
   if (in.dropout_seed) check_contiguous("dropout_seed", *in.dropout_seed);
   STD_TORCH_CHECK(!in.key_ranges, "key_ranges must be None on CUDA devices, got a tensor");
+  STD_TORCH_CHECK(in.dropout_p == 0 || !(in.kv_begin || in.q_offsets),
+                  "dropout_p must be 0 with kv_begin or q_offsets on CUDA devices, got ",
+                  in.dropout_p);
   if (in.q_offsets) {
     STD_TORCH_CHECK(in.max_q_len >= 0 && in.max_q_len <= in.q.size(2),
                     "max_q_len must be 0 to q.shape[2] (", in.q.size(2), "), got ", in.max_q_len);

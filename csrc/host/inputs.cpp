@@ -163,8 +163,8 @@ void check_shapes(const Inputs& in, int64_t max_head_dim) {
                   in.dropout_p);
   STD_TORCH_CHECK(in.dropout_p == 0 || in.dropout_seed,
                   "dropout_seed must be given with dropout_p > 0");
-  STD_TORCH_CHECK(in.dropout_p == 0 || !(in.page_table || in.kv_begin || in.q_offsets),
-                  "dropout_p must be 0 with page_table, kv_begin or q_offsets, got ", in.dropout_p);
+  STD_TORCH_CHECK(in.dropout_p == 0 || !in.page_table, "dropout_p must be 0 with page_table, got ",
+                  in.dropout_p);
   if (in.dropout_seed) check_shape("dropout_seed", *in.dropout_seed, {2});
 }
 

@@ -34,6 +34,7 @@ ALL_OPTIONS = frozenset(
         "dropout",
         "batch_invariant",
         "varlen_mask",
+        "varlen_dropout",
         "key_ranges",
         "mask_gradient",
         "torch_func",
@@ -48,7 +49,8 @@ ALL_CACHES = frozenset(
 
 # What backends with a backward op can't have: it is differentiated once, and in reverse.
 FUSED_OPTIONS = ALL_OPTIONS - {
-    "mask_gradient", "torch_func", "batch_invariant", "varlen_mask", "key_ranges",
+    "mask_gradient", "torch_func", "batch_invariant", "varlen_mask", "varlen_dropout",
+    "key_ranges",
 }  # fmt: skip
 
 

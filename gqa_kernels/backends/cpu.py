@@ -21,7 +21,7 @@ class CPUBackend(CompiledBackend):
         devices=frozenset({"cpu"}),
         dtypes=frozenset({torch.float16, torch.bfloat16, torch.float32}),
         max_head_dim=576,
-        options=FUSED_OPTIONS | {"batch_invariant", "varlen_mask", "key_ranges"},
+        options=FUSED_OPTIONS | {"batch_invariant", "varlen_mask", "varlen_dropout", "key_ranges"},
         autograd=True,
         varlen_autograd=True,
         caches=ALL_CACHES,

@@ -119,7 +119,7 @@ def _attention_key(call: AttentionCall, backend: str) -> tuple:
     """What the choice for an attention call, and what runs it, follow from."""
     q, k, v = call.q, call.kv.k, call.kv.v
     return (
-        call.kind, call.options.kind, backend, type(q), q.dtype, k.dtype, q.shape[3], v.shape[3],
+        call.kind, call.options.kind, backend, type(q), q.dtype, k.dtype, call.head_dims,
         (q.is_cpu and k.is_cpu and v.is_cpu) or (q.device, k.device, v.device, is_decode(call)),
         call.requires_grad, call.lse_wanted, call.bshd,
     )  # fmt: skip

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from ..cache.tensors import Layout, check_layout
-from ..cache.view import KIND_BITS, KV_LENGTHS, KVView
+from ..cache.view import KV_LENGTHS, KVView
 from ..head_map import HeadMap
 from ..native.arguments import check_tensors
 from ..native.autograd import autocast, is_autocast_on, is_transformed, requires_grad
 from ..native.dropout import draw_seed
-from . import checks
+from . import checks, kind_bits
 from .checks import HeadMapLike, resolve_map
 from .options import Options
 
@@ -25,13 +25,6 @@ Memory = Literal["dense", "cache", "packed"]
 # What a number of KV heads is called, by the axis of the heads in the caller's dense tensors.
 _HEADS_OF = {1: ("k.shape[1]", "v.shape[1]"), 2: ("k.shape[2]", "v.shape[2]")}
 _CACHE_HEADS = ("key heads of the cache", "value heads of the cache")
-
-# Bits of AttentionCall.kind, above those of KVView.kind.
-(
-    _DEVICE_MAP, _VALUE_MAP, _VALUE_DEVICE_MAP, _SLOPES, _SINKS, _MASK, _ADDITIVE_MASK,
-    _MASK_GRADIENT, _PACKED_QUERIES, _DROPOUT_SEED, _RANGES, _IN_CACHE, _IN_PACKED,
-) = (1 << bit for bit in range(KIND_BITS, KIND_BITS + 13))  # fmt: skip
-_MEMORY = {"dense": 0, "cache": _IN_CACHE, "packed": _IN_PACKED}
 
 
 @dataclass(slots=True, eq=False)
@@ -65,7 +58,8 @@ class AttentionCall:
         dropout_seed: int64 ``[2]``, seed and offset (:mod:`gqa_kernels.native.dropout`), or None.
         lse_wanted: whether the LSE will be read.
         requires_grad: whether autograd records the call.
-        kind: which tensors and which memory the call has, as :meth:`find_kind` says.
+        head_dims: the last sizes of q and of the stored values.
+        kind: which tensors and which memory the call has, as :func:`.kind_bits.find_kind` says.
     """
 
     q: Tensor
@@ -85,7 +79,8 @@ class AttentionCall:
     key_ranges: Tensor | None = None
     lse_wanted: bool = True
     requires_grad: bool = False
-    kind: int = field(init=False, default=-1)  # set by what makes a call
+    head_dims: tuple[int, int] = field(init=False)  # this and the kind: set by what makes a call
+    kind: int = field(init=False, default=-1)
 
     @classmethod
     def dense(
@@ -115,8 +110,7 @@ class AttentionCall:
         bshd = layout != "bhsd"
         if bshd:
             check_layout(layout)
-        tensors = type(q) is type(k) is type(v) is Tensor
-        if not (tensors and q.dim() == k.dim() == v.dim() == 4):
+        if not (type(q) is type(k) is type(v) is Tensor and q.dim() == k.dim() == v.dim() == 4):
             checks.check_dense(*checks.dense_heads_first(q, k, v, bshd), 1 + bshd)
         if bshd:
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -124,13 +118,10 @@ class AttentionCall:
         if kv_lengths is not None:
             kv_lengths = checks.resolve_lengths(kv_lengths, k)
             kind |= KV_LENGTHS
-        # mypy: _complete resolves the maps.
-        call = cls(
-            q, KVView(k, v, kv_lengths), options, "dense", bshd,
-            head_map, value_head_map,  # type: ignore[arg-type]
+        call = cls._of(q, KVView.dense(k, v, kv_lengths), options, "dense", bshd, kind)
+        return call._complete(
+            head_map, value_head_map, alibi_slopes, sinks, attn_mask, key_ranges
         )  # fmt: skip
-        call.kind = kind
-        return call._complete(alibi_slopes, sinks, attn_mask, key_ranges)
 
     @classmethod
     def over(
@@ -160,20 +151,18 @@ class AttentionCall:
             checks.check_longest("max_seqlen_q", max_seqlen_q)
         if packed or layout != "bhsd" or type(q) is not Tensor or q.dim() != 4:
             q = checks.heads_first("q", q, layout, packed)
-        # mypy: _complete resolves the maps.
-        call = cls(
-            q, view, options, memory, packed or layout == "bshd",
-            head_map, value_head_map,  # type: ignore[arg-type]
-        )  # fmt: skip
-        call.kind = _MEMORY[memory] | view.kind
+        kind = kind_bits.MEMORY[memory] | view.kind
+        call = cls._of(q, view, options, memory, packed or layout == "bshd", kind)
         if cu_seqlens_q is not None:
-            call.kind |= _PACKED_QUERIES
+            call.kind |= kind_bits.PACKED_QUERIES
             call.q_offsets, call.max_q_len = checks.resolve_offsets(
                 "cu_seqlens_q", cu_seqlens_q, "max_seqlen_q", max_seqlen_q, q, view.batch
             )
             capacity = view.capacity
             call.max_kv_len = capacity if max_seqlen_k is None else min(max_seqlen_k, capacity)
-        return call._complete(alibi_slopes, sinks, attn_mask, key_ranges)
+        return call._complete(
+            head_map, value_head_map, alibi_slopes, sinks, attn_mask, key_ranges
+        )  # fmt: skip
 
     @classmethod
     def packed(
@@ -205,45 +194,65 @@ class AttentionCall:
             max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, memory="packed", **others,
         )  # fmt: skip
 
+    @staticmethod
+    def _of(
+        q: Tensor, kv: KVView, options: Options, memory: Memory, bshd: bool, kind: int
+    ) -> AttentionCall:
+        """A call that :meth:`_complete` gives its maps and what else it has. Sets the fields by
+        itself: ``__init__`` takes 3 times as long."""
+        call: AttentionCall = object.__new__(AttentionCall)
+        call.q, call.kv, call.options, call.memory, call.bshd = q, kv, options, memory, bshd
+        call.value_head_map = call.alibi_slopes = call.sinks = call.attn_mask = None
+        call.q_offsets = call.dropout_seed = call.key_ranges = None
+        call.max_q_len = call.max_kv_len = 0
+        call.lse_wanted, call.requires_grad, call.kind = True, False, kind
+        return call
+
     def _complete(
-        self, alibi_slopes: Tensor | None, sinks: Tensor | None, attn_mask: Tensor | None,
+        self, head_map: HeadMapLike, value_head_map: HeadMapLike | None,
+        alibi_slopes: Tensor | None, sinks: Tensor | None, attn_mask: Tensor | None,
         key_ranges: Tensor | None,
     ) -> AttentionCall:  # fmt: skip
         """Check and enter the maps, the biases and the key ranges."""
-        q, k, v, head_map = self.q, self.kv.k, self.kv.v, self.head_map
-        k_heads, v_heads = k.shape[1], v.shape[1]
+        q, k, v = self.q, self.kv.k, self.kv.v
+        _, v_heads, _, v_dim = v.shape
+        k_heads = k.shape[1]
+        self.head_dims = q.shape[3], v_dim
         try:
             # The op finds a map whose length is not that of q's heads.
             if type(head_map) is not HeadMap or head_map.num_kv_heads != k_heads:
-                self.head_map = resolve_map(
-                    "head_map", head_map, q.shape[1], k_heads, self._heads_of[0], q.device
-                )
-                if type(self.head_map) is not HeadMap:
-                    self.kind |= _DEVICE_MAP
-            value_map = self.value_head_map
-            if value_map is not None:
-                if type(value_map) is not HeadMap or value_map.num_kv_heads != v_heads:
+                rule = self._heads_of[0]
+                head_map = resolve_map(
+                    "head_map", head_map, q.shape[1], k_heads, rule, q.device
+                )  # fmt: skip
+                if type(head_map) is not HeadMap:
+                    self.kind |= kind_bits.DEVICE_MAP
+            self.head_map = head_map
+            if value_head_map is not None:
+                if type(value_head_map) is not HeadMap or value_head_map.num_kv_heads != v_heads:
                     rule = self._heads_of[1]
-                    self.value_head_map = resolve_map(
-                        "value_head_map", value_map, q.shape[1], v_heads, rule, q.device
+                    value_head_map = resolve_map(
+                        "value_head_map", value_head_map, q.shape[1], v_heads, rule, q.device
                     )
-                is_host = type(self.value_head_map) is HeadMap
-                self.kind |= _VALUE_MAP if is_host else _VALUE_MAP | _VALUE_DEVICE_MAP
+                self.value_head_map = value_head_map
+                self.kind |= kind_bits.VALUE_MAP
+                if type(value_head_map) is not HeadMap:
+                    self.kind |= kind_bits.VALUE_DEVICE_MAP
             elif v_heads != k_heads:
                 self._refuse_heads()
             if alibi_slopes is not None:
                 self.alibi_slopes = checks.resolve_slopes(alibi_slopes, q, self.kv.batch)
-                self.kind |= _SLOPES
+                self.kind |= kind_bits.SLOPES
             if sinks is not None:
                 self.sinks = checks.resolve_sinks(sinks, q)
-                self.kind |= _SINKS
+                self.kind |= kind_bits.SINKS
             if attn_mask is not None:
                 self.attn_mask = checks.resolve_mask(attn_mask, q, self._mask_shape(), self.memory)
-                self.kind |= _mask_kind(self.attn_mask)
+                self.kind |= kind_bits.mask_kind(self.attn_mask)
             if key_ranges is not None:
                 target = self._mask_shape()[:3]
                 self.key_ranges = checks.resolve_ranges(key_ranges, q, target)
-                self.kind |= _RANGES
+                self.kind |= kind_bits.RANGES
         except (TypeError, ValueError):
             self._check_tensors()  # whatever is wrong with them comes first
             raise
@@ -324,28 +333,11 @@ class AttentionCall:
                 "head holds the values of its own head"
             )
 
-    def find_kind(self) -> int:
-        """A number that is the same for calls with the same kind of memory and the same tensors,
-        whatever these hold. What makes a call sets ``kind`` to it, a bit for each tensor."""
-        mask = self.attn_mask
-        bits = {
-            _DEVICE_MAP: type(self.head_map) is not HeadMap,
-            _VALUE_MAP: self.value_head_map is not None,
-            _VALUE_DEVICE_MAP: type(self.value_head_map) not in (HeadMap, type(None)),
-            _SLOPES: self.alibi_slopes is not None,
-            _SINKS: self.sinks is not None,
-            _PACKED_QUERIES: self.q_offsets is not None,
-            _DROPOUT_SEED: self.dropout_seed is not None,
-            _RANGES: self.key_ranges is not None,
-        }
-        found = _MEMORY[self.memory] | self.kv.kind | (0 if mask is None else _mask_kind(mask))
-        return found | sum(bit for bit, is_there in bits.items() if is_there)
-
     def draw_dropout_seed(self) -> AttentionCall:
         """This call, with a seed from torch's default generator if it drops anything."""
         if self.options.dropout_p:
             self.dropout_seed = draw_seed(self.q.device)
-            self.kind |= _DROPOUT_SEED
+            self.kind |= kind_bits.DROPOUT_SEED
         return self
 
     def with_q(self, q: Tensor, view: KVView) -> AttentionCall:
@@ -356,7 +348,7 @@ class AttentionCall:
             *self.biases, self.q_offsets, self.max_q_len, self.max_kv_len,
             key_ranges=self.key_ranges, requires_grad=grad,
         )  # fmt: skip
-        call.kind = self.kind
+        call.head_dims, call.kind = self.head_dims, self.kind
         return call
 
     def replace(self, **changes: Any) -> AttentionCall:
@@ -370,7 +362,7 @@ class AttentionCall:
             if names:
                 changes[part] = replaced(**{name: changes.pop(name) for name in names})
         call = replace(self, **changes)
-        call.kind = call.find_kind()
+        call.head_dims, call.kind = (call.q.shape[3], call.kv.v.shape[3]), kind_bits.find_kind(call)
         return call
 
     @property
@@ -462,6 +454,7 @@ class AttentionCall:
             "bool_mask": mask is not None and mask.dtype == torch.bool,
             "additive_mask": mask is not None and mask.dtype != torch.bool,
             "varlen_mask": mask is not None and self.q_offsets is not None,
+            "varlen_dropout": bool(self.options.dropout_p) and self.q_offsets is not None,
             "key_ranges": self.key_ranges is not None,
             "kv_lengths": self.memory == "dense" and self.kv.kv_lengths is not None,
             "device_map": isinstance(self.head_map, Tensor)
@@ -481,11 +474,6 @@ class AttentionCall:
         else:
             where = f"q {q} in {self.dtype} over {self.kv.describe()}"
         return where + with_options
-
-
-def _mask_kind(mask: Tensor) -> int:
-    kind = _MASK if mask.dtype == torch.bool else _MASK | _ADDITIVE_MASK
-    return kind | _MASK_GRADIENT if mask.requires_grad else kind
 
 
 def _map_tensor(head_map: HeadMap | Tensor, q: Tensor) -> Tensor:

@@ -25,10 +25,9 @@ class PartKeywords(TypedDict, total=False):
     backend: str
 
 
-class PackedKeywords(PartKeywords, total=False):
-    """Of :func:`gqa_kernels.asym_gqa_varlen_attention`."""
+class CommonKeywords(PartKeywords, total=False):
+    """Of all functions over whole sequences."""
 
-    causal: bool
     window: tuple[int | None, int | None] | None
     alibi_slopes: Tensor | None
     attn_mask: Tensor | None
@@ -37,9 +36,17 @@ class PackedKeywords(PartKeywords, total=False):
     batch_invariant: bool
 
 
-class AttentionKeywords(PackedKeywords, total=False):
+class PackedKeywords(CommonKeywords, total=False):
+    """Of :func:`gqa_kernels.asym_gqa_varlen_attention`."""
+
+    causal: bool | Tensor
+    dropout_p: float
+
+
+class AttentionKeywords(CommonKeywords, total=False):
     """Of :func:`gqa_kernels.asym_gqa_attention`."""
 
+    causal: bool
     kv_lengths: Tensor | Sequence[int] | None
     dropout_p: float
     layout: Layout
@@ -54,9 +61,10 @@ class RotaryKeywords(TypedDict, total=False):
     rotary_positions: Tensor | None
 
 
-class DecodeKeywords(PackedKeywords, RotaryKeywords, total=False):
+class DecodeKeywords(CommonKeywords, RotaryKeywords, total=False):
     """Of :func:`gqa_kernels.asym_gqa_decode`."""
 
+    causal: bool
     k_new: Tensor | None
     v_new: Tensor | None
     cu_seqlens_q: Tensor | None

@@ -26,6 +26,12 @@ def add_model(parser: argparse.ArgumentParser, name: str, what: str) -> None:
     )
 
 
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device", default="cpu", help="where the model runs: cpu, cuda, cuda:1, ... (%(default)s)"
+    )
+
+
 def add_text(parser: argparse.ArgumentParser, what: str, shape: tuple[int, int]) -> None:
     """Options of a set of batches."""
     parser.add_argument(

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from .arguments import add_model, add_text, count_or_zero
+from .arguments import add_device, add_model, add_text, count_or_zero
 from .data import batches, draw, load_model
 from .outcome import Outcome
 
@@ -28,6 +28,17 @@ def add(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     parser.add_argument("--merging", help="instead of the plan's")
     parser.add_argument("--steps", type=count_or_zero, default=0, help="of recovery (%(default)s)")
     parser.add_argument("--train", default="attention", help="all, attention or lora (%(default)s)")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="what recovery computes in; the trained weights stay fp32 (%(default)s)",
+    )
+    parser.add_argument(
+        "--checkpointing",
+        action="store_true",
+        help="recompute activations in recovery: less memory, more time",
+    )
     parser.add_argument("--learning-rate", type=float, default=1e-4, help="(%(default)s)")
     parser.add_argument(
         "--distillation",
@@ -51,6 +62,7 @@ def add(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         help="keep the state of the recovery there; an interrupted run continues from it "
         "(OUT.recovery, removed at the end)",
     )
+    add_device(parser)
     add_text(parser, "text to train on", (16, 512))
     parser.set_defaults(run=run, kept=kept)
     return parser
@@ -83,9 +95,11 @@ def run(arguments: argparse.Namespace) -> Outcome:
             trained=arguments.train,
             learning_rate=arguments.learning_rate,
             distillation=arguments.distillation,
+            dtype=arguments.dtype,
+            checkpointing=arguments.checkpointing,
             seed=arguments.seed,
         )
-    model, tokenizer, types = load_model(arguments.model)
+    model, tokenizer, types = load_model(arguments.model, arguments.device)
     made_from = fingerprint(model)
     if found.made_from:
         check_same(path, found.made_from, made_from)

@@ -24,15 +24,20 @@ class Loaded(NamedTuple):
     types: FloatTypes
 
 
-def load_model(name: str) -> Loaded:
-    """A model by its command-line name."""
+def load_model(name: str, device: str = "cpu") -> Loaded:
+    """A model by its command-line name, on a device.
+
+    Raises:
+        ValueError: no such device here.
+    """
     from ..models.float_types import float_types
 
+    _check_device(device)
     if name == SMOLLM2:
         from ..samples.smollm2 import load_smollm2
 
         found = load_smollm2()
-        return Loaded(found.model, found.tokenizer, float_types(found.model))
+        return Loaded(found.model.to(device), found.tokenizer, float_types(found.model))
     from transformers import AutoTokenizer
 
     from ..convert import load
@@ -43,7 +48,7 @@ def load_model(name: str) -> Loaded:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception:  # a tokenizer is optional, and transformers raises anything without one
         tokenizer = None
-    return Loaded(model.float(), tokenizer, types)
+    return Loaded(model.float().to(device), tokenizer, types)
 
 
 def batches(arguments: argparse.Namespace, tokenizer: Any, default: Callable[[], str]) -> list:
@@ -65,6 +70,16 @@ def draw(make: Callable[..., Path], *arguments: Any, **options: Any) -> None:
         print(f"wrote {make(*arguments, **options)}")
     except ImportError as error:
         print(f"gqa-kernels: no picture: {error}", file=sys.stderr)
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    try:
+        torch.empty(0, device=device).cpu()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device must be one that works here, got {device}: {reason}") from error
 
 
 def _read(path: Path) -> str:

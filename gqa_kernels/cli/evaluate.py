@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from .arguments import add_model, add_text, count
+from .arguments import add_device, add_model, add_text, count
 from .data import batches, draw, load_model
 from .outcome import Outcome
 
@@ -27,6 +27,7 @@ def add(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     parser.add_argument("--tasks", nargs="+", default=(), help="lm-eval tasks to run on the child")
     parser.add_argument("--include-path", type=Path, help="folder of lm-eval task files")
     parser.add_argument("--limit", type=count, help="examples of each task")
+    add_device(parser)
     add_text(parser, "held-out text", (4, 512))
     parser.set_defaults(run=run)
     return parser
@@ -42,8 +43,8 @@ def run(arguments: argparse.Namespace) -> Outcome:
 
     register()
     out = check_output_folder("--out", arguments.out)
-    parent, tokenizer, _ = load_model(arguments.parent)
-    child, own_tokenizer, _ = load_model(arguments.child)
+    parent, tokenizer, _ = load_model(arguments.parent, arguments.device)
+    child, own_tokenizer, _ = load_model(arguments.child, arguments.device)
     tokenizer = own_tokenizer or tokenizer
     data = batches(arguments, tokenizer, evaluation_text)
     found = evaluate(parent, child, data, progress=True)

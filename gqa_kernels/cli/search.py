@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .arguments import add_model, add_text, count
+from .arguments import add_device, add_model, add_text, count
 from .data import batches, draw, load_model
 from .outcome import Outcome
 
@@ -59,6 +59,7 @@ def add(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     parser.add_argument("--merging", default="low_rank", help="of the conversion (%(default)s)")
     parser.add_argument("--check", action="store_true", help="search both halves of the data, too")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+    add_device(parser)
     add_text(parser, "calibration text", (16, 512))
     parser.set_defaults(run=run, kept=kept)
     return parser
@@ -80,7 +81,7 @@ def run(arguments: argparse.Namespace) -> Outcome:
     if arguments.kind is None:
         arguments.kind = "loss" if arguments.method == "exact" else "functional"
     out = check_output_folder("--out", arguments.out)
-    model, tokenizer, types = load_model(arguments.model)
+    model, tokenizer, types = load_model(arguments.model, arguments.device)
     request = {name: getattr(arguments, name) for name in ("kind", "method", "sizes", "merging")}
     request["budget"] = None
     if arguments.kv_heads is None:

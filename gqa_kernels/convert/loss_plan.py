@@ -6,8 +6,9 @@
 3. Weights between layers (:mod:`.sensitivity`) turn losses into nats of the whole model. The
    knapsack of ``grouping.allocate`` spends the total over K, V and layers, and is exact.
 4. In each layer, the loss of K's and V's maps together decides between the searched partitions,
-   even ones and adjacent heads. If the two losses don't add up to it, a descent changes both maps
-   (:mod:`.joint_descent`).
+   even ones and adjacent heads. (With more heads than ``EXHAUSTIVE_HEADS``, even and adjacent
+   partitions are starts of the search instead.) If the two losses don't add up to it, a descent
+   changes both maps (:mod:`.joint_descent`).
 
 Query heads that read one KV head of the parent stay together, as long as the parent has more KV
 heads than the child.
@@ -24,8 +25,10 @@ import numpy as np
 
 from ..grouping import SearchResult, allocate, search_groups, search_groups_curve
 from ..grouping.result import Sizes, canonical_labels
+from ..grouping.search import local
 from ..grouping.search.group_costs import EXHAUSTIVE_HEADS, total_cost
 from ..grouping.search.partitions import balanced_sizes, blocks, even_limits
+from ..grouping.search.problem import Problem
 from ..head_map import HeadMap
 from ..reporting.progress import track
 from .joint_descent import Labels, descend_together
@@ -162,7 +165,9 @@ class _Side:
             else:
                 found = self._of[num_groups]
                 if not found.proved:
-                    found = self._search(num_groups, "free", [found.labels])
+                    limits = even_limits(len(self.items), num_groups)
+                    even = local.solve(Problem.create(self.pairs, num_groups, limits)).labels
+                    found = self._search(num_groups, "free", [found.labels, even.tolist()])
                 self._found[num_groups] = self.of_items(found)
         return self._found[num_groups]
 
@@ -179,7 +184,7 @@ class _Side:
         count = len(self.items)
         return search_groups(
             self.cost, count, num_groups, sizes,
-            starts=starts, patience=count * (1 if self._losses.is_slow(self._side) else 4),
+            starts=starts, patience=count,
             pairs=None if self.all_known else self.pairs / 2,
         )  # fmt: skip
 
@@ -277,7 +282,8 @@ def _choose(
 ) -> tuple[tuple[SearchResult, SearchResult], str, float]:
     """K's and V's partitions with the least loss together, the rules they come from, the loss."""
     rules: dict[str, Callable[[_Side, int], SearchResult]] = {"free": _Side.result}
-    if sizes == "auto":
+    all_known = all(search.all_known for search in layer.values())
+    if sizes == "auto" and all_known:
         rules |= {"equal": _Side.even, "neighbour": _Side.neighbour}
     elif sizes == "equal":
         rules = {"equal": _Side.result}

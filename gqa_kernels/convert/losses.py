@@ -27,6 +27,7 @@ from ..call.attention import AttentionCall
 from ..grouping.calibration import LayerStats
 from ..grouping.low_rank import pair_estimates
 from ..grouping.merging import check_merging, merge_group
+from ..grouping.search.group_costs import EXHAUSTIVE_HEADS
 from ..grouping.space import HeadSpace
 from ..head_map import HeadMap
 from ..integrations.transformers import attention_call
@@ -39,7 +40,6 @@ from ..reporting.progress import track
 _RECORDER = "asym_gqa_recorder"
 _KEPT_CHANGES = 2  # per query head
 _KEPT_MERGERS = 128
-_SLOW_DIMS = 64
 _SCALED_BY = 8  # pairs measured for the scale of the others' estimates
 SIDES = ("k", "v")
 Group = tuple[int, ...]  # query heads, ascending
@@ -211,22 +211,20 @@ class MergeLosses:
         """The KV head of a side that each query head reads before merging."""
         return self._spaces[side].head_map
 
-    def is_slow(self, side: str) -> bool:
-        """Whether merging one group takes eigenvectors of large matrices."""
+    def can_estimate(self, side: str) -> bool:
+        """Whether second moments estimate the losses of pairs."""
         spaces = [self._spaces[each] for each in (SIDES if side == "shared" else (side,))]
-        if self.merging != "low_rank" or not all(space.symmetry.scalable for space in spaces):
-            return False
-        return any(len(dims) > _SLOW_DIMS for space in spaces for dims in space.symmetry.sets)
+        return self.merging == "low_rank" and all(space.symmetry.scalable for space in spaces)
 
     def pairs(self, side: str) -> np.ndarray:
-        """``[Hq, Hq]`` losses of groups of two query heads; estimates from second moments if it
-        ``is_slow`` to measure them."""
+        """``[Hq, Hq]`` losses of groups of two query heads, for many heads estimated from second
+        moments if it ``can_estimate`` them."""
         if side == "shared":
             return self.pairs("k") + self.pairs("v")
         first, second = np.triu_indices(self.num_heads, 1)
         every = list(zip(first.tolist(), second.tolist(), strict=True))
         found = np.zeros((self.num_heads, self.num_heads))
-        if self.is_slow(side):
+        if self.num_heads > EXHAUSTIVE_HEADS and self.can_estimate(side):
             estimates = pair_estimates(self._spaces[side]).numpy()[first, second]
             spread = np.linspace(0, len(every) - 1, _SCALED_BY).astype(int)
             chosen = np.argsort(estimates, kind="stable")[spread]
@@ -320,24 +318,24 @@ class MergeLosses:
         return merger
 
     def _new_merger(self, side: str, heads: Group) -> Callable[[_Batch], Tensor]:
-        space = self._spaces[side]
+        # A merger must not refer to the losses that keep it: such a cycle outlives them by long.
+        space, normed = self._spaces[side], self._normed
         if len({space.head_map[h] for h in heads}) == 1:
             return lambda batch: batch.of(side, heads)
         group, merged = merge_group(space, heads, self.merging)
-        encoders = merged.encoders.float()  # [m, D, D] of the m old heads
+        encoders = merged.encoders.float().transpose(1, 2).flatten(0, 1)  # [m D, D] of m old heads
         decoders = None
         if merged.decoders is not None:
-            decoders = merged.decoders.float()[
-                [group.heads.index(space.head_map[h]) for h in heads]
-            ]
+            places = [group.heads.index(space.head_map[h]) for h in heads]
+            decoders = merged.decoders.float()[places].flatten(0, 1)  # [n D, D]
 
         def merge(batch: _Batch) -> Tensor:
-            shared = torch.einsum("mde,bsme->bsd", encoders, batch.old(side, group.heads))
+            shared = batch.old(side, group.heads).flatten(2) @ encoders
             if decoders is None:
                 new = shared[:, :, None].expand(-1, -1, len(heads), -1)
             else:
-                new = torch.einsum("nde,bse->bsnd", decoders, shared)
-            if side == "k" and self._normed:
+                new = (shared @ decoders.T).unflatten(2, (len(heads), -1))
+            if side == "k" and normed:
                 norm = batch.of(side, heads).norm(dim=-1, keepdim=True)
                 new = new * (norm / new.norm(dim=-1, keepdim=True))
             return new

@@ -4,8 +4,8 @@ Up-training as in GQA (arXiv 2305.13245, section 2.2): the ordinary next-token l
 AdamW, a warm-up and a cosine to a tenth of the learning rate; of all weights, the attention's, or
 of low-rank adapters (LoRA, arXiv 2106.09685). If the parent is given, its next-token distributions
 are a second target (distillation, arXiv 1503.02531); models without next-token loss or labels, as
-encoders, learn only the parent's last hidden states. Dropout stays off. Training runs in fp32, and
-the model gets its own types back at the end.
+encoders, learn only the parent's last hidden states. Dropout stays off. The trained weights are
+fp32 whatever the model computes in, and the model gets its own types back at the end.
 """
 
 from __future__ import annotations
@@ -14,16 +14,19 @@ import io
 import json
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import kl_div
+from torch.utils.checkpoint import checkpoint
 
-from ..models.families import attention_layers
+from ..models.families import attention_blocks, attention_layers
 from ..models.fingerprint import Fingerprint, check_same, fingerprint
 from ..models.float_types import float_types, set_float_types
 from ..models.inputs import Batch, model_inputs, token_mask
@@ -39,6 +42,7 @@ from .evaluation import (
 )
 
 TRAINED = ("all", "attention", "lora")
+DTYPES = ("float32", "bfloat16")
 STATE = "recovery.pt"
 OLDEST_PEFT = "0.21"  # first release tested
 
@@ -60,6 +64,9 @@ class Recipe:
             square.
         betas, weight_decay, clip: of AdamW; ``clip`` is the largest gradient norm.
         lora_rank, lora_alpha: of the adapters.
+        dtype: what the model computes in: ``"float32"``, or ``"bfloat16"`` (autocast).
+        checkpointing: recompute the activations of each block in the backward pass instead of
+            keeping them: less memory, about a third more time.
         seed: of the order of the batches and of new adapters.
 
     Examples:
@@ -80,9 +87,13 @@ class Recipe:
     clip: float = 1.0
     lora_rank: int = 16
     lora_alpha: int = 32
+    dtype: str = "float32"
+    checkpointing: bool = False
     seed: int = 0
 
     def __post_init__(self):
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.trained not in TRAINED:
             raise ValueError(f"trained must be one of {', '.join(TRAINED)}, got {self.trained!r}")
         if self.steps < 1 or self.accumulate < 1:
@@ -186,7 +197,8 @@ def recover(
             for group in optimizer.param_groups:
                 group["lr"] = recipe.rate(step)
             taken = _batches(batches, recipe, step)
-            history.loss.append(_step(trained, parent, taken, recipe, causal))
+            with _checkpointed(model, recipe.checkpointing):
+                history.loss.append(_step(trained, parent, taken, recipe, causal))
             nn.utils.clip_grad_norm_(parameters.values(), recipe.clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -217,7 +229,12 @@ def _step(
     """Gradients of one step; its loss."""
     total = 0.0
     for batch in batches:
-        loss = _loss(model, parent, model_inputs(model, batch), recipe, causal) / len(batches)
+        inputs = model_inputs(model, batch)
+        autocast = torch.autocast(
+            model.device.type, torch.bfloat16, enabled=recipe.dtype == "bfloat16"
+        )
+        with autocast:
+            loss = _loss(model, parent, inputs, recipe, causal) / len(batches)
         if not loss.isfinite():
             raise ValueError(f"the loss must stay finite, got {loss.item()}: lower learning_rate")
         loss.backward()
@@ -254,6 +271,20 @@ def _loss(
     if not weight:
         return loss
     return (1 - weight) * loss + weight * _divergence(output.logits, target.logits, inputs, recipe)
+
+
+@contextmanager
+def _checkpointed(model: nn.Module, wanted: bool) -> Iterator[None]:
+    """Let the blocks recompute their activations. transformers' own switch acts in training mode
+    only, in which dropout acts too."""
+    blocks = list(attention_blocks(model)) if wanted else []
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
 
 
 def _state_error(ours: Any, theirs: Any, inputs: dict) -> Tensor:

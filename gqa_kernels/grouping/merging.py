@@ -31,34 +31,46 @@ class Group:
     """One new KV head to be made.
 
     Attributes:
-        rows: ``[n, D, d (+ 1)]`` fp64, the old heads.
+        all_rows: ``[H, D, d (+ 1)]`` fp64, all old heads of the side.
         counts: ``[n]`` query heads of the group that read each.
         heads: ``[n]`` their numbers, in the order in which the group's query heads read them.
         query_heads: the group.
         space: moments of all heads of the side; None for methods that go without.
     """
 
-    rows: Tensor
+    all_rows: Tensor
     counts: Tensor
     heads: list[int]
     query_heads: tuple[int, ...]
     space: HeadSpace | None
+
+    @property
+    def rows(self) -> Tensor:
+        """``[n, D, d (+ 1)]`` fp64, the old heads."""
+        return self.all_rows[self.heads]
 
 
 class Merged(NamedTuple):
     """A group's new head.
 
     Attributes:
-        rows: ``[D, d (+ 1)]``.
+        rows: ``[D, d (+ 1)]``; None if they are still to be computed from the encoders.
         decoders: ``[n, D, D]``: readers of old head ``i`` read ``decoders[i]`` times the new head;
             None for the new head itself.
         encoders: ``[n, D, D]``: the new head is the sum of ``encoders[i]`` times old head ``i``;
             None if it is no function of the old heads.
     """
 
-    rows: Tensor
+    rows: Tensor | None
     decoders: Tensor | None = None
     encoders: Tensor | None = None
+
+    def rows_of(self, group: Group) -> Tensor:
+        """``[D, d (+ 1)]``: the new head of a group."""
+        if self.rows is not None:
+            return self.rows
+        assert self.encoders is not None
+        return torch.einsum("nab,nbd->ad", self.encoders, group.rows)
 
 
 def keep(group: Group) -> Merged:
@@ -116,7 +128,7 @@ def aligned(group: Group) -> Merged:
     R = rotations(group.space, group.heads, group.counts)
     shares = group.counts / group.counts.sum()
     encoders = shares[:, None, None] * R
-    return Merged((encoders @ group.rows).sum(0), R.transpose(1, 2), encoders)
+    return Merged(None, R.transpose(1, 2), encoders)
 
 
 def low_rank(group: Group) -> Merged:
@@ -128,7 +140,7 @@ def low_rank(group: Group) -> Merged:
     decoders, encoders = (
         torch.stack([each[h] for h in group.heads]) for each in (found.decoders, found.encoders)
     )
-    return Merged(found.rows, decoders, encoders)
+    return Merged(None, decoders, encoders)
 
 
 MERGING: dict[str, Callable[[Group], Merged]] = {
@@ -193,7 +205,7 @@ def merge_layer(
                 continue
             merged = MERGING[method](group)
             scale = _norm_ratio(group, merged) if restore_norms else 1.0
-            rows.append((scale * merged.rows).to(old.dtype))
+            rows.append((scale * merged.rows_of(group)).to(old.dtype))
             if merged.decoders is not None:
                 decoders |= _by_query_head(group, merged.decoders)
         weights = _fold(weights, side, decoders).with_rows(side, torch.stack(rows), head_map)
@@ -271,7 +283,7 @@ def _group(
     counts = Counter(old[h] for h in query_heads)
     heads = list(counts)
     shares = torch.tensor(list(counts.values()), dtype=torch.float64)
-    return Group(rows[heads], shares, heads, query_heads, space)
+    return Group(rows, shares, heads, query_heads, space)
 
 
 def _by_query_head(group: Group, decoders: Tensor) -> dict[int, Tensor]:
@@ -313,7 +325,7 @@ def _chosen(group: Group, index: int) -> Merged:
 def _norm_ratio(group: Group, merged: Merged) -> float:
     """Root mean square of what the group's query heads read before over what they read now."""
     shares = group.counts / group.counts.sum()
-    rows = merged.rows[None].expand_as(group.rows)
+    rows = merged.rows_of(group)[None].expand_as(group.rows)
     if merged.decoders is not None:
         rows = merged.decoders @ rows
     before, after = group.space.energy_of(group.rows), group.space.energy_of(rows)

@@ -15,6 +15,7 @@ from ..models.weights import LayerWeights, Rotary
 from .symmetry import Symmetry
 
 _WINDOW = 512  # tokens; distances between a query and the keys it sees
+_WIDE = 2048  # inputs
 
 
 class Moments(Protocol):
@@ -90,11 +91,14 @@ class HeadSpace:
 
     @cached_property
     def cross(self) -> Tensor:
-        """``[H, H, D, D]``: ``E[k_i k_j^T]`` of every pair of heads."""
-        H, D, _ = self.rows.shape
-        flat = self.rows.flatten(0, 1)
-        left = flat if self.sigma is None else flat @ self.sigma
-        return (left @ flat.T).view(H, D, H, D).transpose(1, 2)
+        """``[H, H, D, D]``: ``E[k_i k_j^T]`` of every pair of heads. Wide layers are multiplied in
+        fp32, as their moments were."""
+        H, D, width = self.rows.shape
+        flat, sigma = self.rows.flatten(0, 1), self.sigma
+        if width >= _WIDE:
+            flat, sigma = flat.float(), None if sigma is None else sigma.float()
+        left = flat if sigma is None else flat @ sigma
+        return (left @ flat.T).double().view(H, D, H, D).transpose(1, 2)
 
     @cached_property
     def roots(self) -> dict[Any, tuple[Tensor, Tensor]]:

@@ -9,7 +9,7 @@ from gqa_kernels import HeadMap, asym_gqa_attention
 from gqa_kernels.attention import attention_call
 from gqa_kernels.backends.triton import TritonBackend, configs
 from gqa_kernels.backends.triton.plan import plan_for
-from gqa_kernels.backends.triton.splits import choose_splits
+from gqa_kernels.backends.triton.splits import blocks_per_part, choose_parts, choose_splits
 from gqa_kernels.native import env
 from gqa_kernels.native.schema import FORWARD
 from gqa_kernels.testing import assert_attention_close, make_inputs
@@ -59,6 +59,85 @@ def test_any_number_of_splits(num_splits, kv_len, q_len):
     for launch in launches:
         launch.run()
     assert_attention_close(call.out, q, k, v, UNEVEN, lse=call.lse, **options)
+
+
+@pytest.mark.parametrize("q_len", [1, 4])
+@pytest.mark.parametrize("per_head", [False, True])
+def test_sequences_are_cut_by_their_lengths(q_len, per_head):
+    """One long sequence, an empty one, and short ones; surplus parts write nothing."""
+    from gqa_kernels.backends.triton.launch.forward import decode_launches
+
+    q, k, v = make_inputs(4, UNEVEN, q_len, 500, 16, dtype=torch.bfloat16, device=DEVICE)
+    lengths = torch.tensor([7, 500, 0, 130], dtype=torch.int32, device=DEVICE)
+    if per_head:
+        lengths = lengths[:, None] // torch.tensor([1, 3, 2], device=DEVICE)
+    options = {
+        "causal": True,
+        "sinks": torch.linspace(-2, 3, 6, device=DEVICE),
+        "kv_lengths": lengths,
+    }
+    call = call_of(q, k, v, UNEVEN, **options)
+    config = configs.decode_config(call.shape, configs.device_facts(q.device))
+    launches = decode_launches(call, config)
+    for launch in launches:
+        launch.run()
+    first_and_count = launches[0].arguments["p_parts"].tolist()
+    counts = [count for _, count in first_and_count]
+    assert counts[1] > 1 and counts[0] == counts[2] == 1
+    assert [first for first, _ in first_and_count] == [sum(counts[:i]) for i in range(4)]
+    assert sum(counts) < config.parts.most_parts
+    assert_attention_close(call.out, q, k, v, UNEVEN, lse=call.lse, **options)
+
+
+@pytest.mark.parametrize("batch", [2, 130])
+def test_parts_cover_all_sequences(batch):
+    """What programs find for themselves, against the rule, for any lengths."""
+    import triton
+    import triton.language as tl
+
+    import gqa_kernels.backends.triton.ops  # noqa: F401
+    from gqa_kernels.backends.triton.kernels.arguments import PerHead
+    from gqa_kernels.backends.triton.kernels.parts import find_part
+
+    @triton.jit
+    def found(lengths, p_out, batch, num_lengths, kv_len, even_parts, most_blocks):
+        i_part = tl.program_id(0)
+        i_b, i_split, num_splits = find_part(
+            lengths, i_part, batch, num_lengths, kv_len, even_parts, most_blocks, 64
+        )
+        tl.store(p_out + 3 * i_part, i_b)
+        tl.store(p_out + 3 * i_part + 1, i_split)
+        tl.store(p_out + 3 * i_part + 2, num_splits)
+
+    globals().update(tl=tl, find_part=find_part)  # where a kernel looks names up
+    generator = torch.Generator().manual_seed(batch)
+    lengths = torch.randint(0, 300, (batch, 2), generator=generator, dtype=torch.int32)
+    lengths[batch // 2] = 5000
+    choice = choose_parts(batch, tiles=3, num_blocks=80, num_slots=12)
+    out = torch.full((choice.most_parts, 3), -7, dtype=torch.int32, device=DEVICE)
+    on_device = lengths.to(DEVICE)
+    found[(choice.most_parts,)](
+        PerHead(on_device, *on_device.stride()), out, batch, 2, 6000, choice.even_parts, 80
+    )
+    blocks = [min(-(-n // 64), 80) for n in lengths.amax(1).tolist()]
+    of_part = blocks_per_part(sum(blocks), choice.even_parts)
+    expected = []
+    for i_b, count in enumerate(blocks):
+        splits = max(1, -(-count // of_part))
+        expected += [[i_b, i_split, splits] for i_split in range(splits)]
+    assert len(expected) <= choice.most_parts
+    assert out[: len(expected)].tolist() == expected
+    assert (out[len(expected) :, 0] == -1).all()
+
+
+def test_programs_per_multiprocessor_follow_from_the_device():
+    shape = configs.Shape(1, 32, 8, 1, 8192, 128, 128, 2)
+    tile = configs.Tile(16, 64, 4, 3)  # 96 KiB of K and V
+    kib = 1024
+    for shared, registers, programs in [(228, 65536, 2), (100, 65536, 1), (64, 65536, 1),
+                                        (400, 131072, 4)]:  # fmt: skip
+        facts = configs.DeviceFacts("sm90", 132, 50 << 20, shared * kib, registers)
+        assert configs.programs_per_sm(tile, shape, facts) == programs
 
 
 @pytest.mark.parametrize("scale", [0.0, -2.0])

@@ -1,4 +1,4 @@
-"""The simulation of decode batches: its model, and the rule that the CUDA kernels have, too."""
+"""The simulation of decode batches: its model, and the rule that the GPU kernels have."""
 
 import random
 import shutil
@@ -7,6 +7,7 @@ import subprocess
 import pytest
 
 from benchmarks.studies import decode_balance as study
+from gqa_kernels.backends.triton.splits import blocks_per_part, choose_parts
 from gqa_kernels.native import sources
 
 
@@ -18,23 +19,26 @@ def test_the_model():
     assert full == pytest.approx(study.START + 3960 * one / study.BANDWIDTH)
 
 
+@pytest.mark.parametrize("slots", study.SLOTS.values(), ids=study.SLOTS)
 @pytest.mark.parametrize("batch", study.batches(), ids=lambda batch: batch.name)
-def test_parts_by_lengths_are_nearly_balanced(batch):
-    best = study.seconds(study.balanced(batch, study.SLOTS), study.SLOTS)
-    assert study.seconds(study.by_lengths(batch, study.SLOTS), study.SLOTS) <= 1.1 * best
+def test_parts_by_lengths_are_nearly_balanced(batch, slots):
+    best = study.seconds(study.balanced(batch, slots), slots)
+    assert study.seconds(study.by_lengths(batch, slots), slots) <= 1.1 * best
 
 
-def test_every_block_is_in_one_part():
+@pytest.mark.parametrize("slots", study.SLOTS.values(), ids=study.SLOTS)
+def test_every_block_is_in_one_part(slots):
     for batch in study.batches():
         blocks = sum(batch.blocks) * batch.tiles
         for way in (study.one_split_count, study.by_lengths):
-            assert sum(way(batch, study.SLOTS)) == blocks
+            assert sum(way(batch, slots)) == blocks
 
 
-def test_uneven_groups_take_as_long_as_even_ones():
+@pytest.mark.parametrize("slots", study.SLOTS.values(), ids=study.SLOTS)
+def test_uneven_groups_take_as_long_as_even_ones(slots):
     uneven = next(b for b in study.batches() if b.groups == study.UNEVEN)
     even = uneven._replace(groups=(4,) * 8)
-    times = [study.seconds(study.by_lengths(b, study.SLOTS), study.SLOTS) for b in (uneven, even)]
+    times = [study.seconds(study.by_lengths(b, slots), slots) for b in (uneven, even)]
     assert times[0] == pytest.approx(times[1], rel=0.03)
 
 
@@ -67,6 +71,6 @@ def test_the_kernels_have_the_same_rule(tmp_path):
     )
     told = subprocess.run([tmp_path / "rule"], capture_output=True, text=True, check=True)
     for line, (tiles, slots, total, blocks) in zip(told.stdout.splitlines(), cases, strict=True):
-        parts = study.even_parts(tiles, slots)
-        most = study.blocks_per_part(total, parts)
+        parts = choose_parts(1, tiles, 0, slots).even_parts
+        most = blocks_per_part(total, parts)
         assert line == f"{parts} {most} {max(1, study.ceil_div(blocks, most))}"

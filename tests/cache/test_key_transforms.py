@@ -22,12 +22,12 @@ TRANSFORMS = {"hadamard": HADAMARD, "channels": CHANNELS, "both": HADAMARD | CHA
 
 
 def transform(name, heads, dim, device="cpu"):
-    """The arguments of a cache; channels from 0.1 to 10."""
+    """The arguments of a cache; channels from 0.1 to 10, both dims of a rotary pair alike."""
     given = dict(TRANSFORMS[name])
     if "k_channels" in given:
         generator = torch.Generator().manual_seed(2)
-        exponent = torch.rand(heads, dim, generator=generator) * 2 - 1
-        given["k_channels"] = (10**exponent).to(device)
+        exponent = torch.rand(heads, dim // 2, generator=generator) * 2 - 1
+        given["k_channels"] = (10 ** exponent.repeat(1, 2)).to(device)
     return given
 
 
@@ -58,9 +58,14 @@ def test_the_rotation(dim):
 @pytest.mark.parametrize("paged", [False, True], ids=["dense", "paged"])
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_attention_stays_what_it_is(name, paged, backend, device):
-    """By appends with and without a rotary table, packed or not, plans, and writes to slots."""
+    """By appends with and without a rotary table, packed or not, plans, and writes to slots.
+
+    The keys have the sizes that ``k_channels`` names, and the queries the inverse ones, so that no
+    score is a small sum of large terms, whose rounding errors would be as large as the terms."""
     batch, dim, lengths = 2, 16, [0, 0]
     sizes = {"dtype": torch.float32, "device": device, **transform(name, 3, dim, device)}
+    size = sizes.get("k_channels", torch.ones(3, dim, device=device))
+    q_size = 1 / size[list(UNEVEN)]
     if paged:
         table = torch.tensor([[3, 0, 5, 1], [2, 4, 7, 6]], device=device)
         pool = PagedKVCache.empty(8, 8, 3, dim, **sizes)
@@ -72,6 +77,7 @@ def test_attention_stays_what_it_is(name, paged, backend, device):
     table = [x.to(device) for x in rotary(40, dim)]
     for tokens, rotates in ((5, True), (1, True), (4, False)):
         q, k, v = (torch.randn(batch, n, tokens, dim, device=device) for n in (6, 3, 3))
+        q, k = q * q_size[:, None], k * size[:, None]
         given = dict(zip(("rotary_cos", "rotary_sin"), table, strict=True)) if rotates else {}
         out, expected = (
             asym_gqa_decode(q, x, UNEVEN, k_new=k, v_new=v, backend=backend, **given)
@@ -80,7 +86,7 @@ def test_attention_stays_what_it_is(name, paged, backend, device):
         torch.testing.assert_close(out, expected)
     counts = torch.tensor([0, 2, 3], device=device)
     k, v = torch.randn(2, 3, 3, dim, device=device)
-    q = torch.randn(3, 6, dim, device=device)
+    q, k = torch.randn(3, 6, dim, device=device) * q_size, k * size
     for x in (cache, plain):
         rotated = x.append(k, v, q=q, cu_seqlens=counts, rotary_cos=table[0], rotary_sin=table[1])
         assert rotated.shape == q.shape and not torch.equal(rotated, q)
@@ -91,7 +97,7 @@ def test_attention_stays_what_it_is(name, paged, backend, device):
     stored, _, _ = gather(plain.view())
     values = gather(plain.view())[1]
     n = int(cache.lengths.max())
-    q = torch.randn(batch, 6, 2, dim, device=device)
+    q = torch.randn(batch, 6, 2, dim, device=device) * q_size[:, None]
     out, lse = plan_decode(q, cache, UNEVEN, backend=backend)(q, cache, return_lse=True)
     assert_decode_close(out, q, cache, UNEVEN, lse=lse)
     assert torch.equal(cache.lengths, plain.lengths)

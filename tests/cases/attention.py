@@ -269,7 +269,7 @@ def matrix(backends: list[str], once: bool = False) -> list:
     """(case, backend, dtype) of every case that a backend declares it can run.
 
     Where Triton is interpreted, a case runs in fp32 and, in turn, in one 16-bit type, or, if
-    ``once``, in one type only; the others are slow.
+    ``once``, in one type only; the others are slow, and with ``once`` the long ones of wide heads.
     """
     turns = (torch.bfloat16, torch.float16, torch.float32, torch.float32)
     found = []
@@ -279,7 +279,8 @@ def matrix(backends: list[str], once: bool = False) -> list:
             rows = [case for case in CASES if case.runs_on(can)]
             for row, case in enumerate(rows):
                 wanted = {turns[row % 4]} if once else {turns[row % 2], torch.float32}
-                skipped = interpreted(name) and dtype not in wanted
+                long = once and case in WIDE_CASES and case.q_len > 2
+                skipped = interpreted(name) and (dtype not in wanted or long)
                 found.append(
                     pytest.param(
                         case, name, dtype, marks=[pytest.mark.slow] if skipped else [],

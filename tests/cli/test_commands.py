@@ -249,6 +249,15 @@ class TestRefusals:
         error = self.refused(capsys, "inspect", tmp_path / "nowhere")
         assert "must be a checkpoint" in error
 
+    @pytest.mark.parametrize("device", ["nowhere", "meta", "cuda:99"])
+    def test_devices_that_are_not_there(self, folders, tmp_path, capsys, device):
+        for command in ("search", "eval", "convert"):
+            places = [folders / "parent"] * (1 if command == "search" else 2)
+            places = places if command != "convert" else [places[0], folders / "search"]
+            out = (tmp_path / "out",) if command == "convert" else ("--out", tmp_path / "out")
+            error = self.refused(capsys, command, *places, *out, "--device", device)
+            assert f"--device must be one that works here, got {device}" in error
+
     def test_truncated_checkpoint(self, folders, tmp_path, capsys):
         folder = save(load(folders / "child"), tmp_path / "child")
         weights = folder / "model.safetensors"
@@ -338,7 +347,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("change", [
         ("--steps", 4), ("--train", "all"), ("--learning-rate", 1), ("--shape", 5, 24),
-        ("--merging", "mean"),
+        ("--merging", "mean"), ("--dtype", "bfloat16"), ("--checkpointing",),
     ])  # fmt: skip
     def test_state_of_something_else(self, folders, tmp_path, capsys, change):
         state = tmp_path / "state"
@@ -399,7 +408,8 @@ class TestRefusals:
         assert "must be one of llama, " in error and "got 'gemma'" in error
 
     def test_model_without_a_tokenizer(self, folders, tmp_path, capsys, monkeypatch):
-        monkeypatch.setattr(data, "load_model", lambda name: data.Loaded(load(name), None, {}))
+        loaded = lambda name, device: data.Loaded(load(name), None, {})  # noqa: E731
+        monkeypatch.setattr(data, "load_model", loaded)
         monkeypatch.setattr("gqa_kernels.cli.search.load_model", data.load_model)
         search = ("search", folders / "parent", "--kv-heads", 2, "--out", tmp_path, *SHAPE)
         assert "--batches must be given" in self.refused(capsys, *search)

@@ -11,6 +11,7 @@ from gqa_kernels.convert import convert
 from gqa_kernels.convert.evaluation import evaluate, perplexity
 from gqa_kernels.convert.recovery import Recipe, recover, steps_kept
 from gqa_kernels.integrations.transformers import register
+from gqa_kernels.models.families import attention_layers
 from tests import tiny_families
 from tests.tiny_models import batch, tiny
 
@@ -132,6 +133,39 @@ def test_16_bit_models_are_trained_in_fp32(dtype):
     exact, start = reference.state_dict()[weight], before.state_dict()[weight].float()
     assert torch.equal(model.state_dict()[weight], exact.to(dtype))
     assert (exact - start).abs().max() > 0
+
+
+def test_computes_in_bf16_with_fp32_masters():
+    """Steps that bf16 weights would round away add up."""
+    model = child_of(tiny(num_kv_heads=6))
+    exact, before = copy.deepcopy(model), copy.deepcopy(model)
+    full = recover(exact, texts(), recipe(steps=4, learning_rate=1e-5))
+    seen = recover(model, texts(), recipe(steps=4, learning_rate=1e-5, dtype="bfloat16"))
+    assert seen.loss == pytest.approx(full.loss, rel=0.02) and seen.loss != full.loss
+    weight = "model.layers.0.self_attn.q_proj.weight"
+    old, new = before.state_dict()[weight], model.state_dict()[weight]
+    assert new.dtype == torch.float32
+    moved = (new - old).abs()
+    assert 0 < moved.max() < 1e-4 < old.abs().max() * 2**-8
+    with pytest.raises(ValueError, match="dtype must be one of float32, bfloat16, got 'int8'"):
+        Recipe(dtype="int8")
+
+
+@pytest.mark.parametrize("trained", ["attention", "lora"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_checkpointing_runs_blocks_twice_and_changes_nothing(family, trained):
+    if trained == "lora":
+        pytest.importorskip("peft")
+    plain = child_of(tiny_families.tiny(family))
+    model = copy.deepcopy(plain)
+    runs = []
+    attention_layers(model)[0].module.register_forward_pre_hook(lambda *_: runs.append(1))
+    expected = recover(plain, texts(), recipe(steps=3, trained=trained)).loss
+    found = recover(model, texts(), recipe(steps=3, trained=trained, checkpointing=True)).loss
+    assert found == expected and len(runs) == 2 * 3
+    assert not changed(plain, model)
+    recover(model, texts(), recipe(steps=1, trained=trained))
+    assert len(runs) == 2 * 3 + 1
 
 
 def test_distillation_pulls_towards_the_parent():

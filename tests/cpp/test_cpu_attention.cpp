@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <optional>
 #include <random>
 #include <stdexcept>
 #include <string>
@@ -380,12 +381,25 @@ bool pages_change_nothing(Case& c, unsigned seed) {
          std::memcmp(lse.data(), c.lse.data(), lse.size() * sizeof(float)) == 0;
 }
 
+// The type for which an instruction set has kernels, if it is one alone.
+std::optional<DType> only_type(gqa::cpu::Isa isa) {
+  using gqa::cpu::Isa;
+  switch (isa) {
+    case Isa::kNeonFhm: return DType::kFloat16;
+    case Isa::kNeonBf16:
+    case Isa::kAvx512Bf16:
+    case Isa::kAmx: return DType::kBFloat16;
+    default: return std::nullopt;
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   const unsigned cases = argc > 1 ? std::atoi(argv[1]) : 80;
   int wrong = 0;
-  for (const char* isa : {"portable", "neon", "avx2", "avx512", "avx512_bf16", "amx"}) {
+  for (const char* isa :
+       {"portable", "neon", "neon_fhm", "neon_bf16", "avx2", "avx512", "avx512_bf16", "amx"}) {
     setenv("GQA_KERNELS_CPU_ISA", isa, 1);
     try {
       gqa::cpu::chosen_isa();
@@ -393,13 +407,13 @@ int main(int argc, char** argv) {
       std::printf("%s: not on this processor\n", isa);
       continue;
     }
-    // These two have kernels of their own for bf16 alone.
-    const bool only_bf16 = gqa::cpu::chosen_isa() > gqa::cpu::Isa::kAvx512;
+    // Some have kernels of their own for one type alone.
+    const std::optional<DType> only = only_type(gqa::cpu::chosen_isa());
     unsigned checked = 0;
-    for (unsigned seed = 0; checked < (only_bf16 ? cases / 2 : cases); ++seed) {
+    for (unsigned seed = 0; checked < (only ? cases / 2 : cases); ++seed) {
       std::mt19937 random(seed);
       Case c = make_case(random);
-      if (only_bf16 && c.p.dtype != DType::kBFloat16) continue;
+      if (only && c.p.dtype != *only) continue;
       ++checked;
       const int threads = seed % 3 == 0 ? 1 : 5;
       wrong += check_case(c, isa, threads, seed);

@@ -384,8 +384,9 @@ int main(int argc, char** argv) {
   const unsigned cases = argc > 1 ? std::atoi(argv[1]) : 80;
   int wrong = 0;
   // AVX2 has two ways to read fp8: by what subnormal operands cost.
-  const char* kernels[][2] = {
-      {"portable", ""}, {"neon", ""}, {"avx2", "cheap"}, {"avx2", "costly"}, {"avx512", ""}};
+  const char* kernels[][2] = {{"portable", ""},  {"neon", ""},      {"neon_dot", ""},
+                              {"neon_bf16", ""}, {"avx2", "cheap"}, {"avx2", "costly"},
+                              {"avx512", ""}};
   for (const auto& [isa, subnormals] : kernels) {
     setenv("GQA_KERNELS_CPU_ISA", isa, 1);
     setenv("GQA_KERNELS_CPU_SUBNORMALS", subnormals, 1);

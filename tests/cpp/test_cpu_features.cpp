@@ -31,8 +31,9 @@ void expect_best(const char* machine, const CpuRegisters& cpu, bool (*request_ti
   requests = 0;
   const uint32_t isas = gqa::cpu::usable_isas(cpu, request_tiles);
   // Each set of x86 needs those below it, so their bits are ones up to the best.
-  const uint32_t neon = 1u << static_cast<int>(Isa::kNeon);
-  const uint32_t expected = ((2u << static_cast<int>(best)) - 1) & ~neon;
+  const uint32_t below_avx2 = (1u << static_cast<int>(Isa::kAvx2)) - 1;
+  const uint32_t expected =
+      (((2u << static_cast<int>(best)) - 1) & ~below_avx2) | 1u << static_cast<int>(Isa::kPortable);
   if (isas == expected && requests == expected_requests) return;
   ++failures;
   std::printf("FAILED %s: got sets %x after %d requests, expected %x after %d\n", machine, isas,
@@ -83,6 +84,27 @@ void test_machines() {
   expect_best("leaf 7 cut off", cpu, granted, Isa::kPortable, 0);
 }
 
+void expect_best(const char* machine, const gqa::cpu::ArmFeatures& cpu, Isa best) {
+  const uint32_t isas = gqa::cpu::usable_isas(cpu);
+  const uint32_t expected = (2u << static_cast<int>(best)) - 1;
+  if (isas == expected) return;
+  ++failures;
+  std::printf("FAILED %s: got sets %x, expected %x\n", machine, isas, expected);
+}
+
+void test_arm_machines() {
+  // NEON, DotProd, FHM, BF16, I8MM
+  expect_best("no aarch64", {}, Isa::kPortable);
+  expect_best("Cortex-A72", {true, false, false, false, false}, Isa::kNeon);
+  expect_best("Neoverse N1", {true, true, false, false, false}, Isa::kNeonDot);
+  expect_best("Apple M1", {true, true, true, false, false}, Isa::kNeonFhm);
+  expect_best("Neoverse V1", {true, true, true, true, true}, Isa::kNeonBf16);
+  expect_best("bf16 without byte matrices", {true, true, true, true, false}, Isa::kNeonFhm);
+  expect_best("byte matrices without bf16", {true, true, true, false, true}, Isa::kNeonFhm);
+  expect_best("bf16 without FHM", {true, true, false, true, true}, Isa::kNeonDot);
+  expect_best("FHM without DotProd", {true, false, true, true, true}, Isa::kNeon);
+}
+
 struct Table {
   Isa isa;
   bool has_bf16;
@@ -131,6 +153,7 @@ void test_choice() {
 
 int main() {
   test_machines();
+  test_arm_machines();
   test_choice();
   std::printf(failures ? "%d failures\n" : "ok\n", failures);
   return failures ? EXIT_FAILURE : EXIT_SUCCESS;

@@ -22,7 +22,7 @@ from triton.runtime.jit import compute_cache_key, create_function_from_signature
 
 from gqa_kernels import HeadMap
 from gqa_kernels.attention import attention_call
-from gqa_kernels.backends.triton.configs import DeviceFacts
+from gqa_kernels.backends.triton.configs import GFX9_MEMORY, DeviceFacts
 from gqa_kernels.backends.triton.launch.backward import BackwardCall
 from gqa_kernels.backends.triton.launch.base import Launch
 from gqa_kernels.backends.triton.launch.forward import CacheCall, ForwardCall
@@ -50,11 +50,21 @@ class Target:
 
 KIB = 1024
 TARGETS = {
-    "sm_80": Target(GPUTarget("cuda", 80, 32), DeviceFacts("sm80", 108, 40 << 20), 163 * KIB),
-    "sm_90": Target(GPUTarget("cuda", 90, 32), DeviceFacts("sm90", 132, 50 << 20), 227 * KIB),
-    "sm_100": Target(GPUTarget("cuda", 100, 32), DeviceFacts("sm100", 148, 126 << 20), 227 * KIB),
-    "sm_86": Target(GPUTarget("cuda", 86, 32), DeviceFacts("sm86", 84, 6 << 20), 99 * KIB),
-    "gfx942": Target(GPUTarget("hip", "gfx942", 64), DeviceFacts("gfx9", 304, 4 << 20), 64 * KIB),
+    "sm_80": Target(
+        GPUTarget("cuda", 80, 32), DeviceFacts("sm80", 108, 40 << 20, 164 * KIB), 163 * KIB
+    ),
+    "sm_90": Target(
+        GPUTarget("cuda", 90, 32), DeviceFacts("sm90", 132, 50 << 20, 228 * KIB), 227 * KIB
+    ),
+    "sm_100": Target(
+        GPUTarget("cuda", 100, 32), DeviceFacts("sm100", 148, 126 << 20, 228 * KIB), 227 * KIB
+    ),
+    "sm_86": Target(
+        GPUTarget("cuda", 86, 32), DeviceFacts("sm86", 84, 6 << 20, 100 * KIB), 99 * KIB
+    ),
+    "gfx942": Target(
+        GPUTarget("hip", "gfx942", 64), DeviceFacts("gfx9", 304, 4 << 20, *GFX9_MEMORY), 64 * KIB
+    ),
 }
 
 

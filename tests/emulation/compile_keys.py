@@ -55,10 +55,13 @@ def launches(target: Target) -> Iterator[tuple[str, Launch]]:
     for window in WINDOWS[1:]:  # bounded on both sides: shorter than the keys and the queries
         _, call = make_call(200, 333, 64, torch.bfloat16, head_map=HEAD_MAP, batch=1, window=window)
         yield "prefill, window", prefill_launch(call, TILE, 3)
-    for lengths in ([620, 300], [320, 33], [40, 10]):
+    for lengths in ([620, 300], [320, 33, 70], [40, 10]):
         cache = make_cache(HEAD_MAP, lengths, 64, torch.bfloat16, page_size=16)
-        _, call = make_cache_call([40, 20], cache, HEAD_MAP, torch.bfloat16)
+        _, call = make_cache_call([40, *[20] * (len(lengths) - 1)], cache, HEAD_MAP, torch.bfloat16)
         yield "prefill, pages", prefill_launch(call, TILE, 3)
+        _, call = make_cache_call([1] * len(lengths), cache, HEAD_MAP, torch.bfloat16)
+        for launch in decode_launches(call, decode_config(call.shape, target.facts)):
+            yield f"{launch.kernel.__name__}, pages", launch
 
 
 def main() -> None:

@@ -122,6 +122,8 @@ def make_call(
         dtype=DTYPES.index(inputs.dtype),
         k_dtype=DTYPES.index(inputs.dtype),
         v_dtype=DTYPES.index(inputs.dtype),
+        page_size=inputs.k.shape[2],
+        max_pages=1,
     )
     for name, x in tensors.items():
         setattr(params, name, x.data_ptr())

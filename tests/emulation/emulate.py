@@ -19,7 +19,7 @@ import torch
 
 from gqa_kernels import HeadMap
 from gqa_kernels.backends.reference.formula import reference_attention
-from gqa_kernels.backends.triton.configs import Tile, decode_config
+from gqa_kernels.backends.triton.configs import Tile, decode_config, prefill_tile
 from gqa_kernels.backends.triton.launch.base import Launch
 from gqa_kernels.backends.triton.launch.forward import ForwardCall, decode_launches, prefill_launch
 from gqa_kernels.backends.triton.plan import build_plan
@@ -130,12 +130,37 @@ def prefill_paged(arch: str) -> Case:
     return inputs, call, [prefill_launch(call, Tile(64, 32, 4, 2), 3)]
 
 
+def decode_by_lengths(arch: str) -> Case:
+    """Parts of a long sequence, one part of a short and of an empty one, and surplus parts."""
+    cache = make_cache(UNEVEN, [450, 20, 0], 64, torch.bfloat16, page_size=16)
+    inputs, call = make_cache_call([1, 1, 1], cache, UNEVEN, torch.bfloat16)
+    facts = replace(TARGETS[arch].facts, num_sms=3)
+    return inputs, call, decode_launches(call, decode_config(call.shape, facts))
+
+
+def prefill_wide(arch: str) -> Case:
+    """Latent attention's head dims: chunks of Q and K, and slices of V."""
+    inputs, call = make_call(
+        9, 40, 576, torch.bfloat16, value_head_dim=512, batch=1, head_map=HeadMap([0, 0]),
+        causal=True,
+    )  # fmt: skip
+    return inputs, call, [prefill_launch(call, prefill_tile(call.shape, TARGETS[arch].facts), 2)]
+
+
+def decode_wide(arch: str) -> Case:
+    """Gemma 4's widest head dim, over pages."""
+    cache = make_cache(UNEVEN, [70, 33], 512, torch.bfloat16, page_size=16)
+    inputs, call = make_cache_call([1, 1], cache, UNEVEN, torch.bfloat16)
+    config = decode_config(call.shape, TARGETS[arch].facts, 2)
+    return inputs, call, decode_launches(call, config)
+
+
 CASES: dict[str, Callable[[str], Case]] = {
     make.__name__: make
     for make in (
         prefill_causal, prefill_everything, prefill_fp32, decode_splits, decode_everything,
         decode_large_group, decode_invalid_heads, decode_paged, decode_fp8, decode_int4,
-        prefill_paged,
+        prefill_paged, decode_by_lengths, prefill_wide, decode_wide,
     )
 }  # fmt: skip
 

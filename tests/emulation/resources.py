@@ -52,7 +52,8 @@ class Configuration:
     @property
     def must_not_spill(self) -> bool:
         """Where speed counts most: 16-bit types and the usual head dims and masks."""
-        usual = self.head_dim in (64, 128) and self.options in ("none", "causal")
+        dims = (64, 128) if self.phase == "backward" else (64, 128, 512, 576)
+        usual = self.head_dim in dims and self.options in ("none", "causal")
         return usual and self.dtype.itemsize == 2
 
     def launches(self, target: Target) -> list[Launch]:
@@ -64,7 +65,14 @@ class Configuration:
             "dropout": {"causal": True, "dropout_p": 0.1},
         }[self.options]
         _, call = make_call(
-            q_len, KV_LEN, self.head_dim, self.dtype, head_map=HEAD_MAP, batch=1, **options
+            q_len,
+            KV_LEN,
+            self.head_dim,
+            self.dtype,
+            value_head_dim=min(self.head_dim, 512),
+            head_map=HEAD_MAP,
+            batch=1,
+            **options,
         )
         if self.phase == "prefill":
             section = heads_per_section(call.shape, target.facts)
@@ -87,7 +95,8 @@ class CacheConfiguration:
 
     @property
     def must_not_spill(self) -> bool:
-        return self.head_dim in (64, 128) and self.phase != "prefill"
+        dims = (64, 128, 512) if self.options.isdecimal() else (64, 128)  # without a format
+        return self.head_dim in dims and self.phase != "prefill"
 
     def launches(self, target: Target) -> list[Launch]:
         page_size, _, format = self.options.partition("-")
@@ -116,10 +125,14 @@ MAIN = [
     Configuration("prefill", 80, torch.bfloat16, "every"),
     Configuration("decode", 128, torch.bfloat16, "none"),
     Configuration("speculative", 64, torch.float16, "causal"),
+    Configuration("prefill", 512, torch.bfloat16, "causal"),
+    Configuration("prefill", 576, torch.bfloat16, "causal"),
+    Configuration("decode", 576, torch.bfloat16, "none"),
     Configuration("backward", 128, torch.bfloat16, "causal"),
     Configuration("backward", 64, torch.bfloat16, "causal"),
     Configuration("backward", 64, torch.float16, "dropout"),
     CacheConfiguration("decode", 128, torch.bfloat16, "16"),
+    CacheConfiguration("decode", 512, torch.bfloat16, "16"),
     CacheConfiguration("decode", 128, torch.bfloat16, "64-fp8_e4m3"),
     CacheConfiguration("decode", 128, torch.float16, "16-int4-zeros"),
     CacheConfiguration("prefill", 128, torch.bfloat16, "16"),
@@ -129,7 +142,7 @@ ALL = [
     Configuration(*values)
     for values in product(
         Q_LENS,
-        (64, 80, 128, 256),
+        (64, 80, 128, 256, 512, 576),
         (torch.bfloat16, torch.float16, torch.float32),
         ("none", "causal", "every", "dropout"),
     )
@@ -137,7 +150,7 @@ ALL = [
     CacheConfiguration(*values)
     for values in product(
         ("prefill", "decode", "speculative", "append"),
-        (64, 128, 256),
+        (64, 128, 256, 512),
         (torch.bfloat16, torch.float32),
         ("1", "16", "128", "16-fp8_e5m2", "128-int8", "16-int8-zeros", "16-int4"),
     )

@@ -25,11 +25,12 @@ from .cuda_backward import (
     make_backward_call,
     phase_for,
 )  # fmt: skip
+from .cuda_cache import NEVER
 from .cuda_harness import (
     Phase,
 )
 from .cuda_params import DTYPES
-from .test_cuda_prefill_sm80 import NEVER, SMALL
+from .test_cuda_prefill_sm80 import SMALL
 
 pytestmark = pytest.mark.skipif(
     unavailable_reason() is not None, reason=unavailable_reason() or "emulator present"

@@ -14,8 +14,8 @@ from tests.cases.attention import INTERLEAVED, PREFILL_CASES, UNEVEN, WITH_EMPTY
 from tools.ptxsim import PtxError
 
 from .compiled_units import unavailable_reason
+from .cuda_cache import NEVER, paged
 from .cuda_harness import (
-    Call,
     Phase,
     Result,
     check,
@@ -33,7 +33,6 @@ UNITS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 QUICK = {"causal-more-queries-than-keys", "everything", "lengths-per-head", "strided", "no-keys"}
 # Of K from block to block, so that maxima grow, as rescaling on demand must notice, and fall again.
 GROWTH = torch.tensor([1, 4, 2, 16, 1, 64]).repeat_interleave(64)[:330, None]
-NEVER = 1 << 20  # a page id that is not in storage
 
 
 def phase_for(inputs: AttentionCall) -> Phase:
@@ -160,32 +159,6 @@ def test_invalid_map_entries():
     result.out[:, 1:], result.lse[:, 1:] = 0.0, 0.0  # then as if there were one head
     one = attention_call(q[:, :1], k, v, HeadMap([1], num_kv_heads=3), causal=True)
     check(one, Result(result.out[:, :1], result.lse[:, :1]))
-
-
-def paged(inputs: AttentionCall, page_size: int, lengths: list[int], packed: bool = True) -> Call:
-    """The call with K and V in shuffled pages; NaN in unused slots, garbage in unused entries.
-
-    ``packed``: K and V of a token lie together, else in pools with other strides.
-    """
-    batch, pages = len(lengths), -(-inputs.k.shape[2] // page_size)
-    ids = torch.randperm(batch * pages + 2, generator=torch.Generator().manual_seed(3))
-    table = ids[: batch * pages].view(batch, pages).to(torch.int32)
-    dims = [inputs.head_dim, inputs.value_head_dim]
-    shape = (len(ids), page_size, SMALL.num_kv_heads)
-    if packed:
-        pool = torch.full((*shape, sum(dims)), torch.nan, dtype=inputs.dtype).transpose(1, 2)
-        pools = [pool[..., : dims[0]], pool[..., dims[0] :]]
-    else:
-        k = torch.full((*shape, dims[0]), torch.nan, dtype=inputs.dtype).transpose(1, 2)
-        v = k.new_full((len(ids), SMALL.num_kv_heads, page_size, dims[1]), torch.nan)
-        pools = [k, v]
-    for b, length in enumerate(lengths):
-        for pool, x in zip(pools, (inputs.k, inputs.v), strict=True):
-            for s in range(length):
-                pool[table[b, s // page_size], :, s % page_size] = x[b, :, s]
-        table[b, -(-length // page_size) :] = NEVER
-    table = table[:, None].expand(batch, SMALL.num_kv_heads, pages).contiguous()
-    return make_call(inputs.replace(k=pools[0], v=pools[1]), page_table=table, batch=batch)
 
 
 def paged_inputs(lengths: list[int], q_len: int = 33, head_dim: int = 64, **options):

@@ -193,9 +193,20 @@ def test_what_is_declined():
         inputs.replace(q=q.expand(2, -1, -1, -1), k=k.expand(2, -1, -1, -1))
     )
     table = torch.zeros(1, 3, 2, dtype=torch.int32)
-    assert reason(inputs, page_table=table) == "k and v must have one page per sequence, got 2"
+    assert reason(inputs, page_table=table) == ""
+    begin = torch.zeros(1, dtype=torch.int32)
+    assert reason(inputs, page_table=table, kv_begin=begin) == (
+        "sequences of several pages must begin at their start"
+    )
+    assert reason(inputs.replace(k=k[:, :, :4], v=v[:, :, :4]), page_table=table) == (
+        "page_size must be a multiple of 8, got 4"
+    )
     offsets = torch.tensor([0, 8], dtype=torch.int32)
-    assert "q_offsets" in reason(inputs, q_offsets=offsets)
+    assert reason(inputs, q_offsets=offsets) == ""
+    masked = inputs.replace(attn_mask=torch.ones(1, 3, 8, 8, dtype=torch.bool))
+    assert reason(masked, q_offsets=offsets) == (
+        "attn_mask must not be given with packed sequences"
+    )
     dropping = inputs.replace(dropout_p=0.5).draw_dropout_seed()
     assert reason(dropping) == "dropout_p must be 0"
     call = make_call(inputs)

@@ -14,12 +14,19 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 ARCHS = ("sm_80", "sm_90")
-CASES = ("prefill_causal", "decode_splits", "decode_everything", "decode_paged")
+CASES = (
+    "prefill_causal",
+    "decode_splits",
+    "decode_everything",
+    "decode_paged",
+    "decode_by_lengths",
+)
 BACKWARD_CASES = (
     "backward_causal", "backward_everything", "backward_large_scores", "backward_packed",
 )  # fmt: skip
 SLOW_CASES = ("prefill_everything", "prefill_fp32", "decode_large_group", "decode_invalid_heads",
-              "decode_fp8", "decode_int4", "prefill_paged")  # fmt: skip
+              "decode_fp8", "decode_int4", "prefill_paged", "prefill_wide",
+              "decode_wide")  # fmt: skip
 
 pytestmark = [
     pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed"),

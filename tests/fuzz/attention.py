@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gqa_kernels import AuxOutput, AuxRequest, asym_gqa_attention, asym_gqa_varlen_attention
 
-from .draw import DTYPES, Call, Draw, per_sequence
+from .draw import DTYPES, Call, Draw, per_sequence, with_ranges
 from .oracle import Sequence, check_attention, check_gradients, check_scores, keep_mask
 
 QUERY_COUNTS = (0, 1, 1, 1, 2, 3, 5, 7, 16, 17, 33, 40, 70)
@@ -78,6 +78,8 @@ def draw_attention(draw: Draw) -> Call:
     }  # fmt: skip
     if draw.chance(0.25):
         arguments["attn_mask"] = draw.mask((batch, heads, q_len, kv_len), dtype)
+    if draw.chance(0.2):
+        arguments["key_ranges"] = draw.key_ranges(batch, heads, q_len, kv_len)
     lengths = torch.full((batch, kv_heads), kv_len)
     if draw.chance(0.3):
         shape = (batch, kv_heads) if draw.chance(0.5) else (batch, 1)
@@ -106,6 +108,7 @@ def draw_attention(draw: Draw) -> Call:
             key, offset = torch.randint(2**63 - 1, (2,), dtype=torch.int64).tolist()
             keep = keep_mask(key, offset, dropout_p, batch, heads, q_len, kv_len)
         mask = arguments.get("attn_mask")
+        mask = with_ranges(mask, arguments.get("key_ranges"), kv_len)
         mask = None if mask is None else mask.expand(batch, heads, q_len, kv_len)
         plain = {name: x.detach() if isinstance(x, Tensor) else x for name, x in arguments.items()}
         q, k, v = (heads_first(plain[name]) for name in "qkv")
@@ -208,6 +211,18 @@ def draw_varlen(draw: Draw) -> Call:
         **draw.scoring(heads, batch), "causal": draw.chance(0.5),
         "return_lse": draw.chance(0.5), "backend": backend,
     }  # fmt: skip
+    most_q, most_k = arguments["max_seqlen_q"], arguments["max_seqlen_k"]
+    causal = [arguments["causal"]] * batch
+    if draw.chance(0.2):
+        causal = [draw.chance(0.5) for _ in range(batch)]
+        arguments["causal"] = draw.place(torch.tensor(causal))
+    if draw.chance(0.2):
+        arguments["key_ranges"] = draw.key_ranges(batch, heads, most_q, most_k)
+    if draw.chance(0.2):
+        arguments["attn_mask"] = draw.mask((batch, heads, most_q, most_k), dtype)
+    if draw.chance(0.2):
+        arguments["dropout_p"] = draw.pick(0.1, 0.5, 0.9)
+    seed = draw.integer(0, 2**40)
     wanted = ()
     if draw.chance(0.35):
         wanted = differentiable(draw, arguments, ("q", "k", "v", "alibi_slopes", "sinks"))
@@ -222,10 +237,22 @@ def draw_varlen(draw: Draw) -> Call:
         assert out.shape == (total_q, heads, value_dim), f"out: shape {tuple(out.shape)}"
         plain = {name: x.detach() if isinstance(x, Tensor) else x for name, x in arguments.items()}
         q, k, v = parts(plain["q"], cu_q), parts(plain["k"], cu_k), parts(plain["v"], cu_k)
+        mask = with_ranges(arguments.get("attn_mask"), arguments.get("key_ranges"), most_k)
+        mask = None if mask is None else mask.expand(batch, heads, most_q, most_k)
+        keep, dropout_p = None, arguments.get("dropout_p", 0.0)
+        if dropout_p:
+            torch.manual_seed(seed)
+            key, offset = torch.randint(2**63 - 1, (2,), dtype=torch.int64).tolist()
+            keep = keep_mask(key, offset, dropout_p, batch, heads, most_q, most_k)
+
+        def own(x: Tensor | None, b: int) -> Tensor | None:
+            return None if x is None else x[b, :, : queries[b], : keys[b]]
+
         expected = [
             Sequence(
                 q[b], k[b], v[b], found["key_map"], found["value_map"], [keys[b]] * kv_heads,
-                **options_of_sequence(plain, b),
+                mask=own(mask, b), keep=own(keep, b), dropout_p=dropout_p,
+                **options_of_sequence(plain, b) | {"causal": causal[b]},
             )
             for b in range(batch)
         ]  # fmt: skip
@@ -255,6 +282,9 @@ def draw_varlen(draw: Draw) -> Call:
         if shared:
             check_gradients([Batch(expected)], [douts], [dlses], shared)
 
-    return Call(
-        asym_gqa_varlen_attention, arguments, check, ("HeadMap", "asym_gqa_varlen_attention")
-    )
+    def call(**arguments):
+        torch.manual_seed(seed)
+        return asym_gqa_varlen_attention(**arguments)
+
+    call.__wrapped__ = asym_gqa_varlen_attention
+    return Call(call, arguments, check, ("HeadMap", "asym_gqa_varlen_attention"))

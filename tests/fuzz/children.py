@@ -14,6 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")  # on x86; each has those before
+ARM_ISAS = ("portable", "neon", "neon_dot", "neon_fhm", "neon_bf16")
 WORKER = ["-m", "tests.fuzz.worker"]
 LONGEST_CHILD = 30.0  # seconds
 MOST_FAULTS = 20
@@ -54,9 +55,8 @@ def instruction_sets() -> list[str]:
 
     build.load()
     best = build.cpu_instruction_set()
-    if best == "neon":
-        return ["neon", "portable"]
-    return list(reversed(ISAS[: ISAS.index(best) + 1]))
+    sets = ARM_ISAS if best in ARM_ISAS else ISAS
+    return list(reversed(sets[: sets.index(best) + 1]))
 
 
 def run(

@@ -12,7 +12,7 @@ from gqa_kernels.testing import assert_close
 
 from .attention import QUERY_COUNTS, maps, options_of_sequence
 from .caches import CACHE_NAMES, draw_cache, value_heads_by_key
-from .draw import DTYPES, Call, Draw
+from .draw import DTYPES, Call, Draw, with_ranges
 from .memory import storage_bytes
 from .new_tokens import check_append, draw_new
 from .oracle import Sequence, check_attention
@@ -58,6 +58,8 @@ def draw_decode(draw: Draw) -> Call:
     else:
         arguments["layout"] = layout
         capacity = place.table.shape[2] * place.k.shape[2]
+        if draw.chance(0.2):
+            arguments["key_ranges"] = draw.key_ranges(batch, num_heads, q_len, capacity)
         if draw.chance(0.2) and make is not PagedKVCache.from_csr:
             arguments["attn_mask"] = draw.mask((batch, num_heads, q_len, capacity), dtype)
     if new is not None:
@@ -110,18 +112,16 @@ def hold_decode(place, new, arguments, found, queries, out, lse, packed, layout)
     """Hold a decode's results to the oracle over what now lies in the cache."""
     batch, heads = place.lengths.shape
     counts = [x.shape[1] for x in queries]
+    capacity = place.table.shape[2] * place.k.shape[2]
     value_by = value_heads_by_key(heads, place.v.shape[1])
     sequences, turned = [], []
     for b, q in enumerate(queries):
         appended = counts[b] if new is not None else 0
         k, v, lengths = place.sequence(b, appended, value_by)
         positions = (int(place.lengths[b, 0]) + torch.arange(counts[b])).expand(q.shape[:2])
-        mask = arguments.get("attn_mask")
+        mask = with_ranges(arguments.get("attn_mask"), arguments.get("key_ranges"), capacity)
         if mask is not None:
-            mask = mask.expand(batch, *q.shape[:2], mask.shape[-1])[b]
-            width = k.shape[1]
-            mask = mask.expand(*q.shape[:2], -1)
-            mask = mask.expand(*q.shape[:2], width) if mask.shape[-1] == 1 else mask[..., :width]
+            mask = mask.expand(batch, *q.shape[:2], capacity)[b, ..., : k.shape[1]]
         q = q if new is None else new.turn(q, positions, torch.float32).to(q.dtype)
         turned.append(q)
         sequences.append(

@@ -145,6 +145,25 @@ class Draw:
             x = x.to(dtype)
         return self.place(x, last_dim_free=True)
 
+    def key_ranges(self, batch: int, heads: int, q_len: int, kv_len: int) -> Tensor:
+        """``[B, 1 or Hq, Sq, 2]``; some rows see no key."""
+        heads = heads if self.chance(0.5) else 1
+        ends = self.integers(-3, kv_len + 3, batch, heads, q_len, 2)
+        if self.chance(0.8):
+            ends = ends.sort(-1).values
+        return self.place(ends.to(self.pick(torch.int32, torch.int64)))
+
+
+def with_ranges(mask: Tensor | None, key_ranges: Tensor | None, keys: int) -> Tensor | None:
+    """A mask ``[..., Sq, N]`` that hides what key ranges ``[..., Sq, 2]`` hide, too."""
+    if key_ranges is None:
+        return mask
+    j = torch.arange(keys)
+    seen = (key_ranges[..., :1] <= j) & (j < key_ranges[..., 1:])
+    if mask is None:
+        return seen
+    return mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, -torch.inf)
+
 
 def per_sequence(x: Tensor | None, b: int) -> Tensor | None:
     """A batch's slopes, for one sequence."""

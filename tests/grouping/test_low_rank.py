@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gqa_kernels import HeadMap
-from gqa_kernels.grouping import merge_layer, search_groups
+from gqa_kernels.grouping import low_rank, merge_layer, search_groups
 from gqa_kernels.grouping.low_rank import GroupLosses, pair_estimates, shared_head
 from gqa_kernels.grouping.space import HeadSpace
 from tests.grouping.layers import ROTARY, attention, computed, moments, relative, tokens
@@ -35,6 +35,11 @@ def loss_of(space, weights, side, group, rows, decoders):
     return float(total)
 
 
+def rows_of(space, found):
+    """The shared head of a group."""
+    return sum(encoder @ space.rows[head] for head, encoder in found.encoders.items())
+
+
 @pytest.mark.parametrize("side", ["k", "v"])
 @pytest.mark.parametrize("rotary", ROTARY)
 @pytest.mark.parametrize("num_kv_heads", [6, 3])
@@ -43,7 +48,7 @@ def test_loss_is_what_the_shared_head_leaves(rotary, side, num_kv_heads):
     space = HeadSpace.of(weights, side, moments(X))
     for group in ([0, 3], [1, 2, 5], list(range(6))):
         found = shared_head(space, group)
-        reached = loss_of(space, weights, side, group, found.rows, found.decoders)
+        reached = loss_of(space, weights, side, group, rows_of(space, found), found.decoders)
         # the ridge that keeps metrics invertible is all that separates the two
         assert reached == pytest.approx(GroupLosses(space)(group), rel=1e-3)
 
@@ -55,11 +60,12 @@ def test_no_other_head_loses_less(rotary, side):
     space = HeadSpace.of(weights, side, moments(X))
     group = [0, 1, 4]
     best = shared_head(space, group)
-    least = loss_of(space, weights, side, group, best.rows, best.decoders)
+    rows = rows_of(space, best)
+    least = loss_of(space, weights, side, group, rows, best.decoders)
     generator = torch.Generator().manual_seed(0)
     for _ in range(10):
-        step = 1e-2 * torch.randn(best.rows.shape, generator=generator, dtype=torch.float64)
-        moved = loss_of(space, weights, side, group, best.rows + step, best.decoders)
+        step = 1e-2 * torch.randn(rows.shape, generator=generator, dtype=torch.float64)
+        moved = loss_of(space, weights, side, group, rows + step, best.decoders)
         assert moved > least
 
 
@@ -116,3 +122,16 @@ def test_partition_by_group_losses():
     found = search_groups(losses, 6, 3)
     assert found.labels == labels and found.proved
     assert found.objective == pytest.approx(sum(map(losses, found.head_map.groups)), abs=1e-12)
+
+
+@pytest.mark.parametrize("decay", [0.2, 1.0])
+def test_components_of_large_matrices_keep_what_exact_ones_keep(decay):
+    generator = torch.Generator().manual_seed(0)
+    data = torch.randn(600, 900, generator=generator, dtype=torch.float64)
+    data = data * torch.arange(1, 901, dtype=torch.float64) ** -decay
+    gram = data @ data.T
+    values = torch.linalg.eigvalsh(gram)
+    found = low_rank._leading(gram, 100)
+    torch.testing.assert_close(found.T @ found, torch.eye(100, dtype=torch.float64))
+    lost = gram.trace() - (found.T @ gram @ found).trace()
+    assert values[:500].sum() <= lost <= 1.005 * values[:500].sum()

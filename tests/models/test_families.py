@@ -1,13 +1,19 @@
 """Every family: converted models against the same function in transformers' own modules."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import DynamicCache
 
 from gqa_kernels import HeadMap
-from gqa_kernels.convert import convert
+from gqa_kernels.convert import convert, load, save
 from gqa_kernels.convert.attention import Forward
+from gqa_kernels.grouping import calibrate
 from gqa_kernels.integrations.transformers import register
+from gqa_kernels.integrations.transformers.versions import installed
+from gqa_kernels.models import families
 from gqa_kernels.models.families import attention_layers, layer_weights
 from tests.integrations.releases import CACHE
 from tests.tiny_families import (
@@ -15,6 +21,7 @@ from tests.tiny_families import (
     FAMILIES,
     GROUPED,
     HEADS,
+    LLAMA_LIKE,
     inputs,
     maps_for,
     output,
@@ -58,6 +65,39 @@ def test_child_computes_what_expanded_keys_and_values_give(family):
     ours = output(child, given)
     torch.testing.assert_close(ours, output(expanded(parent, child), given), **CLOSE)
     assert not torch.allclose(ours, output(parent, given), atol=1e-2)  # and it is another function
+
+
+@pytest.mark.skipif(installed() < (5, 0), reason="transformers 4 lacks some of them")
+@pytest.mark.parametrize("family", LLAMA_LIKE)
+def test_families_with_llamas_attention(family, tmp_path):
+    """Converted, saved, loaded and generating with a cache, each equals expanded K and V."""
+    parent, child = converted(family)
+    reference, given = expanded(parent, child), inputs(family)
+    child = load(save(child, tmp_path / "child"))
+    torch.testing.assert_close(output(child, given), output(reference, given), **CLOSE)
+    assert not torch.allclose(output(child, given), output(parent, given), atol=1e-2)
+    ids = given["input_ids"][:1, :5]
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 4, "do_sample": False}
+    assert torch.equal(child.generate(ids, **options), reference.generate(ids, **options))
+    # Aligned heads are the parent's function as long as none are merged.
+    maps = [HeadMap.uniform(HEADS, 3)] * 2
+    aligned = convert(parent, maps, "aligned", moments=calibrate(parent, [given]))
+    aligned.set_attn_implementation("asym_gqa")
+    torch.testing.assert_close(output(aligned, given), output(parent, given), **CLOSE)
+
+
+def test_clipped_projections_are_refused():
+    parent = tiny("olmo")
+    parent.config.clip_qkv = 8.0
+    with pytest.raises(NotImplementedError, match="must not clip q, k and v"):
+        attention_layers(parent)
+
+
+def test_every_family_is_in_the_documentation():
+    page = (Path(__file__).parents[2] / "docs/tutorials/compress.md").read_text()
+    (named,) = re.findall(r"Model families: (.*?)\.\n", page, re.DOTALL)
+    known = [model_type for family in families.FAMILIES for model_type in family.model_types]
+    assert sorted(re.findall(r"`(\w+)`", named)) == sorted(known)
 
 
 def test_lossless_child_computes_what_its_parent_does(family):

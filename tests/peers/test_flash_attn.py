@@ -211,7 +211,11 @@ FOUR_NEW = {"k": random(1, 4, 3, 8), "v": random(1, 4, 3, 8)}
 TABLES = {"rotary_cos": torch.ones(9, 4), "rotary_sin": torch.ones(9, 4)}
 REFUSED = (
     ("flash_attn_func", "return_attn_probs", {"return_attn_probs": True}),
-    ("flash_attn_varlen_func", "dropout_p", {"dropout_p": 0.1}),
+    (
+        "flash_attn_varlen_func",
+        "dropout_p",
+        {"dropout_p": 0.1, "block_table": torch.zeros(1, 1, dtype=torch.int32)},
+    ),
     ("flash_attn_varlen_func", "return_attn_probs", {"return_attn_probs": True}),
     ("flash_attn_with_kvcache", "num_splits", {"num_splits": 4}),
     ("flash_attn_with_kvcache", "rotary_cos", {**ONE_NEW, **TABLES, "causal": True}),

@@ -137,13 +137,11 @@ ROWS = (
         _sm90(128, 176, 8), FA3, _fa3(128, 176, 128, 8, causal=False), WGMMA),
     Row("prefill, D 256, causal", "sm_90a", "128 x 80", (128, 80, 256), (2, 2, 2),
         _sm90(256, 80, 8), FA3_ALL_DIMS, _fa3(128, 80, 256, 8, causal=True), WGMMA),
-    # Packed and paged calls run the kernel of sm_80 on Hopper, too: two of its steps.
+    # Packed and paged calls run the loop of dense ones.
     Row("prefill, D 128, packed", "sm_90a", "128 x 128", (128, 128, 128), (2, 2, 2),
-        _sm80("PrefillConfig", warps=8), FA3_ALL_DIMS,
-        _fa3(128, 128, 128, 8, causal=True, packed=True), (False, True)),
+        _sm90(128, 128, 8), FA3_ALL_DIMS, _fa3(128, 128, 128, 8, causal=True, packed=True), WGMMA),
     Row("prefill, D 128, paged", "sm_90a", "128 x 128", (128, 128, 128), (2, 2, 2),
-        _sm80("PrefillConfig", warps=8, **_PAGED), FA3,
-        _fa3(128, 128, 128, 8, causal=False, paged=True), (False, True)),
+        _sm90(128, 128, 8), FA3, _fa3(128, 128, 128, 8, causal=False, paged=True), WGMMA),
     Row("backward, D 128", "sm_90a", "64 x 128", (64, 128, 128), (5, 7, 5),
         _SM80_BACKWARD, FA3, _FA3_BACKWARD, (False, True)),
     Row("prefill, D 128, dense", "sm_80", "128 x 64", (128, 64, 128), (2, 2, 2),

@@ -14,9 +14,10 @@ _JUMP = re.compile(r"^(j\w+|b|b\.\w+|cbn?z|tbn?z)$")
 _TARGET = re.compile(r"\b([0-9a-f]+) <")
 _X86_LANES = {"xmm": 4, "ymm": 8, "zmm": 16}
 _X86 = {"vfmadd": 1, "vpmaddwd": 2, "vpdpwssd": 2, "vdpbf16ps": 2, "vpdpbusd": 4}
+# For sdot and smmla, kernels split 16-bit numbers into bytes: two of their products count as one.
 _ARM = {
     "fmla": 4, "fmlal": 4, "fmlal2": 4, "smlal": 4, "smlal2": 4, "bfdot": 8, "bfmmla": 16,
-    "sdot": 16, "smmla": 32,
+    "sdot": 8, "smmla": 16,
 }  # fmt: skip
 
 

@@ -125,7 +125,7 @@ struct Work {
 }  // namespace
 
 void attention_backward(const BackwardParams& params, const ThreadPool& pool, bool batch_invariant,
-                        const KeyRanges& ranges) {
+                        const KeyRanges& ranges, int64_t first_sequence) {
   const DefaultFloatMode mode;  // for the sums that this thread adds at the end
   const BackwardKernels& kernels =
       select_kernels(kAllKernels, chosen_isa(), [](const BackwardKernels&) { return true; });
@@ -142,8 +142,12 @@ void attention_backward(const BackwardParams& params, const ThreadPool& pool, bo
   for (const BackwardTask& task : schedule.tasks) {
     if (task.merge >= 0 && task.part == 0) heads[task.merge].start(&task, kernels.sum_widths(call));
   }
-  const BackwardState state{params, masks, schedule, params.dslopes ? slope_rows.data() : nullptr,
-                            params.dsinks ? sink_rows.data() : nullptr};
+  const BackwardState state{params,
+                            masks,
+                            schedule,
+                            params.dslopes ? slope_rows.data() : nullptr,
+                            params.dsinks ? sink_rows.data() : nullptr,
+                            first_sequence};
   Work work{state, kernels, heads};
   run_workers(pool, schedule.num_workers, work);
   sum_slopes_and_sinks(params, slope_rows, sink_rows);

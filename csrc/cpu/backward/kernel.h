@@ -141,8 +141,12 @@ class BackwardRun {
     const int64_t dims = call_.value_head_dim;
     for (int first = 0; first < rows_; first += kW) {
       const int n = rows_ - first < kW ? rows_ - first : kW;
-      typename V::F sum = V::set1(0.0f);
+      typename V::F total = V::set1(0.0f), sum = V::set1(0.0f);
       for (int64_t d = 0; d < dims; d += kW) {
+        if (d % kDotDims == 0) {
+          total = V::add(total, sum);
+          sum = V::set1(0.0f);
+        }
         const int64_t width = dims - d < kW ? dims - d : kW;
         typename V::F x[kW], y[kW];
         for (int i = 0; i < kW; ++i) {
@@ -155,7 +159,7 @@ class BackwardRun {
         V::transpose(y);
         for (int64_t i = 0; i < width; ++i) sum = V::fma(x[i], y[i], sum);
       }
-      store_partial<V>(tile_.delta + first, sum, n);
+      store_partial<V>(tile_.delta + first, V::add(total, sum), n);
     }
     for (int r = 0; r < rows_; ++r) {
       if (tile_.lse[r] == INFINITY) tile_.delta[r] = 0.0f;  // it sees no key
@@ -235,8 +239,7 @@ class BackwardRun {
       for (int r = 0; r < rows_; r += kStripRows) {
         const StripKeys& need = strips[r / kStripRows];
         if (key + kPanel <= need.begin || key >= need.end) continue;
-        multiply_strip<V, false>(a + r * lda, lda, columns + key * depth, depth, s + r * lds + key,
-                                 lds);
+        dot_strip<V>(a + r * lda, lda, columns + key * depth, depth, s + r * lds + key, lds);
       }
     }
   }
@@ -269,8 +272,8 @@ class BackwardRun {
     const float rest = std::fma(call_.lse[row_index(r)], kScoreUnit<T>, -tile_.lse[r]);
     BackwardRow row{tile_.lse[r], rest, tile_.delta[r], nullptr};
     if (call_.dropout_threshold != 0) {
-      dropout_row(call_, block_->batch, head(r), token(r), first, keys.visible_begin,
-                  keys.visible_end, tile_.keep);
+      dropout_row(call_, state_.first_sequence + block_->batch, head(r), token(r), first,
+                  keys.visible_begin, keys.visible_end, tile_.keep);
       row.keep = tile_.keep;
     }
     backward_row<V, T, kBias>(p, ds, keys, call_.scale, bias, row,
@@ -307,9 +310,9 @@ class BackwardRun {
       const int begin = low * kStripRows;
       const int end = high * kStripRows < rows_ ? high * kStripRows : rows_;
       for (int64_t column = 0; column < ld; column += kPanel) {
-        multiply_strip<V, true>(tile_.transposed + key * l.row_ld + begin, l.row_ld,
-                                panels + column * l.rows + begin * kPanel, end - begin,
-                                sums + key * ld + column, ld);
+        multiply_strip<V, Sums::kContinue>(tile_.transposed + key * l.row_ld + begin, l.row_ld,
+                                           panels + column * l.rows + begin * kPanel, end - begin,
+                                           sums + key * ld + column, ld);
       }
     }
   }
@@ -322,9 +325,9 @@ class BackwardRun {
       for (int r = 0; r < rows_; r += kStripRows) {
         const StripKeys& need = strips[r / kStripRows];
         if (need.begin >= need.end) continue;
-        multiply_strip<V, true>(tile_.ds + r * l.keys + need.begin, l.keys,
-                                panel + need.begin * kPanel, need.end - need.begin,
-                                tile_.dq + r * l.dk_ld + column, l.dk_ld);
+        multiply_strip<V, Sums::kContinue>(tile_.ds + r * l.keys + need.begin, l.keys,
+                                           panel + need.begin * kPanel, need.end - need.begin,
+                                           tile_.dq + r * l.dk_ld + column, l.dk_ld);
       }
     }
   }

@@ -16,8 +16,9 @@ struct BackwardState {
   const BackwardParams& params;
   const MaskBlocks& masks;
   const BackwardSchedule& schedule;
-  float* slope_rows;  // [B, Hq, Sq] or nullptr: gradient of the slope by query
-  float* sink_rows;   // [B, Hq, Sq] or nullptr: gradient of the sink by query
+  float* slope_rows;       // [B, Hq, Sq] or nullptr: gradient of the slope by query
+  float* sink_rows;        // [B, Hq, Sq] or nullptr: gradient of the sink by query
+  int64_t first_sequence;  // in the forward call: what dropout counts from
 };
 
 // Writes dQ of one task's rows, and its sums of dK and dV. scratch has scratch_floats(...) floats.

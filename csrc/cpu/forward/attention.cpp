@@ -26,7 +26,7 @@ const ForwardKernels* const kAllKernels[] = {
 #if defined(__x86_64__)
     &kAvx2Forward,
 #elif defined(__aarch64__)
-    &kNeonForward,
+    &kNeonBf16Forward, &kNeonFhmForward, &kNeonDotForward, &kNeonForward,
 #endif
     &kPortableForward,
 };
@@ -118,7 +118,7 @@ void attention_forward(const AttentionParams& params, const ThreadPool& pool, bo
   AlignedFloats scratch(schedule.num_workers * worker_floats);
 
   const CallState call{params,    masks,  schedule,   partials.get(),    unfinished.get(),
-                       auxiliary, floats, lse_wanted, cheap_subnormals()};
+                       auxiliary, floats, lse_wanted};
   Work work{call, kernels.run_bundle[static_cast<int>(params.k_dtype)], scratch.get(),
             worker_floats};
   run_workers(pool, schedule.num_workers, work);

@@ -19,6 +19,7 @@
 
 #include "../../core/dropout.h"
 #include "../../core/visible.h"
+#include "../isa/cpu_features.h"
 #include "../isa/isa.h"
 #include "../isa/math.h"
 #include "dequantize.h"
@@ -472,7 +473,7 @@ void run_bundle(const CallState& call, const Bundle& bundle, float* scratch) {
   if (!call.schedule.tasks[bundle.first].direct) {
     run_with<V, S, Many>(call, bundle, kBlocks, scratch);
   } else if constexpr (V::kShiftsFp8 && kFloat8<S>) {
-    call.cheap_subnormals
+    cheap_subnormals()
         ? run_with<V, BitShiftedFp8<S>, Fp8Products<V, S>>(call, bundle, kBlocks, scratch)
         : run_with<V, S, Few>(call, bundle, kBlocks, scratch);
   } else if (!uses_int16_products<V>(call.params, call.schedule.tile)) {

@@ -24,7 +24,6 @@ struct CallState {
   const AuxiliaryWork& auxiliary;
   int64_t scratch_floats;  // of a worker, before its memory for the auxiliary work
   bool lse_wanted;
-  bool cheap_subnormals;
 };
 
 // Runs the tasks of one bundle. scratch has scratch_floats(...) floats.
@@ -47,6 +46,9 @@ extern const ForwardKernels kPortableForward;
 extern const ForwardKernels kAvx2Forward;
 #elif defined(__aarch64__)
 extern const ForwardKernels kNeonForward;
+extern const ForwardKernels kNeonDotForward;
+extern const ForwardKernels kNeonFhmForward;
+extern const ForwardKernels kNeonBf16Forward;
 #endif
 #if defined(GQA_HAVE_AVX512)
 extern const ForwardKernels kAvx512Forward;

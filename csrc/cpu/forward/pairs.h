@@ -51,7 +51,7 @@ inline void pack_columns(const BFloat16* const* rows, int n, int64_t dims, BFloa
 
 // V for p . v: columns are d, sums run over keys. chunks[d / 32][key / 32], with room for max_keys;
 // padded with zeros likewise. Unpacking works within quarters of a vector: the left tile has
-// columns 0-3, 8-11, 16-19, 24-27 of the 32, the right tile the others. See order_columns.
+// columns 0-3, 8-11, 16-19, 24-27 of the 32, the right tile the others. V::order_columns restores their order.
 inline void pack_interleaved(const BFloat16* const* rows, int n, int64_t dims, int64_t max_keys,
                              BFloat16* chunks) {
   for (int64_t d = 0; d < dims; d += kChunk, chunks += max_keys / kChunk * kChunkNumbers) {
@@ -66,16 +66,6 @@ inline void pack_interleaved(const BFloat16* const* rows, int n, int64_t dims, i
       }
     }
   }
-}
-
-// Brings 32 columns of a product with pack_interleaved's chunks into their own order.
-template <class V>
-GQA_INLINE void order_columns(float* columns) {
-  const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
-  const typename V::F left = V::load(columns), right = V::load(columns + 16);
-  V::store(columns, _mm512_permutex2var_ps(left, low, right));
-  V::store(columns + 16, _mm512_permutex2var_ps(left, high, right));
 }
 
 }  // namespace gqa::cpu::GQA_ISA

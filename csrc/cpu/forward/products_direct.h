@@ -76,6 +76,25 @@ GQA_INLINE void multiply_block(const float* q, int64_t ldq, const S* const (&k)[
   }
 }
 
+// s[r, 0..kKeys) = the sums of the lanes of sum[r]
+template <class V, int kRows, int kKeys>
+GQA_INLINE void store_dots(const typename V::F (&sum)[kRows][kKeys], float* s, int64_t lds) {
+  using F = typename V::F;
+  GQA_UNROLL(6)
+  for (int r = 0; r < kRows; ++r) {
+    if (kKeys == 4) {
+      F total[4];
+      GQA_UNROLL(4)
+      for (int c = 0; c < 4; ++c) total[c] = sum[r][c % kKeys];
+      V::store_sums4(s + r * lds, total);
+    } else if (r % 2 == 0) {
+      const int next = r + 1 < kRows ? r + 1 : r;
+      const F total[4] = {sum[r][0], sum[r][1], sum[next][0], sum[next][1]};
+      V::store_sums2x2(s + r * lds, s + next * lds, total);
+    }
+  }
+}
+
 // s[r, 0..kKeys) = q[r] . rows[0..kKeys)
 template <class V, class S, int kRows, int kKeys>
 GQA_INLINE void dot_keys(const float* q, int64_t ldq, const S* const* rows, int64_t head_dim,
@@ -86,9 +105,9 @@ GQA_INLINE void dot_keys(const float* q, int64_t ldq, const S* const* rows, int6
   GQA_UNROLL(4)
   for (int c = 0; c < kKeys; ++c) k[c] = rows[c];
   constexpr int kBlock = 2 * V::kWidth;
-  // One row or three have too few sums to hide the latency of FMA, so the two vectors of a block
-  // get sums of their own. (Three rows of fp32 would need more than 16 registers.)
-  constexpr int kChains = kRows == 1 || (kRows == 3 && kWidens<S>) ? 2 : 1;
+  // One row, or three by two keys, have too few sums to hide the latency of FMA, so the two vectors
+  // of a block get sums of their own. (Three rows of fp32 would need more than 16 registers.)
+  constexpr int kChains = kRows == 1 || (kRows == 3 && kKeys == 2 && kWidens<S>) ? 2 : 1;
   F sum[kChains][kRows][kKeys];
   GQA_UNROLL(2)
   for (int i = 0; i < kChains; ++i) {
@@ -109,19 +128,7 @@ GQA_INLINE void dot_keys(const float* q, int64_t ldq, const S* const* rows, int6
       sum[0][r][c] = V::add(sum[0][r][c], sum[kChains - 1][r][c]);
     }
   }
-  GQA_UNROLL(6)
-  for (int r = 0; r < kRows; ++r) {
-    if (kKeys == 4) {
-      F total[4];
-      GQA_UNROLL(4)
-      for (int c = 0; c < 4; ++c) total[c] = sum[0][r][c % kKeys];
-      V::store_sums4(s + r * lds, total);
-    } else if (r % 2 == 0) {
-      const int next = r + 1 < kRows ? r + 1 : r;
-      const F total[4] = {sum[0][r][0], sum[0][r][1], sum[0][next][0], sum[0][next][1]};
-      V::store_sums2x2(s + r * lds, s + next * lds, total);
-    }
-  }
+  store_dots<V, kRows, kKeys>(sum[0], s, lds);
 }
 
 // o[r, column block] += sum over keys of p[r, key] * v[key, column block]; the block is kCols
@@ -159,8 +166,13 @@ GQA_INLINE void add_keys(const float* p, int64_t ldp, const S* const* v, int64_t
 
 // Keys whose products with kRows rows are summed together: as many sums as hide the latency of FMA
 // and fit in registers.
-template <int kRows>
-inline constexpr int kDirectKeys = kRows <= 2 ? 4 : 2;
+template <class V, int kRows>
+inline constexpr int kDirectKeys = kRows <= 2 || kRows * 4 <= V::kSums ? 4 : 2;
+// Vectors of columns likewise.
+template <class V, int kRows>
+inline constexpr int kDirectColumns = kRows == 1                            ? 8
+                                      : kRows == 2 || kRows * 4 <= V::kSums ? 4
+                                                                            : 2;
 
 // s[r, key] = q[r] . k_rows[key] for at most kMaxDirectRows rows, summed in the order of
 // DirectProducts, for the backward. q's rows end with zeros up to two whole vectors; k_rows has a
@@ -171,7 +183,7 @@ inline void direct_scores(const float* q, int64_t ldq, int rows, const S* const*
   static_assert(!V::template kDeinterleaves<S>, "q would have to be split first");
   const int begin = keys.begin / kRowStep * kRowStep;
   for_score_blocks(rows, [&](int r, auto count) {
-    constexpr int kRows = count(), kKeys = kDirectKeys<kRows>;
+    constexpr int kRows = count(), kKeys = kDirectKeys<V, kRows>;
     for (int i = begin; i < keys.end; i += kKeys) {
       dot_keys<V, S, kRows, kKeys>(q + r * ldq, ldq, k_rows + i, head_dim, s + r * lds + i, lds);
     }
@@ -220,7 +232,7 @@ class DirectProducts : public DirectLoops<DirectProducts<V, S>, V, S> {
     const float* q = this->tile_.q + r * ldq;
     const S* const* rows = this->k_rows_;
     float* s = this->tile_.s + r * lds;
-    constexpr int kKeys = kDirectKeys<kRows>;
+    constexpr int kKeys = kDirectKeys<V, kRows>;
     for (int i = keys.begin; i < keys.end; i += kKeys) {
       if (i % kRowStep == 0) prefetcher.step();
       dot_keys<V, S, kRows, kKeys>(q, ldq, rows + i, dims, s + i, lds);
@@ -229,7 +241,7 @@ class DirectProducts : public DirectLoops<DirectProducts<V, S>, V, S> {
 
   template <int kRows>
   GQA_NOINLINE void add_rows(int r, StripKeys keys, Prefetcher<S>& prefetcher) {
-    constexpr int kCols = kRows == 1 ? 8 : kRows == 2 ? 4 : 2;  // 6 to 12 sums, for the same reason
+    constexpr int kCols = kDirectColumns<V, kRows>;
     const int64_t ldp = this->tile_.layout.keys, ldo = this->tile_.layout.o_ld;
     const int64_t dims = this->value_head_dim_;
     const float* p = this->tile_.s + r * ldp;

@@ -35,10 +35,13 @@ struct Int16Scale {
 };
 
 constexpr int kMostSteps = 32767;
-// Steps of a row of q: its product with a row of int8 fits in an int32.
+// Steps of a row of q: its product with a row of int8 fits in an int32. If q is split into signed
+// bytes, the upper one must fit.
+template <class V>
 constexpr float query_steps(int64_t head_dim) {
+  constexpr int kMost = V::kSplitsQueries ? kMostSteps - 128 : kMostSteps;
   const int64_t fit = INT32_MAX / (128 * head_dim);
-  return static_cast<float>(fit < kMostSteps ? fit : kMostSteps);
+  return static_cast<float>(fit < kMost ? fit : kMost);
 }
 
 // The `n` numbers of `row` from d on, at most two vectors of int16. The rest of the vectors is
@@ -66,6 +69,13 @@ GQA_INLINE void load_pairs(const S* a, const S* b, int64_t d, int64_t n, typenam
   V::load_pairs(block[0], block[1], x0, x1);
 }
 
+// Whether one instruction multiplies two keys: sum[r, c] is then of keys c and c + 1, for even c.
+template <class V>
+constexpr bool kPairsKeys = [] {
+  if constexpr (V::kSplitsQueries) return V::kPairsKeys;
+  return false;
+}();
+
 // sum[r, c] += q[r] . k[c] over a block of numbers at d, of which there are n.
 template <class V, class S, int kRows, int kKeys>
 GQA_INLINE void multiply_int16(const int16_t* q, int64_t ldq, const S* const (&k)[kKeys], int64_t d,
@@ -76,12 +86,18 @@ GQA_INLINE void multiply_int16(const int16_t* q, int64_t ldq, const S* const (&k
   for (int c = 0; c < kKeys; ++c) load_int16<V>(k[c], d, n, x[0][c], x[1][c]);
   GQA_UNROLL(2)
   for (int i = 0; i < 2; ++i) {
+    if constexpr (kPairsKeys<V>) {
+      GQA_UNROLL(2)
+      for (int c = 0; c < kKeys; c += 2) x[i][c] = V::pair_keys(x[i][c], x[i][c + 1]);
+    }
     GQA_UNROLL(6)
     for (int r = 0; r < kRows; ++r) {
       I y = V::load_int16(q + r * ldq + d + i * 2 * V::kWidth);
       V::pin(y);  // compilers would rather load it again for every key
       GQA_UNROLL(4)
-      for (int c = 0; c < kKeys; ++c) V::add_products(sum[r][c], y, x[i][c]);
+      for (int c = 0; c < kKeys; c += kPairsKeys<V> ? 2 : 1) {
+        V::add_products(sum[r][c], y, x[i][c]);
+      }
     }
   }
 }
@@ -107,7 +123,10 @@ GQA_INLINE void dot_int16(const int16_t* q, int64_t ldq, const S* const* rows, i
   if (d < head_dim) multiply_int16<V>(q, ldq, k, d, head_dim - d, sum);
   GQA_UNROLL(6)
   for (int r = 0; r < kRows; ++r) {
-    if (kKeys == 4) {
+    if constexpr (kPairsKeys<V>) {
+      GQA_UNROLL(2)
+      for (int c = 0; c < kKeys; c += 2) V::store_pair_sums(s + r * lds + c, sum[r][c]);
+    } else if (kKeys == 4) {
       const typename V::I total[4] = {sum[r][0], sum[r][1], sum[r][2 % kKeys], sum[r][3 % kKeys]};
       V::store_sums4(s + r * lds, total);
     } else if (r % 2 == 0) {
@@ -185,7 +204,7 @@ class Int16Products : public DirectLoops<Int16Products<V, S>, V, S> {
         bad = V::fma(V::load(q + d), V::set1(0.0f), bad);  // NaN of infinities and NaN
       }
       const Int16Scale scale(V::reduce_max(most) + V::reduce_add(bad),
-                             query_steps(this->head_dim_));
+                             query_steps<V>(this->head_dim_));
       q_step_[r] = scale.step;
       for (int64_t d = 0; d < layout.int16_ld; d += 4 * kW) {
         F x[4], rest[4];
@@ -237,6 +256,10 @@ class Int16Products : public DirectLoops<Int16Products<V, S>, V, S> {
 
   // Stores the numbers x of a block in the order of V::load_int16.
   static void store_int16(typename V::F (&x)[4], int16_t* integers) {
+    if constexpr (V::kSplitsQueries) {
+      V::store_queries(integers, x[0], x[1]);
+      return V::store_queries(integers + 2 * kW, x[2], x[3]);
+    }
     if (V::template kDeinterleaves<S>) {
       V::deinterleave(x[0], x[1]);
       V::deinterleave(x[2], x[3]);

@@ -12,8 +12,12 @@
 
 namespace gqa::cpu::GQA_ISA {
 
-// c[6, kPanel] (+)= a[6, depth] * b[depth, kPanel]
-template <class V, bool kAdd>
+// What becomes of the sums of a strip: they replace c, continue the sums in c, or are added to c when
+// they are complete.
+enum class Sums { kReplace, kContinue, kAdd };
+
+// c[6, kPanel] from a[6, depth] * b[depth, kPanel]
+template <class V, Sums kSums>
 GQA_INLINE void multiply_strip(const float* a, int64_t lda, const float* b, int64_t depth, float* c,
                                int64_t ldc) {
   using F = typename V::F;
@@ -21,8 +25,9 @@ GQA_INLINE void multiply_strip(const float* a, int64_t lda, const float* b, int6
   F sum[kStripRows][2];
   GQA_UNROLL(6)
   for (int r = 0; r < kStripRows; ++r) {
-    sum[r][0] = kAdd ? V::load(c + r * ldc) : V::set1(0.0f);
-    sum[r][1] = kAdd ? V::load(c + r * ldc + kW) : V::set1(0.0f);
+    constexpr bool kContinue = kSums == Sums::kContinue;
+    sum[r][0] = kContinue ? V::load(c + r * ldc) : V::set1(0.0f);
+    sum[r][1] = kContinue ? V::load(c + r * ldc + kW) : V::set1(0.0f);
   }
   for (int64_t i = 0; i < depth; ++i) {
     const F b0 = V::load(b + i * 2 * kW);
@@ -36,8 +41,27 @@ GQA_INLINE void multiply_strip(const float* a, int64_t lda, const float* b, int6
   }
   GQA_UNROLL(6)
   for (int r = 0; r < kStripRows; ++r) {
+    if (kSums == Sums::kAdd) {
+      sum[r][0] = V::add(V::load(c + r * ldc), sum[r][0]);
+      sum[r][1] = V::add(V::load(c + r * ldc + kW), sum[r][1]);
+    }
     V::store(c + r * ldc, sum[r][0]);
     V::store(c + r * ldc + kW, sum[r][1]);
+  }
+}
+
+// Products that are summed one after another. The rounding error of a longer sum would grow with
+// its length, so sums of so many are added up.
+constexpr int64_t kDotDims = 128;
+
+// c[6, kPanel] = a[6, dims] * b[dims, kPanel]
+template <class V>
+GQA_INLINE void dot_strip(const float* a, int64_t lda, const float* b, int64_t dims, float* c,
+                          int64_t ldc) {
+  multiply_strip<V, Sums::kReplace>(a, lda, b, dims < kDotDims ? dims : kDotDims, c, ldc);
+  for (int64_t d = kDotDims; d < dims; d += kDotDims) {
+    const int64_t n = dims - d < kDotDims ? dims - d : kDotDims;
+    multiply_strip<V, Sums::kAdd>(a + d, lda, b + d * 2 * V::kWidth, n, c, ldc);
   }
 }
 
@@ -121,8 +145,8 @@ class PackedProducts {
       for (int r = 0; r < rows; r += kStrip) {
         const StripKeys& need = strips[r / kStrip];
         if (key + kPanel <= need.begin || key >= need.end) continue;
-        multiply_strip<V, false>(tile_.q + r * tile_.layout.q_ld, tile_.layout.q_ld, panel,
-                                 head_dim_, tile_.s + r * ld + key, ld);
+        dot_strip<V>(tile_.q + r * tile_.layout.q_ld, tile_.layout.q_ld, panel, head_dim_,
+                     tile_.s + r * ld + key, ld);
       }
     }
   }
@@ -135,9 +159,9 @@ class PackedProducts {
       for (int r = 0; r < rows; r += kStrip) {
         const StripKeys& need = strips[r / kStrip];
         if (need.begin >= need.end) continue;
-        multiply_strip<V, true>(tile_.s + r * ld + need.begin, ld, panel + need.begin * kPanel,
-                                need.end - need.begin, tile_.o + r * tile_.layout.o_ld + col,
-                                tile_.layout.o_ld);
+        multiply_strip<V, Sums::kContinue>(
+            tile_.s + r * ld + need.begin, ld, panel + need.begin * kPanel, need.end - need.begin,
+            tile_.o + r * tile_.layout.o_ld + col, tile_.layout.o_ld);
       }
     }
   }

@@ -43,7 +43,7 @@ class PairProducts {
   void end(int rows) {
     for (int r = 0; r < rows; ++r) {
       float* o = tile_.o + r * tile_.layout.o_ld;
-      for (int64_t d = 0; d < tile_.layout.o_ld; d += kChunk) order_columns<V>(o + d);
+      for (int64_t d = 0; d < tile_.layout.o_ld; d += kChunk) V::order_columns(o + d);
     }
   }
 

@@ -11,6 +11,13 @@
 #include <unistd.h>
 #endif
 #endif
+#if defined(__aarch64__)
+#if defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
+#endif
 
 namespace gqa::cpu {
 namespace {
@@ -57,6 +64,35 @@ CpuRegisters read_registers() {
   return cpu;
 }
 
+#if defined(__aarch64__) && defined(__APPLE__)
+bool has_feature(const char* name) {
+  int value = 0;
+  size_t size = sizeof value;
+  return sysctlbyname(name, &value, &size, nullptr, 0) == 0 && value != 0;
+}
+#endif
+
+ArmFeatures read_arm_features() {
+  ArmFeatures cpu{};
+#if defined(__aarch64__)
+  cpu.neon = true;  // which every such processor has
+#if defined(__linux__)
+  // The kernel's arch/arm64/include/uapi/asm/hwcap.h; older headers of the C library lack some.
+  const unsigned long first = getauxval(AT_HWCAP), second = getauxval(AT_HWCAP2);
+  cpu.dot_products = first >> 20 & 1;
+  cpu.fp16_to_fp32 = first >> 23 & 1;
+  cpu.byte_matrices = second >> 13 & 1;
+  cpu.bf16 = second >> 14 & 1;
+#elif defined(__APPLE__)
+  cpu.dot_products = has_feature("hw.optional.arm.FEAT_DotProd");
+  cpu.fp16_to_fp32 = has_feature("hw.optional.arm.FEAT_FHM");
+  cpu.byte_matrices = has_feature("hw.optional.arm.FEAT_I8MM");
+  cpu.bf16 = has_feature("hw.optional.arm.FEAT_BF16");
+#endif
+#endif
+  return cpu;
+}
+
 // Linux only lets a process use tiles after it has requested them, because they add 8 KiB to every
 // context switch.
 bool request_tiles() {
@@ -84,14 +120,16 @@ constexpr uint32_t kCompiled = bit(Isa::kPortable)
                                | bit(Isa::kAmx)
 #endif
 #if defined(__aarch64__)
-                               | bit(Isa::kNeon)
+                               | bit(Isa::kNeon) | bit(Isa::kNeonDot) | bit(Isa::kNeonFhm) |
+                               bit(Isa::kNeonBf16)
 #endif
     ;
 
 }  // namespace
 
 const char* isa_name(Isa isa) {
-  constexpr const char* kNames[kNumIsas] = {"portable", "neon",        "avx2",
+  constexpr const char* kNames[kNumIsas] = {"portable", "neon",        "neon_dot",
+                                            "neon_fhm", "neon_bf16",   "avx2",
                                             "avx512",   "avx512_bf16", "amx"};
   return kNames[static_cast<int>(isa)];
 }
@@ -109,12 +147,21 @@ uint32_t usable_isas(const CpuRegisters& cpu, bool (*request_tiles)()) {
   return isas | bit(Isa::kAmx);
 }
 
+uint32_t usable_isas(const ArmFeatures& cpu) {
+  uint32_t isas = bit(Isa::kPortable);
+  if (!cpu.neon) return isas;
+  isas |= bit(Isa::kNeon);
+  if (!cpu.dot_products) return isas;
+  isas |= bit(Isa::kNeonDot);
+  if (!cpu.fp16_to_fp32) return isas;
+  isas |= bit(Isa::kNeonFhm);
+  return cpu.bf16 && cpu.byte_matrices ? isas | bit(Isa::kNeonBf16) : isas;
+}
+
 uint32_t supported_isas() {
   static const uint32_t isas = [] {
-    uint32_t usable = usable_isas(read_registers(), request_tiles);
-#if defined(__aarch64__)
-    usable |= bit(Isa::kNeon);  // which every such processor has
-#endif
+    uint32_t usable =
+        usable_isas(read_registers(), request_tiles) | usable_isas(read_arm_features());
 #if defined(GQA_EMULATE_AVX512)
     usable |= bit(Isa::kAvx512) | bit(Isa::kAvx512Bf16) | bit(Isa::kAmx);
 #endif

@@ -24,8 +24,18 @@
 namespace gqa::cpu {
 
 // Best last. A set is chosen only if the sets that it builds on can be used, too.
-enum class Isa { kPortable, kNeon, kAvx2, kAvx512, kAvx512Bf16, kAmx };
-constexpr int kNumIsas = 6;
+enum class Isa {
+  kPortable,
+  kNeon,
+  kNeonDot,
+  kNeonFhm,
+  kNeonBf16,
+  kAvx2,
+  kAvx512,
+  kAvx512Bf16,
+  kAmx
+};
+constexpr int kNumIsas = 9;
 
 const char* isa_name(Isa isa);
 
@@ -42,6 +52,16 @@ struct CpuRegisters {
 // from the operating system: request_tiles() does so and returns whether it may use them. It is
 // called only if everything else is supported.
 uint32_t usable_isas(const CpuRegisters& cpu, bool (*request_tiles)());
+
+// What the operating system says of an aarch64 processor; all false on others.
+struct ArmFeatures {
+  bool neon;
+  bool dot_products;   // FEAT_DotProd: SDOT
+  bool fp16_to_fp32;   // FEAT_FHM: FMLAL
+  bool bf16;           // FEAT_BF16: BFDOT
+  bool byte_matrices;  // FEAT_I8MM: SMMLA
+};
+uint32_t usable_isas(const ArmFeatures& cpu);
 
 // Those that this process can use and this binary has; found once.
 uint32_t supported_isas();

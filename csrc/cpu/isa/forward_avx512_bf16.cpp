@@ -8,12 +8,13 @@
 
 #include "../forward/engine_bf16.h"
 #include "../forward/kernel.h"
+#include "../forward/products_halves.h"
 #include "../forward/products_pairs.h"
 
 namespace gqa::cpu::avx512_bf16 {
 namespace {
 
-using Few = DirectProducts<Vec, BFloat16>;
+using Few = HalfProducts<Vec, BFloat16>;
 using Many = PairProducts<Vec, DotProductEngine<Vec>>;
 
 constexpr ByDType<BundleFunction> kRunBundle = {nullptr, run_bundle<Vec, BFloat16, Few, Many>};

@@ -18,6 +18,7 @@ struct Vec {
   using I = __m256i;  // 16 int16, or 8 sums of 32 bits
   using Mask = __m256;
   static constexpr int kWidth = 8;
+  static constexpr int kSums = 12;  // that fit in registers beside what is added to them
 
   static GQA_INLINE F set1(float x) { return _mm256_set1_ps(x); }
   static GQA_INLINE F iota() { return _mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7); }
@@ -123,6 +124,7 @@ struct Vec {
   static GQA_INLINE void pin(I& x) { __asm__("" : "+x"(x)); }
 
   static constexpr bool kHasInt16 = true;
+  static constexpr bool kSplitsQueries = false;
   static GQA_INLINE I zero_integers() { return _mm256_setzero_si256(); }
   static GQA_INLINE I load_int16(const int16_t* p) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));

@@ -17,6 +17,7 @@ struct Vec {
   using I = __m512i;  // 32 int16, or 16 sums of 32 bits
   using Mask = __mmask16;
   static constexpr int kWidth = 16;
+  static constexpr int kSums = 24;  // that fit in registers beside what is added to them
 
   static GQA_INLINE F set1(float x) { return _mm512_set1_ps(x); }
   static GQA_INLINE F iota() {
@@ -115,6 +116,7 @@ struct Vec {
 
   static constexpr bool kShiftsFp8 = false;
   static constexpr bool kHasInt16 = true;
+  static constexpr bool kSplitsQueries = false;
   static GQA_INLINE I zero_integers() { return _mm512_setzero_si512(); }
   static GQA_INLINE I load_int16(const int16_t* p) { return _mm512_loadu_si512(p); }
   static GQA_INLINE void load_int16(const Int8* p, I& x0, I& x1) {
@@ -150,6 +152,34 @@ struct Vec {
 
   static GQA_INLINE void store(float* p, F x) { _mm512_storeu_ps(p, x); }
 #if defined(GQA_VEC_BF16)
+  // For products_halves.h: 32 numbers, or 16 pairs. vdpbf16ps takes subnormal numbers for 0.
+  using Halves = __m512i;
+  using Weights = __m512i;  // the same pair in all lanes
+  static GQA_INLINE Halves load_halves(const BFloat16* p) { return _mm512_loadu_si512(p); }
+  static GQA_INLINE void add_products(F& sum, Halves x, Halves y) {
+    sum = _mm512_dpbf16_ps(sum, (__m512bh)x, (__m512bh)y);
+  }
+  static GQA_INLINE Weights load_weights(const BFloat16* p) {
+    int32_t pair;
+    std::memcpy(&pair, p, sizeof pair);
+    return _mm512_set1_epi32(pair);
+  }
+  // Unpacking works within quarters of a vector: pairs.h says which columns are where.
+  static GQA_INLINE void load_columns(const BFloat16* a, const BFloat16* b, Halves& x0,
+                                      Halves& x1) {
+    const __m512i row_a = _mm512_loadu_si512(a), row_b = _mm512_loadu_si512(b);
+    x0 = _mm512_unpacklo_epi16(row_a, row_b);
+    x1 = _mm512_unpackhi_epi16(row_a, row_b);
+  }
+  static GQA_INLINE void add_columns(F& sum0, F& sum1, Weights w, Halves x0, Halves x1) {
+    add_products(sum0, w, x0);
+    add_products(sum1, w, x1);
+  }
+  static GQA_INLINE void order_columns(float* columns) {
+    const F left = load(columns), right = load(columns + kWidth);
+    store(columns, _mm512_permutex2var_ps(left, quarters(0), right));
+    store(columns + kWidth, _mm512_permutex2var_ps(left, quarters(8), right));
+  }
   // Subnormal numbers become 0.
   static GQA_INLINE void store(BFloat16* p, F x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(x));

@@ -13,7 +13,7 @@
 
 namespace gqa::cpu::GQA_ISA {
 
-struct Vec {
+struct NeonVec {
   struct F {
     float32x4_t a, b;
   };
@@ -24,6 +24,7 @@ struct Vec {
     int16x8_t a, b;
   };
   static constexpr int kWidth = 8;
+  static constexpr int kSums = 12;  // that fit in registers beside what is added to them
 
   static GQA_INLINE F set1(float x) { return {vdupq_n_f32(x), vdupq_n_f32(x)}; }
   static GQA_INLINE F iota() {
@@ -61,6 +62,7 @@ struct Vec {
   template <class S>
   static constexpr bool kMasks = false;
   static constexpr bool kHasInt16 = true;
+  static constexpr bool kSplitsQueries = false;
   static GQA_INLINE I zero_integers() { return {vdupq_n_s16(0), vdupq_n_s16(0)}; }
   static GQA_INLINE I load_int16(const int16_t* p) { return {vld1q_s16(p), vld1q_s16(p + 8)}; }
   static GQA_INLINE void load_int16(const Int8* p, I& x0, I& x1) {
@@ -107,9 +109,7 @@ struct Vec {
   static GQA_INLINE F to_float(I x) {
     return {vcvtq_f32_s32(vreinterpretq_s32_s16(x.a)), vcvtq_f32_s32(vreinterpretq_s32_s16(x.b))};
   }
-  static GQA_INLINE void store_int16(int16_t* p, F x) {
-    vst1q_s16(p, vcombine_s16(vqmovn_s32(vcvtnq_s32_f32(x.a)), vqmovn_s32(vcvtnq_s32_f32(x.b))));
-  }
+  static GQA_INLINE void store_int16(int16_t* p, F x) { vst1q_s16(p, round_int16(x)); }
   static constexpr bool kShiftsFp8 = false;
   template <class S>
   static constexpr bool kDeinterleaves = false;
@@ -207,7 +207,7 @@ struct Vec {
     }
   }
 
- private:
+ protected:
   static GQA_INLINE F widen(uint16x8_t halves) {
     const float16x8_t x = vreinterpretq_f16_u16(halves);
     return {vcvt_f32_f16(vget_low_f16(x)), vcvt_high_f32_f16(x)};
@@ -215,6 +215,9 @@ struct Vec {
   static GQA_INLINE F widen(int8x8_t integers) {
     const int16x8_t x = vmovl_s8(integers);
     return {vcvtq_f32_s32(vmovl_s16(vget_low_s16(x))), vcvtq_f32_s32(vmovl_high_s16(x))};
+  }
+  static GQA_INLINE int16x8_t round_int16(F x) {
+    return vcombine_s16(vqmovn_s32(vcvtnq_s32_f32(x.a)), vqmovn_s32(vcvtnq_s32_f32(x.b)));
   }
   static GQA_INLINE uint16x8_t narrow(F x) {
     return vreinterpretq_u16_f16(vcvt_high_f16_f32(vcvt_f16_f32(x.a), x.b));
@@ -276,5 +279,9 @@ struct Vec {
     x[3] = vreinterpretq_f32_f64(vtrn2q_f64(odd01, odd23));
   }
 };
+
+#if !defined(GQA_EXTENDS_NEON)
+using Vec = NeonVec;
+#endif
 
 }  // namespace gqa::cpu::GQA_ISA

@@ -21,6 +21,7 @@ struct Vec {
   typedef int32_t I __attribute__((vector_size(16)));
   using Mask = I;
   static constexpr int kWidth = 4;
+  static constexpr int kSums = 12;  // that fit in registers beside what is added to them
 
   static GQA_INLINE F set1(float x) { return F{x, x, x, x}; }
   static GQA_INLINE F iota() { return F{0, 1, 2, 3}; }

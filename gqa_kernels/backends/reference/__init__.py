@@ -6,6 +6,8 @@ cache.py    attention over any view, and the append
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -34,7 +36,7 @@ class ReferenceBackend(Backend):
 
     def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
         call.check()
-        attention = reference_attention
+        attention: Callable[[AttentionCall], tuple[Tensor, Tensor]] = reference_attention
         if call.memory != "dense":
             attention = reference_cache_attention
         if autocast_dtype(call.q) is None:

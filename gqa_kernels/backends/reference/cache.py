@@ -18,6 +18,7 @@ from ...call.attention import AttentionCall
 from ...call.keep import KeepCall
 from ...call.rotary import rotate
 from ...native import schema
+from ...native.dropout import keep_mask
 from .formula import reference_attention, visibility
 
 
@@ -31,7 +32,7 @@ def reference_cache_attention(
         ``[1, Hq, total_q]`` in front, 0 and -inf at tokens of no sequence.
     """
     dense, unreadable = dense_call(call)
-    out, lse = reference_attention(dense, matmul_dtype, base2)
+    out, lse = reference_attention(dense, matmul_dtype, base2, _kept(call))
     index = dense.head_map_tensor.long().clamp(0, call.num_k_heads - 1)
     _, visible = visibility(dense, index)
     lost = (visible & unreadable[:, index, None]).any(-1)
@@ -74,6 +75,15 @@ def dense_call(call: AttentionCall) -> tuple[AttentionCall, Tensor]:
         key_ranges=ranges,
     )  # fmt: skip
     return dense, unreadable
+
+
+def _kept(call: AttentionCall) -> Tensor | None:
+    """Which probabilities dropout keeps in the dense call: its queries are counted in their
+    sequence, not in their slots."""
+    if call.dropout_seed is None or call.q_offsets is None:
+        return None
+    shape = (call.batch, call.num_heads, call.max_q_len, call.kv_len)
+    return _aligned_right(keep_mask(call.dropout_seed, call.options.dropout_p, *shape), call)
 
 
 def _aligned_right(rows: Tensor, call: AttentionCall) -> Tensor:

@@ -19,8 +19,9 @@ from ...native.dropout import keep_mask
 
 
 def reference_attention(
-    call: AttentionCall, matmul_dtype: torch.dtype | None = None, base2: bool = False
-) -> tuple[Tensor, Tensor]:
+    call: AttentionCall, matmul_dtype: torch.dtype | None = None, base2: bool = False,
+    keep: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attention by the formula; see :meth:`Backend.attend` for shapes.
 
     Args:
@@ -28,6 +29,7 @@ def reference_attention(
             The call's own low precision gives the yardstick of the tolerance rule.
         base2: scale the queries first and work in units of log2(e), with powers of two, as fused
             kernels do: the same value with other rounding, for the yardstick too.
+        keep: which probabilities dropout keeps, as :func:`keep_mask` has them; default by the seed.
     """
     s, v, invalid = scores_and_values(call, matmul_dtype, base2)
     exp, log, unit = (torch.exp2, torch.log2, math.log(2)) if base2 else (torch.exp, torch.log, 1.0)
@@ -39,7 +41,7 @@ def reference_attention(
     z = sum_in_order(p, -1) if in_order else p.sum(-1, keepdim=True)
     sees_nothing = z == 0
     z = z.masked_fill(sees_nothing, 1)
-    p = drop(call, p[..., :-1] / z).to(call.dtype)  # P has the input's precision
+    p = drop(call, p[..., :-1] / z, keep).to(call.dtype)  # P has the input's precision
     p = p.to(v.dtype)
     out = matmul_in_order(p, v) if in_order else p @ v
     lse = ((s_max + log(z)) * unit).masked_fill(sees_nothing, -math.inf).squeeze(-1)
@@ -59,11 +61,12 @@ def matmul_in_order(a: Tensor, b: Tensor) -> Tensor:
     return torch.cat(rows, -2) if rows else a @ b
 
 
-def drop(call: AttentionCall, p: Tensor) -> Tensor:
+def drop(call: AttentionCall, p: Tensor, keep: Tensor | None = None) -> Tensor:
     """What dropout makes of ``[B, Hq, Sq, Sk]``: zeros, and the rest over ``1 - dropout_p``."""
     if call.dropout_seed is None:
         return p
-    keep = keep_mask(call.dropout_seed, call.options.dropout_p, *p.shape)
+    if keep is None:
+        keep = keep_mask(call.dropout_seed, call.options.dropout_p, *p.shape)
     return p.masked_fill(~keep, 0) / (1 - call.options.dropout_p)
 
 

@@ -2,11 +2,12 @@
 
     ops.py          the torch ops, with fake kernels and autograd
     plan.py         the device plan of a head map
-    splits.py       how the keys of a sequence are split
+    splits.py       how the keys of a sequence are split, or those of a batch by its lengths
     launch.py       tensors of a call -> kernel launches
     configs.py      tiles and launch choices: data and pure functions
     prefill.py      kernel for many query tokens, one head per tile
     decode.py       kernel for few query tokens, a group's heads packed into one tile, split keys
+    parts.py        which part of which sequence a decode program has
     combine.py      merge of the splits
     backward_*.py   kernels of the gradients, and their launches
     dropout.py      which probabilities dropout keeps
@@ -47,8 +48,8 @@ class TritonBackend(Backend):
     capabilities = Capabilities(
         devices=frozenset({"cuda", "cpu"}),
         dtypes=frozenset({torch.float16, torch.bfloat16, torch.float32}),
-        max_head_dim=256,
-        options=FUSED_OPTIONS,
+        max_head_dim=576,
+        options=FUSED_OPTIONS | {"varlen_mask"},
         autograd=True,
         varlen_autograd=True,
         caches=ALL_CACHES,

@@ -13,7 +13,14 @@ from functools import lru_cache
 import torch
 
 from ...native import env
-from .splits import SplitChoice, ceil_div, choose_splits, split_choice
+from .splits import (
+    PartChoice,
+    SplitChoice,
+    ceil_div,
+    choose_parts,
+    choose_splits,
+    split_choice,
+)
 
 
 @dataclass(frozen=True)
@@ -24,21 +31,40 @@ class DeviceFacts:
         family: key of the tile tables.
         num_sms: streaming multiprocessors or compute units.
         l2_bytes: size of the L2 cache.
+        shared_bytes: shared memory of a multiprocessor.
+        registers: of 32 bits, of a multiprocessor.
     """
 
     family: str
     num_sms: int
     l2_bytes: int
+    shared_bytes: int = 100 << 10
+    registers: int = 65536
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Rows and keys of a tile, and how the kernel is compiled for it."""
+    """Rows and keys of a tile, and how the kernel is compiled for it.
+
+    Attributes:
+        d_columns: most columns of q and k that are multiplied at once.
+        dv_columns: most columns of v and out that a program has.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    d_columns: int = 256
+    dv_columns: int = 256
+
+    def key_slices(self, shape: Shape) -> int:
+        """Programs that share the columns of the gradients of q or k."""
+        return ceil_div(shape.head_dim, self.d_columns)
+
+    def value_slices(self, shape: Shape) -> int:
+        """Programs that share the columns of out, or of the gradient of v."""
+        return ceil_div(shape.value_head_dim, self.dv_columns)
 
 
 @dataclass(frozen=True)
@@ -51,6 +77,7 @@ class Shape:
         itemsize: bytes per element of q.
         modifies_scores: softcap, ALiBi slopes, a mask tensor or dropout are given.
         window_left, window_right: -1 where unbounded.
+        has_lengths: sequences have numbers of keys of their own.
         paged_or_quantised: K and V take look-ups of pages, or another type than q's.
     """
 
@@ -66,22 +93,32 @@ class Shape:
     window_left: int = -1
     window_right: int = -1
     paged_or_quantised: bool = False
+    has_lengths: bool = False
 
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """A decode launch: the tile, the row tiles per (sequence, split), and the splits."""
+    """A decode launch: the tile, the row tiles per part, and how keys are cut.
+
+    Attributes:
+        splits: of each sequence, without ``parts``.
+        parts: of all sequences, if they are cut by their lengths.
+    """
 
     tile: Tile
     num_tiles: int
     splits: SplitChoice
+    parts: PartChoice | None = None
 
 
 INTERPRETER = DeviceFacts("interpreter", num_sms=4, l2_bytes=1 << 20)
 
-_INTERPRETED = {dim: (Tile(64, 64, 4, 1),) * 2 for dim in (64, 128, 256)}
+_INTERPRETED = {
+    **{dim: (Tile(64, 64, 4, 1),) * 2 for dim in (64, 128, 256)},
+    512: (Tile(32, 32, 4, 1),) * 2,
+}
 
-# (family, bytes per element) -> dim class (the larger padded head dim, at least 64)
+# (family, bytes per element) -> dim class (the larger padded head dim, at least 64; 512: above 256)
 # -> tile of plain calls, and of those that take more registers: with pages or quantised K and V,
 # softcap, ALiBi or a mask tensor, or a head dim that is no power of two, whose loads are masked.
 PREFILL_TILES: dict[tuple[str, int], dict[int, tuple[Tile, Tile]]] = {
@@ -89,36 +126,43 @@ PREFILL_TILES: dict[tuple[str, int], dict[int, tuple[Tile, Tile]]] = {
         64: (Tile(128, 64, 4, 3), Tile(128, 64, 8, 2)),
         128: (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
         256: (Tile(64, 64, 8, 2), Tile(64, 32, 8, 2)),
+        512: (Tile(64, 32, 8, 2, 64, 256),) * 2,
     },
     ("sm86", 2): {
         64: (Tile(128, 64, 4, 2), Tile(128, 64, 8, 2)),
         128: (Tile(128, 32, 8, 2), Tile(128, 32, 8, 2)),
         256: (Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
+        512: (Tile(64, 32, 8, 1, 64, 256),) * 2,
     },
     ("sm90", 2): {
         64: (Tile(128, 128, 8, 2), Tile(128, 64, 8, 2)),
         128: (Tile(128, 128, 8, 2), Tile(128, 64, 8, 2)),
         256: (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
+        512: (Tile(64, 32, 8, 2, 64, 256),) * 2,
     },
     ("sm100", 2): {
         64: (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2)),
         128: (Tile(128, 64, 8, 3), Tile(128, 32, 8, 2)),
         256: (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
+        512: (Tile(64, 32, 4, 1, 64, 256),) * 2,
     },
     ("gfx9", 2): {
         64: (Tile(128, 64, 4, 1), Tile(128, 64, 4, 1)),
         128: (Tile(128, 32, 4, 1), Tile(128, 32, 4, 1)),
         256: (Tile(64, 32, 4, 1), Tile(64, 32, 4, 1)),
+        512: (Tile(64, 32, 4, 1, 64, 256),) * 2,
     },
     **{(family, 4): {
         64: (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
         128: (Tile(32, 16, 4, 2), Tile(16, 16, 4, 2)),
         256: (Tile(32, 16, 8, 2), Tile(16, 16, 4, 2)),
+        512: (Tile(16, 16, 4, 2, 64, 256),) * 2,
     } for family in ("sm80", "sm86", "sm90", "sm100")},
     ("gfx9", 4): {
         64: (Tile(64, 32, 4, 1), Tile(64, 32, 4, 1)),
         128: (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
         256: (Tile(32, 16, 4, 1), Tile(32, 16, 4, 1)),
+        512: (Tile(32, 16, 4, 1, 64, 256),) * 2,
     },
     ("interpreter", 2): _INTERPRETED,
     ("interpreter", 4): _INTERPRETED,
@@ -130,31 +174,37 @@ DECODE_TILES: dict[tuple[str, int], dict[int, tuple[Tile, Tile]]] = {
         64: (Tile(64, 64, 4, 3), Tile(32, 64, 4, 3)),
         128: (Tile(32, 32, 4, 4), Tile(32, 32, 4, 3)),
         256: (Tile(16, 32, 4, 3), Tile(16, 32, 4, 2)),
+        512: (Tile(16, 32, 4, 2, 64, 256),) * 2,
     },
     ("sm86", 2): {
         64: (Tile(64, 64, 4, 3), Tile(32, 64, 4, 2)),
         128: (Tile(32, 64, 4, 2), Tile(32, 32, 4, 2)),
         256: (Tile(16, 32, 4, 2), Tile(16, 32, 4, 2)),
+        512: (Tile(16, 32, 4, 2, 64, 256),) * 2,
     },
     **{(family, 2): {
         64: (Tile(64, 64, 4, 3), Tile(32, 64, 4, 3)),
         128: (Tile(32, 64, 4, 3), Tile(32, 32, 4, 3)),
         256: (Tile(16, 32, 4, 3), Tile(16, 32, 4, 2)),
+        512: (Tile(16, 32, 4, 2, 64, 256),) * 2,
     } for family in ("sm90", "sm100")},
     ("gfx9", 2): {
         64: (Tile(64, 64, 4, 1), Tile(64, 64, 4, 1)),
         128: (Tile(32, 64, 4, 1), Tile(32, 64, 4, 1)),
         256: (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
+        512: (Tile(16, 32, 4, 1, 64, 256),) * 2,
     },
     **{(family, 4): {
         64: (Tile(16, 32, 4, 2), Tile(16, 16, 4, 2)),
         128: (Tile(16, 16, 4, 2), Tile(16, 16, 4, 2)),
         256: (Tile(16, 16, 4, 2), Tile(16, 16, 4, 2)),
+        512: (Tile(16, 16, 4, 2, 64, 256),) * 2,
     } for family in ("sm80", "sm86", "sm90", "sm100")},
     ("gfx9", 4): {
         64: (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
         128: (Tile(16, 32, 4, 1), Tile(16, 32, 4, 1)),
         256: (Tile(16, 16, 4, 1), Tile(16, 16, 4, 1)),
+        512: (Tile(16, 16, 4, 1, 64, 256),) * 2,
     },
     ("interpreter", 2): _INTERPRETED,
     ("interpreter", 4): _INTERPRETED,
@@ -166,31 +216,37 @@ BACKWARD_KV_TILES: dict[tuple[str, int], dict[int, tuple[Tile, Tile]]] = {
         64: (Tile(16, 128, 8, 2), Tile(32, 64, 8, 1)),
         128: (Tile(32, 64, 8, 2), Tile(32, 64, 8, 2)),
         256: (Tile(16, 32, 8, 2), Tile(16, 32, 8, 2)),
+        512: (Tile(16, 32, 8, 1, 256, 256),) * 2,
     },
     ("sm90", 2): {
         64: (Tile(32, 128, 8, 2), Tile(32, 128, 8, 2)),
         128: (Tile(32, 128, 8, 2), Tile(32, 128, 8, 2)),
         256: (Tile(16, 32, 8, 2), Tile(16, 32, 8, 2)),
+        512: (Tile(16, 32, 8, 1, 256, 256),) * 2,
     },
     ("sm100", 2): {
         64: (Tile(32, 128, 8, 2), Tile(32, 128, 8, 2)),
         128: (Tile(32, 64, 8, 2), Tile(32, 64, 8, 2)),
         256: (Tile(16, 32, 8, 2), Tile(16, 32, 8, 2)),
+        512: (Tile(16, 32, 8, 1, 256, 256),) * 2,
     },
     ("sm86", 2): {
         64: (Tile(32, 64, 4, 2), Tile(32, 64, 4, 2)),
         128: (Tile(32, 64, 8, 1), Tile(32, 32, 8, 1)),
         256: (Tile(16, 32, 8, 1), Tile(16, 32, 8, 1)),
+        512: (Tile(16, 32, 8, 1, 256, 256),) * 2,
     },
     ("gfx9", 2): {
         64: (Tile(32, 64, 4, 1), Tile(32, 64, 4, 1)),
         128: (Tile(32, 64, 4, 1), Tile(32, 32, 4, 1)),
         256: (Tile(16, 32, 4, 1), Tile(16, 32, 4, 1)),
+        512: (Tile(16, 32, 4, 1, 256, 256),) * 2,
     },
     **{(family, 4): {
         64: (Tile(16, 32, 4, 1), Tile(16, 32, 4, 1)),
         128: (Tile(16, 16, 4, 1), Tile(16, 16, 4, 1)),
         256: (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+        512: (Tile(16, 16, 8, 1, 128, 128),) * 2,
     } for family in ("sm80", "sm86", "sm90", "sm100", "gfx9")},
     ("interpreter", 2): _INTERPRETED,
     ("interpreter", 4): _INTERPRETED,
@@ -200,37 +256,44 @@ BACKWARD_Q_TILES: dict[tuple[str, int], dict[int, tuple[Tile, Tile]]] = {
         64: (Tile(128, 32, 4, 2), Tile(64, 32, 4, 2)),
         128: (Tile(64, 32, 4, 2), Tile(64, 32, 8, 2)),
         256: (Tile(32, 16, 8, 2), Tile(32, 16, 8, 2)),
+        512: (Tile(32, 16, 8, 1, 256, 256),) * 2,
     },
     ("sm90", 2): {
         64: (Tile(128, 64, 8, 2), Tile(64, 32, 4, 2)),
         128: (Tile(128, 64, 8, 2), Tile(64, 32, 8, 2)),
         256: (Tile(64, 32, 8, 2), Tile(32, 16, 8, 2)),
+        512: (Tile(32, 16, 8, 1, 256, 256),) * 2,
     },
     ("sm100", 2): {
         64: (Tile(128, 64, 8, 2), Tile(64, 32, 4, 2)),
         128: (Tile(64, 64, 4, 2), Tile(64, 32, 8, 2)),
         256: (Tile(64, 32, 8, 2), Tile(32, 16, 8, 2)),
+        512: (Tile(32, 16, 8, 1, 256, 256),) * 2,
     },
     ("sm86", 2): {
         64: (Tile(64, 32, 4, 2), Tile(64, 32, 4, 2)),
         128: (Tile(64, 32, 8, 1), Tile(32, 32, 8, 1)),
         256: (Tile(32, 16, 8, 1), Tile(32, 16, 8, 1)),
+        512: (Tile(32, 16, 8, 1, 256, 256),) * 2,
     },
     ("gfx9", 2): {
         64: (Tile(64, 32, 4, 1), Tile(64, 32, 4, 1)),
         128: (Tile(64, 32, 4, 1), Tile(32, 32, 4, 1)),
         256: (Tile(32, 16, 4, 1), Tile(32, 16, 4, 1)),
+        512: (Tile(32, 16, 4, 1, 256, 256),) * 2,
     },
     **{(family, 4): {
         64: (Tile(32, 16, 4, 1), Tile(32, 16, 4, 1)),
         128: (Tile(16, 16, 4, 1), Tile(16, 16, 4, 1)),
         256: (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+        512: (Tile(16, 16, 8, 1, 128, 128),) * 2,
     } for family in ("sm80", "sm86", "sm90", "sm100", "gfx9")},
     ("interpreter", 2): _INTERPRETED,
     ("interpreter", 4): _INTERPRETED,
 }  # fmt: skip
 
-DECODE_PROGRAMS_PER_SM = 2  # decode programs that run on one multiprocessor at once
+REGISTERS = 256  # of a thread, at most
+GFX9_MEMORY = (64 << 10, 131072)  # of a compute unit: bytes of shared memory, registers
 ALWAYS_PACKED_Q_LEN = 16  # up to here rows are packed whatever the rest of the shape
 MAX_PACKED_Q_LEN = 128  # a whole prefill tile: packing can't fill it better
 ROW_HEADROOM = 2  # rows of a decode tile over the mean group's, for groups above the mean
@@ -253,8 +316,10 @@ def device_facts(device: torch.device) -> DeviceFacts:
         return INTERPRETER
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip:
-        family = "gfx9"
-    elif (properties.major, properties.minor) == (8, 0):
+        return DeviceFacts(
+            "gfx9", properties.multi_processor_count, properties.L2_cache_size, *GFX9_MEMORY
+        )
+    if (properties.major, properties.minor) == (8, 0):
         family = "sm80"
     elif properties.major == 9:
         family = "sm90"
@@ -262,7 +327,10 @@ def device_facts(device: torch.device) -> DeviceFacts:
         family = "sm100"
     else:
         family = "sm86"
-    return DeviceFacts(family, properties.multi_processor_count, properties.L2_cache_size)
+    return DeviceFacts(
+        family, properties.multi_processor_count, properties.L2_cache_size,
+        properties.shared_memory_per_multiprocessor, properties.regs_per_multiprocessor,
+    )  # fmt: skip
 
 
 def prefill_tile(shape: Shape, facts: DeviceFacts) -> Tile:
@@ -312,10 +380,24 @@ def decode_config(shape: Shape, facts: DeviceFacts, num_splits: int | None = Non
     num_blocks = ceil_div(seen_keys, tile.block_n)
     rows = shape.q_len * shape.num_heads
     likely_tiles = max(ceil_div(rows, tile.block_m), min(shape.num_groups, shape.num_heads))
-    slots = facts.num_sms * DECODE_PROGRAMS_PER_SM
+    likely_tiles *= tile.value_slices(shape)
+    slots = facts.num_sms * programs_per_sm(tile, shape, facts)
     work = (shape.batch * likely_tiles, num_blocks, slots)
     splits = choose_splits(*work) if num_splits is None else split_choice(num_splits, *work)
-    return DecodeConfig(tile, most_row_tiles(shape, tile.block_m), splits)
+    parts = None
+    if num_splits is None and shape.has_lengths and shape.batch > 1:
+        parts = choose_parts(shape.batch, likely_tiles, num_blocks, slots)
+    return DecodeConfig(tile, most_row_tiles(shape, tile.block_m), splits, parts)
+
+
+def programs_per_sm(tile: Tile, shape: Shape, facts: DeviceFacts) -> int:
+    """Decode programs that run on one multiprocessor at once: as many as have room for the blocks
+    of K and V that are loaded ahead, and for their registers."""
+    columns = padded_dim(shape.head_dim) + min(padded_dim(shape.value_head_dim), tile.dv_columns)
+    shared_bytes = tile.num_stages * tile.block_n * columns * shape.itemsize
+    threads = tile.num_warps * (64 if facts.family == "gfx9" else 32)
+    by_registers = facts.registers // (threads * REGISTERS)
+    return max(1, min(facts.shared_bytes // shared_bytes, by_registers))
 
 
 def decode_block_m(shape: Shape, largest: int) -> int:
@@ -340,6 +422,6 @@ def _lookup(
     table: dict[tuple[str, int], dict[int, tuple[Tile, Tile]]], shape: Shape, facts: DeviceFacts
 ) -> Tile:
     padded = padded_dim(shape.head_dim), padded_dim(shape.value_head_dim)
-    plain, small = table[facts.family, shape.itemsize][max(64, *padded)]
+    plain, small = table[facts.family, shape.itemsize][min(max(64, *padded), 512)]
     exact = padded == (shape.head_dim, shape.value_head_dim)
     return plain if exact and not (shape.modifies_scores or shape.paged_or_quantised) else small

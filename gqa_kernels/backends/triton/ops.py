@@ -90,12 +90,12 @@ def triton_attention_backward(*arguments: Any, **named: Any) -> tuple[Tensor, ..
         torch.empty_like(lse), dq, dk, dv, None, call.need_sinks,
     )  # fmt: skip
     with torch.cuda.device_of(call.q):
-        slopes = run_backward(backward, device_facts(call.q.device), call.need_slopes)
+        slopes, delta = run_backward(backward, device_facts(call.q.device), call.need_slopes)
     if call.need_sinks:
         if offsets is not None:  # tokens of no sequence have any LSE
             token = torch.arange(lse.shape[2], device=lse.device)
             lse = lse.masked_fill(token >= offsets[-1], -torch.inf)
-        dsinks = sinks_gradient(call.sinks, lse, backward.delta)
+        dsinks = sinks_gradient(call.sinks, lse, delta)
     return dq, dk, dv, slopes if call.need_slopes else dslopes, dsinks
 
 

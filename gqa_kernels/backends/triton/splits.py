@@ -5,8 +5,11 @@ the keys are split and the partial results merged. More splits fill the device b
 scratch traffic and a longer merge. The count depends on shapes and the device only, never on tensor
 contents, so that a CUDA graph captured once stays right.
 
-The rule is FlashAttention-3's idea (hopper/heuristics.h): the fewest splits whose last wave of
-programs is nearly as full as the best one reachable.
+If sequences have lengths, which only the device knows, all of them are cut into parts of about
+equally many blocks instead (kernels/parts.py). Here is how many parts there can be.
+
+The rule for split counts is FlashAttention-3's idea (hopper/heuristics.h): the fewest splits whose
+last wave of programs is nearly as full as the best one reachable.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ MAX_SPLITS = 128
 MIN_BLOCKS_PER_SPLIT = 2  # fewer, and starting a program costs as much as its work
 FULL_ENOUGH = 0.8  # of the slots in use without splitting: splitting can't pay
 NEARLY_BEST = 0.85  # of the best wave efficiency
+PARTS_PER_SLOT = 2  # cut by lengths: two even out what rounding to whole blocks leaves
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,39 @@ def split_choice(
         waves=waves,
         efficiency=waves / ceil_div(num_programs * num_splits, num_slots) if waves else 1.0,
     )
+
+
+@dataclass(frozen=True)
+class PartChoice:
+    """How sequences are cut by their lengths, which only the device knows.
+
+    Attributes:
+        even_parts: parts of all sequences, if none were rounded up.
+        most_parts: that there can be, whatever the lengths.
+        most_blocks: key blocks of a sequence, at most.
+    """
+
+    even_parts: int
+    most_parts: int
+    most_blocks: int
+
+
+def choose_parts(batch: int, tiles: int, num_blocks: int, num_slots: int) -> PartChoice:
+    """The parts of a decode launch whose sequences have lengths.
+
+    Args:
+        tiles: programs of a part.
+        num_blocks: key blocks of the longest sequence that there may be.
+        num_slots: programs that the device runs at once.
+    """
+    even_parts = max(1, PARTS_PER_SLOT * num_slots // tiles)
+    most_of_one = max(1, ceil_div(num_blocks, MIN_BLOCKS_PER_SPLIT))
+    return PartChoice(even_parts, min(even_parts + batch, batch * most_of_one), num_blocks)
+
+
+def blocks_per_part(num_blocks: int, even_parts: int) -> int:
+    """Blocks of a part, of the ``num_blocks`` of all sequences."""
+    return max(MIN_BLOCKS_PER_SPLIT, ceil_div(num_blocks, even_parts))
 
 
 def ceil_div(a: int, b: int) -> int:

@@ -47,6 +47,10 @@ def attention_call(
         position_ids: ``[..., S]``, of all new tokens. Layers that share keys and values (Gemma 4)
             may get the queries of the last of them only.
     """
+    if torch.is_autocast_enabled(query.device.type):
+        # The rotation leaves q and k in fp32, other than v: one type, as SDPA takes them.
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     q_len = query.shape[2]
     new = q_len
     if position_ids is not None and getattr(module, "is_kv_shared_layer", False):

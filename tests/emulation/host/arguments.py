@@ -88,6 +88,8 @@ class HopperArguments(ctypes.Structure):
         ("out", TensorMap),
         ("call", AttentionParams),
         ("schedule", Schedule),
+        ("box_rows", ctypes.c_int),
+        ("by_page_size", ctypes.c_uint32 * 2),
     )
 
 

@@ -29,7 +29,7 @@ DECODE_SHARED = {
 PREFILL_SHARED = {64: 40_960, 128: 81_920, 256: 81_920}
 QUANTIZED_PREFILL_SHARED = {64: 40_960, 128: 57_344, 256: 81_920}
 BACKWARD_SHARED = {64: 49_664, 128: 98_816, 256: 98_560}
-HOPPER_SHARED = {(64, 128): 116_880, (128, 128): 198_800, (128, 176): 215_184, (256, 80): 231_568}
+HOPPER_SHARED = {(64, 128): 116_912, (128, 128): 198_832, (128, 176): 215_216, (256, 80): 231_600}
 
 
 @dataclass
@@ -206,23 +206,32 @@ def section_pairs(call: AttentionParams) -> int:
 
 
 def on_hopper(call: AttentionParams) -> bool:
-    """Whether the TMA kernel takes a prefill: no pages but whole sequences, every row aligned."""
-    pages = call.num_pages if call.page_table else call.batch
-    sides = {
-        "q": (call.batch, call.num_heads, call.q_len),
-        "k": (pages, call.num_k_heads, call.kv_len),
-        "v": (pages, call.num_v_heads, call.kv_len),
-        "out": (call.batch, call.num_heads, call.q_len),
-    }
+    """Whether the TMA kernel takes a prefill: every row aligned, pages of whole swizzles."""
     aligned = all(
         0 in sizes or for_tma(getattr(call, name), getattr(call, f"{name}_stride"), sizes)
-        for name, sizes in sides.items()
+        for name, sizes in hopper_sizes(call).items()
     )
-    whole = not call.page_table or call.max_pages == 1
+    one_page = not call.page_table or call.max_pages == 1
+    whole = one_page or (call.page_size >= 8 and call.page_size % 8 == 0 and not call.kv_begin)
     sixteen_bits = call.k_dtype == call.dtype
-    return bool(
-        aligned and whole and sixteen_bits and not call.q_offsets and not call.dropout_threshold
-    )
+    unmasked = not (call.attn_mask and call.q_offsets)
+    return bool(aligned and whole and sixteen_bits and unmasked and not call.dropout_threshold)
+
+
+def hopper_sizes(call: AttentionParams) -> dict[str, tuple[int, int, int]]:
+    """Batch, heads and length of the tensors as TMA sees them."""
+    queries = (1, call.q_tokens) if call.q_offsets else (call.batch, call.q_len)
+    pages, slots = call.batch, call.kv_len
+    if call.page_table:
+        pages, slots = call.num_pages, call.page_size
+    elif call.k_stride.b == call.v_stride.b == 0:
+        pages = 1
+    return {
+        "q": (queries[0], call.num_heads, queries[1]),
+        "k": (pages, call.num_k_heads, slots),
+        "v": (pages, call.num_v_heads, slots),
+        "out": (queries[0], call.num_heads, queries[1]),
+    }
 
 
 def for_tma(address, strides, sizes) -> bool:
@@ -238,20 +247,27 @@ def for_tma(address, strides, sizes) -> bool:
 def hopper_prefill(call: AttentionParams, device: Device) -> list[Launch]:
     size = class_of(call)
     rows = 192 if size == 64 else 128
-    q_blocks, units = ceil_div(call.q_len, rows), call.batch * call.num_heads
-    tiles = q_blocks * units
-    if tiles == 0:
+    packed = bool(call.q_offsets)
+    q_blocks, units = ceil_div(call.q_len, rows), call.num_heads * (1 if packed else call.batch)
+    tiles = q_blocks * call.batch * call.num_heads
+    if packed:
+        tiles = min(tiles, (call.q_tokens // rows + call.batch) * call.num_heads)
+    if tiles == 0 or 0 in hopper_sizes(call)["q"]:
         return []
+    several_pages = bool(call.page_table) and call.max_pages != 1
     bounded = call.window_left >= 0 or call.window_right >= 0
     modified = changes_scores(call)
-    block_n = 80 if size == 256 else 176 if size == 128 and not (bounded or modified) else 128
-    draws = (bounded or bool(call.kv_lengths)) and tiles > device.num_sms
+    block_n = 80 if size == 256 else 176 if size == 128 else 128
+    if block_n == 176 and (bounded or modified or several_pages):
+        block_n = 128
+    draws = (bounded or bool(call.kv_lengths) or packed) and tiles > device.num_sms
     head_bytes = max(1, 2 * call.kv_len * (call.head_dim + call.value_head_dim))
     kv_heads = max(1, (32 << 20) // head_bytes)
     fields = {
         "schedule.q_blocks": q_blocks, "schedule.units": units,
         "schedule.section": max(1, min(units, kv_heads * call.num_heads // call.num_k_heads)),
         "schedule.last_block_first": call.window_right >= 0,
+        "box_rows": math.gcd(call.page_size, block_n) if several_pages else block_n,
     }  # fmt: skip
     if not draws:
         fields["schedule.counter"] = 0
@@ -267,15 +283,12 @@ def hopper_prefill(call: AttentionParams, device: Device) -> list[Launch]:
 def tensor_maps(call: AttentionParams, block_n: int) -> dict[str, dict[str, tuple[int, ...]]]:
     """Extents, byte strides and boxes of the Hopper kernel's descriptors, innermost first."""
     rows = 192 if class_of(call) == 64 else 128
-    pages = call.num_pages if call.page_table else call.batch
-    shapes = {
-        "q": (call.head_dim, call.q_len, call.num_heads, call.batch, rows),
-        "k": (call.head_dim, call.kv_len, call.num_k_heads, pages, block_n),
-        "v": (call.value_head_dim, call.kv_len, call.num_v_heads, pages, block_n),
-        "out": (call.value_head_dim, call.q_len, call.num_heads, call.batch, 64),
-    }
+    several_pages = bool(call.page_table) and call.max_pages != 1
+    key_rows = math.gcd(call.page_size, block_n) if several_pages else block_n
+    boxes = {"q": rows, "k": key_rows, "v": key_rows, "out": 64}
     found = {}
-    for name, (dim, length, heads, batch, box_rows) in shapes.items():
+    for name, (batch, heads, length) in hopper_sizes(call).items():
+        dim, box_rows = call.head_dim if name in "qk" else call.value_head_dim, boxes[name]
         if 0 in (length, heads, batch):
             continue
         stride = getattr(call, f"{name}_stride")

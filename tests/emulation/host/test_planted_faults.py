@@ -66,7 +66,7 @@ FAULTS = {
         ERRORS, "test_ops_run_on_the_device_of_their_tensors", "invalid resource handle",
     ),
     "facts of the first device for all": Fault(
-        "cuda/attention.cpp", "Device& device = known[index];", "Device& device = known[0];",
+        "cuda/device.cpp", "Device& device = known[index];", "Device& device = known[0];",
         ERRORS, "test_attributes_are_set_on_every_device", "event.grid",
     ),
     "a workspace freed before the launch": Fault(

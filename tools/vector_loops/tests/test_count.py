@@ -2,7 +2,7 @@
 
 import pytest
 
-from tools.vector_loops.__main__ import ROWS, TYPES, find, table
+from tools.vector_loops.__main__ import NEWER, ROWS, SETS, TYPES, find, table
 from tools.vector_loops.count import Instruction, Loop, functions, main_loop
 
 X86 = """
@@ -56,7 +56,7 @@ def test_code_without_a_loop_of_products():
         ("vpmaddwd", "%ymm1,%ymm2,%ymm3", 16),
         ("vfmadd231sd", "%xmm1,%xmm2,%xmm3", 0),
         ("fmla", "v0.4s, v1.4s, v2.4s", 4),
-        ("sdot", "v0.4s, v1.16b, v2.16b", 16),
+        ("sdot", "v0.4s, v1.16b, v2.16b", 8),
         ("fmadd", "s0, s1, s2, s3", 0),
     ],
 )
@@ -75,12 +75,20 @@ def test_products_of_integers_are_preferred():
 
 
 def test_table():
-    loops = {
-        f"DirectProducts<gqa::cpu::neon::Vec, {stored}>::{product}_rows<{rows}>(int)": Loop(1, 4)
-        for stored in TYPES.values()
-        for product in ("dot", "add")
-        for rows in ROWS
-    }
-    lines = table({"neon": loops}).splitlines()
-    assert len(lines) == 2 + len(TYPES) * len(ROWS)
-    assert lines[2] == "| fp32 | 1 | 0.25 | 0.25 | 64 |"
+    def loops(products, loop):
+        return {
+            f"{products}<gqa::cpu::neon::Vec, {stored}>::{product}_rows<{rows}>(int)": loop
+            for stored in TYPES.values()
+            for product in ("dot", "add")
+            for rows in ROWS
+        }
+
+    found = {isa: loops("DirectProducts", Loop(1, 4)) for isa in SETS}
+    found["neon_bf16"] |= loops("HalfProducts", Loop(1, 8))
+    lines = table(found).splitlines()
+    newer = sum(len(NEWER.get(name, [""])) for name in TYPES)
+    assert len(lines) == 2 + newer * len(ROWS)
+    assert lines[2] == "| fp32 | 1 | 0.25 | 0.25 | 64 | 0.25 | 0.25 | 64 |  |  |  |  |"
+    assert (
+        "| bf16 | 1 | 0.25 | 0.25 | 64 | 0.25 | 0.25 | 64 | neon_bf16 | 0.12 | 0.12 | 32 |" in lines
+    )

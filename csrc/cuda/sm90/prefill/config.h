@@ -4,24 +4,38 @@
 
 #include <cuda.h>
 
+#include "../../../core/host_device.h"
 #include "../../../core/params.h"
+#include "../../common/page_divider.h"
 #include "../scheduler.cuh"
 
 namespace gqa::cuda::sm90 {
 
 struct PrefillArguments {
-  CUtensorMap q, k, v, out;  // [B, H, S, D] each; boxes of 64 columns, see Config
+  // [B, H, S, D] each; of packed queries B is 1, of pages of keys B is their number and S their
+  // size. Boxes of 64 columns, see Config.
+  CUtensorMap q, k, v, out;
   AttentionParams attention;
   Schedule schedule;
+  int box_rows;  // of K and V: kBlockN, or fewer where a block of keys lies in several pages
+  PageDivider by_page_size;
 };
+
+// Whether sequences lie in one storage and differ by their first slot only, as packed ones do.
+GQA_HOST_DEVICE inline bool share_storage(const AttentionParams& params) {
+  return params.page_table == nullptr && params.k_stride.b == 0 && params.v_stride.b == 0;
+}
 
 // A tile as the producer hands it to the consumers.
 struct alignas(16) Tile {
-  int head;         // query head, or kNoMoreTiles
-  int batch, row0;  // sequence; first query token
-  int k_head;       // or kInvalidHead: the map has no valid entry for the head; or kNoPage: the
-                    // sequence's keys are nowhere
-  int length;       // keys of (batch, k_head)
+  int head;            // query head, or kNoMoreTiles
+  int sequence, row0;  // first query token of the tile among the sequence's
+  int q_len;           // query tokens of the sequence
+  int batch, token0;   // where the sequence's first query token is in q, out and LSE
+  int k_head;          // or kInvalidHead: the map has no valid entry for the head; or kNoPage: the
+                       // sequence's only page of keys is nowhere
+  int length;          // keys of (batch, k_head)
+  int to_position;     // token + to_position: its place among the keys
   int first_block, num_blocks;  // blocks of kBlockN keys that some row of the tile sees
   int dirty_tail;               // the last block holds slots beyond the keys: V may be NaN there
 };
@@ -37,7 +51,7 @@ struct Config {
   static constexpr int kHeadDim = kHeadDim_, kBlockN = kBlockN_;
   static constexpr int kPanels = kHeadDim / 64;
 
-  // Warpgroup 0 produces (one thread issues TMA), each other does 64 query tokens.
+  // Warpgroup 0 produces (one warp issues TMA), each other does 64 query tokens.
   static constexpr int kConsumers = kHeadDim == 64 ? 3 : 2;
   static constexpr int kBlockM = 64 * kConsumers;
   static constexpr int kThreads = 128 * (1 + kConsumers);

@@ -99,16 +99,20 @@ __device__ __forceinline__ void consume(const PrefillArguments& arguments, uint3
     rows.batch = tile.batch;
     rows.head = tile.head;
     rows.token = row0 + threadIdx.x / 32 % 4 * 16 + lane / 4;
+    rows.q_len = tile.q_len;
+    rows.token0 = tile.token0;
     rows.length = tile.length;
-    rows.position = static_cast<int>(query_position(params, tile.length, rows.token));
+    rows.position = rows.token + tile.to_position;
     rows.slope = 0.0f;
     if (kScoreMods && params.alibi_slopes != nullptr) {
-      rows.slope = kLog2e * params.alibi_slopes[tile.batch * params.alibi_stride_b +
+      rows.slope = kLog2e * params.alibi_slopes[tile.sequence * params.alibi_stride_b +
                                                 tile.head * params.alibi_stride_h];
     }
     // All 64 rows see keys [seen_begin, seen_end).
-    const int seen_begin = static_cast<int>(visible_keys(params, tile.length, row0 + 63).begin);
-    const int seen_end = static_cast<int>(visible_keys(params, tile.length, row0).end);
+    const int seen_begin =
+        static_cast<int>(keys_around(params, tile.length, row0 + 63 + tile.to_position).begin);
+    const int seen_end =
+        static_cast<int>(keys_around(params, tile.length, row0 + tile.to_position).end);
 
     OnlineSoftmax softmax;
     float rescale[2];
@@ -178,8 +182,9 @@ __device__ __forceinline__ void consume(const PrefillArguments& arguments, uint3
     }
 
     float inverse[2];
-    finish_rows(params, tile, rows, softmax, factor, inverse);
-    store_output<T, C>(arguments, tile, o, inverse, base, consumer, kEpilogueBarrier + consumer);
+    finish_rows(params, tile.k_head, rows, softmax, factor, inverse);
+    store_output<T, C>(arguments, rows, row0, o, inverse, base, consumer,
+                       kEpilogueBarrier + consumer);
     if constexpr (!C::kOwnO) {
       if (threadIdx.x % 128 == 0) {
         tma_store_wait_read();

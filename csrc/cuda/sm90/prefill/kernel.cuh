@@ -5,6 +5,7 @@
 // Map       head_map[h] enters only as the head coordinate at which TMA loads K and V: uneven,
 //           interleaved and empty groups cost nothing. An entry out of range loads nothing and
 //           gives NaN.
+// Pages     a block of keys is one box of K and one of V, or as many as the pages it lies in need.
 // Warps     warpgroup 0 produces (producer.cuh), the others consume (consumer.cuh). Registers
 //           move from the former to the latter.
 // Pipeline  K and V blocks in two stages each, without a pause between tiles. Blocks go from the
@@ -46,7 +47,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
 
   if (__shfl_sync(~0u, threadIdx.x / 128, 0) == 0) {
     give_registers<C::kProducerRegisters>();
-    if (threadIdx.x == 0) produce<C>(arguments, base, tiles, order);
+    if (threadIdx.x < 32) produce<C>(arguments, base, tiles, order);
   } else {
     take_registers<C::kConsumerRegisters>();
     consume<T, C, kScoreMods>(arguments, base, tiles);

@@ -1,5 +1,6 @@
 // Host side of the Hopper prefill kernel: what it can run, which instance, in which order of tiles.
 #include <algorithm>
+#include <numeric>
 #include <stdexcept>
 
 #include "config.h"
@@ -25,20 +26,33 @@ std::string with_value(const std::string& text, int64_t value) {
   return text + ", got " + std::to_string(value);
 }
 
+// Of packed sequences no less than there are.
 int64_t count_tiles(const AttentionParams& params) {
   const int64_t rows = tile_rows(params);
-  return params.batch * params.num_heads * ((params.q_len + rows - 1) / rows);
+  const int64_t blocks = params.batch * ((params.q_len + rows - 1) / rows);
+  if (params.q_offsets == nullptr) return params.num_heads * blocks;
+  return params.num_heads * std::min(blocks, params.q_tokens / rows + params.batch);
 }
 
 }  // namespace
 
 PrefillViews prefill_views(const AttentionParams& p) {
-  const int64_t pages = p.page_table == nullptr ? p.batch : p.num_pages;
-  return {{"q", p.q, p.q_stride, p.batch, p.num_heads, p.q_len, p.head_dim},
-          {"k", p.k, p.k_stride, pages, p.num_k_heads, p.kv_len, p.head_dim},
-          {"v", p.v, p.v_stride, pages, p.num_v_heads, p.kv_len, p.value_head_dim},
-          {"out", p.out, p.out_stride, p.batch, p.num_heads, p.q_len, p.value_head_dim}};
+  const bool packed = p.q_offsets != nullptr, paged = p.page_table != nullptr;
+  const int64_t batch = packed ? 1 : p.batch, tokens = packed ? p.q_tokens : p.q_len;
+  const int64_t pages = paged ? p.num_pages : share_storage(p) ? 1 : p.batch;
+  const int64_t slots = paged ? p.page_size : p.kv_len;
+  return {{"q", p.q, p.q_stride, batch, p.num_heads, tokens, p.head_dim},
+          {"k", p.k, p.k_stride, pages, p.num_k_heads, slots, p.head_dim},
+          {"v", p.v, p.v_stride, pages, p.num_v_heads, slots, p.value_head_dim},
+          {"out", p.out, p.out_stride, batch, p.num_heads, tokens, p.value_head_dim}};
 }
+
+int key_box_rows(const AttentionParams& params, int block_keys) {
+  if (params.max_pages == 1) return block_keys;
+  return static_cast<int>(std::gcd(params.page_size, int64_t{block_keys}));
+}
+
+int max_tiles(const AttentionParams& params) { return static_cast<int>(count_tiles(params)); }
 
 bool has_score_mods(const AttentionParams& params) {
   return params.softcap != 0.0f || params.alibi_slopes != nullptr || params.attn_mask != nullptr ||
@@ -58,7 +72,8 @@ Schedule make_schedule(const AttentionParams& params) {
   Schedule schedule{};
   const int rows = tile_rows(params);
   schedule.q_blocks = static_cast<int>((params.q_len + rows - 1) / rows);
-  schedule.units = static_cast<int>(params.batch * params.num_heads);
+  const int64_t sequences = params.q_offsets == nullptr ? params.batch : 1;
+  schedule.units = static_cast<int>(sequences * params.num_heads);
   const int64_t head_bytes =
       std::max<int64_t>(1, params.kv_len * (params.head_dim + params.value_head_dim) * int64_t{2});
   const int64_t kv_heads = std::max<int64_t>(1, kSectionBytes / head_bytes);
@@ -70,8 +85,8 @@ Schedule make_schedule(const AttentionParams& params) {
 }
 
 bool draws_tiles(const AttentionParams& params, int num_sms) {
-  const bool uneven =
-      params.window_left >= 0 || params.window_right >= 0 || params.kv_lengths != nullptr;
+  const bool uneven = params.window_left >= 0 || params.window_right >= 0 ||
+                      params.kv_lengths != nullptr || params.q_offsets != nullptr;
   return uneven && count_tiles(params) > num_sms;
 }
 
@@ -83,9 +98,15 @@ std::string prefill_unsupported(const AttentionParams& params) {
     return "k and v must have q's dtype";
   }
   if (params.page_table != nullptr && params.max_pages != 1) {
-    return with_value("k and v must have one page per sequence", params.max_pages);
+    // Eight rows are the span of the swizzle: a box of fewer would not lie as the products need it.
+    if (params.page_size < 8 || params.page_size % 8 != 0) {
+      return with_value("page_size must be a multiple of 8", params.page_size);
+    }
+    if (params.kv_begin != nullptr) return "sequences of several pages must begin at their start";
   }
-  if (params.q_offsets != nullptr) return "q must not be packed (q_offsets)";
+  if (params.attn_mask != nullptr && params.q_offsets != nullptr) {
+    return "attn_mask must not be given with packed sequences";
+  }
   if (params.dropout_threshold != 0) return "dropout_p must be 0";
   if (params.head_dim < 1 || params.head_dim > 256) {
     return with_value("D must be 1 to 256", params.head_dim);
@@ -98,6 +119,9 @@ std::string prefill_unsupported(const AttentionParams& params) {
   }
   if (params.num_k_heads * params.num_v_heads > INT32_MAX) {
     return with_value("Hk * Hv must be below 2^31", params.num_k_heads * params.num_v_heads);
+  }
+  if (params.q_offsets != nullptr && params.q_tokens > kMaxLength) {
+    return with_value("query tokens must be at most 2^29", params.q_tokens);
   }
   if (params.q_len > kMaxLength) return with_value("Sq must be at most 2^29", params.q_len);
   if (params.kv_len > kMaxLength) return with_value("Sk must be at most 2^29", params.kv_len);
@@ -125,7 +149,7 @@ void prefill(const AttentionParams& params, void* workspace, const Device& devic
   if (std::string reason = prefill_unsupported(params); !reason.empty()) {
     throw std::runtime_error("sm90 prefill: " + reason);
   }
-  if (count_tiles(params) == 0) return;
+  if (count_tiles(params) == 0 || is_empty(prefill_views(params).q)) return;
   const bool bf16 = params.dtype == DType::kBFloat16;
   switch (head_dim_class(params)) {
     case 64:

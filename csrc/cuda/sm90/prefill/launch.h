@@ -10,8 +10,9 @@
 
 namespace gqa::cuda::sm90 {
 
-// Declines, beside what sm80's prefill declines: several pages per sequence, packed queries, more
-// than 512 query heads, and tensors that TMA can't address (base and strides must be multiples of
+// Declines, beside what sm80's prefill declines: dropout, quantised keys, pages whose size is not a
+// multiple of 8 or whose sequences do not begin at a page's start, more than 512 query heads, and
+// tensors that TMA can't address (base and strides must be multiples of
 // 16 bytes, and strides positive).
 std::string prefill_unsupported(const AttentionParams& params);
 bool prefill_supported(const AttentionParams& params);

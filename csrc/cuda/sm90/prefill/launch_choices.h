@@ -20,6 +20,11 @@ bool has_score_mods(const AttentionParams& params);
 int head_dim_class(const AttentionParams& params);
 int tile_rows(const AttentionParams& params);
 
+// Rows of the boxes that blocks of `block_keys` keys are loaded in: no box lies in two pages.
+int key_box_rows(const AttentionParams& params, int block_keys);
+
+// Tiles; of packed sequences, whose lengths only the device knows, no less than there are.
+int max_tiles(const AttentionParams& params);
 // Without its counter.
 Schedule make_schedule(const AttentionParams& params);
 // Whether CTAs draw tiles from a counter: where tiles differ in length and a CTA does several.

@@ -13,6 +13,7 @@ namespace gqa::cuda::sm90 {
 // The rows of one thread.
 struct Rows {
   int batch, head, token;  // of row h = 0; row h = 1 is 8 tokens further
+  int q_len, token0;       // tokens of the sequence; where its first one is in q, out and LSE
   int position;            // its place among the keys
   int length;              // keys of the sequence
   float slope;             // of ALiBi, in base-2 units
@@ -77,7 +78,7 @@ __device__ __forceinline__ void modify_scores(float (&s)[kBlockN / 2],
 #pragma unroll
   for (int h = 0; h < 2; h++) {
     const int token = rows.token + 8 * h;
-    if (token >= params.q_len) continue;
+    if (token >= rows.q_len) continue;
     const int64_t row = rows.batch * params.mask_stride_b + rows.head * params.mask_stride_h +
                         token * params.mask_stride_q + column * params.mask_stride_k;
 #pragma unroll

@@ -70,13 +70,14 @@ class Pages(NamedTuple):
 class Partial(NamedTuple):
     """What the splits of a decode leave to the combine kernel: fp32, contiguous."""
 
-    acc: Pointer  # [B, Hq (sorted), Sq, num_splits, Dv]
-    sum: Pointer  # [B, Hq (sorted), Sq, num_splits]
-    max: Pointer  # [B, Hq (sorted), Sq, num_splits]
+    acc: Pointer  # [parts, Hq (sorted), Sq, Dv]; the parts of a sequence follow each other
+    sum: Pointer  # [parts, Hq (sorted), Sq]
+    max: Pointer  # [parts, Hq (sorted), Sq]
 
 
 class Dims(NamedTuple):
-    """Head dims and the powers of two that hold them."""
+    """Head dims, and how many columns a tile has: powers of two. Tiles of fewer columns than there
+    are: a product over D takes several chunks, and a program writes a slice of the columns."""
 
     D: Any
     DV: Any
@@ -115,3 +116,4 @@ class Source(NamedTuple):
     i_v_head: Any
     n: Any  # number of keys
     begin: Any  # slot of the first key
+    i_v_col: Any  # first column of V that the program reads

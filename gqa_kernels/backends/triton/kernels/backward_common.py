@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from . import common
+from . import common, kv
 
 
 @triton.jit
@@ -11,6 +11,26 @@ def load_lse(p_rows, m_rows):
     """LSE of rows. It is +inf, so that P is 0, if the row saw no key or does not exist."""
     b_lse = tl.load(p_rows, mask=m_rows, other=float("inf"))
     return tl.where(b_lse == float("-inf"), float("inf"), b_lse)
+
+
+@triton.jit
+def row_products(
+    p_a_rows,  # [A_ROWS] pointers to column 0
+    m_a,  # [A_ROWS]
+    p_b_rows,  # [B_ROWS]
+    m_b,  # [B_ROWS]
+    DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    A_ROWS: tl.constexpr,
+    B_ROWS: tl.constexpr,
+):
+    """Products a . b of rows that take several chunks of columns: [A_ROWS, B_ROWS]."""
+    b_product = tl.zeros([A_ROWS, B_ROWS], tl.float32)
+    for i_col in tl.static_range(0, DIM, BLOCK):
+        b_a = kv.load_rows(p_a_rows, m_a, DIM, BLOCK, True, i_col)
+        b_b = kv.load_rows(p_b_rows, m_b, DIM, BLOCK, True, i_col)
+        b_product = tl.dot(b_a, tl.trans(b_b), b_product, input_precision="ieee")
+    return b_product
 
 
 @triton.jit

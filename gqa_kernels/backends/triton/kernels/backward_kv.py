@@ -9,6 +9,8 @@ Program keeps its block of K and V, and walks over the query heads of its group,
         no expanded gradients, bitwise repeatable. A group without heads writes zeros.
         If V has a head map of its own (not SHARED), one launch over the groups of K writes dK
         and another over those of V writes dV; each then loads the other tile for every head.
+        Above head dim 256 there are two launches as well, with one program per slice of the
+        columns that they write, slices fastest.
         With packed sequences, a program writes the keys of its own sequence and no others.
 
 Tiles are keys x queries: P^T and dS^T are then left operands as they come out of the products.
@@ -21,7 +23,13 @@ import triton.language as tl
 
 from . import common, kv
 from .arguments import Window
-from .backward_common import load_lse, probabilities, through_cap, through_dropout
+from .backward_common import (
+    load_lse,
+    probabilities,
+    row_products,
+    through_cap,
+    through_dropout,
+)
 from .dropout import keep_tile_keys_first
 
 
@@ -95,8 +103,14 @@ def backward_kv_kernel(
     BLOCK_N: tl.constexpr,
     SHARED: tl.constexpr,  # K and V are grouped alike
 ):
-    # Program id -> group, sequence, key block.
-    i_program = tl.program_id(0)
+    # Program id -> slice of columns, group, sequence, key block.
+    D_CHUNKED: tl.constexpr = DIMS.D > DIMS.BLOCK_D
+    DV_CHUNKED: tl.constexpr = DIMS.DV > DIMS.BLOCK_DV
+    i_d_col, i_dv_col = 0, 0
+    if dk is not None:
+        i_program, i_d_col = common.program_slice(DIMS.D, DIMS.BLOCK_D)
+    else:
+        i_program, i_dv_col = common.program_slice(DIMS.DV, DIMS.BLOCK_DV)
     i_block = i_program % num_blocks
     i_b = (i_program // num_blocks % batch).to(tl.int64)
     i_group = tl.load(p_order + i_program // num_blocks // batch).to(tl.int64)
@@ -128,8 +142,10 @@ def backward_kv_kernel(
         # [BLOCK_N, BLOCK_D], [BLOCK_N, BLOCK_DV]
         p_k_rows = kv.pointers(keys.rows, i_b, i_group, o_n64)
         p_v_rows = kv.pointers(values.rows, i_b, i_group, o_n64)
-        b_k = kv.load_rows(p_k_rows, o_n < n, DIMS.D, DIMS.BLOCK_D, True)
-        b_v = kv.load_rows(p_v_rows, o_n < n, DIMS.DV, DIMS.BLOCK_DV, True)
+        if not D_CHUNKED:
+            b_k = kv.load_rows(p_k_rows, o_n < n, DIMS.D, DIMS.BLOCK_D, True)
+        if not DV_CHUNKED:
+            b_v = kv.load_rows(p_v_rows, o_n < n, DIMS.DV, DIMS.BLOCK_DV, True)
 
     b_dk = tl.zeros([BLOCK_N, DIMS.BLOCK_D], tl.float32)
     b_dv = tl.zeros([BLOCK_N, DIMS.BLOCK_DV], tl.float32)
@@ -143,8 +159,10 @@ def backward_kv_kernel(
                 n = tl.minimum(tl.maximum(tl.load(p_length), 0), n_slots)
             p_k_rows = kv.pointers(keys.rows, i_b, i_k_head, o_n64)
             p_v_rows = kv.pointers(values.rows, i_b, i_v_head, o_n64)
-            b_k = kv.load_rows(p_k_rows, o_n < n, DIMS.D, DIMS.BLOCK_D, True)
-            b_v = kv.load_rows(p_v_rows, o_n < n, DIMS.DV, DIMS.BLOCK_DV, True)
+            if not D_CHUNKED:
+                b_k = kv.load_rows(p_k_rows, o_n < n, DIMS.D, DIMS.BLOCK_D, True)
+            if not DV_CHUNKED:
+                b_v = kv.load_rows(p_v_rows, o_n < n, DIMS.DV, DIMS.BLOCK_DV, True)
         shift = n - n_q
         i_row = kv.first_row(p_q_offsets, i_b, i_head, i_token, num_heads, num_tokens)
         q_head = kv.rows_of_head(q, i_b, i_head, i_token)
@@ -163,8 +181,15 @@ def backward_kv_kernel(
             m_m = o_m < n_q
             # [BLOCK_M, BLOCK_D]
             p_q_rows = kv.row_pointers(q_head, 0, o_m64, False)
-            b_q = kv.load_rows(p_q_rows, m_m, DIMS.D, DIMS.BLOCK_D, True)
-            b_qk = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")  # [BLOCK_N, BLOCK_M]
+            if dk is not None or not D_CHUNKED:
+                b_q = kv.load_rows(p_q_rows, m_m, DIMS.D, DIMS.BLOCK_D, True, i_d_col)
+            # [BLOCK_N, BLOCK_M]
+            if D_CHUNKED:
+                b_qk = row_products(
+                    p_k_rows, o_n < n, p_q_rows, m_m, DIMS.D, DIMS.BLOCK_D, BLOCK_N, BLOCK_M
+                )
+            else:
+                b_qk = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")
             b_capped = common.cap_scores(b_qk, scale, log2_scale, softcap)
             b_score = common.bias_and_mask(
                 b_capped,
@@ -179,7 +204,9 @@ def backward_kv_kernel(
                 True,
             )
             b_lse = load_lse(p_lse + i_row + o_m64, m_m)  # [BLOCK_M]
-            b_p = probabilities(b_score, log2_scale, b_lse[None, :], b_q.dtype == tl.float32)
+            b_p = probabilities(
+                b_score, log2_scale, b_lse[None, :], q.ptr.dtype.element_ty == tl.float32
+            )
             m_keep = None
             if p_seed is not None:
                 m_keep = keep_tile_keys_first(
@@ -188,7 +215,8 @@ def backward_kv_kernel(
                 )  # fmt: skip
             # [BLOCK_M, BLOCK_DV]
             p_dout_rows = kv.row_pointers(dout_head, 0, o_m64, False)
-            b_dout = kv.load_rows(p_dout_rows, m_m, DIMS.DV, DIMS.BLOCK_DV, True)
+            if dv is not None or not DV_CHUNKED:
+                b_dout = kv.load_rows(p_dout_rows, m_m, DIMS.DV, DIMS.BLOCK_DV, True, i_dv_col)
             if dv is not None:
                 b_kept = b_p
                 if p_seed is not None:
@@ -196,7 +224,19 @@ def backward_kv_kernel(
                 b_dv = tl.dot(b_kept.to(b_dout.dtype), b_dout, b_dv, input_precision="ieee")
             if dk is not None:
                 b_delta = tl.load(p_delta + i_row + o_m64, mask=m_m, other=0.0)
-                b_dp = tl.dot(b_v, tl.trans(b_dout), input_precision="ieee")
+                if DV_CHUNKED:
+                    b_dp = row_products(
+                        p_v_rows,
+                        o_n < n,
+                        p_dout_rows,
+                        m_m,
+                        DIMS.DV,
+                        DIMS.BLOCK_DV,
+                        BLOCK_N,
+                        BLOCK_M,
+                    )
+                else:
+                    b_dp = tl.dot(b_v, tl.trans(b_dout), input_precision="ieee")
                 b_dp = through_dropout(b_dp, m_keep, dropout_scale)
                 b_ds = b_p * (b_dp - b_delta[None, :])
                 b_ds = through_cap(b_ds, b_capped, softcap)
@@ -204,7 +244,7 @@ def backward_kv_kernel(
 
     if dk is not None:
         p_dk_rows = kv.pointers(dk, i_b, i_group, o_n64)
-        common.store_rows(p_dk_rows, b_dk * scale, m_slots, DIMS.D, DIMS.BLOCK_D)
+        common.store_rows(p_dk_rows, b_dk * scale, m_slots, DIMS.D, DIMS.BLOCK_D, i_d_col)
     if dv is not None:
         p_dv_rows = kv.pointers(dv, i_b, i_group, o_n64)
-        common.store_rows(p_dv_rows, b_dv, m_slots, DIMS.DV, DIMS.BLOCK_DV)
+        common.store_rows(p_dv_rows, b_dv, m_slots, DIMS.DV, DIMS.BLOCK_DV, i_dv_col)

@@ -1,13 +1,14 @@
 """Backward, gradients of Q and of the ALiBi slopes, and what those of the sinks need.
 
-Grid    as prefill's: one program per (sequence, query head, block of BLOCK_M query tokens), heads
-        in the plan's order in sections whose K and V fit the L2 cache, last block first.
+Grid    as prefill's: one program per (sequence, query head, block of BLOCK_M query tokens, slice of
+        the columns of dQ), heads in the plan's order in sections whose K and V fit the L2 cache,
+        last block first. There is one slice up to D 256.
 Program keeps its block of Q and dO, and walks over the key blocks that some row can see:
         recomputes P from the LSE and adds up dQ += dS K in fp32. A head whose map entry is out of
         range gets NaN. Each program writes one sum for the gradient of its head's slope, and the
         caller adds these up in a fixed order. The gradients of slopes and sinks sum whole rows
         into one number, which would show that delta comes from the rounded output. With them
-        the kernel corrects delta by the sum of dS: with an exact delta that sum is
+        the kernel also writes delta corrected by the sum of dS: with an exact delta that sum is
         dlse + delta * the sink's probability.
 
 Source: FlashAttention-2 (arXiv 2307.08691), algorithm 2 in two passes, so that nothing is summed
@@ -19,7 +20,13 @@ import triton.language as tl
 
 from . import common, kv
 from .arguments import Window
-from .backward_common import load_lse, probabilities, through_cap, through_dropout
+from .backward_common import (
+    load_lse,
+    probabilities,
+    row_products,
+    through_cap,
+    through_dropout,
+)
 from .dropout import keep_tile
 from .prefill import find_query_block
 
@@ -45,7 +52,8 @@ def backward_q_kernel(
     dout,  # Rows [B, Hq, Sq, Dv]
     p_lse,  # [B, Hq, Sq] fp32, contiguous
     p_dlse,  # [B, Hq, Sq] fp32, contiguous, or None
-    p_delta,  # [B, Hq, Sq] fp32, contiguous; corrected with HAS_SUMS
+    p_delta,  # [B, Hq, Sq] fp32, contiguous
+    p_exact_delta,  # likewise, delta without the output's rounding, written; or None
     dq,  # Rows [B, Hq, Sq, D]
     p_dslopes,  # [B, Hq, num_blocks] fp32, or None
     p_sinks,  # [Hq] fp32, or None
@@ -73,9 +81,12 @@ def backward_q_kernel(
     DIMS,  # Dims
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    HAS_SUMS: tl.constexpr,  # with gradients of slopes or sinks
 ):
-    i_b, i_sorted, i_block = find_query_block(num_heads, num_blocks, heads_per_section)
+    HAS_SUMS: tl.constexpr = p_exact_delta is not None  # gradients of slopes or sinks
+    D_CHUNKED: tl.constexpr = DIMS.D > DIMS.BLOCK_D
+    DV_CHUNKED: tl.constexpr = DIMS.DV > DIMS.BLOCK_DV
+    i_program, i_col = common.program_slice(DIMS.D, DIMS.BLOCK_D)
+    i_b, i_sorted, i_block = find_query_block(i_program, num_heads, num_blocks, heads_per_section)
     i_head = tl.load(p_plan + i_sorted).to(tl.int64)
     i_k_head = tl.load(p_plan + num_heads + i_sorted).to(tl.int64)
     i_v_head = tl.load(p_plan + 2 * num_heads + i_sorted).to(tl.int64)
@@ -115,8 +126,11 @@ def backward_q_kernel(
     # [BLOCK_M, BLOCK_D], [BLOCK_M, BLOCK_DV]
     o_token = i_token + o_m64
     p_dout_rows = kv.pointers(dout, i_b, i_head, o_token)
-    b_q = kv.load_rows(kv.pointers(q, i_b, i_head, o_token), m_rows, DIMS.D, DIMS.BLOCK_D, True)
-    b_dout = kv.load_rows(p_dout_rows, m_rows, DIMS.DV, DIMS.BLOCK_DV, True)
+    p_q_rows = kv.pointers(q, i_b, i_head, o_token)
+    if not D_CHUNKED:
+        b_q = kv.load_rows(p_q_rows, m_rows, DIMS.D, DIMS.BLOCK_D, True)
+    if not DV_CHUNKED:
+        b_dout = kv.load_rows(p_dout_rows, m_rows, DIMS.DV, DIMS.BLOCK_DV, True)
     i_slot = tl.cast(begin, tl.int64)
     k_head = kv.rows_of_head(keys.rows, i_b, i_k_head, i_slot)
     v_head = kv.rows_of_head(values.rows, i_b, i_v_head, i_slot)
@@ -148,9 +162,16 @@ def backward_q_kernel(
             # [BLOCK_N, BLOCK_D], [BLOCK_N, BLOCK_DV]
             p_k_rows = kv.row_pointers(k_head, 0, o_n64, False)
             p_v_rows = kv.row_pointers(v_head, 0, o_n64, False)
-            b_k = kv.load_rows(p_k_rows, m_n, DIMS.D, DIMS.BLOCK_D, edge)
-            b_v = kv.load_rows(p_v_rows, m_n, DIMS.DV, DIMS.BLOCK_DV, edge)
-            b_qk = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+            b_k = kv.load_rows(p_k_rows, m_n, DIMS.D, DIMS.BLOCK_D, edge, i_col)
+            if not DV_CHUNKED:
+                b_v = kv.load_rows(p_v_rows, m_n, DIMS.DV, DIMS.BLOCK_DV, edge)
+            # [BLOCK_M, BLOCK_N]
+            if D_CHUNKED:
+                b_qk = row_products(
+                    p_q_rows, m_rows, p_k_rows, m_n, DIMS.D, DIMS.BLOCK_D, BLOCK_M, BLOCK_N
+                )
+            else:
+                b_qk = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
             b_capped = common.cap_scores(b_qk, scale, log2_scale, softcap)
             b_score = common.bias_and_mask(
                 b_capped,
@@ -164,13 +185,18 @@ def backward_q_kernel(
                 window,
                 edge,
             )
-            b_p = probabilities(b_score, log2_scale, b_lse[:, None], b_q.dtype == tl.float32)
+            b_p = probabilities(b_score, log2_scale, b_lse[:, None], b_k.dtype == tl.float32)
             m_keep = None
             if p_seed is not None:
                 m_keep = keep_tile(
                     p_seed, i_n, o_m, o_dropout_head, dropout_threshold, BLOCK_M, BLOCK_N
                 )
-            b_dp = tl.dot(b_dout, tl.trans(b_v), input_precision="ieee")
+            if DV_CHUNKED:
+                b_dp = row_products(
+                    p_dout_rows, m_rows, p_v_rows, m_n, DIMS.DV, DIMS.BLOCK_DV, BLOCK_M, BLOCK_N
+                )
+            else:
+                b_dp = tl.dot(b_dout, tl.trans(b_v), input_precision="ieee")
             b_dp = through_dropout(b_dp, m_keep, dropout_scale)
             b_ds = b_p * (b_dp - b_delta[:, None])
             if HAS_SUMS:
@@ -184,16 +210,17 @@ def backward_q_kernel(
 
     b_dq = tl.where(valid, b_dq * scale, float("nan"))
     p_dq_rows = kv.pointers(dq, i_b, i_head, o_token)
-    common.store_rows(p_dq_rows, b_dq, m_rows, DIMS.D, DIMS.BLOCK_D)
+    common.store_rows(p_dq_rows, b_dq, m_rows, DIMS.D, DIMS.BLOCK_D, i_col)
     if HAS_SUMS:
         b_error = b_ds_sum
         if p_sinks is not None:
             b_error -= tl.exp(tl.load(p_sinks + i_head) - b_lse) * b_delta
         if p_dlse is not None:
             b_error -= tl.load(p_dlse + i_row + o_m64, mask=m_rows, other=0.0)
-        tl.store(p_delta + i_row + o_m64, b_delta + b_error, mask=m_rows)
+        m_first = m_rows & (i_col == 0)  # each row's sum is stored once
+        tl.store(p_exact_delta + i_row + o_m64, b_delta + b_error, mask=m_first)
     if p_dslopes is not None:
         b_dslope = b_error * b_distance_sum - b_ds_distance_sum
         b_dslope = tl.where(b_lse < float("inf"), b_dslope, 0.0)
         p_dslope = p_dslopes + (i_b * num_heads + i_head) * num_blocks + i_block
-        tl.store(p_dslope, tl.sum(b_dslope, 0))
+        tl.store(p_dslope, tl.sum(b_dslope, 0), mask=i_col == 0)

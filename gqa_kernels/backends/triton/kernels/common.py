@@ -62,11 +62,20 @@ def store_rows(
     m_rows,  # [ROWS]
     DIM: tl.constexpr,
     BLOCK: tl.constexpr,
+    first=0,
 ):
-    """Store the first DIM columns of a tile, rounded to the output's type."""
-    o_cols = tl.arange(0, BLOCK)
+    """Store columns from `first` on of rows of DIM elements, rounded to the output's type."""
+    o_cols = first + tl.arange(0, BLOCK)
     m_tile = m_rows[:, None] & (o_cols < DIM)[None, :]
     tl.store(p_rows[:, None] + o_cols[None, :], b_tile.to(p_rows.dtype.element_ty), mask=m_tile)
+
+
+@triton.jit
+def program_slice(DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """(program, first column) of a launch with one program per BLOCK of DIM output columns."""
+    i_program = tl.program_id(0)
+    NUM_SLICES: tl.constexpr = (DIM + BLOCK - 1) // BLOCK
+    return i_program // NUM_SLICES, i_program % NUM_SLICES * BLOCK
 
 
 @triton.jit
@@ -185,7 +194,7 @@ def attend(
     Dropout removes probabilities from b_acc; the caller divides the rest by 1 - p.
     """
     PAGED: tl.constexpr = pages is not None
-    i_b, i_k_head, i_v_head, n, begin = source
+    i_b, i_k_head, i_v_head, n, begin, i_v_col = source
     i_storage, i_slot, p_table = i_b, tl.cast(begin, tl.int64), None
     if PAGED:  # the table says where each key lies
         i_storage, i_slot = 0, 0
@@ -204,7 +213,10 @@ def attend(
     i_first, i_last, shift = span
     b_pos = rows.o_m + shift  # [BLOCK_M], query positions among the keys
     p_q_rows = kv.pointers(q, i_b, rows.o_head, rows.o_token)
-    b_q = kv.load_rows(p_q_rows, rows.m_rows, DIMS.D, DIMS.BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
+    # Q stays in registers or shared memory, unless it takes several chunks of columns.
+    CHUNKED: tl.constexpr = DIMS.D > DIMS.BLOCK_D
+    if not CHUNKED:
+        b_q = kv.load_rows(p_q_rows, rows.m_rows, DIMS.D, DIMS.BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
     start, inner_start, inner_stop, stop = visible_keys(i_first, i_last, shift, n, window, BLOCK_N)
     if split is not None:
         # This split's share of the key blocks that the tile's tokens see.
@@ -237,13 +249,12 @@ def attend(
                 )
             else:
                 o_page, o_slot, m_readable = tl.cast(i_n, tl.int64), o_block.to(tl.int64), m_n
-            # [BLOCK_N, BLOCK_D]
-            if keys.FORMAT == kv.PLAIN:
-                p_k_rows = kv.row_pointers(k_rows, o_page, o_slot, PAGED)
-                b_k = kv.load_rows(
-                    p_k_rows, m_readable, DIMS.D, DIMS.BLOCK_D, PAGED or part != INNER
-                )
-            else:
+            b_qk = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            for i_col in tl.static_range(0, DIMS.D, DIMS.BLOCK_D):
+                if CHUNKED:
+                    b_q = kv.load_rows(
+                        p_q_rows, rows.m_rows, DIMS.D, DIMS.BLOCK_D, True, i_col
+                    )  # [BLOCK_M, BLOCK_D]
                 b_k = kv.load_stored(
                     k_rows,
                     k_zero,
@@ -254,9 +265,10 @@ def attend(
                     DIMS.BLOCK_D,
                     keys.FORMAT,
                     PAGED,
-                ).to(b_q.dtype)
-            # [BLOCK_M, BLOCK_N]
-            b_qk = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
+                    part != INNER,
+                    i_col,
+                ).to(b_q.dtype)  # [BLOCK_N, BLOCK_D]
+                b_qk = tl.dot(b_q, tl.trans(b_k), b_qk, input_precision="ieee")
             if keys.FORMAT != kv.PLAIN:
                 b_qk *= kv.load_per_row(k_scale, o_page, o_slot, m_readable, PAGED)[None, :]
             b_score = cap_scores(b_qk, scale, log2_scale, softcap)
@@ -294,26 +306,22 @@ def attend(
                     BLOCK_N,
                 )
                 b_p = tl.where(m_keep, b_p, 0.0)
-            # [BLOCK_N, BLOCK_DV]
-            if values.FORMAT == kv.PLAIN:
-                p_v_rows = kv.row_pointers(v_rows, o_page, o_slot, PAGED)
-                b_v = kv.load_rows(
-                    p_v_rows, m_readable, DIMS.DV, DIMS.BLOCK_DV, PAGED or part != INNER
-                )
-            else:
-                b_scale = kv.load_per_row(v_scale, o_page, o_slot, m_readable, PAGED)
-                b_v = kv.load_stored(
-                    v_rows,
-                    v_zero,
-                    o_page,
-                    o_slot,
-                    m_readable,
-                    DIMS.DV,
-                    DIMS.BLOCK_DV,
-                    values.FORMAT,
-                    PAGED,
-                )
-                b_v = (b_v * b_scale[:, None]).to(b_q.dtype)
+            b_v = kv.load_stored(
+                v_rows,
+                v_zero,
+                o_page,
+                o_slot,
+                m_readable,
+                DIMS.DV,
+                DIMS.BLOCK_DV,
+                values.FORMAT,
+                PAGED,
+                part != INNER,
+                i_v_col,
+            )  # [BLOCK_N, BLOCK_DV]
+            if values.FORMAT != kv.PLAIN:
+                b_v *= kv.load_per_row(v_scale, o_page, o_slot, m_readable, PAGED)[:, None]
+                b_v = b_v.to(q.ptr.dtype.element_ty)
             b_acc = b_acc * b_rescale[:, None]
             b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision="ieee")
     return b_acc, b_sum, b_max

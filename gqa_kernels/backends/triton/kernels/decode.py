@@ -1,8 +1,11 @@
 """Decode: split-KV attention with the query heads of a group packed into the rows of one tile.
 
-Grid    one program per (sequence, KV split, row tile), flattened, row tiles fastest. A row tile
-        is up to BLOCK_M of the q_len * group_size rows of one group; the number of row tiles is
-        the most that any head map of this shape can need, so the grid depends on shapes only.
+Grid    one program per (part, row tile, slice of the columns of V and O), flattened,
+        slices fastest, then row tiles. There is one slice up to Dv 256. A row tile is up to BLOCK_M
+        of the q_len * group_size rows of one group; the number of row tiles is the most that any
+        head map of this shape can need, so the grid depends on shapes only.
+        A part is a split of a sequence's keys. Without lengths, all sequences have as many splits;
+        with lengths, parts have about equally many keys (parts.py), and surplus parts exit at once.
 Program finds its group and its first row from the plan's offsets (a surplus tile exits at once),
         gathers its query rows, and runs the online softmax over its share of the keys that these
         rows see. So each byte of K and V is read once per (sequence, group, split); a group of
@@ -20,6 +23,7 @@ import triton.language as tl
 
 from . import common, kv
 from .arguments import Source, TileRows, Window
+from .parts import find_part
 
 
 @triton.jit
@@ -51,6 +55,10 @@ def find_row_tile(
         "num_pages",
         "num_tiles",
         "num_splits",
+        "batch",
+        "num_lengths",
+        "even_parts",
+        "most_blocks",
         "window_left",
         "window_right",
         "dropout_threshold",
@@ -64,6 +72,7 @@ def decode_kernel(
     p_lse,  # [B, Hq, Sq] fp32, contiguous; packed [1, Hq, tokens]
     p_row_max,  # likewise, the largest score of each row, or None
     partial,  # Partial, or None with one split
+    p_parts,  # [B, 2] int32: first part and number of parts, written; None if all have as many
     p_plan,  # perm [Hq], k_head [Hq], v_head [Hq], offsets [G + 2]
     slopes,  # PerHead [B, Hq] fp32, or None
     p_sinks,  # [Hq] fp32, or None
@@ -80,7 +89,11 @@ def decode_kernel(
     num_tokens,  # Sq; of packed sequences the sum
     num_pages,  # P
     num_tiles,
-    num_splits,
+    num_splits,  # of each sequence, without p_parts
+    batch,  # B; it and the next three only with p_parts, see parts.py
+    num_lengths,
+    even_parts,
+    most_blocks,
     scale,
     log2_scale,  # scale * log2(e) if nothing else changes the scores, else None
     softcap,  # or None
@@ -94,10 +107,22 @@ def decode_kernel(
     BLOCK_N: tl.constexpr,
 ):
     # Program id -> sequence, split, row tile -> group and rows.
-    i_program = tl.program_id(0)
+    i_program, i_v_col = common.program_slice(DIMS.DV, DIMS.BLOCK_DV)
     i_tile = i_program % num_tiles
-    i_split = i_program // num_tiles % num_splits
-    i_b = (i_program // num_tiles // num_splits).to(tl.int64)
+    i_part = i_program // num_tiles
+    if p_parts is not None:
+        i_b, i_split, num_splits = find_part(
+            lengths, i_part, batch, num_lengths, kv_len, even_parts, most_blocks, BLOCK_N
+        )
+        if i_b < 0:
+            return
+        if (i_tile == 0) & (i_split == 0) & (i_v_col == 0):
+            tl.store(p_parts + 2 * i_b, i_part)
+            tl.store(p_parts + 2 * i_b + 1, num_splits)
+        i_b = i_b.to(tl.int64)
+    else:
+        i_split = i_part % num_splits
+        i_b = (i_part // num_splits).to(tl.int64)
     p_offsets = p_plan + 3 * num_heads
     i_token, n_q = 0, q_len
     if p_q_offsets is not None:
@@ -114,7 +139,7 @@ def decode_kernel(
 
     # Keys of the sequence; none for heads without a KV head.
     n, begin = kv.sequence_keys(lengths, p_begin, kv_len, i_b, i_k_head, valid)
-    source = Source(i_b, i_k_head, i_v_head, n, begin)
+    source = Source(i_b, i_k_head, i_v_head, n, begin, i_v_col)
     shift = n - n_q
 
     # Rows of the tile, token by token, the group's heads inside: row = token * group_size + head.
@@ -163,18 +188,19 @@ def decode_kernel(
 
     if p_seed is not None:
         b_acc = b_acc * dropout_scale
+    m_first = m_rows & (i_v_col == 0)  # each row's numbers are stored once
     if partial is not None:
         # [BLOCK_M]
-        o_partial = ((i_b * num_heads + o_sorted) * q_len + o_m64) * num_splits + i_split
-        tl.store(partial.sum + o_partial, b_sum, mask=m_rows)
-        tl.store(partial.max + o_partial, b_max, mask=m_rows)
+        o_partial = (i_part.to(tl.int64) * num_heads + o_sorted) * q_len + o_m64
+        tl.store(partial.sum + o_partial, b_sum, mask=m_first)
+        tl.store(partial.max + o_partial, b_max, mask=m_first)
         p_acc_rows = partial.acc + o_partial * DIMS.DV
-        common.store_rows(p_acc_rows, b_acc, m_rows, DIMS.DV, DIMS.BLOCK_DV)
+        common.store_rows(p_acc_rows, b_acc, m_rows, DIMS.DV, DIMS.BLOCK_DV, i_v_col)
     else:
         o_row = kv.first_row(p_q_offsets, i_b, o_head, i_token, num_heads, num_tokens) + o_m64
         if p_row_max is not None:
             b_most = tl.where(valid, b_max * common.LN2, float("nan"))
-            tl.store(p_row_max + o_row, b_most, mask=m_rows)
+            tl.store(p_row_max + o_row, b_most, mask=m_first)
         if p_sinks is not None:
             b_sink = tl.load(p_sinks + o_head, mask=m_rows, other=0.0)
             b_sum, b_max, b_factor = common.add_sink(b_sum, b_max, b_sink)
@@ -183,5 +209,5 @@ def decode_kernel(
         b_lse = common.log_sum_exp(b_sum, b_max)
         p_out_rows = kv.pointers(out, i_b, o_head, o_token)
         b_out = tl.where(valid, b_out, float("nan"))
-        tl.store(p_lse + o_row, tl.where(valid, b_lse, float("nan")), mask=m_rows)
-        common.store_rows(p_out_rows, b_out, m_rows, DIMS.DV, DIMS.BLOCK_DV)
+        tl.store(p_lse + o_row, tl.where(valid, b_lse, float("nan")), mask=m_first)
+        common.store_rows(p_out_rows, b_out, m_rows, DIMS.DV, DIMS.BLOCK_DV, i_v_col)

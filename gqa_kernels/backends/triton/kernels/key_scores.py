@@ -87,18 +87,25 @@ def key_scores_kernel(
     else:
         o_page, o_slot, m_readable = 0, o_n.to(tl.int64), m_n
     k_rows = kv.rows_of_head(keys.rows, i_storage, i_k_head, i_slot)
-    # [BLOCK_N, BLOCK_D]
-    if keys.FORMAT == kv.PLAIN:
-        p_k_rows = kv.row_pointers(k_rows, o_page, o_slot, PAGED)
-        b_k = kv.load_rows(p_k_rows, m_readable, DIMS.D, DIMS.BLOCK_D, True)
-    else:
-        k_zero = None
-        if keys.zero is not None:
-            k_zero = kv.rows_of_head(keys.zero, i_storage, i_k_head, i_slot)
+    k_zero = None
+    if keys.zero is not None:
+        k_zero = kv.rows_of_head(keys.zero, i_storage, i_k_head, i_slot)
+    if keys.FORMAT != kv.PLAIN:
         k_scale = kv.rows_of_head(keys.scale, i_storage, i_k_head, i_slot)
         b_scale = kv.load_per_row(k_scale, o_page, o_slot, m_readable, PAGED)  # [BLOCK_N]
+    if DIMS.D <= DIMS.BLOCK_D:
+        # [BLOCK_N, BLOCK_D]
         b_k = kv.load_stored(
-            k_rows, k_zero, o_page, o_slot, m_readable, DIMS.D, DIMS.BLOCK_D, keys.FORMAT, PAGED
+            k_rows,
+            k_zero,
+            o_page,
+            o_slot,
+            m_readable,
+            DIMS.D,
+            DIMS.BLOCK_D,
+            keys.FORMAT,
+            PAGED,
+            True,
         ).to(q.ptr.dtype.element_ty)
 
     i_first_query = tl.maximum(n_q - num_queries, 0)
@@ -113,8 +120,25 @@ def key_scores_kernel(
         o_sorted = i_sorted_first + o_row % group_size
         o_head = tl.load(p_plan + o_sorted, mask=m_rows, other=0).to(tl.int64)  # [BLOCK_M]
         p_q_rows = kv.pointers(q, i_b, o_head, i_token + o_m64)
-        b_q = kv.load_rows(p_q_rows, m_rows, DIMS.D, DIMS.BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
-        b_qk = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+        b_qk = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for i_col in tl.static_range(0, DIMS.D, DIMS.BLOCK_D):
+            # [BLOCK_M, BLOCK_D], [BLOCK_N, BLOCK_D]
+            b_q = kv.load_rows(p_q_rows, m_rows, DIMS.D, DIMS.BLOCK_D, True, i_col)
+            if DIMS.D > DIMS.BLOCK_D:
+                b_k = kv.load_stored(
+                    k_rows,
+                    k_zero,
+                    o_page,
+                    o_slot,
+                    m_readable,
+                    DIMS.D,
+                    DIMS.BLOCK_D,
+                    keys.FORMAT,
+                    PAGED,
+                    True,
+                    i_col,
+                ).to(q.ptr.dtype.element_ty)
+            b_qk = tl.dot(b_q, tl.trans(b_k), b_qk, input_precision="ieee")
         if keys.FORMAT != kv.PLAIN:
             b_qk *= b_scale[None, :]
         b_score = common.cap_scores(b_qk, scale, log2_scale, softcap)
@@ -139,7 +163,9 @@ def key_scores_kernel(
         )
         o_lse = kv.first_row(p_q_offsets, i_b, o_head, i_token, num_heads, num_tokens) + o_m64
         b_lse = load_lse(p_lse + o_lse, m_rows)  # [BLOCK_M]
-        b_p = probabilities(b_score, log2_scale, b_lse[:, None], b_q.dtype == tl.float32)
+        b_p = probabilities(
+            b_score, log2_scale, b_lse[:, None], q.ptr.dtype.element_ty == tl.float32
+        )
         b_total += tl.sum(b_p, 0)
 
     p_row = p_key_scores + (i_b * num_groups + i_k_head) * kv_len

@@ -31,18 +31,20 @@ def load_rows(
     DIM: tl.constexpr,
     BLOCK: tl.constexpr,
     CHECK_ROWS: tl.constexpr,
+    first=0,
 ):
-    """Rows of DIM elements as a [ROWS, BLOCK] tile, zero in masked rows and padding columns.
+    """Columns from `first` on of rows of DIM elements: a [ROWS, BLOCK] tile, zero in masked rows
+    and padding columns. `first` is a multiple of BLOCK and less than DIM.
 
     Zero and not undefined: a NaN in an unused slot times a probability of 0 would be NaN.
     """
-    o_cols = tl.arange(0, BLOCK)
+    o_cols = first + tl.arange(0, BLOCK)
     p_tile = p_rows[:, None] + o_cols[None, :]
-    if CHECK_ROWS and DIM != BLOCK:
+    if CHECK_ROWS and DIM % BLOCK != 0:
         b_tile = tl.load(p_tile, mask=m_rows[:, None] & (o_cols < DIM)[None, :], other=0.0)
     elif CHECK_ROWS:
         b_tile = tl.load(p_tile, mask=m_rows[:, None], other=0.0)
-    elif DIM != BLOCK:
+    elif DIM % BLOCK != 0:
         b_tile = tl.load(p_tile, mask=(o_cols < DIM)[None, :], other=0.0)
     else:
         b_tile = tl.load(p_tile)
@@ -161,20 +163,24 @@ def load_stored(
     BLOCK: tl.constexpr,
     FORMAT: tl.constexpr,
     PAGED: tl.constexpr,
+    CHECK_ROWS: tl.constexpr,
+    first=0,
 ):
-    """Stored numbers less their zeros: fp32 [BLOCK_N, BLOCK]."""
+    """Columns from `first` on of stored numbers less their zeros: [BLOCK_N, BLOCK], fp32 or, where
+    nothing is quantised, as stored. CHECK_ROWS: some of the rows can't be read."""
     p_rows = row_pointers(rows, o_page, o_slot, PAGED)
-    default_zero = 0.0
-    if FORMAT == INT4:
-        b_pairs = load_rows(p_rows, m_rows, DIM // 2, BLOCK // 2, True)
-        b_stored = tl.interleave(b_pairs & 15, b_pairs >> 4).to(tl.float32)
-        default_zero = 8.0
-    elif FORMAT == INT8:
-        b_stored = load_rows(p_rows, m_rows, DIM, BLOCK, True).to(tl.float32)
+    if FORMAT == PLAIN:
+        b_stored = load_rows(p_rows, m_rows, DIM, BLOCK, PAGED or CHECK_ROWS, first)
     else:
-        b_stored = fp8_to_fp32(load_rows(p_rows, m_rows, DIM, BLOCK, True), FORMAT)
-    if zero is not None:
-        b_stored -= load_per_row(zero, o_page, o_slot, m_rows, PAGED)[:, None]
-    elif default_zero != 0.0:
-        b_stored -= default_zero
+        if FORMAT == INT4:
+            b_pairs = load_rows(p_rows, m_rows, DIM // 2, BLOCK // 2, True, first // 2)
+            b_stored = tl.interleave(b_pairs & 15, b_pairs >> 4).to(tl.float32)
+        elif FORMAT == INT8:
+            b_stored = load_rows(p_rows, m_rows, DIM, BLOCK, True, first).to(tl.float32)
+        else:
+            b_stored = fp8_to_fp32(load_rows(p_rows, m_rows, DIM, BLOCK, True, first), FORMAT)
+        if zero is not None:
+            b_stored -= load_per_row(zero, o_page, o_slot, m_rows, PAGED)[:, None]
+        elif FORMAT == INT4:
+            b_stored -= 8.0
     return b_stored

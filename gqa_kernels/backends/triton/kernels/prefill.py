@@ -1,6 +1,7 @@
 """Prefill: forward attention with one query head per tile.
 
-Grid    one program per (sequence, query head, block of BLOCK_M query tokens), flattened.
+Grid    one program per (sequence, query head, block of BLOCK_M query tokens, slice of the columns
+        of V and O), flattened, slices fastest. There is one slice up to Dv 256.
         Query heads come in the plan's order, sorted by group, in sections whose K and V fit the
         L2 cache. Inside a section, programs go block by block from the last block to the first.
         So heads of one group run at the same time and share K and V in L2, and with causal
@@ -21,9 +22,8 @@ from .arguments import Source, TileRows, Window
 
 
 @triton.jit
-def find_query_block(num_heads, num_blocks, heads_per_section):
-    """(sequence, place of the head in the plan, block of query tokens) of this program."""
-    i_program = tl.program_id(0)
+def find_query_block(i_program, num_heads, num_blocks, heads_per_section):
+    """(sequence, place of the head in the plan, block of query tokens) of a program."""
     programs_per_sequence = num_heads * num_blocks
     i_b = (i_program // programs_per_sequence).to(tl.int64)
     i_rest = i_program % programs_per_sequence
@@ -84,7 +84,8 @@ def prefill_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    i_b, i_sorted, i_block = find_query_block(num_heads, num_blocks, heads_per_section)
+    i_program, i_v_col = common.program_slice(DIMS.DV, DIMS.BLOCK_DV)
+    i_b, i_sorted, i_block = find_query_block(i_program, num_heads, num_blocks, heads_per_section)
 
     # Rows of the tile: the query tokens of one block.
     i_token, n_q = 0, q_len
@@ -107,7 +108,7 @@ def prefill_kernel(
 
     # Keys of the sequence; none for a head without a KV head.
     n, begin = kv.sequence_keys(lengths, p_begin, kv_len, i_b, i_k_head, valid)
-    source = Source(i_b, i_k_head, i_v_head, n, begin)
+    source = Source(i_b, i_k_head, i_v_head, n, begin, i_v_col)
     shift = n - n_q
 
     b_slope, p_mask, o_dropout_head = None, None, None
@@ -145,9 +146,10 @@ def prefill_kernel(
         p_begin is not None,
     )
 
+    m_first = m_rows & (i_v_col == 0)  # each row's numbers are stored once
     o_row = kv.first_row(p_q_offsets, i_b, i_head, i_token, num_heads, num_tokens) + o_m64
     if p_row_max is not None:
-        tl.store(p_row_max + o_row, tl.where(valid, b_max * common.LN2, float("nan")), mask=m_rows)
+        tl.store(p_row_max + o_row, tl.where(valid, b_max * common.LN2, float("nan")), mask=m_first)
     if p_sinks is not None:
         b_sum, b_max, b_factor = common.add_sink(b_sum, b_max, tl.load(p_sinks + i_head))
         b_acc = b_acc * b_factor[:, None]
@@ -157,5 +159,5 @@ def prefill_kernel(
     b_lse = common.log_sum_exp(b_sum, b_max)
     p_out_rows = kv.pointers(out, i_b, i_head, o_token)
     b_out = tl.where(valid, b_out, float("nan"))
-    tl.store(p_lse + o_row, tl.where(valid, b_lse, float("nan")), mask=m_rows)
-    common.store_rows(p_out_rows, b_out, m_rows, DIMS.DV, DIMS.BLOCK_DV)
+    tl.store(p_lse + o_row, tl.where(valid, b_lse, float("nan")), mask=m_first)
+    common.store_rows(p_out_rows, b_out, m_rows, DIMS.DV, DIMS.BLOCK_DV, i_v_col)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from ..kernels.backward_q import backward_q_kernel
 from ..kernels.delta import delta_kernel
 from ..plan import largest_first, num_groups, regrouped
 from ..splits import ceil_div
-from .base import Argument, Launch, rows_of
+from .base import Argument, Launch, dims_of, rows_of
 from .forward import ForwardCall
 
 DELTA_ELEMENTS = 4096  # of out that a program of the delta kernel reads
@@ -35,8 +36,7 @@ class BackwardCall:
         shared: V is grouped as K is.
         dout: ``[B, Hq, Sq, Dv]``.
         dlse: fp32 ``[B, Hq, Sq]``, contiguous, or None.
-        delta: fp32 ``[B, Hq, Sq]``, contiguous, scratch; with ``dslopes`` or ``sinks`` in the end
-            without the output's rounding.
+        delta: fp32 ``[B, Hq, Sq]``, contiguous, scratch.
         dq, dk, dv: in the shapes of q, k, v. Of packed sequences all of q, k, v and what has their
             shapes are ``[1, H, tokens, ...]``, and dq, dk, dv zeros.
         dslopes: fp32 ``[B, Hq, num_blocks]``, one sum per block of query tokens, or None.
@@ -54,6 +54,12 @@ class BackwardCall:
     dslopes: Tensor | None
     sinks: bool = False
 
+    @cached_property
+    def exact_delta(self) -> Tensor | None:
+        """Delta without the output's rounding, with ``dslopes`` or ``sinks``."""
+        has_sums = self.dslopes is not None or self.sinks
+        return torch.empty_like(self.delta) if has_sums else None
+
     def arguments(self) -> dict[str, Argument]:
         """The arguments that several kernels share; each launch takes those that it needs."""
         packed = self.forward.cache is not None
@@ -61,11 +67,11 @@ class BackwardCall:
             "dout": rows_of(self.dout, packed),
             "p_dlse": self.dlse,
             "p_delta": self.delta,
+            "p_exact_delta": self.exact_delta,
             "dq": rows_of(self.dq, packed),
             "dk": rows_of(self.dk, packed),
             "dv": rows_of(self.dv, packed),
             "p_dslopes": self.dslopes,
-            "HAS_SUMS": self.dslopes is not None or self.sinks,
         }
 
 
@@ -100,9 +106,12 @@ def delta_launch(call: BackwardCall) -> Launch:
 
 def kv_launches(call: BackwardCall, tile: Tile) -> list[Launch]:
     """Launches that write dK and dV: one, or one each where V is grouped apart."""
+    shape, plan = call.forward.shape, call.forward.plan
     if call.shared:
-        return [_kv_launch(call, tile, call.forward.plan)]
-    heads = call.forward.shape.num_heads
+        if shape.head_dim <= tile.d_columns and shape.value_head_dim <= tile.dv_columns:
+            return [_kv_launch(call, tile, plan)]
+        return [_kv_launch(call, tile, plan, dv=None), _kv_launch(call, tile, plan, dk=None)]
+    heads = shape.num_heads
     by_key = regrouped(call.forward.plan, heads, call.dk.shape[1], by_value=False)
     by_value = regrouped(call.forward.plan, heads, call.dv.shape[1], by_value=True)
     return [
@@ -121,11 +130,13 @@ def _kv_launch(call: BackwardCall, tile: Tile, plan: Tensor, **gradients: None) 
         "batch": shape.batch,
         "num_groups": groups,
         "num_blocks": num_blocks,
+        "DIMS": dims_of(shape.head_dim, shape.value_head_dim, tile),
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
         "SHARED": call.shared,
     }
-    grid = groups * shape.batch * num_blocks
+    slices = tile.value_slices(shape) if "dk" in gradients else tile.key_slices(shape)
+    grid = groups * shape.batch * num_blocks * slices
     return Launch.of(
         backward_kv_kernel, grid, arguments | gradients, tile.num_warps, tile.num_stages
     )
@@ -138,15 +149,18 @@ def q_launch(call: BackwardCall, tile: Tile, section: int) -> Launch:
     arguments = call.arguments() | {
         "num_blocks": num_blocks,
         "heads_per_section": section,
+        "DIMS": dims_of(shape.head_dim, shape.value_head_dim, tile),
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
     }
-    grid = shape.batch * shape.num_heads * num_blocks
+    grid = shape.batch * shape.num_heads * num_blocks * tile.key_slices(shape)
     return Launch.of(backward_q_kernel, grid, arguments, tile.num_warps, tile.num_stages)
 
 
-def run_backward(call: BackwardCall, facts: DeviceFacts, need_slopes: bool) -> Tensor | None:
-    """Run a call; returns the slopes' gradient ``[B, Hq]`` where it is needed."""
+def run_backward(
+    call: BackwardCall, facts: DeviceFacts, need_slopes: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Run a call; returns the slopes' gradient ``[B, Hq]`` if needed, and ``call.exact_delta``."""
     if need_slopes:
         shape = call.forward.shape
         blocks = ceil_div(shape.q_len, backward_q_tile(shape, facts).block_m)
@@ -154,7 +168,7 @@ def run_backward(call: BackwardCall, facts: DeviceFacts, need_slopes: bool) -> T
         call = replace(call, dslopes=partial)
     for launch in backward_launches(call, facts):
         launch.run()
-    return call.dslopes.sum(-1) if need_slopes else None
+    return call.dslopes.sum(-1) if need_slopes else None, call.exact_delta
 
 
 def sinks_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ..configs import padded_dim
+from ..configs import Tile, padded_dim
 from ..kernels import kv
 from ..kernels.arguments import Dims, Mask, Pages, PerHead, Rows, Stored
 
@@ -89,7 +89,10 @@ def pages_of(page_table: Tensor | None, page_size: int) -> Pages | None:
     return Pages(page_table, *page_table.stride(), tl.constexpr(page_size))
 
 
-def dims_of(head_dim: int, value_head_dim: int) -> Dims:
-    """The head dims for kernels."""
-    dims = (head_dim, value_head_dim, padded_dim(head_dim), padded_dim(value_head_dim))
+def dims_of(head_dim: int, value_head_dim: int, tile: Tile | None = None) -> Dims:
+    """The head dims for kernels, and the columns of a tile: all of them, without a ``tile``."""
+    columns = [padded_dim(dim) for dim in (head_dim, value_head_dim)]
+    if tile is not None:
+        columns = [min(columns[0], tile.d_columns), min(columns[1], tile.dv_columns)]
+    dims = (head_dim, value_head_dim, *columns)
     return Dims(*map(tl.constexpr, dims))

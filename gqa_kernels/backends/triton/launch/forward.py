@@ -16,6 +16,7 @@ from ..configs import (
     Tile,
     decode_config,
     heads_per_section,
+    padded_dim,
     power_of_two,
     prefers_decode,
     prefill_tile,
@@ -28,7 +29,8 @@ from ..plan import num_groups
 from ..splits import ceil_div
 from .base import FORMATS, Argument, Launch, dims_of, mask_of, pages_of, per_head, rows_of, stored
 
-COMBINE_CHUNK = 16  # splits whose partial outputs the combine kernel holds at once
+COMBINE_CHUNK = 16  # splits whose partial outputs the combine kernel holds at once, at most
+COMBINE_ELEMENTS = 16 * 256  # of these outputs, likewise
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,7 @@ class ForwardCall:
             ),
             window_left=self.window_left if bounded_left else -1,
             window_right=self.window_right if bounded_right else -1,
+            has_lengths=self.kv_lengths is not None,
             paged_or_quantised=self.k.dtype in FORMATS
             or (self.cache is not None and self.cache.page_table is not None),
         )
@@ -176,21 +179,25 @@ def prefill_launch(call: ForwardCall, tile: Tile, section: int) -> Launch:
     arguments = call.arguments() | {
         "num_blocks": num_blocks,
         "heads_per_section": section,
+        "DIMS": dims_of(shape.head_dim, shape.value_head_dim, tile),
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
     }
-    grid = shape.batch * shape.num_heads * num_blocks
+    grid = shape.batch * shape.num_heads * num_blocks * tile.value_slices(shape)
     return Launch.of(prefill_kernel, grid, arguments, tile.num_warps, tile.num_stages)
 
 
 def decode_launches(call: ForwardCall, config: DecodeConfig) -> list[Launch]:
     """Launch of the decode kernel and, with more than one split, of the combine kernel."""
     shape, tile = call.shape, config.tile
-    num_splits = config.splits.num_splits
-    partial = None
-    if num_splits > 1:
-        rows = (shape.batch, shape.num_heads, shape.q_len, num_splits)
+    num_splits, parts = config.splits.num_splits, config.parts
+    num_parts = shape.batch * num_splits if parts is None else parts.most_parts
+    partial, p_parts = None, None
+    if num_splits > 1 or parts is not None:
+        rows = (num_parts, shape.num_heads, shape.q_len)
         scratch = {"dtype": torch.float32, "device": call.q.device}
+        if parts is not None:
+            p_parts = call.q.new_empty(shape.batch, 2, dtype=torch.int32)
         partial = Partial(
             torch.empty(*rows, shape.value_head_dim, **scratch),
             torch.empty(rows, **scratch),
@@ -198,17 +205,31 @@ def decode_launches(call: ForwardCall, config: DecodeConfig) -> list[Launch]:
         )
     arguments = call.arguments() | {
         "partial": partial,
+        "p_parts": p_parts,
+        "batch": shape.batch,
+        "num_lengths": _num_lengths(call.kv_lengths),
+        "even_parts": 1 if parts is None else parts.even_parts,
+        "most_blocks": 1 if parts is None else parts.most_blocks,
         "num_tiles": config.num_tiles,
         "num_splits": num_splits,
         "BLOCK_G": power_of_two(shape.num_groups + 1),
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
-        "BLOCK_S": power_of_two(num_splits),
-        "CHUNK_S": min(COMBINE_CHUNK, power_of_two(num_splits)),
+        "CHUNK_S": min(COMBINE_CHUNK, COMBINE_ELEMENTS // padded_dim(shape.value_head_dim)),
     }
-    grid = shape.batch * num_splits * config.num_tiles
-    launches = [Launch.of(decode_kernel, grid, arguments, tile.num_warps, tile.num_stages)]
+    of_tile = {"DIMS": dims_of(shape.head_dim, shape.value_head_dim, tile)}
+    grid = num_parts * config.num_tiles * tile.value_slices(shape)
+    launches = [
+        Launch.of(decode_kernel, grid, arguments | of_tile, tile.num_warps, tile.num_stages)
+    ]
     if partial is not None:
         num_rows = shape.batch * shape.num_heads * shape.q_len
         launches.append(Launch.of(combine_kernel, num_rows, arguments, 4, 2))
     return launches
+
+
+def _num_lengths(kv_lengths: Tensor | None) -> int:
+    """KV heads whose lengths may differ."""
+    if kv_lengths is None or kv_lengths.stride(1) == 0:
+        return 1
+    return kv_lengths.shape[1]

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from ..configs import padded_dim
+from ..configs import Tile, padded_dim
 from ..kernels.key_scores import key_scores_kernel
 from ..plan import regrouped
 from ..splits import ceil_div
-from .base import Launch
+from .base import Launch, dims_of
 from .forward import ForwardCall
 
 BLOCK_M = 16  # rows: tl.dot's least. The last queries are few
@@ -29,13 +29,17 @@ def key_scores_launch(call: ForwardCall, key_scores: Tensor, queries: int) -> La
         return None
     batch, k_heads, slots = key_scores.shape
     plan = regrouped(call.plan, call.q.shape[1], k_heads, by_value=False)
-    block_n = max(16, min(MAX_BLOCK_N, BLOCK_ELEMENTS // padded_dim(call.q.shape[3])))
+    shape = call.shape
+    block_n = max(16, min(MAX_BLOCK_N, BLOCK_ELEMENTS // padded_dim(shape.head_dim)))
+    tile = Tile(BLOCK_M, block_n, 4, 1)
     num_blocks = ceil_div(slots, block_n)
     arguments = replace(call, plan=plan).arguments() | {
         "p_key_scores": key_scores,
         "num_blocks": num_blocks,
         "num_queries": queries,
-        "BLOCK_M": BLOCK_M,
-        "BLOCK_N": block_n,
+        "DIMS": dims_of(shape.head_dim, shape.value_head_dim, tile),
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
     }
-    return Launch.of(key_scores_kernel, batch * k_heads * num_blocks, arguments, 4, 1)
+    grid = batch * k_heads * num_blocks
+    return Launch.of(key_scores_kernel, grid, arguments, tile.num_warps, tile.num_stages)
