@@ -1,6 +1,6 @@
-// Which function implements which op on the CPU. The ops' schemas are in
-// gqa_kernels/native/schema.py, which defines them before this library is loaded. Built on Torch's
-// stable ABI: one binary serves every Torch from 2.10 on.
+// Registers the function that implements each op on the CPU. gqa_kernels/native/schema.py defines
+// the ops before it loads this library. Built on Torch's stable ABI: one binary serves every Torch
+// from 2.10 on.
 #include <torch/csrc/stable/library.h>
 
 #include "host/append.h"

@@ -1,5 +1,5 @@
-// Which function implements which op on CUDA devices; schemas are in gqa_kernels/native/schema.py.
-// In the library only if nvcc compiled the kernels.
+// Registers the function that implements each op on CUDA devices (schemas:
+// gqa_kernels/native/schema.py). The library contains this file only if nvcc compiled the kernels.
 #include <cuda_runtime_api.h>
 #include <torch/csrc/stable/library.h>
 
@@ -16,8 +16,8 @@ STABLE_TORCH_LIBRARY_IMPL(gqa_kernels, CUDA, library) {
   library.impl("cache_append", TORCH_BOX(&cache_append<cache_append_cuda>));
 }
 
-// What gqa_kernels/native/cuda_build.py finds in the file: that there are CUDA kernels, and of
-// which build.
+// gqa_kernels/native/cuda_build.py searches the file for this text, to find out whether the library
+// has CUDA kernels and how they were built.
 #define GQA_TEXT(x) #x
 #define GQA_VALUE(x) GQA_TEXT(x)
 extern "C" __attribute__((visibility("default"))) const char gqa_kernels_cuda_build[] =

@@ -1,9 +1,9 @@
 // Which probabilities dropout keeps: Philox4x32-10 (Salmon et al., "Parallel random numbers: as
-// easy as 1, 2, 3", SC 2011), a function of the seed and the element's place alone, so that
-// forward, backward and every backend agree without a stored mask.
+// easy as 1, 2, 3", SC 2011). The result depends only on the seed and the element's position, so
+// that forward, backward and every backend agree without a stored mask.
 //
 //   key = seed; counter = (key token / 4, query token, b * Hq + h, offset), lane = key token % 4
-//   kept where lane >= floor(dropout_p * 2^32); what is kept is divided by 1 - dropout_p
+//   keep if lane >= floor(dropout_p * 2^32); divide what is kept by 1 - dropout_p
 #pragma once
 
 #include <cstdint>
@@ -16,7 +16,7 @@ namespace gqa {
 constexpr int kPhiloxLanes = 4;
 constexpr int kPhiloxRounds = 10;
 
-// A seed as the rounds use it up.
+// The seed, split into the words that the rounds use.
 struct PhiloxKey {
   uint32_t low, high;
 
@@ -28,7 +28,7 @@ struct PhiloxKey {
   }
 };
 
-// One round of a counter's four words.
+// One round on the four words of a counter.
 GQA_HOST_DEVICE inline void philox_round(uint32_t& c0, uint32_t& c1, uint32_t& c2, uint32_t& c3,
                                          const PhiloxKey& key) {
   const uint64_t x = 0xD2511F53ull * c0, y = 0xCD9E8D57ull * c2;
@@ -38,7 +38,7 @@ GQA_HOST_DEVICE inline void philox_round(uint32_t& c0, uint32_t& c1, uint32_t& c
   c3 = static_cast<uint32_t>(x);
 }
 
-constexpr int kPhiloxBatch = 8;  // counters at a time: the compiler makes vectors of them
+constexpr int kPhiloxBatch = 8;  // counters at a time, so that the compiler vectorises them
 
 // lanes[l][i] = lane l of the counter (first + i, token, sequence_head, offset).
 inline void philox_batch(int64_t seed, uint32_t first, uint32_t token, uint32_t sequence_head,
@@ -57,8 +57,8 @@ inline void philox_batch(int64_t seed, uint32_t first, uint32_t token, uint32_t 
   }
 }
 
-// keep[i] for the keys first + i, begin <= i < end, of one row: 1 / (1 - dropout_p)
-// where it is kept, else 0.
+// For keys first + i of one row, begin <= i < end: keep[i] = 1 / (1 - dropout_p) if the key is
+// kept, else 0.
 inline void dropout_row(const AttentionParams& params, int64_t b, int64_t head, int64_t token,
                         int64_t first, int begin, int end, float* keep) {
   const uint32_t row = static_cast<uint32_t>(b * params.num_heads + head);

@@ -1,4 +1,4 @@
-// On functions that CUDA kernels call too.
+// Marks functions that CUDA kernels call, too.
 #pragma once
 
 #ifdef __CUDACC__

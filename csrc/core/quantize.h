@@ -1,6 +1,6 @@
-// Numbers to stored numbers: value = (stored - zero) * scale. Defined by
-// gqa_kernels/cache/formats.py, bit for bit: true divisions, rounding to nearest even,
-// saturation. For the appends of all devices.
+// Quantisation: value = (stored - zero) * scale. gqa_kernels/cache/formats.py defines it, bit for
+// bit: true divisions, rounding to nearest even, saturation. The appends of all devices use this
+// file.
 #pragma once
 
 #include <cmath>
@@ -14,7 +14,7 @@ namespace gqa {
 
 struct Format {
   float low, high;       // smallest and largest stored number
-  float symmetric_high;  // what a row's largest magnitude becomes where no zeros are kept
+  float symmetric_high;  // stored value of a row's largest magnitude if the format keeps no zeros
   float default_zero;
   bool integer;
 };
@@ -38,8 +38,8 @@ GQA_HOST_DEVICE constexpr Format format_of<Int4Pair>() {
   return {0.0f, 15.0f, 7.0f, 8.0f, true};
 }
 
-// x, at most the largest number of the format, as a float of kMantissa bits after the point and an
-// exponent bias of kBias; 0x7f for NaN.
+// Rounds x, which is at most the format's largest number, to a float with kMantissa bits of
+// fraction and an exponent bias of kBias, and returns its bits; 0x7f for NaN.
 template <int kMantissa, int kBias>
 GQA_HOST_DEVICE inline uint8_t to_float8(float x) {
   uint32_t bits;
@@ -50,7 +50,7 @@ GQA_HOST_DEVICE inline uint8_t to_float8(float x) {
   constexpr int kShift = 23 - kMantissa;
   constexpr uint32_t kMinNormal = static_cast<uint32_t>(127 + 1 - kBias) << 23;
   if (bits < kMinNormal) {
-    // The sum with 2^(24 - kBias - kMantissa) rounds (to nearest even) at the step of subnormals.
+    // Adding 2^(24 - kBias - kMantissa) rounds to the step of subnormals, to nearest even.
     constexpr uint32_t kMagic = static_cast<uint32_t>(127 + 24 - kBias - kMantissa) << 23;
     float value, magic;
     std::memcpy(&value, &bits, sizeof value);
@@ -64,7 +64,7 @@ GQA_HOST_DEVICE inline uint8_t to_float8(float x) {
   return static_cast<uint8_t>(sign | ((rebiased + half) >> kShift));
 }
 
-// A stored number, still a float, as it lies in a byte (of kInt4: in half of one).
+// The bits of a stored number, given as a float: a byte, or half a byte for kInt4.
 template <class S>
 GQA_HOST_DEVICE inline uint8_t stored_bits(float x);
 template <>
@@ -84,7 +84,8 @@ GQA_HOST_DEVICE inline uint8_t stored_bits<Int4Pair>(float x) {
   return static_cast<uint8_t>(x);
 }
 
-// What a row's scale and zero are found from. It holds 0, so that 0 stays exact.
+// The range of a row, from which its scale and zero follow. It includes 0, so that 0 is stored
+// exactly.
 struct RowRange {
   float low = 0.0f, high = 0.0f;
   bool nan = false;
@@ -100,8 +101,8 @@ struct RowScale {
   float scale, zero;
 };
 
-// Scale and zero that fill the format's range with the row's; NaN if any number is. Where no zero
-// is kept, the range is symmetric.
+// The scale and zero that map the row's range to the format's; NaN if any number is NaN. If the
+// format keeps no zero, the range is symmetric.
 template <class S>
 GQA_HOST_DEVICE inline RowScale row_scale(const RowRange& row, bool keeps_zero) {
   constexpr Format kF = format_of<S>();
@@ -112,14 +113,14 @@ GQA_HOST_DEVICE inline RowScale row_scale(const RowRange& row, bool keeps_zero) 
   return {scale, kF.low - (scale > 0.0f ? nearbyintf(row.low / scale) : 0.0f)};
 }
 
-// The stored number, still a float.
+// The stored number, as a float.
 template <class S>
 GQA_HOST_DEVICE inline float quantize(float x, const RowScale& row) {
   constexpr Format kF = format_of<S>();
   float stored = row.scale > 0.0f ? x / row.scale : 0.0f;
   if (kF.integer) {
     stored = nearbyintf(stored);
-    if (stored != stored) stored = 0.0f;  // a NaN has no integer; its row's scale is NaN
+    if (stored != stored) stored = 0.0f;  // an integer can't be NaN; the row's scale is NaN
   }
   stored += row.zero;
   if (kF.integer && stored != stored) return kF.low;

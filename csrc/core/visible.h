@@ -1,4 +1,4 @@
-// Which keys a query token sees: the one definition of lengths, causal order and windows.
+// Which keys a query token sees: the only definition of lengths, causal order and windows.
 #pragma once
 
 #include "host_device.h"
@@ -9,7 +9,7 @@ namespace gqa {
 // An additive mask value below this hides its key: half of fp32's lowest number.
 constexpr float kLowestMaskValue = -0x1.fffffep126f;
 
-// Keys [begin, end); empty where begin >= end.
+// Keys [begin, end); empty if begin >= end.
 struct KeyRange {
   int64_t begin, end;
 };
@@ -21,7 +21,7 @@ GQA_HOST_DEVICE inline int64_t first_slot(const AttentionParams& params, int64_t
   return begin < 0 ? 0 : begin > params.kv_len ? params.kv_len : begin;
 }
 
-// Keys of sequence b that are valid for key head k_head.
+// The number of valid keys of sequence b for key head k_head.
 GQA_HOST_DEVICE inline int64_t kv_length(const AttentionParams& params, int64_t b, int64_t k_head) {
   const int64_t capacity = params.kv_len - first_slot(params, b);
   if (params.kv_lengths == nullptr) return capacity;
@@ -30,7 +30,7 @@ GQA_HOST_DEVICE inline int64_t kv_length(const AttentionParams& params, int64_t 
   return length < 0 ? 0 : length > capacity ? capacity : length;
 }
 
-// The query tokens of a sequence: tokens [first, first + count) of q, out, LSE of batch `b`.
+// The query tokens of a sequence: tokens [first, first + count) of q, out and LSE in batch `b`.
 struct Queries {
   int64_t b, first, count;
 };
@@ -41,9 +41,9 @@ GQA_HOST_DEVICE inline Queries queries_of(const AttentionParams& params, int64_t
   return {0, first, count < 0 ? 0 : count > params.q_len ? params.q_len : count};
 }
 
-// The place of query token `token` among `length` keys: the last query token, number Sq - 1, is
-// aligned to the last key. (Of ragged queries too: a shorter sequence's first token is not number
-// 0.)
+// The position of query token `token` among `length` keys. The last query token, number Sq - 1, is
+// aligned to the last key. If queries are ragged, the first token of a shorter sequence has a
+// number above 0.
 GQA_HOST_DEVICE inline int64_t query_position(const AttentionParams& params, int64_t length,
                                               int64_t token) {
   return token + length - params.q_len;
@@ -62,7 +62,7 @@ GQA_HOST_DEVICE inline KeyRange keys_around(const AttentionParams& params, int64
   return range;
 }
 
-// Both ends grow with the token, so the union over a run of tokens is first.begin to last.end.
+// Both ends grow with the token, so a run of tokens sees keys first.begin to last.end.
 GQA_HOST_DEVICE inline KeyRange visible_keys(const AttentionParams& params, int64_t length,
                                              int64_t token) {
   return keys_around(params, length, query_position(params, length, token));

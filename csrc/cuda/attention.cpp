@@ -13,11 +13,11 @@
 namespace gqa::cuda {
 namespace {
 
-// Up to a decode tile's rows per head, decode reads K and V no more often than prefill, which reads
-// them once per query head.
+// If each head has at most as many rows as a decode tile, decode reads K and V no more often than
+// prefill, which reads them once per query head.
 constexpr int64_t kDecodeQueries = 16;
-// Decode splits the keys: it takes longer queries too where prefill's tiles would leave most of the
-// device idle.
+// Decode splits the keys. It therefore also takes longer queries if prefill's tiles would leave
+// most of the device idle.
 constexpr int64_t kPrefillRows = 128;
 
 bool leaves_device_idle(const AttentionParams& params, const Device& device) {

@@ -1,4 +1,4 @@
-// Attention on the current CUDA device: which phase runs a call, and running it. Torch-free.
+// Attention on the current CUDA device: chooses the phase of a call and runs it. Torch-free.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -13,7 +13,7 @@ namespace gqa::cuda {
 enum class Phase { kDecode, kPrefillSm80, kPrefillSm90 };
 
 // The phase for a call, from shapes, strides and types only. Throws std::runtime_error with the
-// reasons where none can run it.
+// reasons if no phase can run it.
 Phase choose_phase(const AttentionParams& params, const Device& device);
 
 size_t workspace_bytes(const AttentionParams& params, Phase phase, const Device& device);

@@ -1,4 +1,4 @@
-// Facts of a device that choices may depend on: numbers of splits, workspaces, phases.
+// Facts about a device that numbers of splits, workspaces and phases depend on.
 #pragma once
 
 #include <algorithm>
@@ -12,7 +12,7 @@ struct Device {
   int reserved_shared;  // of these, what the system takes for each CTA
 };
 
-// Of the current device; asked for once per device. Throws std::runtime_error.
+// The current device's facts, queried once per device. Throws std::runtime_error.
 Device current_device();
 
 // CTAs of `shared_bytes` that an SM runs at once, at most `by_registers`.

@@ -1,4 +1,4 @@
-// What every phase's launch.h has, and what its launch code shares. Torch-free.
+// The common interface of every phase's launch.h, and code that launches share. Torch-free.
 //
 // A phase is a folder, cuda/<arch>/<phase>, whose launch.h declares, in gqa::cuda::<arch>:
 //
@@ -23,21 +23,21 @@
 
 namespace gqa::cuda {
 
-// Throws std::runtime_error naming the call and what the CUDA runtime says.
+// Throws std::runtime_error with the name of the call and the CUDA runtime's message.
 inline void check(cudaError_t status, const char* call) {
   if (status != cudaSuccess) {
     throw std::runtime_error(std::string(call) + " failed: " + cudaGetErrorString(status));
   }
 }
 
-// Whether rows of `dim` elements are whole 16-byte chunks.
+// Whether rows of `dim` elements consist of whole 16-byte chunks.
 inline bool in_chunks(const void* data, const Strides& strides, int64_t dim) {
   return reinterpret_cast<uintptr_t>(data) % 16 == 0 && strides.b % 8 == 0 && strides.h % 8 == 0 &&
          strides.s % 8 == 0 && dim % 8 == 0;
 }
 
-// Launches kernel<<<grid, block, shared_bytes, stream>>>(params), with that much dynamic shared
-// memory allowed. `name` is for the message.
+// Launches kernel<<<grid, block, shared_bytes, stream>>>(params) and permits that much dynamic
+// shared memory. `name` is for the error message.
 template <class Params>
 void launch_kernel(const char* name, void (*kernel)(Params), dim3 grid, int block, int shared_bytes,
                    cudaStream_t stream, const Params& params) {
@@ -51,9 +51,9 @@ void launch_kernel(const char* name, void (*kernel)(Params), dim3 grid, int bloc
   check(cudaLaunchKernel(function, grid, dim3(block), arguments, shared_bytes, stream), name);
 }
 
-// The same for a kernel that calls wait_for_kernel_before (common/ptx.cuh) first of all: from
-// Hopper on its CTAs start while the kernel before it ends, which saves the time between launches.
-// Code that was compiled for older devices can't wait, and so must not start early.
+// The same for a kernel whose first step is wait_for_kernel_before (common/ptx.cuh). From Hopper
+// on, its CTAs start while the preceding kernel ends, which saves the time between launches. Code
+// compiled for older devices can't wait, so it must not start early.
 template <class Params>
 void launch_kernel_after(const char* name, void (*kernel)(Params), dim3 grid, int block,
                          cudaStream_t stream, const Params& params) {

@@ -1,4 +1,4 @@
-// An empty kernel, compiled as the others are: where it can't be launched, they can't either.
+// An empty kernel, compiled like the others. If it can't be launched, they can't either.
 #include "probe.h"
 
 namespace gqa::cuda {

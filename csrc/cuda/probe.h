@@ -4,7 +4,7 @@
 
 namespace gqa::cuda {
 
-// Launches an empty kernel. Throws std::runtime_error with what the CUDA runtime says.
+// Launches an empty kernel. Throws std::runtime_error with the CUDA runtime's message.
 void launch_probe(cudaStream_t stream);
 
 }  // namespace gqa::cuda

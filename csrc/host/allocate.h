@@ -1,5 +1,5 @@
-// Memory for results. If there is not enough, the error names the result and its size: torch's
-// stable interface replaces its own message by the name of the call that failed.
+// Allocates results. If memory runs out, the error names the result and its size: torch's stable
+// interface replaces its own message by the name of the failed call.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -12,7 +12,7 @@
 
 namespace gqa::host {
 
-// Calls `allocate`, which makes a tensor of that shape. name: of the result, and of what op.
+// Calls `allocate`, which makes a tensor of that shape. name: what the result is, and of which op.
 template <class Allocate>
 Tensor or_say_what(const char* name, const int64_t* sizes, size_t dims, ScalarType dtype,
                    Allocate allocate) {

@@ -1,12 +1,11 @@
-// The append op that the bindings register: its arguments, once for all devices.
+// The append op that the bindings register. Its arguments are listed once for all devices.
 #pragma once
 
 #include "append_inputs.h"
 
 namespace gqa::host {
 
-// Writes k, v and, where they hold one number for each row, the scales and zeros; returns q
-// rotated.
+// Writes k and v and, if each row has its own, the scales and zeros. Returns the rotated q.
 using Append = Tensor(const AppendInputs& in);
 
 Append cache_append_cpu, cache_append_cuda;

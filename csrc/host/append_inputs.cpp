@@ -9,7 +9,7 @@ namespace {
 
 using CheckDevice = void (*)(const char* name, const Tensor& x, const Tensor& q);
 
-// Checked: what is given as a table of the first rotary_dim numbers' cosines or sines.
+// Checks a table of cosines or sines for the first rotary_dim elements.
 void check_rotary(const char* name, const Tensor& x, const Tensor& k_new, int64_t head_dim,
                   CheckDevice check_device) {
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float || x.scalar_type() == k_new.scalar_type(),
@@ -40,7 +40,7 @@ void set_rotary(AppendParams& params, const AppendInputs& in, CheckDevice check_
   params.rotary_interleaved = in.rotary_interleaved;
 }
 
-// Of the memory of a cache's scales or zeros.
+// Checks the memory of a cache's scales or zeros.
 float* writable(OptionalTensor& x) {
   return x ? static_cast<float*>(x->mutable_data_ptr()) : nullptr;
 }
@@ -84,7 +84,7 @@ AppendParams params_of(const AppendInputs& in, const AttentionParams& cache,
   check_last_dim_contiguous("v_new", in.v_new);
   check_shape("k_new", in.k_new, {batch, in.k.size(1), params.num_tokens, head_dim});
   check_shape("v_new", in.v_new, {batch, in.v.size(1), params.num_tokens, cache.value_head_dim});
-  // The length of a sequence is that of its first key head.
+  // The first key head's length is the sequence's.
   STD_TORCH_CHECK(in.k.size(1) >= 1, "k must have at least 1 head, got 0");
   STD_TORCH_CHECK(!in.rotary_cos == !in.rotary_sin,
                   "rotary_cos and rotary_sin must be given together");

@@ -6,7 +6,7 @@
 
 namespace gqa::host {
 
-// As the op's schema has them; they live as long as the op runs.
+// The arguments of the op's schema. They live as long as the op runs.
 struct AppendInputs {
   const OptionalTensor& q;
   const Tensor &k_new, &v_new;
@@ -19,8 +19,8 @@ struct AppendInputs {
   bool rotary_interleaved;
 };
 
-// The cache of an append as one that new tokens attend to, each head of theirs a query head: what
-// check_inputs and params_of take.
+// Presents the cache of an append as one that the new tokens attend to, with each of their heads as
+// a query head. check_inputs and params_of accept this form.
 class AppendedCache {
  public:
   explicit AppendedCache(const AppendInputs& in);
@@ -29,15 +29,15 @@ class AppendedCache {
  private:
   const AppendInputs& in_;
   OptionalTensor lengths_, none_;
-  Tensor head_map_;  // of any values: appends have no use for it
+  Tensor head_map_;  // uninitialised: appends don't use it
 };
 
-// The call, after the checks that memory safety needs beyond those of its cache, whose parameters
-// are `cache`. Without queries.
+// Checks what memory safety requires besides the checks of the cache, whose parameters are `cache`,
+// and returns the call without queries.
 AppendParams params_of(const AppendInputs& in, const AttentionParams& cache,
                        void (*check_device)(const char* name, const Tensor& x, const Tensor& q));
 
-// Memory for the rotated queries, entered into the params of the call; empty without queries.
+// Allocates the rotated queries and enters them into the call's params; empty without queries.
 Tensor add_rotated(AppendParams& params, const AppendInputs& in);
 
 }  // namespace gqa::host

@@ -1,4 +1,4 @@
-// The forward ops that the bindings register: their arguments, once for all devices.
+// The forward ops that the bindings register. Their arguments are listed once for all devices.
 #pragma once
 
 #include <tuple>
@@ -7,22 +7,22 @@
 
 namespace gqa::host {
 
-// Attention of a call on one device; bshd: out's memory is [B, Sq, Hq, Dv]. The second form keeps
-// no LSE, and may round it as out is rounded.
+// Computes a call's attention on one device. With bshd, out's memory is [B, Sq, Hq, Dv]. The second
+// form returns no LSE, so it may round the sum as it rounds out.
 using Forward = std::tuple<Tensor, Tensor>(const Inputs& in, bool bshd);
 using ForwardOutput = Tensor(const Inputs& in, bool bshd);
 
 Forward attention_forward_cpu, attention_forward_cuda;
 ForwardOutput attention_output_cpu, attention_output_cuda;
 
-// The same, and what else is wanted (AuxRequest of gqa_kernels/call/auxiliary.py): max_scores
-// [B, Hq] and key_scores [B, Hk, Sk], fp32; without elements if not wanted.
+// As above, with the further results of AuxRequest (gqa_kernels/call/auxiliary.py): max_scores [B,
+// Hq] and key_scores [B, Hk, Sk], fp32. Each is empty if not requested.
 using ForwardAuxiliary = std::tuple<Tensor, Tensor, Tensor, Tensor>(const Inputs& in, bool bshd,
                                                                     bool max_scores,
                                                                     int64_t key_scores);
 ForwardAuxiliary attention_auxiliary_cpu;
 
-// The arguments of attention_forward, in the order of its schema; More: of what else is wanted.
+// The arguments of attention_forward, in the order of its schema. More: those of further results.
 template <auto* forward, class... More>
 auto attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& head_map,
                std::optional<double> scale, int64_t window_left, int64_t window_right,
@@ -63,7 +63,7 @@ auto attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& 
                  bshd, more...);
 }
 
-// Likewise of attention_output, which has few of them: the others are those of a call without.
+// The same for attention_output, which has few arguments: the others take their defaults.
 template <ForwardOutput* forward>
 Tensor attention_output(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& head_map,
                         std::optional<double> scale, int64_t window_left, int64_t window_right,

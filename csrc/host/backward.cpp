@@ -29,7 +29,7 @@ const float* copy_rows(const float* x, int64_t heads, int64_t tokens, int64_t fi
   return rows.data();
 }
 
-// Gradients of packed sequences, each as a dense call of its own, which spreads over the threads.
+// Computes gradients of packed sequences. Each sequence is a dense call that uses all threads.
 void backward_of_sequences(const BackwardParams& all, const cpu::ThreadPool& pool,
                            bool batch_invariant, const cpu::KeyRanges& ranges) {
   const AttentionParams& call = all.call;

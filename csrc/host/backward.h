@@ -1,11 +1,11 @@
-// The backward op that the bindings register: its arguments, once for all devices.
+// The backward op that the bindings register. Its arguments are listed once for all devices.
 #pragma once
 
 #include "gradients.h"
 
 namespace gqa::host {
 
-// Gradients of checked tensors on one device.
+// Computes the gradients of checked tensors on one device.
 using Backward = Gradients(const Inputs& in, const Results& results);
 
 Backward attention_backward_cpu, attention_backward_cuda;

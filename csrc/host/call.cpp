@@ -10,7 +10,7 @@
 namespace gqa::host {
 namespace {
 
-// The elements of a small 1-D tensor, whatever its stride.
+// The elements of a small 1-D tensor with any stride.
 template <class T>
 std::vector<T> elements_of(const Tensor& x) {
   const T* data = static_cast<const T*>(x.const_data_ptr());
@@ -75,7 +75,7 @@ void Call::copy_begins(const Inputs& in) {
 void Call::copy_offsets(const Inputs& in) {
   q_offsets_ = elements_of<int32_t>(*in.q_offsets);
   params.q_offsets = q_offsets_.data();
-  params.q_len = 0;  // the longest sequence, and not a bound of it
+  params.q_len = 0;  // becomes the longest sequence, not just a bound of it
   for (size_t b = 0; b < q_offsets_.size(); ++b) {
     const int32_t offset = q_offsets_[b], last = b ? q_offsets_[b - 1] : 0;
     STD_TORCH_CHECK(b ? offset >= last && offset <= in.q.size(2) : offset == 0,
@@ -85,7 +85,7 @@ void Call::copy_offsets(const Inputs& in) {
   }
 }
 
-// A mask or key ranges of packed sequences have room for the longest.
+// A mask or key ranges of packed sequences must cover the longest sequence.
 void Call::check_packed_queries(const Tensor& x) const {
   STD_TORCH_CHECK(params.q_len <= x.size(2), "max_q_len must be at least the longest sequence of ",
                   "q_offsets (", params.q_len, "), got ", x.size(2));

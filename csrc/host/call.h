@@ -1,4 +1,4 @@
-// A call on the CPU: what the host can check and copy beyond what all devices share.
+// A call on the CPU: the checks and copies that only the host can make, besides those of inputs.h.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@
 
 namespace gqa::host {
 
-// Checks the arguments, values included; owns what its params point to beside the tensors.
+// Checks the arguments, their values included. Owns the arrays that its params point to.
 class Call {
  public:
   explicit Call(const Inputs& in);

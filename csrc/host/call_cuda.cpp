@@ -8,7 +8,7 @@ namespace gqa::host {
 namespace {
 
 constexpr int kMinCapability = 80;    // mma.m16n8k16 and cp.async
-constexpr int64_t kMaxHeadDim = 256;  // of the largest class of kernels
+constexpr int64_t kMaxHeadDim = 256;  // of the kernels for the largest head dims
 
 void check_contiguous(const char* name, const Tensor& x) {
   STD_TORCH_CHECK(x.dim() == 1 && (x.size(0) <= 1 || x.stride(0) == 1), name,
@@ -48,7 +48,7 @@ cuda::Device check_cuda_call(const Inputs& in) {
 }
 
 cudaStream_t current_stream(int32_t device) {
-  // Looked up when called: the library loads where torch has no CUDA.
+  // Looked up at the call, because the library must also load with a torch without CUDA.
   static const GetStream get = find_get_stream();
   STD_TORCH_CHECK(get != nullptr, "this torch was built without CUDA");
   void* stream = nullptr;

@@ -1,5 +1,5 @@
-// What must hold for memory to be safe. Meaning is checked once, in gqa_kernels/call; these
-// checks keep a direct call of the op from reading or writing elsewhere. Order: dtype, device,
+// Checks that memory safety requires. gqa_kernels/call checks what arguments mean; these checks
+// prevent a direct call of the op from reading or writing out of bounds. Order: dtype, device,
 // layout, shape.
 #pragma once
 
@@ -25,7 +25,7 @@ inline void check_dtype(const char* name, const Tensor& x, ScalarType dtype) {
                   torch::headeronly::toString(x.scalar_type()));
 }
 
-// A dim of one element has no stride, and an empty tensor has none at all.
+// The stride of a dim with one element has no meaning, and neither have strides of empty tensors.
 inline void check_last_dim_contiguous(const char* name, const Tensor& x) {
   const int64_t last = x.dim() - 1;
   STD_TORCH_CHECK(last >= 0 && (x.size(last) <= 1 || x.stride(last) == 1 || x.numel() == 0), name,

@@ -60,7 +60,7 @@ std::pair<Gradients, BackwardParams> add_gradients(const AttentionParams& call, 
   BackwardParams params{};
   params.call = call;
   params.max_kv_len = packed ? in.max_kv_len : in.k.size(2);
-  // The kernels only read the forward's results.
+  // The kernels only read the results of the forward.
   params.call.out = const_cast<void*>(results.out.const_data_ptr());
   params.call.lse = static_cast<float*>(const_cast<void*>(results.lse.const_data_ptr()));
   params.call.out_stride = strides_of(results.out);

@@ -1,4 +1,4 @@
-// What the backward ops add to inputs.h: the forward's results and their gradients, checks of them,
+// What the backward ops add to inputs.h: the forward's results and their gradients, their checks,
 // outputs, and BackwardParams. The same for every device.
 #pragma once
 
@@ -9,7 +9,7 @@
 
 namespace gqa::host {
 
-// The forward's results, their gradients, and which of the optional gradients are wanted.
+// The forward's results, their gradients, and which optional gradients are requested.
 struct Results {
   const Tensor& dout;
   const OptionalTensor& dlse;
@@ -17,16 +17,16 @@ struct Results {
   bool need_slopes, need_sinks;
 };
 
-// dq, dk, dv, dslopes, dsinks; the latter two are empty where they are not wanted.
+// dq, dk, dv, dslopes, dsinks. The last two are empty if not requested.
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// As check_inputs, after it.
+// Call it after check_inputs; it throws the same kinds of errors.
 void check_results(const Inputs& in, const Results& results,
                    void (*check_device)(const char* name, const Tensor& x, const Tensor& q));
 
-// Gradients in memory of their own, and the params to compute them with. `call`: without outputs.
-// Of packed sequences (q_offsets), which all see k and v through a batch stride of 0, dk and dv
-// have a batch of 1, and are zeros at tokens of no sequence, as dq is.
+// Allocates the gradients and returns the params to compute them with. `call` has no outputs.
+// Packed sequences (q_offsets) read k and v with a batch stride of 0, so dk and dv have a batch of
+// 1. dq, dk and dv are zero at tokens that belong to no sequence.
 std::pair<Gradients, BackwardParams> add_gradients(const AttentionParams& call, const Inputs& in,
                                                    const Results& results);
 

@@ -23,7 +23,8 @@ const T* data_of(const OptionalTensor& x) {
   return x ? static_cast<const T*>(x->const_data_ptr()) : nullptr;
 }
 
-// Torch is asked for a type or for sizes once in each function: a question takes some nanoseconds.
+// Each function asks torch for a type or for sizes only once, because a query takes some
+// nanoseconds.
 DType dtype_of(const char* name, ScalarType type) {
   switch (type) {
     case ScalarType::Float: return DType::kFloat32;
@@ -36,7 +37,7 @@ DType dtype_of(const char* name, ScalarType type) {
   }
 }
 
-// Type of the numbers in a cache's storage.
+// The type of the numbers in a cache.
 DType storage_dtype_of(const char* name, ScalarType type, ScalarType q_type) {
   switch (type) {
     case ScalarType::Float8_e4m3fn: return DType::kFloat8E4M3;
@@ -89,10 +90,10 @@ void check_dtypes(const Inputs& in) {
   }
 }
 
-// Packed sequences: all see the one row of k and v.
+// Whether sequences are packed: then all of them read the same row of k and v.
 bool shares_storage(const Inputs& in) { return in.kv_begin && !in.page_table && in.k.size(0) == 1; }
 
-// Shapes of the storage and of what says where keys lie; returns slots of a sequence.
+// Checks the shapes of the storage, page table and lengths. Returns the slots of a sequence.
 int64_t check_storage_shapes(const Inputs& in, int64_t batch, Sizes k, Sizes v) {
   const int64_t pages = k[0], heads = k[1], page_size = k[2];
   int64_t max_pages = 1;
@@ -126,7 +127,7 @@ int64_t batch_of(const Inputs& in, Sizes q) {
   return in.kv_lengths ? in.kv_lengths->size(0) : q[0];
 }
 
-// Checked: sizes of q, k or v, whose elements hold one or two numbers.
+// Checks and returns the sizes of q, k or v, whose elements hold one or two numbers.
 void check_head_dim(const char* name, Sizes sizes, int64_t numbers, int64_t max_head_dim) {
   STD_TORCH_CHECK(sizes.size() == 4, name, " must have 4 dims, got ", sizes.size());
   const int64_t dim = sizes[3] * numbers;
@@ -173,7 +174,7 @@ void set_row_values(const OptionalTensor& x, const float*& data, Strides& stride
   strides = strides_of(*x);
 }
 
-// Where keys and values lie; after the shapes of q, k and v.
+// Enters the addresses of keys and values, after the shapes of q, k and v.
 void set_storage(AttentionParams& params, const Inputs& in, Sizes q, Sizes k) {
   params.batch = batch_of(in, q);
   if (params.v_dtype == DType::kInt4) params.value_head_dim *= 2;
@@ -295,7 +296,7 @@ AttentionParams params_of(const Inputs& in) {
     params.kv_lengths_stride_b = in.kv_lengths->stride(0);
     params.kv_lengths_stride_h = in.kv_lengths->stride(1);
   }
-  // No window is wider than all tokens, and so no position overflows by adding one.
+  // A window wider than all tokens is cut to that, so that adding it to a position can't overflow.
   const int64_t all_tokens = params.q_len + params.kv_len;
   params.window_left = in.window_left < all_tokens ? in.window_left : -1;
   params.window_right = in.window_right < all_tokens ? in.window_right : -1;
@@ -324,7 +325,7 @@ Tensor add_output(AttentionParams& params, const Tensor& q, bool bshd) {
 
 Tensor add_unfilled_output(AttentionParams& params, const Tensor& q, bool bshd) {
   const int64_t heads = params.num_heads, tokens = params.q_tokens, dim = params.value_head_dim;
-  const int64_t rows = std::max<int64_t>(tokens, 1);  // strides of an empty tensor as torch's
+  const int64_t rows = std::max<int64_t>(tokens, 1);  // torch's strides of an empty tensor
   const Strides strides{heads * rows * dim, bshd ? dim : rows * dim, bshd ? heads * dim : dim};
   Tensor out = empty_beside(q, q.scalar_type(), {q.size(0), heads, tokens, dim},
                             {strides.b, strides.h, strides.s, 1});

@@ -14,7 +14,7 @@ namespace gqa::host {
 
 using OptionalTensor = std::optional<Tensor>;
 
-// Tensors and options of a call, as the ops' schemas have them (gqa_kernels/native/schema.py); they
+// The tensors and options of a call, as in the ops' schemas (gqa_kernels/native/schema.py). They
 // live as long as the op runs.
 struct Inputs {
   const Tensor &q, &k, &v, &head_map;
@@ -22,7 +22,7 @@ struct Inputs {
   const OptionalTensor &page_table, &kv_begin, &q_offsets;
   int64_t max_q_len, max_kv_len;  // of packed sequences
   const OptionalTensor &k_scale, &v_scale, &k_zero, &v_zero;
-  std::optional<double> scale;  // D ** -0.5 without
+  std::optional<double> scale;  // default D ** -0.5
   int64_t window_left, window_right;
   double softcap;
   bool batch_invariant;
@@ -33,25 +33,25 @@ struct Inputs {
 
 Strides strides_of(const Tensor& x);
 
-// Uninitialised memory on x's device. Past the dispatcher, and so three times as fast as new_empty;
-// torch's deterministic mode does not fill it.
+// Uninitialised memory on x's device. Bypasses the dispatcher, which makes it three times as fast
+// as new_empty. Torch's deterministic mode does not fill it.
 Tensor empty_beside(const Tensor& x, ScalarType dtype, std::initializer_list<int64_t> sizes,
                     std::initializer_list<int64_t> strides);
 
-// Throw with name, rule and value where the arguments break a rule that memory safety needs: dtype,
-// device (for each tensor `check_device` is called), layout, sizes (D and Dv at most max_head_dim),
-// shapes, in this order. Values are not looked at. K and V lie as AttentionParams describes.
+// Throws an error with name, rule and value if an argument breaks a rule of memory safety. Checks,
+// in this order: dtype, device (calls `check_device` for each tensor), layout, sizes (D and Dv at
+// most max_head_dim), shapes. Reads no values. K and V lie in memory as AttentionParams describes.
 void check_inputs(const Inputs& in, int64_t max_head_dim,
                   void (*check_device)(const char* name, const Tensor& x, const Tensor& q));
 
-// Every pointer is that of the tensor, on whatever device it lies; head maps, sinks, kv_begin,
-// q_offsets and the dropout's seed are taken to be contiguous. Without outputs.
+// Builds the params from the tensors' pointers, on whichever device they lie. Assumes that head
+// maps, sinks, kv_begin, q_offsets and the dropout's seed are contiguous. Sets no outputs.
 AttentionParams params_of(const Inputs& in);
 
-// Outputs in memory of their own, entered into the params of the call: out [B, Hq, Sq, Dv], in
-// memory [B, Sq, Hq, Dv] for bshd, and the LSE, fp32 [B, Hq, Sq].
+// Allocates the outputs and enters them into the params: out [B, Hq, Sq, Dv], which lies in memory
+// as [B, Sq, Hq, Dv] for bshd, and the LSE, fp32 [B, Hq, Sq].
 Tensor add_output(AttentionParams& params, const Tensor& q, bool bshd);
-// The same from empty_beside.
+// The same, allocated by empty_beside.
 Tensor add_unfilled_output(AttentionParams& params, const Tensor& q, bool bshd);
 Tensor add_lse(AttentionParams& params, const Tensor& q);
 

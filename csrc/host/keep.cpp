@@ -34,7 +34,8 @@ void cache_keep_cpu(const Tensor& indices, const Tensor& counts, Tensor k, Tenso
   STD_TORCH_CHECK(kv_lengths.dim() == 2, "kv_lengths must have 2 dims, [B, Hk], got ",
                   kv_lengths.dim());
   const int64_t batch = kv_lengths.size(0), heads = k.size(1);
-  // A call without queries over the same cache: its checks are those that this op needs.
+  // Presents the op as a call without queries over the same cache, whose checks are the ones
+  // needed.
   const bool plain = element_bytes(k) > 1;
   const int64_t dim = k.size(3) * (k.scalar_type() == ScalarType::Byte ? 2 : 1);
   const Tensor q = empty_beside(k, plain ? k.scalar_type() : ScalarType::Float, {batch, 0, 0, dim},

@@ -1,13 +1,13 @@
-// Whether this library's kernels run here, asked before the first call: without a kernel for the
-// device, with a driver too old for the toolkit, or with a torch without CUDA none of them would.
+// Checks before the first call whether this library's kernels run here. They do not if none was
+// compiled for the device, if the driver is older than the toolkit, or if torch has no CUDA.
 #include <string>
 
 #include "../cuda/probe.h"
 #include "call_cuda.h"
 
-// For callers without a header (gqa_kernels/native/build.py): null if an empty kernel could be
-// launched on torch's current stream of the current device; else the reason, valid until the
-// thread's next call.
+// Called without a header (gqa_kernels/native/build.py). Launches an empty kernel on torch's
+// current stream of the current device. Returns null on success, else the reason, which is valid
+// until the thread's next call.
 extern "C" __attribute__((visibility("default"))) const char* gqa_kernels_cuda_probe() {
   thread_local std::string reason;
   try {

@@ -7,7 +7,7 @@
 namespace gqa::host {
 namespace {
 
-// An int32 tensor on the CPU, read through its strides.
+// Reads an int32 tensor on the CPU through its strides.
 class Values {
  public:
   Values(const char* name, const OptionalTensor& x, std::initializer_list<int64_t> shape) {

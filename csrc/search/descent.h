@@ -22,7 +22,7 @@ struct Problem {
   double distance(int64_t i, int64_t j) const { return distances[i * num_heads + j]; }
 };
 
-// A partition with the sums that make a step's gain cheap.
+// A partition with the sums from which a step's gain is computed cheaply.
 class State {
  public:
   State(const Problem& problem, int64_t* labels) : p(problem), labels(labels) {
@@ -116,7 +116,7 @@ inline Step best_move(const State& state) {
   return best;
 }
 
-// Steps until none gains more than `min_gain`, or the time is over.
+// Makes the best step until none gains more than `min_gain` or the time is up.
 inline void descend(const Problem& problem, int64_t* labels, bool moves, double min_gain,
                     std::chrono::steady_clock::time_point deadline) {
   State state(problem, labels);
@@ -132,7 +132,8 @@ inline void descend(const Problem& problem, int64_t* labels, bool moves, double 
   }
 }
 
-// Try the swaps of heads `first[t * stride]` and `second[t * stride]` in turn; keep those that gain.
+// Tries the swaps of heads `first[t * stride]` and `second[t * stride]` in order and keeps those
+// that gain.
 inline void random_swaps(State& state, const int64_t* first, const int64_t* second, int64_t count,
                          int64_t stride) {
   for (int64_t t = 0; t < count; ++t) {
@@ -145,7 +146,8 @@ inline void random_swaps(State& state, const int64_t* first, const int64_t* seco
   }
 }
 
-// Single moves, the cheapest first, until every group has `lo` to `hi` heads. Groups may be empty.
+// Moves single heads, the cheapest first, until every group has `lo` to `hi` heads. Groups may be
+// empty at first.
 inline void repair(const Problem& problem, int64_t* labels) {
   for (;;) {
     State state(problem, labels);

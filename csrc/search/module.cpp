@@ -34,7 +34,7 @@ Labels descend(const Doubles& distances, int64_t num_groups, int64_t lo, int64_t
   const int64_t count = labels.shape(0);
   py::gil_scoped_release release;
   using Clock = std::chrono::steady_clock;
-  // A year is forever, and fits the clock.
+  // Limit the time to a year, which the clock can represent.
   const std::chrono::duration<double> left(std::clamp(seconds, 0.0, 3e7));
   const auto deadline = Clock::now() + std::chrono::duration_cast<Clock::duration>(left);
   for (int64_t b = 0; b < count; ++b) {

@@ -1,7 +1,7 @@
 """The command line, ``gqa-kernels``.
 
-The commands' modules import torch when they run, not before: help needs none, ``env`` must report
-that torch is broken, and Ctrl-C while torch is loaded is answered like any other.
+Each command's module imports torch only when it runs: help doesn't need torch, ``env`` must be able
+to report that torch is broken, and Ctrl-C while torch loads is handled like any other.
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _kept(arguments: argparse.Namespace) -> str | None:
-    """What an interrupted command leaves for the next run, None if nothing."""
+    """What an interrupted command leaves for the next run; None if nothing."""
     try:
         return arguments.kept(arguments) if hasattr(arguments, "kept") else None
-    except REFUSALS:  # a file that no run can continue
+    except REFUSALS:  # no run can continue this file
         return None

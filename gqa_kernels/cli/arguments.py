@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 SMOLLM2 = "smollm2"
-# Names of backends.dispatch.BACKENDS, which can't be imported without torch.
+# The names in backends.dispatch.BACKENDS, which can't be imported without torch.
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 
 

@@ -1,9 +1,10 @@
 """``gqa-kernels check-engine``: does an engine write what transformers writes?
 
-For a machine with the engine on it; vLLM runs on a CPU, too. Loads SmolLM2 twice: as it is, and
-with uneven, interleaved KV heads, another map in each layer (lossless: the same function). Runs
-both in the engine on our backend and in transformers on ``asym_gqa``, greedily and in fp32, and
-compares token by token. Exit status 0: all equal; 1: not; 2: it could not run.
+Run it on a machine on which the engine is installed; vLLM also runs on a CPU. It loads SmolLM2
+twice: unchanged, and with uneven, interleaved KV heads under another map in each layer, which
+computes the same function. Both models generate greedily in fp32, in the engine with our backend
+and in transformers with ``asym_gqa``, and their tokens are compared. Exit status 0: all are equal;
+1: some differ; 2: it could not run.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def vllm(folder: Path, converted: bool, prompts: Tokens, new_tokens: int) -> Tok
     from ..integrations import vllm as integration
 
     integration.register()
-    # vLLM runs a function of ours, `attention_classes`, in its engine process.
+    # vLLM calls our function `attention_classes` in its engine process.
     os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
     from vllm import LLM, SamplingParams
 
@@ -60,7 +61,7 @@ def vllm(folder: Path, converted: bool, prompts: Tokens, new_tokens: int) -> Tok
 
 
 def attention_classes(model: torch.nn.Module) -> list[str]:
-    """Names of the classes that compute a vLLM model's attention."""
+    """Names of the classes that compute attention in a vLLM model."""
     from vllm.model_executor.layers.attention import Attention
 
     return sorted({type(x.impl).__name__ for x in model.modules() if isinstance(x, Attention)})
@@ -110,8 +111,8 @@ def run(arguments: argparse.Namespace) -> Outcome:
 
 
 class Compared(NamedTuple):
-    """How many of the tokens that a model writes after a prompt are the engine's, up to the first
-    that differs."""
+    """How many of a model's tokens after a prompt equal the engine's, up to the first that
+    differs."""
 
     model: str
     prompt: str
@@ -120,11 +121,11 @@ class Compared(NamedTuple):
 
 
 def check(generate: Callable, new_tokens: int, device: str) -> list[Compared]:
-    """Print a line per model and prompt, and return what they say.
+    """Print a line per model and prompt, and return the same facts.
 
     Args:
         generate: a function like :func:`vllm`.
-        new_tokens: tokens to write for each prompt.
+        new_tokens: tokens to generate for each prompt.
         device: where transformers runs.
     """
     from ..convert import convert, random_split, save

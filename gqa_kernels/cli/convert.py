@@ -1,4 +1,4 @@
-"""``gqa-kernels convert``: write a model with the KV heads that a plan says."""
+"""``gqa-kernels convert``: write a model with the KV heads of a plan."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def run(arguments: argparse.Namespace) -> Outcome:
     from ..reporting.files import check_new_folder, write_atomically
     from ..samples.text import calibration_text
 
-    # All that can be refused is refused before anything is computed.
+    # Check everything that can be checked before any computation starts.
     out = check_new_folder("out", arguments.out)
     path = arguments.plan / "plan.json" if arguments.plan.is_dir() else arguments.plan
     found = Plan.load(path)
@@ -165,12 +165,12 @@ def kept(arguments: argparse.Namespace) -> str | None:
 
 
 def _state(arguments: argparse.Namespace) -> Path:
-    """The folder of the recovery's state."""
+    """The folder in which the state of the recovery is kept."""
     return arguments.state or arguments.out.with_name(f"{arguments.out.name}.recovery")
 
 
 def _origin(plan: Any, merging: str, moments: Path) -> dict[str, str]:
-    """What decides, beside the model, how the child starts."""
+    """The inputs, besides the model, that determine the child's initial weights."""
     from ..grouping.moments import made_from
     from ..models.fingerprint import fingerprint
 

@@ -1,4 +1,4 @@
-"""What the commands work on: models, and batches of text or of ready-made inputs."""
+"""The inputs of commands: models, and batches of text or of ready-made inputs."""
 
 from __future__ import annotations
 
@@ -46,13 +46,14 @@ def load_model(name: str, device: str = "cpu") -> Loaded:
     types = float_types(model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except Exception:  # a tokenizer is optional, and transformers raises anything without one
+    except Exception:  # a tokenizer is optional; without one transformers raises any error
         tokenizer = None
     return Loaded(model.float().to(device), tokenizer, types)
 
 
 def batches(arguments: argparse.Namespace, tokenizer: Any, default: Callable[[], str]) -> list:
-    """Batches as the options of ``add_text`` say; ``default`` makes the text without ``--text``."""
+    """Batches that the options of ``add_text`` select; ``default`` makes the text without
+    ``--text``."""
     size = arguments.batch_size
     if arguments.batches is not None:
         return list(_ready(arguments.batches, size))
@@ -65,7 +66,7 @@ def batches(arguments: argparse.Namespace, tokenizer: Any, default: Callable[[],
 
 
 def draw(make: Callable[..., Path], *arguments: Any, **options: Any) -> None:
-    """Draw a picture beside a result. Without matplotlib print a warning and continue."""
+    """Draw a figure next to a result. Without matplotlib, print a warning and continue."""
     try:
         print(f"wrote {make(*arguments, **options)}")
     except ImportError as error:

@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> Outcome:
     return Outcome({**facts, "variables": variables})
 
 
-# What needs torch imports it within an answer, which then says what is wrong with torch.
+# These functions import torch only when they are called, and then report what is wrong with it.
 
 
 def _device() -> str:
@@ -75,7 +75,7 @@ def _cuda_kernels() -> str:
 
 
 def answer(ask: Callable[[], object]) -> str:
-    """What a function returns, or what is wrong: a report must not end where it is needed."""
+    """What a function returns, or its error: the report must be complete when things are broken."""
     try:
         return str(ask())
     except Exception as error:
@@ -83,7 +83,7 @@ def answer(ask: Callable[[], object]) -> str:
 
 
 def instruction_set() -> str:
-    """What the CPU kernels run on, as far as it is known without compiling them."""
+    """The instruction set of the CPU kernels, as far as it is known without compiling them."""
     from ..native import build
 
     known = build.cpu_instruction_set()

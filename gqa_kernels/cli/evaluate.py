@@ -1,4 +1,4 @@
-"""``gqa-kernels eval``: a converted model against its parent."""
+"""``gqa-kernels eval``: compare a converted model with its parent."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a command returns, and ``--json``, by which programs read it."""
+"""What a command returns, and ``--json``, which writes it for programs."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 @contextlib.contextmanager
 def results_to(path: str | None) -> Iterator[list[Outcome]]:
-    """Write the outcome that the block appends to the list yielded.
+    """Write the outcome that the block appends to the yielded list.
 
     Raises:
-        UsageError: before the block runs: no file can be written there.
+        UsageError: no file can be written there. Raised before the block runs.
     """
     outcomes: list[Outcome] = []
     if path is None:

@@ -1,4 +1,4 @@
-"""argparse with errors of one line, and help that keeps indented lines as they are."""
+"""An argparse parser with errors of one line, and help that keeps indented lines unchanged."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class _Help(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser of the command line; those of its commands are of this class, too."""
+    """The parser of the command line. The parsers of commands have the same class."""
 
     def __init__(self, **options: Any):
         super().__init__(formatter_class=_Help, allow_abbrev=False, **options)
@@ -27,5 +27,5 @@ class Parser(argparse.ArgumentParser):
 
 
 def complain(message: str, program: str = "gqa-kernels") -> None:
-    """One line on standard error, however many the message has."""
+    """Print a message on one line of standard error, even if it has several lines."""
     print(f"{program}: {' '.join(message.split())}", file=sys.stderr)

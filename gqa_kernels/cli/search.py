@@ -137,10 +137,10 @@ def kept(arguments: argparse.Namespace) -> str | None:
 
 
 def heads_of(text: str, model: Any, types: Any) -> int:
-    """K plus V heads over all layers that a ``--budget`` allows.
+    """The number of K plus V heads over all layers that a ``--budget`` permits.
 
     Raises:
-        ValueError: text that is neither a share, bytes a token, nor a number of heads.
+        ValueError: the text is not a percentage, bytes per token, or a number of heads.
     """
     from ..models.families import attention_layers
 
@@ -162,7 +162,8 @@ def heads_of(text: str, model: Any, types: Any) -> int:
 
 
 def _summary(found: Any, budget: int | None) -> list[str]:
-    """What was minimised, and what the same total of KV heads costs if it is spent otherwise."""
+    """What the search minimised, and what the same number of KV heads costs when distributed
+    otherwise."""
     if found.kind != "loss":
         return [f"minimised: {found.kind}, a sum over pairs of heads; not the error of the layer"]
     proved = sum(layer.key.proved and layer.value.proved for layer in found.layers)

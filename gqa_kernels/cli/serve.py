@@ -1,8 +1,8 @@
-"""``gqa-kernels serve``: transformers' OpenAI server over a checkpoint folder, on this package.
+"""``gqa-kernels serve``: serves a checkpoint folder with transformers' OpenAI server.
 
-``transformers serve`` refuses a converted checkpoint: it does not know its model class, and no
-implementation of ours by name. Here the server loads models with :func:`gqa_kernels.convert.load`.
-The rest is transformers'.
+``transformers serve`` refuses a converted checkpoint: it knows neither its model class nor our
+attention implementation. Here the server loads models with :func:`gqa_kernels.convert.load`.
+Everything else is transformers' own code.
 """
 
 from __future__ import annotations
@@ -48,15 +48,15 @@ def run(arguments: argparse.Namespace) -> Outcome:
     with manager.models, patch.object(model_manager, "ModelManager", manager):
         try:
             server([str(arguments.model), *arguments.options], prog_name="gqa-kernels serve")
-        except SystemExit as end:  # it ends so, with or without an error
+        except SystemExit as end:  # the server always ends this way
             status = int(end.code or 0)
     return Outcome({"model": str(arguments.model)}, status)
 
 
 def _manager(stock: type) -> type:
-    """transformers' manager of a server's models, with our way to load them.
+    """transformers' manager of a server's models, which loads them in our way.
 
-    Its ``models`` keeps what holds while the server runs.
+    Its ``models`` keeps state for as long as the server runs.
     """
 
     class Manager(stock):

@@ -1,4 +1,4 @@
-"""What sets an attention layer of a serving engine apart, whichever the engine."""
+"""The options by which a serving engine's attention layers differ, for all engines."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class Layer:
     Attributes:
         head_map: the KV head of each query head.
         scale: factor of the scores.
-        value_head_map: the same for V if it has a map of its own.
-        window: keys a token sees before itself, itself not counted; None for all.
-        softcap: None for none.
-        causal: whether a token sees no later ones.
+        value_head_map: the map of V, if it differs.
+        window: how many keys before itself a token sees, itself not counted; None for all.
+        softcap: None for no softcap.
+        causal: whether a token can't see later ones.
         alibi_slopes: fp32 ``[Hq]``, or None.
         sinks: ``[Hq]``, or None.
     """
@@ -35,7 +35,8 @@ class Layer:
 
     @property
     def identity(self) -> tuple:
-        """Equal for layers that a kernel can't tell apart: tensors count by their identity."""
+        """A key that is equal for layers that a kernel can treat alike. Tensors compare by
+        identity."""
         return (
             self.head_map, self.value_head_map, self.scale, self.window, self.softcap, self.causal,
             id(self.alibi_slopes), id(self.sinks),
@@ -43,7 +44,7 @@ class Layer:
 
     @property
     def kv_heads(self) -> tuple[int, int]:
-        """How many heads K and V have."""
+        """The number of K heads and of V heads."""
         value_map = self.value_head_map or self.head_map
         return self.head_map.num_kv_heads, value_map.num_kv_heads
 

@@ -1,5 +1,6 @@
-// Where the rows of K and V lie: dense tensors, sequences that begin at some slot (left padding,
-// packed sequences) and pages, behind one function. Offsets are 64-bit before they meet a stride.
+// The addresses of rows of K and V. One function covers dense tensors, sequences that begin at some
+// slot (left padding, packed sequences) and pages. Offsets are converted to 64 bits before they are
+// multiplied by a stride.
 #pragma once
 
 #include <cstdint>
@@ -10,8 +11,8 @@
 
 namespace gqa::cuda {
 
-// What keys of a page outside the storage are read from: NaN in bf16 and fp16. A row that sees such
-// a key gets a NaN score and so a NaN output; a row that does not see it masks the NaN away.
+// The keys of a page outside the storage are read from here: NaN in bf16 and fp16. A row that sees
+// such a key gets a NaN score and so a NaN output. A row that does not see it masks the NaN.
 constexpr int kMaxRowDim = 256;
 struct PoisonRow {
   uint4 chunks[kMaxRowDim * 2 / 16];
@@ -22,7 +23,8 @@ __device__ const PoisonRow poison_row = [] {
   return row;
 }();
 
-// Where the rows of one (sequence, head) begin. The rest of CopyRows is the same for all of them.
+// Where the rows of one (sequence, head) begin. The other fields of CopyRows are the same for all
+// heads.
 template <class T>
 struct RowOrigin {
   const T* base;         // of the head; dense: row of key 0 of the sequence
@@ -30,7 +32,7 @@ struct RowOrigin {
   uint32_t first;        // slot of key 0
 };
 
-// The rows of K or V that one (sequence, head) has.
+// The rows of K or V of one (sequence, head).
 template <class T>
 struct CopyRows : RowOrigin<T> {
   using RowOrigin<T>::base, RowOrigin<T>::table, RowOrigin<T>::first;
@@ -39,11 +41,11 @@ struct CopyRows : RowOrigin<T> {
   uint32_t page_size, num_pages;
   PageDivider by_page_size;
 
-  // Where the table has the page that holds key `j`.
+  // The address of the table entry for the page that holds key `j`.
   __device__ __forceinline__ const int32_t* page_entry(uint32_t j) const {
     return table + by_page_size.quotient(first + j) * table_stride;
   }
-  // That page, so that callers can prefetch it.
+  // That entry, so that callers can prefetch it.
   __device__ __forceinline__ uint32_t page(uint32_t j) const {
     return table == nullptr ? 0 : *page_entry(j);
   }
@@ -53,7 +55,7 @@ struct CopyRows : RowOrigin<T> {
     return first + j - by_page_size.quotient(first + j) * page_size;
   }
 
-  // Row of key `j`, which must be one of the sequence's; nullptr where its page is not in storage.
+  // The row of key `j`, which must belong to the sequence; nullptr if its page is not in storage.
   __device__ __forceinline__ const T* row(uint32_t j, uint32_t page) const {
     if (table == nullptr) return base + j * stride;
     if (page >= num_pages) return nullptr;
@@ -61,7 +63,7 @@ struct CopyRows : RowOrigin<T> {
   }
   __device__ __forceinline__ const T* row(uint32_t j) const { return row(j, page(j)); }
 
-  // The same for keys: the poison row in place of nullptr.
+  // The same for keys, but with the poison row instead of nullptr.
   __device__ __forceinline__ const T* key_row(uint32_t j, uint32_t page) const {
     const T* at = row(j, page);
     return at != nullptr ? at : reinterpret_cast<const T*>(&poison_row);
@@ -118,14 +120,14 @@ __device__ __forceinline__ CopyRows<T> value_rows(const AttentionParams& params,
                       row_origin<T>(params, params.v, params.v_stride, b, k_head, v_head));
 }
 
-// Where keys that have no scale or zero of their own find it.
+// The scale or zero of keys that have none of their own.
 struct DefaultNumbers {
   float scale, zero;
 };
 __device__ const DefaultNumbers default_numbers{1.0f, 0.0f};
 
-// Scales or zeros of K or V, [P, H, page_size] as `strides` say; `otherwise` is that of every key
-// where there are none.
+// Scales or zeros of K or V, [P, H, page_size] with `strides`. If there are none, every key has the
+// value `otherwise`.
 __device__ __forceinline__ CopyRows<float> number_rows(const AttentionParams& params,
                                                        PageDivider by_page_size, const float* data,
                                                        Strides strides, const float* otherwise,

@@ -15,8 +15,8 @@
 
 namespace gqa::cuda {
 
-// Over every map of this shape there are at most so many tiles: a group's last tile may be partial,
-// and heads whose entry is out of range make up one more group.
+// At most so many tiles exist for any map of this shape. The last tile of a group may be partial,
+// and heads whose entry is out of range form one more group.
 inline int64_t most_group_tiles(const AttentionParams& params, int64_t rows_per_tile) {
   const int64_t pairs =
       params.value_head_map ? params.num_k_heads * params.num_v_heads : params.num_k_heads;
@@ -33,8 +33,7 @@ struct GroupRow {
   int head, token;  // head -1: the tile has no such row
 };
 
-// A number for the pair of KV heads that query head `head` reads; -1 where an entry is out of
-// range.
+// A number for the pair of KV heads that query head `head` reads; -1 if an entry is out of range.
 __device__ __forceinline__ int group_key(const AttentionParams& params, int head) {
   const int num_k = static_cast<int>(params.num_k_heads);
   const int num_v = static_cast<int>(params.num_v_heads);

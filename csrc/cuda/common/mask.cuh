@@ -1,5 +1,5 @@
-// What a row of scores needs besides Q K^T: which keys it sees, ALiBi, a mask. Lengths, causal
-// order and windows are core/visible.h's; here they meet single scores.
+// Everything but Q K^T that determines a row's scores: visible keys, ALiBi, a mask. core/visible.h
+// defines lengths, causal order and windows; this file applies them to single scores.
 #pragma once
 
 #include <cstdint>
@@ -11,13 +11,13 @@
 
 namespace gqa::cuda {
 
-// Keys that a run of tokens sees: any of them, and all of them.
+// The keys that any token of a run sees, and the keys that all of them see.
 struct TokenRange {
   int begin, end, all_begin, all_end;
 };
 
-// Of tokens [first, first + count) as far as the sequence's `q_len` go; `length` is the keys of (b,
-// key head).
+// For tokens [first, first + count), cut to the sequence's `q_len`; `length` is the number of keys
+// of (b, key head).
 __device__ __forceinline__ TokenRange token_range(const AttentionParams& params, int length,
                                                   int q_len, int first, int count) {
   const int last = min(first + count, q_len) - 1, shift = length - q_len;
@@ -77,8 +77,8 @@ __device__ __forceinline__ float scaled_score(const AttentionParams& params, flo
   return params.softcap * kLog2e * tanh_fast(dot * (params.scale / params.softcap));
 }
 
-// The score of `row` for `key`, a key below its sequence's length: softcap, ALiBi and mask; -inf
-// where the row does not see the key.
+// The score of `row` for `key`, which is less than its sequence's length: softcap, ALiBi and mask;
+// -inf if the row does not see the key.
 template <class T>
 __device__ __forceinline__ float modified_score(const AttentionParams& params, const ScoreRow& row,
                                                 int key, float dot) {
@@ -87,7 +87,7 @@ __device__ __forceinline__ float modified_score(const AttentionParams& params, c
   score -= row.slope * static_cast<float>(abs(row.position - key));
   if (params.attn_mask == nullptr) return score;
   const float added = mask_score<T>(params, row.mask_row + key * params.mask_stride_k);
-  // Not by adding: the score of a hidden key may be NaN.
+  // Selected instead of added, because the score of a hidden key may be NaN.
   return added == minus_infinity() ? added : score + added;
 }
 

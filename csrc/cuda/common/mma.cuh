@@ -1,5 +1,5 @@
-// What depends on the 16-bit type of q, k, v and out: the tensor-core product and conversions.
-// T is gqa::BFloat16 or gqa::Float16 (core/params.h).
+// The parts that depend on the 16-bit type of q, k, v and out: the tensor-core product and
+// conversions. T is gqa::BFloat16 or gqa::Float16 (core/params.h).
 #pragma once
 
 #include <cstdint>

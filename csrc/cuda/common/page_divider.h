@@ -21,7 +21,7 @@ struct PageDivider {
   }
 };
 
-// Of a page size from 1 on. Slots are numbers below 2^31, so larger pages count as that large.
+// For any page size of at least 1. Slots are numbers below 2^31, so a larger page counts as 2^31.
 inline PageDivider page_divider(int64_t page_size) {
   const uint64_t size = static_cast<uint64_t>(std::clamp<int64_t>(page_size, 1, INT32_MAX));
   uint32_t shift = 0;

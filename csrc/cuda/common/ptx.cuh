@@ -10,25 +10,26 @@ __device__ __forceinline__ uint32_t smem_u32(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// This thread, read again at every call. Otherwise the compiler keeps values derived from it in
-// registers from tile to tile, which costs more than it saves.
+// The thread's index, read again at every call. Otherwise the compiler keeps values derived from it
+// in registers across tiles, which costs more than it saves.
 __device__ __forceinline__ uint32_t current_thread() {
   uint32_t thread;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
   return thread;
 }
 
-// The compiler keeps no register with what it derived from x so far; it computes that again.
+// Makes the compiler recompute what it derived from x, so that no register holds it.
 __device__ __forceinline__ void forget_derived(uint32_t& x) { asm volatile("" : "+r"(x)); }
 
-// Lets the next kernel's CTAs start, if launch_kernel_after launched it, as soon as every CTA of this
-// one has called this or is done.
+// Programmatic dependent launch: permits the next kernel, if launch_kernel_after launched it, to
+// start before this one ends. Its CTAs start when every CTA of this kernel has called this or has
+// finished.
 __device__ __forceinline__ void let_next_kernel_start() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
 #endif
 }
-// Waits until the kernel before is done and what it wrote is there.
+// Waits until the preceding kernel has finished and its writes are visible.
 __device__ __forceinline__ void wait_for_kernel_before() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -42,7 +43,7 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return y;
 }
 
-// Over the four lanes that hold one row of an mma accumulator.
+// A reduction over the four lanes that hold one row of an mma accumulator.
 __device__ __forceinline__ float quad_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
   return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
@@ -52,9 +53,9 @@ __device__ __forceinline__ float quad_sum(float x) {
   return x + __shfl_xor_sync(~0u, x, 2);
 }
 
-// Copies `bytes` (0 to 16) from global to shared memory and fills up to 16 with zeros; both
-// addresses are multiples of 16. With 0 bytes the source is not read and may be anywhere. Goes
-// around L1: a tile is read once per CTA.
+// Copies `bytes` (0 to 16) from global to shared memory and fills the rest of 16 bytes with zeros.
+// Both addresses must be multiples of 16. With 0 bytes the source is not read and may be any
+// address. The copy bypasses L1, because a CTA reads a tile only once.
 __device__ __forceinline__ void cp_async16(uint32_t dst, const void* src, int bytes) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(dst), "l"(src),
                "r"(bytes)
@@ -67,7 +68,7 @@ __device__ __forceinline__ void cp_async16(uint32_t dst, const void* src) {
 __device__ __forceinline__ void cp_async16(uint32_t dst, const void* src, bool ok) {
   cp_async16(dst, src, ok ? 16 : 0);
 }
-// The same for 4 or 8 bytes, or zeros; through L1, as shorter copies must go.
+// The same for 4 or 8 bytes, or zeros. These pass through L1, as shorter copies must.
 template <int kBytes>
 __device__ __forceinline__ void cp_async_small(uint32_t dst, const void* src, int bytes) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(dst), "l"(src), "n"(kBytes),
@@ -80,7 +81,7 @@ __device__ __forceinline__ void prefetch_l1(const void* p) {
 __device__ __forceinline__ void cp_async_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
-// Returns when at most kPending of this thread's groups are still on their way.
+// Returns when at most kPending of this thread's groups are unfinished.
 template <int kPending>
 __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");

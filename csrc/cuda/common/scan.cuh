@@ -5,9 +5,9 @@
 
 namespace gqa::cuda {
 
-// The sum of `x` over the threads up to this one, all kThreads of the CTA taking part; the sum over
-// all of them in `total`. `warp_sums`: shared memory, which a barrier must free before it is
-// written again.
+// The sum of `x` over this thread and those before it. All kThreads threads of the CTA call it.
+// `total` receives the sum over all of them. `warp_sums`: shared memory; a barrier must follow
+// before it is written again.
 template <int kThreads>
 __device__ __forceinline__ int scan_threads(int x, int (&warp_sums)[kThreads / 32], int& total) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;

@@ -13,15 +13,15 @@ constexpr float kLn2 = 0.6931471805599453f;
 __device__ __forceinline__ float minus_infinity() { return __uint_as_float(0xff800000u); }
 __device__ __forceinline__ float not_a_number() { return __uint_as_float(0x7fffffffu); }
 
-// What exponents are taken relative to: the maximum, but 0 where it is -inf (nothing seen yet), so
-// that 2^(-inf - shift) is 0 and not NaN.
+// The shift of exponents: the row's maximum, or 0 if that is -inf (no key seen yet), so that
+// 2^(-inf - shift) is 0 and not NaN.
 __device__ __forceinline__ float softmax_shift(float maximum) {
   return maximum == minus_infinity() ? 0.0f : maximum;
 }
 
-// Adds a sink, one more logit without a value (natural units), to a row's sum of 2^(score - shift).
-// Returns what the row's unnormalised output must be multiplied by; does nothing to a row that sees
-// no key.
+// Adds a sink, which is a further logit without a value (in natural units), to a row's sum of
+// 2^(score - shift). Returns the factor by which the row's unnormalised output must be multiplied.
+// Does nothing to a row that sees no key.
 __device__ __forceinline__ float add_sink(float sink, float& shift, float& sum) {
   if (sum == 0.0f) return 1.0f;
   const float logit = sink * kLog2e;
@@ -32,7 +32,7 @@ __device__ __forceinline__ float add_sink(float sink, float& shift, float& sum) 
   return factor;
 }
 
-// tanh to a few ulp. Near 0, where 1 - 2 / (e^2x + 1) cancels, its series.
+// tanh to a few ulp. Near 0, where 1 - 2 / (e^2x + 1) cancels, its series is used.
 __device__ __forceinline__ float tanh_fast(float x) {
   const float e = exp2_approx(fabsf(x) * (2.0f * kLog2e));
   const float far = copysignf(1.0f - __fdividef(2.0f, e + 1.0f), x);

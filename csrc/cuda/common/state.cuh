@@ -1,4 +1,4 @@
-// Where the results of a query token lie, and its LSE from the state of its softmax.
+// Where the results of a query token are stored, and its LSE from the state of its softmax.
 #pragma once
 
 #include <cstdint>

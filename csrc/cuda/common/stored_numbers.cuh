@@ -1,5 +1,5 @@
-// Numbers as K and V store them, from the 16-bit units that ldmatrix moves to operands of mma: the
-// one place that knows the bits of the quantised formats.
+// Converts stored numbers of K and V, in the 16-bit units that ldmatrix moves, to operands of mma.
+// This file alone knows the bits of the quantised formats.
 //
 // Every quantised number is exact in fp16, which has more bits than any of them, and the exponents
 // of fp8 e5m2. So kernels over quantised caches multiply in fp16, whatever q's type.

@@ -1,4 +1,4 @@
-// Which probabilities dropout keeps (core/dropout.h), for scores as they lie in a warp's registers.
+// Which probabilities dropout keeps (core/dropout.h), for scores in a warp's registers.
 //
 // A Philox counter has the words of four keys of one token, which lie in neighbouring lanes, each
 // of which needs as many counters. The lanes divide the counters among themselves and exchange the

@@ -16,7 +16,7 @@ constexpr int64_t kSectionBytes = 20 << 20;
 
 // Pairs of a sequence and a query head that CTAs take as one section.
 inline int section_pairs(const AttentionParams& params) {
-  // What a group is like is not known on the host; on average a KV head serves so many.
+  // The host does not know the groups' shapes; on average so many query heads share a KV head.
   const int64_t heads = std::max<int64_t>(1, params.num_heads / params.num_k_heads);
   const int64_t bits = is_quantized(params.k_dtype) ? params.k_dtype == DType::kInt4 ? 4 : 8 : 16;
   const int64_t bytes = params.kv_len * (params.head_dim + params.value_head_dim) * bits / 8;

@@ -1,5 +1,5 @@
-// How warps of one CTA wait for each other on Hopper: mbarriers in shared memory (which TMA can
-// complete), named barriers, and the register hand-over between warpgroups that follows from them.
+// How warps of one CTA wait for one another on Hopper: mbarriers in shared memory (which TMA can
+// complete), named barriers, and the register hand-over between warpgroups.
 #pragma once
 
 #include <cstdint>

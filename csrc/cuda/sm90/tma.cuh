@@ -13,8 +13,8 @@ __device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-// What L2 should do with the lines of a load: drop first what is read once, keep what other CTAs
-// read too. Volatile: made again for each load, because the producer has few registers.
+// L2 cache hints of a load: evict data that is read once first, and keep data that other CTAs read,
+// too. Volatile: created again for each load, because the producer has few registers.
 __device__ __forceinline__ uint64_t evict_first_policy() {
   uint64_t policy;
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));

@@ -1,4 +1,4 @@
-"""Hugging Face ``kernels``: the package as a kernel repository, which ``get_kernel`` loads.
+"""Hugging Face ``kernels``: writes the package as a kernel repository that ``get_kernel`` loads.
 
 ::
 

@@ -1,4 +1,4 @@
-"""Asymmetric grouped-query attention, as Hugging Face ``kernels`` loads it.
+"""Asymmetric grouped-query attention, in the form that Hugging Face ``kernels`` loads.
 
 ``repository.build`` makes this the ``__init__.py`` of a kernel repository, with the package in
 ``core``.
@@ -17,7 +17,7 @@ from .core import (
 )
 from .core.integrations.transformers import asym_gqa
 
-supports_flash_attn = True  # transformers registers flash_attn_forward itself where it finds this
+supports_flash_attn = True  # makes transformers register flash_attn_forward
 
 
 def flash_attn_forward(module, query, key, value, attention_mask=None, **options):
@@ -36,7 +36,7 @@ def flash_attn_forward(module, query, key, value, attention_mask=None, **options
     return asym_gqa(module, query, key, value, attention_mask, **options), None
 
 
-flash_attn_forward.reads_head_maps = True  # so that uneven layers run on it
+flash_attn_forward.reads_head_maps = True  # allows uneven layers to run on it
 
 
 def _visible(module, query, key, padding, is_causal=None, sliding_window=None, **_) -> torch.Tensor:
@@ -44,7 +44,7 @@ def _visible(module, query, key, padding, is_causal=None, sliding_window=None, *
     num_queries, num_keys = query.shape[2], key.shape[2]
     ahead = torch.arange(num_keys, device=key.device) - (
         torch.arange(num_queries, device=key.device)[:, None] + num_keys - num_queries
-    )  # how far key j stands behind query i, [Sq, Sk]
+    )  # positions of query i minus key j, [Sq, Sk]
     visible = padding[:, None, None, :num_keys].bool()
     if getattr(module, "is_causal", True) if is_causal is None else is_causal:
         visible = visible & (ahead <= 0)

@@ -1,12 +1,12 @@
 """The package as a kernel repository.
 
-It holds Python and Triton for CUDA and ROCm, and for the CPU the C++ sources as well, which are
-compiled at first use. Models take an uploaded one (``hf upload --repo-type kernel``) as
-``attn_implementation="org/repo"``; ``kernels.get_local_kernel(FOLDER)`` loads one from disk.
+For CUDA and ROCm it contains Python and Triton, and for the CPU also the C++ sources, which are
+compiled at first use. After an upload (``hf upload --repo-type kernel``), models use it with
+``attn_implementation="org/repo"``. ``kernels.get_local_kernel(FOLDER)`` loads one from disk.
 
 The layout follows the kernel requirements of huggingface/kernels: ``build/torch-<backend>/`` with
-``__init__.py`` and ``metadata.json``, relative imports only, and ops in a namespace of this very
-build, so that it can be loaded beside the package and beside other versions of itself.
+``__init__.py`` and ``metadata.json``, relative imports only, and ops in a namespace that only this
+build has. So it can be loaded together with the package and with other versions of itself.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ NAME = "asym-gqa"
 KERNEL_VERSION = 0  # by convention: its interface may still change
 LICENSE = "Apache-2.0"
 CORE = "core"  # the package's folder in a variant
-# What a kernel repository has no use for; all the rest is what attention needs.
+# Parts of the package that attention doesn't need; the repository contains all others.
 LEFT_OUT = (
     "__main__.py", "testing.py", "cli", "convert", "demo", "grouping", "nn", "parallel",
     "samples", "train_demo", "integrations/engine_layer.py",
     "integrations/hf_kernels", "integrations/kvpress", "integrations/sglang", "integrations/vllm",
 )  # fmt: skip
-CUDA_ARCHS = ["8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]  # Triton compiles for what it finds
+CUDA_ARCHS = ["8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]  # Triton compiles for the device it finds
 BACKENDS = {
     "cpu": {"type": "cpu"},
     "cuda": {"type": "cuda", "archs": CUDA_ARCHS},
@@ -41,7 +41,7 @@ BACKENDS = {
 
 
 def build(folder: str | Path) -> Path:
-    """Write the kernel repository; nothing is left behind if that fails half-way.
+    """Write the kernel repository. If that fails, nothing is left behind.
 
     Args:
         folder: must not exist, or be empty.
@@ -50,7 +50,7 @@ def build(folder: str | Path) -> Path:
         The folder.
 
     Raises:
-        ValueError: the folder holds something.
+        ValueError: the folder is not empty.
     """
     folder = check_new_folder("folder", folder)
     with new_folder(folder) as unfinished:
@@ -97,7 +97,7 @@ def _write_variant(folder: Path, backend: str) -> None:
 
 
 def _sources(with_csrc: bool) -> dict[str, bytes]:
-    """Content of every file of a variant by its path, ops still in the package's namespace."""
+    """Content of every file of a variant, by its path. Ops still have the package's namespace."""
     files = {"__init__.py": ENTRY.read_bytes()}
     left_out = [PACKAGE / name for name in LEFT_OUT]
     for path in PACKAGE.rglob("*.py"):

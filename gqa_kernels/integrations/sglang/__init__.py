@@ -1,7 +1,7 @@
 """SGLang: the attention backend ``asym_gqa``.
 
-Installed beside SGLang, the package registers itself through the entry point
-``sglang.srt.plugins``; elsewhere call :func:`register` once before the server's arguments are
+If it is installed in SGLang's environment, the package registers itself through the entry point
+``sglang.srt.plugins``. Otherwise call :func:`register` once before the server's arguments are
 parsed. Then::
 
     python -m sglang.launch_server --model-path MODEL --attention-backend asym_gqa
@@ -21,13 +21,13 @@ from .names import BACKEND, OLDEST
 
 __all__ = ["BACKEND", "OLDEST", "plugin", "register"]
 
-# SGLang imports models from the package that this variable names, also in processes it starts.
+# SGLang imports models from the package that this variable names, also in processes that it starts.
 MODELS_VARIABLE = "SGLANG_EXTERNAL_MODEL_PACKAGE"
 MODELS = f"{__name__}.models"
 
 
 def register() -> None:
-    """Make the backend and the model classes known to SGLang; more than one call does no harm.
+    """Register the backend and the model classes with SGLang. Calling it again is harmless.
 
     Raises:
         ImportError: SGLang is missing or too old.
@@ -65,7 +65,7 @@ def register() -> None:
 
 
 def plugin() -> None:
-    """The entry point: :func:`register`, with a warning in place of any error.
+    """The entry point: :func:`register`, with a warning instead of any error.
 
     An error here would stop SGLang for every model.
     """
@@ -76,7 +76,7 @@ def plugin() -> None:
 
 
 def _create(model_runner):
-    """What SGLang calls for a backend of that name."""
+    """The function that SGLang calls to create the backend."""
     from .backend import AsymGQABackend
 
     return AsymGQABackend(model_runner)

@@ -1,8 +1,8 @@
 """Attention over SGLang's token pool, and what the layers of a step share.
 
-Needs no SGLang, only tensors in its layouts: keys and values of one layer lie in
-``[slots, Hkv, D]``, a request's tokens in the slots that its row of ``req_to_token`` names, in runs
-of whole pages.
+This file needs no SGLang, only tensors in its layouts. Keys and values of one layer lie in
+``[slots, Hkv, D]``. A request's tokens lie in the slots that its row of ``req_to_token`` names, in
+runs of whole pages.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ class Step:
 
     Attributes:
         page_table: int32 ``[requests, max_pages]``.
-        seq_lens: int32 ``[requests]``, keys of a request, the new ones included.
-        query_offsets: int32 ``[requests + 1]``, where each request's new tokens begin; None where
-            each has one.
-        max_query_len: most new tokens of a request.
+        seq_lens: int32 ``[requests]``, number of keys of each request, including new ones.
+        query_offsets: int32 ``[requests + 1]``, where each request's new tokens begin; None if each
+            has one.
+        max_query_len: largest number of new tokens of a request.
         page_size: tokens of a page.
     """
 
@@ -37,11 +37,11 @@ class Step:
 
 
 def page_tables(req_to_token: Tensor, requests: Tensor, max_len: int, page_size: int) -> Tensor:
-    """Pages of requests' first ``max_len`` tokens, int32 ``[requests, pages]``.
+    """The pages of the requests' first ``max_len`` tokens, int32 ``[requests, pages]``.
 
     Args:
         req_to_token: int32 ``[rows, max_context]``, the slot of each token.
-        requests: ``[requests]`` integers, rows of it.
+        requests: ``[requests]`` integers, the rows of ``req_to_token`` to use.
     """
     first_slots = req_to_token[:, :max_len:page_size][requests]
     return (first_slots // page_size).int()
@@ -62,9 +62,9 @@ def pooled_attention(
 
     Args:
         query: ``[tokens, Hq, D]``, requests packed one after another.
-        k_pool, v_pool: ``[slots, Hkv, D]`` and ``[slots, Hkv, Dv]`` with any strides; read where
-            they lie.
-        k_scale, v_scale: fp32 of one element each, of an fp8 pool.
+        k_pool, v_pool: ``[slots, Hkv, D]`` and ``[slots, Hkv, Dv]`` with any strides; they are read
+            in place.
+        k_scale, v_scale: the scales of an fp8 pool, fp32 of one element each.
     """
     cache = PagedKVCache(
         _pages(k_pool, step.page_size),

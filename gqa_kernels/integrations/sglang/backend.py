@@ -18,14 +18,14 @@ MODES = ("DECODE", "EXTEND", "MIXED", "SPLIT_PREFILL", "IDLE")
 
 
 class AsymGQABackend(AttentionBackend):
-    """Attention of a model whose config may hold head maps.
+    """Attention backend of a model whose config may hold head maps.
 
     Args:
-        model_runner: SGLang's; its request table, token pool and model config are used.
+        model_runner: SGLang's. Its request table, token pool and model config are used.
 
-    Raises:
-        NotImplementedError: a pool of another kind than MHA tokens, tensor parallelism over uneven
-            maps, or layers with different counts of KV heads.
+        Raises:
+            NotImplementedError: the pool is not of MHA tokens, tensor parallelism is used with
+                uneven maps, or layers have different numbers of KV heads.
     """
 
     def __init__(self, model_runner):
@@ -49,7 +49,7 @@ class AsymGQABackend(AttentionBackend):
         _check_maps(self.config, get_parallel().tp_size)
 
     def init_forward_metadata(self, forward_batch) -> None:
-        """What the layers of an eager step share."""
+        """Prepare what the layers of an eager step share."""
         mode = forward_batch.forward_mode
         if mode.is_idle():
             return
@@ -70,13 +70,14 @@ class AsymGQABackend(AttentionBackend):
         self.forward_metadata = Step(table, lens, offsets, most, self.page_size)
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
-        """Memory that captured kernels read: refilled before each replay."""
+        """Allocate the memory that captured kernels read. It is refilled before each replay."""
         pages = -(-self.req_to_token.shape[1] // self.page_size)
         self.graph_table = self.req_to_token.new_zeros(max_bs, pages)
         self.graph_lens = torch.ones(max_bs, dtype=torch.int32, device=self.req_to_token.device)
 
     def init_forward_metadata_out_graph(self, forward_batch, in_capture: bool = False) -> None:
-        """What the layers of a captured decode step share, before capture and each replay."""
+        """Prepare what the layers of a captured decode step share, before capture and each
+        replay."""
         if not forward_batch.forward_mode.is_decode_or_idle():
             raise NotImplementedError(
                 f"{BACKEND} captures decode steps in CUDA graphs, got "
@@ -89,7 +90,7 @@ class AsymGQABackend(AttentionBackend):
         table = page_tables(
             self.req_to_token, forward_batch.req_pool_indices[:batch], longest, self.page_size
         )
-        # Pages beyond a length are never used, so what older steps left there does no harm.
+        # Pages beyond a length are never used, so entries of earlier steps are harmless there.
         self.graph_table[:batch, : table.shape[1]].copy_(table)
         self.graph_lens[:batch].copy_(forward_batch.seq_lens[:batch])
         self.forward_metadata = Step(
@@ -102,7 +103,7 @@ class AsymGQABackend(AttentionBackend):
     def forward_decode(
         self, q, k, v, layer, forward_batch, save_kv_cache: bool = True, sinks=None, **others
     ) -> Tensor:
-        """As :meth:`forward_extend`, of one token a request."""
+        """As :meth:`forward_extend`, with one token per request."""
         return self.forward_extend(
             q, k, v, layer, forward_batch, save_kv_cache, sinks=sinks, **others
         )
@@ -110,11 +111,11 @@ class AsymGQABackend(AttentionBackend):
     def forward_extend(
         self, q, k, v, layer, forward_batch, save_kv_cache: bool = True, sinks=None, **others
     ) -> Tensor:
-        """Store the new keys and values, and attend: ``[tokens, Hq * Dv]``.
+        """Store the new keys and values, and attend. Returns ``[tokens, Hq * Dv]``.
 
         Args:
             q: ``[tokens, Hq * D]``.
-            k, v: ``[tokens, Hkv, D or Dv]``, or None where the pool has them.
+            k, v: ``[tokens, Hkv, D or Dv]``, or None if the pool already has them.
             layer: the model's ``RadixAttention``.
             sinks: ``[Hq]``, or None.
         """
@@ -139,7 +140,7 @@ class AsymGQABackend(AttentionBackend):
         return out.reshape(-1, layer.tp_q_head_num * layer.v_head_dim)
 
     def _layer(self, layer, sinks: Tensor | None) -> Layer:
-        """What ``layer`` asks for."""
+        """The options of ``layer``."""
         if layer.is_cross_attention:
             raise NotImplementedError(f"{BACKEND} has no cross attention over SGLang's pool")
         if layer.xai_temperature_len > 0:
@@ -166,7 +167,7 @@ class AsymGQABackend(AttentionBackend):
 
 
 def _check_maps(config, tp_size: int) -> None:
-    """Maps of a config that SGLang's models and pool can hold."""
+    """The maps of a config, checked against what SGLang's models and pool can hold."""
     pairs = stored_maps(config)
     if pairs is None:
         return

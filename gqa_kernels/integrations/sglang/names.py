@@ -1,4 +1,4 @@
-"""Names under which SGLang knows what this package registers."""
+"""Names that this package registers with SGLang."""
 
 OLDEST = "0.5.23"  # first release tested
 BACKEND = "asym_gqa"

@@ -1,8 +1,8 @@
 """Hugging Face transformers: ``attn_implementation="asym_gqa"`` for models with head maps.
 
-The maps come from the model's config (:mod:`gqa_kernels.models.maps`); a model without them runs as
-ordinary GQA. :class:`PagedCache` keeps what ``generate`` has seen in pages of this package's
-caches, quantised if asked for. :func:`continuous_batching` lets ``generate_batch`` run on it.
+The maps come from the model's config (:mod:`gqa_kernels.models.maps`). A model without them runs as
+ordinary GQA. :class:`PagedCache` stores the keys and values of ``generate`` in pages of this
+package's caches, optionally quantised. :func:`continuous_batching` runs ``generate_batch`` on it.
 
 :func:`register` and :class:`PagedCache` import transformers when they are first used.
 """

@@ -20,12 +20,12 @@ from .versions import require_transformers
 def register(name: str = "asym_gqa", backend: str = "auto") -> str:
     """Make ``attn_implementation=name`` available in transformers; returns ``name``.
 
-    A hook of ``torch.nn`` also looks at modules as models are built: a config with uneven maps gets
-    back its guard, which transformers removes when it loads the config, and its attention layers
-    refuse attention functions that ignore the maps.
+    It also installs a hook of ``torch.nn``, which inspects modules as models are built. A config
+    with uneven maps gets its guard back, which transformers removes when it loads the config. The
+    model's attention layers refuse attention functions that ignore the maps.
 
     Args:
-        name: what models ask for. Register several names to compare backends.
+        name: the name that models use. Register several names to compare backends.
         backend: backend of :func:`gqa_kernels.asym_gqa_attention`.
 
     Raises:
@@ -44,7 +44,7 @@ def register(name: str = "asym_gqa", backend: str = "auto") -> str:
         return asym_gqa(module, query, key, value, attention_mask, backend=backend, **options), None
 
     AttentionInterface.register(name, attention)
-    # Without a mask function of the same name, models drop the padding mask.
+    # Without a mask function of the same name, models ignore the padding mask.
     AttentionMaskInterface.register(name, sequence_mask)
     watch_new_models()
     return name
@@ -59,7 +59,8 @@ def asym_gqa(
     backend: str = "auto",
     **options: object,
 ) -> Tensor:
-    """The attention of one layer, as ``AttentionInterface`` calls it: ``[B, Sq, Hq, Dv]``."""
+    """Attention of one layer, in the form that ``AttentionInterface`` calls: ``[B, Sq, Hq,
+    Dv]``."""
     if not isinstance(key, Tensor):  # new tokens of a PagedCache, see cache.py
         return key.layer.attend(module, query, key, value, attention_mask, backend, **options)
     if not torch.compiler.is_compiling() and _weights_are_wanted(options):
@@ -77,17 +78,17 @@ def asym_gqa(
 
 
 def _weights_are_wanted(options: dict[str, object]) -> bool:
-    """Whether the caller of the model asked for attention weights."""
+    """Whether the model's caller requested attention weights."""
     if options.get("output_attentions"):
         return True
-    collector = _collector()  # some models pass the request on by this alone
+    collector = _collector()  # some models pass the request on only in this way
     wanted = None if collector is None else collector.get()
     return bool(wanted) and not {"attentions", "cross_attentions"}.isdisjoint(wanted)
 
 
 @cache
 def _collector() -> ContextVar | None:
-    """Where transformers 5 keeps what outputs of a model's layers it collects."""
+    """Where transformers 5 stores which outputs of a model's layers it collects."""
     try:
         from transformers.utils.output_capturing import _active_collector
     except ImportError:

@@ -1,4 +1,4 @@
-"""attention_call: what a call of transformers' attention interface means to this package."""
+"""attention_call: translates a call of transformers' attention interface for this package."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ def attention_call(
     """The arguments of :func:`gqa_kernels.asym_gqa_attention` for a call of the interface.
 
     Args:
-        module: the attention layer; its ``config`` and ``layer_idx`` lead to the maps.
+        module: the attention layer. Its ``config`` and ``layer_idx`` determine the maps.
         query: ``[B, Hq, Sq, D]``.
         key, value: ``[B, Hkv, Sk, D]``, cached tokens included.
-        attention_mask: ``[B, 1 or Hq, Sq, >= Sk]``, boolean or additive, causality, window and
-            padding included; a SequenceMask; or None if plain causality is enough.
-        sliding_window: keys a query sees, its own included.
+        attention_mask: ``[B, 1 or Hq, Sq, >= Sk]``, boolean or additive, including causality,
+            window and padding; or a SequenceMask; or None if plain causality is enough.
+        sliding_window: number of keys a query sees, including its own.
         dropout: fraction of the probabilities to drop; 0 outside training.
         s_aux: attention sinks ``[Hq]``.
         position_bias: ``[1 or B, Hq, Sq, Sk]``, added to the scores (T5).
-        cu_seq_lens_q: ``[n + 1]``, offsets of the packed sequences in the single row. They don't
-            see each other, even if the model's mask ignores position ids (GPT-OSS).
-        position_ids: ``[..., S]``, of all new tokens. Layers that share keys and values (Gemma 4)
-            may get the queries of the last of them only.
+        cu_seq_lens_q: ``[n + 1]``, offsets of the packed sequences in the single row. Sequences
+            don't see one another, even if the model's mask ignores position ids (GPT-OSS).
+        position_ids: ``[..., S]``, positions of all new tokens. Layers that share keys and values
+            (Gemma 4) may receive only the last queries.
     """
     if not query.is_meta and torch.is_autocast_enabled(query.device.type):
         # The rotation leaves q and k in fp32, other than v: one type, as SDPA takes them.
@@ -67,7 +67,7 @@ def attention_call(
     if attention_mask is None:
         causal = new > 1 and is_causal
         if causal:
-            # Prefill into an empty static cache: its slots beyond the prompt hold nothing yet.
+            # Prefill into an empty static cache: its slots beyond the prompt are still empty.
             key, value = key[:, :, :new], value[:, :, :new]
         if sliding_window is not None:
             window = (sliding_window - 1, None)
@@ -103,7 +103,7 @@ def attention_call(
 
 
 def with_bias(attention_mask: Tensor | None, bias: Tensor) -> Tensor:
-    """An additive mask of a bias and a mask."""
+    """The sum of a bias and a mask, as an additive mask."""
     if attention_mask is None:
         return bias
     if attention_mask.dtype == torch.bool:
@@ -114,7 +114,7 @@ def with_bias(attention_mask: Tensor | None, bias: Tensor) -> Tensor:
 def _packed(
     offsets: Tensor, tokens: int, causal: bool, window: int | None, mask: Tensor | None
 ) -> Tensor:
-    """A mask ``[1, 1, tokens, tokens]`` with attention inside each packed sequence only."""
+    """A mask ``[1, 1, tokens, tokens]`` that limits attention to each packed sequence."""
     position = torch.arange(tokens, device=offsets.device)
     sequence = torch.bucketize(position, offsets[1:-1], right=True)
     visible = sequence[:, None] == sequence

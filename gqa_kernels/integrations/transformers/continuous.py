@@ -1,4 +1,4 @@
-"""Continuous batching: transformers' scheduler and pages, our attention."""
+"""Continuous batching: transformers' scheduler and pages with our attention."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def continuous_batching(model: nn.Module, backend: str = "auto") -> Iterator[nn.
         with continuous_batching(model):
             outputs = model.generate_batch(prompts, ...)
 
-    transformers' own cache holds the pages. It gathers a request's keys for every step, as it does
+    The pages are in transformers' own cache. It gathers a request's keys for every step, as it does
     for flash attention, and makes no mask.
 
     Args:
-        model: with as many KV heads in every layer, and as many for V as for K.
-        backend: as :func:`.register` takes it.
+        model: must have the same number of KV heads in every layer, for K and V alike.
+        backend: as for :func:`.register`.
 
     Raises:
         ImportError: transformers is missing or too old.
@@ -37,8 +37,8 @@ def continuous_batching(model: nn.Module, backend: str = "auto") -> Iterator[nn.
     """
     require_transformers(BATCHING)
     _check_heads(model.config)
-    # transformers passes packed queries and no mask to names with "flash" in them. Setting the name
-    # by set_attn_implementation would make it look for a kernel of that name.
+    # If an implementation's name contains "flash", transformers passes packed queries and no mask.
+    # set_attn_implementation would search for a kernel of that name, so the name is set directly.
     name = register(f"asym_gqa_flash_{backend}", backend)
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
     before = [(config, config._attn_implementation) for config in configs.values()]

@@ -1,4 +1,4 @@
-"""Guards of uneven head maps: transformers' own attention would compute equal groups, silently."""
+"""Guards of uneven head maps: transformers' own attention would silently compute equal groups."""
 
 from __future__ import annotations
 
@@ -18,28 +18,29 @@ from ...models.maps import (
     is_uneven,
 )
 
-READS_MAPS = "reads_head_maps"  # attribute of attention functions that go by a config's maps
+READS_MAPS = "reads_head_maps"  # set on attention functions that read a config's maps
 
 
 def reads_maps(function: Callable) -> Callable:
-    """Mark an attention function as one that goes by ``config.kv_head_map``."""
+    """Mark an attention function as one that reads ``config.kv_head_map``."""
     setattr(function, READS_MAPS, True)
     return function
 
 
 def restore(config: object, uneven: bool) -> None:
-    """Write the guard into a config again: transformers removes it from a config that it loads."""
+    """Write the guard into a config again, because transformers removes it from a config it
+    loads."""
     if uneven and not hasattr(config, IMPLEMENTATION_FIELD):
         guard(config)
 
 
 @cache
 def watch_new_models() -> None:
-    """From now on, guard every model with head maps when it is built.
+    """Guard every model with head maps that is built from now on.
 
-    Its config gets its guard back, since the model may be saved again before it ever runs, what
-    saves it names a class that engines refuse, and its attention layers refuse to run on an
-    attention function that ignores the maps.
+    Its config gets its guard back, since the model may be saved before it ever runs. What saves it
+    then names a class that engines refuse. Its attention layers refuse to run with an attention
+    function that ignores the maps.
     """
 
     def look(whole: nn.Module, _: str, part: nn.Module | None) -> None:
@@ -84,7 +85,7 @@ def guard_layer(module: nn.Module, key_map: HeadMap, value_map: HeadMap) -> None
 
 
 def protect(module: nn.Module) -> None:
-    """Let an attention layer refuse attention functions that ignore its config's maps."""
+    """Make an attention layer refuse attention functions that ignore its config's maps."""
     if refuse_equal_groups not in module._forward_pre_hooks.values():
         module.register_forward_pre_hook(refuse_equal_groups)
 

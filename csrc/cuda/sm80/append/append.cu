@@ -24,7 +24,7 @@ int64_t bits_of(DType dtype) {
 
 bool plain(DType dtype) { return bits_of(dtype) >= 16; }
 
-// Tokens in all, packed or not.
+// The number of new tokens, packed or not.
 int64_t all_tokens(const AppendParams& p) {
   return p.new_offsets ? p.num_tokens : p.num_tokens * p.cache.batch;
 }
@@ -37,8 +37,8 @@ struct Extents {
   int64_t b, h, s;
 };
 
-// Whether a thread's numbers are vectors of at most 16 bytes in every row; a dim of one index needs
-// no stride.
+// Whether a thread's numbers form vectors of at most 16 bytes in every row. A dim with one index
+// needs no stride.
 bool in_vectors(const void* data, const Strides& stride, const Extents& extents, DType dtype) {
   const int64_t bits = bits_of(dtype);
   const int64_t bytes = std::min<int64_t>(kAppendNumbers * bits / 8, 16);

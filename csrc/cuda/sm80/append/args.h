@@ -1,4 +1,4 @@
-// What the append's kernel is launched with, beside the call.
+// The arguments of the append's kernel besides the call.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@ namespace gqa::cuda::sm80 {
 constexpr int kAppendThreads = 128;
 constexpr int kAppendNumbers = 8;  // of a row, that one thread takes: 16 bytes of 16-bit numbers
 
-// New rows of one kind and where they go.
+// New rows of one kind, and where to store them.
 struct AppendSide {
   const void* from;  // [B, H, S, dim], or packed
   void* to;          // [P, H, page_size, dim] as stored; of queries: like `from`
@@ -25,7 +25,7 @@ struct AppendSide {
 
 enum AppendKind { kKeys, kValues, kQueries, kNumKinds };
 
-// A row is a new token of one head; the heads are those of K, then V, then, if they are rotated, Q.
+// A row is a new token of one head. The heads are those of K, then V, then, if they are rotated, Q.
 struct AppendArgs {
   AppendParams params;
   AppendSide sides[kNumKinds];

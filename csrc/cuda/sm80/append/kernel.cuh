@@ -1,4 +1,4 @@
-// Append: new tokens into a cache, rotated and quantised on the way, and queries rotated.
+// Append: stores new tokens in a cache, rotated and quantised, and rotates queries.
 //
 // Grid    rows / (kAppendThreads / lanes). A row is one token of one head; heads are fastest, so
 //         that the rows of a CTA share their token's length, page and angles.
@@ -20,8 +20,8 @@
 
 namespace gqa::cuda::sm80 {
 
-// The sequence of packed token `token`: as many as end before it or at it. Sought by all threads
-// together for the CTA's first token, `first`, and from there on by each.
+// The sequence of packed token `token`: the number of sequences that end at or before it. All
+// threads search together for the CTA's first token, `first`; each continues from there.
 __device__ __forceinline__ uint32_t packed_sequence(const int32_t* offsets, uint32_t batch,
                                                     int64_t first, int64_t token) {
   uint32_t ended = 0;  // at least; at most ended + unknown
@@ -36,7 +36,7 @@ __device__ __forceinline__ uint32_t packed_sequence(const int32_t* offsets, uint
   return ended;
 }
 
-// Where a row goes; `valid` where it goes anywhere.
+// Where a row is stored; not `valid` if it has no place.
 struct Slot {
   int64_t page, slot;
   bool valid;
@@ -117,7 +117,7 @@ __device__ __forceinline__ void store_plain(const AppendSide& side, const Slot& 
   store_numbers(to, column, side.dim, side.to_vectors, x);
 }
 
-// T: of the tokens. The format of a quantised cache is a branch that all threads take alike.
+// T: type of the tokens. All threads take the same branch on the format of a quantised cache.
 template <class T, bool kQuantized>
 __global__ void __launch_bounds__(kAppendThreads)
     append_kernel(const __grid_constant__ AppendArgs args) {
@@ -153,8 +153,9 @@ __global__ void __launch_bounds__(kAppendThreads)
     i = b < batch ? static_cast<int64_t>(token) - params.new_offsets[b] : -1;
   }
 
-  // Queries go by key head 0, and so do value heads that are not the key heads: all have one
-  // length then. A token of no sequence has no place, and its queries are only copied.
+  // Queries use the length of key head 0, and so do value heads that differ from the key heads: all
+  // lengths are equal then. A token that belongs to no sequence has no position, and its queries
+  // are only copied.
   const bool of_sequence = i >= 0;
   const bool paired = kind == kKeys || (kind == kValues && v_heads == k_heads);
   const uint32_t k_head = paired ? head : 0;

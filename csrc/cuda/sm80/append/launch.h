@@ -1,4 +1,4 @@
-// New tokens into a cache, on sm_80 and later.
+// Appends new tokens to a cache, on sm_80 and later.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -11,9 +11,8 @@
 
 namespace gqa::cuda::sm80 {
 
-// As described in cuda/launch.h, of AppendParams, for every type that these can have. One launch
-// and no workspace. New offsets that don't ascend from 0 drop tokens; nothing is written out of
-// bounds.
+// As described in cuda/launch.h, for AppendParams of any types. One launch and no workspace. If new
+// offsets don't ascend from 0, tokens are dropped; nothing is written out of bounds.
 std::string append_unsupported(const AppendParams& params);
 bool append_supported(const AppendParams& params);
 size_t append_workspace_bytes(const AppendParams& params, const Device& device);

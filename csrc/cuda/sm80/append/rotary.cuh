@@ -8,13 +8,13 @@
 
 namespace gqa::cuda::sm80 {
 
-// Number of the angle that turns `column`, which lies among the first rotary_dim.
+// The index of the angle that rotates `column`, one of the first rotary_dim columns.
 __device__ __forceinline__ int angle_of(const AppendParams& params, int column) {
   const int half = static_cast<int>(params.rotary_dim) / 2;
   return params.rotary_interleaved ? column / 2 : column < half ? column : column - half;
 }
 
-// Cosines or sines of the angles that turn `column` and on; any numbers beyond rotary_dim.
+// Cosines or sines of the angles for `column` and later ones; undefined beyond rotary_dim.
 template <class A>
 __device__ __forceinline__ void load_angles(const AppendParams& params, const A* row, int column,
                                             bool vectors, Numbers& x) {
@@ -46,7 +46,8 @@ __device__ __forceinline__ void load_angles(const AppendParams& params, const vo
   load_angles(params, static_cast<const T*>(table) + offset, column, vectors, x);
 }
 
-// a and b turned by one angle; products are not fused with sums: all backends store the same.
+// Rotates a and b by one angle. Products are not fused with sums, so that all backends store the
+// same.
 template <class T>
 __device__ __forceinline__ float turned(float a, float b, float cos, float sin) {
   return to_float(rounded_to<T>(__fadd_rn(__fmul_rn(a, cos), __fmul_rn(b, sin))));

@@ -1,4 +1,5 @@
-// Eight numbers of a row, from memory to fp32 and back: as vectors if the row is aligned.
+// Converts eight numbers of a row between memory and fp32, by vector accesses if the row is
+// aligned.
 #pragma once
 
 #include <cstdint>

@@ -12,9 +12,9 @@ namespace gqa::cuda::sm80 {
 constexpr int kMaxBackwardHeads = 8192;  // their numbers fit into the shared memory of every class
 constexpr int kNumbersBlock = 32;        // rows of numbers are padded to whole blocks
 
-// What a query row of a head brings to the gradient of a score, P * (dP - delta): its LSE in base-2
-// units, and delta = rowsum(dO * out) - dLSE. Rows that see no key, or are padding: +inf, so that P
-// is 0, and 0.
+// What a query row of a head contributes to the gradient of a score, P * (dP - delta): its LSE in
+// base-2 units, and delta = rowsum(dO * out) - dLSE. A row that sees no key, or is padding, has an
+// LSE of +inf, so that P is 0, and a delta of 0.
 struct alignas(8) RowNumbers {
   float lse, delta;
 };
@@ -40,9 +40,9 @@ struct BackwardArgs {
   bool shared;    // these read one head of the other tensor, too
 };
 
-// Where the numbers of a sequence's tokens begin, those of query head 0; a head's are padded_len
-// behind those of the one before it. Packed sequences follow each other in whole blocks: with a
-// block for each of them, rounding down leaves enough for rounding their lengths up.
+// Where the numbers of a sequence's tokens begin, for query head 0; the next head's follow
+// padded_len later. Packed sequences follow one another in whole blocks. With one more block for
+// each of them, rounding down leaves enough room to round their lengths up.
 GQA_HOST_DEVICE inline int64_t first_numbers(const BackwardArgs& args, int64_t b) {
   const AttentionParams& call = args.params.call;
   if (call.q_offsets == nullptr) return b * call.num_heads * args.padded_len;

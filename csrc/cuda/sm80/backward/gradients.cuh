@@ -46,8 +46,8 @@ struct RowSums {
   }
 };
 
-// What one score has, of a row whose softmax needs no more than a scale; `dot` is -inf where the
-// row does not see the key.
+// P and dS of one score, in a row whose softmax needs only a scale; `dot` is -inf if the row does
+// not see the key.
 __device__ __forceinline__ ElementGradient plain_gradient(const BackwardArgs& args, float dot,
                                                           float dp, const RowNumbers& numbers) {
   const float p = exp2_approx(fmaf(dot, args.softmax_scale, -numbers.lse));

@@ -64,14 +64,14 @@ __device__ __forceinline__ void load_tokens(const BackwardArgs& args, uint32_t s
                   args.numbers + tile.first_numbers + step.head * args.padded_len + step.token);
 }
 
-// kKeys, kValues: whether the kernel can sum dK and dV.
+// kKeys, kValues: whether the kernel can compute dK and dV.
 template <class T, class C, bool kGeneral, bool kKeys, bool kValues>
 __global__ void __launch_bounds__(C::kThreads, C::kMinCtas)
     backward_kv_kernel(const __grid_constant__ BackwardArgs args) {
   const BackwardParams& params = args.params;
   const AttentionParams& call = params.call;
   extern __shared__ __align__(128) uint8_t shared[];
-  // Needed a few times per step, and so not worth registers.
+  // Used only a few times per step, so these are not worth registers.
   __shared__ uint32_t members[kMaxBackwardHeads / 32];
   __shared__ KvStep steps[2];
   __shared__ KvTile tile;

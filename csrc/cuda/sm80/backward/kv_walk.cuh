@@ -1,4 +1,4 @@
-// Which keys a CTA of the kernel for dK and dV owns, and the query tokens that it walks over.
+// The keys that a CTA of the kernel for dK and dV owns, and the query tokens that it visits.
 #pragma once
 
 #include <cstdint>
@@ -44,7 +44,7 @@ __device__ __forceinline__ Visibility visibility(const KvTile& tile, const KvSte
           step.token >= low + last && last_token < high && first_key + last < step.length};
 }
 
-// The key or value head that query head `head` belongs to; -1 where a map entry is out of range.
+// The key or value head that query head `head` belongs to; -1 if a map entry is out of range.
 __device__ __forceinline__ int group_of(const BackwardArgs& args, int head) {
   const int key = group_key(args.params.call, head);
   const int num_v = static_cast<int>(args.params.call.num_v_heads);

@@ -60,7 +60,7 @@ Sizes sizes_of(const BackwardParams& params) {
   return sizes;
 }
 
-// Whether scores need more than a positive scale, or probabilities dropout.
+// Whether scores need more than a positive scale, or probabilities need dropout.
 bool modifies_scores(const AttentionParams& call) {
   return !(call.scale > 0.0f) || call.softcap != 0.0f || call.alibi_slopes != nullptr ||
          call.attn_mask != nullptr || call.dropout_threshold != 0;

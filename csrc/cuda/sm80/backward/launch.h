@@ -11,8 +11,9 @@
 
 namespace gqa::cuda::sm80 {
 
-// As described in cuda/launch.h, of BackwardParams. The workspace: two numbers a query row, padded
-// to blocks of 32 tokens, and where slopes want gradients a number for each block of query rows.
+// As described in cuda/launch.h, for BackwardParams. The workspace has two numbers per query row,
+// padded to blocks of 32 tokens and, if slopes need gradients, a number for each block of query
+// rows.
 std::string backward_unsupported(const BackwardParams& params);
 bool backward_supported(const BackwardParams& params);
 size_t backward_workspace_bytes(const BackwardParams& params, const Device& device);

@@ -19,8 +19,7 @@ __device__ __forceinline__ T* row_at(const void* data, const Strides& strides, i
   return const_cast<T*>(first) + row * strides.s;
 }
 
-// Starts the copy of kRows rows, of which those from `rows` on become zeros. `stride`: from row to
-// row.
+// Starts the copy of kRows rows. Rows from `rows` on become zeros. `stride`: distance between rows.
 template <class T, class C, int kRows, bool kGeneral>
 __device__ __forceinline__ void load_rows(const BackwardArgs& args, uint32_t to, const T* first,
                                           int64_t stride, int rows, int64_t dim) {

@@ -48,7 +48,7 @@ __device__ __forceinline__ void fill_dq(const BackwardArgs& args, const QueryTil
   }
 }
 
-// Leaves the CTA's sums; by its first thread.
+// Stores the CTA's sums; called by its first thread.
 template <class C>
 __device__ __forceinline__ void store_sums(const BackwardArgs& args, const QueryTile& tile,
                                            HeadSums sums) {
@@ -57,7 +57,7 @@ __device__ __forceinline__ void store_sums(const BackwardArgs& args, const Query
   args.head_sums[pair * args.sum_blocks + tile.token / C::kBlockM] = sums;
 }
 
-// A lane's part of what the warp's rows add.
+// A lane's part of the sums over the warp's rows.
 template <class C>
 __device__ __forceinline__ HeadSums sum_rows(const BackwardArgs& args, const QueryTile& tile,
                                              int warp_token,
@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinCtas)
   const BackwardParams& params = args.params;
   const AttentionParams& call = params.call;
   extern __shared__ __align__(128) uint8_t shared[];
-  // Needed a few times per step, and so not worth registers.
+  // Used only a few times per step, so these are not worth registers.
   __shared__ QueryTile tile;
   __shared__ FirstRows<T> first_rows;
   __shared__ TokenRange warp_keys[C::kWarps];

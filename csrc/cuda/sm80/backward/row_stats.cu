@@ -1,5 +1,5 @@
-// What the backward computes of whole rows: before the products, the numbers of each query row;
-// after them, the gradients of sinks and ALiBi slopes.
+// Per-row steps of the backward: before the products, the numbers of each query row; after them,
+// the gradients of sinks and ALiBi slopes.
 #include <cstdint>
 
 #include "../../../core/params.h"

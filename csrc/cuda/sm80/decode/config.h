@@ -66,7 +66,7 @@ struct DecodeConfig {
 template <class S>
 inline constexpr int kStoredBits = 8 * sizeof(S) / kNumbersPerElement<S>;
 
-// What a kernel is compiled for.
+// The options that a kernel is compiled for.
 enum class DecodeVariant {
   kPlain,    // scores are only scaled (scale > 0), hidden by length, causal order and window
   kGeneral,  // every option

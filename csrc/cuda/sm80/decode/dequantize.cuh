@@ -3,9 +3,9 @@
 //   q . (scale * (k - zero)) = scale * (q . k - zero * sum(q))
 //   p * scale * (v - zero)   = (p * scale) * v - (p * scale) * zero
 //
-// Both products run in fp16 (stored_numbers.cuh). Rows of q are brought to the range of fp16 by a
-// power of two each. p * scale is kept in it by the running maximum, which is that of
-// score + log2(scale of V) and so bounds p * scale, whatever the scales are.
+// Both products run in fp16 (stored_numbers.cuh). Each row of q is scaled to the range of fp16 by a
+// power of two. The running maximum keeps p * scale in that range: it is the maximum of score +
+// log2(scale of V), and so bounds p * scale for any scales.
 #pragma once
 
 #include <cstdint>
@@ -19,21 +19,21 @@
 
 namespace gqa::cuda::sm80 {
 
-// The largest p * scale; far above 1, so that the small ones are no subnormals of fp16.
+// The largest p * scale; far above 1, so that small ones are not subnormal in fp16.
 constexpr float kLargestWeight = 32768.0f;
-// log2(scale of V) is taken to be at least so much, for p not to overflow where scales are 0.
+// Lower bound of log2(scale of V), so that p does not overflow if scales are 0.
 constexpr float kLeastLog2Scale = -64.0f;
 
-// Scales and zeros of one warp's keys into a stage: fp32 [K scales | K zeros | V scales | V zeros],
-// 16 each. Lane l copies a scale, or from lane 16 on a zero, of key l % 16. A key of no page has
-// scale and zero NaN for K, 0 for V.
+// Copies scales and zeros of one warp's keys to a stage: fp32 [K scales | K zeros | V scales | V
+// zeros], 16 each. Lane l copies a scale (from lane 16 on a zero) of key l % 16. A key without a
+// page has scale and zero NaN for K, and 0 for V.
 struct NumberLoader {
-  // In shared memory, for want of registers: of K and V, scales and zeros.
+  // In shared memory, because registers are scarce: scales and zeros of K and V.
   using Rows = CopyRows<float>[2][2];
   const Rows& rows;
   int limit;  // no key from here on is read
 
-  // `rows` is written, and there after a barrier.
+  // `rows` is written here and can be read after a barrier.
   __device__ __forceinline__ NumberLoader(const AttentionParams& params, PageDivider by_page_size,
                                           int b, int k_head, int v_head, int limit, Rows& rows)
       : rows(rows), limit(limit) {
@@ -55,7 +55,7 @@ struct NumberLoader {
   }
 };
 
-// Stands in for NumberLoader if K and V have q's type.
+// Replaces NumberLoader if K and V have q's type.
 struct NoNumbers {
   struct Rows {};
   __device__ __forceinline__ NoNumbers(const AttentionParams&, PageDivider, int, int, int, int,
@@ -63,7 +63,7 @@ struct NoNumbers {
   __device__ __forceinline__ void load(int, uint32_t, uint32_t) const {}
 };
 
-// Of the four keys whose scores a lane holds, in the order of its accumulators.
+// Scales and zeros of the four keys whose scores a lane holds, in the order of its accumulators.
 struct LaneNumbers {
   float k_scale[4], k_zero[4], v_scale[4], v_zero[4];
 
@@ -88,7 +88,7 @@ struct LaneNumbers {
     }
   }
 
-  // Scores of values from products of stored numbers. `factor`, `sum`: of the lane's rows of q.
+  // Turns products of stored numbers into scores. `factor`, `sum`: of the lane's rows of q.
   __device__ __forceinline__ void scale_scores(const AttentionParams& params, float (&s)[2][4],
                                                const float (&factor)[2],
                                                const float (&sum)[2]) const {
@@ -103,12 +103,12 @@ struct LaneNumbers {
     }
   }
 
-  // What a score counts as for the running maximum, beyond itself.
+  // What is added to a score before it enters the running maximum.
   __device__ __forceinline__ float log2_v_scale(int e) const {
     return fmaxf(__log2f(fabsf(v_scale[e])), kLeastLog2Scale);
   }
 
-  // Probabilities become the weights of stored numbers.
+  // Turns probabilities into weights of stored numbers.
   __device__ __forceinline__ void scale_probabilities(float (&p)[2][4]) const {
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
@@ -118,7 +118,7 @@ struct LaneNumbers {
     }
   }
 
-  // Adds what the zeros make of rounded weights, a first operand of mma, to `offset`.
+  // Adds the zeros' share of the rounded weights, a first operand of mma, to `offset`.
   __device__ __forceinline__ void add_offsets(float (&offset)[2],
                                               const uint32_t (&weights)[4]) const {
 #pragma unroll
@@ -139,7 +139,7 @@ struct LaneNumbers {
   }
 };
 
-// Rows of q, as LaneNumbers takes them.
+// Rows of q, in the form that LaneNumbers takes.
 struct QueryNumbers {
   float factor[kDecodeRows];  // values are the fp16 numbers times this
   float sum[kDecodeRows];     // of the fp16 numbers

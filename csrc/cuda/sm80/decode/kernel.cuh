@@ -38,8 +38,8 @@
 
 namespace gqa::cuda::sm80 {
 
-// T: what products are of. S: what K and V are stored as. Quantised kernels take the variant
-// kElements alone, and do as p.elements says.
+// T: type of the products. S: type in which K and V are stored. Quantised kernels exist only as
+// variant kElements, and follow p.elements.
 template <class T, class S, class C, DecodeVariant kVariant>
 __global__ void __launch_bounds__(kDecodeThreads, C::kMinCtas)
     decode_kernel(const __grid_constant__ DecodeParams p) {

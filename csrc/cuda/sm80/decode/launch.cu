@@ -48,7 +48,7 @@ DecodeVariant variant_of(const DecodeParams& params) {
   return plain ? DecodeVariant::kPlain : DecodeVariant::kGeneral;
 }
 
-// Keys that a tile may see.
+// The keys that a tile may see.
 int64_t most_visible_keys(const AttentionParams& a) {
   if (a.window_left < 0 || a.window_right < 0) return a.kv_len;
   return std::min(a.kv_len, a.window_left + a.window_right + a.q_len);
@@ -75,11 +75,11 @@ int64_t decode_slots(const AttentionParams& a, const Device& device) {
   }
 }
 
-// How the keys are cut: `splits` and `parts`, and what cutting by lengths takes.
+// How the keys are split: `splits` and `parts`, and the arguments for splitting by lengths.
 void cut_into_parts(DecodeParams& params, const Device& device) {
   const AttentionParams& a = params.attention;
-  // How many tiles a map fills is not known on the host; this many they are where no group is
-  // empty and none has a partial tile more than it must.
+  // The host does not know how many tiles a map fills. It is this many if no group is empty and
+  // none has more partial tiles than necessary.
   const int64_t groups = std::min(a.num_heads, std::max(a.num_k_heads, a.num_v_heads));
   const int64_t tiles = std::max(groups, (a.num_heads * a.q_len + kDecodeRows - 1) / kDecodeRows);
   const int64_t slots = decode_slots(a, device);

@@ -1,4 +1,4 @@
-// The four warps' states become the rows' results.
+// Merges the states of the four warps into the rows' results.
 #pragma once
 
 #include <cstdint>
@@ -21,7 +21,7 @@ namespace gqa::cuda::sm80 {
 struct WarpSums {
   float max[kDecodeWarps][kDecodeRows], sum[kDecodeWarps][kDecodeRows];
 
-  // What exponents of row r are relative to: the largest maximum.
+  // The shift of row r's exponents: the largest of the maxima.
   __device__ __forceinline__ float shift(int r) const {
     float larger = max[0][r];
 #pragma unroll

@@ -1,4 +1,4 @@
-// What a warp has of its rows: output, maximum and sum so far. A lane has rows g and g + 8.
+// A warp's state of its rows: output, maximum and sum so far. A lane has rows g and g + 8.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
-// How many blocks of keys a part has, if sequences are cut by their lengths. The same rule is in
-// benchmarks/studies/decode_balance.py, which simulates what it is good for.
+// How many blocks of keys a part has if sequences are split by their lengths.
+// benchmarks/studies/decode_balance.py has the same rule and simulates its benefit.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@
 
 namespace gqa::cuda::sm80 {
 
-// Parts for each CTA that runs at once: two even out what rounding to whole blocks leaves.
+// Parts for each CTA that runs at once: two of them even out the loss of rounding to whole blocks.
 constexpr int64_t kPartsPerSlot = 2;
 
 // Parts of all sequences, if none were rounded up. `tiles`: of a sequence, each a CTA of a part.

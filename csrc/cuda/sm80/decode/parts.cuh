@@ -1,4 +1,4 @@
-// Which part of which sequence's keys a CTA has.
+// Finds the part of a sequence's keys that a CTA processes.
 //
 // Without lengths every sequence is cut into the same number of parts. With lengths, which only the
 // device knows, all sequences are cut into parts of about equally many blocks, so that one long

@@ -1,5 +1,5 @@
-// Q's rows of a tile, from global to shared memory; four rows per warp, eight lanes each. Through
-// registers: a cp.async group would wait for K and V before it.
+// Copies Q's rows of a tile from global to shared memory; four rows per warp, eight lanes each. The
+// copy uses registers: with cp.async, waiting for Q would also wait for K and V.
 #pragma once
 
 #include <cstdint>
@@ -28,7 +28,7 @@ __device__ __forceinline__ uint4 query_chunk(const AttentionParams& a, const Que
   return load_elements<Float16>(reinterpret_cast<const uint8_t*>(src), available * 2);
 }
 
-// As they are.
+// In q's own type.
 template <class C>
 __device__ __forceinline__ void load_queries(const AttentionParams& a, const Queries& queries,
                                              const GroupRow* rows, uint32_t s_q, bool elements) {

@@ -56,9 +56,9 @@ __device__ __forceinline__ DecodeRow decode_row(const AttentionParams& params, i
   return row;
 }
 
-// What a lane's products q . k become, accumulators of keys `key`, key + 1, key + 8 and key + 9:
-// -inf where a row does not see the key. Plain variants leave the scale to the softmax; the others
-// return scores in base 2.
+// Turns a lane's products q . k, accumulators of keys `key`, key + 1, key + 8 and key + 9, into
+// scores: -inf if a row does not see the key. Plain variants leave the scale to the softmax; the
+// others return scores in base 2.
 template <bool kPlain>
 __device__ __forceinline__ void modify_scores(const AttentionParams& params,
                                               const DecodeRow (&rows)[2], int key,
@@ -92,7 +92,7 @@ __device__ __forceinline__ void modify_scores(const AttentionParams& params,
       each([&](const DecodeRow& row, int j, float& x) {
         if (hidden(row, j)) return;
         const float value = mask_value(row.mask + j * stride, dtype);
-        // A hidden key is hidden even where its score is NaN.
+        // A hidden key stays hidden even if its score is NaN.
         x = value < kLowestMaskValue ? minus_infinity() : fmaf(value, kLog2e, x);
       });
     }

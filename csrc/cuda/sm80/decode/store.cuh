@@ -1,4 +1,4 @@
-// Results of a row, rounded, to global memory.
+// Stores a row's results, rounded, in global memory.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// Which rows and keys a CTA has, and what it writes if it has no keys to read.
+// Determines a CTA's rows and keys, and writes the results if it has no keys to read.
 #pragma once
 
 #include <cstdint>
@@ -15,13 +15,13 @@
 
 namespace gqa::cuda::sm80 {
 
-// What threads exchange before they know their tile, in shared memory.
+// Shared memory through which threads find their tile.
 struct DecodeSearch {
   PartSearch parts;
   GroupSearch<kDecodeThreads> groups;
 };
 
-// What all threads of a CTA know.
+// What all threads of a CTA know about their tile.
 struct DecodeTile {
   DecodePart part;
   int b;

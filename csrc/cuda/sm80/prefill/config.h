@@ -57,8 +57,9 @@ struct PrefillConfig : PrefillShape<kHeadDim, kHeadDim == 256 ? 32 : 64> {
   static constexpr bool kQuantized = false;  // K and V have q's type
 };
 
-// Of quantised K and V: slot 0 of the ring is where both arrive, half of it each, slot 1 is K and
-// slot 2 is V, widened. Widening takes registers, which are there with fewer keys a step, or CTAs.
+// For quantised K and V: both arrive in slot 0 of the ring, half of it each. Slot 1 holds the
+// dequantised K and slot 2 the dequantised V. Dequantising takes registers, which become free with
+// fewer keys per step, or with fewer CTAs.
 template <int kHeadDim>
 struct QuantizedPrefillConfig : PrefillShape<kHeadDim, kHeadDim == 64 ? 64 : 32> {
   static constexpr bool kQuantized = true;

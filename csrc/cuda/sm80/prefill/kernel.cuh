@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinCtas)
     prefill_sm80_kernel(const __grid_constant__ PrefillArgs args) {
   const AttentionParams& params = args.params;
   extern __shared__ __align__(128) uint8_t shared[];
-  // Needed a few times per block of keys, and so not worth registers.
+  // Used only a few times per block of keys, so these are not worth registers.
   __shared__ QueryTile tile;
   __shared__ TokenRange warp_keys[C::kWarps];
   __shared__ KVRows<T, C> k_rows, v_rows;
@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinCtas)
   __shared__ float k_scales[C::kQuantized ? C::kBlockN : 1];
   __shared__ int end_key;
 
-  // There is no dropout over caches, and only they are quantised.
+  // Caches have no dropout, and only caches are quantised.
   const bool drops = kGeneral && !C::kQuantized && params.dropout_threshold != 0;
   const int warp = static_cast<int>(threadIdx.x / 32);
   const uint32_t base = smem_u32(shared);
@@ -94,7 +94,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinCtas)
   using QuantizedK = QuantizedTiles<C, true>;
   using QuantizedV = QuantizedTiles<C, false>;
   WarpPages<C>& pages = warp_pages[kPaged ? warp : 0];
-  // Starts the copy of a tile, where there is one. A group even when empty: the waits count groups.
+  // Starts the copy of a tile, if there is one. Commits a group in any case, because waits count
+  // groups.
   const auto load_k = [&](int key, uint32_t to) {
     if (key < end_key) {
       if constexpr (C::kQuantized) {

@@ -52,7 +52,7 @@ bool rows_in_chunks(const AttentionParams& params) {
          in_chunks(params.v, params.v_stride, params.value_head_dim);
 }
 
-// Whether scores need more than a positive scale, or probabilities dropout.
+// Whether scores need more than a positive scale, or probabilities need dropout.
 bool modifies_scores(const AttentionParams& params) {
   return !(params.scale > 0.0f) || params.softcap != 0.0f || params.alibi_slopes != nullptr ||
          params.attn_mask != nullptr || params.dropout_threshold != 0;

@@ -1,9 +1,10 @@
-// Tiles of quantised K and V: what is stored crosses from global to shared memory as it is, and is
-// widened to T there once for all warps, before the product that takes it.
+// Tiles of quantised K and V. They are copied from global to shared memory in stored form and
+// converted to T there, once for all warps, before the product that uses them.
 //
-// A thread copies 16 numbers of a row to a place of its own (16 bytes, or 8 of int4) and widens the
-// same ones, so that it waits for no copies but its own. Zeros are taken off on the way, and V is
-// multiplied by its scales; those of K are left to the scores, for integers and fp8 to stay exact.
+// A thread copies 16 numbers of a row to a place of its own (16 bytes, or 8 for int4) and converts
+// the same numbers, so it waits only for its own copies. The conversion subtracts zeros and
+// multiplies V by its scales. The scales of K are applied to the scores, so that integers and fp8
+// stay exact.
 #pragma once
 
 #include <cstdint>
@@ -75,7 +76,7 @@ __device__ __forceinline__ void widen_numbers(uint32_t stored, float zero, float
   chunks[1] = make_uint4(out[4], out[5], out[6], out[7]);
 }
 
-// One side's tiles, one after another: requested, then widened.
+// The tiles of one side, one after another: requested, then converted.
 template <class C, bool kKeys>
 struct QuantizedTiles {
   // Starts the copy of keys first_key and on, of which those from `length` on become zeros, to

@@ -42,7 +42,7 @@ __device__ __forceinline__ void add_mask(Scores<C>& scores, const PrefillArgs& a
           const int key = lane_key(n, e);
           if (key >= keys) continue;
           const float added = value(row[key * params.mask_stride_k]);
-          // Not by adding: the score of a hidden key may be NaN.
+          // Selected instead of added, because the score of a hidden key may be NaN.
           float& x = scores[m][n][h * 2 + e];
           x = added == minus_infinity() ? added : x + added;
         }
@@ -51,7 +51,7 @@ __device__ __forceinline__ void add_mask(Scores<C>& scores, const PrefillArgs& a
   }
 }
 
-// Dot products become base-2 scores: scale, softcap, ALiBi, masks.
+// Turns dot products into base-2 scores: scale, softcap, ALiBi, masks.
 template <class T, class C>
 __device__ __forceinline__ void modify_scores(Scores<C>& scores, const PrefillArgs& args,
                                               const QueryTile& tile, int warp_token,

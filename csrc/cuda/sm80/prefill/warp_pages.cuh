@@ -41,8 +41,8 @@ struct alignas(16) WarpPages {
     __syncwarp();  // pages
   }
 
-  // Finds the rows of a block, whose pages are there, and requests the pages of the next one. The
-  // caller commits that copy, lets it arrive, and calls a barrier before the next block.
+  // Finds the rows of a block, whose pages have arrived, and requests the pages of the next one.
+  // The caller commits that copy, waits for it, and calls a barrier before the next block.
   template <class T>
   __device__ __forceinline__ void look_up(const PrefillArgs& args, const RowOrigin<T>& origin,
                                           int first_key, int length) {

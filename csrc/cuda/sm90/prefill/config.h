@@ -21,7 +21,7 @@ struct PrefillArguments {
   PageDivider by_page_size;
 };
 
-// Whether sequences lie in one storage and differ by their first slot only, as packed ones do.
+// Whether sequences lie in one storage and differ only by their first slot, as packed ones do.
 GQA_HOST_DEVICE inline bool share_storage(const AttentionParams& params) {
   return params.page_table == nullptr && params.k_stride.b == 0 && params.v_stride.b == 0;
 }
@@ -57,8 +57,9 @@ struct Config {
   static constexpr int kThreads = 128 * (1 + kConsumers);
   static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 40;
   static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 232;
-  // Consumers take turns to issue products, so that the softmax of one meets products of another.
-  // With head dim 256 the softmax is a small part, and turns cost more than they give.
+  // Consumers take turns to issue products, so that the softmax of one overlaps with products of
+  // another. With head dim 256 the softmax takes a small part of the time, and turns cost more than
+  // they save.
   static constexpr bool kTurns = kHeadDim <= 128;
 
   // Shared memory, from a base that is a multiple of 1024: Q [panel][kBlockM][64], K and V

@@ -14,8 +14,8 @@ namespace gqa::cuda::sm90 {
 constexpr int kTurnBarrier = 1, kEpilogueBarrier = 4;  // + consumer
 constexpr int kTailBarrier = 7;
 
-// Slots beyond the keys may hold anything, NaN too, and 0 * NaN is NaN: V's rows of them become 0.
-// All consumers share the work and wait for each other.
+// Slots beyond the keys may hold any value, including NaN, and 0 * NaN is NaN. So V's rows there
+// are set to 0. All consumers share this work and wait for one another.
 template <class C>
 __device__ __forceinline__ void clear_tail(uint32_t v_tile, int valid_rows) {
   constexpr int kChunks = kPanelBytes / 16;
@@ -156,9 +156,10 @@ __device__ __forceinline__ void consume(const PrefillArguments& arguments, uint3
         pin(s);
         release(k_ring.empty(n));
         soften(block);
-        // Nothing makes ptxas leave the wait for P V below the softmax, which is to overlap with P
-        // V: it hoists the wait. So V of the next product is waited for here, in a loop whose
-        // condition depends on the sums (never negative) and which the wait is not moved across.
+        // Nothing else makes ptxas leave the wait for P V below the softmax that should overlap
+        // with it: it hoists the wait. So the code waits here for V of the next product, in a loop
+        // whose condition depends on the sums (never negative). ptxas does not move the wait across
+        // that loop.
         v_ring.wait_full(n, fminf(softmax.sum[0], softmax.sum[1]) < 0.0f);
         wgmma_wait<0>();
         pin(o);

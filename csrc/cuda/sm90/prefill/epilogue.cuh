@@ -95,7 +95,7 @@ __device__ __forceinline__ void store_output(const PrefillArguments& arguments, 
   const uint32_t o_rows = base + C::kO + consumer * 64 * kPanelBytes;
   if (params.q_offsets != nullptr && row0 + 64 > rows.q_len) {
     store_rows<C>(params, rows, row0, max(0, rows.q_len - row0), o_rows);
-    // Before Q or the next O takes the buffer's place.
+    // This must come before Q or the next O is written to the buffer.
     if constexpr (!C::kOwnO) named_barrier_sync(barrier, 128);
   } else if (storer && row0 < rows.q_len) {
 #pragma unroll

@@ -77,7 +77,8 @@ Schedule make_schedule(const AttentionParams& params) {
   const int64_t head_bytes =
       std::max<int64_t>(1, params.kv_len * (params.head_dim + params.value_head_dim) * int64_t{2});
   const int64_t kv_heads = std::max<int64_t>(1, kSectionBytes / head_bytes);
-  // As many query heads as read them on average: how the groups are shaped is not known here.
+  // The average number of query heads that read a KV head: the host does not know the groups'
+  // shapes.
   const int64_t units = kv_heads * params.num_heads / std::max<int64_t>(1, params.num_k_heads);
   schedule.section = static_cast<int>(std::clamp<int64_t>(units, 1, schedule.units));
   schedule.last_block_first = params.window_right >= 0;

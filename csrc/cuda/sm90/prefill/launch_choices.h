@@ -1,4 +1,4 @@
-// What the host decides about a prefill call on Hopper, from shapes only.
+// The host's decisions about a prefill call on Hopper, from shapes only.
 #pragma once
 
 #include "../../../core/params.h"
@@ -7,13 +7,13 @@
 
 namespace gqa::cuda::sm90 {
 
-// The tensors as TMA sees them.
+// The tensors in the form that TMA describes.
 struct PrefillViews {
   TensorView q, k, v, out;
 };
 PrefillViews prefill_views(const AttentionParams& params);
 
-// Options that change scores and not only which of them are seen.
+// Whether options change scores, and not only which of them are visible.
 bool has_score_mods(const AttentionParams& params);
 
 // 64, 128 or 256: the kernel's columns for D and Dv; and the rows of its tiles.

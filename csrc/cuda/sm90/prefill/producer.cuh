@@ -13,7 +13,7 @@
 
 namespace gqa::cuda::sm90 {
 
-// What a lane knows of the page that its box lies in, if not the page's number.
+// A lane's knowledge of its box's page, if it is not a page number.
 constexpr int kBeyondKeys = -1;   // the box holds no key: it is loaded as zeros
 constexpr int kMissingPage = -2;  // its page is not in storage: keys are NaN, values zeros
 

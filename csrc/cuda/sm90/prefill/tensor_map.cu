@@ -12,7 +12,8 @@ constexpr int64_t kElement = 2;                   // bytes
 constexpr int64_t kMaxStride = int64_t{1} << 40;  // bytes
 constexpr int64_t kMaxExtent = int64_t{1} << 31;
 
-// By the runtime, so that the library has no need of libcuda to be loaded without a driver.
+// Looked up through the runtime, so that the library loads without libcuda, that is without a
+// driver.
 auto encode_function() {
   using Encode = decltype(&cuTensorMapEncodeTiled);
   static const Encode encode = [] {
@@ -75,7 +76,7 @@ CUtensorMap make_tensor_map(const TensorView& tensor, DType dtype, int rows) {
   const Dims dims = dims_of(tensor);
   cuuint64_t extents[4], strides[3];
   for (int i = 0; i < 4; i++) extents[i] = static_cast<cuuint64_t>(dims.extent[i]);
-  // The stride of a dim of extent 1 may be anything: it is never taken.
+  // A dim of extent 1 may have any stride, because it is never used.
   for (int i = 1; i < 4; i++) {
     strides[i - 1] = static_cast<cuuint64_t>(dims.extent[i] == 1 ? 16 : dims.stride[i]);
   }

@@ -1,7 +1,7 @@
-"""SGLang's own model classes under the names that uneven checkpoints have in their configs.
+"""SGLang's own model classes, under the names that the configs of uneven checkpoints contain.
 
-SGLang's attention backends go by head counts. Only ours reads the maps, so these classes refuse
-the others.
+SGLang's attention backends look only at head counts. Only ours reads the maps, so these classes
+refuse the others.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ OPTIONS = ("attention_backend", "prefill_attention_backend", "decode_attention_b
 
 
 def refuse_other_backends() -> None:
-    """Raise NotImplementedError unless all attention of the server runs on our backend."""
+    """Raise NotImplementedError unless the server computes all attention with our backend."""
     arguments = get_global_server_args()
     asked = {name: getattr(arguments, name, None) for name in OPTIONS}
     others = {name: value for name, value in asked.items() if value not in (None, BACKEND)}
@@ -31,7 +31,7 @@ def refuse_other_backends() -> None:
 
 
 def guarded(stock: type) -> type:
-    """A model class that first looks at the server's attention backend."""
+    """A model class that first checks the server's attention backend."""
 
     def make(self, *args, **options):
         refuse_other_backends()
