@@ -42,7 +42,7 @@ ALL_OPTIONS = frozenset(
 # Where keys and values may lie, and how they may be stored: the words of KVView.kinds, and
 # "varlen" for packed queries or new tokens.
 ALL_CACHES = frozenset(
-    {"dense", "paged", "kv_begin", "varlen", "fp8_e4m3", "fp8_e5m2", "int8", "int4"}
+    {"dense", "paged", "kv_begin", "varlen", "fp8_e4m3", "fp8_e5m2", "int8", "int4", "k8v4"}
 )
 
 

@@ -63,7 +63,8 @@ struct NextRows {
   int n;
 };
 
-template <class V, class S, class Products>
+// S, SV: types of K and V. They differ only if both are quantised.
+template <class V, class S, class SV, class Products>
 class AttentionTask {
  public:
   // own, shared: memory as TileLayout describes it. more: further arguments of Products.
@@ -76,7 +77,7 @@ class AttentionTask {
         tile_(layout, own, shared),
         pages_(params_, task.batch, task.k_head),
         k_(KVRows<S>::k(params_, pages_, task.k_head)),
-        v_(KVRows<S>::v(params_, pages_, task.v_head)),
+        v_(KVRows<SV>::v(params_, pages_, task.v_head)),
         dequantizer_(params_, pages_, task.k_head, task.v_head, tile_),
         products_(params_, tile_, more...),
         rows_(task.num_rows()),
@@ -109,7 +110,7 @@ class AttentionTask {
   // Keys first to first + n - 1, at most a tile; k_rows: as prepared.
   void add_tile(int64_t first, int n, const S* const* k_rows, const NextRows<S>& next_rows) {
     constexpr RowBlocks kBlocks = Products::kBlocks;
-    const S* v_rows[kMaxTileKeys];
+    const SV* v_rows[kMaxTileKeys];
     StripKeys strips[(Products::kMaxRows + Products::kStrip - 1) / Products::kStrip];
     for (int r = 0; r < rows_; ++r) {
       runs_[r] = keys_in_tile(params_, call_.masks, call_rows_[r], first, n);
@@ -398,8 +399,9 @@ class AttentionTask {
   const Task& task_;
   Tile<V> tile_;
   Pages pages_;
-  KVRows<S> k_, v_;
-  Dequantizer<V, S> dequantizer_;
+  KVRows<S> k_;
+  KVRows<SV> v_;
+  Dequantizer<V, S, SV> dequantizer_;
   Products products_;
   int rows_;
   KeyScores<V, S, Products::kMaxRows> key_scores_;
@@ -438,10 +440,10 @@ void run_interleaved(Running* const* tasks, int count, int64_t key_begin, int64_
   for (int i = 0; i < count; ++i) tasks[i]->end();
 }
 
-template <class V, class S, class Products, class... More>
+template <class V, class S, class SV, class Products, class... More>
 void run_with(const CallState& call, const Bundle& bundle, const RowBlocks& blocks, float* scratch,
               More... more) {
-  using Running = AttentionTask<V, S, Products>;
+  using Running = AttentionTask<V, S, SV, Products>;
   const TileShape& tile = call.schedule.tile;
   const Task* tasks = call.schedule.tasks.data() + bundle.first;
   const auto layout = [&](int i) {
@@ -463,22 +465,23 @@ void run_with(const CallState& call, const Bundle& bundle, const RowBlocks& bloc
   run_interleaved<S>(places.data(), bundle.count, begin, end, tile);
 }
 
-// Runs the tasks of one bundle, with K and V in type S. Few, Many: the products of direct tasks and
+// Runs the tasks of one bundle, with K in type S and V in type SV. Few, Many: the products of direct tasks and
 // of others. Direct tasks over fp8, int8 and int4 have products of their own if the processor and
 // the type of the queries allow them.
-template <class V, class S, class Few = DirectProducts<V, S>, class Many = PackedProducts<V, S>>
+template <class V, class S, class SV = S, class Few = DirectProducts<V, S, SV>,
+          class Many = PackedProducts<V, S, SV>>
 void run_bundle(const CallState& call, const Bundle& bundle, float* scratch) {
   constexpr RowBlocks kBlocks = Many::kBlocks;
   if (!call.schedule.tasks[bundle.first].direct) {
-    run_with<V, S, Many>(call, bundle, kBlocks, scratch);
+    run_with<V, S, SV, Many>(call, bundle, kBlocks, scratch);
   } else if constexpr (V::kShiftsFp8 && kFloat8<S>) {
-    call.cheap_subnormals
-        ? run_with<V, BitShiftedFp8<S>, Fp8Products<V, S>>(call, bundle, kBlocks, scratch)
-        : run_with<V, S, Few>(call, bundle, kBlocks, scratch);
+    call.cheap_subnormals ? run_with<V, BitShiftedFp8<S>, BitShiftedFp8<S>, Fp8Products<V, S>>(
+                                call, bundle, kBlocks, scratch)
+                          : run_with<V, S, SV, Few>(call, bundle, kBlocks, scratch);
   } else if (!uses_int16_products<V>(call.params, call.schedule.tile)) {
-    run_with<V, S, Few>(call, bundle, kBlocks, scratch);
+    run_with<V, S, SV, Few>(call, bundle, kBlocks, scratch);
   } else if constexpr (V::kHasInt16 && kInteger<S>) {
-    run_with<V, S, Int16Products<V, S>>(call, bundle, kBlocks, scratch, call.lse_wanted);
+    run_with<V, S, SV, Int16Products<V, S, SV>>(call, bundle, kBlocks, scratch, call.lse_wanted);
   }
 }
 
