@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 from torch import Tensor
 
-from .backends.dispatch import attend
+from .backends.dispatch import attend, select
+from .backends.into import attend_into
 from .call.attention import AttentionCall
 from .call.checks import HeadMapLike
 from .call.keywords import PackedKeywords
@@ -65,6 +66,8 @@ def asym_gqa_varlen_attention(
     attn_mask: Tensor | None = None,
     key_ranges: Tensor | None = None,
     return_lse: bool = False,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
     deterministic: bool = False,
     batch_invariant: bool = False,
     backend: str = "auto",
@@ -86,7 +89,7 @@ def asym_gqa_varlen_attention(
             counted in their sequence. On the CPU and in the reference.
         key_ranges: ``[B, 1 or Hq, max_seqlen_q, 2]``, as for ``asym_gqa_attention``; queries and
             keys are counted in their sequence.
-        head_map, value_head_map, causal, scale, window, softcap, sinks, return_lse, \
+        head_map, value_head_map, causal, scale, window, softcap, sinks, return_lse, out, lse, \
         deterministic, batch_invariant, backend: as for ``asym_gqa_attention``.
 
     Returns:
@@ -113,6 +116,8 @@ def asym_gqa_varlen_attention(
         window, softcap, batch_invariant, value_head_map=value_head_map, alibi_slopes=alibi_slopes,
         sinks=sinks, attn_mask=attn_mask, key_ranges=key_ranges,
     )  # fmt: skip
+    if out is not None or lse is not None:
+        return attend_into(call, select(call, backend), out, lse, return_lse)
     call.lse_wanted = return_lse
     out, lse = attend(call, backend)
     out = out[0].transpose(0, 1)

@@ -148,6 +148,14 @@ class Backend(ABC):
         these have in common. :func:`gqa_kernels.backends.dispatch.attend` keeps it by the kind."""
         return self.attend
 
+    def attend_into(self, call: AttentionCall, out: Tensor, lse: Tensor | None) -> None:
+        """:meth:`attend`, with the results in ``out [B, Hq, Sq, Dv]`` and ``lse [B, Hq, Sq]``. Here
+        they are copied there; a backend may let its kernels write there."""
+        results = self.attend(call)
+        out.copy_(results[0])
+        if lse is not None:
+            lse.copy_(results[1])
+
     def fuses_auxiliary(self, call: AttentionCall) -> bool:
         """Whether :meth:`attend_with_auxiliary` can run a call that the backend supports."""
         return False

@@ -119,7 +119,8 @@ def _attention_key(call: AttentionCall, backend: str) -> tuple:
     """What the choice for an attention call, and what runs it, follow from."""
     q, k, v = call.q, call.kv.k, call.kv.v
     return (
-        call.kind, call.options.kind, backend, type(q), q.dtype, k.dtype, q.shape[3], v.shape[3],
+        call.kind, call.options.kind, backend, type(q), q.dtype, k.dtype, v.dtype, q.shape[3],
+        v.shape[3],
         (q.is_cpu and k.is_cpu and v.is_cpu) or (q.device, k.device, v.device, is_decode(call)),
         call.requires_grad, call.lse_wanted, call.bshd,
     )  # fmt: skip
@@ -138,7 +139,7 @@ def _append_key(call: AppendCall, backend: str) -> tuple:
     q = k_new if call.q is None else call.q
     return (
         backend, "append", k_new.dtype, _device_key(kv.k, k_new, call.v_new, q), kv.k.dtype,
-        kv.k.shape[3], kv.v.shape[3],
+        kv.v.dtype, kv.k.shape[3], kv.v.shape[3],
         kv.page_table is None, kv.kv_begin is None, call.new_offsets is None, call.requires_grad,
     )  # fmt: skip
 

@@ -25,7 +25,14 @@ class PartKeywords(TypedDict, total=False):
     backend: str
 
 
-class PackedKeywords(PartKeywords, total=False):
+class ResultKeywords(TypedDict, total=False):
+    """Memory of the caller's for results."""
+
+    out: Tensor | None
+    lse: Tensor | None
+
+
+class PackedKeywords(PartKeywords, ResultKeywords, total=False):
     """Of :func:`gqa_kernels.asym_gqa_varlen_attention`."""
 
     causal: bool
@@ -52,6 +59,10 @@ class RotaryKeywords(TypedDict, total=False):
     rotary_sin: Tensor | None
     rotary_interleaved: bool
     rotary_positions: Tensor | None
+
+
+class StepKeywords(RotaryKeywords, ResultKeywords, total=False):
+    """Of a :class:`gqa_kernels.decode.DecodePlan`."""
 
 
 class DecodeKeywords(PackedKeywords, RotaryKeywords, total=False):
