@@ -1,4 +1,4 @@
-"""The baseline: expand K and V by the map, then call torch's SDPA. And our difference from it."""
+"""The baseline: expand K and V by the map, then call torch's SDPA. And how our results differ."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ CHECKED = "asym_gqa_checked"  # attn_implementation that runs both and compares
 
 
 def expand_sdpa(call: dict[str, object]) -> Tensor:
-    """The baseline on the arguments of ``asym_gqa_attention``; ``[B, Sq, Hq, Dv]``.
+    """The baseline on the arguments of ``asym_gqa_attention``; returns ``[B, Sq, Hq, Dv]``.
 
-    Supports masks and causality, all that a LLaMA model uses.
+    Supports masks and causality, which is all that a LLaMA model uses.
     """
     q, k, v = (call[name].transpose(1, 2) for name in "qkv")
     key_map = call["head_map"]
@@ -67,7 +67,7 @@ def register_checked(backend: str) -> Comparison:
     """Make ``attn_implementation="asym_gqa_checked"`` available.
 
     Returns:
-        the differences that it sees.
+        the differences that it records.
     """
     comparison = Comparison()
 
@@ -97,7 +97,7 @@ def _register(name: str, attend) -> None:
 
 @torch.inference_mode()
 def compare(model: nn.Module, ids: Tensor, decode_steps: int, backend: str) -> Comparison:
-    """Compare in every layer over a prefill and some decode steps.
+    """Compare every layer over a prefill and some decode steps.
 
     Args:
         model: a causal LM with maps in its config.

@@ -1,4 +1,4 @@
-"""First part: with unevenly split KV heads the model writes the same text, token by token."""
+"""First part: the model writes the same text, token by token, after an uneven KV head split."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Lossless:
     """The split model's results.
 
     Attributes:
-        maps: of each layer, for K and V.
+        maps: the map of each layer, for K and V.
         stock_tokens, split_tokens: greedy continuations of the prompt.
-        stock_text, split_text: the same as text.
-        comparison: attention of the split model against expand + SDPA.
+        stock_text, split_text: the continuations as text.
+        comparison: attention of the split model compared with expand + SDPA.
     """
 
     maps: list[HeadMap]
@@ -49,7 +49,8 @@ def split_maps(model: nn.Module, num_kv_heads: int, seed: int) -> list[HeadMap]:
 
 
 def run(loaded: LoadedModel, settings: Settings, steps: Steps) -> tuple[nn.Module, Lossless]:
-    """Split, generate with both models, compare the attention; returns the split model too."""
+    """Split the model, generate with both models, and compare their attention. Also returns the
+    split model."""
     stock = loaded.model
     with steps.step(f"Splitting the KV heads into {settings.split_kv_heads} uneven groups"):
         maps = split_maps(stock, settings.split_kv_heads, settings.seed)

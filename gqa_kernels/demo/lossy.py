@@ -1,11 +1,13 @@
-"""Second part: fewer KV heads, found and merged in three ways, and what that does to perplexity.
+"""Second part: fewer KV heads, found and merged in three ways, and their effect on perplexity.
 
-Every query head counts as having its own K and V (copies of the shared ones), as in an MHA model.
+The parent is treated as an MHA model: every query head has its own K and V, copies of the shared
+ones.
 
 - ``neighbour, mean``: adjacent heads are averaged, as in GQA.
 - ``Align``: even groups of aligned heads (arXiv 2412.20677), here the optimal ones.
-- ``measured loss``: groups of least measured loss, heads spent over K, V and layers, and merging of
-  low rank. For the fewest heads also after a short training on the parent's predictions.
+- ``measured loss``: groups of least measured loss. Heads are distributed over K, V and layers, and
+  merged with low rank. The model with the fewest heads is also trained briefly on the parent's
+  predictions.
 """
 
 from __future__ import annotations
@@ -40,9 +42,9 @@ class Merged:
 
     Attributes:
         method: how its groups were found and merged.
-        kv_heads: K and V heads of a layer, the mean over both and over the layers.
+        kv_heads: K and V heads of a layer, averaged over both and over the layers.
         maps: (K's map, V's map) of each layer.
-        kv_bytes_per_token: of the KV cache.
+        kv_bytes_per_token: size of the KV cache.
         perplexity: on the evaluation text.
     """
 
@@ -54,7 +56,7 @@ class Merged:
 
 
 def neighbour_maps(model: nn.Module, num_kv_heads: int) -> LayerMaps:
-    """Adjacent query heads together, the same for K and V, as in uptraining for GQA."""
+    """Groups of adjacent query heads, the same for K and V, as in uptraining for GQA."""
     layers = attention_layers(model)
     found = [
         search(similarity(model, None, layer.index, "k", "weight"), num_kv_heads, "neighbour")
@@ -64,7 +66,7 @@ def neighbour_maps(model: nn.Module, num_kv_heads: int) -> LayerMaps:
 
 
 def aligned_maps(model: nn.Module, stats: list[LayerStats], num_kv_heads: int) -> LayerMaps:
-    """Optimal even groups by how alike keys (and values) are after they are aligned."""
+    """Optimal even groups by the similarity of aligned keys and values."""
     maps = []
     for layer in attention_layers(model):
         sizes = even_limits(layer.num_heads, num_kv_heads)
@@ -75,7 +77,7 @@ def aligned_maps(model: nn.Module, stats: list[LayerStats], num_kv_heads: int) -
 
 
 def run(loaded: LoadedModel, settings: Settings, steps: Steps) -> list[Merged]:
-    """Calibrate, search, merge and measure; the first entry is the stock model."""
+    """Calibrate, search, merge and measure. The first entry is the stock model."""
     stock, tokenizer = loaded.model, loaded.tokenizer
     texts = rows(tokenizer, calibration_text(), settings.calibration_shape).to(stock.device)
     texts, chosen_by = texts.split([len(texts) * 3 // 4, -(-len(texts) // 4)])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-WARM_UP = 64  # tokens of the prefill that warms a variant up
+WARM_UP = 64  # tokens of the prefill that warms up a variant
 
 
 @torch.inference_mode()
@@ -39,7 +39,8 @@ def generate(model: nn.Module, ids: Tensor, new_tokens: int, advance: Callable[[
 
 @torch.inference_mode()
 def perplexity(model: nn.Module, rows: Tensor, advance: Callable[[], None]) -> float:
-    """exp of the mean next-token cross entropy over ``rows [texts, length]``, each on its own."""
+    """exp of the mean next-token cross entropy over ``rows [texts, length]``; each row is one
+    text."""
     loss = 0.0
     for row in rows:
         logits = model(row[None], use_cache=False).logits[0, :-1].float()
@@ -50,11 +51,11 @@ def perplexity(model: nn.Module, rows: Tensor, advance: Callable[[], None]) -> f
 
 @dataclass(frozen=True)
 class Speed:
-    """Medians over the repeats.
+    """Medians over the repetitions.
 
     Attributes:
         prefill, decode: tokens per second of the whole model, batch 1.
-        kv_bytes_per_token: memory of the KV cache's tensors, all layers, by tokens held.
+        kv_bytes_per_token: memory of the KV cache's tensors in all layers, divided by its tokens.
     """
 
     prefill: float
@@ -69,10 +70,10 @@ def speeds(
     repeats: int,
     advance: Callable[[], None],
 ) -> dict[str, Speed]:
-    """Time variants in turn, so that a busy moment of the machine hits them all alike.
+    """Time the variants in turn, so that other load on the machine affects all of them alike.
 
     Args:
-        variants: by name a model and the ``attn_implementation`` it is to run with.
+        variants: for each name, a model and the ``attn_implementation`` to run it with.
         ids: ``[1, n]`` tokens to prefill.
         decode_steps: tokens decoded after them, one by one.
     """
@@ -101,7 +102,7 @@ def speeds(
 
 @torch.inference_mode()
 def _timed(model: nn.Module, ids: Tensor, steps: int) -> tuple[float, float, int]:
-    """Seconds of a prefill, seconds of the decode steps after it, KV bytes per token."""
+    """Seconds of a prefill, seconds of the following decode steps, and KV bytes per token."""
     _synchronize(ids.device)
     started = time.perf_counter()
     out = model(ids, use_cache=True, logits_to_keep=1)
@@ -122,7 +123,7 @@ def kv_bytes(model: nn.Module, ids: Tensor) -> int:
 
 
 def kv_bytes_per_token(cache: Any) -> int:
-    """Bytes of the tensors that a transformers cache holds, by its tokens, batch 1."""
+    """Bytes of a transformers cache's tensors, divided by its tokens; batch 1."""
     storages = [t.untyped_storage() for layer in cache.layers for t in (layer.keys, layer.values)]
     unique = {storage.data_ptr(): storage.nbytes() for storage in storages}
     return sum(unique.values()) // cache.get_seq_length()

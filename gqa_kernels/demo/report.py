@@ -21,16 +21,17 @@ from .lossy import Merged
 from .measure import Speed
 from .settings import Settings
 
-SHOWN_LAYERS = 6  # maps printed in full; the rest are in the JSON
+SHOWN_LAYERS = 6  # number of maps printed in full; the JSON has all
 
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that one run found; see the classes of its parts.
+    """All results of one run; see the classes of its parts.
 
     Attributes:
-        load_seconds, seconds: wall time of loading the model, of the whole run.
-        cpu_seconds: CPU time of the whole run, all threads; tells a slow run from a busy machine.
+        load_seconds, seconds: wall time of loading the model, and of the whole run.
+        cpu_seconds: CPU time of the whole run over all threads. It shows whether a slow run was due
+            to a busy machine.
     """
 
     settings: Settings
@@ -45,7 +46,7 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether the lossless part held."""
+        """Whether the lossless part succeeded."""
         return self.lossless.identical
 
     def to_dict(self) -> dict:
@@ -171,7 +172,7 @@ class Report:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what ran, for the report."""
+    """Versions of the software that ran, for the report."""
     import transformers
 
     return {
@@ -193,7 +194,7 @@ def _sizes(head_map: HeadMap) -> str:
 
 
 def _common_sizes(maps: list[HeadMap]) -> str:
-    """Sorted group sizes and how many layers have them, the commonest first."""
+    """Sorted group sizes and the number of layers that have them, the most frequent first."""
     counts = Counter(",".join(map(str, sorted(m.group_sizes, reverse=True))) for m in maps)
     return "  ".join(
         sizes if count == len(maps) else f"{sizes} (x{count})"

@@ -1,4 +1,4 @@
-"""The demo from loading to report."""
+"""The whole demo, from loading the model to the report."""
 
 from __future__ import annotations
 

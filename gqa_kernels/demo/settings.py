@@ -13,19 +13,19 @@ class Settings:
 
     Attributes:
         backend: backend of ``asym_gqa_attention``.
-        device: ``"cpu"``, ``"cuda"``, or ``"auto"``, the GPU if there is one.
+        device: ``"cpu"``, ``"cuda"``, or ``"auto"`` for the GPU if there is one.
         prompt: text that generation continues.
         new_tokens: tokens to generate.
         dtype: type of weights and cache for error, speed and perplexity. Generation is compared in
             float32, in which ties practically never happen.
-        seed: of the lossless maps.
+        seed: random seed of the lossless maps.
         split_kv_heads: KV heads of the lossless maps; must not divide the query heads.
         merged_kv_heads: KV heads of the lossy maps.
-        recovery_steps: of training, for the fewest KV heads.
-        context: tokens of the prefill that is timed.
+        recovery_steps: training steps of the model with the fewest KV heads.
+        context: tokens of the timed prefill.
         decode_steps: tokens decoded after it, one by one.
-        repeats: timings; the median counts.
-        calibration_shape, evaluation_shape: texts, tokens of each.
+        repeats: number of timings; the report shows their median.
+        calibration_shape, evaluation_shape: number of texts, and tokens of each.
     """
 
     backend: str = "auto"
@@ -44,7 +44,7 @@ class Settings:
     evaluation_shape: tuple[int, int] = field(default=(2, 1024))
 
     def quick(self) -> Settings:
-        """The same in about a quarter of the time; perplexities are rough."""
+        """The same settings in about a quarter of the time; perplexities are rough."""
         return replace(
             self,
             new_tokens=min(self.new_tokens, 16),

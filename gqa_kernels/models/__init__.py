@@ -1,1 +1,1 @@
-"""What a Hugging Face model looks like: its families, its projections, the maps in its config."""
+"""The structure of Hugging Face models: families, projections, and head maps in configs."""

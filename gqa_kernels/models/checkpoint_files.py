@@ -1,4 +1,4 @@
-"""The files of a checkpoint folder. It may come from anybody, so nothing outside it is read."""
+"""The files of a checkpoint folder. Its origin is not trusted, so nothing outside it is read."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def check_indices(folder: Path) -> None:
-    """Raise ValueError unless every index of weights names files of the folder itself."""
+    """Raise ValueError unless every weight index names files in the folder itself."""
     for index in sorted(folder.glob("*.index.json")):
         indexed_files(index)
 
@@ -19,7 +19,7 @@ def indexed_files(index: Path) -> list[Path]:
     """The weight files that an index names, in its order.
 
     Raises:
-        ValueError: it is no index, or a name leads out of its folder.
+        ValueError: the file is not an index, or a name points outside the folder.
     """
     try:
         content = json.loads(index.read_text(encoding="utf-8"))
@@ -36,7 +36,7 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint.
 
     Raises:
-        ValueError: there are none, or not all that the index names.
+        ValueError: there are none, or files that the index names are missing.
     """
     index = folder / INDEX
     files = indexed_files(index) if index.is_file() else [folder / WEIGHTS]

@@ -1,4 +1,4 @@
-"""Model families as data: the places of attention layers, projections and rotation in a model."""
+"""Model families as data: where a model keeps its attention layers, projections and rotation."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from .weights import LayerWeights, Rotary
 
 @dataclass(frozen=True)
 class Stack:
-    """A list of blocks, each with one attention layer of a kind.
+    """A list of blocks, each with one attention layer of one kind.
 
     Attributes:
         blocks: path to the list, from the model without its head.
         attention: path to the attention module, from a block.
         output: path to the output projection, from a block.
-        mask: the model input that is 0 on padding of the layer's own tokens.
+        mask: the model input that is 0 on padding among the layer's own tokens.
         kv_mask: the same for K and V if they come from other tokens (cross-attention).
     """
 
@@ -41,15 +41,16 @@ class Family:
 
     Attributes:
         model_types: values of ``config.model_type``.
-        stacks: the places of attention layers, in the order of their maps. A model may lack some
-            of them (the encoder of an encoder-decoder).
-        names: of the projections inside the attention module.
-        num_heads, head_dim: config fields; ``head_dim`` None or absent is hidden size / heads.
+        stacks: where the attention layers are, in the order of their maps. A model may lack some of
+            them (an encoder-decoder without its encoder).
+        names: the projections' names inside the attention module.
+        num_heads, head_dim: config fields. If ``head_dim`` is None or absent, it is hidden size /
+            heads.
         num_kv_heads: config field of ``Hkv``, None if the family has none (MHA only).
         rotary: layout of the rotation's planes, None without rotation.
-        adapter: name of the attention class of ``attention.py`` that a converted model needs,
-            None if transformers' own handles fewer KV heads.
-        norm_offset: what is added to the weights of the norms of q and k.
+        adapter: name of the class in ``attention.py`` that a converted model needs, None if
+            transformers' own class supports fewer KV heads.
+        norm_offset: constant that is added to the weights of the norms of q and k.
     """
 
     model_types: tuple[str, ...]
@@ -126,14 +127,14 @@ class AttentionLayer:
 
     Attributes:
         index: position among the attention layers, as in the config's maps.
-        module: the attention module; its first input is ``hidden_states [B, S, d]``, in
-            cross-attention with another, ``key_value_states``.
+        module: the attention module. Its first input is ``hidden_states [B, S, d]``;
+            cross-attention has a second one, ``key_value_states``.
         output: the output projection.
-        family, stack: the ones it belongs to.
+        family, stack: the family and stack of the layer.
         num_heads: ``Hq``.
         head_dim: ``D`` of K and V.
         key_map, value_map: the KV head that each query head reads.
-        rotary: the rotation of q and k by position, None if there is none.
+        rotary: the rotation of q and k by position, or None.
     """
 
     index: int
@@ -164,11 +165,11 @@ class AttentionLayer:
 
 
 def attention_layers(model: nn.Module) -> list[AttentionLayer]:
-    """The attention layers of a Hugging Face model, with the maps they have now.
+    """The attention layers of a Hugging Face model, with their current maps.
 
     Raises:
-        NotImplementedError: the model's family is not known, or its modules have other names (as
-            some families do in transformers before 5).
+        NotImplementedError: the model's family is unknown, or its modules have other names (as some
+            families do in transformers before 5).
         ValueError: a projection's shape doesn't fit the config.
     """
     family = family_of(model)
@@ -188,7 +189,7 @@ def attention_layers(model: nn.Module) -> list[AttentionLayer]:
 
 
 def layer_weights(layer: AttentionLayer) -> LayerWeights:
-    """A layer by head; the tensors may be views of the model's parameters."""
+    """The weights of a layer by head. The tensors may be views of the model's parameters."""
     module = layer.module
     q, k, v = projections.read(module, layer.family.names, layer.heads)
     o = projections.read_output(layer.output, layer.num_heads)
@@ -212,7 +213,7 @@ def family_of(model: nn.Module) -> Family:
     """The family of a Hugging Face model.
 
     Raises:
-        NotImplementedError: there is none in ``FAMILIES``.
+        NotImplementedError: ``FAMILIES`` has no such family.
     """
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     for family in FAMILIES:
@@ -233,8 +234,8 @@ def attention_modules(
 ) -> Iterator[tuple[Stack, nn.Module, nn.Module]]:
     """``(stack, attention module, output projection)`` of each attention layer.
 
-    They are in the order of the maps. T5: first the encoder's, then the decoder's, then its
-    cross-attentions. Caches number them otherwise, by ``layer_idx``.
+    They are in the order of the maps. For T5: first the encoder's, then the decoder's, then its
+    cross-attentions. Caches number layers differently, by ``layer_idx``.
     """
     for stack in family.stacks:
         for block in _reach(model.base_model, stack.blocks) or ():
@@ -261,7 +262,7 @@ def _attention_layers(model: nn.Module, family: Family) -> Iterator[AttentionLay
 
 
 def _rotary(model: nn.Module, family: Family, module: nn.Module) -> Rotary | None:
-    """The rotation in an attention module. Gemma 3 has one per type of layer."""
+    """The rotation in an attention module. Gemma 3 has one for each type of layer."""
     if family.rotary is None:
         return None
     rotary = model.base_model.rotary_emb
@@ -273,5 +274,5 @@ def _rotary(model: nn.Module, family: Family, module: nn.Module) -> Rotary | Non
 
 
 def _reach(module: nn.Module, path: str) -> nn.Module | None:
-    """The submodule at a dotted path, None if there is none."""
+    """The submodule at a dotted path, or None."""
     return reduce(lambda at, name: getattr(at, name, None), path.split("."), module)

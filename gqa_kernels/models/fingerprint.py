@@ -1,14 +1,14 @@
-"""Fingerprints: what a resumable file was made from.
+"""Fingerprints: record which inputs a resumable file was made from.
 
 Every file that a later run continues (running sums, moments, plans, recovery states, checkpoints,
-benchmark results) stores one, and ``check_same`` refuses to continue it with anything else::
+benchmark results) stores one, and ``check_same`` refuses to continue it with other inputs::
 
     made_from = fingerprint(model, batches, steps=100)
     ...
     check_same(path, stored, made_from)
 
-A fingerprint maps the name of a part ("weights", "data", an option's name) to a digest, or to the
-value itself for options.
+A fingerprint maps the name of each input ("weights", "data", an option's name) to a digest, or to
+the value itself if it is an option.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ from .maps import IMPLEMENTATION_FIELD, KEY_FIELD, VALUE_FIELD
 
 Fingerprint = dict[str, str]
 
-# Fields of a config that differ between two loads of one model, or that do not change its function.
+# Fields of a config that differ between two loads of one model, or that don't affect its function.
 _VOLATILE = {
     "_name_or_path", "_attn_implementation", IMPLEMENTATION_FIELD, "architectures", "dtype",
     "torch_dtype", "transformers_version",
 }  # fmt: skip
 _DIGEST = "sha256:"
-_SHOWN = 40  # characters of an option's value in a message
+_SHOWN = 40  # longest option value in a message
 
 
 def fingerprint(
     model: nn.Module | None = None, batches: Iterable[Batch] | None = None, **options: Any
 ) -> Fingerprint:
-    """The fingerprint of a model, of data, and of options, each only if given.
+    """The fingerprint of those inputs that are passed: a model, data, options.
 
     Args:
-        model: its config (if it has one), head maps, and all weights and buffers of its state dict.
-        batches: as ``calibrate`` takes them.
-        options: values that JSON can hold.
+        model: its config (if any), head maps, and all weights and buffers of its state dict.
+        batches: in the form that ``calibrate`` takes.
+        options: values that JSON can represent.
 
     Example:
         >>> fingerprint(steps=100)
@@ -65,7 +65,8 @@ def fingerprint(
 
 
 def tensors_digest(tensors: Mapping[str, Any]) -> str:
-    """A digest of tensors: their names, types, shapes and values. Other values count as text."""
+    """A digest of tensors: their names, types, shapes and values. Other values are digested as
+    text."""
     found = hashlib.sha256()
     for name in sorted(tensors):
         _add(found, name, tensors[name])
@@ -73,10 +74,10 @@ def tensors_digest(tensors: Mapping[str, Any]) -> str:
 
 
 class DataDigest:
-    """A digest of batches, one after the other.
+    """A digest of batches, added one after the other.
 
     Attributes:
-        count: batches so far.
+        count: number of batches so far.
     """
 
     def __init__(self):
@@ -96,12 +97,12 @@ class DataDigest:
 
 
 def check_same(path: Any, stored: Mapping[str, str] | None, current: Mapping[str, str]) -> None:
-    """Raise ValueError unless a file was made from the same parts as this run.
+    """Raise ValueError unless a file was made from the same inputs as this run.
 
     Args:
         path: the file.
-        stored: the fingerprint in it, None if it has none.
-        current: the fingerprint of this run. Parts that only the file has are not compared.
+        stored: the file's fingerprint, None if it has none.
+        current: this run's fingerprint. Inputs that only the file names are not compared.
     """
     if stored is None:
         raise ValueError(

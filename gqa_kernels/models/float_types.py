@@ -22,8 +22,8 @@ def set_float_types(model: nn.Module, types: Mapping[str, torch.dtype]) -> None:
     """Convert the tensors of a model in place.
 
     Args:
-        types: by name, as ``float_types`` returns them, of this model or of its parent. Other
-            tensors keep theirs.
+        types: by name, as ``float_types`` returns them for this model or its parent. Other tensors
+            keep their types.
     """
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
         if tensor.dtype != types.get(name, tensor.dtype):

@@ -11,31 +11,30 @@ from .families import family_of
 
 Batch = Tensor | Mapping[str, Tensor]
 _TOKENS = ("input_ids", "decoder_input_ids", "labels")
-_IGNORED = -100  # a label that takes no part in the loss
+_IGNORED = -100  # label of tokens that the loss ignores
 
 
 def model_inputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     """A batch as keyword arguments of a model, on its device.
 
-    Args:
-        batch: ``input_ids [B, S]``, ``pixel_values [B, C, H, W]`` (a floating-point tensor), or
-            several inputs by name.
+    batch: ``input_ids [B, S]``, ``pixel_values [B, C, H, W]`` (a floating-point tensor), or a dict
+        of inputs by name.
 
     Raises:
-        TypeError: tokens that are not integers.
-        ValueError: tokens outside the model's vocabulary, or more than it has learned positions.
+        TypeError: token ids are not integers.
+        ValueError: token ids lie outside the model's vocabulary, or a row is longer than its
+            learned positions.
     """
     if isinstance(batch, Tensor):
         batch = {"pixel_values" if batch.is_floating_point() else "input_ids": batch}
     for name in _TOKENS:
-        if name in batch and batch[name].dim() == 2:  # labels of images have one
+        if name in batch and batch[name].dim() == 2:  # labels of images have one dim
             _check_tokens(model, name, batch[name])
     return {name: tensor.to(model.device) for name, tensor in batch.items()}
 
 
 def token_mask(inputs: Mapping[str, Tensor], name: str, states: Tensor) -> Tensor:
-    """``[B, S]``, True for tokens of ``states [B, S, d]`` that the mask of that name doesn't call
-    padding."""
+    """``[B, S]``: False for tokens of ``states [B, S, d]`` that the named mask marks as padding."""
     mask = inputs.get(name)
     if mask is None:
         return torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
@@ -43,7 +42,7 @@ def token_mask(inputs: Mapping[str, Tensor], name: str, states: Tensor) -> Tenso
 
 
 def _check_tokens(model: nn.Module, name: str, ids: Tensor) -> None:
-    """An embedding reads out of bounds, or raises IndexError, on other ids."""
+    """Check ids, because an embedding reads out of bounds or raises IndexError on invalid ones."""
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise TypeError(f"{name} must hold integers, got {ids.dtype}")
     most = getattr(model.config, "max_position_embeddings", None)

@@ -1,13 +1,14 @@
 """Head maps in a Hugging Face model's config: one list per layer, saved and loaded with it.
 
 ``config.kv_head_map[layer][h]`` is the KV head that query head ``h`` reads in that layer.
-``config.value_head_map`` is the same for V, if K and V are grouped apart. A config without them is
-ordinary GQA.
+``config.value_head_map`` is the same for V, if K and V are grouped differently. A config without
+these fields is ordinary GQA.
 
-A config with maps that ordinary GQA doesn't compute also asks for the implementation ``asym_gqa``.
-If that name is not registered, transformers refuses to load the model. Otherwise it would silently
-run equal, contiguous groups whenever the head counts divide. Engines that choose their own
-attention (vLLM, SGLang) go by the architecture's name, which :func:`guarded_architecture` changes.
+If ordinary GQA can't compute the maps, the config also requests the implementation ``asym_gqa``.
+Then transformers refuses to load the model unless that name is registered. Without this, it would
+silently run equal, contiguous groups whenever the head counts divide. Engines that choose their own
+attention (vLLM, SGLang) look at the architecture's name, which :func:`guarded_architecture`
+changes.
 """
 
 from __future__ import annotations
@@ -23,18 +24,18 @@ from ..head_map import HeadMap
 KEY_FIELD = "kv_head_map"
 VALUE_FIELD = "value_head_map"
 IMPLEMENTATION_FIELD = "attn_implementation"
-# The same for transformers before 5, which ignores the first in a file. It is also stronger: a file
-# with it loads with no other implementation, not even one that the caller names.
+# The same for transformers before 5, which ignores the first field in a file. It is also stricter:
+# a file with it loads with no other implementation, even if the caller names one.
 STRICT_FIELD = "_attn_implementation"
 ARCHITECTURE_PREFIX = "AsymGQA"
 IMPLEMENTATION = "asym_gqa"
-INDEX = "attention_index"  # of an attention module: which map is its own
+INDEX = "attention_index"  # attribute of an attention module: the index of its map
 
 
 def layer_maps(
     config: Any, layer: int | None, num_heads: int, num_k_heads: int, num_v_heads: int
 ) -> tuple[HeadMap, HeadMap | None]:
-    """The maps of a layer: for K, and for V if it has its own (else None).
+    """The maps of a layer: K's, and V's if it has its own (else None).
 
     Raises:
         ValueError: the config's maps don't fit the head counts, or it has none and the counts
@@ -57,7 +58,7 @@ def layer_maps(
 
 
 def query_heads(config: Any, layer: int, default: int) -> int:
-    """Query heads of a layer, of which some may have been dropped: entries of its map."""
+    """Query heads of a layer, some of which may have been dropped: the length of its map."""
     maps = _field(config, KEY_FIELD)
     known = maps is not None and layer < len(maps) and isinstance(maps[layer], (list, tuple))
     return len(maps[layer]) if maps is not None and known else default
@@ -66,10 +67,10 @@ def query_heads(config: Any, layer: int, default: int) -> int:
 def layer_index(module: Any) -> int | None:
     """The index of an attention module's map in the config.
 
-    Converted modules store it. In a model that transformers loaded it is the ``layer_idx``.
+    Converted modules store it. In a model that transformers loaded, it is the ``layer_idx``.
 
     Raises:
-        ValueError: an encoder-decoder that transformers loaded; its ``layer_idx`` is ambiguous.
+        ValueError: transformers loaded an encoder-decoder, whose ``layer_idx`` is ambiguous.
     """
     index = getattr(module, INDEX, None)
     if index is not None:
@@ -85,7 +86,7 @@ def layer_index(module: Any) -> int | None:
 
 
 def store_maps(config: Any, key_maps: Sequence[HeadMap], value_maps: Sequence[HeadMap]) -> None:
-    """Write the maps of all layers into a config; V's only if they differ from K's."""
+    """Write the maps of all layers into a config. V's are written only if they differ from K's."""
     setattr(config, KEY_FIELD, [list(m.entries) for m in key_maps])
     if list(key_maps) != list(value_maps):
         setattr(config, VALUE_FIELD, [list(m.entries) for m in value_maps])
@@ -98,7 +99,7 @@ def stored_maps(config: Any) -> list[tuple[HeadMap, HeadMap]] | None:
     """(K's map, V's map) of every layer, as ``store_maps`` wrote them; None if there are none.
 
     Raises:
-        ValueError, TypeError: the fields hold something else.
+        ValueError, TypeError: the fields hold other values.
     """
     keys, values = _field(config, KEY_FIELD), _field(config, VALUE_FIELD)
     if keys is None:
@@ -120,8 +121,8 @@ def guard(config: Any) -> None:
     fields = vars(config)
     if is_uneven(config):
         setattr(config, IMPLEMENTATION_FIELD, IMPLEMENTATION)
-        # Of a transformers config this is a property, which the entry is hidden behind: it is
-        # saved with the config and changes nothing before it is loaded.
+        # A transformers config has a property of this name, which hides the entry. The entry is
+        # saved with the config and takes effect only when it is loaded.
         fields[STRICT_FIELD] = IMPLEMENTATION
     else:
         fields.pop(IMPLEMENTATION_FIELD, None)
@@ -129,17 +130,17 @@ def guard(config: Any) -> None:
 
 
 def is_uneven(config: Any) -> bool:
-    """Whether the config has maps that ordinary GQA doesn't compute."""
+    """Whether the config has maps that ordinary GQA can't compute."""
     return not all(k == v and k.is_uniform for k, v in stored_maps(config) or ())
 
 
 def guarded_architecture(name: str) -> str:
-    """What ``config.architectures`` of an uneven model says: a class that only we register."""
+    """The entry of ``config.architectures`` of an uneven model: a class that only we register."""
     return name if name.startswith(ARCHITECTURE_PREFIX) else ARCHITECTURE_PREFIX + name
 
 
 def stock_architecture(name: str) -> str:
-    """transformers' class behind what ``config.architectures`` says."""
+    """transformers' class for an entry of ``config.architectures``."""
     return name.removeprefix(ARCHITECTURE_PREFIX)
 
 
@@ -163,7 +164,7 @@ def _read(
 
 
 def _field(config: Any, field: str) -> Sequence[Sequence[int]] | None:
-    """The maps in a field; what each holds is not checked."""
+    """The maps in a field, without a check of their values."""
     maps = getattr(config, field, None)
     if maps is not None and not isinstance(maps, (list, tuple)):
         raise TypeError(f"config.{field} must be a list with a head map per layer, got {maps!r}")

@@ -1,9 +1,9 @@
 """Projections of an attention module by head: separate or fused, ``nn.Linear`` or ``Conv1D``.
 
-A fused projection holds q, k and v in one. Two layouts of its outputs exist in checkpoints:
-concatenated ``[q heads | k heads | v heads]`` (GPT-2) and interleaved, ``[q | k | v]`` head by head
-(GPT-NeoX), which can't hold fewer K than query heads. ``write`` concatenates, and stores the head
-counts in the module as ``asym_heads``.
+A fused projection computes q, k and v together. Checkpoints have two layouts of its outputs:
+concatenated, ``[q heads | k heads | v heads]`` (GPT-2), and interleaved, ``[q | k | v]`` head by
+head (GPT-NeoX). The interleaved layout can't hold fewer K heads than query heads. ``write``
+concatenates, and stores the head counts in the module as ``asym_heads``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-FUSED_HEADS = "asym_heads"  # attribute of an attention module whose fused projection was written
+FUSED_HEADS = "asym_heads"  # set on an attention module when its fused projection is written
 
 
 class Heads(NamedTuple):
@@ -27,11 +27,11 @@ class Heads(NamedTuple):
 
 @dataclass(frozen=True)
 class Names:
-    """Attributes of an attention module.
+    """Names of an attention module's projections.
 
     Attributes:
         query, key, value: the projections, if they are separate.
-        fused: the one projection, if they are fused.
+        fused: the projection, if there is only one.
         interleaved: layout of the fused projection in the family's own checkpoints.
     """
 
@@ -50,11 +50,11 @@ class Projection(NamedTuple):
 
 
 def head_counts(module: nn.Module, names: Names, num_heads: int, head_dim: int) -> Heads:
-    """Head counts that the projections have.
+    """The head counts of the projections.
 
     Raises:
-        ValueError: a projection's outputs are not a whole number of heads, or not ``num_heads``
-            for q.
+        ValueError: a projection's outputs are not a whole number of heads, or q's are not
+            ``num_heads`` heads.
     """
     if names.fused:
         heads = getattr(module, FUSED_HEADS, None) or Heads(num_heads, num_heads, num_heads)
@@ -76,7 +76,7 @@ def head_counts(module: nn.Module, names: Names, num_heads: int, head_dim: int) 
 
 
 def read(module: nn.Module, names: Names, heads: Heads) -> list[Projection]:
-    """q, k and v by head; views if the layout allows it."""
+    """q, k and v by head; views if the layout permits."""
     if not names.fused:
         return [
             _by_head(*_rows(getattr(module, name)), count)
@@ -100,7 +100,7 @@ def read(module: nn.Module, names: Names, heads: Heads) -> list[Projection]:
 
 
 def write(module: nn.Module, names: Names, parts: list[Projection]) -> None:
-    """Replace q, k and v. The modules get as many heads as the parts."""
+    """Replace q, k and v. The modules then have as many heads as the parts."""
     flat = [
         (part.weight.flatten(0, 1), None if part.bias is None else part.bias.flatten())
         for part in parts
@@ -115,7 +115,7 @@ def write(module: nn.Module, names: Names, parts: list[Projection]) -> None:
 
 
 def resize(module: nn.Module, output: nn.Module, names: Names, heads: Heads, head_dim: int) -> None:
-    """Change the projections to these head counts. Their values are then undefined."""
+    """Resize the projections to these head counts. Their values are undefined afterwards."""
     _resize(output, inputs=heads.query * head_dim)
     if names.fused:
         _resize(getattr(module, names.fused), outputs=sum(heads) * head_dim)
@@ -160,7 +160,7 @@ def _by_head(weight: Tensor, bias: Tensor | None, heads: int) -> Projection:
 
 
 def _replace(projection: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
-    """New values ``[outputs, inputs]`` and ``[outputs]``, copied."""
+    """Copy new values ``[outputs, inputs]`` and ``[outputs]`` into a projection."""
     if _is_conv1d(projection):
         weight = weight.T
     old = projection.weight
@@ -174,9 +174,9 @@ def _replace(projection: nn.Module, weight: Tensor, bias: Tensor | None) -> None
 
 
 def _resize(projection: nn.Module, inputs: int | None = None, outputs: int | None = None) -> None:
-    """Change one of the two numbers of features."""
+    """Change the number of inputs or of outputs."""
     shape = list(projection.weight.shape)
-    places = (0, 1) if _is_conv1d(projection) else (1, 0)  # of inputs and outputs
+    places = (0, 1) if _is_conv1d(projection) else (1, 0)  # axes of inputs and outputs
     for place, features in zip(places, (inputs, outputs), strict=True):
         shape[place] = shape[place] if features is None else features
     if shape == list(projection.weight.shape):
@@ -188,7 +188,7 @@ def _resize(projection: nn.Module, inputs: int | None = None, outputs: int | Non
 
 
 def _set_features(projection: nn.Module) -> None:
-    """The numbers that a projection says it has."""
+    """Set the sizes that a projection's attributes report."""
     if _is_conv1d(projection):
         projection.nx, projection.nf = projection.weight.shape
     else:

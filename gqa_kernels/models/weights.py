@@ -1,4 +1,4 @@
-"""LayerWeights: the projections of one attention layer by head, free of any model's layout.
+"""LayerWeights: the projections of one attention layer by head, independent of a model's layout.
 
 ``families.layer_weights`` reads them from a model and ``gqa_kernels.convert`` writes them back.
 ``gqa_kernels.grouping`` works on them.
@@ -21,8 +21,8 @@ class Rotary:
     """Rotary position embedding of q and k: the position rotates pairs of dims ("planes").
 
     Attributes:
-        dim: how many dims of a head are rotated, the first ones (partial rotary: fewer than ``D``).
-        layout: ``"half_split"``: plane ``p`` is dims ``(p, p + dim / 2)`` (LLaMA, NeoX);
+        dim: the number of rotated dims, the first of each head (partial rotary: fewer than ``D``).
+        layout: ``"half_split"``: plane ``p`` has dims ``(p, p + dim / 2)`` (LLaMA, NeoX);
             ``"interleaved"``: dims ``(2p, 2p + 1)`` (GPT-J).
         frequencies: ``[dim / 2]`` radians per token of each plane (``inv_freq``), or None if
             unknown.
@@ -53,16 +53,17 @@ class Rotary:
 class LayerWeights:
     """The weights of one attention layer by head.
 
-    ``q_h = q[h] x + q_bias[h]``, ``k`` and ``v`` alike from the same input (or, in cross-attention,
-    another one), norms and rotation applied to q and k, and
-    ``out = sum_h o[:, h] (attention output of head h) + o_bias``.
+    ``q_h = q[h] x + q_bias[h]``. ``k`` and ``v`` are computed likewise, from the same input or, in
+    cross-attention, from another one. Norms and the rotation apply to q and k, and ``out = sum_h
+    o[:, h] (attention output of head h) + o_bias``.
 
     Attributes:
         q: ``[Hq, D, d]``.
         k: ``[Hk, D, d_kv]``; v: ``[Hv, Dv, d_kv]``.
         o: ``[d_out, Hq, Dv]``.
         key_map, value_map: the K and V head that each query head reads.
-        q_bias ``[Hq, D]``, k_bias ``[Hk, D]``, v_bias ``[Hv, Dv]``, o_bias ``[d_out]``: or None.
+        q_bias, k_bias, v_bias, o_bias: ``[Hq, D]``, ``[Hk, D]``, ``[Hv, Dv]``, ``[d_out]``, or
+            None.
         rotary: None if q and k are not rotated.
         q_norm, k_norm: ``[D]`` weights of the RMS norm of each head of q and k before the rotation
             (Qwen3), or None.
@@ -123,17 +124,17 @@ class LayerWeights:
         return self.q.shape[0]
 
     def rows(self, side: str) -> Tensor:
-        """A projection ``"q"``, ``"k"`` or ``"v"``, its bias (if any) as last column:
-        ``[H, D, d (+ 1)]``."""
+        """A projection ``"q"``, ``"k"`` or ``"v"``, with its bias (if any) as last column: ``[H, D,
+        d (+ 1)]``."""
         weight, bias = getattr(self, side), getattr(self, f"{side}_bias")
         return weight if bias is None else torch.cat([weight, bias[..., None]], -1)
 
     def with_rows(self, side: str, rows: Tensor, head_map: HeadMap | None = None) -> LayerWeights:
-        """The layer with another projection, in the dtype of the old one.
+        """A copy of the layer with another projection, in the dtype of the old one.
 
         Args:
-            rows: as ``rows(side)`` returns them.
-            head_map: of K or V, if the number of heads changes.
+            rows: in the form of ``rows(side)``.
+            head_map: new map of K or V, if the number of heads changes.
         """
         weight = getattr(self, side)
         rows = rows.to(weight.dtype)

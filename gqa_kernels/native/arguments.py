@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Symbolic numbers of torch.compile, which act as numbers: torch's annotations don't say so.
+# Symbolic numbers of torch.compile. They act as numbers, but torch's annotations don't say so.
 _SymInt: type[Any] = torch.SymInt
 _SymNumber: tuple[type[Any], ...] = (torch.SymFloat, torch.SymInt)
 _Bools: tuple[type[Any], ...] = (bool, torch.SymBool)
@@ -41,7 +41,7 @@ def as_float(name: str, value: Any) -> float:
     if isinstance(value, _SymNumber):
         return value
     if torch.compiler.is_compiling() and isinstance(value, (float, int)):
-        return value  # may be symbolic, whatever its type says
+        return value  # may be symbolic, in spite of its annotation
     if isinstance(value, Tensor):
         if value.dtype.is_complex or value.dtype == torch.bool:
             raise TypeError(f"{name} must be a real number, got a tensor of {value.dtype}")
@@ -98,7 +98,7 @@ def check_tensors(**values: object) -> None:
 
 
 def shown(value: object) -> str:
-    """A value as an error shows it: never long, and a tensor without its values."""
+    """A value as an error shows it: shortened, and a tensor without its values."""
     if isinstance(value, Tensor):
         return f"a {value.dtype} tensor of shape {tuple(value.shape)} on {value.device}"
     text = repr(value)
@@ -106,8 +106,8 @@ def shown(value: object) -> str:
 
 
 def _item(name: str, x: Tensor) -> int | float | bool:
-    """The value of a 0-d tensor. A wait for an accelerator would be hidden, so it must be on the
-    CPU."""
+    """The value of a 0-d tensor on the CPU. Reading one on an accelerator would synchronise
+    silently."""
     if x.dim() != 0 or x.device.type != "cpu":
         raise TypeError(f"{name} must be a number or a 0-d tensor on the CPU, got {shown(x)}")
     return x.item()

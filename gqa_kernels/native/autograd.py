@@ -1,4 +1,4 @@
-"""Autograd of the ops: a backward op for a forward op, and what is saved between them.
+"""Autograd of the ops: connects each forward op with its backward op, and saves what that needs.
 
 The arguments of both are found by name, in their schemas (:mod:`.schema`). Out and LSE are both
 differentiable. Nothing of the size ``Sq x Sk``, and no expanded K or V, is saved.
@@ -22,7 +22,7 @@ RESULTS = ("out", "lse")
 
 
 def register(forward_op: str, backward_op: str, forward: Schema, backward: Schema) -> None:
-    """Make ``forward_op`` differentiable once by ``backward_op``.
+    """Make ``forward_op`` differentiable, once, with ``backward_op`` as its gradient.
 
     Args:
         forward_op, backward_op: qualified names, ``"gqa_kernels::..."``, of registered ops.
@@ -43,7 +43,7 @@ def register(forward_op: str, backward_op: str, forward: Schema, backward: Schem
         ctx.set_materialize_grads(False)
 
     def backward_of(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple:
-        # Looked at once: activation checkpointing recomputes them.
+        # Read only once: under activation checkpointing, each read recomputes them.
         saved = dict(zip(tensors, ctx.saved_tensors, strict=True))
         out, lse = saved["out"], saved["lse"]
         if dout is None:
@@ -73,13 +73,14 @@ def register(forward_op: str, backward_op: str, forward: Schema, backward: Schem
 
 
 def is_transformed_now() -> bool:
-    """Whether torch.func or forward-mode differentiation is active, for whatever tensor."""
+    """Whether torch.func or forward-mode differentiation is active, for any tensor."""
     return forward_ad._current_level >= 0 or peek_interpreter_stack() is not None
 
 
 def is_transformed(*tensors: Tensor | None) -> bool:
-    """Whether torch.func or forward-mode differentiation goes through one of the tensors. Ops with
-    a registered backward refuse the first and drop the tangents of the second silently."""
+    """Whether torch.func or forward-mode differentiation involves one of the tensors. Ops with a
+    registered backward raise an error under the first, and silently drop the tangents of the
+    second."""
     if torch.compiler.is_compiling():
         return False
     forward = torch.autograd.forward_ad._current_level >= 0
@@ -89,7 +90,7 @@ def is_transformed(*tensors: Tensor | None) -> bool:
 
 
 def _is_tracked(x: Tensor, forward: bool) -> bool:
-    """Whether torch.func differentiates ``x``, or forward mode does; either may be below vmap."""
+    """Whether torch.func or forward mode differentiates ``x``, perhaps below a vmap."""
     while _functorch.is_batchedtensor(x):
         x = _functorch.get_unwrapped(x)
     if _functorch.is_gradtrackingtensor(x):
@@ -98,8 +99,8 @@ def _is_tracked(x: Tensor, forward: bool) -> bool:
 
 
 def requires_grad(*tensors: Tensor | None) -> bool:
-    """Whether autograd records what is made of one of the tensors. Those inside of vmap say that
-    they need no gradient, whatever is below."""
+    """Whether autograd records operations on one of the tensors. A tensor inside vmap reports that
+    it needs no gradient even if the tensor below does."""
     if not torch.is_grad_enabled():
         return False
     for x in tensors:
@@ -111,17 +112,17 @@ def requires_grad(*tensors: Tensor | None) -> bool:
 
 
 def _unwrapped(x: Tensor) -> Tensor:
-    """The tensor below vmap's."""
+    """The tensor that a vmap tensor wraps."""
     while _functorch.is_batchedtensor(x):
         x = _functorch.get_unwrapped(x)
     return x
 
 
-is_autocast_on = torch._C._is_any_autocast_enabled  # for some device
+is_autocast_on = torch._C._is_any_autocast_enabled  # for any device
 
 
 def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v in the type that autocast gives them, as SDPA's; fp64 stays."""
+    """q, k and v in autocast's type, as SDPA converts them; fp64 is not converted."""
     dtype = autocast_dtype(q)
     if dtype is not None:
         q, k, v = (
@@ -134,7 +135,7 @@ def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def autocast_dtype(x: object) -> torch.dtype | None:
-    """The type that autocast, where it is on for the tensor's device, gives to products."""
+    """The type of matrix products under autocast, if autocast is on for the tensor's device."""
     if not isinstance(x, Tensor) or not torch.amp.is_autocast_available(x.device.type):
         return None
     device = x.device.type
@@ -147,7 +148,7 @@ def _op(name: str) -> Callable[..., Any]:
 
 
 def _save_nothing(ctx: Any, inputs: tuple, output: tuple) -> None:
-    """The second derivative is refused, whatever it would need."""
+    """Refuse a second derivative."""
 
 
 def _refuse(ctx: Any, *gradients: Tensor) -> None:

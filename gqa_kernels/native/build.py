@@ -1,11 +1,12 @@
 """The compiled part: finding it, building it at first use, loading it.
 
-A wheel built where torch could be imported carries ``_C.abi3.so``, with CUDA kernels inside where
-there was an nvcc. Any other installation compiles the same sources once, into the user's cache,
-when a backend first needs them: the CPU kernels with the ops' schemas, and, where there are a GPU
-and an nvcc, a second library with the CUDA kernels. One binary serves every torch from 2.10 on
-(torch's stable ABI), so neither depends on the torch it was built with.
+A wheel that was built with torch installed contains ``_C.abi3.so``, with CUDA kernels if nvcc was
+there too. Any other installation compiles the same sources once, into the user's cache, when a
+backend first needs them. That makes one library with the CPU kernels and the ops' schemas and, on a
+machine with a GPU and nvcc, a second one with the CUDA kernels. They use torch's stable ABI only,
+so one binary serves every torch from 2.10 on.
 
+``sources.py`` lists what is compiled, and ``cuda_build.py`` has what is particular to CUDA.
 What is compiled is in ``sources.py``; what is particular to CUDA in ``cuda_build.py``.
 """
 
@@ -30,14 +31,14 @@ _failures: dict[str, str] = {}
 
 
 def load(part: str = "cpu") -> None:
-    """Load the compiled ops, building them first where no build is found. Cheap once loaded.
+    """Load the compiled ops, and build them first if no build is found. Cheap once loaded.
 
     Args:
         part: "cpu", or "cuda" for the CUDA kernels of the ops as well.
 
     Raises:
-        RuntimeError: they can't be built or loaded; the message says why. A second call says it
-            again without another try.
+        RuntimeError: they can't be built or loaded; the message says why. A second call raises the
+            same error without trying again.
     """
     if part in _loaded:
         return
@@ -55,24 +56,24 @@ def load(part: str = "cpu") -> None:
                     _probe(library)
                 _loaded[part] = library
                 return
-            except Exception as error:  # whatever it is, another backend can run the call
+            except Exception as error:  # after any error, another backend can run the call
                 _failures[part] = str(error) or type(error).__name__
         raise RuntimeError(_failures[part])
 
 
 def library_path(part: str = "cpu") -> Path | None:
-    """The library that :func:`load` loaded for the part, if it did."""
+    """The library that :func:`load` loaded for this part; None if it did not."""
     return _loaded.get(part)
 
 
 def cpu_instruction_set() -> str | None:
-    """What the CPU kernels run on: ``GQA_KERNELS_CPU_ISA`` or the best that this processor has.
+    """The instruction set of the CPU kernels: ``GQA_KERNELS_CPU_ISA``, or the processor's best.
 
-    None where they are not built yet: nothing is built here.
+    None if the kernels are not built yet. This function builds nothing.
 
     Raises:
         OSError: the library can't be loaded.
-        ValueError: the variable names none that this processor has.
+        ValueError: the variable names no instruction set that this processor has.
     """
     with _lock:
         if "cpu" not in _loaded:
@@ -93,19 +94,20 @@ def cpu_instruction_set() -> str | None:
 
 
 def unavailable_reason(part: str = "cpu") -> str | None:
-    """Why :func:`load` can't work, as far as can be told without compiling; or None. No errors."""
+    """Why :func:`load` would fail, as far as is known without compiling; else None. Never
+    raises."""
     if part in _loaded:
         return None
     if part in _failures:
         return _failures[part]
     try:
         return None if _exists(part) else _cannot_build(part)
-    except Exception as error:  # an answer is expected, not an error
+    except Exception as error:  # the caller wants an answer, not an error
         return str(error) or type(error).__name__
 
 
 def cuda_build_info() -> str:
-    """What the CUDA kernels at hand were built with, or why there are none."""
+    """What the available CUDA kernels were built with, or why there are none."""
     library = _kept("cuda")
     if library is not None:
         return f"{cuda_build.build_info(library)} ({library})"
@@ -114,19 +116,19 @@ def cuda_build_info() -> str:
 
 
 def _kept(part: str) -> Path | None:
-    """A library of the sources as they are, by whatever compiler, that may be loaded."""
+    """A library of the current sources that may be loaded; any compiler may have built it."""
     return _ahead_of_time(part) or library_cache.find(f"{part}-{sources.source_key(part)}-*.so")
 
 
 def _exists(part: str) -> bool:
-    """Whether there seems to be a library of the sources as they are, by whatever compiler."""
+    """Whether a library of the current sources seems to exist; any compiler may have built it."""
     if _ahead_of_time(part):
         return True
     return bool(library_cache.candidates(f"{part}-{sources.source_key(part)}-*.so"))
 
 
 def _ahead_of_time(part: str) -> Path | None:
-    """The library in the package; not one that an edited checkout has left behind."""
+    """The library in the package, unless it is left over from older sources of a checkout."""
     library = PACKAGE / LIBRARY
     if not library.exists():
         return None
@@ -137,14 +139,14 @@ def _ahead_of_time(part: str) -> Path | None:
     return None if part == "cuda" and cuda is None else library
 
 
-@lru_cache(maxsize=4)  # searches the whole file
+@lru_cache(maxsize=4)  # each call searches the whole file
 def _facts(library: Path, modified: int) -> tuple[str | None, str | None]:
-    """The key of a library's sources, and what its CUDA kernels were built with."""
+    """The key of a library's sources, and the build that its CUDA kernels come from."""
     return sources.key_in(library), cuda_build.build_info(library)
 
 
 def _cannot_build(part: str) -> str | None:
-    """Why nothing can be compiled here, with what to do about it."""
+    """Why nothing can be compiled here, and what to do about it."""
     if sys.platform != "linux":
         return f"the kernels compile on Linux only, this is {sys.platform}"
     if not cpu_sources(source_root()):
@@ -163,7 +165,7 @@ def _cannot_build(part: str) -> str | None:
 
 
 def _missing_cuda() -> str | None:
-    """Why there can be no CUDA kernels but those that were built ahead of time."""
+    """Why no CUDA kernels can be built here."""
     if _toolkit() is None:
         without = "the installed extension was built without CUDA, and " if _without_cuda() else ""
         return f"{without}nvcc is missing (looked at $CUDA_HOME and PATH)"
@@ -179,10 +181,10 @@ def _toolkit() -> cuda_build.Toolkit | None:
 
 
 def _find_or_build(part: str) -> Path:
-    """A library of the sources as they are: ahead of time, kept, or compiled now.
+    """A library of the current sources: from the wheel, from the cache, or compiled now.
 
-    One of this very compiler comes first, but one of another compiler is better than none, and
-    than one that could only be kept among the temporary files.
+    A cached library of this compiler is preferred. One of another compiler comes next: it is better
+    than none, and better than a new one that could only be kept in a temporary folder.
     """
     library = _ahead_of_time(part)
     if library is not None:
@@ -210,7 +212,7 @@ def _probe(library: Path) -> None:
     """Launch an empty kernel of a library on the current device.
 
     Raises:
-        RuntimeError: no kernel of the library runs there, with what to do about it.
+        RuntimeError: no kernel of the library runs there; the message says what to do.
     """
     probe = ctypes.CDLL(str(library)).gqa_kernels_cuda_probe
     probe.restype = ctypes.c_char_p
@@ -224,7 +226,8 @@ def _probe(library: Path) -> None:
 
 
 def _build_once(part: str, name: str, files: Mapping[str, bytes]) -> Path:
-    """The kept library of this compiler, built now if need be, by one process at a time."""
+    """This compiler's library in the cache. If there is none, one process builds it; others
+    wait."""
     import fcntl
 
     by = compiler.find_compiler()
@@ -252,10 +255,10 @@ def _build_once(part: str, name: str, files: Mapping[str, bytes]) -> Path:
 
 
 def cuda_archs() -> tuple[str, ...]:
-    """What to compile CUDA kernels for at first use: $TORCH_CUDA_ARCH_LIST, or the devices here.
+    """The devices to compile CUDA kernels for: $TORCH_CUDA_ARCH_LIST, or those of this machine.
 
     Raises:
-        ValueError: the variable lists what can't be compiled for.
+        ValueError: the variable names a device that the kernels don't support.
     """
     archs = env.cuda_arch_list()
     if archs:

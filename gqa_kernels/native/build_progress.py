@@ -1,4 +1,4 @@
-"""How far a build is, on standard error: a bar on a terminal, else a line for each file."""
+"""Shows a build's progress on standard error: a bar on a terminal, else a line for each file."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ WIDTH = 24  # of the bar
 
 
 class BuildProgress:
-    """Shows each compiled file, the time that passed, and the time left where it can be estimated.
+    """Shows each compiled file, the time passed and, if it can be estimated, the time left.
 
     Attributes:
-        expected: seconds that the whole build is expected to take; None: not known.
+        expected: estimated seconds of the whole build; None if unknown.
     """
 
     def __init__(self) -> None:
         self.expected: float | None = None
         self._started = time.monotonic()
-        self._shown = 0  # characters of the bar's line
+        self._shown = 0  # length of the bar's line
 
     def show(self, done: int, total: int, name: str) -> None:
-        """Say that a file is compiled.
+        """Report a compiled file.
 
         Args:
-            done: number of files that are.
+            done: number of files compiled so far.
             total: number of files.
-            name: of the last one.
+            name: the file compiled last.
         """
         seconds = time.monotonic() - self._started
         text = f"[{done}/{total}] {name}, {seconds:.0f} s{self._left(seconds, done == total)}"

@@ -1,20 +1,23 @@
 """Compiling a library at first use, with ``torch.utils.cpp_extension.load`` and ninja.
 
-Each part has a build folder per machine type, compiler, flags and torch. It is kept, so that ninja
-compiles only what has changed since the last build in it. What torch can't do is done here:
+Each part has a build folder per machine type, compiler, flags and torch version. It is kept, so
+that ninja compiles only what changed since the last build. This module does what torch's function
+can't:
 
-- *A copy of the sources* lies in the build folder. Torch compiles files where they are: each
-  checkout would compile everything, and a file that is edited during a build would go into a
-  library that is named after the content before.
+- *A copy of the sources* lies in the build folder. Torch compiles files in place. Then each
+  checkout would compile everything, and a file edited during a build would end up in a library that
+  is named after the old content.
 - *Units.* Torch names an object after its source without the folder, and several of our sources
-  share a name. So each gets a unit of its own, ``host.append.cpp``, which includes it.
-- *A process of its own.* Torch reads the compiler from the environment, which a process with
-  threads must not change, and sends ninja's progress to standard output.
-- *The compiler's arguments.* Torch quotes ``CXX`` as one word: ``ccache g++`` becomes a script.
-- *The lock.* Torch's is a file, which a killed build leaves behind; every later build would wait
-  for it forever. The caller's flock ends with the processes that hold it, ninja and the compilers
-  among them: a compiler that outlives a killed build writes into nobody's new build.
-- *The CUDA kernels*, whose files are for different devices: see ``cuda_build.py``.
+  share a name. So each source gets a unit of its own, such as ``host.append.cpp``, which includes
+  it.
+- *A separate process.* Torch reads the compiler from the environment, which a process with threads
+  must not change, and prints ninja's progress to standard output.
+- *The compiler's arguments.* Torch quotes ``CXX`` as one word, so ``ccache g++`` becomes a script.
+- *The lock.* Torch's lock is a file. A killed build leaves it behind, and every later build would
+  wait for it forever. We use flock: it is released when the last process that holds it ends, ninja
+  and the compilers included. So a compiler that outlives a killed build can't write into a new
+  build.
+- *The CUDA kernels*, whose files are compiled for different devices: see ``cuda_build.py``.
 """
 
 from __future__ import annotations
@@ -43,11 +46,11 @@ HOW_TO_INSTALL = (
     "install one (Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++; "
     "conda: conda install -c conda-forge cxx-compiler) or set CXX to one"
 )
-# Seconds that one core takes for a whole part, for the estimate before a build.
+# Seconds that one core needs for a whole part: the estimate that is shown before a build.
 CORE_SECONDS = {"cpu": 150, "cuda": 2400, "search": 20}
 ERROR_LINES = 15
 LIBRARY = "library.so"
-# Runs in a process of its own. close_fds: ninja and the compilers inherit the caller's lock.
+# Runs in a separate process. close_fds: ninja and the compilers inherit the caller's lock.
 LOAD = """
 import functools, json, subprocess, sys
 from torch.utils import cpp_extension
@@ -57,7 +60,7 @@ cpp_extension.load(**json.loads(sys.argv[1]))
 
 
 class BuildInterrupted(KeyboardInterrupt):
-    """Ctrl-C during a build; the message says what is kept."""
+    """Ctrl-C during a build. The message says what is kept."""
 
 
 class Compiler(NamedTuple):
@@ -73,18 +76,18 @@ class Compiler(NamedTuple):
 
 
 class CudaTarget(NamedTuple):
-    """What CUDA kernels are compiled with and for."""
+    """The toolkit and the devices that CUDA kernels are compiled with and for."""
 
     toolkit: cuda_build.Toolkit
     archs: tuple[str, ...]
 
 
 def find_compiler() -> Compiler:
-    """``CXX``, or the first usual compiler on PATH.
+    """``CXX``, or the first of the usual compilers on PATH.
 
     Raises:
-        RuntimeError: there is none, or it doesn't run; with what to do.
-        ValueError: ``CXX`` is not a command.
+        RuntimeError: there is none, or it doesn't run; the message says what to do.
+        ValueError: ``CXX`` is not a valid command.
     """
     wanted = env.cxx()
     if wanted:
@@ -103,7 +106,7 @@ def find_compiler() -> Compiler:
     return Compiler(command, _version(command))
 
 
-@lru_cache(maxsize=4)  # asked for at every call where nothing is built yet
+@lru_cache(maxsize=4)  # called at every attention call until a library is built
 def _version(command: tuple[str, ...]) -> str:
     try:
         told = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=60)
@@ -117,7 +120,7 @@ def _version(command: tuple[str, ...]) -> str:
 
 
 def find_ninja() -> str:
-    """The ninja of the package of that name, or the one on PATH.
+    """Ninja from the Python package of that name, or from PATH.
 
     Raises:
         RuntimeError: there is none.
@@ -134,7 +137,7 @@ def find_ninja() -> str:
 
 
 def as_one_program(command: Sequence[str], folder: Path) -> str:
-    """A compiler with its arguments as the path of one program: a script in a folder if need be."""
+    """The path of one program that runs a compiler with its arguments: a script if necessary."""
     if len(command) == 1:
         return command[0]
     script = folder / "c++"
@@ -159,20 +162,20 @@ def compile_library(
         target: for the part "cuda".
         files: the sources' content by their path below ``csrc``.
         objects: the folder of build folders.
-        lock: the file whose lock the caller holds; inherited by every process of the build.
+        lock: the file whose lock the caller holds. Every process of the build inherits it.
 
     Returns:
         The library in the build folder, where the next build replaces it.
 
     Raises:
-        RuntimeError: the compiler says no; with its last lines.
+        RuntimeError: the compiler failed; the message has its last lines.
         OSError: the folder can't be written.
     """
     folder = objects / f"{part}-{platform.machine()}-{_settings_key(part, compiler, target)}"
     root = folder / "csrc"
     again = (folder / ".ninja_log").exists()
     _copy_sources(files, root)
-    (folder / "lock").unlink(missing_ok=True)  # torch's, left by a killed build
+    (folder / "lock").unlink(missing_ok=True)  # torch's lock, left by a killed build
     (folder / LIBRARY).unlink(missing_ok=True)  # links again: ninja doesn't know the CUDA objects
 
     ninja = _Ninja(part, folder, compiler, lock)
@@ -194,9 +197,9 @@ def compile_library(
         "extra_cflags": flags,
         "extra_ldflags": link_flags,
         "build_directory": str(folder),
-        "verbose": True,  # ninja says which file is done
+        "verbose": True,  # ninja then prints each file that it has compiled
         "with_cuda": False,
-        # Not loaded there: it must move to its place first. "-shared" makes it a library.
+        # Not loaded in that process: it must first move to its place. "-shared" links a library.
         "is_python_module": False,
         "is_standalone": True,
     }
@@ -214,7 +217,7 @@ def compile_module(
     root = folder / "csrc"
     again = (folder / ".ninja_log").exists()
     _copy_sources(files, root)
-    (folder / "lock").unlink(missing_ok=True)  # torch's, left by a killed build
+    (folder / "lock").unlink(missing_ok=True)  # torch's lock, left by a killed build
     arguments = {
         "name": f"gqa_kernels_{part}",
         "sources": [str(root / name) for name in files if name.endswith(".cpp")],
@@ -230,7 +233,7 @@ def compile_module(
 
 
 def _settings_key(part: str, compiler: Compiler, target: CudaTarget | None) -> str:
-    """Everything but the sources that the objects depend on."""
+    """What the objects depend on besides the sources."""
     import torch
 
     settings = (part, compiler, target, COMPILE_FLAGS, torch.__file__, torch.__version__)
@@ -238,7 +241,7 @@ def _settings_key(part: str, compiler: Compiler, target: CudaTarget | None) -> s
 
 
 def _copy_sources(files: Mapping[str, bytes], root: Path) -> None:
-    """Make a folder hold these files and no others; those that are right keep their times."""
+    """Make a folder hold exactly these files. Files that are up to date keep their times."""
     for path in [path for path in root.rglob("*") if path.is_file()]:
         if path.relative_to(root).as_posix() not in files:
             path.unlink()
@@ -262,7 +265,8 @@ def _write_if_new(path: Path, content: bytes) -> None:
 
 
 class _Ninja:
-    """Runs ninja, or what runs it, for one library, and says on standard error how far it is."""
+    """Runs ninja, or a program that runs it, for one library, and reports progress on standard
+    error."""
 
     def __init__(self, part: str, folder: Path, compiler: Compiler, lock: IO):
         self.part, self.lock, self.folder = part, lock, folder
@@ -272,12 +276,12 @@ class _Ninja:
             **os.environ,
             "CXX": as_one_program(compiler.command, folder),
             "PATH": f"{Path(find_ninja()).parent}{os.pathsep}{os.environ.get('PATH', '')}",
-            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),  # the same torch
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),  # for the same torch
             "MAX_JOBS": str(env.max_jobs()),
             "NINJA_STATUS": "[%f/%t] ",
-            # ninja already compiles nothing twice. Set CXX to use ccache as well.
+            # ninja skips what is up to date. Set CXX to use ccache as well.
             "TORCH_NO_COMPILER_WRAPPER": "1",
-            # The stable ABI is C: any compiler will do.
+            # The stable ABI is C, so any compiler will do.
             "TORCH_DONT_CHECK_COMPILER_ABI": "1",
         }
 
@@ -291,11 +295,11 @@ class _Ninja:
         say(f"compiling the {self.part.upper()} kernels, {extent}; kept in {cache}")
 
     def run(self, command: Sequence[str], folder: Path) -> None:
-        """Run a command that prints what ``ninja -v`` prints.
+        """Run a command whose output has the form of ``ninja -v``.
 
         Raises:
-            RuntimeError: it failed; with the compiler's last lines.
-            BuildInterrupted: by Ctrl-C.
+            RuntimeError: the command failed; the message has the compiler's last lines.
+                BuildInterrupted: the user pressed Ctrl-C.
         """
         try:
             said, status = self._follow(command, folder)
@@ -309,13 +313,13 @@ class _Ninja:
             raise RuntimeError(self._failure(said, status))
 
     def _follow(self, command: Sequence[str], folder: Path) -> tuple[list[str], int]:
-        """Run it, show its progress, and return its other lines and its exit status."""
+        """Run the command and show its progress. Returns its other lines and its exit status."""
         said = []
         with subprocess.Popen(
             command, cwd=folder, env=self.environment, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, text=True, errors="replace", pass_fds=[self.lock.fileno()],
         ) as process:  # fmt: skip
-            assert process.stdout is not None  # it is a pipe
+            assert process.stdout is not None  # Popen was called with a pipe
             for line in process.stdout:
                 done = re.match(r"\[(\d+)/(\d+)\] .* -o (\S+)", line)
                 if done:

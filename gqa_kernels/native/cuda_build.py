@@ -1,4 +1,4 @@
-"""What building the CUDA kernels takes: the toolkit, architectures, sources and commands.
+"""How the CUDA kernels are built: the toolkit, architectures, sources and commands.
 
 ``setup.py`` imports this file without the package: it imports neither the package nor torch.
 """
@@ -17,11 +17,12 @@ from typing import NamedTuple
 from . import ninja_file
 from .sources import find_text, is_cuda
 
-# Of a wheel: A100 and its family, H100, B200, RTX 50. Kernels under csrc/cuda/sm90 use instructions
-# of 90a; the others run from 80 on, and their PTX lets other devices compile them, which takes the
-# driver 10 to 30 seconds for each .cu file at its first call.
+# The devices of a wheel: A100 and its family, H100, B200, RTX 50. Kernels under csrc/cuda/sm90 use
+# instructions of 90a. The others run on 80 and later, and the wheel has their PTX for devices that
+# are not in this list. The driver then compiles each .cu file at its first call, in 10 to 30
+# seconds.
 DEFAULT_ARCHS = ("80", "90a", "100", "120")
-# ptxas tells of registers and spills; tests/emulation/cuda_resources.py reads them from the log.
+# ptxas prints registers and spills; tests/emulation/cuda_resources.py reads them from the log.
 NVCC_FLAGS = ("-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xptxas", "-v")
 LINK_FLAGS = ("-lcudart_static", "-ldl", "-lrt", "-lpthread")
 
@@ -49,7 +50,7 @@ class Toolkit(NamedTuple):
 
 
 def _pip_toolkit() -> Path | None:
-    """The folder that pip puts ``nvidia-cuda-nvcc`` and ``nvidia-cuda-runtime`` into."""
+    """The folder in which pip installs ``nvidia-cuda-nvcc`` and ``nvidia-cuda-runtime``."""
     spec = importlib.util.find_spec("nvidia")
     folders = spec.submodule_search_locations if spec else None
     for folder in folders or ():
@@ -66,7 +67,7 @@ def _root_on_path() -> Path | None:
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         return None
-    # nvcc may be a wrapper script somewhere else; it says where the toolkit is.
+    # nvcc may be a wrapper script in another folder. It prints where the toolkit is.
     told = subprocess.run(
         [nvcc, "--dryrun", "-x", "cu", "-"], capture_output=True, text=True, timeout=60
     )
@@ -76,7 +77,7 @@ def _root_on_path() -> Path | None:
 
 @lru_cache
 def find_toolkit(cuda_home: str | None) -> Toolkit | None:
-    """The toolkit at ``cuda_home``; if that is None, of the nvcc on PATH, or of pip's packages."""
+    """The toolkit at ``cuda_home``; for None, that of the nvcc on PATH, or of pip's packages."""
     root = Path(cuda_home) if cuda_home is not None else _root_on_path() or _pip_toolkit()
     if root is None:
         return None
@@ -88,10 +89,10 @@ def find_toolkit(cuda_home: str | None) -> Toolkit | None:
 
 
 def version_digits(toolkit: Toolkit) -> str:
-    """A toolkit's release as in the local versions of wheels: ``130`` for CUDA 13.0.
+    """A toolkit's release in the form that wheels use in local versions: ``130`` for CUDA 13.0.
 
     Raises:
-        ValueError: its nvcc names no release.
+        ValueError: nvcc prints no release.
     """
     found = re.search(r"release (\d+)\.(\d+)", toolkit.version)
     if found is None:
@@ -100,10 +101,10 @@ def version_digits(toolkit: Toolkit) -> str:
 
 
 def parse_archs(arch_list: str) -> tuple[str, ...]:
-    """``"8.0;9.0+PTX"``, as in ``TORCH_CUDA_ARCH_LIST``, as ``("80", "90a")``.
+    """Converts ``"8.0;9.0+PTX"``, the form of ``TORCH_CUDA_ARCH_LIST``, to ``("80", "90a")``.
 
     Raises:
-        ValueError: an entry is no compute capability of 8.0 or more.
+        ValueError: an entry is not a compute capability of 8.0 or more.
     """
     archs = []
     for entry in re.split(r"[;\s]+", arch_list.strip()):
@@ -123,33 +124,34 @@ def arch_of(capability: tuple[int, int]) -> str:
 
 
 def kernel_sources(root: Path, archs: Sequence[str]) -> list[Path]:
-    """The .cu files that these architectures take."""
+    """The .cu files to compile for these architectures."""
     sources = sorted((root / "cuda").rglob("*.cu"))
     return [path for path in sources if gencode_flags(root, path, archs, ptx=False)]
 
 
 def host_sources(root: Path) -> list[Path]:
-    """The C++ files that only a library with CUDA kernels has."""
+    """The C++ files that are only in a library with CUDA kernels."""
     units = sorted(root.rglob("*.cpp"))
     return [path for path in units if is_cuda(root, path)]
 
 
 def shared_checks(root: Path) -> list[Path]:
-    """The C++ files that a library of CUDA kernels alone has, too.
+    """The C++ files of checks, which a library with only the CUDA kernels needs, too.
 
-    The checks of host code are in both libraries then, hidden from each other.
+    Then both libraries contain the checks of host code, hidden from each other.
     """
     return [root / "host" / f"{name}.cpp" for name in SHARED_CHECKS]
 
 
 def host_flags(toolkit: Toolkit, archs: Sequence[str]) -> list[str]:
-    """Flags of those, beyond the ones of all C++ files."""
+    """Compiler flags of those files, besides the flags of all C++ files."""
     flags = ["-isystem", str(toolkit.include), f"-DGQA_CUDA_ARCHS={'_'.join(archs)}"]
     return [*flags, "-DGQA_CUDA_SM90"] if "90a" in archs else flags
 
 
 def gencode_flags(root: Path, source: Path, archs: Sequence[str], ptx: bool) -> list[str]:
-    """What to compile a .cu file for; empty: nothing. ``ptx``: for later devices, too."""
+    """The devices to compile a .cu file for, as flags; empty if none. ``ptx``: add PTX for later
+    ones."""
     hopper_only = source.is_relative_to(root / "cuda" / "sm90")
     flags = []
     for arch in archs:
@@ -173,8 +175,8 @@ def write_ninja(
 ) -> list[Path]:
     """Write ``folder/build.ninja``, which compiles the kernels.
 
-    Torch's own way has one list of devices for all .cu files of a library, takes the compiler of
-    torch's own CUDA version only, and none with a CPU build of torch.
+    Torch's own build has one list of devices for all .cu files of a library. It accepts the
+    compiler of torch's own CUDA version only, and none if torch is a CPU build.
 
     Returns:
         The objects that ninja will make.
@@ -187,9 +189,9 @@ def write_ninja(
 
 
 def build_info(library: Path) -> str | None:
-    """What the CUDA kernels in a library were built with, as ``"CUDA 13.0: sm_80, sm_90a"``.
+    """The build of the CUDA kernels in a library, in the form ``"CUDA 13.0: sm_80, sm_90a"``.
 
-    None where it has no CUDA kernels. Reads the text in ``csrc/bindings_cuda.cpp`` from the file.
+    None if it has no CUDA kernels. This reads the text of ``csrc/bindings_cuda.cpp`` from the file.
     """
     found = find_text(library, rb"gqa_kernels CUDA build (\d+) ([0-9a-z_]+)\0")
     if found is None:

@@ -1,11 +1,11 @@
-"""Which probabilities dropout keeps: a function of a seed and of the element's place alone.
+"""Which probabilities dropout keeps: a function of a seed and the element's position only.
 
-Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), so that the
+Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). So the
 forward, the backward and every backend agree without a stored mask::
 
     key     = 64-bit seed, low word first
     counter = (j // 4, i, b * Hq + h, offset), lane j % 4, of query token i and key token j
-    kept where lane >= floor(dropout_p * 2**32)
+    keep if lane >= floor(dropout_p * 2**32)
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def philox(seed: Tensor, counter: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """The four 32-bit words of Philox4x32-10, as int64 tensors.
 
     Args:
-        seed: int64 scalar.
+        counter: four int64 tensors of 32-bit words, with shapes that broadcast.
         counter: four int64 tensors of 32-bit words, of shapes that broadcast.
     """
     c0, c1, c2, c3 = counter
@@ -44,7 +44,7 @@ def philox(seed: Tensor, counter: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 def keep_mask(
     seed: Tensor, dropout_p: float, batch: int, num_heads: int, q_len: int, kv_len: int
 ) -> Tensor:
-    """Boolean ``[B, Hq, Sq, Sk]``: the probabilities that stay.
+    """Boolean ``[B, Hq, Sq, Sk]``: True for the probabilities that dropout keeps.
 
     Args:
         seed: (seed, offset), int64 ``[2]``.

@@ -9,11 +9,11 @@
 | ``MAX_JOBS`` | how many files to compile at a time, as in torch (default: one per processor) |
 | ``CUDA_HOME`` | CUDA toolkit for that and for ``setup.py`` (the one of the nvcc on PATH) |
 | ``GQA_KERNELS_CUDA`` | ``0``: no CUDA kernels; ``1``: ``setup.py`` fails without nvcc (``auto``) |
-| ``TORCH_CUDA_ARCH_LIST`` | devices to compile for, ``8.0;9.0`` (at first use: those at hand) |
-| ``GQA_KERNELS_CPU_ISA`` | of the CPU kernels: ``portable``, ``neon``, ``avx2``, \
+| ``TORCH_CUDA_ARCH_LIST`` | devices to compile for, ``8.0;9.0`` (at first use: this machine's) |
+| ``GQA_KERNELS_CPU_ISA`` | instruction set of the CPU kernels: ``portable``, ``neon``, ``avx2``, \
 ``avx512``, ``avx512_bf16`` or ``amx`` (the best one here) |
-| ``GQA_KERNELS_CPU_SUBNORMALS`` | ``cheap`` or ``costly``: what they cost the AVX2 kernels as \
-operands, by which these read fp8 (``cheap`` on AMD) |
+| ``GQA_KERNELS_CPU_SUBNORMALS`` | ``cheap`` or ``costly``: whether subnormal operands are slow. \
+The AVX2 kernels choose their fp8 decoding by it (``cheap`` on AMD) |
 | ``TRITON_INTERPRET`` | Triton's: ``1`` runs its kernels on the CPU, slowly, for tests (``0``) |
 | ``OMP_WAIT_POLICY`` | OpenMP's; the command line sets ``PASSIVE`` if it is unset |
 """
@@ -49,7 +49,7 @@ def cache_dir() -> Path:
 
 
 def build_enabled() -> bool:
-    """Whether the compiled part may be built at first use.
+    """Whether the kernels may be compiled at first use.
 
     Raises:
         ValueError: the variable is neither 0 nor 1.
@@ -61,10 +61,10 @@ def build_enabled() -> bool:
 
 
 def cxx() -> list[str]:
-    """The C++ compiler asked for and its arguments, as ``["ccache", "g++"]``; empty: none.
+    """The C++ compiler in ``CXX`` with its arguments, as ``["ccache", "g++"]``; empty if unset.
 
     Raises:
-        ValueError: the variable has a quotation mark too many.
+        ValueError: the variable has an unmatched quotation mark.
     """
     try:
         return shlex.split(os.environ.get("CXX", ""))
@@ -73,23 +73,25 @@ def cxx() -> list[str]:
 
 
 def max_jobs() -> int:
-    """How many files may be compiled at a time: ``MAX_JOBS``, or the processors of this process."""
+    """How many files may be compiled at a time: ``MAX_JOBS``, or one per processor of this
+    process."""
     setting = os.environ.get("MAX_JOBS", "")
     return int(setting) if setting.isdecimal() and int(setting) else len(os.sched_getaffinity(0))
 
 
 def cpu_isa() -> str | None:
-    """The instruction set asked for (csrc/cpu/isa/cpu_features.cpp reads it, too), if any."""
+    """The instruction set that the user chose, if any (csrc/cpu/isa/cpu_features.cpp reads it,
+    too)."""
     return os.environ.get("GQA_KERNELS_CPU_ISA") or None
 
 
 def cuda_home() -> str | None:
-    """The CUDA toolkit asked for, if any."""
+    """The CUDA toolkit that the user chose, if any."""
     return os.environ.get("CUDA_HOME") or None
 
 
 def cuda_kernels() -> str:
-    """Whether to have CUDA kernels: "auto", "0" or "1"."""
+    """Whether to build and use CUDA kernels: "auto", "0" or "1"."""
     setting = os.environ.get("GQA_KERNELS_CUDA", "auto")
     if setting not in ("auto", "0", "1"):
         raise ValueError(f"GQA_KERNELS_CUDA must be auto, 0 or 1, got {setting!r}")
@@ -97,7 +99,7 @@ def cuda_kernels() -> str:
 
 
 def cuda_arch_list() -> str | None:
-    """The compute capabilities to compile for, if that was asked for."""
+    """The compute capabilities to compile for, if the user chose them."""
     return os.environ.get("TORCH_CUDA_ARCH_LIST") or None
 
 
@@ -107,14 +109,14 @@ def triton_interpreter() -> bool:
 
 
 def omp_wait_policy() -> str | None:
-    """How OpenMP's threads wait, if that was asked for."""
+    """How OpenMP's threads wait, if the user chose it."""
     return os.environ.get("OMP_WAIT_POLICY")
 
 
 def let_threads_sleep() -> None:
-    """Let OpenMP's threads sleep while they wait, unless the user chose. Call it before torch is
-    loaded, which is when OpenMP reads the setting.
+    """Let OpenMP's threads sleep while they wait, unless the user chose otherwise. Call it before
+    torch is loaded: OpenMP reads the setting then.
 
-    Their default is to spin: with one other busy process that is 25 times slower.
+    By default they spin, which is 25 times slower if one other process is busy.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -1,13 +1,12 @@
 """Flop counts of the ops, for ``torch.utils.flop_counter.FlopCounterMode``.
 
-Torch's conventions for SDPA hold: a multiplication and an addition are two flops, forward is two
-matrix products and backward five, and neither causality nor a window or mask is subtracted. Every
-query head counts, as in SDPA over expanded K and V. Keys are those of the sequence: its length
-where the values of lengths exist, else the most that it can have.
+Counts follow torch's conventions for SDPA: a multiplication and an addition are two flops, forward
+is two matrix products and backward five, and nothing is subtracted for causality, windows or masks.
+Every query head counts, as in SDPA over expanded K and V. The number of keys is the sequence's
+length if its value is known, else the largest possible one.
 
 Importing torch's counter imports Triton, which takes longer than the rest of this package. So the
-formulas are entered when a counter exists: before an op runs under a dispatch mode.
-"""
+formulas are registered only when a counter exists: before an op runs under a dispatch mode."""
 
 from __future__ import annotations
 
@@ -23,7 +22,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from .schema import Schema, value_head_dim
 
-_formulas: dict[Any, Callable[..., int]] = {}  # by op
+_formulas: dict[Any, Callable[..., int]] = {}  # op -> formula
 
 
 def register(op: str, schema: Schema, *, is_backward: bool = False) -> None:
@@ -32,7 +31,7 @@ def register(op: str, schema: Schema, *, is_backward: bool = False) -> None:
     def formula(*arguments: Any, out_val: Any = None, **named: Any) -> int:
         call = schema.Arguments(*arguments, **named)
         head_dim, value_dim = call.q.shape[3], value_head_dim(call.v)
-        # Backward computes the scores, dQ and dK over D; dP and dV over Dv.
+        # Backward computes the scores, dQ and dK over D, and dP and dV over Dv.
         columns = 3 * head_dim + 2 * value_dim if is_backward else head_dim + value_dim
         return 2 * columns * _scores(call)
 
@@ -40,7 +39,7 @@ def register(op: str, schema: Schema, *, is_backward: bool = False) -> None:
 
 
 def enter_formulas() -> None:
-    """Make the counters that are active now, and those made later, count registered ops."""
+    """Make existing and future counters count the registered ops."""
     module = sys.modules.get("torch.utils.flop_counter")
     if module is None:
         return
@@ -52,7 +51,7 @@ def enter_formulas() -> None:
 
 
 def _scores(call: Any) -> int:
-    """Pairs of a query and a key of its sequence, over all query heads."""
+    """The number of (query, key) pairs within sequences, summed over query heads."""
     q, heads = call.q, call.q.shape[1]
     offsets = getattr(call, "q_offsets", None)  # the short op has none
     if offsets is None:
@@ -68,7 +67,7 @@ def _scores(call: Any) -> int:
 
 
 def _keys(call: Any, heads: int) -> list[int] | int:
-    """Keys of each sequence, summed over its query heads; one number if all have the same."""
+    """Keys of each sequence, summed over its query heads; one number if all are equal."""
     lengths = call.kv_lengths
     if lengths is not None and _has_values(lengths):
         plan = getattr(call, "plan", None)  # Triton's: permutation, then key heads of query heads

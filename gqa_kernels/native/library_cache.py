@@ -1,10 +1,9 @@
 """Where compiled libraries are kept, and which of them may be loaded.
 
-Loading a library runs its code. So a folder or a library counts only if it belongs to this user or
-to root and nobody else can write to it, and a library only if its content has the hash that was
-written beside it: a file that a full disk cut short, or that something else put there, is compiled
-again and not loaded.
-"""
+Loading a library runs its code. So a folder or a library is used only if it belongs to this user or
+to root, and nobody else can write to it. A library's content must also have the hash that is stored
+beside it: a file that a full disk truncated, or that another program put there, is compiled again
+instead of loaded."""
 
 from __future__ import annotations
 
@@ -24,9 +23,9 @@ _said: set[str] = set()
 
 
 def folders() -> list[Path]:
-    """The folders to look for libraries in: the user's, and the fallback where it exists.
+    """The folders to search for libraries: the user's and, if it exists, the fallback.
 
-    A folder that can't be trusted is left out, with one warning. Nothing is created.
+    A folder that can't be trusted is skipped, with one warning. Nothing is created.
     """
     found = []
     try:
@@ -43,12 +42,13 @@ def folders() -> list[Path]:
 
 
 def writable_folder() -> Path:
-    """A folder to keep new libraries in, created with mode 0700 where there is none.
+    """A folder for new libraries, created with mode 0700 if it doesn't exist.
 
-    That is ``GQA_KERNELS_CACHE`` or the user's cache; with a warning, a private folder among the
-    temporary files where that can't be used.
+    This is ``GQA_KERNELS_CACHE`` or the user's cache. If that can't be used, it is a private
+    temporary folder, with a warning.
 
     Raises:
+        OSError: there is no folder for temporary files either.
         OSError: there is no folder for temporary files either.
     """
     try:
@@ -64,7 +64,7 @@ def writable_folder() -> Path:
     try:
         fallback.mkdir(mode=0o700)
     except FileExistsError:
-        if not _is_private(fallback):  # somebody else may own it: the name is no secret
+        if not _is_private(fallback):  # another user may own it: its name is known
             fallback = _own_fallback()
     _say(
         f"{problem}. Compiled kernels are kept in {fallback} instead, where they may not last: "
@@ -74,7 +74,7 @@ def writable_folder() -> Path:
 
 
 def preferred_is_writable() -> bool:
-    """Whether a library can be kept where the user wants it; nothing is created."""
+    """Whether a library can be stored in the user's folder. Nothing is created."""
     try:
         path = env.cache_dir()
         while not path.exists():
@@ -85,17 +85,17 @@ def preferred_is_writable() -> bool:
 
 
 def candidates(pattern: str) -> list[Path]:
-    """The libraries whose name matches, in order of preference; not yet checked."""
+    """The libraries whose name matches, the preferred one first, not yet checked."""
     return [path for folder in folders() for path in sorted(folder.glob(pattern))]
 
 
 def find(pattern: str) -> Path | None:
-    """The first library whose name matches and which may be loaded."""
+    """The first library whose name matches and that may be loaded."""
     return next(filter(is_intact, candidates(pattern)), None)
 
 
 def is_intact(library: Path) -> bool:
-    """Whether a library is what :func:`keep` left: its owner, its mode and its content."""
+    """Whether a library has the owner, mode and content that :func:`keep` left."""
     try:
         _check(library)
         return _hash_file(library).read_text() == _hash(library)
@@ -104,10 +104,10 @@ def is_intact(library: Path) -> bool:
 
 
 def keep(built: Path, library: Path) -> None:
-    """Copy a new library to its place. Nobody ever sees a part of it.
+    """Copy a new library to its place. No other process sees a part of it.
 
-    Its hash comes first: a reader that finds the new hash beside an old library builds again, which
-    waits for the lock that the writer holds.
+    Its hash is written first: a reader that finds the new hash beside an old library starts a
+    build, and so waits for the lock that the writer holds.
     """
     _write(_hash_file(library), _hash(built).encode())
     _write(library, built.read_bytes())
@@ -115,13 +115,13 @@ def keep(built: Path, library: Path) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Delete what killed processes left in a cache. The caller holds the lock of its builds."""
+    """Delete what killed processes left in a cache. The caller must hold the lock of its builds."""
     for path in (*folder.glob(".new-*"), *folder.glob("build-*")):
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def _write(target: Path, content: bytes) -> None:
-    """Write a file under another name, wait for the disk, and rename it."""
+    """Write a file under another name, flush it to disk, and rename it."""
     descriptor, name = tempfile.mkstemp(prefix=".new-", dir=target.parent)
     try:
         with open(descriptor, "wb") as file:
@@ -143,7 +143,7 @@ def _hash(library: Path) -> str:
 
 
 def _check(path: Path) -> None:
-    """Raise ValueError where somebody else could have written what lies there."""
+    """Raise ValueError if another user could have written this file or folder."""
     status = path.stat()
     if status.st_uid not in (os.geteuid(), 0):
         raise ValueError(f"{path} belongs to user {status.st_uid}: it must be yours or root's")
@@ -152,7 +152,7 @@ def _check(path: Path) -> None:
 
 
 def _is_private(folder: Path) -> bool:
-    """Whether a folder, not a link to one, is this user's alone."""
+    """Whether a path is a folder, not a link, that belongs to this user alone."""
     try:
         status = folder.lstat()
     except OSError:

@@ -1,4 +1,4 @@
-"""Writes ``build.ninja``: files to compile, each by a command of its own.
+"""Writes ``build.ninja``, which compiles each file by a command of its own.
 
 ``setup.py`` imports this file without the package: it imports neither the package nor torch.
 """
@@ -17,8 +17,8 @@ def write_ninja(
     """Write ``folder/build.ninja``.
 
     Args:
-        folder: where ninja will run; created if need be.
-        root: of the sources. An object is named after its source's path below it.
+        folder: where ninja will run; created if it doesn't exist.
+        root: folder of the sources. An object is named after its source's path below it.
         sources: the files to compile.
         command: the command that compiles a source to an object.
 

@@ -1,8 +1,8 @@
 """The arguments of the ops: each list is written here, once.
 
-From a :class:`Schema` come the op's definition, the arguments by name for its fake kernel and its
-autograd, and the arguments of a call. ``csrc/host`` has the same lists, in the same order, once for
-all devices.
+A :class:`Schema` defines an op, names the arguments for its fake kernel and its autograd, and
+collects the arguments of a call. ``csrc/host`` has the same lists, in the same order, once for all
+devices.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ class Schema:
 
     Attributes:
         text: the schema in torch's notation, without the op's name.
-        names: of the arguments, in order.
-        tensors: those of them that are tensors.
-        defaults: of the last arguments.
-        Arguments: named tuple of them; those with a default may be left out at the end.
+        names: the arguments' names, in order.
+        tensors: the names of those that are tensors.
+        defaults: the default values of the last arguments.
+        Arguments: a named tuple of them. Arguments with a default may be omitted at the end.
     """
 
     def __init__(self, arguments: str, returns: str, paths: dict[str, str] | None = None):
-        """``paths``: where a call's attributes hold an argument, if not under its own name."""
+        """``paths``: the attribute of a call that holds an argument, if it has another name."""
         parts = [part.strip() for part in arguments.split(",")]
         declared = [part.partition("=")[0].split(" ") for part in parts]
         self.text = f"({', '.join(parts)}) -> {returns}"
@@ -42,12 +42,13 @@ class Schema:
         self.arguments_of: Callable[[Any], tuple] = _tuple_of(self._paths)
 
     def runner_like(self, call: Any, **paths: str) -> Callable[[Callable[..., Any], Any], Any]:
-        """``runner(op, call)`` calls an op of this schema with a call's arguments, for calls that
-        have the tensors that ``call`` has, and its numbers beside their defaults. Each argument
-        that is passed takes time, so it leaves out the others.
+        """``runner(op, call)`` calls an op of this schema with a call's arguments. It serves calls
+        that have the same tensors as ``call`` and differ from the defaults in the same numbers. It
+        omits the other arguments, because passing an argument takes time.
 
         Args:
-            paths: where a call's attributes hold an argument, if they hold it in a quicker place.
+            paths: the attribute of a call that holds an argument, if a faster one than usual
+                exists.
         """
         path_of = {**dict(zip(self.names, self._paths, strict=True)), **paths}
         required = self.names[: len(self.names) - len(self.defaults)]
@@ -56,9 +57,9 @@ class Schema:
         return eval(f"lambda op, call: op({', '.join(passed)})")
 
     def given(self, call: Any) -> list[str]:
-        """Which arguments with a default the calls that are like ``call`` have: tensors, numbers
-        beside their defaults, and numbers behind a tensor that is there (``max_q_len`` behind
-        ``q_offsets``), whatever they are."""
+        """The arguments with a default that calls like ``call`` must pass: tensors, numbers that
+        differ from their default, and numbers that belong to a tensor that is passed (``max_q_len``
+        with ``q_offsets``)."""
         values = dict(zip(self.names, self.arguments_of(call), strict=True))
         given = []
         tensor_is_there = False  # the last one before a number
@@ -72,12 +73,13 @@ class Schema:
 
 
 def _named_tuple(names: tuple[str, ...], defaults: Sequence[object]) -> Any:
-    """A class whose fields only the schema knows."""
+    """A class whose fields are known to the schema only."""
     return namedtuple("Arguments", names, defaults=defaults)
 
 
 def _tuple_of(paths: list[str]) -> Callable[[Any], tuple]:
-    """A function of a call that returns these attributes. Written out: torch.compile reads it."""
+    """A function that returns these attributes of a call. Generated as source, for
+    torch.compile."""
     return eval(f"lambda call: ({', '.join(f'call.{path}' for path in paths)},)")
 
 
@@ -109,12 +111,12 @@ def forward(
 ) -> Schema:
     """Attention. Returns out ``[B, Hq, Sq, Dv]`` and the LSE, fp32 ``[B, Hq, Sq]``.
 
-    What few calls have comes last: a call leaves out what it has not.
+    Rare arguments come last, so that most calls can omit them.
 
     Args:
         head_map: name of the argument that holds the head map: int32 ``[Hq]``, or a plan of it.
         returns: in torch's notation.
-        more: further arguments, behind the others.
+        more: further arguments, after the others.
 
     The ops take tensors as :class:`~gqa_kernels.call.attention.AttentionCall` and its
     :class:`~gqa_kernels.cache.view.KVView` have them.
@@ -128,8 +130,9 @@ def forward(
 
 
 def auxiliary(head_map: str = "head_map") -> Schema:
-    """Attention with what an AuxRequest (``gqa_kernels/call/auxiliary.py``) asks for beside out and
-    LSE, as AuxOutput has it; without elements if not asked for. Nothing is differentiated."""
+    """Attention with the results that an AuxRequest (``gqa_kernels/call/auxiliary.py``) adds to out
+    and LSE, in the form of AuxOutput. Results that were not requested are empty. Not
+    differentiable."""
     return forward(
         head_map,
         "(Tensor out, Tensor lse, Tensor max_scores, Tensor key_scores)",
@@ -170,8 +173,8 @@ OUTPUT = Schema(
     _IN_CALL,
 )
 
-# Writes new tokens behind those there are, rotated and quantised, and returns q rotated; [0]
-# without q. Tensors as gqa_kernels.call.append.AppendCall has them.
+# Writes new tokens after the existing ones, rotated and quantised. Returns the rotated q, or an
+# empty tensor if there is no q. Tensors are as in gqa_kernels.call.append.AppendCall.
 APPEND = Schema(
     "Tensor k_new, Tensor v_new, Tensor(a!) k, Tensor(b!) v, Tensor kv_lengths, SymInt max_new, "
     "Tensor? page_table=None, Tensor? kv_begin=None, Tensor? new_offsets=None, "
@@ -183,8 +186,8 @@ APPEND = Schema(
 )
 WRITTEN = ("k", "v", "k_scale", "v_scale", "k_zero", "v_zero")
 
-# Makes key indices[b, h, i] key i, for i below counts[b, h]: int32 [B, Hk, n], ascending, and int32
-# [B, Hk]. Tensors as gqa_kernels.call.keep.KeepCall has them.
+# Moves key indices[b, h, i] to place i, for i < counts[b, h]. indices is int32 [B, Hk, n] and
+# ascending, counts int32 [B, Hk]. Tensors are as in gqa_kernels.call.keep.KeepCall.
 KEEP = Schema(
     "Tensor indices, Tensor counts, Tensor(a!) k, Tensor(b!) v, Tensor kv_lengths, "
     "Tensor? page_table, Tensor? kv_begin, Tensor(c!)? k_scale, Tensor(d!)? v_scale, "
@@ -193,8 +196,8 @@ KEEP = Schema(
     _IN_VIEW,
 )
 
-# Whether every key of a view on the CPU, and each new token behind them, has a slot inside its
-# sequence's capacity, in a page that exists. It looks at values, so it has no fake kernel.
+# Whether every key of a view on the CPU, and each new token after them, has a slot within its
+# sequence's capacity, in a page that exists. The op reads values, so it has no fake kernel.
 SLOTS_EXIST = Schema(
     "Tensor kv_lengths, Tensor? page_table, Tensor? kv_begin, Tensor? new_offsets, int new_tokens, "
     "int num_pages, int page_size",
@@ -270,7 +273,7 @@ def empty_results(call: Any) -> tuple[Tensor, Tensor]:
 
 
 def value_head_dim(v: Tensor) -> int:
-    """``Dv`` of stored values."""
+    """The head dim ``Dv`` of stored values."""
     return v.shape[3] * (2 if v.dtype == torch.uint8 else 1)  # int4: two numbers in a byte
 
 

@@ -1,7 +1,7 @@
 """The compiled core of the grouping search (``csrc/search``): a pybind11 module, numpy in and out.
 
-It is compiled at first use and kept beside the kernels. Without a compiler the numpy code of
-``gqa_kernels.grouping.search`` does the same, slower.
+It is compiled at first use and kept beside the kernels. Without a compiler, the numpy code of
+``gqa_kernels.grouping.search`` computes the same results more slowly.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ NAME = f"gqa_kernels_{sources.SEARCH}"
 
 @lru_cache(maxsize=1)
 def search_core() -> ModuleType | None:
-    """The module; None if it can't be compiled here. Cheap once loaded."""
+    """The module, or None if it can't be compiled here. Cheap once loaded."""
     try:
         files = sources.read(sources.SEARCH)
-        # A module fits one Python; torch's libraries are linked to it.
+        # A compiled module fits one Python version, and is linked to torch's libraries.
         python = f"{sys.implementation.cache_tag}-{torch.__version__.split('+')[0]}"
         name = f"{sources.SEARCH}-{sources.key_of(files)}-{python}"
         library = library_cache.find(f"{name}-*.so")
@@ -41,7 +41,7 @@ def search_core() -> ModuleType | None:
 
 
 def _build_once(name: str, files: dict[str, bytes]) -> Path:
-    """The library, compiled by one process at a time."""
+    """The library; only one process compiles it at a time."""
     by = compiler.find_compiler()
     cache = library_cache.writable_folder()
     library = cache / f"{name}-{hashlib.sha256(by.key.encode()).hexdigest()[:8]}.so"

@@ -15,35 +15,36 @@ from functools import lru_cache
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1]
-LIBRARY = "_C.abi3.so"  # built ahead of time, in the package
+LIBRARY = "_C.abi3.so"  # built ahead of time, inside the package
 COMPILE_FLAGS = (
     "-std=c++17",
     "-O3",
     "-fPIC",
     "-fvisibility=hidden",
     "-fno-math-errno",
-    # The backward recomputes the forward's scores bit for bit, which fused products would prevent.
+    # The backward recomputes the forward's scores bit for bit; fused multiply-adds would prevent
+    # that.
     "-ffp-contract=off",
-    # The stable ABI of torch 2.10 and of Python 3.10: one library serves every later version.
+    # The stable ABI of torch 2.10 and Python 3.10: one library serves every later version.
     "-DTORCH_TARGET_VERSION=0x020a000000000000",
     "-DPy_LIMITED_API=0x030a0000",
 )
-PARTS = ("cpu", "cuda")  # a library each; the second adds the CUDA kernels of the ops
+PARTS = ("cpu", "cuda")  # one library each; "cuda" adds the CUDA kernels of the ops
 SEARCH = "search"  # a Python module of its own (search_core.py), in a folder of this name
 SUFFIXES = (".h", ".cpp", ".cuh", ".cu")
-# A file that instantiates kernels for one of these compiles many times longer than any other.
+# A file that instantiates kernels for one of these takes many times longer than any other.
 ISAS = ("amx", "avx512", "avx2", "neon", "portable")
-SLOWEST_ISAS = ("avx512", "avx2")  # those with loops for every type, the forward's above all
+SLOWEST_ISAS = ("avx512", "avx2")  # those with loops for every type, above all the forward's
 
 
 def source_root() -> Path:
-    """``csrc`` of a checkout, or the copy of it in an installed package."""
+    """``csrc`` of a checkout, or its copy in an installed package."""
     checkout = PACKAGE.parent / "csrc"
     return checkout if (checkout / "bindings.cpp").exists() else PACKAGE / "_csrc"
 
 
 def source_files(root: Path, part: str = "cuda") -> list[Path]:
-    """Every file that decides what the library of a part does."""
+    """Every file that affects the library of a part."""
     files = sorted(path for suffix in SUFFIXES for path in root.rglob(f"*{suffix}"))
     search = root / SEARCH
     if part == SEARCH:
@@ -53,12 +54,12 @@ def source_files(root: Path, part: str = "cuda") -> list[Path]:
 
 
 def is_cuda(root: Path, path: Path) -> bool:
-    """Whether a file is of the CUDA part only: under ``cuda/``, or named ``*_cuda``."""
+    """Whether a file belongs to the CUDA part only: under ``cuda/``, or named ``*_cuda``."""
     return path.relative_to(root).parts[0] == "cuda" or path.stem.endswith("_cuda")
 
 
 def cpu_sources(root: Path) -> list[Path]:
-    """The translation units of the CPU library, those first that take longest to compile."""
+    """The translation units of the CPU library. Those that take longest to compile come first."""
     units = [path for path in source_files(root, "cpu") if path.suffix == ".cpp"]
     return sorted(units, key=lambda path: _seems_slow(path.relative_to(root)), reverse=True)
 
@@ -70,14 +71,14 @@ def _seems_slow(path: Path) -> tuple[bool, bool, bool]:
 
 
 def read(part: str) -> dict[str, bytes]:
-    """The content of each of :func:`source_files` by its path below the root."""
+    """The content of each of :func:`source_files`, by its path below the root."""
     root = source_root()
     files = source_files(root, part)
     return {path.relative_to(root).as_posix(): path.read_bytes() for path in files}
 
 
 def key_of(files: Mapping[str, bytes]) -> str:
-    """Hash of everything that decides what the library does, apart from the compiler."""
+    """Hash of everything that affects the library, apart from the compiler."""
     digest = hashlib.sha256(repr((COMPILE_FLAGS, platform.machine())).encode())
     for name, content in files.items():
         digest.update(f"{name}\0".encode() + content + b"\0")
@@ -91,13 +92,13 @@ def source_key(part: str) -> str:
 
 
 def key_unit(key: str) -> str:
-    """A C++ file that writes a key into the library that it becomes a part of."""
+    """A C++ file that stores a key in the library that it is linked into."""
     visible = '__attribute__((visibility("default")))'
     return f'extern "C" {visible} const char gqa_kernels_sources[] = "gqa_kernels sources {key}";\n'
 
 
 def key_in(library: Path) -> str | None:
-    """The key that :func:`key_unit` wrote, read from the file; None: there is none."""
+    """The key that :func:`key_unit` stored, read from the file; None if it has none."""
     found = find_text(library, rb"gqa_kernels sources ([0-9a-f]+)\0")
     return found[0].decode() if found else None
 

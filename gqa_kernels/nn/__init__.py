@@ -1,4 +1,4 @@
-"""Modules for training: attention whose head map is fixed, or follows the keys while it trains.
+"""Modules for training: attention with a head map that is fixed, or that follows the keys' norms.
 
 attention.py    AsymGroupedQueryAttention
 allocation.py   how many query heads each KV head gets, from key norms

@@ -6,9 +6,9 @@ With ``n_g = sum over the batch of ||K_{b,g}||_F``, query heads are assigned in 
     dgqa-diff   |n - n'|, n' the norms one window of steps before
     dgqa-ema    0.9 n + 0.1 n', n' the average so far, once in a window
 
-by largest remainders; KV heads take consecutive query heads. Apart from the published code: no
-random fix-ups of the rounding, no look at device memory from the host, and in evaluation the last
-map stays, so that an output never depends on what else is in the batch.
+by largest remainders. Each KV head takes consecutive query heads. Differences from the published
+code: rounding uses no random corrections, the host never reads device memory, and evaluation keeps
+the last map, so that an output never depends on what else is in the batch.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ def key_norms(k: Tensor) -> Tensor:
 
 
 def largest_remainders(shares: Tensor, total: int) -> Tensor:
-    """Integers ``[G]`` in proportion to ``shares`` that sum to ``total``, without host contact.
+    """Integers ``[G]`` in proportion to ``shares`` that sum to ``total``, without synchronisation.
 
-    Of equal remainders the first are rounded up. Shares that are all zero count as equal.
+    Among equal remainders the first are rounded up. If all shares are zero, they count as equal.
     """
     shares = shares.double().nan_to_num(0.0, 0.0, 0.0).clamp_min(0)
     shares = torch.where(shares.sum() > 0, shares, 1.0)
@@ -57,12 +57,13 @@ def allocate(shares: Tensor, num_heads: int) -> Tensor:
 
 
 class KeyNormAllocation(nn.Module):
-    """State of an allocation: the norms last seen, those of the last window, and its length.
+    """State of an allocation: the latest norms, those of the last window, and its length.
 
-    Norms stay fp32 where the module goes to a 16-bit type: their differences would be rounding.
+    The norms stay fp32 even if the module is converted to a 16-bit type, in which their differences
+    would be rounding errors.
 
     Args:
-        kind: name out of ``ALLOCATIONS``.
+        kind: one of the names in ``ALLOCATIONS``.
         window: steps between two allocations of the DGQA kinds.
     """
 
@@ -78,7 +79,8 @@ class KeyNormAllocation(nn.Module):
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KeyNormAllocation:
-        """As of every module (``to``, ``bfloat16``, ``cuda``), but for the type of the norms."""
+        """As in every module (``to``, ``bfloat16``, ``cuda``), except that the norms keep their
+        type."""
         before = {name: getattr(self, name) for name in ("norms", "last_norms")}
         super()._apply(fn, recurse)
         for name, norms in before.items():
@@ -89,15 +91,15 @@ class KeyNormAllocation(nn.Module):
 
     @torch.no_grad()
     def observe(self, k: Tensor, head_map: Tensor) -> None:
-        """Take the norms of a forward's keys; ``kdgqa`` writes the map. Seeing the same keys again
-        (activation checkpointing) changes nothing."""
+        """Record the norms of a forward's keys; ``kdgqa`` also writes the map. Recording the same
+        keys twice (activation checkpointing) changes nothing."""
         self.norms.copy_(key_norms(k))
         if self.kind == "kdgqa":
             head_map.copy_(allocate(self.norms - self.norms.min(), self.num_heads))
 
     @torch.no_grad()
     def step(self, head_map: Tensor) -> None:
-        """After a training step: at the end of a window, ``dgqa`` writes the map."""
+        """Call after a training step. At the end of a window, ``dgqa`` writes the map."""
         self.steps += 1
         if self.kind == "kdgqa":
             return
@@ -106,7 +108,7 @@ class KeyNormAllocation(nn.Module):
             shares, kept = (self.norms - self.last_norms).abs(), self.norms
         else:
             shares = kept = EMA_WEIGHT * self.norms + (1 - EMA_WEIGHT) * self.last_norms
-        # The first window has nothing before it to compare or to average with.
+        # The first window has no earlier norms to compare or to average with.
         shares, kept = (torch.where(first, self.norms, x) for x in (shares, kept))
         head_map.copy_(torch.where(due, allocate(shares, self.num_heads), head_map))
         self.last_norms.copy_(torch.where(due, kept, self.last_norms))

@@ -1,4 +1,5 @@
-"""AsymGroupedQueryAttention: projections around asym_gqa_attention, with the head map as state."""
+"""AsymGroupedQueryAttention: projections around asym_gqa_attention, with the head map as a
+buffer."""
 
 from __future__ import annotations
 
@@ -15,24 +16,25 @@ from .rotary import rotary
 class AsymGroupedQueryAttention(nn.Module):
     """Self-attention whose query heads share KV heads by a map.
 
-    The map is a buffer: it is saved in the state dict, and may change between steps without
-    recompilation or, on an accelerator, synchronisation. Data-parallel training broadcasts buffers
-    from the first rank, and so the map.
+    The map is a buffer: it is saved in the state dict. It may change between steps without
+    recompilation and, on an accelerator, without synchronisation. Data-parallel training broadcasts
+    the first rank's buffers, and so its map.
 
     Args:
         embed_dim: channels of input and output.
         num_heads, num_kv_heads: ``Hq`` and ``Hkv``.
-        head_map: ``Hq`` integers in ``[0, Hkv)``; default consecutive groups as equal as can be.
-        allocation: None for a map that stays, or a name out of ``ALLOCATIONS``. Call
+        head_map: ``Hq`` integers in ``[0, Hkv)``. By default, consecutive groups of sizes that
+            differ by one at most.
+        allocation: None for a fixed map, or a name in ``ALLOCATIONS``. Call
             :func:`step_allocations` after each optimizer step.
         window: steps between two allocations of the DGQA kinds.
-        perturbation: PGQA (arXiv 2408.08454): this times Gaussian noise, standardised to the mean
-            and deviation of each row and zero where a token meets its own channel index, is taken
-            from the attention's output in training.
+        perturbation: factor of the noise of PGQA (arXiv 2408.08454). Training subtracts from the
+            attention's output Gaussian noise with the mean and deviation of each row, and zero at
+            each token's own channel index.
         head_dim: default ``embed_dim // num_heads``.
         bias: whether the projections have one.
-        rotary_base: base of the rotary embedding's frequencies; None for none.
-        dropout: of the probabilities, in training.
+        rotary_base: base of the rotary embedding's frequencies; None for no rotary embedding.
+        dropout: probability of dropping attention weights, in training.
         backend: of :func:`gqa_kernels.asym_gqa_attention`.
 
     Examples:
@@ -101,7 +103,8 @@ class AsymGroupedQueryAttention(nn.Module):
         self.head_map.copy_(checked.tensor())
 
     def step_allocation(self) -> None:
-        """A training step is over: the allocation, if there is one, may write another map."""
+        """Report a finished training step. The allocation, if there is one, may then write a new
+        map."""
         if self.allocation is not None:
             self.allocation.step(self.head_map)
 
@@ -113,11 +116,11 @@ class AsymGroupedQueryAttention(nn.Module):
         positions: Tensor | None = None,
         **options,
     ) -> Tensor:
-        """Attention of ``x`` ``[B, S, embed_dim]`` to itself, in the same shape.
+        """Self-attention of ``x`` ``[B, S, embed_dim]``, in the same shape.
 
         Args:
-            positions: ``[S]`` or ``[B, S]``, of the rotary embedding; default 0, 1, ...
-            options: further ones of :func:`gqa_kernels.asym_gqa_attention`.
+            positions: ``[S]`` or ``[B, S]``, for the rotary embedding; default 0, 1, ...
+            options: further options of :func:`gqa_kernels.asym_gqa_attention`.
         """
         batch, length, _ = x.shape
         q = self.q_proj(x).view(batch, length, self.num_heads, self.head_dim)
@@ -131,7 +134,7 @@ class AsymGroupedQueryAttention(nn.Module):
             q, k = (rotary(y, positions, self.rotary_base) for y in (q, k))
         out = asym_gqa_attention(
             q, k, v,
-            self.head_map.clone(),  # backward needs this one, whatever becomes of the buffer
+            self.head_map.clone(),  # backward needs this map even if the buffer changes
             causal=causal, dropout_p=self.dropout if self.training else 0.0, layout="bshd",
             backend=self.backend, **options,
         )  # fmt: skip
@@ -144,8 +147,8 @@ class AsymGroupedQueryAttention(nn.Module):
 
 
 def _noise_like(out: Tensor) -> Tensor:
-    """Noise with the mean and deviation of each row of ``out`` ``[B, S, H, D]``, zero where the
-    token's index is the channel's."""
+    """Noise with the mean and deviation of each row of ``out`` ``[B, S, H, D]``. It is zero in the
+    channel whose index equals the token's."""
     rows = out.detach().float()
     noise = torch.randn_like(rows)
     noise = (noise - noise.mean(-1, keepdim=True)) / noise.std(-1, keepdim=True)
@@ -157,7 +160,7 @@ def _noise_like(out: Tensor) -> Tensor:
 
 
 def step_allocations(model: nn.Module) -> None:
-    """Count a finished training step in every AsymGroupedQueryAttention of ``model``.
+    """Report a finished training step to every AsymGroupedQueryAttention of ``model``.
 
     Examples:
         >>> import torch

@@ -1,8 +1,8 @@
-"""Attention and models over several devices; each module is imported on demand.
+"""Attention and models on several devices. Each module is imported on demand.
 
-tensor             models cut over ranks by query heads, with the KV heads they read
+tensor             models split across ranks by query heads, with the KV heads they read
 shard_checkpoint   the same for a checkpoint on disk
 context, ring      attention over keys on several ranks
-ulysses            attention over tokens on several ranks, which exchange them for heads
+ulysses            attention over tokens on several ranks, which exchange tokens for heads
 dtensor            ``register()``: placements of our ops for ``torch.distributed.tensor``
 """

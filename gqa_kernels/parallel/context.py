@@ -1,12 +1,12 @@
-"""Context parallelism: attention over keys that lie on different ranks, merged through the LSE.
+"""Context parallelism: attention over keys on different ranks, merged through the LSE.
 
 :func:`context_parallel_attention` is for prefill and training: every rank has some of the queries
-and some of the keys. K and V go round the ring of ranks while each rank attends over what it holds
-(Ring Attention, arXiv 2310.01889); backward sends them round again, their gradients with them, so
-that no rank ever holds more than two ranks' keys.
+and some of the keys. K and V travel around the ring of ranks while each rank attends to the keys
+that it holds (Ring Attention, arXiv 2310.01889). Backward sends them around again together with
+their gradients. No rank ever holds more than two ranks' keys.
 
-:func:`context_parallel_decode` is for decode: every rank has all the queries and its part of the
-cache, and what is exchanged are outputs and LSEs.
+:func:`context_parallel_decode` is for decode: every rank has all queries and its part of the cache.
+The ranks exchange outputs and LSEs.
 """
 
 from __future__ import annotations
@@ -35,13 +35,14 @@ if TYPE_CHECKING:
 
 
 def contiguous_ranges(lengths: Sequence[int], begin: int = 0) -> list[list[Range]]:
-    """Ranks' tokens behind each other: rank ``r`` has ``lengths[r]`` of them."""
+    """Consecutive ranges: rank ``r`` has the ``lengths[r]`` tokens after those of rank ``r -
+    1``."""
     return [[run] for run in pairwise(accumulate(lengths, initial=begin))]
 
 
 def zigzag_ranges(length: int, world: int) -> list[list[Range]]:
-    """Two pieces a rank, one from each end of the sequence: equal work where attention is causal
-    (Llama 3, arXiv 2407.21783, section 3.3.2).
+    """Two ranges per rank, one from each end of the sequence. This balances the work of causal
+    attention (Llama 3, arXiv 2407.21783, section 3.3.2).
 
     Examples:
         >>> from gqa_kernels.parallel.context import zigzag_ranges
@@ -117,14 +118,15 @@ def context_parallel_attention(
     group, like that of any parameter.
 
     Args:
-        q: ``[B, Hq, Sq, D]``, this rank's queries; k and v ``[B, Hkv, Sk, D or Dv]`` its keys. Any
-            number of tokens, 0 too. They are packed into a buffer before they are sent.
+        q: ``[B, Hq, Sq, D]``, this rank's queries; k and v ``[B, Hkv, Sk, D or Dv]`` its keys.
+            There may be any number of tokens, even 0. They are packed into a buffer before they are
+            sent.
         q_ranges, kv_ranges: positions of every rank's tokens in the whole sequence. By default
             rank r's tokens follow rank r-1's, and the last query is at the last key. The ranks then
             exchange their lengths first, and wait for them.
-        alibi_slopes: for causal attention; no gradient.
+        alibi_slopes: for causal attention only; not differentiable.
         group: process group; default the world.
-        others: as for ``asym_gqa_attention``; causality and windows go by positions in the whole
+        others: as for ``asym_gqa_attention``. Causality and windows refer to positions in the whole
             sequence, and sinks count once.
 
     Returns:
@@ -167,7 +169,7 @@ def context_parallel_attention(
         window=window, **{name: x for name, x in call.options.items() if name != "backend"},
     )  # fmt: skip
     inputs.check()
-    select(inputs, backend)  # says at once what no part of the call could run
+    select(inputs, backend)  # raises an error now if no backend can run the parts
     out, lse = RingAttention.apply(q, k, v, call)
     if sinks is not None:
         out, lse = merge_sinks(out, lse, sinks, layout=layout)
@@ -213,24 +215,24 @@ def context_parallel_decode(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Causal attention of the last tokens of each sequence over caches on all ranks.
 
-    Every rank calls it with the same queries and its own part of the cache; their keys are in some
-    rank's cache already (``cache.append``). Windows and ALiBi depend on distances across the parts
-    and are not offered.
+    Every rank calls it with the same queries and its own part of the cache. The queries' keys must
+    already be in some rank's cache (``cache.append``). Windows and ALiBi are not supported, because
+    they depend on distances across the parts.
 
     Args:
         q: ``[B, Hq, Sq, D]`` (``[B, Sq, Hq, D]`` for layout ``"bshd"``), the same on all ranks.
-        cache: this rank's keys of each sequence, none of them possible; whose are whose matters
-            not, for keys carry no positions.
-        newest: the rank, within the group, whose cache ends with the keys of the queries' tokens;
-            needed where there is more than one query.
+        cache: this rank's keys of each sequence, possibly none. Any rank may hold any key, because
+            keys carry no positions.
+        newest: the rank, within the group, whose cache ends with the keys of the queries' tokens.
+            Required if there is more than one query.
         others: as for :func:`gqa_kernels.asym_gqa_decode`; sinks count once.
 
     Returns:
         as ``asym_gqa_decode``, the same on all ranks.
 
     Raises:
-        ValueError, TypeError, NotImplementedError: as ``asym_gqa_decode``; ``newest`` is missing or
-            no rank; a query requires a gradient.
+        ValueError, TypeError, NotImplementedError: as ``asym_gqa_decode``; or ``newest`` is missing
+            or not a rank; or a query requires a gradient.
 
     Examples:
         >>> out = context_parallel_decode(q, cache, head_map)  # the cache holds a part of the keys
@@ -259,10 +261,10 @@ def context_parallel_decode(
 def merge_over_ranks(
     out: Tensor, lse: Tensor, *, layout: Layout = "bhsd", group: dist.ProcessGroup | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Attention over the keys of all ranks from attention of the same queries over each rank's.
+    """Merge attention of the same queries over each rank's keys into attention over all keys.
 
     Args:
-        out, lse: as :func:`gqa_kernels.merge_attention_states` takes them. No gradient.
+        out, lse: in the form of :func:`gqa_kernels.merge_attention_states`. Not differentiable.
 
     Returns:
         out in its type and the LSE, fp32, bitwise the same on all ranks.
@@ -289,7 +291,7 @@ def _default_ranges(ring: Ring, num_queries: int, num_keys: int) -> tuple[Ranges
 
 
 def _check_ranges(name: str, ranges: Ranges, ring: Ring, num_tokens: int) -> None:
-    """One entry a rank, this rank's of its length, and no position twice."""
+    """Check ranges: one entry per rank, this rank's of the right length, and no position twice."""
     if len(ranges) != ring.world:
         raise ValueError(f"{name} must have one entry per rank ({ring.world}), got {len(ranges)}")
     mine = sum(end - begin for begin, end in ranges[ring.rank])

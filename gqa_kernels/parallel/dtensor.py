@@ -7,19 +7,20 @@ After :func:`register`, :func:`gqa_kernels.asym_gqa_attention` takes DTensors as
         out = asym_gqa_attention(q, k, v, head_map, causal=True)
         out.sum().backward()
 
-Along each dim of the mesh q, k and v may be
+Along each dim of the mesh the placement may be one of these:
 
-- cut along the batch, all three;
-- q cut along its heads, k and v whole: the map's entries are numbers of KV heads, so each rank
-  takes its part of the map (gradients of k and v are then partial sums). Triton's op reads a plan
-  of the whole map and can't;
-- q cut along its tokens, k and v whole, where no position counts: no causality, window or ALiBi;
-- whole.
+- q, k and v are sharded along the batch.
+- q is sharded along its heads; k and v are replicated. Each rank takes its part of the map, whose
+  entries are indices of KV heads. Gradients of k and v are then partial sums. Triton's op can't do
+  this, because it reads a plan of the whole map.
+- q is sharded along its tokens; k and v are replicated. This requires that positions don't matter:
+  no causality, window or ALiBi.
+- All are replicated.
 
-Anything else, K and V cut along their heads among it, is correct but gathered first, as DTensor
-does: a map says nothing about where a KV head lies. To keep each rank's own KV heads only, cut the
-map (:meth:`gqa_kernels.HeadMap.shard`) and call the function on local tensors, as
-:mod:`.tensor` does. Dropout is refused: ranks would drop alike.
+Any other placement, including K and V sharded along their heads, is correct, but DTensor gathers
+the tensors first: a map doesn't say on which rank a KV head is. To keep only each rank's own KV
+heads, split the map (:meth:`gqa_kernels.HeadMap.shard`) and call the function on local tensors, as
+:mod:`.tensor` does. Dropout is refused, because all ranks would drop the same elements.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from ..call.options import UNBOUNDED
 from ..native import build
 from ..native.schema import BACKWARD, FORWARD, Schema
 
-OLDEST = "2.10"  # of torch, first release tested
+OLDEST = "2.10"  # oldest torch release that was tested
 
 try:
     from torch.distributed.tensor import Partial, Placement, Replicate, Shard
@@ -50,16 +51,16 @@ WHOLE, SUM = Replicate(), Partial()
 
 @dataclass(frozen=True)
 class Way:
-    """One way to cut a call along one dim of the mesh: a placement for each kind of tensor.
+    """One way to shard a call along one dim of the mesh: a placement for each kind of tensor.
 
     Attributes:
-        q: of q, out, LSE and their gradients.
+        q: placement of q, out, LSE and their gradients.
         kv: of k and v; ``dkv`` of their gradients.
         maps: of the head maps ``[Hq]``.
         slopes: of ALiBi slopes ``[B, Hq]`` and their gradient.
-        sinks: ``[Hq]``; ``dsinks`` of their gradient.
-        mask: ``[B, Hq, Sq, Sk]``.
-        lengths: ``[B, Hk]``.
+        sinks: of sinks ``[Hq]``; ``dsinks`` of their gradient.
+        mask: of the mask ``[B, Hq, Sq, Sk]``.
+        lengths: of lengths ``[B, Hk]``.
     """
 
     q: Placement
@@ -82,10 +83,11 @@ WAYS = {
 
 
 def register() -> list[str]:
-    """Tell DTensor the rules of the ops that this machine can run; more than one call does no harm.
+    """Register the sharding rules of the ops that this machine can run. Calling it again is
+    harmless.
 
     Returns:
-        names of the backends whose ops now have rules.
+        the names of the backends whose ops now have rules.
 
     Examples:
         >>> register()
@@ -105,7 +107,7 @@ def register() -> list[str]:
     return registered
 
 
-# How a tensor of an op is cut: the field of its Way. All others are not given, or whole.
+# The field of Way that each tensor argument of an op follows. All others are absent or replicated.
 _PLACED_AS = {
     "q": "q", "out": "q", "lse": "q", "dout": "q", "dlse": "q", "k": "kv", "v": "kv",
     "head_map": "maps", "plan": "maps", "value_head_map": "maps", "alibi_slopes": "slopes",
@@ -114,10 +116,10 @@ _PLACED_AS = {
 
 
 def _register(name: str, forward_schema: Schema, backward_schema: Schema, cuts_map: bool) -> None:
-    """Rules of ``name``'s forward and backward op.
+    """The rules of ``name``'s forward and backward op.
 
     Args:
-        cuts_map: whether the op reads the map itself, which can be cut with the query heads.
+        cuts_map: whether the op reads the map itself, which can be sharded with the query heads.
     """
 
     def forward(*arguments):
@@ -147,7 +149,7 @@ def _register(name: str, forward_schema: Schema, backward_schema: Schema, cuts_m
 
 
 def _placements(way: Way, call: Any) -> list[Placement | None]:
-    """Placements of the tensors of a call, in order; None of what is none."""
+    """Placements of a call's tensors, in order; None for absent tensors."""
     return [
         None if x is None or name not in _PLACED_AS else getattr(way, _PLACED_AS[name])
         for name, x in call._asdict().items()
@@ -155,7 +157,7 @@ def _placements(way: Way, call: Any) -> list[Placement | None]:
 
 
 def _ways(cuts_map: bool, call: Any) -> list[Way]:
-    """The ways in which ranks can work alone."""
+    """The placements with which ranks need no communication."""
     names = ["whole", "batch"]
     if cuts_map:
         names.append("heads")

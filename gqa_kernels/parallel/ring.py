@@ -1,8 +1,9 @@
-"""Ring attention: K and V of all ranks go round while each rank attends over what it holds.
+"""Ring attention: K and V of all ranks go around while each rank attends to what it holds.
 
-Tokens lie in runs of positions of one whole sequence. A run of queries and a run of keys that see
-each other are a :class:`Part`, one ordinary call on the tokens of both: its window, counted from
-the last key as kernels do, says what is visible. Parts' outputs are merged through their LSEs.
+Tokens form runs of consecutive positions in the whole sequence. A run of queries and a run of keys
+that see each other make a :class:`Part`: one ordinary call on the tokens of both. Its window,
+counted from the last key as in the kernels, determines what is visible. The outputs of the parts
+are merged through their LSEs.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from ..cache.tensors import Layout
 from ..cascade import merge_attention_states, over_heads_and_tokens
 
 Range = tuple[int, int]  # positions [begin, end) in the whole sequence
-Ranges = Sequence[Sequence[Range]]  # for each rank, where its tokens lie, in their order
+Ranges = Sequence[Sequence[Range]]  # for each rank, the ranges of its tokens, in order
 
 
 @dataclass(frozen=True)
 class Ring:
-    """The ranks of a group, each sending to the next one."""
+    """The ranks of a group. Each rank sends to the next one."""
 
     group: dist.ProcessGroup
     rank: int
@@ -43,7 +44,7 @@ class Ring:
         return cls(group, rank, dist.get_world_size(group))
 
     def start(self, sent: Tensor, received: Tensor) -> list[dist.Work]:
-        """Begin to send one buffer on and to receive another; empty ones are not sent."""
+        """Start sending one buffer and receiving another. Empty buffers are not sent."""
         peers = (self.rank + 1) % self.world, (self.rank - 1) % self.world
         exchanges = ((dist.isend, sent, peers[0]), (dist.irecv, received, peers[1]))
         operations = [
@@ -56,13 +57,13 @@ class Ring:
 
 @dataclass(frozen=True)
 class Call:
-    """One call: where the tokens lie, what is visible, and the options of every part.
+    """One call: the positions of the tokens, the visibility, and the options of every part.
 
     Attributes:
-        queries: where this rank's queries lie.
-        keys: where every rank's keys lie.
-        left, right: keys visible before and after a query's position, None for all.
-        axis: of the tokens in q, k and v.
+        queries: ranges of this rank's queries.
+        keys: ranges of every rank's keys.
+        left, right: number of keys visible before and after a query's position, None for all.
+        axis: the axis of tokens in q, k and v.
     """
 
     ring: Ring
@@ -84,7 +85,7 @@ class Call:
         for q_begin, q_end in self.queries:
             k_start = 0
             for keys in self.keys[owner]:
-                # The bias of ALiBi is the kernel's own where last query and last key coincide.
+                # ALiBi's bias is the kernel's own if the last query is at the last key.
                 cut = q_end if self.alibi_slopes is None else min(max(keys[1], q_begin), q_end)
                 for run in ((q_begin, cut), (cut, q_end)):
                     part = _visible(run, keys, self.left, self.right)
@@ -94,20 +95,20 @@ class Call:
             q_start += q_end - q_begin
 
     def attend(self, part: Part, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Out and LSE of the part's queries over its keys, from all of the ranks' q, k and v."""
+        """Out and LSE of the part's queries over its keys, from the ranks' whole q, k and v."""
         cut = self.queries_of(part, q), self.keys_of(part, k), self.keys_of(part, v)
         return self.attend_to(part, *cut)
 
     def attend_to(self, part: Part, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """The same from just the part's tokens."""
+        """The same from the part's tokens only."""
         slopes = self.alibi_slopes
         if slopes is None or part.distance == 0:
             return asym_gqa_attention(
                 q, k, v, window=part.window, alibi_slopes=slopes, layout=self.layout,
                 return_lse=True, **self.options,
             )  # fmt: skip
-        # All keys lie before the queries: the bias -slope * (p - j) splits into one of the keys,
-        # counted from the last one, and one of the queries, which only moves the LSE.
+        # All keys come before the queries. So the bias -slope * (p - j) is the sum of a bias of the
+        # keys, counted from the last one, and a bias of the queries, which only shifts the LSE.
         slopes = slopes.to(q.device, torch.float32)[..., None]
         num_keys, num_queries = k.shape[self.axis], q.shape[self.axis]
         before_last = torch.arange(1 - num_keys, 1, device=q.device)
@@ -133,11 +134,11 @@ class Call:
 
 @dataclass(frozen=True)
 class Part:
-    """A run of queries and one of keys.
+    """A run of queries and a run of keys.
 
     Attributes:
-        window: as a call on these alone has it, whose last query stands at its last key.
-        distance: how far the last query really stands behind the last key.
+        window: the window of a call on these tokens alone, whose last query is at the last key.
+        distance: how many positions the last query comes after the last key.
     """
 
     q_begin: int
@@ -148,7 +149,7 @@ class Part:
     distance: int
 
     def moved(self, queries: int, keys: int) -> Part:
-        """The part by indices into a rank's own tensors instead of positions."""
+        """The part, with indices into a rank's own tensors instead of positions."""
         return Part(
             self.q_begin + queries, self.q_end + queries, self.k_begin + keys, self.k_end + keys,
             self.window, self.distance,
@@ -156,7 +157,7 @@ class Part:
 
 
 def _visible(queries: Range, keys: Range, left: int | None, right: int | None) -> Part | None:
-    """What of two runs sees each other, without the tokens at their ends that see nothing."""
+    """The visible part of two runs, without the tokens at their ends that see nothing."""
     (q_begin, q_end), (k_begin, k_end) = queries, keys
     if q_begin >= q_end or k_begin >= k_end:
         return None
@@ -170,7 +171,7 @@ def _visible(queries: Range, keys: Range, left: int | None, right: int | None) -
     if q_begin >= q_end or k_begin >= k_end:
         return None
     distance = q_end - k_end
-    # Neither side is negative: the queries and keys that would make it so are cut off above.
+    # Neither side is negative: the queries and keys that would make it so were cut off above.
     window = (
         None if left is None else left - distance,
         None if right is None else right + distance,
@@ -182,8 +183,8 @@ class RingAttention(torch.autograd.Function):
     """Attention over all ranks' keys, and its gradient.
 
     Forward passes K and V around the ring once. Backward does so again: it recomputes each part and
-    differentiates it alone. With ``w = exp(lse_part - lse)`` the gradients of the part's out and
-    LSE are ``w dout`` and ``w (dout . (out_part - out) + dlse)``.
+    differentiates it separately. With ``w = exp(lse_part - lse)``, the gradients of the part's out
+    and LSE are ``w dout`` and ``w (dout . (out_part - out) + dlse)``.
     """
 
     @staticmethod
@@ -235,7 +236,7 @@ def _part_gradients(
     dout: Tensor,
     dlse: Tensor,
 ) -> tuple[Tensor, ...]:
-    """Gradients of the part's q, k and v; ``tensors`` are all of this rank's q, held k and v."""
+    """Gradients of the part's q, k and v. ``tensors`` are this rank's q and the held k and v."""
     cuts = (call.queries_of, call.keys_of, call.keys_of)
     leaves = [cut(part, x).detach().requires_grad_() for cut, x in zip(cuts, tensors, strict=True)]
     with torch.enable_grad():
@@ -250,8 +251,8 @@ def _part_gradients(
 
 
 def _round(call: Call, k: Tensor, v: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """``(owner, its k, its v)`` for every rank's keys, this rank's first. The next ones travel
-    while the caller works on these."""
+    """Yields ``(owner, its k, its v)`` for every rank, starting with this one. The next rank's keys
+    arrive while the caller works on these."""
     ring = call.ring
     held = torch.cat([k.flatten(), v.flatten()]) if ring.world > 1 else None
     keys, values = k, v
@@ -271,7 +272,7 @@ def _round(call: Call, k: Tensor, v: Tensor) -> Iterator[tuple[int, Tensor, Tens
 
 
 def _pass_on(call: Call, owner: int, held: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Send the gradients of ``owner``'s keys to the next rank; those that come instead."""
+    """Send the gradients of ``owner``'s keys to the next rank, and return those received."""
     ring = call.ring
     if ring.world == 1:
         return held
@@ -282,7 +283,7 @@ def _pass_on(call: Call, owner: int, held: Tensor, k: Tensor, v: Tensor) -> Tens
 
 
 def _packed_size(call: Call, owner: int, k: Tensor, v: Tensor) -> int:
-    """Elements of ``owner``'s K and V."""
+    """Number of elements of ``owner``'s K and V."""
     return sum(_with_tokens(x, call, owner).numel() for x in (k, v))
 
 
@@ -294,7 +295,7 @@ def _unpacked(held: Tensor, call: Call, owner: int, k: Tensor, v: Tensor) -> tup
 
 
 def _with_tokens(x: Tensor, call: Call, owner: int) -> torch.Size:
-    """The shape of ``owner``'s counterpart of this rank's k or v."""
+    """The shape of ``owner``'s k or v, given this rank's."""
     shape = list(x.shape)
     shape[call.axis] = call.num_keys(owner)
     return torch.Size(shape)

@@ -1,8 +1,8 @@
-"""Checkpoints cut into the ranks of tensor parallelism, on disk.
+"""Splits checkpoints on disk across the ranks of tensor parallelism.
 
 :func:`shard_checkpoint` reads a checkpoint tensor by tensor and writes a folder per rank: its part
 of the weights as safetensors, the config, and ``shard.json`` with the rank's heads and maps of each
-layer. :func:`load_shard` loads a single rank's folder.
+layer. :func:`load_shard` loads the folder of one rank.
 """
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ LICENSES = ("LICENSE", "LICENCE", "NOTICE")
 def shard_checkpoint(
     folder: str | Path, out: str | Path, world: int, *, query_cost: int = 1, kv_cost: int = 1
 ) -> Path:
-    """Cut a checkpoint into ``out/rank-0`` up to ``out/rank-{world - 1}``.
+    """Split a checkpoint into ``out/rank-0`` to ``out/rank-{world - 1}``.
 
-    At most one rank's part of one weights file is in memory. If it fails, it leaves nothing behind.
+    Memory holds at most one rank's part of one weights file. If it fails, it leaves nothing behind.
 
     Args:
-        folder: a Hugging Face checkpoint in safetensors, converted or not, of a model as
-            :func:`.tensor.shard_model` takes it.
+        folder: a Hugging Face checkpoint in safetensors, converted or not, of a model that
+            :func:`.tensor.shard_model` supports.
         out: must not exist, or be empty.
         world: number of ranks, at most the number of query heads.
-        query_cost, kv_cost: as :meth:`gqa_kernels.HeadMap.shard` takes them.
+        query_cost, kv_cost: as for :meth:`gqa_kernels.HeadMap.shard`.
 
     Returns:
         ``out``.
 
     Raises:
-        ValueError: no complete checkpoint there, an index or a link that leads out of the folder,
-            ``out`` holds something, or ``world`` is out of range.
-        NotImplementedError: the model can't be cut, or its weights are quantised.
+        ValueError: there is no complete checkpoint, an index or a link points outside the folder,
+            ``out`` is not empty, or ``world`` is out of range.
+        NotImplementedError: the model can't be split, or its weights are quantised.
 
     Examples:
         >>> shard_checkpoint("child", "child-shards", world=2)
@@ -82,18 +82,18 @@ def shard_checkpoint(
 def load_shard(
     folder: str | Path, *, group: dist.ProcessGroup | None = None, **options: Any
 ) -> nn.Module:
-    """Load this rank's part of what :func:`shard_checkpoint` wrote, in eval mode.
+    """Load this rank's part of a checkpoint that :func:`shard_checkpoint` wrote, in eval mode.
 
     Args:
-        folder: the folder of all ranks; only this rank's is read.
-        group: process group of the sums; default the world's.
-        options: of ``from_pretrained`` (``dtype``, ...).
+        folder: the folder of all ranks. Only this rank's folder is read.
+        group: process group in which outputs are summed; default the world.
+        options: options of ``from_pretrained`` (``dtype``, ...).
 
     Returns:
         a model as :func:`.tensor.shard_model` makes it.
 
     Raises:
-        ValueError: the folder was cut for another number of ranks, or is not complete.
+        ValueError: the folder was split for another number of ranks, or is incomplete.
 
     Examples:
         >>> dist.init_process_group()
@@ -123,10 +123,10 @@ def load_shard(
 
 
 class _Whole(NamedTuple):
-    """What a checkpoint holds before it is cut.
+    """A checkpoint before it is split.
 
     Attributes:
-        made: its model class with the projections of its maps.
+        made: its model class, built with the projections of its maps.
         model_class: its model class in transformers.
     """
 
@@ -145,14 +145,14 @@ def _whole(folder: Path) -> _Whole:
 
 
 def _empty_model(folder: Path) -> nn.Module:
-    """The uncut model of a checkpoint, without memory for its weights."""
+    """The whole model of a checkpoint, without memory for its weights."""
     whole = _whole(folder)
     with checkpoint.as_value_errors(folder), torch.device("meta"):
         return whole.made(whole.config)
 
 
 def _copy_rest(folder: Path, target: Path) -> None:
-    """Copy config, tokenizer and texts; not weights, in whatever format."""
+    """Copy config, tokenizer and texts, but no weights of any format."""
     for file in folder.iterdir():
         if not file.is_file() or file.name.endswith(".index.json"):
             continue
@@ -163,10 +163,10 @@ def _copy_rest(folder: Path, target: Path) -> None:
 def _write_weights(
     files: list[Path], target: Path, cuts: dict[str, Cut], prefix: str, rank: int
 ) -> None:
-    """A rank's part of every file under its name, and their index where there are several.
+    """Write a rank's part of every file under the same name and, if there are several, their index.
 
     Args:
-        cuts: by module name, which in the files may come behind ``prefix``.
+        cuts: by module name. The files may prepend ``prefix`` to these names.
     """
     from safetensors.torch import save_file
 
@@ -199,7 +199,7 @@ def _opened(file: Path) -> Iterator[Any]:
 
 
 def _part(tensor: Tensor, kind: str, one: Cut | None, rank: int) -> Tensor | None:
-    """What a rank keeps of a tensor; None of a bias that the first rank adds for all."""
+    """A rank's part of a tensor. None for a bias that the first rank adds for all."""
     if one is None:
         return tensor
     if kind == "bias" and one.dim == 1:
@@ -221,7 +221,7 @@ def _to_json(shards: dict[str, HeadMapShard]) -> dict[str, dict[str, Any]]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """What ``shard_checkpoint`` wrote about a rank."""
+    """The description of a rank that ``shard_checkpoint`` wrote."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         return {

@@ -2,9 +2,9 @@
 
 :func:`shard_model` keeps one rank's part of every layer: the query heads that
 :meth:`gqa_kernels.HeadMap.shard` assigns to it, only the KV heads that these read, and an equal
-slice of the feed-forward layers. Sizes need not divide by the number of ranks.
+slice of the feed-forward layers. Sizes need not be multiples of the number of ranks.
 :mod:`.shard_checkpoint` does the same to a checkpoint on disk, tensor by tensor. transformers' own
-plan (``config.base_model_tp_plan``) says which layers to cut, and how.
+plan (``config.base_model_tp_plan``) determines which layers are split, and how.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from ..integrations.transformers import register
 from ..integrations.transformers.guards import guard_layer
 from ..models.maps import layer_maps, store_maps
 
-# Projections of attention: which of a shard's heads each keeps, as its outputs (0) or inputs (1).
+# For each projection of attention: which of a shard's heads it keeps, as outputs (0) or inputs (1).
 HEADS = {
     "q_proj": ("query_heads", 0),
     "k_proj": ("kv_heads", 0),
     "v_proj": ("value_heads", 0),
     "o_proj": ("query_heads", 1),
 }
-COLUMNS, ROWS = "colwise", "rowwise"  # transformers' names: outputs cut, inputs cut and summed
+COLUMNS, ROWS = "colwise", "rowwise"  # transformers' names: split outputs; split inputs, summed
 REPLICATED = "replicated_with_grad_allreduce"
 
 
@@ -41,20 +41,20 @@ def shard_model(
     query_cost: int = 1,
     kv_cost: int = 1,
 ) -> nn.Module:
-    """Cut ``model`` in place to rank ``rank``'s part, and return it.
+    """Split ``model`` in place: keep rank ``rank``'s part, and return it.
 
-    The model then runs on ``attn_implementation="asym_gqa"``. Every rank must call it with the same
-    inputs and gets the complete outputs. KV caches hold only the rank's own KV heads.
+    The model then runs with ``attn_implementation="asym_gqa"``. Every rank must call it with the
+    same inputs and receives the complete outputs. KV caches hold only the rank's own KV heads.
 
     Args:
         model: a Hugging Face model whose ``config.base_model_tp_plan`` names ``q_proj``,
             ``k_proj``, ``v_proj`` and ``o_proj``, with or without head maps in its config.
         rank, world: this rank and the number of ranks, at most the number of query heads.
-        group: process group of the sums; default the world's.
-        query_cost, kv_cost: as :meth:`gqa_kernels.HeadMap.shard` takes them.
+        group: process group in which outputs are summed; default the world.
+        query_cost, kv_cost: as for :meth:`gqa_kernels.HeadMap.shard`.
 
     Raises:
-        NotImplementedError: the model has no such plan, or it has a rule not known here.
+        NotImplementedError: the model has no such plan, or the plan has an unknown rule.
         ValueError: ``rank`` or ``world`` is out of range.
 
     Examples:
@@ -73,10 +73,10 @@ def shard_model(
 
 @dataclass(frozen=True)
 class Cut:
-    """What a rank keeps of a linear layer.
+    """The part of a linear layer that a rank keeps.
 
     Attributes:
-        dim: 0 if outputs are cut, 1 if inputs are.
+        dim: 0 if outputs are split, 1 if inputs are.
         kept: indices along it.
     """
 
@@ -91,12 +91,12 @@ def cuts_of(
     rank: int,
     world: int,
 ) -> dict[str, Cut]:
-    """What rank ``rank`` keeps of every linear layer that is cut.
+    """The part that rank ``rank`` keeps of every linear layer that is split.
 
     Args:
-        model: uncut; its weights are not read.
-        rules: of the modules by name, from :func:`rules_of`.
-        shards: the rank's heads by name of the attention module.
+        model: the whole model; its weights are not read.
+        rules: rules by module name, from :func:`rules_of`.
+        shards: the rank's heads, by the attention module's name.
     """
     cuts = {}
     for name, rule in rules.items():
@@ -120,7 +120,8 @@ def cut(
     world: int,
     group: dist.ProcessGroup | None,
 ) -> None:
-    """Cut the projections of a model in place, and sum over the ranks where inputs were cut."""
+    """Split the projections of a model in place. If inputs are split, sum outputs over the
+    ranks."""
     for name, one in cuts_of(model, rules, shards, rank, world).items():
         module = model.base_model.get_submodule(name)
         _keep(module, one)
@@ -129,7 +130,7 @@ def cut(
 
 
 def store_shard_maps(model: nn.Module, shards: dict[str, HeadMapShard]) -> None:
-    """Write a rank's maps into the config of its model, and guard its attention layers."""
+    """Write a rank's maps into its model's config, and guard its attention layers."""
     pairs = [(shard.head_map, shard.value_head_map or shard.head_map) for shard in shards.values()]
     for name, pair in zip(shards, pairs, strict=True):
         guard_layer(model.base_model.get_submodule(name), *pair)
@@ -144,7 +145,7 @@ def attention_names(rules: dict[str, str]) -> list[str]:
 def shard_of(
     model: nn.Module, name: str, rank: int, world: int, query_cost: int, kv_cost: int
 ) -> HeadMapShard:
-    """The heads of rank ``rank`` in the attention module ``name`` of an uncut model."""
+    """The heads of rank ``rank`` in the attention module ``name`` of a whole model."""
     module = model.base_model.get_submodule(name)
     projections = (module.q_proj, module.k_proj, module.v_proj)
     counts = (projection.out_features // module.head_dim for projection in projections)
@@ -198,7 +199,7 @@ def _keep(linear: nn.Linear, one: Cut) -> None:
 
 
 def _sum_over_ranks(linear: nn.Linear, rank: int, group: dist.ProcessGroup | None) -> None:
-    """Add up the outputs of all ranks; the bias counts once."""
+    """Sum the outputs of all ranks. The bias counts once."""
     if linear.bias is not None and rank > 0:
         linear.bias = None
 

@@ -1,10 +1,10 @@
 """Ulysses attention: ranks exchange tokens for heads, attend, and exchange back.
 
-Every rank holds some tokens of all heads. One all-to-all gives it all tokens of some heads,
-ordinary attention runs on these, and a second all-to-all returns the outputs (DeepSpeed Ulysses,
-arXiv 2309.14509). The heads of a rank are those of :meth:`gqa_kernels.HeadMap.shard`, so the
-counts need not divide by the number of ranks, and K and V are never expanded: a rank receives the
-KV heads that its query heads read, under a map of its own.
+Every rank holds some tokens of all heads. An all-to-all exchanges them for all tokens of some
+heads, ordinary attention runs on these, and a second all-to-all returns the outputs (DeepSpeed
+Ulysses, arXiv 2309.14509). :meth:`gqa_kernels.HeadMap.shard` assigns the heads to ranks, so the
+counts need not divide by the number of ranks. K and V are never expanded: a rank receives the KV
+heads that its query heads read, with a map of its own.
 
 With a second group the exchange runs inside a ring of :mod:`.context` (USP, arXiv 2405.07719).
 """
@@ -54,8 +54,8 @@ def ulysses_attention(
 
     Every rank of the group calls it with its own q, k and v and otherwise the same arguments. If
     one rank's q, k or v requires a gradient, all ranks' must, and all must run backward. The
-    gradient of ``sinks`` covers this rank's heads only: sum it over the group, like that of any
-    parameter.
+    gradient of ``sinks`` covers this rank's heads only: sum it over the group, as you do with the
+    gradient of any parameter.
 
     Args:
         q: ``[B, Hq, Sq, D]``, this rank's queries; k and v ``[B, Hkv, Sk, D or Dv]`` its keys. Any
@@ -64,19 +64,19 @@ def ulysses_attention(
             first, and wait for them.
         group: process group of the exchange; default the world. Each of its ranks gets at least one
             query head.
-        ring_group: the ranks that hold the same heads of other tokens. They form a ring of
-            :func:`gqa_kernels.parallel.context.context_parallel_attention`: the tokens of this
-            rank's ``group``, together, are what that function takes from a rank.
-        q_ranges, kv_ranges: positions of the tokens of every rank of ``ring_group``, as that
-            function takes them; default one group after another.
+        ring_group: the ranks that hold the same heads of other tokens. They form the ring of
+            :func:`gqa_kernels.parallel.context.context_parallel_attention`, and the tokens of this
+            rank's ``group`` together act as one rank's tokens there.
+        q_ranges, kv_ranges: positions of the tokens of every rank of ``ring_group``, in the form of
+            that function. By default one group follows another.
         others: as for ``asym_gqa_attention``.
 
     Returns:
         as ``asym_gqa_attention``, for this rank's queries.
 
     Raises:
-        ValueError, TypeError: as ``asym_gqa_attention``; the group has more ranks than there are
-            query heads; lengths that don't fit; ranges without a ring.
+        ValueError, TypeError: as ``asym_gqa_attention``; or the group has more ranks than query
+            heads; or lengths don't fit; or ranges are passed without a ring.
 
     Examples:
         >>> # 28 query heads over 4 KV heads on 8 ranks: 4 or 3 query heads each
@@ -126,13 +126,13 @@ def ulysses_attention(
 
 @dataclass(frozen=True)
 class Exchange:
-    """Who has which heads and tokens of a tensor.
+    """The ranks' heads and tokens of one tensor.
 
     Attributes:
-        ranks: of the group.
-        heads: of each rank, after the exchange. Ranks may have heads in common.
-        tokens: number of tokens of each rank, before it.
-        num_heads: heads before it.
+        ranks: the ranks of the group.
+        heads: each rank's heads after the exchange. Ranks may have heads in common.
+        tokens: each rank's number of tokens before the exchange.
+        num_heads: number of heads before the exchange.
     """
 
     ranks: Ring
@@ -141,7 +141,7 @@ class Exchange:
     num_heads: int
 
     def to_heads(self, x: Tensor) -> Tensor:
-        """``[B, H, own tokens, D]`` of every rank to ``[B, own heads, tokens, D]``."""
+        """Exchange ``[B, H, own tokens, D]`` for ``[B, own heads, tokens, D]``."""
         batch, dim = x.shape[0], x.shape[3]
         sent = [x[:, list(heads)].flatten() for heads in self.heads]
         mine = len(self.heads[self.ranks.rank])
@@ -150,9 +150,9 @@ class Exchange:
         return torch.cat([x.view(s) for x, s in zip(received, shapes, strict=True)], dim=2)
 
     def to_tokens(self, y: Tensor) -> Tensor:
-        """``[B, own heads, tokens, D]`` of every rank to ``[B, H, own tokens, D]``.
+        """Exchange ``[B, own heads, tokens, D]`` for ``[B, H, own tokens, D]``.
 
-        It sums over the ranks that have a head, and returns zeros for heads that none has.
+        Sums over the ranks that have a head, and returns zeros for heads that no rank has.
         """
         batch, dim = y.shape[0], y.shape[3]
         own = self.tokens[self.ranks.rank]
@@ -176,7 +176,7 @@ class Exchange:
 
 
 class ToHeads(torch.autograd.Function):
-    """:meth:`Exchange.to_heads`; a head's gradient is the sum over the ranks that had it."""
+    """:meth:`Exchange.to_heads`. A head's gradient is the sum over the ranks that had it."""
 
     @staticmethod
     def forward(ctx, x: Tensor, exchange: Exchange) -> Tensor:

@@ -1,4 +1,4 @@
-"""assign(): how many query heads of each group every rank takes."""
+"""assign(): how many query heads of each group go to every rank."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from .program import solve
 
 @lru_cache(maxsize=256)
 def assign(groups: Groups, world: int) -> tuple[tuple[int, ...], ...]:
-    """How many query heads of each group every rank takes, ``[groups][world]``.
+    """How many query heads of each group go to every rank, ``[groups][world]``.
 
-    Every rank takes at least one.
+    Every rank gets at least one.
 
     Raises:
         ImportError: the mixed-integer program is needed and SciPy is missing.
@@ -31,7 +31,7 @@ def assign(groups: Groups, world: int) -> tuple[tuple[int, ...], ...]:
 
 
 def _consecutive(sizes: Sequence[int], world: int) -> np.ndarray:
-    """The heads, group after group, cut into runs whose lengths differ by at most one."""
+    """The heads, group after group, split into runs whose lengths differ by at most one."""
     ends = np.cumsum(sizes)
     begins = ends - sizes
     cuts = sum(sizes) * np.arange(world + 1) // world
@@ -40,7 +40,7 @@ def _consecutive(sizes: Sequence[int], world: int) -> np.ndarray:
 
 
 def _largest_first(groups: Groups, world: int) -> np.ndarray:
-    """Whole groups, largest first, each to the least loaded rank."""
+    """Assigns whole groups, largest first, each to the least loaded rank."""
     assignment = np.zeros((len(groups.sizes), world), dtype=int)
     for g in sorted(range(len(groups.sizes)), key=lambda g: -groups.sizes[g]):
         assignment[g, groups.loads(assignment).argmin()] = groups.sizes[g]

@@ -9,12 +9,12 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Groups:
-    """What to assign: groups of query heads that read the same heads of K and V.
+    """The heads to assign: groups of query heads that read the same K and V heads.
 
     Attributes:
         sizes: query heads of each group.
-        reads: for each kind of cached head (K and V together, or each its own kind) the head that
-            each group reads, numbered from 0 without gaps.
+        reads: for each kind of cached head (K and V together, or each its own kind), the head that
+            each group reads. Heads are numbered from 0 without gaps.
         query_cost: load of one query head.
         read_cost: load of one cached head of any kind.
     """
@@ -37,7 +37,7 @@ class Groups:
         return self.query_cost * assignment.sum(axis=0) + self.read_cost * self.held(assignment)
 
     def least_held(self, world: int) -> int:
-        """Lower bound of the cached heads that all ranks hold together."""
+        """Lower bound of the number of cached heads over all ranks."""
         return sum(max(max(reads) + 1, world) for reads in self.reads)
 
     def least_load(self, world: int) -> int:

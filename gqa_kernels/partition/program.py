@@ -1,4 +1,4 @@
-"""The mixed-integer program behind ``assign``, for head maps that no simple cut solves."""
+"""The mixed-integer program behind ``assign``, for head maps that no simple split solves."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from .groups import Groups
 def solve(groups: Groups, world: int) -> np.ndarray:
     """Solve it with SciPy's HiGHS.
 
-    Variables: heads of group g on rank r; for each kind, whether rank r holds cached head h; the
-    largest load. One unit of the largest load outweighs all possible replicas together.
-    """
+    Variables: the number of heads of group g on rank r; for each kind, whether rank r holds cached
+    head h; the largest load. One unit of the largest load outweighs all possible replicas
+    together."""
     try:
         from scipy.optimize import Bounds, LinearConstraint, milp
         from scipy.sparse import block_array, csr_array, eye_array, kron
@@ -55,8 +55,8 @@ def solve(groups: Groups, world: int) -> np.ndarray:
         np.concatenate([np.zeros(num_heads), np.ones(num_held), [num_held + 1.0]]),
         constraints=[
             rows(place_all, None, None, groups.sizes, groups.sizes),
-            rows(per_rank(num_groups), None, None, 1, np.inf),  # no rank stays empty
-            rows(heads_needing, -chosen, None, -np.inf, 0),  # heads only where K and V are
+            rows(per_rank(num_groups), None, None, 1, np.inf),  # no rank is empty
+            rows(heads_needing, -chosen, None, -np.inf, 0),  # a head needs its K and V on the rank
             rows(query_load, held_load, -ones, -np.inf, 0),
             rows(order @ query_load, order @ held_load, None, 0, np.inf),  # ranks are alike
         ],

@@ -1,1 +1,1 @@
-"""Progress bars, pictures, names of devices, whole files and UsageError, for every layer."""
+"""Progress bars, figures, device names, atomic file writes and UsageError, for every layer."""

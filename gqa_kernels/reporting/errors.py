@@ -1,4 +1,4 @@
-"""UsageError: something the user must fix before a command can run."""
+"""UsageError: a problem that the user must fix before a command can run."""
 
 
 class UsageError(RuntimeError):

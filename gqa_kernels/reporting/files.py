@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, with the modes that the umask asks for."""
+"""Files and folders that are written completely or not at all, with the modes of the umask."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 
 def write_atomically(path: str | Path, data: bytes | str) -> Path:
-    """Write a file. A reader, or a crash, sees the old content or the new one, never a part."""
+    """Write a file atomically: a reader, or a crash, leaves the old content or the new one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = _beside(path)
@@ -30,12 +30,12 @@ def write_atomically(path: str | Path, data: bytes | str) -> Path:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """Read what ``torch.save`` wrote; no code in the file runs.
+    """Read a file that ``torch.save`` wrote. No code in the file is run.
 
     Raises:
-        ValueError: the file is truncated, or holds something else.
+        ValueError: the file is truncated, or is not a state.
     """
-    import torch  # not above: commands that answer without torch write files, too
+    import torch  # imported here, because commands without torch write files, too
 
     try:
         content = torch.load(path, weights_only=True, map_location="cpu")
@@ -52,10 +52,10 @@ def check_new_folder(name: str, folder: str | Path) -> Path:
     Call it before the work starts.
 
     Args:
-        name: what the caller calls the folder, for the message.
+        name: the caller's name of the folder, for the message.
 
-    Raises:
-        ValueError: the folder holds something, is no folder, or can't be created.
+        Raises:
+            ValueError: the folder is not empty, is not a folder, or can't be created.
     """
     folder = Path(folder).absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -68,7 +68,7 @@ def check_output_folder(name: str, folder: str | Path) -> Path:
     """The same for a folder that may hold files already.
 
     Raises:
-        ValueError: it is no folder, or nothing can be written there.
+        ValueError: the path is not a folder, or nothing can be written there.
     """
     folder = Path(folder).absolute()
     _check_writable(name, folder)
@@ -77,10 +77,10 @@ def check_output_folder(name: str, folder: str | Path) -> Path:
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Fill a folder that appears when the block ends, and not at all if it fails.
+    """Fill a folder that appears when the block ends. If the block fails, it doesn't appear.
 
-    Files and subfolders get the modes that the umask asks for, whatever the libraries that wrote
-    them chose: safetensors writes files that only their owner can read.
+    Files and subfolders get the modes of the umask, whatever the library that wrote them chose:
+    safetensors writes files that only their owner can read.
 
     Args:
         folder: as ``check_new_folder`` returns it.
@@ -101,7 +101,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def _beside(path: Path) -> Path:
-    """A hidden name in the same folder that nobody else uses."""
+    """A hidden name in the same folder that is not in use."""
     return path.with_name(f".{path.name}.{secrets.token_hex(6)}")
 
 

@@ -1,4 +1,4 @@
-"""Interval: when to write an intermediate state."""
+"""Interval: decides when to write an intermediate state."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ class Interval:
     """Due at once, and then ``seconds`` after each ``restart``.
 
     Args:
-        seconds: the most work that a run may lose; 0 is always due.
+        seconds: the most work that a run may lose; with 0 it is always due.
     """
 
     def __init__(self, seconds: float = 60.0):
@@ -22,5 +22,5 @@ class Interval:
         return time.monotonic() >= self._due
 
     def restart(self) -> None:
-        """Count from now: call it when the state has been written."""
+        """Start counting again. Call it after the state has been written."""
         self._due = time.monotonic() + self.seconds

@@ -1,4 +1,4 @@
-"""Pictures of maps, curves and training. Needs matplotlib (the extra ``plots``)."""
+"""Figures of maps, curves and training. Needs matplotlib (the extra ``plots``)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ SIDE_COLOURS = {"k": "tab:blue", "v": "tab:orange", "shared": "tab:green"}
 
 
 def maps(pairs: Sequence[tuple[HeadMap, HeadMap]], path: str | Path) -> Path:
-    """The KV head that each query head reads, by layer: K's maps and V's, one cell a query head."""
+    """The KV head that each query head reads, by layer, for K and for V; one cell per query
+    head."""
     figure, axes = _figure(1, 2, (10, 1.5 + 0.25 * len(pairs)))
     for axis, side, name in zip(axes[0], (0, 1), "KV", strict=True):
         cells = np.array([pair[side].entries for pair in pairs])
@@ -28,7 +29,8 @@ def maps(pairs: Sequence[tuple[HeadMap, HeadMap]], path: str | Path) -> Path:
 
 
 def curves(layers: Sequence[Mapping[str, Mapping[int, float]]], path: str | Path) -> Path:
-    """Search objective against the number of heads: a thin line per layer, their mean thick."""
+    """Search objective by number of heads: a thin line per layer, and a thick line for their
+    mean."""
     figure, axes = _figure(1, 1, (6, 4))
     axis = axes[0][0]
     for side in layers[0]:
@@ -45,8 +47,8 @@ def curves(layers: Sequence[Mapping[str, Mapping[int, float]]], path: str | Path
 
 
 def dendrogram(distances: np.ndarray, labels: Sequence[int], path: str | Path) -> Path:
-    """Ward's dendrogram of a layer's heads beside their distances, heads in its order; labels say
-    which group a head is in."""
+    """Ward's dendrogram of a layer's heads beside their distance matrix, in the same order. Labels
+    name each head's group."""
     from scipy.cluster.hierarchy import dendrogram, linkage
     from scipy.spatial.distance import squareform
 
@@ -80,7 +82,7 @@ def layers(
 def lines(
     named: Mapping[str, Mapping[float, float]], xlabel: str, ylabel: str, path: str | Path
 ) -> Path:
-    """A line through the points ``{x: y}`` of each name, from zero up."""
+    """A line through the points ``{x: y}`` of each name, with a y axis from zero."""
     figure, axes = _figure(1, 1, (7, 4))
     axis = axes[0][0]
     for name, points in named.items():
@@ -95,7 +97,7 @@ def lines(
 def training(
     loss: Sequence[float], validation: Sequence[tuple[int, float]], path: str | Path
 ) -> Path:
-    """Loss of every step, and the validation beside it."""
+    """Loss of every step, together with the validation loss."""
     figure, axes = _figure(1, 1, (7, 4))
     axis = axes[0][0]
     axis.plot(range(1, len(loss) + 1), loss, color="tab:blue", linewidth=0.8)

@@ -1,4 +1,4 @@
-"""track(): a progress bar around a loop."""
+"""track(): shows a progress bar around a loop."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def track(
         items: what to iterate over; the total defaults to ``done + len(items)``.
         title: text before the bar.
         total: number of items, including those that an earlier run finished.
-        shown: False for no bar.
+        shown: False to show no bar.
         done: number of items that an earlier run finished.
     """
     try:

@@ -1,4 +1,4 @@
-"""Steps: a progress bar for each step of a program. A finished step leaves a line with its time."""
+"""Steps: a progress bar for each step of a program. A finished step prints a line with its time."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Steps:
 
     @contextmanager
     def step(self, title: str, total: int | None = None) -> Iterator[Callable[[], None]]:
-        """Show ``title`` with a bar. Call the value once per unit of ``total``."""
+        """Show ``title`` with a bar. Call the returned function once per unit of ``total``."""
         columns = [TextColumn("{task.description}"), BarColumn(bar_width=30)]
         if total is not None:
             columns.append(MofNCompleteColumn())

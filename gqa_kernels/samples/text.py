@@ -1,7 +1,7 @@
 """Two texts: one to calibrate on, the other to measure perplexity on.
 
-Both are chapters of the Python language reference, which CPython ships for ``help()``: real English
-prose that every machine has, so nothing is downloaded.
+Both are chapters of the Python language reference, which CPython ships for ``help()``. They are
+real English prose that every machine has, so nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ EVALUATION = f"Python language reference: {', '.join(EVALUATION_TOPICS)}"
 
 
 def calibration_text() -> str:
-    """Some chapters."""
+    """The chapters for calibration."""
     return _chapters(CALIBRATION_TOPICS)
 
 
 def evaluation_text() -> str:
-    """Other chapters."""
+    """The chapters for evaluation, which calibration does not use."""
     return _chapters(EVALUATION_TOPICS)
 
 
 def rows(tokenizer: Any, text: str, shape: tuple[int, int]) -> Tensor:
-    """The first tokens of ``text`` as ``[texts, length]``, consecutive pieces."""
+    """The first tokens of ``text``, cut into consecutive pieces: ``[texts, length]``."""
     count, length = shape
     ids = tokenizer.encode(text, add_special_tokens=False)
     if len(ids) < count * length:

@@ -1,4 +1,5 @@
-"""From a model with one KV head per query head to each method's model: map and pooled KV heads."""
+"""Builds each method's model, its map and pooled KV heads, from a model with one KV head per query
+head."""
 
 from __future__ import annotations
 
@@ -15,10 +16,10 @@ ALLOCATED = ("kdgqa", "dgqa-ema")  # start from the even map, which then follows
 
 
 def start(method: str, task: Task, trained: Transformer, seed: int) -> Transformer:
-    """The method's model with the weights of ``trained``, its KV heads mean-pooled.
+    """The method's model with the weights of ``trained`` and mean-pooled KV heads.
 
     Args:
-        trained: with ``Hq`` KV heads.
+        trained: a model with ``Hq`` KV heads.
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
@@ -50,10 +51,11 @@ def pool(weight: Tensor, head_map: HeadMap) -> Tensor:
 
 
 def searched_maps(task: Task, model: Transformer, seed: int) -> list[HeadMap]:
-    """For each layer the map that loses least when K and V heads are averaged, proven by search.
+    """For each layer, the map with the least loss when K and V heads are averaged, proven by
+    search.
 
-    The dissimilarity of two heads is the mean squared difference of their keys and of their values
-    on a training batch, each over its own mean square: the objective of the search is then exactly
+    The dissimilarity of two heads is the mean squared difference of their keys and values on a
+    training batch, each divided by its own mean square. The objective of the search is then exactly
     the mean squared error of pooling.
     """
     settings = task.settings

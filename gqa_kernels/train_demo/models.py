@@ -27,13 +27,14 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Embedding, blocks, head. Causal: one output per token; else one per sequence, their mean.
+    """Embedding, blocks, head. A causal model has one output per token, others one per sequence:
+    the mean.
 
     Args:
-        embedding: from the inputs of a batch to ``[B, S, width]``.
-        num_outputs: classes.
-        num_kv_heads: of every layer.
-        allocation: of every layer, see AsymGroupedQueryAttention.
+        embedding: maps the inputs of a batch to ``[B, S, width]``.
+        num_outputs: number of classes.
+        num_kv_heads: KV heads of every layer.
+        allocation: the allocation of every layer, see AsymGroupedQueryAttention.
     """
 
     def __init__(

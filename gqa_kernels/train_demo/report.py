@@ -1,4 +1,4 @@
-"""What came out: a table, a JSON file, loss curves."""
+"""The results: a table, a JSON file, loss curves."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Outcome:
     """One method on one task and seed.
 
     Attributes:
-        group_sizes: of each layer's map at the end, by KV head.
+        group_sizes: group sizes of each layer's final map, by KV head.
     """
 
     task: str
@@ -43,7 +43,7 @@ class Report:
     outcomes: list[Outcome]
 
     def show(self, console: Console) -> None:
-        """A table per task: mean and spread over the seeds, whichever method wins."""
+        """A table per task with mean and spread over the seeds, including methods that do worse."""
         for task in self.settings.tasks:
             table = Table(title=f"{task}: {TASK_CLASSES[task].summary}")
             header, *rows = self._table(task)
@@ -92,7 +92,7 @@ class Report:
         return rows
 
     def to_dict(self) -> dict[str, Any]:
-        """The whole report as JSON holds it."""
+        """The whole report in the form of its JSON file."""
         return {
             "processor": device_name(CPU),
             "versions": _versions(),
@@ -107,7 +107,7 @@ class Report:
         path.with_suffix(".md").write_text(self.markdown())
 
     def plot(self, path: Path) -> None:
-        """Test loss by step, a panel per task: the mean over the seeds, and from least to most."""
+        """Test loss by step, one panel per task: the mean over the seeds, and the range."""
         import matplotlib
 
         matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""All tasks, seeds and methods in order, under one progress bar each."""
+"""Runs all tasks, seeds and methods in order, each with a progress bar."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from .settings import Settings
 from .tasks import TASK_CLASSES, Task
 from .training import train
 
-FINE_TUNING = 0.1  # of the learning rate
+FINE_TUNING = 0.1  # fraction of the learning rate
 
 
 def run(settings: Settings, folder: Path, console: Console) -> Report:
-    """Train everything, with checkpoints in ``folder``. Finished runs are not run again.
+    """Train everything, with checkpoints in ``folder``. Finished runs are not repeated.
 
     Raises:
         ValueError: the folder holds checkpoints of other settings, models or data.

@@ -13,16 +13,16 @@ class Settings:
     """Options of one run.
 
     Attributes:
-        tasks: names out of ``TASKS``.
-        methods: names out of ``METHODS``.
-        seeds: how many; each has its own initial model and batches.
+        tasks: names in ``TASKS``.
+        methods: names in ``METHODS``.
+        seeds: number of seeds; each has its own initial model and batches.
         num_heads, num_kv_heads: query heads, and KV heads of all methods but ``mha``.
-        head_dim, num_layers: of the models; they are ``num_heads * head_dim`` wide.
+        head_dim, num_layers: sizes of the models, which are ``num_heads * head_dim`` wide.
         batch, length: sequences in a batch; characters of one (text only).
-        pretrain_steps, steps: of the first model with one KV head per query head, and of each
-            method after it.
+        pretrain_steps, steps: training steps of the first model, which has one KV head per query
+            head, and of each method after it.
         window: steps between two DGQA allocations.
-        learning_rate: of AdamW; a tenth of it for ``steps``.
+        learning_rate: learning rate of AdamW; a tenth of it for ``steps``.
         evaluate_every: steps between two points of the curve.
         backend: of ``asym_gqa_attention``.
     """
@@ -44,7 +44,7 @@ class Settings:
     backend: str = "auto"
 
     def quick(self) -> Settings:
-        """The same in well under a minute; the models learn little."""
+        """The same settings, in well under a minute; the models learn little."""
         return replace(
             self, seeds=min(self.seeds, 2), head_dim=8, num_layers=2, batch=8, length=48,
             pretrain_steps=30, steps=15, window=5, evaluate_every=5,

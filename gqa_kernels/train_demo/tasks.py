@@ -1,4 +1,4 @@
-"""Two tasks on data that packages ship: characters of a text, classes of handwritten digits."""
+"""Two tasks on data that installed packages contain: characters of a text, handwritten digits."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ IMAGE, PATCH = 8, 2  # pixels on a side
 
 
 class Task(ABC):
-    """Data, model and measure.
+    """A task: its data, model and measure.
 
     Attributes:
-        name: out of ``settings.TASKS``.
+        name: a name in ``settings.TASKS``.
         summary: one line for the report.
-        measure: what :meth:`evaluate` returns beside the loss.
+        measure: what :meth:`evaluate` returns besides the loss.
     """
 
     name: str
@@ -35,19 +35,19 @@ class Task(ABC):
 
     @abstractmethod
     def model(self, num_kv_heads: int, allocation: str | None = None) -> Transformer:
-        """A model with new weights from torch's default generator."""
+        """A model with new weights, drawn from torch's default generator."""
 
     @abstractmethod
     def data(self) -> dict[str, Tensor]:
-        """All that batches and evaluation are taken from."""
+        """All data from which batches and evaluation are drawn."""
 
     @abstractmethod
     def batch(self, seed: int, step: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of a training step, a function of the arguments alone."""
+        """Inputs and targets of a training step. They depend on the arguments only."""
 
     @abstractmethod
     def evaluate(self, model: Transformer) -> tuple[float, float]:
-        """Loss and measure on data that no batch holds."""
+        """Loss and measure on data that is in no batch."""
 
 
 class TextTask(Task):
@@ -147,7 +147,7 @@ def loss(model: Transformer, inputs: Tensor, targets: Tensor) -> Tensor:
 def _loss_in_batches(
     model: Transformer, inputs: Tensor, targets: Tensor, batch: int
 ) -> tuple[float, float]:
-    """Mean cross entropy, and the part of targets that is most probable."""
+    """Mean cross entropy, and the fraction of targets that are the most probable class."""
     model.eval()
     logits = torch.cat([model(part) for part in inputs.split(batch)]).flatten(0, -2)
     model.train()

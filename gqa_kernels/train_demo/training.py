@@ -17,15 +17,15 @@ from .models import Transformer
 from .tasks import Task, loss
 
 GRADIENT_NORM = 1.0
-WARM_UP = 0.1  # part of the steps
+WARM_UP = 0.1  # fraction of the steps
 
 
 @dataclass
 class History:
-    """What training left behind.
+    """The results of training.
 
     Attributes:
-        steps, losses, measures: points of the curve, on data that no batch holds.
+        steps, losses, measures: points of the curve, on data that is in no batch.
     """
 
     steps: list[int] = field(default_factory=list)
@@ -48,7 +48,7 @@ def train(
     Args:
         first_step: index of the first batch.
         checkpoint: file for the state. It is written after the first step, then once a minute, and
-            after the last. If it exists, training continues from it.
+            after the last step. If it exists, training continues from it.
         advance: called with the number of steps done since the last call.
 
     Raises:
@@ -104,7 +104,7 @@ def _save(
     done: int,
     made_from: Fingerprint,
 ) -> None:
-    """Write the state, whole or not at all."""
+    """Write the state, completely or not at all."""
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
     data = io.BytesIO()
     content = {**state, "history": vars(history), "done": done, "made from": made_from}
