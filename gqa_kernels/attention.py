@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .backends.auxiliary import attend_with_auxiliary
 from .backends.dispatch import attend, select
+from .backends.into import attend_into
 from .cache.tensors import Layout
 from .call.attention import AttentionCall
 from .call.auxiliary import AuxOutput, AuxRequest, as_aux_request
@@ -68,6 +69,8 @@ def asym_gqa_attention(
     layout: Layout = "bhsd",
     return_lse: bool = False,
     return_aux: AuxRequest | None = None,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
     deterministic: bool = False,
     batch_invariant: bool = False,
     backend: str = "auto",
@@ -130,6 +133,9 @@ def asym_gqa_attention(
             :class:`~gqa_kernels.AuxOutput` with the LSE, the largest score of each head, or the
             attention that each key gets from the last queries. The last two take another pass
             over the keys in eager torch, without gradient.
+        out: where to write out, and what is then returned: the shape and dtype of the result, any
+            strides with a contiguous last dim. Without gradient, and without ``return_aux``.
+        lse: where to write the LSE, contiguous; with ``return_lse``.
         deterministic: accepted for drop-in use: results are always bitwise repeatable, backward
             included.
         batch_invariant: give a query the same bits whatever else is in the batch, however the
@@ -169,6 +175,10 @@ def asym_gqa_attention(
     if call.options.dropout_p:
         select(call, backend)  # refuses the call before a seed is drawn
         call.draw_dropout_seed()
+    if out is not None or lse is not None:
+        if aux is not None:
+            raise ValueError("out and lse must be None with return_aux, got a tensor")
+        return attend_into(call, select(call, backend), out, lse, return_lse, layout)
     if aux is not None:
         out, more = attend_with_auxiliary(call, aux, select(call, backend))
         return out.transpose(1, 2) if call.bshd else out, more

@@ -10,6 +10,7 @@ from torch import Tensor
 from .backends.auxiliary import attend_with_auxiliary
 from .backends.base import Backend
 from .backends.dispatch import select
+from .backends.into import attend_into
 from .cache.base import KVCache
 from .cache.tensors import Layout
 from .cache.view import KVView
@@ -17,7 +18,7 @@ from .call.append import AppendCall
 from .call.attention import AttentionCall
 from .call.auxiliary import AuxOutput, AuxRequest, as_aux_request
 from .call.checks import HeadMapLike, from_heads_first, heads_first
-from .call.keywords import DecodeKeywords, RotaryKeywords
+from .call.keywords import DecodeKeywords, StepKeywords
 from .call.options import Options
 from .keep import keep
 from .native.arguments import as_bool
@@ -80,6 +81,8 @@ def asym_gqa_decode(
     layout: Layout = "bhsd",
     return_lse: bool = False,
     return_aux: AuxRequest | None = None,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
     deterministic: bool = False,
     batch_invariant: bool = False,
     advance: bool = True,
@@ -115,7 +118,7 @@ def asym_gqa_decode(
             their sequence.
         advance: count the appended tokens in ``cache.lengths``. Caches of several layers may share
             one ``lengths``: then only the last one advances it.
-        layout, return_lse, return_aux, deterministic, batch_invariant, backend: as for
+        layout, return_lse, return_aux, out, lse, deterministic, batch_invariant, backend: as for
             ``asym_gqa_attention``. Key scores are ``[B, Hk, capacity]``.
 
     Returns:
@@ -150,7 +153,7 @@ def asym_gqa_decode(
         call.kv.check_slots(0)
     result = plan._step(
         call, cache, k_new, v_new, rotary_cos, rotary_sin, rotary_interleaved, rotary_positions,
-        return_lse, return_aux,
+        return_lse, return_aux, out, lse,
     )  # fmt: skip
     if k_new is not None and advance:
         cache.advance(plan.new_tokens)
@@ -263,28 +266,28 @@ class DecodePlan:
     def __call__(
         self, q: Tensor, cache: KVCache, k_new: Tensor | None = None,
         v_new: Tensor | None = None, *, return_lse: Literal[False] = False,
-        **keywords: Unpack[RotaryKeywords],
+        **keywords: Unpack[StepKeywords],
     ) -> Tensor: ...  # fmt: skip
 
     @overload
     def __call__(
         self, q: Tensor, cache: KVCache, k_new: Tensor | None = None,
         v_new: Tensor | None = None, *, return_lse: Literal[True],
-        **keywords: Unpack[RotaryKeywords],
+        **keywords: Unpack[StepKeywords],
     ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
     @overload
     def __call__(
         self, q: Tensor, cache: KVCache, k_new: Tensor | None = None,
         v_new: Tensor | None = None, *, return_lse: bool,
-        **keywords: Unpack[RotaryKeywords],
+        **keywords: Unpack[StepKeywords],
     ) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 
     @overload
     def __call__(
         self, q: Tensor, cache: KVCache, k_new: Tensor | None = None,
         v_new: Tensor | None = None, *, return_aux: AuxRequest,
-        **keywords: Unpack[RotaryKeywords],
+        **keywords: Unpack[StepKeywords],
     ) -> tuple[Tensor, AuxOutput]: ...  # fmt: skip
 
     def __call__(
@@ -300,6 +303,8 @@ class DecodePlan:
         rotary_positions: Tensor | None = None,
         return_lse: bool = False,
         return_aux: AuxRequest | None = None,
+        out: Tensor | None = None,
+        lse: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor] | tuple[Tensor, AuxOutput]:
         """One layer: append ``k_new`` and ``v_new``, if any, and attend, as
         :func:`asym_gqa_decode` does. ``cache.lengths`` is left as it is: advance it once a step.
@@ -321,18 +326,21 @@ class DecodePlan:
         _check_distances(call, cache)
         return self._step(
             call, cache, k_new, v_new, rotary_cos, rotary_sin, rotary_interleaved,
-            rotary_positions, return_lse, return_aux,
+            rotary_positions, return_lse, return_aux, out, lse,
         )  # fmt: skip
 
     def _step(
         self, call: AttentionCall, cache: KVCache, k_new: Tensor | None, v_new: Tensor | None,
         rotary_cos: Tensor | None, rotary_sin: Tensor | None, rotary_interleaved: bool,
         rotary_positions: Tensor | None, return_lse: bool, return_aux: AuxRequest | None,
+        out: Tensor | None, lse: Tensor | None,
     ) -> Tensor | tuple[Tensor, Tensor] | tuple[Tensor, AuxOutput]:  # fmt: skip
         """Append the new tokens, if any, and attend."""
         if return_lse is not False:
             return_lse = as_bool("return_lse", return_lse)
         aux = None if return_aux is None else as_aux_request(return_aux, return_lse)
+        if aux is not None and not (out is None and lse is None):
+            raise ValueError("out and lse must be None with return_aux, got a tensor")
         offsets = call.q_offsets
         packed = offsets is not None
         if (k_new is None) != (v_new is None):
@@ -357,9 +365,11 @@ class DecodePlan:
             raise ValueError("rotary_positions must be None where there is no k_new to rotate")
         if cache.key_transform is not None:
             call.q = cache.matching_queries(call.q, call.head_map_tensor)
+        if out is not None or lse is not None:
+            return attend_into(call, self.backend, out, lse, return_lse, self.layout)
         call.lse_wanted = return_lse
         if aux is None:
-            out, lse = self.backend.attend(call)
+            out, found = self.backend.attend(call)
         else:
             out, more = attend_with_auxiliary(call, aux, self.backend)
         if packed or self.layout != "bhsd":
@@ -368,8 +378,8 @@ class DecodePlan:
             if packed and more.lse is not None:
                 more = more._replace(lse=more.lse[0])
             return out, more
-        lse = lse[0] if packed and return_lse else lse
-        return (out, lse) if return_lse else out
+        found = found[0] if packed and return_lse else found
+        return (out, found) if return_lse else out
 
 
 def append(

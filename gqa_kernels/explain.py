@@ -15,7 +15,14 @@ from .decode import append, asym_gqa_decode, decode_call, plan_decode
 from .keep import keep
 from .varlen import asym_gqa_varlen_attention, varlen_call
 
-_NO_PART = ("backend", "return_lse", "deterministic", "advance")  # in what a backend can run
+_NO_PART = (
+    "backend",
+    "return_lse",
+    "out",
+    "lse",
+    "deterministic",
+    "advance",
+)  # in what a backend can run
 _OF_APPEND = (
     "k_new", "v_new", "rotary_cos", "rotary_sin", "rotary_interleaved", "rotary_positions",
 )  # fmt: skip
@@ -29,7 +36,7 @@ def explain_backend(function: Callable, *args: Any, **kwargs: Any) -> dict[str, 
             :func:`~gqa_kernels.asym_gqa_varlen_attention`, :func:`~gqa_kernels.plan_decode`, or a
             cache's ``append`` or ``keep``.
         args, kwargs: as the function takes them. Nothing is computed or written. ``backend``,
-            ``return_lse``, ``deterministic`` and ``advance`` are not looked at.
+            ``return_lse``, ``out``, ``lse``, ``deterministic`` and ``advance`` are not looked at.
 
     Returns:
         For every backend the list of reasons against it, in the order in which ``"auto"`` tries

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 from torch import Tensor
 
 from .backends.dispatch import attend, select
+from .backends.into import attend_into
 from .call.attention import AttentionCall
 from .call.causality import causal_ranges
 from .call.checks import HeadMapLike
@@ -67,6 +68,8 @@ def asym_gqa_varlen_attention(
     key_ranges: Tensor | None = None,
     dropout_p: float = 0.0,
     return_lse: bool = False,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
     deterministic: bool = False,
     batch_invariant: bool = False,
     backend: str = "auto",
@@ -92,7 +95,7 @@ def asym_gqa_varlen_attention(
             keys are counted in their sequence.
         dropout_p: as for ``asym_gqa_attention``, and refused under the same conditions. On the CPU
             and in the reference.
-        head_map, value_head_map, scale, window, softcap, sinks, return_lse, \
+        head_map, value_head_map, scale, window, softcap, sinks, return_lse, out, lse, \
         deterministic, batch_invariant, backend: as for ``asym_gqa_attention``.
 
     Returns:
@@ -123,6 +126,8 @@ def asym_gqa_varlen_attention(
     if call.options.dropout_p:
         select(call, backend)  # refuses the call before a seed is drawn
         call.draw_dropout_seed()
+    if out is not None or lse is not None:
+        return attend_into(call, select(call, backend), out, lse, return_lse)
     out, lse = attend(call, backend)
     out = out[0].transpose(0, 1)
     return (out, lse[0]) if return_lse else out

@@ -53,6 +53,7 @@ CACHES = {
     "fp8_e5m2": "fp8 e5m2 cache",
     "int8": "int8 cache",
     "int4": "int4 cache",
+    "k8v4": "cache with int8 keys and int4 values",
 }
 SHORT = ("window", "bool_mask", "dropout", "batch_invariant", "paged", "int8")  # for the README
 

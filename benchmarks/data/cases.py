@@ -37,7 +37,7 @@ class CacheKind:
         budgets = re.fullmatch(r"pages(\d+)-budgets", text)
         if budgets:
             return cls(int(budgets[1]), None, True)
-        match = re.fullmatch(r"(?:dense|pages(\d+))(?:-(fp8_e4m3|fp8_e5m2|int8|int4))?", text)
+        match = re.fullmatch(r"(?:dense|pages(\d+))(?:-(fp8_e4m3|fp8_e5m2|int8|int4|k8v4))?", text)
         if not match:
             raise ValueError(f"cache must be like dense or pages16-int8, got {text!r}")
         return cls(int(match[1] or 0), match[2])
@@ -47,7 +47,8 @@ class CacheKind:
         """Bytes of a stored number and of a row's scale, as the roofline's functions take them."""
         if self.format is None:
             return {}
-        return {"kv_itemsize": 0.5 if self.format == "int4" else 1, "row_scale_bytes": 4}
+        itemsize = {"int4": 0.5, "k8v4": 0.75}.get(self.format, 1)  # of k8v4, if D == Dv
+        return {"kv_itemsize": itemsize, "row_scale_bytes": 4}
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,8 @@ FORMATS = (  # format, zeros, hadamard
     ("fp8_e5m2", False, False),
     ("int8", False, False),
     ("int8", False, True),
+    ("k8v4", False, False),
+    ("k8v4", True, False),
     ("int4", False, False),
     ("int4", True, False),
     ("int4", False, True),

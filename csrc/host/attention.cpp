@@ -40,6 +40,32 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_auxiliary_cpu(const Inputs&
   return {out, lse, most, sums};
 }
 
+void attention_into_cpu(const Inputs& in, bool, OptionalTensor out, OptionalTensor lse) {
+  Call call(in);
+  AttentionParams& params = call.params;
+  const int64_t batch = in.q.size(0), heads = params.num_heads, tokens = params.q_tokens;
+  STD_TORCH_CHECK(out, "out must be given");
+  check_dtype("out", *out, in.q.scalar_type());
+  check_cpu("out", *out, in.q);
+  check_last_dim_contiguous("out", *out);
+  check_shape("out", *out, {batch, heads, tokens, params.value_head_dim});
+  params.out = out->mutable_data_ptr();
+  params.out_stride = strides_of(*out);
+  std::unique_ptr<float[]> unwanted;
+  if (lse) {
+    check_dtype("lse", *lse, ScalarType::Float);
+    check_cpu("lse", *lse, in.q);
+    check_shape("lse", *lse, {batch, heads, tokens});
+    STD_TORCH_CHECK(lse->is_contiguous(), "lse must be contiguous");
+    params.lse = static_cast<float*>(lse->mutable_data_ptr());
+  } else {
+    unwanted.reset(new float[batch * heads * tokens]);
+    params.lse = unwanted.get();
+  }
+  cpu::attention_forward(params, torch_threads(), lse.has_value(), in.batch_invariant,
+                         call.key_ranges);
+}
+
 Tensor attention_output_cpu(const Inputs& in, bool bshd) {
   Call call(in);
   const Tensor out = add_unfilled_output(call.params, in.q, bshd);

@@ -22,6 +22,11 @@ using ForwardAuxiliary = std::tuple<Tensor, Tensor, Tensor, Tensor>(const Inputs
                                                                     int64_t key_scores);
 ForwardAuxiliary attention_auxiliary_cpu;
 
+// Attention into the caller's memory: out [B, Hq, Sq, Dv] in q's dtype, whose own strides count, and
+// lse, fp32 [B, Hq, Sq], contiguous.
+using ForwardInto = void(const Inputs& in, bool bshd, OptionalTensor out, OptionalTensor lse);
+ForwardInto attention_into_cpu;
+
 // The arguments of attention_forward, in the order of its schema. More: those of further results.
 template <auto* forward, class... More>
 auto attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& head_map,

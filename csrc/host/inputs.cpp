@@ -57,7 +57,10 @@ void check_dtypes(const Inputs& in) {
   const DType dtype = dtype_of("q", q_type);
   STD_TORCH_CHECK(dtype != DType::kBool, "q must be floating point, got Bool");
   const bool quantized = storage_dtype_of("k", k_type, q_type) != dtype;
-  check_dtype("v", in.v, k_type);
+  const ScalarType v_type = in.v.scalar_type();
+  STD_TORCH_CHECK(v_type == k_type || (k_type == ScalarType::Char && v_type == ScalarType::Byte),
+                  "v must have dtype ", torch::headeronly::toString(k_type),
+                  ", or Byte where k has Char, got ", torch::headeronly::toString(v_type));
   check_dtype("head_map", in.head_map, ScalarType::Int);
   for (const auto& [name, x] : NamedTensors{{"value_head_map", get(in.value_head_map)},
                                             {"kv_lengths", get(in.kv_lengths)},
@@ -137,14 +140,16 @@ void check_head_dim(const char* name, Sizes sizes, int64_t numbers, int64_t max_
 
 void check_shapes(const Inputs& in, int64_t max_head_dim) {
   const Sizes q = in.q.sizes(), k = in.k.sizes(), v = in.v.sizes();
-  const int64_t packed = in.k.scalar_type() == ScalarType::Byte ? 2 : 1;
+  const auto per_element = [](const Tensor& x) {
+    return x.scalar_type() == ScalarType::Byte ? 2 : 1;
+  };
   check_head_dim("q", q, 1, max_head_dim);
-  check_head_dim("k", k, packed, max_head_dim);
-  check_head_dim("v", v, packed, max_head_dim);
+  check_head_dim("k", k, per_element(in.k), max_head_dim);
+  check_head_dim("v", v, per_element(in.v), max_head_dim);
   STD_TORCH_CHECK(!in.kv_lengths || in.kv_lengths->dim() == 2,
                   "kv_lengths must have 2 dims, [B, Hk], got ", in.kv_lengths->dim());
   const int64_t batch = batch_of(in, q), heads = q[1], tokens = q[2];
-  check_shape("q", in.q, {in.q_offsets ? 1 : batch, heads, tokens, k[3] * packed});
+  check_shape("q", in.q, {in.q_offsets ? 1 : batch, heads, tokens, k[3] * per_element(in.k)});
   const int64_t kv_len = check_storage_shapes(in, batch, k, v);
   check_shape("head_map", in.head_map, {heads});
   if (in.value_head_map) check_shape("value_head_map", *in.value_head_map, {heads});
@@ -266,7 +271,8 @@ AttentionParams params_of(const Inputs& in) {
   params.num_v_heads = v[1];
   params.value_head_dim = v[3];
   params.dtype = dtype_of("q", q_type);
-  params.k_dtype = params.v_dtype = storage_dtype_of("k", in.k.scalar_type(), q_type);
+  params.k_dtype = storage_dtype_of("k", in.k.scalar_type(), q_type);
+  params.v_dtype = storage_dtype_of("v", in.v.scalar_type(), q_type);
   params.k_stride = strides_of(in.k);
   params.v_stride = strides_of(in.v);
   set_storage(params, in, q, k);

@@ -43,7 +43,7 @@ ALL_OPTIONS = frozenset(
 # Where keys and values may lie, and how they may be stored: the words of KVView.kinds, and
 # "varlen" for packed queries or new tokens.
 ALL_CACHES = frozenset(
-    {"dense", "paged", "kv_begin", "varlen", "fp8_e4m3", "fp8_e5m2", "int8", "int4"}
+    {"dense", "paged", "kv_begin", "varlen", "fp8_e4m3", "fp8_e5m2", "int8", "int4", "k8v4"}
 )
 
 
@@ -149,6 +149,14 @@ class Backend(ABC):
         """What runs calls of this one's kind, as :meth:`attend` does: a backend may prepare what
         these have in common. :func:`gqa_kernels.backends.dispatch.attend` keeps it by the kind."""
         return self.attend
+
+    def attend_into(self, call: AttentionCall, out: Tensor, lse: Tensor | None) -> None:
+        """:meth:`attend`, with the results in ``out [B, Hq, Sq, Dv]`` and ``lse [B, Hq, Sq]``. Here
+        they are copied there; a backend may let its kernels write there."""
+        results = self.attend(call)
+        out.copy_(results[0])
+        if lse is not None:
+            lse.copy_(results[1])
 
     def fuses_auxiliary(self, call: AttentionCall) -> bool:
         """Whether :meth:`attend_with_auxiliary` can run a call that the backend supports."""

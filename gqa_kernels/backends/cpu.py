@@ -30,6 +30,18 @@ class CPUBackend(CompiledBackend):
     def unavailable_reason(self) -> str | None:
         return build.unavailable_reason()
 
+    def attend_into(self, call: AttentionCall, out: Tensor, lse: Tensor | None) -> None:
+        if not self.fuses_auxiliary(call):
+            return super().attend_into(call, out, lse)
+        op = torch.ops.gqa_kernels.attention_into.default
+        if torch._C._len_torch_dispatch_stack():
+            enter_formulas()
+        try:
+            op(*FORWARD.arguments_of(call), out, lse)
+        except RuntimeError:
+            call.check()
+            raise
+
     def fuses_auxiliary(self, call: AttentionCall) -> bool:
         return type(call.q) is Tensor and not call.requires_grad and not is_transformed_now()
 

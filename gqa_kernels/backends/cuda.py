@@ -23,7 +23,7 @@ class CUDABackend(CompiledBackend):
         options=FUSED_OPTIONS,
         autograd=True,
         varlen_autograd=True,
-        caches=ALL_CACHES,
+        caches=ALL_CACHES - {"k8v4"},
     )
     append_capabilities = replace(capabilities, dtypes=capabilities.dtypes | {torch.float32})
 

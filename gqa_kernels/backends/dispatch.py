@@ -138,7 +138,7 @@ def _append_key(call: AppendCall, backend: str) -> tuple:
     q = k_new if call.q is None else call.q
     return (
         backend, "append", k_new.dtype, _device_key(kv.k, k_new, call.v_new, q), kv.k.dtype,
-        kv.k.shape[3], kv.v.shape[3],
+        kv.v.dtype, kv.k.shape[3], kv.v.shape[3],
         kv.page_table is None, kv.kv_begin is None, call.new_offsets is None, call.requires_grad,
     )  # fmt: skip
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..native.arguments import as_bool, as_int, check_tensors, shown
-from .formats import FORMAT_OF_NAME
+from .formats import STORED_AS, Format
 from .hadamard import check_head_dim, rotate_by_hadamard
 from .memory import empty
 from .view import KVView
@@ -203,12 +203,20 @@ def _place(x: Tensor) -> tuple:
     return x.data_ptr(), x.shape, x.stride(), x.dtype
 
 
+def formats_of(name: str | None) -> tuple[Format | None, Format | None]:
+    """The formats of K and V in a cache of that ``format``."""
+    if name is None:
+        return None, None
+    if not isinstance(name, str) or name not in STORED_AS:
+        raise ValueError(f"format must be None or one of {tuple(STORED_AS)}, got {shown(name)}")
+    return STORED_AS[name]
+
+
 def empty_storage(
-    pages: int, heads: int, slots: int, dim: int, dtype: torch.dtype,
-    device: torch.device | str,
-    format: str | None, tokens_first: bool,
+    pages: int, heads: int, slots: int, dim: int, format: Format | None, dtype: torch.dtype,
+    device: torch.device | str, tokens_first: bool,
 ) -> Tensor:  # fmt: skip
-    """Uninitialised ``[pages, heads, slots, dim]`` memory, in a format if one is named.
+    """Uninitialised ``[pages, heads, slots, dim]`` memory, in a format if there is one.
 
     Args:
         tokens_first: a page is ``[slots, heads, dim]`` in memory.
@@ -216,14 +224,9 @@ def empty_storage(
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"dtype must be a torch.dtype, got {shown(dtype)}")
     if format is not None:
-        if not isinstance(format, str) or format not in FORMAT_OF_NAME:
-            raise ValueError(
-                f"format must be None or one of {tuple(FORMAT_OF_NAME)}, got {shown(format)}"
-            )
-        found = FORMAT_OF_NAME[format]
-        if dim % found.per_byte:
-            raise ValueError(f"the head dim must be even for format {format!r}, got {dim}")
-        dtype, dim = found.storage, dim // found.per_byte
+        if dim % format.per_byte:
+            raise ValueError(f"the head dim must be even for format {format.name!r}, got {dim}")
+        dtype, dim = format.storage, dim // format.per_byte
     if tokens_first:
         return empty(pages, slots, heads, dim, dtype=dtype, device=device).transpose(1, 2)
     return empty(pages, heads, slots, dim, dtype=dtype, device=device)
@@ -234,7 +237,7 @@ def empty_scales(k: Tensor, v: Tensor, format: str | None, zeros: bool) -> Scale
     zeros = as_bool("zeros", zeros)
     if format is None:
         return {}
-    if zeros and not FORMAT_OF_NAME[format].integer:
+    if zeros and not all(found.integer for found in STORED_AS[format]):
         raise ValueError(f"zeros must be False for format {format!r}: only integers have zeros")
     k_scale, v_scale = (x.new_empty(x.shape[:3], dtype=torch.float32) for x in (k, v))
     scales: Scales = {"k_scale": k_scale, "v_scale": v_scale}

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..native.arguments import as_device, check_tensors
-from .base import KVCache, checked_sizes, empty_scales, empty_storage
+from .base import KVCache, checked_sizes, empty_scales, empty_storage, formats_of
 from .tensors import Layout, check_layout
 from .view import KVView
 
@@ -19,7 +19,8 @@ class DenseKVCache(KVCache):
             any strides with a contiguous last dim. The dtype says the format: the query's own, fp8
             (e4m3fn, e5m2), int8, or uint8 for int4 with ``D / 2`` bytes
             (:mod:`gqa_kernels.cache.formats`).
-        v: ``[B_cache, Hv, capacity, Dv]`` likewise; K and V may be views of one tensor.
+        v: ``[B_cache, Hv, capacity, Dv]`` in k's format, or int4 with int8 keys. K and V may
+            be views of one tensor.
         lengths: ``[B]`` integers, or ``[B, Hk]`` with a budget per head: keys there are.
         batch_index: ``[B]`` integers, the row of each sequence in k and v; default its own number.
         begin: ``[B]`` integers, slot of a sequence's first key (left padding); default 0.
@@ -96,8 +97,9 @@ class DenseKVCache(KVCache):
 
         Args:
             format: None stores ``dtype``; ``"fp8_e4m3"``, ``"fp8_e5m2"``, ``"int8"`` or ``"int4"``
-                quantises with a scale per token and head.
-            zeros: keep a zero per token and head too (int8, int4).
+                quantises with a scale per token and head; ``"k8v4"`` keys as int8 and values
+                as int4.
+            zeros: keep a zero per token and head too (integers).
             k_channels, hadamard: as the constructor has them.
             layout: memory order.
         """
@@ -108,9 +110,10 @@ class DenseKVCache(KVCache):
             num_value_heads=num_kv_heads if num_value_heads is None else num_value_heads,
             value_head_dim=head_dim if value_head_dim is None else value_head_dim,
         )  # fmt: skip
-        where = (dtype, device, format, layout == "bshd")
-        k = empty_storage(batch, num_kv_heads, capacity, head_dim, *where)
-        v = empty_storage(batch, num_value_heads, capacity, value_head_dim, *where)
+        k_format, v_format = formats_of(format)
+        where = (dtype, device, layout == "bshd")
+        k = empty_storage(batch, num_kv_heads, capacity, head_dim, k_format, *where)
+        v = empty_storage(batch, num_value_heads, capacity, value_head_dim, v_format, *where)
         lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         return cls(
             k, v, lengths, k_channels=k_channels, hadamard=hadamard,

@@ -9,6 +9,8 @@ A row is one token of one head, ``[D]``. A stored number represents ``(stored - 
 | int8       | ``torch.int8``                  | -128 .. 127  | 0                        |
 | int4       | ``torch.uint8``, two per byte   | 0 .. 15      | 8                        |
 
+A cache ``k8v4`` has K in int8 and V in int4; in all others both have one format.
+
 int4 keeps element ``2i`` in the low half of byte ``i`` and element ``2i + 1`` in the high half.
 Arithmetic is fp32 with true divisions, rounding is to nearest even, and what exceeds the range
 saturates. These functions are the definition: every append kernel stores the same numbers.
@@ -57,6 +59,12 @@ FORMATS = {
     )
 }
 FORMAT_OF_NAME = {format.name: format for format in FORMATS.values()}
+# What caches can be stored in, by name: the formats of K and V.
+K8V4 = "k8v4"  # keys take more error than values do: scores enter an exponential
+STORED_AS = {name: (format, format) for name, format in FORMAT_OF_NAME.items()} | {
+    K8V4: (FORMAT_OF_NAME["int8"], FORMAT_OF_NAME["int4"])
+}
+NAME_OF_STORAGE = {(k.storage, v.storage): name for name, (k, v) in STORED_AS.items()}
 
 
 def row_scales(x: Tensor, format: Format, with_zero: bool) -> tuple[Tensor, Tensor | None]:

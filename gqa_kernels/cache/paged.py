@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..native.arguments import as_device, as_int, check_choice, check_tensors, shown
 from .allocator import PageBatch
-from .base import KVCache, checked_sizes, empty_scales, empty_storage
+from .base import KVCache, checked_sizes, empty_scales, empty_storage, formats_of
 from .tensors import is_readable, to_int32
 from .view import KVView
 
@@ -248,9 +248,10 @@ class PagedKVCache(KVCache):
                 value_head_dim=head_dim if value_head_dim is None else value_head_dim,
             )
         )  # fmt: skip
-        where = (dtype, device, format, order == "NHD")
-        k = empty_storage(num_pages, num_kv_heads, page_size, head_dim, *where)
-        v = empty_storage(num_pages, num_value_heads, page_size, value_head_dim, *where)
+        k_format, v_format = formats_of(format)
+        where = (dtype, device, order == "NHD")
+        k = empty_storage(num_pages, num_kv_heads, page_size, head_dim, k_format, *where)
+        v = empty_storage(num_pages, num_value_heads, page_size, value_head_dim, v_format, *where)
         table = torch.zeros(0, 1, dtype=torch.int32, device=device)
         lengths = torch.zeros(0, dtype=torch.int32, device=device)
         return cls(

@@ -28,12 +28,12 @@ from torch import Tensor
 
 from ..native import build
 from ..native.arguments import check_tensors
-from .formats import FORMATS, Format
+from .formats import FORMATS, NAME_OF_STORAGE, STORED_AS, Format
 from .tensors import DTYPES, check_last_stride, is_readable, to_int32
 
 # Bits of KVView.kind.
-KIND_BITS = 7
-KV_LENGTHS, _PAGE_TABLE, _KV_BEGIN, _K_SCALE, _V_SCALE, _K_ZERO, _V_ZERO = (
+KIND_BITS = 8
+KV_LENGTHS, _PAGE_TABLE, _KV_BEGIN, _K_SCALE, _V_SCALE, _K_ZERO, _V_ZERO, _OTHER_V_TYPE = (
     1 << bit for bit in range(KIND_BITS)
 )
 
@@ -112,7 +112,7 @@ class KVView:
         Raises:
             ValueError, TypeError: the message names the argument, the rule and the value. Values
                 of tensors on an accelerator are not looked at.
-            NotImplementedError: K and V have different formats.
+            NotImplementedError: K and V have formats that do not go together.
         """
         _check_storage(k, v)
         heads = k.shape[1]
@@ -277,7 +277,8 @@ class KVView:
 
     @property
     def kind(self) -> int:
-        """A number that is the same for views with the same tensors, whatever these hold."""
+        """A number that is the same for views with the same tensors, whatever these hold, of which
+        K and V have one type or two."""
         return (
             (KV_LENGTHS if self.kv_lengths is not None else 0)
             | (_PAGE_TABLE if self.page_table is not None else 0)
@@ -286,6 +287,7 @@ class KVView:
             | (_V_SCALE if self.v_scale is not None else 0)
             | (_K_ZERO if self.k_zero is not None else 0)
             | (_V_ZERO if self.v_zero is not None else 0)
+            | (_OTHER_V_TYPE if self.v.dtype != self.k.dtype else 0)
         )
 
     def describe(self) -> str:
@@ -338,8 +340,13 @@ class KVView:
 
     @property
     def format(self) -> Format | None:
-        """The storage format, or None if values are stored as they are."""
+        """The storage format of keys, or None if keys and values are stored as they are."""
         return FORMATS.get(self.k.dtype)
+
+    @property
+    def value_format(self) -> Format | None:
+        """The storage format of values, or None likewise."""
+        return FORMATS.get(self.v.dtype)
 
     @property
     def head_dim(self) -> int:
@@ -347,7 +354,7 @@ class KVView:
 
     @property
     def value_head_dim(self) -> int:
-        return self.v.shape[3] * (self.format.per_byte if self.format else 1)
+        return self.v.shape[3] * (self.value_format.per_byte if self.value_format else 1)
 
     @property
     def device(self) -> torch.device:
@@ -360,7 +367,7 @@ class KVView:
         if self.kv_begin is not None:
             kinds.append("kv_begin")
         if self.format is not None:
-            kinds.append(self.format.name)
+            kinds.append(NAME_OF_STORAGE[self.k.dtype, self.v.dtype])
         return tuple(kinds)
 
 
@@ -393,9 +400,11 @@ def _check_storage(k: Tensor, v: Tensor) -> None:
                 f"{name} must have at least one head, slot and column, got shape {tuple(x.shape)}"
             )
         check_last_stride(name, x)
-    if v.dtype != k.dtype:
+    if v.dtype != k.dtype and (k.dtype, v.dtype) not in NAME_OF_STORAGE:
+        pairs = [(k.storage, v.storage) for k, v in STORED_AS.values() if k != v]
         raise NotImplementedError(
-            f"v.dtype must equal k.dtype ({k.dtype}): K and V are stored alike, got {v.dtype}"
+            f"v.dtype must equal k.dtype ({k.dtype}), or (k.dtype, v.dtype) be one of {pairs}, got "
+            f"{v.dtype}"
         )
     for dim, name in ((0, "pages or sequences"), (2, "slots")):
         if v.shape[dim] != k.shape[dim]:

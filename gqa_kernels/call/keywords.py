@@ -25,7 +25,14 @@ class PartKeywords(TypedDict, total=False):
     backend: str
 
 
-class CommonKeywords(PartKeywords, total=False):
+class ResultKeywords(TypedDict, total=False):
+    """Memory of the caller's for results."""
+
+    out: Tensor | None
+    lse: Tensor | None
+
+
+class CommonKeywords(PartKeywords, ResultKeywords, total=False):
     """Of all functions over whole sequences."""
 
     window: tuple[int | None, int | None] | None
@@ -59,6 +66,10 @@ class RotaryKeywords(TypedDict, total=False):
     rotary_sin: Tensor | None
     rotary_interleaved: bool
     rotary_positions: Tensor | None
+
+
+class StepKeywords(RotaryKeywords, ResultKeywords, total=False):
+    """Of a :class:`gqa_kernels.decode.DecodePlan`."""
 
 
 class DecodeKeywords(CommonKeywords, RotaryKeywords, total=False):

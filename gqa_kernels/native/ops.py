@@ -10,6 +10,7 @@ for _name, _schema in (
     ("attention_forward", schema.FORWARD),
     ("attention_output", schema.OUTPUT),
     ("attention_auxiliary", schema.AUXILIARY),
+    ("attention_into", schema.INTO),
     ("attention_backward", schema.BACKWARD),
     ("cache_append", schema.APPEND),
     ("cache_keep", schema.KEEP),
@@ -26,7 +27,8 @@ torch.library.register_fake(
     "gqa_kernels::attention_backward", schema.fake_backward(schema.BACKWARD)
 )
 torch.library.register_fake("gqa_kernels::cache_append", schema.fake_append)
-torch.library.register_fake("gqa_kernels::cache_keep", schema.fake_keep)
+for _name in ("attention_into", "cache_keep"):
+    torch.library.register_fake(f"gqa_kernels::{_name}", schema.fake_nothing)
 autograd.register(
     "gqa_kernels::attention_forward", "gqa_kernels::attention_backward",
     schema.FORWARD, schema.BACKWARD,
@@ -35,6 +37,7 @@ for _name, _schema, _is_backward in (
     ("attention_forward", schema.FORWARD, False),
     ("attention_output", schema.OUTPUT, False),
     ("attention_auxiliary", schema.AUXILIARY, False),
+    ("attention_into", schema.INTO, False),
     ("attention_backward", schema.BACKWARD, True),
 ):
     flops.register(_name, _schema, is_backward=_is_backward)

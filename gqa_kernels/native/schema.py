@@ -140,6 +140,12 @@ def auxiliary(head_map: str = "head_map") -> Schema:
     )
 
 
+def into(head_map: str = "head_map") -> Schema:
+    """Attention into the caller's ``out [B, Hq, Sq, Dv]`` and contiguous ``lse``, fp32 ``[B, Hq,
+    Sq]`` or None. Nothing is differentiated."""
+    return forward(head_map, "()", ", Tensor(a!)? out=None, Tensor(b!)? lse=None")
+
+
 def backward(head_map: str = "head_map") -> Schema:
     """Gradients of the forward op over dense tensors or packed sequences, deterministic. ``out``
     and ``lse`` are the forward's results, ``dout`` and ``dlse`` their gradients (fp32, contiguous,
@@ -155,6 +161,8 @@ def backward(head_map: str = "head_map") -> Schema:
 
 FORWARD, BACKWARD = forward(), backward()
 AUXILIARY = auxiliary()
+INTO = into()
+FILLED = ("out", "lse")  # what it writes
 # Attention that keeps no LSE, with the arguments that most calls have. Torch takes time for each
 # argument of an op, also for one that a call leaves out. Calls with other arguments use FORWARD.
 OUTPUT = Schema(
@@ -253,8 +261,8 @@ def fake_append(*arguments: Any, **named: Any) -> Tensor:
     return call.k_new.new_empty(0) if call.q is None else torch.empty_like(call.q)
 
 
-def fake_keep(*_: Any, **__: Any) -> None:
-    """Fake kernel of a keep op, which returns nothing."""
+def fake_nothing(*_: Any, **__: Any) -> None:
+    """Fake kernel of an op that returns nothing."""
 
 
 def empty_results(call: Any) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ FUNCTIONS = [
     ),
     (gqa_kernels.asym_gqa_decode, keywords.DecodeKeywords, "(x, cache, [0], k_new=x, v_new=x"),
     (shared_prefix_attention, keywords.PartKeywords, "(x, cache, cache, [0], softcap=1.0"),
-    (DecodePlan.__call__, keywords.RotaryKeywords, "(plan, x, cache, x, x, rotary_cos=x"),
+    (DecodePlan.__call__, keywords.StepKeywords, "(plan, x, cache, x, x, rotary_cos=x"),
 ]  # fmt: skip
 
 

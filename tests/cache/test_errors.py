@@ -88,7 +88,7 @@ BAD = {
     ),
     "varlen-0d": (lambda: varlen(cu_k=torch.tensor(3)), ValueError, "cu_seqlens_k must have shape"),
     "dtype": (lambda: paged(k=K.int(), v=K.int()), TypeError, "k.dtype must be .*torch.int32"),
-    "value-dtype": (lambda: paged(v=K.half()), NotImplementedError, "stored alike, got .*float16"),
+    "value-dtype": (lambda: paged(v=K.half()), NotImplementedError, "v.dtype must.*uint8.*float16"),
     "pages": (lambda: paged(v=K[:4]), ValueError, r"as many pages or sequences as k \(5\), got 4"),
     "slots": (lambda: paged(v=K[:, :, :3]), ValueError, r"as many slots as k \(4\), got 3"),
     "stride": (lambda: paged(k=K.mT.contiguous().mT), ValueError, r"k.stride\(-1\) must be 1"),

@@ -29,6 +29,7 @@ PAGED = [
     Kind(page_size, order, format=format)
     for page_size, order, format in (
         (1, "HND", None), (3, "NHD", "int8"), (16, "HND", "int4"), (64, "NHD", "fp8_e4m3"),
+        (16, "NHD", "k8v4"),
     )
 ]  # fmt: skip
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from gqa_kernels import DenseKVCache, HeadMap, PageAllocator, PagedKVCache
 from gqa_kernels.cache.allocator import PageBatch
 from gqa_kernels.cache.base import KVCache
-from gqa_kernels.cache.formats import FORMAT_OF_NAME
+from gqa_kernels.cache.formats import STORED_AS
 
 GARBAGE_PAGE = 2147480000  # in page-table entries beyond a length
 
@@ -81,6 +81,8 @@ KINDS = [
     Kind(16, format="int8", zeros=True),
     Kind(16, format="int4"),
     Kind(batch_index=True, format="int4", zeros=True),
+    Kind(16, format="k8v4"),
+    Kind(3, "NHD", format="k8v4", zeros=True),
 ]
 
 
@@ -166,20 +168,20 @@ def fill(
     return truth
 
 
-def format_error(x: Tensor, format: str | None, zeros: bool) -> Tensor:
-    """How far a stored number may be from its value, ``[..., D]``, by the format's definition."""
-    if format is None:
+def format_error(x: Tensor, side: str, kind: Kind) -> Tensor:
+    """How far a stored number of K or V (side "k" or "v") may be from its value, ``[..., D]``."""
+    if kind.format is None:
         return torch.zeros_like(x)
-    found = FORMAT_OF_NAME[format]
+    found = STORED_AS[kind.format]["kv".index(side)]
     largest = x.abs().amax(-1, keepdim=True)
     if found.integer:
         span = largest / found.symmetric_high
-        if zeros:
+        if kind.zeros:
             span = x.amax(-1, keepdim=True).clamp(min=0) - x.amin(-1, keepdim=True).clamp(max=0)
             span = span / (found.high - found.low)
             span = span * 2  # the zero is rounded too, which may clamp by half a step more
         return (span / 2 * 1.001).expand_as(x)
-    mantissa = 3 if format == "fp8_e4m3" else 2
+    mantissa = 3 if found.name == "fp8_e4m3" else 2
     smallest = 2.0 ** (-6 - 3 if mantissa == 3 else -14 - 2)
     scale = largest / found.symmetric_high
     return x.abs() * 2.0 ** -(mantissa + 1) * 1.001 + scale * smallest

@@ -6,7 +6,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 from transformers.cache_utils import DynamicLayer
 
 from gqa_kernels import OutOfPages
-from gqa_kernels.cache.formats import FORMAT_OF_NAME, dequantize, quantize, row_scales
+from gqa_kernels.cache.formats import STORED_AS, dequantize, quantize, row_scales
 from gqa_kernels.convert import convert
 from gqa_kernels.integrations.transformers import PagedCache, register
 from gqa_kernels.integrations.transformers.sequences import SequenceTable
@@ -167,22 +167,22 @@ class Rounded(DynamicLayer):
 
     def __init__(self, format, zeros):
         super().__init__()
-        self.format, self.zeros = FORMAT_OF_NAME[format], zeros
+        self.formats, self.zeros = STORED_AS[format], zeros
 
     def update(self, keys, values, *_, **__):
         first = self.get_seq_length() == 0
-        stored = super().update(*(self._rounded(x) for x in (keys, values)))
+        stored = super().update(*map(self._rounded, (keys, values), self.formats))
         return (keys, values) if first else stored
 
-    def _rounded(self, x):
-        scale, zero = row_scales(x, self.format, self.zeros)
-        return dequantize(quantize(x, self.format, scale, zero), scale, zero)
+    def _rounded(self, x, format):
+        scale, zero = row_scales(x, format, self.zeros)
+        return dequantize(quantize(x, format, scale, zero), scale, zero)
 
 
 @pytest.mark.parametrize(
     ("format", "zeros"),
-    [("int8", False), ("int4", True), ("fp8_e4m3", False)],
-    ids=["int8", "int4-zeros", "fp8"],
+    [("int8", False), ("int4", True), ("fp8_e4m3", False), ("k8v4", False)],
+    ids=["int8", "int4-zeros", "fp8", "k8v4"],
 )
 def test_quantised(llama, format, zeros):
     inputs = batch([16, 7], "left")

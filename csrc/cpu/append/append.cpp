@@ -137,7 +137,8 @@ void store(const Side& side, const float* x, int64_t page, int64_t head, int64_t
   }
 }
 
-template <class T, class S>
+// S, SV: types of K and V in the cache.
+template <class T, class S, class SV>
 class Append {
  public:
   explicit Append(const AppendParams& params) : params_(params), cache_(params.cache) {}
@@ -172,7 +173,7 @@ class Append {
                cache_.head_dim, x);
       const int64_t position = length(b, h) + i;
       if (params_.rotary_cos != nullptr) rotate<T>(params_, position, x);
-      store_at(k_side(params_), x, b, h, h, position);
+      store_at<S>(k_side(params_), x, b, h, h, position);
     }
     // If value heads differ from key heads, all share one table row and length.
     const bool paired = cache_.num_v_heads == cache_.num_k_heads;
@@ -180,7 +181,7 @@ class Append {
       widen<T>(params_.v_new, offset_of(params_.v_new_stride, stored_b, h, stored_token),
                cache_.value_head_dim, x);
       const int64_t k_head = paired ? h : 0;
-      store_at(v_side(params_), x, b, k_head, h, length(b, k_head) + i);
+      store_at<SV>(v_side(params_), x, b, k_head, h, length(b, k_head) + i);
     }
   }
 
@@ -189,13 +190,14 @@ class Append {
     return cache_.kv_lengths[b * cache_.kv_lengths_stride_b + h * cache_.kv_lengths_stride_h];
   }
 
+  template <class Stored>
   void store_at(const Side& side, const float* x, int64_t b, int64_t k_head, int64_t head,
                 int64_t position) const {
     const int64_t begin = cache_.kv_begin == nullptr ? 0 : cache_.kv_begin[b];
     if (position < 0 || begin + position >= cache_.kv_len) return;
     const Pages pages(cache_, b, k_head);
     pages.walk(position, 1, [&](int64_t page, int64_t slot, int, int) {
-      if (page >= 0) store<T, S>(side, x, page, head, slot);
+      if (page >= 0) store<T, Stored>(side, x, page, head, slot);
     });
   }
 
@@ -203,17 +205,18 @@ class Append {
   const AttentionParams& cache_;
 };
 
-template <class T, class S>
+template <class T, class S, class SV = S>
 void run_tokens(const AppendParams& params, int64_t begin, int64_t end) {
-  const Append<T, S> append(params);
+  const Append<T, S, SV> append(params);
   for (int64_t token = begin; token < end; ++token) append.run_token(token);
 }
 
 using TokensFunction = void (*)(const AppendParams& params, int64_t begin, int64_t end);
 
 template <class T>
-TokensFunction tokens_function(DType stored) {
-  switch (stored) {
+TokensFunction tokens_function(DType k, DType v) {
+  if (k == DType::kInt8 && v == DType::kInt4) return run_tokens<T, Int8, Int4Pair>;
+  switch (k) {
     case DType::kFloat8E4M3: return run_tokens<T, Float8E4M3>;
     case DType::kFloat8E5M2: return run_tokens<T, Float8E5M2>;
     case DType::kInt8: return run_tokens<T, Int8>;
@@ -222,11 +225,11 @@ TokensFunction tokens_function(DType stored) {
   }
 }
 
-TokensFunction tokens_function(DType tokens, DType stored) {
+TokensFunction tokens_function(DType tokens, DType k, DType v) {
   switch (tokens) {
-    case DType::kBFloat16: return tokens_function<BFloat16>(stored);
-    case DType::kFloat16: return tokens_function<Float16>(stored);
-    default: return tokens_function<float>(stored);
+    case DType::kBFloat16: return tokens_function<BFloat16>(k, v);
+    case DType::kFloat16: return tokens_function<Float16>(k, v);
+    default: return tokens_function<float>(k, v);
   }
 }
 
@@ -251,7 +254,8 @@ void cache_append(const AppendParams& params, const ThreadPool& pool) {
   const int64_t heads = cache.num_k_heads + cache.num_v_heads + (params.q ? cache.num_heads : 0);
   const int64_t wanted = tokens * heads * cache.head_dim / append::kMinNumbersPerWorker;
   const int64_t workers = std::min<int64_t>(pool.num_threads, std::max<int64_t>(wanted, 1));
-  append::Work work{params, append::tokens_function(params.dtype, cache.k_dtype), tokens, workers};
+  append::Work work{params, append::tokens_function(params.dtype, cache.k_dtype, cache.v_dtype),
+                    tokens, workers};
   run_workers(pool, workers, work);
 }
 

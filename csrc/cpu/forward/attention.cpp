@@ -31,9 +31,9 @@ const ForwardKernels* const kAllKernels[] = {
     &kPortableForward,
 };
 
-const ForwardKernels& select(DType dtype) {
-  return select_kernels(kAllKernels, chosen_isa(), [dtype](const ForwardKernels& kernels) {
-    return kernels.run_bundle[static_cast<int>(dtype)] != nullptr;
+const ForwardKernels& select(int storage) {
+  return select_kernels(kAllKernels, chosen_isa(), [storage](const ForwardKernels& kernels) {
+    return kernels.run_bundle[storage] != nullptr;
   });
 }
 
@@ -96,7 +96,8 @@ struct Work {
 
 void attention_forward(const AttentionParams& params, const ThreadPool& pool, bool lse_wanted,
                        bool batch_invariant, const KeyRanges& ranges, const Auxiliary& wanted) {
-  const ForwardKernels& kernels = select(params.k_dtype);
+  const int storage = storage_of(params.k_dtype, params.v_dtype);
+  const ForwardKernels& kernels = select(storage);
   const MaskBlocks masks(params, ranges, pool);
   const Schedule schedule =
       make_schedule(params, masks, batch_invariant, kernels.limits, pool.num_threads);
@@ -117,10 +118,9 @@ void attention_forward(const AttentionParams& params, const ThreadPool& pool, bo
   const int64_t worker_floats = floats + auxiliary.worker_floats();
   AlignedFloats scratch(schedule.num_workers * worker_floats);
 
-  const CallState call{params,    masks,  schedule,   partials.get(),    unfinished.get(),
-                       auxiliary, floats, lse_wanted};
-  Work work{call, kernels.run_bundle[static_cast<int>(params.k_dtype)], scratch.get(),
-            worker_floats};
+  const CallState call{params,           masks,     schedule, partials.get(),
+                       unfinished.get(), auxiliary, floats,   lse_wanted};
+  Work work{call, kernels.run_bundle[storage], scratch.get(), worker_floats};
   run_workers(pool, schedule.num_workers, work);
   auxiliary.finish(schedule);
 }

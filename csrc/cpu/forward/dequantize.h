@@ -38,8 +38,8 @@ inline constexpr float kLoadedZero = 0.0f;
 template <>
 inline constexpr float kLoadedZero<Int4Pair> = 8.0f;
 
-// The scales and zeros of a tile's keys, for one (key head, value head) pair.
-template <class V, class S>
+// The scales and zeros of a tile's keys, for one (key head, value head) pair. S, SV: types of K and V.
+template <class V, class S, class SV>
 class Dequantizer {
  public:
   Dequantizer(const AttentionParams& params, const Pages& pages, int64_t k_head, int64_t v_head,
@@ -65,16 +65,17 @@ class Dequantizer {
 
   void begin_tile(int64_t first, int n) {
     // The score of a key without a page must be NaN, whatever was read as its row.
-    constexpr LoadedPart kPart = kLoadedPart<S>;
+    constexpr LoadedPart kPart = kLoadedPart<S>, kValuePart = kLoadedPart<SV>;
     fetch(params_.k_scale, params_.k_scale_stride, k_head_, first, n,
           {kPart.k_scale, 0.0f, kPart.k_scale, NAN}, tile_.k_scale);
     fetch(params_.v_scale, params_.v_scale_stride, v_head_, first, n,
-          {kPart.v_scale, 0.0f, kPart.v_scale, 1.0f}, tile_.v_scale);
-    constexpr RowValueUse kZero{1.0f / kPart.all, -kLoadedZero<S>, 0.0f, 0.0f};
+          {kValuePart.v_scale, 0.0f, kValuePart.v_scale, 1.0f}, tile_.v_scale);
     if (has_k_zero()) {
+      constexpr RowValueUse kZero{1.0f / kPart.all, -kLoadedZero<S>, 0.0f, 0.0f};
       fetch(params_.k_zero, params_.k_zero_stride, k_head_, first, n, kZero, tile_.k_zero);
     }
     if (has_v_zero()) {
+      constexpr RowValueUse kZero{1.0f / kValuePart.all, -kLoadedZero<SV>, 0.0f, 0.0f};
       fetch(params_.v_zero, params_.v_zero_stride, v_head_, first, n, kZero, tile_.v_zero);
     }
   }

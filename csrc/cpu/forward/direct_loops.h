@@ -55,8 +55,8 @@ GQA_INLINE void for_score_blocks(int rows, Visit visit) {
 //                                         kRowStep keys; calls prefetcher.step() every kRowStep
 //   add_rows<kRows>(r, keys, prefetcher)  o[r + i] += sum over keys of p[r + i, key] * v[key];
 //                                         calls prefetcher.step() for every vector of columns
-// If V::kDeinterleaves<S>, o holds the even columns of every two vectors before the odd ones.
-template <class Derived, class V, class S>
+// S, SV: types of K and V. If V::kDeinterleaves<SV>, o holds the even columns of every two vectors before the odd ones.
+template <class Derived, class V, class S, class SV>
 class DirectLoops {
  public:
   using Probability = float;
@@ -71,7 +71,7 @@ class DirectLoops {
 
   // After the last tile: restores the order of o's columns.
   void end(int rows) {
-    if (!V::template kDeinterleaves<S>) return;
+    if (!V::template kDeinterleaves<SV>) return;
     for (int r = 0; r < rows; ++r) {
       float* o = tile_.o + r * tile_.layout.o_ld;
       for (int64_t d = 0; d < tile_.layout.o_ld; d += 2 * kW) {
@@ -84,7 +84,7 @@ class DirectLoops {
   }
 
   // k_rows: of a whole number of kRowStep keys; next_k_rows: the rows of the tile after this one
-  void begin_tile(const S* const* k_rows, const S* const* v_rows, int, const S* const* next_k_rows,
+  void begin_tile(const S* const* k_rows, const SV* const* v_rows, int, const S* const* next_k_rows,
                   int next_n) {
     k_rows_ = k_rows;
     v_rows_ = v_rows;
@@ -97,8 +97,8 @@ class DirectLoops {
     const StripKeys need = strips[0];
     const StripKeys steps{need.begin / kRowStep * kRowStep,
                           (need.end + kRowStep - 1) / kRowStep * kRowStep};
-    Prefetcher<S> prefetcher(v_rows_ + need.begin, need.end - need.begin, value_head_dim_,
-                             num_score_blocks(rows) * (steps.end - steps.begin) / kRowStep);
+    Prefetcher<SV> prefetcher(v_rows_ + need.begin, need.end - need.begin, value_head_dim_,
+                              num_score_blocks(rows) * (steps.end - steps.begin) / kRowStep);
     for_score_blocks(rows, [&](int r, auto count) {
       derived().template dot_rows<count()>(r, steps, prefetcher);
     });
@@ -119,7 +119,7 @@ class DirectLoops {
   Tile<V>& tile_;
   int64_t head_dim_, value_head_dim_;
   const S* const* k_rows_ = nullptr;
-  const S* const* v_rows_ = nullptr;
+  const SV* const* v_rows_ = nullptr;
 
  private:
   static constexpr int kW = V::kWidth;

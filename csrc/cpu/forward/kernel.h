@@ -32,6 +32,7 @@
 #include "products_packed.h"
 #include "row_keys.h"
 #include "schedule.h"
+#include "scratch.h"
 #include "softmax.h"
 #include "tile.h"
 
@@ -64,7 +65,8 @@ struct NextRows {
   int n;
 };
 
-template <class V, class S, class Products>
+// S, SV: types of K and V. They differ only if both are quantised.
+template <class V, class S, class SV, class Products>
 class AttentionTask {
  public:
   // own, shared: memory as TileLayout describes it. more: further arguments of Products.
@@ -77,7 +79,7 @@ class AttentionTask {
         tile_(layout, own, shared),
         pages_(params_, task.batch, task.k_head),
         k_(KVRows<S>::k(params_, pages_, task.k_head)),
-        v_(KVRows<S>::v(params_, pages_, task.v_head)),
+        v_(KVRows<SV>::v(params_, pages_, task.v_head)),
         dequantizer_(params_, pages_, task.k_head, task.v_head, tile_),
         products_(params_, tile_, more...),
         rows_(task.num_rows()),
@@ -110,7 +112,7 @@ class AttentionTask {
   // Keys first to first + n - 1, at most a tile; k_rows: as prepared.
   void add_tile(int64_t first, int n, const S* const* k_rows, const NextRows<S>& next_rows) {
     constexpr RowBlocks kBlocks = Products::kBlocks;
-    const S* v_rows[kMaxTileKeys];
+    const SV* v_rows[kMaxTileKeys];
     StripKeys strips[(Products::kMaxRows + Products::kStrip - 1) / Products::kStrip];
     for (int r = 0; r < rows_; ++r) {
       runs_[r] = keys_in_tile(params_, call_.masks, call_rows_[r], first, n);
@@ -399,8 +401,9 @@ class AttentionTask {
   const Task& task_;
   Tile<V> tile_;
   Pages pages_;
-  KVRows<S> k_, v_;
-  Dequantizer<V, S> dequantizer_;
+  KVRows<S> k_;
+  KVRows<SV> v_;
+  Dequantizer<V, S, SV> dequantizer_;
   Products products_;
   int rows_;
   KeyScores<V, S, Products::kMaxRows> key_scores_;
@@ -439,10 +442,10 @@ void run_interleaved(Running* const* tasks, int count, int64_t key_begin, int64_
   for (int i = 0; i < count; ++i) tasks[i]->end();
 }
 
-template <class V, class S, class Products, class... More>
+template <class V, class S, class SV, class Products, class... More>
 void run_with(const CallState& call, const Bundle& bundle, const RowBlocks& blocks, float* scratch,
               More... more) {
-  using Running = AttentionTask<V, S, Products>;
+  using Running = AttentionTask<V, S, SV, Products>;
   const TileShape& tile = call.schedule.tile;
   const Task* tasks = call.schedule.tasks.data() + bundle.first;
   const auto layout = [&](int i) {
@@ -464,37 +467,24 @@ void run_with(const CallState& call, const Bundle& bundle, const RowBlocks& bloc
   run_interleaved<S>(places.data(), bundle.count, begin, end, tile);
 }
 
-// Runs the tasks of one bundle, with K and V in type S. Few, Many: the products of direct tasks and
-// of others. Direct tasks over fp8, int8 and int4 have products of their own if the processor and
-// the type of the queries allow them.
-template <class V, class S, class Few = DirectProducts<V, S>, class Many = PackedProducts<V, S>>
+// Runs the tasks of one bundle, with K in type S and V in type SV. Few, Many: the products of direct
+// and of other tasks. Direct tasks over fp8, int8 and int4 have products of their own if the
+// processor and the type of the queries allow them.
+template <class V, class S, class SV = S, class Few = DirectProducts<V, S, SV>,
+          class Many = PackedProducts<V, S, SV>>
 void run_bundle(const CallState& call, const Bundle& bundle, float* scratch) {
   constexpr RowBlocks kBlocks = Many::kBlocks;
   if (!call.schedule.tasks[bundle.first].direct) {
-    run_with<V, S, Many>(call, bundle, kBlocks, scratch);
+    run_with<V, S, SV, Many>(call, bundle, kBlocks, scratch);
   } else if constexpr (V::kShiftsFp8 && kFloat8<S>) {
-    cheap_subnormals()
-        ? run_with<V, BitShiftedFp8<S>, Fp8Products<V, S>>(call, bundle, kBlocks, scratch)
-        : run_with<V, S, Few>(call, bundle, kBlocks, scratch);
+    cheap_subnormals() ? run_with<V, BitShiftedFp8<S>, BitShiftedFp8<S>, Fp8Products<V, S>>(
+                             call, bundle, kBlocks, scratch)
+                       : run_with<V, S, SV, Few>(call, bundle, kBlocks, scratch);
   } else if (!uses_int16_products<V>(call.params, call.schedule.tile)) {
-    run_with<V, S, Few>(call, bundle, kBlocks, scratch);
+    run_with<V, S, SV, Few>(call, bundle, kBlocks, scratch);
   } else if constexpr (V::kHasInt16 && kInteger<S>) {
-    run_with<V, S, Int16Products<V, S>>(call, bundle, kBlocks, scratch, call.lse_wanted);
+    run_with<V, S, SV, Int16Products<V, S, SV>>(call, bundle, kBlocks, scratch, call.lse_wanted);
   }
-}
-
-// The scratch memory of run_bundle.
-template <class V, class Many = PackedProducts<V, float>>
-int64_t scratch_floats(const AttentionParams& params, const Schedule& schedule,
-                       const Bundle& bundle) {
-  int64_t floats = 0;
-  for (int i = 0; i < bundle.count; ++i) {
-    const TileLayout<V> layout(params, schedule.tile, Many::kBlocks,
-                               schedule.tasks[bundle.first + i].num_rows());
-    if (i == 0) floats += layout.shared_floats();
-    floats += layout.own_floats();
-  }
-  return floats;
 }
 
 }  // namespace gqa::cpu::GQA_ISA

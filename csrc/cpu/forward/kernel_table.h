@@ -29,16 +29,22 @@ struct CallState {
 // Runs the tasks of one bundle. scratch has scratch_floats(...) floats.
 using BundleFunction = void (*)(const CallState& call, const Bundle& bundle, float* scratch);
 
+// How K and V are stored: in the one type of both, whose number this is, or as int8 keys with int4
+// values.
+constexpr int kInt8Int4 = kNumDTypes;
+inline int storage_of(DType k, DType v) {
+  return k == DType::kInt8 && v == DType::kInt4 ? kInt8Int4 : static_cast<int>(k);
+}
 template <class T>
-using ByDType = std::array<T, kNumDTypes>;
+using ByStorage = std::array<T, kNumDTypes + 1>;
 
 struct ForwardKernels {
   Isa isa;
   TileLimits limits;
   int64_t (*scratch_floats)(const AttentionParams& params, const Schedule& schedule,
                             const Bundle& bundle);
-  // nullptr: for this type of K and V, use the kernels of the next set in the list.
-  ByDType<BundleFunction> run_bundle;
+  // nullptr: for this storage of K and V, use the kernels of the next set in the list.
+  ByStorage<BundleFunction> run_bundle;
 };
 
 extern const ForwardKernels kPortableForward;

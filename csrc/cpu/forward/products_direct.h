@@ -190,9 +190,9 @@ inline void direct_scores(const float* q, int64_t ldq, int rows, const S* const*
   });
 }
 
-template <class V, class S>
-class DirectProducts : public DirectLoops<DirectProducts<V, S>, V, S> {
-  using Loops = DirectLoops<DirectProducts<V, S>, V, S>;
+template <class V, class S, class SV = S>
+class DirectProducts : public DirectLoops<DirectProducts<V, S, SV>, V, S, SV> {
+  using Loops = DirectLoops<DirectProducts<V, S, SV>, V, S, SV>;
   friend Loops;
 
  public:
@@ -218,14 +218,14 @@ class DirectProducts : public DirectLoops<DirectProducts<V, S>, V, S> {
   // This and add_rows are functions of their own: if all were inlined into one, gcc would store the
   // widened numbers of every block to memory that nobody reads.
   template <int kRows>
-  GQA_NOINLINE void dot_rows(int r, StripKeys keys, Prefetcher<S>& prefetcher) {
+  GQA_NOINLINE void dot_rows(int r, StripKeys keys, Prefetcher<SV>& prefetcher) {
     if (this->head_dim_ == kCommonHeadDim)
       return dot_rows<kRows, kCommonHeadDim>(r, keys, prefetcher);
     dot_rows<kRows, 0>(r, keys, prefetcher);
   }
   // kDims: the head dim, or 0 for any.
   template <int kRows, int kDims>
-  GQA_INLINE void dot_rows(int r, StripKeys keys, Prefetcher<S>& prefetcher) {
+  GQA_INLINE void dot_rows(int r, StripKeys keys, Prefetcher<SV>& prefetcher) {
     const TileLayout<V>& layout = this->tile_.layout;
     const int64_t dims = kDims ? kDims : this->head_dim_;
     const int64_t ldq = kDims ? kDims : layout.q_ld, lds = layout.keys;
@@ -249,12 +249,12 @@ class DirectProducts : public DirectLoops<DirectProducts<V, S>, V, S> {
     int64_t d = 0;
     for (; d + kCols * kW <= dims; d += kCols * kW) {
       for (int i = 0; i < kCols; ++i) prefetcher.step();
-      add_keys<V, S, kRows, kCols>(p, ldp, this->v_rows_, d, keys, kCols * kW, o + d, ldo);
+      add_keys<V, SV, kRows, kCols>(p, ldp, this->v_rows_, d, keys, kCols * kW, o + d, ldo);
     }
     for (; d < dims; d += 2 * kW) {
       prefetcher.step();
       prefetcher.step();
-      add_keys<V, S, kRows, 2, false>(p, ldp, this->v_rows_, d, keys, dims - d, o + d, ldo);
+      add_keys<V, SV, kRows, 2, false>(p, ldp, this->v_rows_, d, keys, dims - d, o + d, ldo);
     }
   }
 };

@@ -36,8 +36,8 @@ GQA_INLINE void with_block(const S* row, int64_t d, int64_t n, Use use) {
 }
 
 template <class V, class S>
-class HalfProducts : public DirectLoops<HalfProducts<V, S>, V, S> {
-  using Loops = DirectLoops<HalfProducts<V, S>, V, S>;
+class HalfProducts : public DirectLoops<HalfProducts<V, S>, V, S, S> {
+  using Loops = DirectLoops<HalfProducts<V, S>, V, S, S>;
   friend Loops;
 
  public:

@@ -177,9 +177,9 @@ GQA_INLINE void add_int16(const int16_t* p, int64_t ldp, const float* step, cons
   }
 }
 
-template <class V, class S>
-class Int16Products : public DirectLoops<Int16Products<V, S>, V, S> {
-  using Loops = DirectLoops<Int16Products<V, S>, V, S>;
+template <class V, class S, class SV>
+class Int16Products : public DirectLoops<Int16Products<V, S, SV>, V, S, SV> {
+  using Loops = DirectLoops<Int16Products<V, S, SV>, V, S, SV>;
   friend Loops;
 
  public:
@@ -275,14 +275,14 @@ class Int16Products : public DirectLoops<Int16Products<V, S>, V, S> {
   }
 
   template <int kRows>
-  GQA_NOINLINE void dot_rows(int r, StripKeys keys, Prefetcher<S>& prefetcher) {
+  GQA_NOINLINE void dot_rows(int r, StripKeys keys, Prefetcher<SV>& prefetcher) {
     if (this->head_dim_ == kCommonHeadDim)
       return dot_rows<kRows, kCommonHeadDim>(r, keys, prefetcher);
     dot_rows<kRows, 0>(r, keys, prefetcher);
   }
   // kDims: the head dim, or 0 for any.
   template <int kRows, int kDims>
-  GQA_INLINE void dot_rows(int r, StripKeys keys, Prefetcher<S>& prefetcher) {
+  GQA_INLINE void dot_rows(int r, StripKeys keys, Prefetcher<SV>& prefetcher) {
     const TileLayout<V>& layout = this->tile_.layout;
     const int64_t dims = kDims ? kDims : this->head_dim_;
     const int64_t ldq = kDims ? kDims : layout.int16_ld;
@@ -307,14 +307,14 @@ class Int16Products : public DirectLoops<Int16Products<V, S>, V, S> {
     int64_t d = 0;
     for (; d + kCols * kW <= dims; d += kCols * kW) {
       for (int i = 0; i < kCols; ++i) prefetcher.step();
-      add_int16<V, S, kRows, kCols>(p, 2 * ldp, p_step_ + r, this->v_rows_, d, keys, kCols * kW,
-                                    o + d, ldo);
+      add_int16<V, SV, kRows, kCols>(p, 2 * ldp, p_step_ + r, this->v_rows_, d, keys, kCols * kW,
+                                     o + d, ldo);
     }
     for (; d < dims; d += 2 * kW) {
       prefetcher.step();
       prefetcher.step();
-      add_int16<V, S, kRows, 2, false>(p, 2 * ldp, p_step_ + r, this->v_rows_, d, keys, dims - d,
-                                       o + d, ldo);
+      add_int16<V, SV, kRows, 2, false>(p, 2 * ldp, p_step_ + r, this->v_rows_, d, keys, dims - d,
+                                        o + d, ldo);
     }
   }
 

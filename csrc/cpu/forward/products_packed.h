@@ -115,7 +115,7 @@ inline void pack_rows(const T* const* rows, int n, int64_t dims, int64_t max_row
   }
 }
 
-template <class V, class S>
+template <class V, class S, class SV = S>
 class PackedProducts {
  public:
   using Probability = float;
@@ -131,7 +131,7 @@ class PackedProducts {
   void begin(int) {}
   void end(int) {}
 
-  void begin_tile(const S* const* k_rows, const S* const* v_rows, int n, const S* const*, int) {
+  void begin_tile(const S* const* k_rows, const SV* const* v_rows, int n, const S* const*, int) {
     pack_transposed<V>(k_rows, n, head_dim_, tile_.k_panels);
     pack_rows<V>(v_rows, n, value_head_dim_, tile_.layout.keys, tile_.v_panels);
     num_keys_ = n;

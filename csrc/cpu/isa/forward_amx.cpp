@@ -24,13 +24,13 @@ constexpr int kMinTileRows = 5;
 
 void run_with_tiles(const CallState& call, const Bundle& bundle, float* scratch) {
   if (!call.schedule.tile.packs && call.schedule.tile.rows < kMinTileRows) {
-    return run_bundle<Vec, BFloat16, Few, Few>(call, bundle, scratch);
+    return run_bundle<Vec, BFloat16, BFloat16, Few, Few>(call, bundle, scratch);
   }
   const AmxTiles tiles;
-  run_bundle<Vec, BFloat16, FewOnTiles, Many>(call, bundle, scratch);
+  run_bundle<Vec, BFloat16, BFloat16, FewOnTiles, Many>(call, bundle, scratch);
 }
 
-constexpr ByDType<BundleFunction> kRunBundle = {nullptr, run_with_tiles};
+constexpr ByStorage<BundleFunction> kRunBundle = {nullptr, run_with_tiles};
 constexpr auto kScratchFloats = scratch_floats<Vec, Many>;
 
 }  // namespace

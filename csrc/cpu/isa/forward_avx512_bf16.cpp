@@ -17,7 +17,8 @@ namespace {
 using Few = HalfProducts<Vec, BFloat16>;
 using Many = PairProducts<Vec, DotProductEngine<Vec>>;
 
-constexpr ByDType<BundleFunction> kRunBundle = {nullptr, run_bundle<Vec, BFloat16, Few, Many>};
+constexpr ByStorage<BundleFunction> kRunBundle = {nullptr,
+                                                  run_bundle<Vec, BFloat16, BFloat16, Few, Many>};
 constexpr auto kScratchFloats = scratch_floats<Vec, Many>;
 
 }  // namespace

@@ -16,15 +16,16 @@ namespace {
 using Few = HalfProducts<Vec, BFloat16>;
 using Many = MatrixProducts<Vec>;
 
-constexpr ByDType<BundleFunction> kRunBundle = {
+constexpr ByStorage<BundleFunction> kRunBundle = {
     nullptr,
-    run_bundle<Vec, BFloat16, Few, Many>,
+    run_bundle<Vec, BFloat16, BFloat16, Few, Many>,
     nullptr,
     nullptr,
     nullptr,
     nullptr,
     run_bundle<Vec, Int8>,
     run_bundle<Vec, Int4Pair>,
+    run_bundle<Vec, Int8, Int4Pair>,
 };
 // Rows are padded differently by the products of bf16 and those of int8 and int4.
 int64_t most_scratch_floats(const AttentionParams& params, const Schedule& schedule,

@@ -11,7 +11,7 @@
 namespace gqa::cpu::neon_dot {
 namespace {
 
-constexpr ByDType<BundleFunction> kRunBundle = {
+constexpr ByStorage<BundleFunction> kRunBundle = {
     nullptr,
     nullptr,
     nullptr,
@@ -20,6 +20,7 @@ constexpr ByDType<BundleFunction> kRunBundle = {
     nullptr,
     run_bundle<Vec, Int8>,
     run_bundle<Vec, Int4Pair>,
+    run_bundle<Vec, Int8, Int4Pair>,
 };
 constexpr auto kScratchFloats = scratch_floats<Vec>;
 

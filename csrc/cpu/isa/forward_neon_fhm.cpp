@@ -12,10 +12,10 @@
 namespace gqa::cpu::neon_fhm {
 namespace {
 
-constexpr ByDType<BundleFunction> kRunBundle = {
+constexpr ByStorage<BundleFunction> kRunBundle = {
     nullptr,
     nullptr,
-    run_bundle<Vec, Float16, HalfProducts<Vec, Float16>>,
+    run_bundle<Vec, Float16, Float16, HalfProducts<Vec, Float16>>,
 };
 constexpr auto kScratchFloats = scratch_floats<Vec>;
 

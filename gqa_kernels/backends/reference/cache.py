@@ -226,7 +226,7 @@ def keep_op(*arguments: object) -> None:
     reference_keep(KeepCall.of_arguments(schema.KEEP.Arguments(*arguments)))
 
 
-keep_op.register_fake(schema.fake_keep)
+keep_op.register_fake(schema.fake_nothing)
 
 
 def reference_keep(call: KeepCall) -> None:
@@ -279,7 +279,7 @@ def _store(view: KVView, side: str, rows: Tensor, sequence: Tensor, position: Te
         (slot % view.page_size)[inside],
         rows[inside],
     )
-    format = view.format
+    format = view.format if side == "k" else view.value_format
     if scale is not None and format is not None:
         new_scale, new_zero = scale[page, head, slot], None
         if zero is not None:

@@ -78,6 +78,13 @@ class TritonBackend(Backend):
 
         return triton_attention_forward(**self._arguments(call))
 
+    def attend_into(self, call: AttentionCall, out: Tensor, lse: Tensor | None) -> None:
+        if not self.fuses_auxiliary(call):
+            return super().attend_into(call, out, lse)
+        from .ops import triton_attention_into
+
+        triton_attention_into(**self._arguments(call), out=out, lse=lse)
+
     def _arguments(self, call: AttentionCall) -> dict[str, object]:
         """The arguments of a checked call, by name."""
         call.check()

@@ -26,7 +26,7 @@ from .launch.keep import keep_launch
 from .launch.key_scores import key_scores_launch
 
 FORWARD, BACKWARD = schema.forward("plan"), schema.backward("plan")
-AUXILIARY = schema.auxiliary("plan")
+AUXILIARY, INTO = schema.auxiliary("plan"), schema.into("plan")
 
 
 @torch.library.custom_op(
@@ -40,6 +40,21 @@ def triton_attention_forward(*arguments: Any, **named: Any) -> tuple[Tensor, Ten
         for launch in forward_launches(_forward_call(call, out, lse), device_facts(call.q.device)):
             launch.run()
     return out, lse
+
+
+@torch.library.custom_op(
+    "gqa_kernels::triton_attention_into", mutates_args=schema.FILLED, schema=INTO.text
+)
+def triton_attention_into(*arguments: Any, **named: Any) -> None:
+    """See :func:`gqa_kernels.native.schema.into`."""
+    call = INTO.Arguments(*arguments, **named)
+    lse = call.lse
+    if lse is None:
+        lse = torch.empty(call.q.shape[:3], dtype=torch.float32, device=call.q.device)
+    with torch.cuda.device_of(call.q):
+        forward = _forward_call(call, call.out, lse)
+        for launch in forward_launches(forward, device_facts(call.q.device)):
+            launch.run()
 
 
 @torch.library.custom_op(
@@ -154,9 +169,10 @@ def _forward_call(call: Any, out: Tensor, lse: Tensor) -> ForwardCall:
 for _op, _fake in (
     (triton_attention_forward, schema.fake_forward(FORWARD)),
     (triton_attention_auxiliary, schema.fake_auxiliary(AUXILIARY)),
+    (triton_attention_into, schema.fake_nothing),
     (triton_attention_backward, schema.fake_backward(BACKWARD)),
     (triton_cache_append, schema.fake_append),
-    (triton_cache_keep, schema.fake_keep),
+    (triton_cache_keep, schema.fake_nothing),
 ):
     _op.register_fake(_fake)
 autograd.register(
@@ -165,4 +181,5 @@ autograd.register(
 )  # fmt: skip
 flops.register("triton_attention_forward", FORWARD)
 flops.register("triton_attention_auxiliary", AUXILIARY)
+flops.register("triton_attention_into", INTO)
 flops.register("triton_attention_backward", BACKWARD, is_backward=True)

@@ -45,9 +45,10 @@ class PagedCache(Cache):
         config: of the model. It gives the layers' types and their sliding windows. Layers of linear
             attention and of convolutions keep their states in transformers' own cache layers.
         page_size: tokens of a page.
-        format: None stores the keys' own type; ``"int8"``, ``"fp8_e4m3"``, ``"fp8_e5m2"`` or
-            ``"int4"`` quantises with a scale per token and head.
-        zeros: keep a zero per token and head too (int8, int4).
+        format: None stores the keys' own type; ``"int8"``, ``"fp8_e4m3"``, ``"fp8_e5m2"``,
+            ``"int4"`` or ``"k8v4"`` (keys as int8, values as int4) quantises with a scale per token
+            and head.
+        zeros: keep a zero per token and head too (integers).
         hadamard: store keys rotated by a Hadamard matrix, as :class:`gqa_kernels.DenseKVCache` has
             it: for ``"int4"``.
         num_pages: pages of each layer's pool, allocated with the first token; None: pools grow, by
