@@ -117,8 +117,8 @@ void attention_forward(const AttentionParams& params, const ThreadPool& pool, bo
   const int64_t worker_floats = floats + auxiliary.worker_floats();
   AlignedFloats scratch(schedule.num_workers * worker_floats);
 
-  const CallState call{params,    masks,  schedule,   partials.get(),    unfinished.get(),
-                       auxiliary, floats, lse_wanted};
+  const CallState call{params,           masks,     schedule, partials.get(),
+                       unfinished.get(), auxiliary, floats,   lse_wanted};
   Work work{call, kernels.run_bundle[static_cast<int>(params.k_dtype)], scratch.get(),
             worker_floats};
   run_workers(pool, schedule.num_workers, work);
