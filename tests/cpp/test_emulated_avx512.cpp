@@ -268,7 +268,7 @@ void test_packing() {
   pack_interleaved(rows, kRowsOfB, kDims, 4 * kChunk, interleaved);
   float place[32];  // of each column in pack_interleaved's chunks
   for (int i = 0; i < 32; ++i) place[i] = static_cast<float>(i);
-  order_columns<Vec>(place);
+  Vec::order_columns(place);
   for (int r = 0; r < 2 * kChunk; ++r) {
     for (int d = 0; d < 3 * kChunk; ++d) {
       const BFloat16* chunk = columns + (r / 32 * 3 + d / 32) * kChunkNumbers;
