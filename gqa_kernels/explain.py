@@ -15,14 +15,8 @@ from .decode import append, asym_gqa_decode, decode_call, plan_decode
 from .keep import keep
 from .varlen import asym_gqa_varlen_attention, varlen_call
 
-_NO_PART = (
-    "backend",
-    "return_lse",
-    "out",
-    "lse",
-    "deterministic",
-    "advance",
-)  # in what a backend can run
+# No part in what a backend can run.
+_NO_PART = ("backend", "return_lse", "out", "lse", "deterministic", "advance")
 _OF_APPEND = (
     "k_new", "v_new", "rotary_cos", "rotary_sin", "rotary_interleaved", "rotary_positions",
 )  # fmt: skip

@@ -50,8 +50,8 @@ def hold(function, expected, *, dtype, device, **options):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("layout", ["bhsd", "bshd"])
 def test_attention(backend, layout, device):
-    for dtype, q_len in ((torch.float32, 7), (torch.bfloat16, 70)):
-        q, k, v = make_inputs(2, HEAD_MAP, q_len, 90, 16, dtype=dtype, value_head_dim=24)
+    for dtype, q_len in ((torch.float32, 3), (torch.bfloat16, 20)):
+        q, k, v = make_inputs(1, HEAD_MAP, q_len, 33, 16, dtype=dtype, value_head_dim=24)
         if layout == "bshd":
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         q, k, v = (x.to(device) for x in (q, k, v))
@@ -80,9 +80,9 @@ def test_packed_sequences(backend, device):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", [Kind(), Kind(3, "NHD", format="int8")], ids=str)
 def test_decode(backend, kind, device):
-    cache, _ = filled(kind, torch.float32, device, room=True)
-    q = queries(3, UNEVEN, 2, 16, torch.float32, device)
-    new = [torch.randn(3, 3, 2, dim, device=device) for dim in (16, 24)]
+    cache, _ = filled(kind, torch.float32, device, lengths=(5, 0), room=True)
+    q = queries(2, UNEVEN, 2, 16, torch.float32, device)
+    new = [torch.randn(2, 3, 2, dim, device=device) for dim in (16, 24)]
 
     def run(**results):
         given = dict(zip(("k_new", "v_new"), new, strict=True))
@@ -90,6 +90,8 @@ def test_decode(backend, kind, device):
 
     expected = run(return_lse=True)
     hold(run, expected, dtype=torch.float32, device=device)
+    if interpreted(backend):
+        return
     plan = plan_decode(q, cache, UNEVEN, backend=backend)
     hold(lambda **results: plan(q, cache, *new, **results), expected, dtype=torch.float32,
          device=device)  # fmt: skip

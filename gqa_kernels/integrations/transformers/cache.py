@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from ...native.arguments import as_bool
+from .gathered import GatheredLayer, computes_with_cached
 from .headwise import Budget, BudgetedLayer, as_budgets
 from .hybrid import (
     ATTENTION,
@@ -95,6 +96,12 @@ class PagedCache(Cache):
         if any(found) and num_pages is not None:
             raise ValueError(f"num_pages must be None with budgets, got {num_pages}")
         stored = (format, zeros, as_bool("hadamard", hadamard))
+        gathers = computes_with_cached(config)
+        if gathers and any(found):
+            raise NotImplementedError(
+                "budgets must be None for a model that computes with what it has cached "
+                f"({config.model_type}), got {budgets}"
+            )
         layers = []
         for window, kind, layer_budgets in zip(windows, kinds, found, strict=True):
             if layer_budgets and kind not in ATTENTION:
@@ -107,7 +114,8 @@ class PagedCache(Cache):
             elif kind not in ATTENTION:
                 layers.append(layer_without_keys(kind, config))
             elif not layer_budgets:
-                layers.append(PagedLayer(self.tables[window], *stored))
+                layer_type = GatheredLayer if gathers else PagedLayer
+                layers.append(layer_type(self.tables[window], *stored))
             elif window is not None:
                 raise NotImplementedError(
                     f"budgets must be None in layers with a sliding window, got {layer_budgets}"
