@@ -147,8 +147,8 @@ def readme_block(devices: dict[str, dict[str, Results]], folder: Path, readme: P
         )
         parts += [table, tables.score(results).split("\n")[0]] if table else []
     served = engine.load(folder)
-    if served:
-        parts.append(engine.line(served))
+    if served:  # one more item of the list
+        parts[-1:] = ["\n".join([*parts[-1:], engine.line(served)])]
     return "".join(f"\n{part}\n" for part in parts if part) + "\n"
 
 

@@ -158,6 +158,10 @@ class AttentionCall:
             call.q_offsets, call.max_q_len = checks.resolve_offsets(
                 "cu_seqlens_q", cu_seqlens_q, "max_seqlen_q", max_seqlen_q, q, view.batch
             )
+            attn_mask, key_ranges = (
+                checks.first_rows(x, -2, max_seqlen_q, call.max_q_len)
+                for x in (attn_mask, key_ranges)
+            )
             capacity = view.capacity
             call.max_kv_len = capacity if max_seqlen_k is None else min(max_seqlen_k, capacity)
         return call._complete(
@@ -186,12 +190,14 @@ class AttentionCall:
         checks.check_head_dims(k, v, 2)
         check_tensors(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
         batch = max(cu_seqlens_k.numel() - 1, 0)
-        offsets, max_seqlen_k = checks.resolve_offsets(
+        offsets, most_keys = checks.resolve_offsets(
             "cu_seqlens_k", cu_seqlens_k, "max_seqlen_k", max_seqlen_k, k, batch
         )
+        mask = others.pop("attn_mask", None)
+        others["attn_mask"] = checks.first_rows(mask, -1, max_seqlen_k, most_keys)
         return cls.over(
             q, KVView.packed(k, v, offsets), head_map, options, cu_seqlens_q=cu_seqlens_q,
-            max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, memory="packed", **others,
+            max_seqlen_q=max_seqlen_q, max_seqlen_k=most_keys, memory="packed", **others,
         )  # fmt: skip
 
     @staticmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -271,6 +272,14 @@ def resolve_lengths(lengths: Tensor | Sequence[int], k: Tensor) -> Tensor:
             )
     lengths = to_int32(lengths)
     return (lengths[:, None] if lengths.dim() == 1 else lengths).expand(batch, heads)
+
+
+def first_rows(x: Any, axis: int, given: int | None, most: int) -> Any:
+    """``x``, or its first ``most`` rows along ``axis`` if it has the ``given`` number of them: the
+    caller's bound of a sequence's tokens, of which there are fewer."""
+    if isinstance(x, Tensor) and x.dim() >= -axis and x.shape[axis] == given and given > most:
+        return x.narrow(axis, 0, most)
+    return x
 
 
 def resolve_offsets(

@@ -273,8 +273,8 @@ CALLED = {
     "entries": "head_map", "text": "HeadMap JSON", "sequences": "sequence",
     "batch_index": "page_table", "cu_seqlens": "dimensions", "cu_seqlens_q": "dimensions",
 }  # fmt: skip
-NOT_LOOKED_AT = {"backend", "return_lse", "deterministic", "advance", "k_new", "v_new",
-                 "rotary_cos", "rotary_sin", "rotary_interleaved",
+NOT_LOOKED_AT = {"backend", "return_lse", "out", "lse", "deterministic", "advance", "k_new",
+                 "v_new", "rotary_cos", "rotary_sin", "rotary_interleaved",
                  "rotary_positions"}  # fmt: skip
 
 

@@ -135,3 +135,24 @@ def test_bad_causality_is_refused(causal):
     rule = r"causal must be a bool, or a bool tensor of shape \(4,\), got"
     with pytest.raises(ValueError, match=rule):
         asym_gqa_varlen_attention(*packed(), MAP, *ENDS, causal=causal)
+
+
+@pytest.mark.parametrize("option", ["attn_mask", "key_ranges"])
+@pytest.mark.parametrize("backend", USABLE)
+def test_bounds_above_all_tokens(backend, option):
+    """Masks and ranges have the sizes of the caller's bounds, which may exceed all the tokens."""
+    q, k, v = torch.randn(4, 3, 8), *torch.randn(2, 5, 2, 8)
+    given = (q, k, v, [0, 0, 1], torch.tensor([0, 1, 4]), torch.tensor([0, 2, 5]))
+    if option == "attn_mask":
+        wide = torch.rand(2, 1, 9, 8) < 0.7
+        narrow = wide[..., :3, :3]
+    else:
+        wide = torch.tensor([0, 1]) + torch.randint(0, 3, (2, 3, 9, 1))
+        narrow = wide[:, :, :3]
+    if explain_backend(asym_gqa_varlen_attention, *given, 3, 3, **{option: narrow})[backend]:
+        pytest.skip(f"{backend} has no {option} in packed calls")
+    out, expected = (
+        asym_gqa_varlen_attention(*given, *bounds, **{option: x}, backend=backend)
+        for bounds, x in (((9, 8), wide), ((3, 3), narrow))
+    )
+    torch.testing.assert_close(out, expected)

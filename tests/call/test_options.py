@@ -119,7 +119,7 @@ def appended(backend, /, **options):
 
 OF_PLAN = set(inspect.signature(asym_gqa_decode).parameters) - {
     "rotary_cos", "rotary_sin", "rotary_interleaved", "rotary_positions", "return_lse",
-    "return_aux", "advance", *NEW,
+    "return_aux", "out", "lse", "advance", *NEW,
 }  # fmt: skip
 CALLS = {
     "attention": (attention, asym_gqa_attention),
@@ -182,6 +182,14 @@ def test_each_option_changes_the_result_or_is_refused(kind, backend):
         if name in WITHOUT_EFFECT:
             assert same(outcome(call, backend, **{name: True}), without)
             assert "deterministic must be" in outcome(call, backend, **{name: "x"})
+            continue
+        if name in ("out", "lse"):
+            given = {"return_lse": name == "lse"}
+            expected = outcome(call, backend, **given)
+            at = ("out", "lse").index(name)
+            place = torch.empty_like(expected[at])
+            found = outcome(call, backend, **given, **{name: place})
+            assert isinstance(found, str) or (found[at] is place and same(found, expected)), name
             continue
         assert options, f"{name} is in no test"
         if name in ("max_seqlen", "max_seqlen_q"):  # of no use without offsets

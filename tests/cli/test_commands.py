@@ -403,9 +403,9 @@ class TestRefusals:
         )
 
     def test_unknown_family(self, tmp_path, capsys):
-        save(tiny("gemma", hidden_activation="gelu"), tmp_path / "gemma")
-        error = self.refused(capsys, "inspect", tmp_path / "gemma")
-        assert "must be one of llama, " in error and "got 'gemma'" in error
+        save(tiny("cohere"), tmp_path / "cohere")
+        error = self.refused(capsys, "inspect", tmp_path / "cohere")
+        assert "must be one of llama, " in error and "got 'cohere'" in error
 
     def test_model_without_a_tokenizer(self, folders, tmp_path, capsys, monkeypatch):
         loaded = lambda name, device: data.Loaded(load(name), None, {})  # noqa: E731

@@ -13,7 +13,6 @@ from gqa_kernels import HeadMap, PagedKVCache, asym_gqa_decode
 from .eager import missing
 
 MISSING = {
-    ("unified_attention", "out"): "results are in memory of their own: copy them",
     ("unified_attention", "q_descale"): "queries are fp16, bf16 or fp32",
     ("unified_attention", "k_descale"): "a scale is one number, per head, or per token and head",
     ("unified_attention", "qq_bias"): "a mask covers all keys, this bias the new tokens' alone",
@@ -56,7 +55,7 @@ def unified_attention(
     alibi_slopes=None, sinks=None, qq_bias=None, out=None, *, head_map=None,
 ) -> Tensor:  # fmt: skip
     """Prefill chunks and decode tokens of several sequences at once."""
-    refused = (("out", out), ("q_descale", q_descale), ("qq_bias", qq_bias))
+    refused = (("q_descale", q_descale), ("qq_bias", qq_bias))
     for name, x in refused:
         if x is not None:
             refuse("unified_attention", name, "a tensor")
@@ -69,7 +68,7 @@ def unified_attention(
     return asym_gqa_decode(
         q, cache, head_map or HeadMap.uniform(q.shape[1], k.shape[2]), cu_seqlens_q=cu_seqlens_q,
         max_seqlen_q=max_seqlen_q, scale=softmax_scale, causal=causal, window=window_size,
-        softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
+        softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks, out=out,
     )  # fmt: skip
 
 

@@ -48,7 +48,7 @@ def watch_new_models() -> None:
         if getattr(config, KEY_FIELD, None) is not None:
             with suppress(ValueError, TypeError):  # wrong maps are reported when the model runs
                 restore(config, uneven=True)
-            if hasattr(whole, "save_pretrained"):
+            if hasattr(type(whole), "save_pretrained"):
                 guard_saving(whole)
             if hasattr(part, "num_key_value_groups"):
                 protect(part)

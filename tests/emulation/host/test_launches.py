@@ -29,6 +29,9 @@ def with_options_of_cuda(cases: list[attention.Case]) -> list[attention.Case]:
     return [case for case in cases if case.needs() <= CUDABackend.capabilities.options]
 
 
+CACHES = [kind for kind in caches.KINDS if kind.caches <= CUDABackend.capabilities.caches]
+
+
 def sizes_of(case: attention.Case) -> list[attention.Case]:
     """The case in every head-dim class, and with enough tokens for prefill on any device."""
     if "dims" in case.id:
@@ -54,7 +57,7 @@ def test_attention(host, case, device, capture):
 
 @CAPTURES
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("kind", caches.KINDS, ids=str)
+@pytest.mark.parametrize("kind", CACHES, ids=str)
 def test_attention_over_caches(host, kind, device, capture):
     """Pages, left padding and formats, in every head-dim class, decode and prefill."""
     for dtype in (BF16, FP16):
