@@ -393,7 +393,8 @@ def assert_auxiliary_close(
             actual = getattr(aux, name)
             if actual is not None:
                 true = score(upcast(inputs)) if exact is None else getattr(exact, name)
-                assert actual.dtype == torch.float32, f"{name}: dtype {actual.dtype}"
+                dtype = torch.float64 if inputs.dtype == torch.float64 else torch.float32
+                assert actual.dtype == dtype, f"{name}: dtype {actual.dtype}, expected {dtype}"
                 rounded = (True,) if name == "key_scores" else ()
                 assert_close(
                     name, actual, true.double(), [score(*form, *rounded) for form in forms]

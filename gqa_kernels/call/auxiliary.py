@@ -42,13 +42,14 @@ class AuxRequest(NamedTuple):
 
 
 class AuxOutput(NamedTuple):
-    """The outputs that an :class:`AuxRequest` asked for; None for the others.
+    """The outputs that an :class:`AuxRequest` asked for; None for the others. They are fp32, or
+    fp64 if q is.
 
     Attributes:
-        lse: fp32 ``[B, Hq, Sq]`` (``[Hq, total_q]`` for packed queries).
-        max_scores: fp32 ``[B, Hq]``, -inf if a head sees no key. Scores are scaled, capped and
+        lse: ``[B, Hq, Sq]`` (``[Hq, total_q]`` for packed queries).
+        max_scores: ``[B, Hq]``, -inf if a head sees no key. Scores are scaled, capped and
             biased; sinks don't count.
-        key_scores: fp32 ``[B, Hk, Sk]`` (the capacity for a cache): the sum of the probabilities
+        key_scores: ``[B, Hk, Sk]`` (the capacity for a cache): the sum of the probabilities
             that the last ``w`` queries of the KV head's query heads give to a key, before dropout.
             0 beyond the length.
 

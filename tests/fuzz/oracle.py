@@ -299,7 +299,7 @@ def check_scores(
 
     for i, (name, x) in enumerate((("max_scores", largest), ("key_scores", of_keys))):
         if x is not None:
-            assert x.dtype == torch.float32, f"{name}: dtype {x.dtype}"
+            assert x.dtype == dtype, f"{name}: dtype {x.dtype}, expected {dtype}"
             hold(
                 name,
                 x,
