@@ -20,6 +20,6 @@ STABLE_TORCH_LIBRARY_IMPL(gqa_kernels, CPU, library) {
                TORCH_BOX((&attention<attention_into_cpu, OptionalTensor, OptionalTensor>)));
   library.impl("attention_backward", TORCH_BOX(&attention_backward<attention_backward_cpu>));
   library.impl("cache_append", TORCH_BOX(&cache_append<cache_append_cpu>));
-  library.impl("cache_keep", TORCH_BOX(&cache_keep_cpu));
+  library.impl("cache_keep", TORCH_BOX(&cache_keep<cache_keep_cpu>));
   library.impl("cache_slots_exist", TORCH_BOX(&cache_slots_exist_cpu));
 }

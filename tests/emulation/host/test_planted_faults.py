@@ -60,6 +60,14 @@ FAULTS = {
         "reinterpret_cast<cudaStream_t>(reinterpret_cast<char*>(current_stream(index)) + 0x1000));",
         LAUNCHES, "test_append[dense-eager]", "device.stream",
     ),
+    "a keep on the default stream": Fault(
+        "host/keep_cuda.cpp", "current_stream(index));", "nullptr);",
+        LAUNCHES, "test_keep[dense-capture]", "would make the legacy stream depend",
+    ),
+    "pieces of rows that are not aligned": Fault(
+        "cuda/sm80/keep/keep.cu", "side.row_bytes % sizeof(uint4) == 0 &&", "",
+        LAUNCHES, "test_keep[dense-eager]", "Ih",
+    ),
     "no device guard": Fault(
         "host/attention_cuda.cpp",
         "const torch::stable::accelerator::DeviceGuard guard(index);", "",
