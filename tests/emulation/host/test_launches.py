@@ -135,7 +135,7 @@ def test_append(host, options, capture):
 @CAPTURES
 @pytest.mark.parametrize("kind", CACHES, ids=str)
 def test_keep(host, kind, capture):
-    sizes = ((64, 64), (12, 4), (58, 34), (256, 200))
+    sizes = ((64, 128), (12, 4), (58, 34), (200, 256))
     for device, dims in zip(DEVICES.values(), sizes, strict=True):
         dtype = FP32 if kind.format else BF16
         checks.check_keep(host, keep_of(kind, dtype, *dims), device, capture=capture)

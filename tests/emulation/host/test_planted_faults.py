@@ -64,9 +64,10 @@ FAULTS = {
         "host/keep_cuda.cpp", "current_stream(index));", "nullptr);",
         LAUNCHES, "test_keep[dense-capture]", "would make the legacy stream depend",
     ),
-    "pieces of rows that are not aligned": Fault(
-        "cuda/sm80/keep/keep.cu", "side.row_bytes % sizeof(uint4) == 0 &&", "",
-        LAUNCHES, "test_keep[dense-eager]", "Ih",
+    "a keep that moves as many bytes of a value as a key has": Fault(
+        "cuda/sm80/keep/keep.cu", "std::max(params.k.row_bytes, params.v.row_bytes)",
+        "params.k.row_bytes",
+        LAUNCHES, "test_keep[dense-eager]", "event.grid",
     ),
     "no device guard": Fault(
         "host/attention_cuda.cpp",
