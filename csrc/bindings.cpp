@@ -14,6 +14,7 @@ using namespace gqa::host;
 STABLE_TORCH_LIBRARY_IMPL(gqa_kernels, CPU, library) {
   library.impl("attention_forward", TORCH_BOX(&attention<attention_forward_cpu>));
   library.impl("attention_output", TORCH_BOX(&attention_output<attention_output_cpu>));
+  library.impl("attention_dense_output", TORCH_BOX(&attention_dense_output<attention_output_cpu>));
   library.impl("attention_auxiliary",
                TORCH_BOX((&attention<attention_auxiliary_cpu, bool, int64_t>)));
   library.impl("attention_into",

@@ -167,7 +167,7 @@ def asym_gqa_attention(
     if return_lse is not False:
         return_lse = as_bool("return_lse", return_lse)
     aux = None if return_aux is None else as_aux_request(return_aux, return_lse)
-    call = AttentionCall.dense(
+    call = attention_call(
         q, k, v, head_map, value_head_map, causal, scale, window, softcap, alibi_slopes, sinks,
         attn_mask, kv_lengths, dropout_p, layout, batch_invariant, key_ranges,
     )  # fmt: skip
