@@ -33,8 +33,8 @@ torch.library.register_fake(
 torch.library.register_fake("gqa_kernels::cache_append", schema.fake_append)
 for _name in ("attention_into", "cache_keep"):
     torch.library.register_fake(f"gqa_kernels::{_name}", schema.fake_nothing)
-# Calls that need a gradient take attention_forward. Torch's fallback for an op without autograd does
-# nothing for the others, and takes time.
+# Calls that need a gradient take attention_forward. For other calls torch would enter a fallback,
+# which does nothing and takes time.
 _library = torch.library.Library("gqa_kernels", "FRAGMENT")
 for _name in ("attention_output", "attention_dense_output"):
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
