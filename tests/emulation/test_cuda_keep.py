@@ -8,13 +8,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gqa_kernels.backends.reference.cache import reference_keep
+from gqa_kernels.backends.reference.cache import reference_append, reference_keep
+from gqa_kernels.call.append import AppendCall
 from gqa_kernels.call.keep import KeepCall
 from tests.cache.test_append import stored
 from tests.cases.attention import UNEVEN
 from tests.cases.caches import KINDS, Kind, empty_cache
 from tests.cases.kept import random_kept
 from tests.emulation.compiled_units import unavailable_reason
+from tests.emulation.cuda_append import emulated_append
 from tests.emulation.cuda_harness import Phase
 from tests.emulation.cuda_keep import emulated_keep, keep_phase, make_keep_call
 from tools.ptxsim import PtxError
@@ -98,6 +100,41 @@ def test_other_numbers_of_value_heads():
 @pytest.mark.parametrize("seed", range(3))
 def test_other_schedules(seed):
     check(lengths=(300,), seed=seed)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [Kind(), Kind(begin=True), Kind(1), Kind(3, "NHD", format="int8"), Kind(16, format="int4"),
+     Kind(16, format="int8", zeros=True), Kind(64, "NHD", format="fp8_e4m3")],
+    ids=str,
+)  # fmt: skip
+def test_histories_of_appends_and_keeps(kind):
+    """Each head with a length of its own after the first keep; the memory is compared after every
+    step, so attention over it reads the kept keys."""
+    generator = torch.Generator().manual_seed(5)
+    dtype, capacity, heads = FP16 if kind.format else BF16, 60, UNEVEN.num_kv_heads
+    caches = [
+        empty_cache(kind, 3, capacity, UNEVEN, 32, 32, dtype, "cpu",
+                    torch.Generator().manual_seed(3)) for _ in range(2)
+    ]  # fmt: skip
+    for step in range(12):
+        lengths = caches[0].lengths
+        count = int(torch.randint(1, 12, (), generator=generator))
+        if step % 3 != 2 and int(lengths.max()) + count <= capacity:
+            k, v = torch.randn(2, 3, heads, count, 32, generator=generator).to(dtype)
+            for cache, append in zip(caches, (reference_append, emulated_append), strict=True):
+                append(AppendCall.create(k, v, cache.view()))
+                cache.lengths = cache.lengths + count
+        else:
+            mask = torch.rand(3, heads, int(lengths.max()), generator=generator) < 0.7
+            of_heads = lengths if lengths.dim() == 2 else lengths[:, None]
+            mask &= torch.arange(mask.shape[2]) < of_heads[..., None]
+            for cache, keep in zip(caches, (reference_keep, emulated_keep), strict=True):
+                call, cache.lengths = KeepCall.create(cache.view(), mask)
+                keep(call)
+        for got, expected in zip(stored(caches[1]), stored(caches[0]), strict=True):
+            assert torch.equal(got, expected), step
+    assert caches[0].lengths.unique().numel() > 3
 
 
 @pytest.mark.parametrize("kind", [Kind(), Kind(3), Kind(4, format="int8", begin=True)], ids=str)
