@@ -196,7 +196,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for JSON and Markdown")
     arguments = parser.parse_args()
     path = arguments.out / f"{arguments.model}_objectives.json"
-    tables = json.loads(path.read_text())["tables"] if path.exists() else {}
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    # Tables of other numbers of texts are not comparable.
+    tables = kept["tables"] if kept.get("texts") == list(TEXTS[arguments.model]) else {}
     bench = Bench(arguments.model, arguments.folder)
     heads = bench.weights[0].num_heads
     wanted = {str(count): (count,) for count in COUNTS[arguments.model]}
