@@ -1,7 +1,7 @@
 """Peers that need a GPU: FlashAttention-3 and -4, FlashInfer, torch's varlen attention.
 
 Each is imported when it is first requested; a missing one reports that it is not installed.
-FlashAttention-4 is ``flash-attn-4`` (the CuTe DSL's ``flash_attn.cute``), which compiles a kernel at
+FlashAttention-4 is ``flash-attn-4`` (the CuTe DSL's ``flash_attn.cute``), which compiles kernels at
 the first call of a shape. It has no split-KV on sm_90, so there it is a peer of prefill and
 training only.
 """
