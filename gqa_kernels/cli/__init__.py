@@ -21,6 +21,7 @@ from . import (
     environment,
     evaluate,
     inspect,
+    prune,
     search,
     serve,
     shard,
@@ -33,7 +34,7 @@ from .parser import Parser, complain
 # interrupted run can be continued, kept(arguments).
 GROUPS: dict[str, tuple[ModuleType, ...]] = {
     "Try it": (demo, train_demo),
-    "Compress a model": (inspect, search, convert, evaluate),
+    "Compress a model": (inspect, search, convert, prune, evaluate),
     "Serve it": (serve, shard, check_engine),
     "If something does not work": (environment, backends),
 }

@@ -87,14 +87,14 @@ def plan_by_loss(
     places, width = len(losses) * len(sides), 1 + shared
     average = num_kv_heads or (budget or 0) // (width * places)
     searches = [
-        {side: _Side(each, side, sizes, average, max(1, average // 2)) for side in sides}
+        {side: Side(each, side, sizes, average, max(1, average // 2)) for side in sides}
         for each in track(losses, "Searching", shown=progress)
     ]
     curves = [{side: found.curve for side, found in each.items()} for each in searches]
-    counts, predicted = _counts(curves, weights, num_kv_heads, budget, width)
+    counts, predicted = counts_of(curves, weights, num_kv_heads, budget, width)
     results, candidates, errors = [], [], []
     for loss, layer, count in zip(losses, searches, counts, strict=True):
-        pair, name, error = _choose(loss, layer, count, sizes)
+        pair, name, error = choose(loss, layer, count, sizes)
         results.append(pair)
         candidates.append(name)
         errors.append(error)
@@ -103,7 +103,7 @@ def plan_by_loss(
     )
 
 
-class _Side:
+class Side:
     """The search of one side of one layer.
 
     Heads here are items: query heads that read one KV head of the parent stay together.
@@ -135,6 +135,12 @@ class _Side:
             pairs = None if self.all_known else self.pairs / 2
             self._of = search_groups_curve(self.cost, count, pairs=pairs, fewest=fewest)
             self.curve = {G: each.objective for G, each in self._of.items()}
+
+    def offered(self) -> dict[int, SearchResult]:
+        """The partition behind each point of the curve."""
+        if self.sizes == "equal":
+            return {G: self.result(G) for G in self.curve}
+        return {G: self.of_items(found) for G, found in self._of.items()}
 
     @cached_property
     def pairs(self) -> np.ndarray:
@@ -250,7 +256,7 @@ def _read_together(losses: MergeLosses, sides: Sequence[str]) -> HeadMap:
     return HeadMap([order[heads] for heads in read])
 
 
-def _counts(
+def counts_of(
     curves: list[dict[str, dict[int, float]]],
     weights: Sequence[float],
     num_kv_heads: int | None,
@@ -277,16 +283,16 @@ def _counts(
     return counts, predicted
 
 
-def _choose(
-    loss: MergeLosses, layer: dict[str, _Side], count: dict[str, int], sizes: str
+def choose(
+    loss: MergeLosses, layer: dict[str, Side], count: dict[str, int], sizes: str
 ) -> tuple[tuple[SearchResult, SearchResult], str, float]:
     """K's and V's partitions with the least loss together, the rules they come from, the loss."""
-    rules: dict[str, Callable[[_Side, int], SearchResult]] = {"free": _Side.result}
+    rules: dict[str, Callable[[Side, int], SearchResult]] = {"free": Side.result}
     all_known = all(search.all_known for search in layer.values())
     if sizes == "auto" and all_known:
-        rules |= {"equal": _Side.even, "neighbour": _Side.neighbour}
+        rules |= {"equal": Side.even, "neighbour": Side.neighbour}
     elif sizes == "equal":
-        rules = {"equal": _Side.result}
+        rules = {"equal": Side.result}
     options = {
         side: {name: rule(search, count[side]) for name, rule in rules.items()}
         for side, search in layer.items()
@@ -310,7 +316,7 @@ def _choose(
 
 def _joined(
     loss: MergeLosses,
-    layer: dict[str, _Side],
+    layer: dict[str, Side],
     pair: tuple[SearchResult, SearchResult],
     name: str,
     error: float,

@@ -12,7 +12,8 @@ old keys' norm, which is an approximation.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,6 +77,25 @@ def sample_attention(
     Raises:
         ValueError: no batch.
     """
+    samples: list[AttentionSample] = []
+    with recording(model) as record:
+        for batch in track(batches, "Recording attention", shown=progress):
+            inputs = model_inputs(model, batch)
+            options = {} if "pixel_values" in inputs else {"use_cache": False}
+            samples = record(inputs)
+            model.base_model(**inputs, **options)
+    if not samples:
+        raise ValueError("batches must hold at least one batch, got none")
+    return samples
+
+
+@contextmanager
+def recording(
+    model: nn.Module,
+) -> Iterator[Callable[[Mapping[str, Tensor]], list[AttentionSample]]]:
+    """Record what attention layers compute while they run. ``record(inputs)`` tells which inputs
+    of the model run next, and returns the samples of all layers; remove calls from them to free
+    their memory."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
@@ -92,23 +112,21 @@ def sample_attention(
         samples[layer.index].masks.append(token_mask(inputs, layer.stack.mask, call["q"]))
         return asym_gqa_attention(**call, backend="reference"), None
 
+    def record(new: Mapping[str, Tensor]) -> list[AttentionSample]:
+        inputs.clear()
+        inputs.update(new)
+        return samples
+
     AttentionInterface.register(_RECORDER, reads_maps(attention))
     AttentionMaskInterface.register(_RECORDER, sdpa_mask)
     before, training = model.config._attn_implementation, model.training
     try:
         model.eval()
         model.set_attn_implementation(_RECORDER)
-        for batch in track(batches, "Recording attention", shown=progress):
-            inputs.clear()
-            inputs.update(model_inputs(model, batch))
-            options = {} if "pixel_values" in inputs else {"use_cache": False}
-            model.base_model(**inputs, **options)
+        yield record
     finally:
         model.set_attn_implementation(before)
         model.train(training)
-    if not samples[0].calls:
-        raise ValueError("batches must hold at least one batch, got none")
-    return samples
 
 
 def losses_of(
