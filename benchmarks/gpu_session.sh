@@ -131,7 +131,7 @@ for name in $stages; do
   run_stage "$name"
   rc=$?
   echo "== $name: exit $rc after ${SECONDS} s in all"
-  # Out of the session's time is not done; a suite that stopped by itself says so.
+  # A stage that ran out of the session's time is not done. A suite that stopped by itself says so.
   if ((cut && (rc == 124 || rc == 137))) || tail -n 1 "$log" | grep -q "out of time"; then
     continue
   fi

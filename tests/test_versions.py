@@ -80,6 +80,6 @@ def test_commands(monkeypatch, which, status):
 
 
 def test_ci_installs_the_pinned_torch():
-    """From where it is smallest, before the rest: so it is named there, too."""
+    """``.ci/run`` installs torch first, to get the smaller CPU build, so it repeats the version."""
     torch = next(line for line in versions.read() if line.startswith("torch=="))
     assert torch in (versions.ROOT / ".ci/run").read_text()

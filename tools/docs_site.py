@@ -91,7 +91,7 @@ def with_site_links(path: str, uri: str, text: str) -> str:
     def replaced(match: re.Match[str]) -> str:
         target = _resolve(path, match[2])
         if not _exists(target):
-            return match[0]  # mkdocs says so if it leads nowhere
+            return match[0]  # mkdocs reports a broken link
         place = posixpath.relpath(site_page(target), posixpath.dirname(uri) or ".")
         return f"{match[1]}{place}{match[3]}"
 

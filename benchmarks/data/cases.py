@@ -23,7 +23,7 @@ Q_LENGTHS = {"decode": 1, "decode-cache": 1, "append": 1, "generate": 8}  # unle
 class CacheKind:
     """Memory of a cache: pages of so many tokens (0: dense) and its format (None: the queries').
 
-    ``budgets``: each head has a length and pages of its own, and all together as many tokens.
+    ``budgets``: each head has its own length and pages; the total number of tokens is the same.
     """
 
     page_size: int = 0
@@ -155,12 +155,12 @@ class Case:
 
     @property
     def tokens(self) -> int:
-        """That one call serves."""
+        """Query tokens of one call."""
         return self.batch * self.q_len
 
     @property
     def working_set(self) -> float:
-        """Bytes that calls in a row go over: of one call, or more than any cache holds."""
+        """Bytes that successive calls read: those of one call, or more than any cache holds."""
         return math.inf if self.cold else self.work.bytes
 
 

@@ -83,7 +83,7 @@ def _described(error: Exception) -> str:
 
 
 def _raise_if_broken(device: torch.device) -> None:
-    """A GPU that ran into an illegal access answers nothing any more: stop there."""
+    """After an illegal memory access every later call on that GPU fails, so stop."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()

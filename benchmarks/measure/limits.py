@@ -1,9 +1,9 @@
 """What the machine allows, measured in the same run: bytes per second and operations per second.
 
 On a CPU the memory limit is a streaming read by as many threads as torch has, over a working set as
-large as the case's: sets that fit a cache are held to the cache's rate. The C library's memchr
-reads it, which does little besides loading and lets Python's threads run side by side. On a GPU it
-is a device-to-device copy far larger than the caches, counting bytes read and written.
+large as the case's, so a set that fits a cache is compared with the cache's rate. The C library's
+memchr reads it, which does little besides loading and lets Python's threads run side by side. On a
+GPU it is a device-to-device copy far larger than the caches, counting bytes read and written.
 
 The compute limit is a large matrix product in the case's type. On a CPU the fp32 rate counts where
 it is higher, since any processor can widen its operands.
@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-SMALLEST_READ = 1 << 16  # bytes; below, starting the threads is what one would measure
+SMALLEST_READ = 1 << 16  # bytes; smaller reads would measure the start of the threads
 LARGEST_READ = 1 << 28  # bytes; far beyond any last-level cache
 READ_SECONDS = 0.03
 FILL, ABSENT = 0xAA, 0x55
@@ -30,7 +30,7 @@ REPEATS = 5
 
 
 class Limits:
-    """Measures a limit the first time it is asked for."""
+    """Measures a limit when it is first requested."""
 
     def __init__(self, device: torch.device):
         self.device = device

@@ -38,7 +38,7 @@ class Settings:
         sample_seconds: shortest sample; shorter calls are repeated to fill it.
         least, most: samples of a contestant. ``least`` goes before ``seconds``.
         warmup_seconds: of a contestant, at least one call over every copy.
-        patience: seconds after which a slow contestant is let go with fewer than ``least`` samples.
+        patience: seconds after which a slow contestant may stop with fewer than ``least`` samples.
             One whose single call takes longer is not called again: its last warm-up call counts.
     """
 

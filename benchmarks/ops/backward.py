@@ -76,7 +76,7 @@ class _Differentiated(Contestant):
         raise NotImplementedError
 
     def timed_forward(self, problem: BackwardProblem) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        """Another than the one that the gate looks at, for controls."""
+        """The function to time. Controls override it to time another one than the gate checks."""
         return self.forward(problem)
 
     def prepare(self, problem: BackwardProblem) -> Prepared:

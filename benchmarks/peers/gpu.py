@@ -1,9 +1,9 @@
 """Peers that need a GPU: FlashAttention-3 and -4, FlashInfer, torch's varlen attention.
 
-All are imported when first asked for, and an absent one says so. FlashAttention-4 is
-``flash-attn-4`` (the CuTe DSL's ``flash_attn.cute``), whose kernels are compiled at the first call
-of a shape; on sm_90 it has no split-KV, so there it is a peer of prefill and training rather than
-of decode.
+Each is imported when it is first requested; a missing one reports that it is not installed.
+FlashAttention-4 is ``flash-attn-4`` (the CuTe DSL's ``flash_attn.cute``), which compiles kernels at
+the first call of a shape. It has no split-KV on sm_90, so there it is a peer of prefill and
+training only.
 """
 
 from __future__ import annotations

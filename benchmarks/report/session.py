@@ -3,7 +3,7 @@
     python -m benchmarks.report.session stages.json cuda-tests 1 42 tests.xml
 
 adds the stage with its exit status, its seconds, and of a run of pytest (its JUnit file) how many
-tests passed and which did not. Reads and writes files only, so that it costs no time there.
+tests passed and which did not. It only reads and writes files, so it takes no GPU time.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Measurements that are no race: each is a command of its own."""
+"""Measurements that have no suite of contestants. Each is a command of its own."""

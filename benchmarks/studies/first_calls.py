@@ -3,9 +3,9 @@
     python -m benchmarks.studies.first_calls --json first.json
     python -m benchmarks.studies.first_calls --sanitizer compute-sanitizer --only decode prefill
 
-The calls run in a process of their own, which tells of each before and after it. A call that ends
-the process, hangs, or leaves the GPU unusable is a row too, and the others go on in a new one. The
-JSON file is written after every call. Exit status: 1 if any call was not right.
+The calls run in a child process, which reports before and after each one. A call that kills the
+process, hangs, or leaves the GPU unusable becomes a row too; the remaining calls continue in a new
+process. The JSON file is written after every call. Exit status: 1 if any call failed.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def _backward(device: str, backend: str) -> None:
 
 
 def _graph(device: str, backend: str) -> None:
-    """A captured decode reads the map that is there when it is replayed."""
+    """A replayed decode reads the map's contents at replay, not those at capture."""
     q, k, v = make_inputs(2, MAP, 1, 700, 128, dtype=DTYPE, device=device)
     head_map = torch.tensor(list(MAP), dtype=torch.int32, device=device)
     asym_gqa_attention(q, k, v, head_map, backend=backend)  # loads kernels
@@ -202,7 +202,7 @@ def run_calls(
 def _follow(
     process: subprocess.Popen, waiting: list[str], save: Callable[[dict], None], limit: float
 ) -> str | None:
-    """Save the rows that a process tells of; the call in which it died or hung, or None."""
+    """Save the rows that a process reports. Returns the call in which it died or hung, or None."""
     lines: queue.Queue[str | None] = queue.Queue()
 
     def read() -> None:

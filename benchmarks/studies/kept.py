@@ -6,9 +6,9 @@ Attention alone, of one new token, in Llama 3's 8B shape (32 query heads on 8 KV
 contestants take turns over copies that no processor's cache holds:
 
 - all keys, and with the scores of the keys (``AuxRequest(key_scores=1)``);
-- a part of them after ``cache.keep``, as many in each head, and other numbers in each head.
+- a part of them after ``cache.keep``: the same number in each head, and a different number in each.
 
-Rows have tokens/s, and how many times those of all keys they are.
+Rows have tokens/s, and their ratio to the tokens/s over all keys.
 """
 
 from __future__ import annotations

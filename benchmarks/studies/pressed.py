@@ -3,11 +3,11 @@
     python -m benchmarks.studies.pressed --context 2048 --ratios 0.5 0.75 0.9 --save
 
 It compares the whole context (stock SDPA, and ours), the same number of keys in each head (SnapKV),
-and other numbers in each head (AdaKV over SnapKV): with kvpress alone, which masks keys and keeps
-them, and on our cache, which drops them. Every contestant is given the context once. Then they take
-turns at the same tokens of the text after it, one by one, and crop their caches. Rows have the
-median and the quartiles of tokens/s, the bytes of the storages behind keys and values, and the
-perplexity of those tokens. Pictures of all three are drawn beside the file.
+and a different number in each head (AdaKV over SnapKV). Each runs with kvpress alone, which masks
+keys and keeps them, and on our cache, which drops them. Every contestant reads the context once.
+Then they take turns at the same tokens of the text after it, one by one, and crop their caches.
+Rows have the median and the quartiles of tokens/s, the bytes of the storages behind keys and
+values, and the perplexity of those tokens. Pictures of all three are drawn beside the file.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ def test_matches_reference(case, backend, dtype, device):
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_reference_matches_loops(case):
-    """The definition of correct against four loops written apart from it."""
+    """The reference against four nested loops that share no code with it."""
     args, options = case.build(torch.float64, "cpu")
     out, lse = asym_gqa_attention(*args, **options, return_lse=True, backend="reference")
     expected_out, expected_lse = dense_attention(*args, **options)
@@ -148,7 +148,7 @@ def test_lowest_mask_values_hide_a_row(backend, q_len, mask_dtype, device):
         (-torch.inf * half.abs(), True),
         (half / half, False),
     ]
-    if backend != "triton":  # it loses a row's sum to rounding at such magnitudes
+    if backend != "triton":  # at such magnitudes rounding leaves nothing of its row sum
         values.append((0.99 * half, False))  # rounded to bf16, half itself is below half
     for value, hides in values:
         mask = torch.zeros(q_len, 9, dtype=mask_dtype, device=device)
@@ -188,7 +188,7 @@ EMPTY = {"no batch": (0, 4, 5), "no queries": (2, 0, 5), "no keys": (2, 4, 0), "
 @pytest.mark.parametrize("layout", ["bhsd", "bshd"])
 @pytest.mark.parametrize("last_stride", [1, 2])
 def test_nothing_has_gradients(backend, batch, q_len, kv_len, layout, last_stride, device):
-    """Of a sum, too, whose gradient is one number expanded; and in memory of any stride."""
+    """Also for a sum, whose gradient is one expanded number, and for any strides."""
 
     def empty(heads, tokens, columns):
         shape = (batch, heads, tokens) if layout == "bhsd" else (batch, tokens, heads)

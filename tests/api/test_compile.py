@@ -141,7 +141,7 @@ FIRST_CALLS = {
 @pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("call", FIRST_CALLS.values(), ids=FIRST_CALLS)
 def test_first_use_in_a_process(call, dynamic):
-    """A graph break makes Dynamo trace again, and must find everything as it was."""
+    """Dynamo traces again after a graph break, and must then find the state unchanged."""
     done = fresh_process(
         f"""
         import torch

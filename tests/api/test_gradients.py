@@ -21,7 +21,7 @@ EXAMPLES = {"triton": 12}
 
 
 def differentiate(args, options, backend, use_lse=True):
-    """Gradients by name of all that can have one, and what they were taken for."""
+    """Gradients by name of every differentiable argument, and the inputs they belong to."""
     q, k, v, head_map = args
     tensors = {"q": q, "k": k, "v": v, **options}
     leaves = {
@@ -74,8 +74,8 @@ def test_random_calls(backend):
 @pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize("seed", [6, 17, 49, 50])
 def test_one_slope_and_one_sink(backend, seed, device):
-    """One number each has the rounding of all rows: with delta of the rounded output, these draws
-    fail."""
+    """Each gradient is one number that collects the rounding of all rows. If delta is computed
+    from the rounded output, these draws fail."""
     head_map = HeadMap([0])
     args = (
         *make_inputs(1, head_map, 20, 70, 64, dtype=torch.bfloat16, device=device, seed=seed),
@@ -114,7 +114,7 @@ def test_slopes_of_few_keys(backend, seed, device):
 @pytest.mark.parametrize("score", [-1023.7, 36.1, 137.3, 999.9, 1725.4])
 @pytest.mark.parametrize("softcap", [None, 5e4])
 def test_the_only_key_has_a_probability_of_one(backend, score, softcap, device):
-    """Whatever its score: then dV is dO, to the last bit."""
+    """It has for any score, and then dV equals dO bit for bit."""
     q, k, v = make_inputs(3, HeadMap([0]), 1, 1, 16, dtype=widest(backend), device=device)
     q = q * (score / (q * k).sum(-1, keepdim=True))
     args = (q, k, v, HeadMap([0]))
@@ -244,7 +244,7 @@ def test_gradient_of_a_mask_needs_the_reference(backend, device):
 
 @pytest.mark.parametrize("backend", FUSED)
 def test_torch_func_needs_the_reference(backend, device):
-    """Where a fused op would drop a derivative silently it is not taken."""
+    """``auto`` avoids a fused op that would silently drop a derivative."""
     q, k, v = make_inputs(2, UNEVEN, 5, 7, 16, dtype=widest(backend), device=device)
 
     def call(q, backend="auto"):
@@ -292,7 +292,7 @@ def test_vmap(backend, device):
 
 @pytest.mark.parametrize("backend", FUSED)
 def test_what_is_kept_for_the_backward(backend, device):
-    """q, k, v, out and LSE, no copies of them, and what is as small as a map."""
+    """Autograd keeps q, k, v, out and LSE without copies. All else is as small as a map."""
     args = make_inputs(
         1, UNEVEN, 33, 65, 16, dtype=widest(backend), device=device, requires_grad=True
     )
@@ -329,7 +329,7 @@ def test_activation_checkpointing(backend, device):
 
 @pytest.mark.parametrize("backend", WITH_BACKWARD)
 def test_autocast_is_sdpas(backend, device):
-    """q, k and v go to the autocast type, whatever they are; fp64 stays; gradients come back."""
+    """Autocast converts q, k and v to its type, except fp64; gradients have the inputs' types."""
     q, k, v = make_inputs(
         1, UNEVEN, 5, 7, 16, dtype=widest(backend), device=device, requires_grad=True
     )

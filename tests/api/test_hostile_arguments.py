@@ -21,7 +21,7 @@ class Endless:
 
 
 class Odd:
-    """Of no use, and its text says nothing."""
+    """An object that no function accepts and whose repr explains nothing."""
 
     def __repr__(self):
         return "<odd>"

@@ -1,5 +1,5 @@
-"""``key_ranges`` where calls as data don't reach: caches, packed sequences, gradients, errors, and
-the work that they save. ``tests/cases/attention.py`` has the dense calls."""
+"""``key_ranges`` over caches and packed sequences, their gradients, errors, and the work that they
+save. ``tests/cases/attention.py`` has the dense calls."""
 
 import statistics
 import time
@@ -114,7 +114,7 @@ def test_of_packed_sequences(backend, dtype):
 
 @pytest.mark.parametrize("backend", RANGED)
 def test_a_sequence_by_itself_may_be_causal(backend):
-    """What a flag of each sequence would mean, by ranges."""
+    """A causal flag for each sequence, expressed as key ranges."""
     q, k, v = tensors(20, 33)
     causal = torch.tensor([True, False])
     last = torch.arange(20) + 33 - 20

@@ -1,4 +1,4 @@
-"""Results in the caller's memory: the same numbers, all of them, and nothing beside them."""
+"""Results written to the caller's memory: the same numbers, and nothing outside is touched."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ HEAD_MAP = HeadMap([0, 2, 0, 1, 1])
 
 
 def inside(shape, dtype, device):
-    """Memory of a shape with other numbers around it, and the whole of it."""
+    """A NaN-filled tensor with a margin: the view of this shape inside it, and the whole tensor."""
     whole = torch.full([n + 2 for n in shape[:-1]] + [shape[-1] + 3], torch.nan, dtype=dtype)
     whole = whole.to(device)
     part = whole
@@ -34,7 +34,7 @@ def inside(shape, dtype, device):
 
 
 def hold(function, expected, *, dtype, device, **options):
-    """Both results in memory of ours, and out alone."""
+    """Pass memory for both results, then for ``out`` alone; compare with ``expected``."""
     out, whole = inside(expected[0].shape, dtype, device)
     place = torch.full(expected[1].shape, torch.nan, device=device)
     found = function(out=out, lse=place, return_lse=True, **options)

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(
 DTYPES = sorted(CPUBackend.capabilities.dtypes, key=str)
 
 
-ARM_NEEDS = {  # each needs those before it, too
+ARM_NEEDS = {  # features of /proc/cpuinfo; each set also needs those of the sets before it
     "neon_dot": {"asimddp"},
     "neon_fhm": {"asimdfhm"},
     "neon_bf16": {"bf16", "i8mm"},

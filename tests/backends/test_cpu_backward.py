@@ -142,7 +142,7 @@ def test_gradients_of_strided_tensors_and_bshd():
 @pytest.mark.parametrize("q_len", [1, 2, 3, 5, 16, 17, 23, 70, 150])
 @pytest.mark.parametrize("head_map", [HeadMap([0]), HeadMap([0, 1, 0, 1, 1])], ids=str)
 def test_scores_are_summed_as_in_the_forward(isa, threads, head_map, q_len):  # noqa: F811
-    """Groups of few rows and of many have orders of their own, however many threads there are."""
+    """Small and large groups sum in different orders, but the number of threads changes neither."""
     for count in (1, 2, 5):
         threads(count)
         for head_dim in (20, 64, 128):

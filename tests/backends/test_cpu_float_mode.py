@@ -1,4 +1,4 @@
-"""Results of the CPU kernels depend on the floating-point mode of no thread."""
+"""The floating-point modes of threads don't change the results of the CPU kernels."""
 
 import pytest
 import torch

@@ -16,7 +16,7 @@ needs_gpu = pytest.mark.skipif(REASON is not None, reason=f"backend cuda: {REASO
 
 
 def test_every_kind_is_declared():
-    """A machine without a GPU is the only reason against any of them."""
+    """If a machine has no GPU, that is the only reason given against each of them."""
     for options in CASES.values():
         reasons = CUDABackend().unsupported(appends(**options))
         assert reasons == ["device cpu (supported: cuda)"]

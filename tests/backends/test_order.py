@@ -52,7 +52,7 @@ def tensors(q_len: int, requires_grad: bool = False):
     ],
 )
 def test_the_first_backend_by_architecture_and_work(device, major, decode, prefill, backward):
-    """The choice, what explain_backend lists first, and the two agree."""
+    """``auto`` chooses it, and explain_backend lists it first."""
     device(major)
     for q_len, requires_grad, first in [
         (1, False, decode), (order.DECODE_QUERIES, False, decode),
@@ -91,7 +91,7 @@ def test_a_named_backend_is_taken_whatever_the_order(device):
 
 
 def test_rocm_has_no_compute_capability(monkeypatch):
-    """Its (9, 4) is no Hopper."""
+    """AMD reports (9, 4) for a GPU that is no Hopper."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 4))
     assert order._major_capability(0) == 9

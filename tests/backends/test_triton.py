@@ -91,7 +91,7 @@ def test_sequences_are_cut_by_their_lengths(q_len, per_head):
 
 @pytest.mark.parametrize("batch", [2, 130])
 def test_parts_cover_all_sequences(batch):
-    """What programs find for themselves, against the rule, for any lengths."""
+    """The parts that programs find on the device are those of the Python rule, for any lengths."""
     import triton
     import triton.language as tl
 
@@ -109,7 +109,7 @@ def test_parts_cover_all_sequences(batch):
         tl.store(p_out + 3 * i_part + 1, i_split)
         tl.store(p_out + 3 * i_part + 2, num_splits)
 
-    globals().update(tl=tl, find_part=find_part)  # where a kernel looks names up
+    globals().update(tl=tl, find_part=find_part)  # where Triton looks names up
     generator = torch.Generator().manual_seed(batch)
     lengths = torch.randint(0, 300, (batch, 2), generator=generator, dtype=torch.int32)
     lengths[batch // 2] = 5000

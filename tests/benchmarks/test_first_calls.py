@@ -55,7 +55,7 @@ def test_a_process_that_can_not_start(monkeypatch):
 
 
 def test_a_wrong_result_is_a_row_with_the_reason(monkeypatch, tmp_path, capsys):
-    """Of a reference that computes something else: the check is no formality."""
+    """A call that disagrees with the reference gets the status ``wrong``."""
 
     def wrong(device, backend):
         raise AssertionError("out: error 1.0, allowed 0.1")

@@ -30,7 +30,7 @@ def test_rows():
 
 
 def test_bytes_of_views_are_those_of_what_they_hold():
-    """A cropped DynamicCache still holds what it showed before."""
+    """A cropped DynamicCache is a view: its storage keeps the tokens that were cut off."""
     cache = DynamicCache()
     cache.update(torch.zeros(1, 2, 10, 4), torch.zeros(1, 2, 10, 4), 0)
     cache.crop(-4)

@@ -1,4 +1,4 @@
-"""What the GPU peers hand to their libraries, with stand-ins on the CPU that keep the promises."""
+"""What the GPU peers pass to their libraries. CPU stand-ins do what those libraries document."""
 
 import sys
 from types import SimpleNamespace

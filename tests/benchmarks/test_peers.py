@@ -86,7 +86,7 @@ def test_flex_is_right(case, device):
 
 
 def test_flex_is_compiled_for_every_shape(monkeypatch):
-    """Dynamo gives up on the ninth shape of a function: silently, unless it must have all of it."""
+    """Dynamo gives up at the ninth shape of a function, silently unless ``fullgraph`` is set."""
     asked = []
 
     def compile(function, **options):

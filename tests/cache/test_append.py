@@ -57,7 +57,8 @@ def test_stores_what_the_definition_says(backend, kind, device):
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("kind", [Kind(3, "NHD"), Kind(4, format="int4", zeros=True)], ids=str)
 def test_rotates_as_the_definition_says(backend, interleaved, kind, device):
-    """Columns 0 to 7 of 16; a fused multiply-add may round otherwise, and so a quantised column."""
+    """Rotates columns 0 to 7 of 16. A fused multiply-add may change a rounding, and with it a
+    quantised number."""
     cos, sin = (x.to(device) for x in rotary_table(8))
     rotary = {"rotary_cos": cos, "rotary_sin": sin, "rotary_interleaved": interleaved}
     (expected, q), (got, rotated) = (

@@ -238,7 +238,7 @@ def test_given_scales(backend, format, device):
 @pytest.mark.parametrize("backend", USABLE)
 @pytest.mark.parametrize("kind", [Kind(), Kind(3, begin=True)], ids=str)
 def test_lengths_that_the_host_cant_see_are_clamped(backend, kind, device):
-    """To the slots that a sequence has, and to 0: nothing is read out of bounds."""
+    """To the range from 0 to the slots of a sequence, so nothing is read out of bounds."""
     cache, _ = filled(kind, widest(backend), device, room=True)
     for x in (cache.k, cache.v):
         x.nan_to_num_(0)

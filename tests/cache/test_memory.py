@@ -11,7 +11,7 @@ from gqa_kernels import DenseKVCache, PagedKVCache
 
 
 def flags(address: int) -> list[str]:
-    """Of the mapping in which an address lies."""
+    """Linux's flags of the memory mapping that contains an address."""
     inside = False
     with open("/proc/self/smaps") as file:
         for line in file:

@@ -76,7 +76,7 @@ def test_a_plan_reads_lengths_tables_and_maps_when_it_runs(backend, device):
 
 
 class Blind(torch.utils._python_dispatch.TorchDispatchMode):
-    """Fails where the host looks at what a tensor holds: what a capture on a GPU forbids."""
+    """Raises if the host reads a tensor's contents, which a CUDA-graph capture forbids."""
 
     LOOKS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "_unique2", "masked_select")
 
@@ -178,7 +178,7 @@ COMPILED = [Kind(4, format="int4", zeros=True), Kind(4), Kind()]
 
 @pytest.mark.parametrize(
     "kind, backend",
-    [  # every kind on the CPU's kernels, the one with most tensors on all
+    [  # every kind on the CPU kernels, the first one on all backends
         pytest.param(
             kind,
             name,

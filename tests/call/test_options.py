@@ -132,7 +132,7 @@ NAMES = {
     kind: [p.name for p in inspect.signature(of).parameters.values() if p.kind is p.KEYWORD_ONLY]
     for kind, (_, of) in CALLS.items()
 }
-# A plan has the options of the step that are no part of it at its making, and the others when run.
+# Some options of a step are given when the plan is made, the others when it is run.
 CALLS["plan"] = (planned, None)
 NAMES["plan"] = [name for name in NAMES["paged"] if name not in ("advance", *NEW)]
 

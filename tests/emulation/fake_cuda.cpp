@@ -1,6 +1,6 @@
 // A CUDA runtime without a device: the product's own host code is linked with it in place of
-// libcudart. It refuses what a real one refuses, and tells a hook (fake_cuda.h) of everything else,
-// which may have the emulator execute a launch. What it does not define, host code can't call.
+// libcudart. It rejects what a real one rejects, and reports all else to a hook (fake_cuda.h), which
+// may run a launch in the emulator. Host code can't call functions that are not defined here.
 #include "fake_cuda.h"
 
 #include <cuda.h>

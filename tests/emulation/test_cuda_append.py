@@ -114,7 +114,7 @@ def test_many_packed_sequences():
 
 @pytest.mark.parametrize("offsets", [[0, -5, 9], [7, 2, 1], [1 << 30, 0, -(1 << 31)], [5, 5, 5]])
 def test_offsets_that_do_not_ascend_write_nothing_out_of_bounds(offsets):
-    """What they mean is nobody's business; queries of no sequence are copied."""
+    """Such offsets have no meaning. Queries that belong to no sequence are copied."""
     inputs = appends(kind=Kind(3), counts=(3, 6), lengths=(0, 0), rotary_dim=16)
     result = emulated_append(replace(inputs, new_offsets=torch.tensor(offsets, dtype=torch.int32)))
     assert result.out.isfinite().all()

@@ -1,4 +1,4 @@
-"""Calls with something wrong in them: they end in a clear error or in a result, and never else."""
+"""Invalid calls: each must end in a clear error or in a result, never in a crash."""
 
 from __future__ import annotations
 

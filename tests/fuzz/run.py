@@ -102,7 +102,7 @@ def run_good(call: Call, draw: Draw) -> None:
 
 
 def check_explanation(call: Call) -> None:
-    """What ran has no reason against it."""
+    """explain_backend must give no reason against a backend that ran the call."""
     function, names = EXPLAINED[call.names[-1]]
     arguments = {name: x for name, x in call.arguments.items() if name not in NOT_EXPLAINED}
     given = [arguments.pop(name) for name in names]

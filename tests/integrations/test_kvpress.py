@@ -1,4 +1,4 @@
-"""kvpress: its presses, unchanged, on our cache, against its own result with keys that it fakes."""
+"""kvpress's presses on our cache, which drops keys, against kvpress alone, which masks them."""
 
 import sys
 from types import SimpleNamespace

@@ -53,7 +53,7 @@ def run(code: str) -> str:
 
 
 def test_torchs_stream_is_found(tmp_path):
-    """And is not by the way of old, which searches the global scope."""
+    """A search of the global scope, which our code used before, does not find it."""
     host = sources.source_root() / "host"
     (tmp_path / "look_up.cpp").write_text(LOOK_UP.format(header=host / "stream_lookup_cuda.h"))
     units = [

@@ -45,7 +45,7 @@ def test_default_map_and_state_dict():
 
 
 def test_allocation_keeps_norms_in_fp32():
-    """Two norms that bf16 takes for one: their order decides who gets the odd head."""
+    """Two norms that are equal in bf16: their order decides which one gets the odd head."""
     attention = AsymGroupedQueryAttention(20, 5, 2, allocation="dgqa-ema", window=1).bfloat16()
     assert attention.k_proj.weight.dtype == torch.bfloat16
     attention(torch.randn(1, 4, 20, dtype=torch.bfloat16)).sum().backward()

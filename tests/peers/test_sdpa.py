@@ -56,7 +56,7 @@ def test_masks_of_every_rank(shape, kind):
     k, v = (random(2, 3, 17, 32, seed=seed) for seed in (1, 2))
     mask = random(*shape)
     mask = mask > -0.5 if kind == "bool" else mask.masked_fill(mask > 1, -torch.inf)
-    mask[..., 0] = True if kind == "bool" else 0.0  # SDPA's rows without keys are their own matter
+    mask[..., 0] = True if kind == "bool" else 0.0  # SDPA defines rows without keys differently
     out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.3, head_map=UNEVEN)
     check(out, q, k, v, UNEVEN, attn_mask=mask, scale=0.3)
 

@@ -1,6 +1,6 @@
 """Compiles the CPU library for a platform, which may be another one than this machine's.
 
-Only torch's headers are needed. Ours is linked with an empty library that has the name of torch's.
+Only torch's headers are needed. Our library is linked with an empty one that has torch's name.
 """
 
 from __future__ import annotations
@@ -58,10 +58,10 @@ def build_library(platform: Platform, root: Path, folder: Path) -> Path:
 
 
 def check_symbols(library: Path) -> None:
-    """Refuse a library that takes anything from torch but its stable ABI, or exports a stranger.
+    """Refuse a library that uses more of torch than its stable ABI, or exports foreign symbols.
 
-    What libtorch exports without a version besides, parts of a newer libstdc++ among it, resolves
-    a missing function by luck. ``auditwheel`` checks versioned functions only.
+    libtorch also exports functions without a version, some of a newer libstdc++ among them. They
+    could satisfy a missing function by accident. ``auditwheel`` checks versioned functions only.
 
     Raises:
         RuntimeError: naming the functions.

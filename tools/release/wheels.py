@@ -48,7 +48,7 @@ def pack_wheel(wheel: Path, library: Path, platform: Platform, out: Path, scratc
     (root,) = unpacked.iterdir()
     shutil.copy(library, root / "gqa_kernels" / LIBRARY)
     (about,) = root.glob("*.dist-info/WHEEL")
-    tag = platform.wheel_tag.replace(MANYLINUX, "linux")  # auditwheel decides about the other
+    tag = platform.wheel_tag.replace(MANYLINUX, "linux")  # auditwheel finds the manylinux tag
     text = about.read_text().replace("Root-Is-Purelib: true", "Root-Is-Purelib: false")
     about.write_text(text.replace("Tag: py3-none-any", f"Tag: py3-none-{tag}"))
     _python("wheel", "pack", "--dest-dir", str(packed), str(root))

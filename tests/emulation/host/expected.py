@@ -1,4 +1,4 @@
-"""What each call must launch, worked out apart from the host code.
+"""What each call must launch, computed without the host code.
 
 From the shapes of a call alone: kernels in order, grids, thread blocks, dynamic shared memory, what
 the arguments hold beside the call itself, and how many bytes of workspace kernels write.

@@ -1,5 +1,5 @@
-// The CUDA ops' host code as ops on CPU tensors: what torch says of them is bent so that they seem
-// to lie on a CUDA device, everything else is the torch that is installed. Linked with fake_cuda.cpp
+// The CUDA ops' host code as ops on CPU tensors: functions here replace torch's so
+// that they seem to lie on a CUDA device; everything else is the installed torch. Linked with fake_cuda.cpp
 // and -Bsymbolic, so that the host code finds these functions first.
 #include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -19,7 +19,7 @@ using namespace gqa::host;
 namespace {
 
 int default_device = 0;
-std::map<const void*, int> device_of_data;  // where it is another one
+std::map<const void*, int> device_of_data;  // of tensors that are not on default_device
 
 // Torch's own function of that name.
 template <class Function>
