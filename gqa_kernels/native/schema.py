@@ -173,7 +173,8 @@ OUTPUT = Schema(
     _IN_CALL,
 )
 
-# The same over dense tensors, at most causal: the calls whose time torch's share of it decides.
+# The same over dense tensors, with no option but scale and causality. Torch takes more time for the
+# arguments of the other ops than a call of a few keys takes.
 DENSE_OUTPUT = Schema(
     "Tensor q, Tensor k, Tensor v, Tensor head_map, float? scale=None, SymInt window_right=-1, "
     "bool bshd=False",
