@@ -6,14 +6,17 @@
 #include "host/append.h"
 #include "host/attention.h"
 #include "host/backward.h"
+#include "host/keep.h"
 
 using namespace gqa::host;
 
 STABLE_TORCH_LIBRARY_IMPL(gqa_kernels, CUDA, library) {
   library.impl("attention_forward", TORCH_BOX(&attention<attention_forward_cuda>));
   library.impl("attention_output", TORCH_BOX(&attention_output<attention_output_cuda>));
+  library.impl("attention_dense_output", TORCH_BOX(&attention_dense_output<attention_output_cuda>));
   library.impl("attention_backward", TORCH_BOX(&attention_backward<attention_backward_cuda>));
   library.impl("cache_append", TORCH_BOX(&cache_append<cache_append_cuda>));
+  library.impl("cache_keep", TORCH_BOX(&cache_keep<cache_keep_cuda>));
 }
 
 // gqa_kernels/native/cuda_build.py searches the file for this text, to find out whether the library

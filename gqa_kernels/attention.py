@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, overload
 from torch import Tensor
 
 from .backends.auxiliary import attend_with_auxiliary
-from .backends.dispatch import attend, select
+from .backends.dispatch import choose, select
 from .backends.into import attend_into
 from .cache.tensors import Layout
 from .call.attention import AttentionCall
@@ -167,7 +167,7 @@ def asym_gqa_attention(
     if return_lse is not False:
         return_lse = as_bool("return_lse", return_lse)
     aux = None if return_aux is None else as_aux_request(return_aux, return_lse)
-    call = AttentionCall.dense(
+    call = attention_call(
         q, k, v, head_map, value_head_map, causal, scale, window, softcap, alibi_slopes, sinks,
         attn_mask, kv_lengths, dropout_p, layout, batch_invariant, key_ranges,
     )  # fmt: skip
@@ -182,7 +182,7 @@ def asym_gqa_attention(
     if aux is not None:
         out, more = attend_with_auxiliary(call, aux, select(call, backend))
         return out.transpose(1, 2) if call.bshd else out, more
-    out, lse = attend(call, backend)
+    out, lse = choose(call, backend).run(call)
     if call.bshd:
         out = out.transpose(1, 2)
     return (out, lse) if return_lse else out

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 from torch import Tensor
 
-from .backends.dispatch import attend, select
+from .backends.dispatch import choose, select
 from .backends.into import attend_into
 from .call.attention import AttentionCall
 from .call.causality import causal_ranges
@@ -128,7 +128,7 @@ def asym_gqa_varlen_attention(
         call.draw_dropout_seed()
     if out is not None or lse is not None:
         return attend_into(call, select(call, backend), out, lse, return_lse)
-    out, lse = attend(call, backend)
+    out, lse = choose(call, backend).run(call)
     out = out[0].transpose(0, 1)
     return (out, lse[0]) if return_lse else out
 

@@ -80,4 +80,14 @@ Tensor attention_output(const Tensor& q, const Tensor& k, const Tensor& v, const
                             none, none, none, none, 0.0, none, none);
 }
 
+// The same for attention_dense_output, which has fewer still.
+template <ForwardOutput* forward>
+Tensor attention_dense_output(const Tensor& q, const Tensor& k, const Tensor& v,
+                              const Tensor& head_map, std::optional<double> scale,
+                              int64_t window_right, bool bshd) {
+  const OptionalTensor none;
+  return attention_output<forward>(q, k, v, head_map, scale, -1, window_right, 0.0, bshd, none,
+                                   none, none);
+}
+
 }  // namespace gqa::host

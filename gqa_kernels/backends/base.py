@@ -147,7 +147,7 @@ class Backend(ABC):
 
     def runner(self, call: AttentionCall) -> Runner:
         """What runs calls of this one's kind, as :meth:`attend` does: a backend may prepare what
-        these have in common. :func:`gqa_kernels.backends.dispatch.attend` keeps it by the kind."""
+        these have in common. :func:`gqa_kernels.backends.dispatch.choose` keeps it by the kind."""
         return self.attend
 
     def attend_into(self, call: AttentionCall, out: Tensor, lse: Tensor | None) -> None:

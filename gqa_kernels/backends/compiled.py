@@ -15,7 +15,7 @@ from ..call.keep import KeepCall
 from ..head_map import HeadMap
 from ..native import build
 from ..native.flops import enter_formulas
-from ..native.schema import APPEND, FORWARD, KEEP, OUTPUT
+from ..native.schema import APPEND, DENSE_OUTPUT, FORWARD, KEEP, OUTPUT
 from .base import Backend, Call, Runner
 
 _NO_LSE = torch.empty(0)  # in place of one that nobody reads
@@ -97,11 +97,15 @@ def _runner(call: AttentionCall, keeps_lse: bool, requires_grad: bool, on_cpu: b
     def run(call: AttentionCall) -> tuple[Tensor, Tensor]:
         return _run(run_forward, forward, call)
 
-    if keeps_lse or requires_grad or not set(FORWARD.given(call)) <= set(OUTPUT.names):
+    given = set(FORWARD.given(call))
+    if keeps_lse or requires_grad or not given <= set(OUTPUT.names):
         return run
-    # Without OpOverload's __call__, a function of Python. This op has no autograd to pass by.
-    output: Callable[..., Tensor] = torch.ops.gqa_kernels.attention_output.default._op
-    run_output = OUTPUT.runner_like(call, **paths)
+    is_short = given <= set(DENSE_OUTPUT.names)
+    ops = torch.ops.gqa_kernels
+    op = ops.attention_dense_output if is_short else ops.attention_output
+    # Without OpOverload's __call__, a function of Python. These ops have no autograd to pass by.
+    output: Callable[..., Tensor] = op.default._op
+    run_output = (DENSE_OUTPUT if is_short else OUTPUT).runner_like(call, **paths)
 
     def run_without_lse(call: AttentionCall) -> tuple[Tensor, Tensor]:
         if _len_torch_dispatch_stack() or _get_deterministic_algorithms():

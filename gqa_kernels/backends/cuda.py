@@ -6,9 +6,8 @@ from dataclasses import replace
 
 import torch
 
-from ..call.keep import KeepCall
 from ..native import build, env
-from .base import ALL_CACHES, FUSED_OPTIONS, Call, Capabilities
+from .base import ALL_CACHES, FUSED_OPTIONS, Capabilities
 from .compiled import CompiledBackend
 
 MIN_CAPABILITY = (8, 0)
@@ -26,12 +25,6 @@ class CUDABackend(CompiledBackend):
         caches=ALL_CACHES - {"k8v4"},
     )
     append_capabilities = replace(capabilities, dtypes=capabilities.dtypes | {torch.float32})
-
-    def unsupported(self, call: Call) -> list[str]:
-        reasons = super().unsupported(call)
-        if isinstance(call, KeepCall):
-            reasons.append("keep has no CUDA C++ kernel")
-        return reasons
 
     def unavailable_reason(self) -> str | None:
         try:

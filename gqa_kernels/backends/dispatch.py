@@ -6,6 +6,8 @@ import warnings
 from typing import NamedTuple
 
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from ..call.append import AppendCall
@@ -72,15 +74,28 @@ def explain(call: Call) -> dict[str, list[str]]:
     return reasons
 
 
-def attend(call: AttentionCall, backend: str = "auto") -> tuple[Tensor, Tensor]:
-    """Out and LSE of a call, by the backend that :func:`select` chooses; as ``Backend.attend``."""
-    if type(backend) is not str or is_compiling() or is_transformed_now():
-        return _choice(call, backend).run(call)
-    key = _attention_key(call, backend)
-    choice = _choices.get(key)
-    if choice is None:
-        choice = _choices[key] = _choice(call, backend)
-    return choice.run(call)
+def choose(call: AttentionCall, backend: str = "auto") -> Choice:
+    """What runs an attention call: the backend that :func:`select` returns, and its runner. Kept
+    for calls of the same kind.
+
+    Raises:
+        As :func:`select`.
+    """
+    # is_transformed_now(), written out: this runs at every call.
+    is_transformed = forward_ad._current_level >= 0 or peek_interpreter_stack() is not None
+    if is_transformed or is_compiling() or type(backend) is not str:
+        return _choice(call, backend)
+    q, k, v = call.q, call.kv.k, call.kv.v
+    # What the choice, and what runs it, follow from.
+    key = (
+        call.kind, call.options.kind, backend, type(q), q.dtype, k.dtype, call.head_dims,
+        (q.is_cpu and k.is_cpu and v.is_cpu) or (q.device, k.device, v.device, is_decode(call)),
+        call.requires_grad, call.lse_wanted, call.bshd,
+    )  # fmt: skip
+    found = _choices.get(key)
+    if found is None:
+        found = _choices[key] = _choice(call, backend)
+    return found
 
 
 def select(call: Call, backend: str = "auto") -> Backend:
@@ -90,13 +105,12 @@ def select(call: Call, backend: str = "auto") -> Backend:
         ValueError, TypeError: ``call.check()`` refuses it, or no backend has that name.
         NotImplementedError: the named backend, or with ``"auto"`` every backend, can't run it.
     """
+    if isinstance(call, AttentionCall):
+        return choose(call, backend).backend
     uncached = type(backend) is not str or is_compiling() or is_transformed_now()
     if uncached or isinstance(call, KeepCall):
         return _choice(call, backend).backend
-    if isinstance(call, AttentionCall):
-        key = _attention_key(call, backend)
-    else:
-        key = _append_key(call, backend)
+    key = _append_key(call, backend)
     found = _choices.get(key)
     if found is None:
         found = _choices[key] = _choice(call, backend)
@@ -113,16 +127,6 @@ def _choice(call: Call, backend: str) -> Choice:
 def forget_choices() -> None:
     """Choose again at the next call of each kind (what a backend can run was changed)."""
     _choices.clear()
-
-
-def _attention_key(call: AttentionCall, backend: str) -> tuple:
-    """What the choice for an attention call, and what runs it, follow from."""
-    q, k, v = call.q, call.kv.k, call.kv.v
-    return (
-        call.kind, call.options.kind, backend, type(q), q.dtype, k.dtype, call.head_dims,
-        (q.is_cpu and k.is_cpu and v.is_cpu) or (q.device, k.device, v.device, is_decode(call)),
-        call.requires_grad, call.lse_wanted, call.bshd,
-    )  # fmt: skip
 
 
 def _device_key(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> object:

@@ -38,7 +38,7 @@ KV_LENGTHS, _PAGE_TABLE, _KV_BEGIN, _K_SCALE, _V_SCALE, _K_ZERO, _V_ZERO, _OTHER
 )
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(eq=False)
 class KVView:
     """Keys and values of ``B`` sequences; made by :meth:`create`.
 
@@ -66,12 +66,12 @@ class KVView:
 
     @staticmethod
     def dense(k: Tensor, v: Tensor, kv_lengths: Tensor | None) -> KVView:
-        """Dense tensors ``[B, H, S, D]``. Sets the fields by itself: ``__init__`` takes 3 times as
-        long, and every call makes a view."""
+        """Dense tensors ``[B, H, S, D]``. Every call makes a view, and ``__init__`` takes several
+        times as long, so this sets only the fields that differ from their default."""
         view = object.__new__(KVView)
-        view.k, view.v, view.kv_lengths = k, v, kv_lengths
-        view.page_table = view.kv_begin = None
-        view.k_scale = view.v_scale = view.k_zero = view.v_zero = None
+        view.k, view.v = k, v
+        if kv_lengths is not None:
+            view.kv_lengths = kv_lengths
         return view
 
     @classmethod

@@ -27,7 +27,7 @@ _HEADS_OF = {1: ("k.shape[1]", "v.shape[1]"), 2: ("k.shape[2]", "v.shape[2]")}
 _CACHE_HEADS = ("key heads of the cache", "value heads of the cache")
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(eq=False)
 class AttentionCall:
     """One call in the form that backends take; made by :meth:`dense`, :meth:`over` or
     :meth:`packed`.
@@ -110,7 +110,8 @@ class AttentionCall:
         bshd = layout != "bhsd"
         if bshd:
             check_layout(layout)
-        if not (type(q) is type(k) is type(v) is Tensor and q.dim() == k.dim() == v.dim() == 4):
+        are_tensors = type(q) is type(k) is type(v) is Tensor
+        if not are_tensors or (bshd and not q.dim() == k.dim() == v.dim() == 4):
             checks.check_dense(*checks.dense_heads_first(q, k, v, bshd), 1 + bshd)
         if bshd:
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -204,14 +205,11 @@ class AttentionCall:
     def _of(
         q: Tensor, kv: KVView, options: Options, memory: Memory, bshd: bool, kind: int
     ) -> AttentionCall:
-        """A call that :meth:`_complete` gives its maps and what else it has. Sets the fields by
-        itself: ``__init__`` takes 3 times as long."""
+        """A call that :meth:`_complete` gives its maps and what else it has. ``__init__`` takes
+        several times as long, so this sets only the fields that differ from their default."""
         call: AttentionCall = object.__new__(AttentionCall)
         call.q, call.kv, call.options, call.memory, call.bshd = q, kv, options, memory, bshd
-        call.value_head_map = call.alibi_slopes = call.sinks = call.attn_mask = None
-        call.q_offsets = call.dropout_seed = call.key_ranges = None
-        call.max_q_len = call.max_kv_len = 0
-        call.lse_wanted, call.requires_grad, call.kind = True, False, kind
+        call.kind = kind
         return call
 
     def _complete(
@@ -221,15 +219,16 @@ class AttentionCall:
     ) -> AttentionCall:  # fmt: skip
         """Check and enter the maps, the biases and the key ranges."""
         q, k, v = self.q, self.kv.k, self.kv.v
-        _, v_heads, _, v_dim = v.shape
-        k_heads = k.shape[1]
-        self.head_dims = q.shape[3], v_dim
         try:
+            _, num_heads, _, head_dim = q.shape
+            _, k_heads, _, _ = k.shape
+            _, v_heads, _, v_dim = v.shape
+            self.head_dims = head_dim, v_dim
             # The op finds a map whose length is not that of q's heads.
             if type(head_map) is not HeadMap or head_map.num_kv_heads != k_heads:
                 rule = self._heads_of[0]
                 head_map = resolve_map(
-                    "head_map", head_map, q.shape[1], k_heads, rule, q.device
+                    "head_map", head_map, num_heads, k_heads, rule, q.device
                 )  # fmt: skip
                 if type(head_map) is not HeadMap:
                     self.kind |= kind_bits.DEVICE_MAP
@@ -238,7 +237,7 @@ class AttentionCall:
                 if type(value_head_map) is not HeadMap or value_head_map.num_kv_heads != v_heads:
                     rule = self._heads_of[1]
                     value_head_map = resolve_map(
-                        "value_head_map", value_head_map, q.shape[1], v_heads, rule, q.device
+                        "value_head_map", value_head_map, num_heads, v_heads, rule, q.device
                     )
                 self.value_head_map = value_head_map
                 self.kind |= kind_bits.VALUE_MAP

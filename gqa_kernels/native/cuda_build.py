@@ -26,7 +26,7 @@ DEFAULT_ARCHS = ("80", "90a", "100", "120")
 NVCC_FLAGS = ("-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xptxas", "-v")
 LINK_FLAGS = ("-lcudart_static", "-ldl", "-lrt", "-lpthread")
 
-SHARED_CHECKS = ("inputs", "append_inputs", "gradients")
+SHARED_CHECKS = ("inputs", "append_inputs", "keep_inputs", "gradients")
 
 
 class Toolkit(NamedTuple):

@@ -68,7 +68,7 @@ def _scores(call: Any) -> int:
 
 def _keys(call: Any, heads: int) -> list[int] | int:
     """Keys of each sequence, summed over its query heads; one number if all are equal."""
-    lengths = call.kv_lengths
+    lengths = getattr(call, "kv_lengths", None)
     if lengths is not None and _has_values(lengths):
         plan = getattr(call, "plan", None)  # Triton's: permutation, then key heads of query heads
         key_heads = call.head_map if plan is None else plan[heads : 2 * heads]

@@ -173,6 +173,14 @@ OUTPUT = Schema(
     _IN_CALL,
 )
 
+# The same over dense tensors, at most causal: the calls whose time torch's share of it decides.
+DENSE_OUTPUT = Schema(
+    "Tensor q, Tensor k, Tensor v, Tensor head_map, float? scale=None, SymInt window_right=-1, "
+    "bool bshd=False",
+    "Tensor",
+    _IN_CALL,
+)
+
 # Writes new tokens after the existing ones, rotated and quantised. Returns the rotated q, or an
 # empty tensor if there is no q. Tensors are as in gqa_kernels.call.append.AppendCall.
 APPEND = Schema(
@@ -241,9 +249,13 @@ def empty_auxiliary(call: Any) -> tuple[Tensor, ...]:
     return (*empty_results(call), *more)
 
 
-def fake_output(*arguments: Any, **named: Any) -> Tensor:
+def fake_output(schema: Schema) -> Callable[..., Tensor]:
     """Fake kernel of attention that keeps no LSE."""
-    return empty_results(OUTPUT.Arguments(*arguments, **named))[0]
+
+    def fake(*arguments: Any, **named: Any) -> Tensor:
+        return empty_results(schema.Arguments(*arguments, **named))[0]
+
+    return fake
 
 
 def fake_backward(schema: Schema) -> Callable[..., tuple[Tensor, ...]]:

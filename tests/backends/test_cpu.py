@@ -14,7 +14,7 @@ from gqa_kernels import HeadMap, asym_gqa_attention
 from gqa_kernels.attention import attention_call
 from gqa_kernels.backends.cpu import CPUBackend
 from gqa_kernels.native import build
-from gqa_kernels.native.schema import FORWARD, OUTPUT
+from gqa_kernels.native.schema import DENSE_OUTPUT, FORWARD, OUTPUT
 from gqa_kernels.testing import assert_attention_close, make_inputs
 from tests.cases.attention import CASES, UNEVEN
 
@@ -301,6 +301,8 @@ def test_opcheck(q_len):
             torch.library.opcheck(op(), tuple(arguments.values()))
             short = tuple(arguments[name] for name in OUTPUT.names)
             torch.library.opcheck(torch.ops.gqa_kernels.attention_output.default, short)
+            shorter = tuple(arguments[name] for name in DENSE_OUTPUT.names)
+            torch.library.opcheck(torch.ops.gqa_kernels.attention_dense_output.default, shorter)
 
 
 def test_out_of_range_map_entries_give_nan_and_read_nothing():

@@ -306,7 +306,7 @@ def test_explains(device):
     cache, _ = filled(Kind(), torch.float32, device)
     reasons = explain_backend(cache.keep, torch.zeros(3, 0, dtype=torch.int32, device=device))
     assert reasons["reference"] == []
-    assert "keep has no CUDA C++ kernel" in reasons["cuda"]
+    assert not any("dtype" in reason or "keep" in reason for reason in reasons["cuda"])
     assert explain_backend(
         DenseKVCache.keep, cache, torch.zeros(3, 0, dtype=torch.int32, device=device)
     ) == reasons  # fmt: skip

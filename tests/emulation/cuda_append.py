@@ -17,16 +17,17 @@ def append_phase() -> Phase:
     return compiled_phase("sm80", "append")
 
 
-def _cache_params(view: KVView, inputs: AppendCall) -> AttentionParams:
+def cache_params(view: KVView, num_heads: int, dtype: torch.dtype) -> AttentionParams:
+    """A cache without queries; ``dtype`` is that of new tokens."""
     params = AttentionParams(
         batch=view.batch,
-        num_heads=0 if inputs.q is None else inputs.q.shape[1],
+        num_heads=num_heads,
         num_k_heads=view.num_k_heads,
         num_v_heads=view.num_v_heads,
         kv_len=view.capacity,
         head_dim=view.head_dim,
         value_head_dim=view.value_head_dim,
-        dtype=DTYPES.index(inputs.dtype),
+        dtype=DTYPES.index(dtype),
         k_dtype=DTYPES.index(view.k.dtype),
         v_dtype=DTYPES.index(view.v.dtype),
         num_pages=view.num_pages,
@@ -63,7 +64,7 @@ def make_append_call(inputs: AppendCall) -> Call:
     }  # fmt: skip
     tensors = {name: x for name, x in tensors.items() if x is not None}
     params = AppendParams(
-        cache=_cache_params(view, inputs),
+        cache=cache_params(view, 0 if inputs.q is None else inputs.q.shape[1], inputs.dtype),
         num_tokens=inputs.k_new.shape[2],
         dtype=DTYPES.index(inputs.dtype),
         rotary_interleaved=inputs.rotary_interleaved,

@@ -79,7 +79,28 @@ class AppendParams(ctypes.Structure):
     ]
 
 
-PARAMS = {"backward": BackwardParams, "append": AppendParams}  # of other phases: AttentionParams
+class KeptSide(ctypes.Structure):
+    """``gqa::KeptSide`` (csrc/core/keep_params.h)."""
+
+    _fields_ = [*_fields(POINTER, "data scale zero"),
+                *_fields(ctypes.c_int64, "row_bytes element_bytes")]  # fmt: skip
+
+
+class KeepParams(ctypes.Structure):
+    """``gqa::KeepParams`` (csrc/core/keep_params.h)."""
+
+    _fields_ = [
+        ("cache", AttentionParams),
+        *_fields(KeptSide, "k v"),
+        *_fields(POINTER, "indices"),
+        *_fields(ctypes.c_int64, "index_stride_b index_stride_h index_stride_n num_indices"),
+        *_fields(POINTER, "counts"),
+        *_fields(ctypes.c_int64, "count_stride_b count_stride_h"),
+    ]
+
+
+# Of phases that are not listed: AttentionParams.
+PARAMS = {"backward": BackwardParams, "append": AppendParams, "keep": KeepParams}
 DTYPES = (  # in the order of gqa::DType
     torch.float32, torch.bfloat16, torch.float16, torch.bool, torch.float8_e4m3fn,
     torch.float8_e5m2, torch.int8, torch.uint8,

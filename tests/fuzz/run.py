@@ -20,6 +20,7 @@ from .bookkeeping import draw_allocator, draw_head_map
 from .decode import draw_append, draw_decode
 from .draw import Call, Draw
 from .hostile import draw_constructor, run_hostile, spoil
+from .keeping import draw_keep
 from .memory import storage_bytes
 from .merging import draw_merge, draw_shared_prefix
 
@@ -29,6 +30,7 @@ GOOD = {
     draw_varlen: 5,
     draw_decode: 9,
     draw_append: 4,
+    draw_keep: 3,
     draw_merge: 2,
     draw_shared_prefix: 2,
     draw_head_map: 1,

@@ -13,6 +13,7 @@ from gqa_kernels import HeadMap, asym_gqa_attention
 from tests.dense import dense_attention
 from tests.fuzz import children, hostile, memory, oracle, run
 from tests.fuzz.draw import Call, Draw
+from tests.fuzz.keeping import draw_keep
 from tests.fuzz.oracle import Sequence
 
 ROOT = Path(__file__).parents[2]
@@ -168,6 +169,21 @@ def test_oracle_gradients_are_autograds():
     for (name, _), value in zip(leaves.items(), expected, strict=True):
         name = {"slopes": "alibi_slopes"}.get(name, name)
         torch.testing.assert_close(found[name].detach(), value)
+
+
+def test_a_keep_that_moves_nothing_is_a_fault():
+    faults = 0
+    for seed in range(20):
+        draw = Draw(seed)
+        call = draw_keep(draw)
+        run.run_good(call, draw)
+        again = draw_keep(Draw(seed))
+        again.function = lambda kept, lengths=None, backend="auto": None
+        try:
+            again.check(again.function(**again.arguments))
+        except AssertionError:
+            faults += 1
+    assert faults > 10  # the others keep every key, or have none
 
 
 def test_a_wrong_result_is_a_fault():

@@ -364,13 +364,32 @@ class TestContinuousBatching:
         with pytest.raises(NotImplementedError, match="max_blocks_per_request=0"):
             asym_gqa(module, q, q, q, None, block_table=torch.zeros(1, 1))
 
-    def test_heads_that_it_can_not_hold(self):
-        model = convert(tiny(), [HeadMap([0, 0, 1, 1, 1, 1]), HeadMap([0, 1, 2, 2, 2, 2])])
-        with (
-            pytest.raises(NotImplementedError, match=r"num_key_value_heads \(3\).*got \[2, 3\]"),
-            continuous_batching(model),
-        ):
-            pass
+    @pytest.mark.parametrize(
+        "maps",
+        [
+            [HeadMap([0, 0, 1, 1, 1, 1]), HeadMap([0, 1, 2, 2, 2, 2])],
+            [
+                (HeadMap([0, 0, 1, 1, 1, 1]), HeadMap([0, 1, 2, 3, 3, 3])),
+                (HeadMap([0, 1, 2, 2, 2, 2]), HeadMap([0] * 6)),
+            ],
+        ],
+        ids=["layers", "layers, K and V"],
+    )
+    def test_other_numbers_of_heads_in_each_layer(self, maps):
+        model = convert(tiny(), maps)
+        model.set_attn_implementation(register())
+        model.generation_config.eos_token_id = None
+        heads = model.config.num_key_value_heads
+        alone = [
+            model.generate(torch.tensor([p]), max_new_tokens=10, do_sample=False)[0, len(p) :]
+            for p in self.PROMPTS
+        ]
+        with continuous_batching(model):
+            together = self.generated(model, self.PROMPTS)
+            again = self.generated(tiny(), self.PROMPTS[:1])  # another model, meanwhile
+        assert together == [one.tolist() for one in alone]
+        assert len(again[0]) == 10
+        assert model.config.num_key_value_heads == heads
 
     def test_transformers_too_old(self, monkeypatch):
         name = "gqa_kernels.integrations.transformers.versions.version"

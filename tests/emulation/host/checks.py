@@ -9,10 +9,11 @@ from torch import Tensor
 
 from gqa_kernels.call.append import AppendCall
 from gqa_kernels.call.attention import AttentionCall
+from gqa_kernels.call.keep import KeepCall
 from gqa_kernels.native import schema
 
-from .. import cuda_append, cuda_backward, cuda_cache, cuda_harness
-from ..cuda_params import AttentionParams, Strides
+from .. import cuda_append, cuda_backward, cuda_cache, cuda_harness, cuda_keep
+from ..cuda_params import AttentionParams, KeepParams, Strides
 from . import arguments, expected
 from .library import Device, Event, Host, Record
 
@@ -23,6 +24,7 @@ STRUCTS = {
     "14prefill_kernel": arguments.HopperArguments,
     "backward_": arguments.BackwardArguments,
     "append_kernel": arguments.AppendArguments,
+    "keep_kernel": KeepParams,
 }
 OUTPUTS = ("out", "lse")
 
@@ -84,6 +86,20 @@ def check_append(host: Host, inputs: AppendCall, device: Device, **recording) ->
     for event in record.launches:
         found = argument_of(event).params
         ignored = [name for name, _ in arguments.values(found) if _is_unused_by_append(name)]
+        assert arguments.differences(found, params, *ignored) == []
+    return record
+
+
+def check_keep(host: Host, inputs: KeepCall, device: Device, **recording) -> Record:
+    """A keep. Nothing executes it: the cache stays as it is."""
+    params = cuda_keep.make_keep_call(inputs).params
+    with host.recording(device, **recording) as record:
+        host.keep(inputs)
+    launches = expected.keep(params)
+    check_launches(record, launches, device, bool(recording.get("capture")))
+    for event in record.launches:
+        found = argument_of(event)
+        ignored = [name for name, _ in arguments.values(found) if _is_unused_by_keep(name)]
         assert arguments.differences(found, params, *ignored) == []
     return record
 
@@ -201,6 +217,14 @@ def fill_in_packed(params: AttentionParams, inputs: AttentionCall) -> None:
     """The same for packed sequences, which share one row of K and V."""
     _fill_in(params, inputs)
     params.k_stride.b = params.v_stride.b = 0
+
+
+def _is_unused_by_keep(name: str) -> bool:
+    """Fields of ``cache`` that describe queries, scores and numbers (keep_params.h)."""
+    unused = ("cache.k_scale", "cache.v_scale", "cache.k_zero", "cache.v_zero")
+    is_stride = name.startswith(tuple(f"{x}_stride" for x in unused))
+    used_too = name in ("cache.k_stride.b", "cache.num_k_heads") or is_stride
+    return not used_too and (_is_unused_by_append(name) or name == "cache.dtype")
 
 
 def _is_unused_by_append(name: str) -> bool:

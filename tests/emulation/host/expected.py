@@ -13,7 +13,7 @@ import torch
 
 from gqa_kernels.backends.triton.splits import ceil_div, choose_splits
 
-from ..cuda_params import DTYPES, AppendParams, AttentionParams, BackwardParams
+from ..cuda_params import DTYPES, AppendParams, AttentionParams, BackwardParams, KeepParams
 from .library import Device
 
 LOG2E = math.log2(math.e)
@@ -412,3 +412,22 @@ def append(params: AppendParams) -> list[Launch]:
     kernel = ("append_kernel", f"I{type_name(params.dtype)}" if item == 32 else
               type_name(params.dtype), f"Lb{int(bits < 16)}E")  # fmt: skip
     return [Launch(kernel, (ceil_div(tokens * heads, 128 // lanes), 1), 128, 0, fields)]
+
+
+def keep(params: KeepParams) -> list[Launch]:
+    cache = params.cache
+    rows = cache.batch * (cache.num_k_heads + cache.num_v_heads)
+    if rows == 0 or params.num_indices == 0:
+        return []
+    pages = cache.num_pages if cache.page_table else cache.batch
+
+    def in_pieces(name: str, heads: int) -> bool:
+        side, stride = getattr(params, name), getattr(cache, f"{name}_stride")
+        item = 8 * side.element_bytes
+        sizes = (pages, heads, cache.page_size)
+        return side.row_bytes % 16 == 0 and in_vectors(side.data, stride, sizes, item, 16)
+
+    pieces = in_pieces("k", cache.num_k_heads) and in_pieces("v", cache.num_v_heads)
+    most = max(params.k.row_bytes, params.v.row_bytes)
+    kernel = ("keep_kernel", "5uint4" if pieces else "Ih")
+    return [Launch(kernel, (rows, ceil_div(most, 64)), 128, 0)]

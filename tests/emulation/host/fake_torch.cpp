@@ -11,6 +11,7 @@
 #include "../../../csrc/host/append.h"
 #include "../../../csrc/host/attention.h"
 #include "../../../csrc/host/backward.h"
+#include "../../../csrc/host/keep.h"
 #include "../fake_cuda.h"
 
 using namespace gqa::host;
@@ -105,4 +106,5 @@ STABLE_TORCH_LIBRARY_IMPL(gqa_host, CPU, library) {
   library.impl("attention_output", TORCH_BOX(&attention_output<attention_output_cuda>));
   library.impl("attention_backward", TORCH_BOX(&attention_backward<attention_backward_cuda>));
   library.impl("cache_append", TORCH_BOX(&cache_append<cache_append_cuda>));
+  library.impl("cache_keep", TORCH_BOX(&cache_keep<cache_keep_cuda>));
 }

@@ -29,6 +29,7 @@ from torch.utils import cpp_extension
 
 from gqa_kernels.call.append import AppendCall
 from gqa_kernels.call.attention import AttentionCall
+from gqa_kernels.call.keep import KeepCall
 from gqa_kernels.native import cuda_build, schema
 from gqa_kernels.native.sources import COMPILE_FLAGS
 from tools import ptxsim
@@ -52,6 +53,7 @@ OPS = {
     "attention_output": schema.OUTPUT,
     "attention_backward": schema.BACKWARD,
     "cache_append": schema.APPEND,
+    "cache_keep": schema.KEEP,
 }
 NO_KERNEL_IMAGE = 209  # cudaErrorNoKernelImageForDevice
 
@@ -273,6 +275,10 @@ class Host:
     def append(self, inputs: AppendCall) -> Tensor:
         """The op of an append."""
         return torch.ops.gqa_host.cache_append(*schema.APPEND.arguments_of(inputs))
+
+    def keep(self, inputs: KeepCall) -> None:
+        """The op of a keep."""
+        torch.ops.gqa_host.cache_keep(*schema.KEEP.arguments_of(inputs))
 
 
 def unavailable_reason() -> str | None:

@@ -11,7 +11,9 @@ from gqa_kernels import HeadMap
 from gqa_kernels.attention import attention_call
 from gqa_kernels.testing import assert_attention_close, make_inputs
 from tests.cases import appends
+from tests.cases.caches import Kind
 from tests.emulation import cuda_harness
+from tests.emulation.test_cuda_keep import keep_of
 
 from . import checks
 from .library import A100, B200, DEVICES, H100, NO_KERNEL_IMAGE, RTX_5090, SECOND_H100
@@ -48,6 +50,7 @@ OPS = {
         5,
     ),
     "append": (A100, lambda host: host.append(appends.appends()), 1),
+    "keep": (A100, lambda host: host.keep(keep_of(Kind(3), BF16, 16, 16)), 1),
 }
 NAMES = {
     "decode": ["sm80 decode", "sm80 decode combine"],
@@ -58,6 +61,7 @@ NAMES = {
         "sm80 backward, sinks", "sm80 backward, slopes",
     ],
     "append": ["sm80 append"],
+    "keep": ["sm80 keep"],
 }  # fmt: skip
 
 
@@ -76,7 +80,7 @@ def test_a_failing_launch_is_named(host, name):
         assert host.current_device == device.index
 
 
-@pytest.mark.parametrize("name", [name for name in OPS if name != "append"])
+@pytest.mark.parametrize("name", [name for name in OPS if name not in ("append", "keep")])
 def test_a_failing_attribute_is_named(host, name):
     device, op, _ = OPS[name]
     inner = NAMES[name][1 if name == "backward" else 0]

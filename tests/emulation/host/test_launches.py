@@ -13,6 +13,7 @@ from gqa_kernels.backends.cuda import CUDABackend
 from gqa_kernels.testing import make_inputs
 from tests.cases import appends, attention, caches
 from tests.emulation.cuda_backward import Packed, make_packed_call
+from tests.emulation.test_cuda_keep import keep_of
 from tests.emulation.test_cuda_quantized import cache_inputs
 
 from . import checks
@@ -131,6 +132,15 @@ def test_append(host, options, capture):
         checks.check_append(host, appends.appends(**options), device, capture=capture)
 
 
+@CAPTURES
+@pytest.mark.parametrize("kind", CACHES, ids=str)
+def test_keep(host, kind, capture):
+    sizes = ((64, 128), (12, 4), (58, 34), (200, 256))
+    for device, dims in zip(DEVICES.values(), sizes, strict=True):
+        dtype = FP32 if kind.format else BF16
+        checks.check_keep(host, keep_of(kind, dtype, *dims), device, capture=capture)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_calls_of_nothing_launch_nothing(host, device):
     """Without sequences, queries or query heads there is nothing to write."""
@@ -140,6 +150,9 @@ def test_calls_of_nothing_launch_nothing(host, device):
         assert not record.launches and not record.of("memset")
     inputs = appends.appends(packed=False, counts=(0, 0, 0))
     assert not checks.check_append(host, inputs, DEVICES[device]).launches
+    inputs = keep_of(caches.Kind(), BF16, 16, 16)
+    nothing = replace(inputs, indices=inputs.indices[..., :0])
+    assert not checks.check_keep(host, nothing, DEVICES[device]).launches
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -60,6 +60,15 @@ FAULTS = {
         "reinterpret_cast<cudaStream_t>(reinterpret_cast<char*>(current_stream(index)) + 0x1000));",
         LAUNCHES, "test_append[dense-eager]", "device.stream",
     ),
+    "a keep on the default stream": Fault(
+        "host/keep_cuda.cpp", "current_stream(index));", "nullptr);",
+        LAUNCHES, "test_keep[dense-capture]", "would make the legacy stream depend",
+    ),
+    "a keep that moves as many bytes of a value as a key has": Fault(
+        "cuda/sm80/keep/keep.cu", "std::max(params.k.row_bytes, params.v.row_bytes)",
+        "params.k.row_bytes",
+        LAUNCHES, "test_keep[dense-eager]", "event.grid",
+    ),
     "no device guard": Fault(
         "host/attention_cuda.cpp",
         "const torch::stable::accelerator::DeviceGuard guard(index);", "",
