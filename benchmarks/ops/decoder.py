@@ -130,7 +130,8 @@ def forced_logits(model: nn.Module, ids: Tensor) -> Tensor:
 
 
 def _prepared(problem: Decoder, model: nn.Module) -> Prepared:
-    """``generate`` of the case's new tokens after a cached prompt, or of the first after none."""
+    """Runs ``generate``: the case's new tokens after a cached prompt, or the first token after a
+    prompt that is not cached."""
     case = problem.case
     new_tokens = 1 if case.op == "first-token" else case.q_len
     options: dict[str, Any] = {

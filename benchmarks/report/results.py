@@ -1,4 +1,4 @@
-"""Results files: what was measured, on what, with which versions; written whole, case by case."""
+"""Results files. They name the device and the versions, and are rewritten whole after each case."""
 
 from __future__ import annotations
 

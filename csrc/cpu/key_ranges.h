@@ -9,7 +9,7 @@
 namespace gqa::cpu {
 
 // The number of a query token in its sequence, from 0: the row of its mask and of its key range.
-// (The last token of every sequence is number Sq - 1 elsewhere.)
+// (Elsewhere tokens are numbered so that the last one of every sequence is Sq - 1.)
 inline int64_t query_number(const AttentionParams& params, int64_t b, int64_t token) {
   if (params.q_offsets == nullptr) return token;
   return token + params.q_offsets[b + 1] - params.q_offsets[b] - params.q_len;

@@ -1,5 +1,5 @@
-// What the CPU kernels can run: the largest D and Dv. 576 is K of multi-head latent attention, 512
-// numbers and 64 of rotary embedding.
+// The largest D and Dv that the CPU kernels can run. 576 is the key of multi-head latent attention:
+// 512 latent numbers and 64 with a rotary embedding.
 #pragma once
 
 #include <cstdint>

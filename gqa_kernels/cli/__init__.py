@@ -50,7 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status. 0: success, 1: a check failed, 2: it could not run, 130: interrupted.
     """
     top = parser()
-    arguments = top.parse_args(argv)
+    arguments, unknown = top.parse_known_args(argv)
+    if unknown:
+        command = top if arguments.run is None else arguments.parser
+        command.error(f"unknown arguments: {' '.join(unknown)}")
     if arguments.run is None:
         top.print_help()
         return 0
@@ -84,6 +87,7 @@ def parser() -> argparse.ArgumentParser:
         for module in modules:
             command = module.add(commands)
             lines.append(f"  {command.prog.split()[-1]:13} {module.SUMMARY}")
+            command.set_defaults(parser=command)
             command.epilog = f"example:\n  {module.EXAMPLE}\n\n{EXIT_STATUS}"
             add_json(command)
         paragraphs.append("\n".join(lines))

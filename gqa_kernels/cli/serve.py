@@ -41,6 +41,11 @@ def run(arguments: argparse.Namespace) -> Outcome:
         raise ImportError(
             f"serve needs transformers with its server (pip install 'gqa-kernels[serve]'): {error}"
         ) from error
+    from ..convert.checkpoint import read_config
+
+    read_config(
+        arguments.model
+    )  # refuses what is no checkpoint; the server takes it for a model id
     server = typer.Typer(add_completion=False)
     server.command()(Serve)
     manager = _manager(model_manager.ModelManager)

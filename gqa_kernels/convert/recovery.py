@@ -3,9 +3,9 @@
 Up-training as in GQA (arXiv 2305.13245, section 2.2): the ordinary next-token loss on text, with
 AdamW, a warm-up and a cosine to a tenth of the learning rate; of all weights, the attention's, or
 of low-rank adapters (LoRA, arXiv 2106.09685). If the parent is given, its next-token distributions
-are a second target (distillation, arXiv 1503.02531); models without next-token loss or labels, as
-encoders, learn only the parent's last hidden states. Dropout stays off. The trained weights are
-fp32 whatever the model computes in, and the model gets its own types back at the end.
+are a second target (distillation, arXiv 1503.02531). Models without a next-token loss or labels,
+such as encoders, learn only the parent's last hidden states. Dropout stays off. The trained weights
+are fp32 whatever the model computes in, and the model gets its own types back at the end.
 """
 
 from __future__ import annotations

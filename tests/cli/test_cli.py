@@ -38,6 +38,7 @@ def test_env(capsys):
         (["demo", "--backend", "abacus"], "invalid choice: 'abacus'"),
         (["demo", "--dtype", "int8"], "invalid choice: 'int8'"),
         (["demo", "--device", "tpu"], "invalid choice: 'tpu'"),
+        (["demo", "--seeds", "3"], "gqa-kernels demo: unknown arguments: --seeds 3"),
     ],
 )
 def test_bad_arguments(arguments, message, capsys):

@@ -127,6 +127,13 @@ def test_options_that_do_not_go(tmp_path, capsys, option, error):
     assert error in capsys.readouterr().err
 
 
+def test_folders_without_a_checkpoint(tmp_path, capsys):
+    assert cli.main(["serve", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        f"gqa-kernels: folder must be a checkpoint with a config.json, got {tmp_path}"
+    ]
+
+
 def test_transformers_alone_refuses(tmp_path):
     """``transformers serve`` does not know the class: it computes no equal groups."""
     from transformers.cli.serving.model_manager import ModelManager

@@ -1,4 +1,4 @@
-"""Runs the compiled PTX of Triton's keep: ``python -m tests.emulation.triton_keep ARCH``
+"""Emulates the compiled PTX of Triton's keep kernel: ``python -m tests.emulation.triton_keep ARCH``
 
 The memory must be what the reference leaves, bit for bit. (The emulator looks for races in shared
 memory only, and rows move in global memory: it can't tell that a barrier is missing.)

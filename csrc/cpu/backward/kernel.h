@@ -162,7 +162,7 @@ class BackwardRun {
       store_partial<V>(tile_.delta + first, V::add(total, sum), n);
     }
     for (int r = 0; r < rows_; ++r) {
-      if (tile_.lse[r] == INFINITY) tile_.delta[r] = 0.0f;  // it sees no key
+      if (tile_.lse[r] == INFINITY) tile_.delta[r] = 0.0f;  // the row sees no key
       if (params_.dlse && tile_.lse[r] != INFINITY) tile_.delta[r] -= params_.dlse[row_index(r)];
     }
   }

@@ -23,7 +23,7 @@ TileShape tile_shape(const AttentionParams& params) {
   return dims <= 128 ? TileShape{144, 96} : dims <= 256 ? TileShape{96, 48} : TileShape{48, 48};
 }
 
-// Whether every key head goes with one value head and the reverse.
+// Whether each key head is read with one value head only, and each value head with one key head.
 bool heads_pair_up(const std::vector<Group>& groups) {
   std::set<int32_t> k_heads, v_heads;
   for (const Group& group : groups) {

@@ -30,14 +30,15 @@ struct BackwardRow {
 };
 
 // Sums over a row's keys for the gradients of its ALiBi slope (sum of dS * -distance) and its sink.
-// These add up whole rows into one number, so the rounding of the output would show in them through
-// delta. The sum of dS says how large that error is: without it the sum is dlse + sink * delta.
+// Each of these gradients is one number, in which the errors of delta from the rounded output would
+// add up over all rows. The sum of dS tells that error: with an exact delta the sum is
+// dlse + sink * delta.
 struct RowSums {
   float ds;           // dS before the softcap's derivative
   float distance;     // P * distance
   float ds_distance;  // dS * distance
 
-  // What a delta summed from P and dP has more. sink: the sink's probability.
+  // A delta summed from P and dP, minus this one. sink: the sink's probability.
   float delta_error(float delta, float sink, float dlse) const { return ds - sink * delta - dlse; }
   float slope(float error) const { return error * distance - ds_distance; }
 };

@@ -36,12 +36,12 @@ inline int64_t sum_floats(const BackwardTask& task, const SumWidths& widths) {
 // The parts of one KV head.
 class PartSums {
  public:
-  // parts: its tasks in order, part 0 with the keys of all.
+  // parts: the head's tasks in order. The keys of part 0 include those of all parts.
   void start(const BackwardTask* parts, const SumWidths& widths);
 
   // Takes the sums of a part, in memory from AlignedFloats::reserve, and leaves memory for the
-  // caller's next task, if there is any to spare. Whether all parts are in: then, once, the sums of
-  // the KV head are in total(), laid out as part 0's.
+  // caller's next task if any is free. Returns true once, when all parts are added: the sums of the
+  // KV head are then in total(), laid out as part 0's.
   bool add(const BackwardTask& part, AlignedFloats& sums);
 
   AlignedFloats& total() { return total_; }

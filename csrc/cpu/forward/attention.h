@@ -8,9 +8,10 @@
 
 namespace gqa::cpu {
 
-// Writes params.out and params.lse, and what else is wanted. lse_wanted: false if nobody will read the LSE, which then may
-// be as inexact as the output. batch_invariant: the bits of a query's results depend on its own keys
-// alone. ranges: the keys that each query may see. Throws std::invalid_argument for a bad GQA_KERNELS_CPU_ISA.
+// Writes params.out, params.lse and the auxiliary results. lse_wanted: false if nobody will read the
+// LSE, which may then be as inexact as the output. batch_invariant: the bits of a query's results
+// depend on its own keys alone. ranges: the keys that each query may see. Throws
+// std::invalid_argument for a bad GQA_KERNELS_CPU_ISA.
 void attention_forward(const AttentionParams& params, const ThreadPool& pool,
                        bool lse_wanted = true, bool batch_invariant = false,
                        const KeyRanges& ranges = {}, const Auxiliary& wanted = {});

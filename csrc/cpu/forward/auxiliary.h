@@ -16,7 +16,7 @@
 
 namespace gqa::cpu {
 
-// The results wanted; nullptr: not wanted.
+// The requested results; nullptr: not requested.
 struct Auxiliary {
   float* max_scores = nullptr;  // [B, Hq], contiguous
   float* key_scores = nullptr;  // [B, Hk, Sk], contiguous, filled with zeros

@@ -31,8 +31,8 @@ inline constexpr LoadedPart kLoadedPart<BitShiftedFp8<Float8E4M3>>{0x1p120f, 0x1
 template <>
 inline constexpr LoadedPart kLoadedPart<BitShiftedFp8<Float8E5M2>>{0x1p112f, 0x1p48f, 0x1p64f};
 
-// Loads subtract the default zero of a format, so zeros are counted from it. Then a cache without
-// zeros needs no correction, and one with zeros little cancellation.
+// Loads subtract a format's default zero, and zeros are relative to it. So a cache without zeros
+// needs no correction, and with zeros little cancels in the correction.
 template <class S>
 inline constexpr float kLoadedZero = 0.0f;
 template <>

@@ -33,7 +33,7 @@ class AmxTiles {
   AmxTiles(const AmxTiles&) = delete;
   AmxTiles& operator=(const AmxTiles&) = delete;
 
-  // Tells the compiler to write pending stores: its tile loads don't declare that they read memory.
+  // Makes the compiler write pending stores. Its tile loads don't declare that they read memory.
   static GQA_INLINE void fence(const void* p) { __asm__ volatile("" : : "r"(p) : "memory"); }
 
  private:

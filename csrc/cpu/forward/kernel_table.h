@@ -20,7 +20,7 @@ struct CallState {
   const MaskBlocks& masks;
   const Schedule& schedule;
   float* partials;                   // [schedule.partial_floats]
-  std::atomic<int32_t>* unfinished;  // [schedule.num_merges] splits still at work
+  std::atomic<int32_t>* unfinished;  // [schedule.num_merges] splits that have not finished
   const AuxiliaryWork& auxiliary;
   int64_t scratch_floats;  // of a worker, before its memory for the auxiliary work
   bool lse_wanted;

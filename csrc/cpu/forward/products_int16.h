@@ -6,9 +6,9 @@
 //   p ~ step * int16      likewise, after multiplication with the scales of V; a step per tile
 //
 // Sums are exact: a product is at most 2^22, a tile has 64 keys, and D numbers of q are few enough
-// steps for an int32. The rounding of q is 1/256 of what int8 does to K, that of p is 1/64 of bf16's. The LSE is fp32 for
-// every type, so a call that needs it adds a second int16 part of q: the rounding error of the
-// first.
+// steps for an int32. The rounding error of q is 1/256 of K's in int8, and that of p is 1/64 of
+// bf16's. The LSE is fp32 for every type, so a call that needs it adds a second int16 part of q: the
+// rounding error of the first.
 #pragma once
 
 #include <cstdint>

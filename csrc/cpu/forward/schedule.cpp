@@ -21,9 +21,9 @@ constexpr int64_t kMinSplitKeys = 256;
 constexpr int64_t kSegmentKeys = 1024;
 constexpr int kMinTileRows = 48;
 
-// K and V of a tile that is not packed, in a first-level cache of 32 KiB: V is prefetched while K
-// is used. Half of it, and what a tile costs whatever its keys (the softmax's horizontal maximum
-// and sum, loads and stores of the output) shows in 16-bit decode.
+// Bytes of K and V in a tile that is not packed, for a first-level cache of 32 KiB: V is prefetched
+// while K is used. With half as many, 16-bit decode is slower: some costs of a tile don't depend on
+// its number of keys (the softmax's horizontal maximum and sum, loads and stores of the output).
 constexpr int64_t kDirectTileBytes = 32 * 1024;
 constexpr int kMinDirectKeys = 32;
 

@@ -31,7 +31,7 @@ struct TileShape {
   int keys;  // keys of one step of the online softmax
   // Whether any task packs K and V.
   bool packs = true;
-  // Keys whose results are merged apart, counted from a sequence's first key; 0: no such runs.
+  // Keys whose results are merged separately, counted from a sequence's first key; 0: no such runs.
   int64_t segment_keys = 0;
 };
 

@@ -18,7 +18,7 @@ struct Vec {
   using I = __m256i;  // 16 int16, or 8 sums of 32 bits
   using Mask = __m256;
   static constexpr int kWidth = 8;
-  static constexpr int kSums = 12;  // that fit in registers beside what is added to them
+  static constexpr int kSums = 12;  // that fit in registers together with their operands
 
   static GQA_INLINE F set1(float x) { return _mm256_set1_ps(x); }
   static GQA_INLINE F iota() { return _mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7); }
@@ -158,7 +158,7 @@ struct Vec {
   }
   static GQA_INLINE void add_products(I& sum, I a, I b) {
     sum = _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
-    pin(sum);  // else gcc adds products to each other first, and has no registers for them
+    pin(sum);  // else gcc adds up products first, and runs out of registers
   }
   static constexpr bool kShiftsFp8 = true;
   static GQA_INLINE void max_negative(I& most, const uint8_t* p) {

@@ -17,7 +17,7 @@ struct Vec {
   using I = __m512i;  // 32 int16, or 16 sums of 32 bits
   using Mask = __mmask16;
   static constexpr int kWidth = 16;
-  static constexpr int kSums = 24;  // that fit in registers beside what is added to them
+  static constexpr int kSums = 24;  // that fit in registers together with their operands
 
   static GQA_INLINE F set1(float x) { return _mm512_set1_ps(x); }
   static GQA_INLINE F iota() {
@@ -142,7 +142,7 @@ struct Vec {
   }
   static GQA_INLINE void add_products(I& sum, I a, I b) {
     sum = _mm512_add_epi32(sum, _mm512_madd_epi16(a, b));
-    pin(sum);  // else gcc adds products to each other first, and has no registers for them
+    pin(sum);  // else gcc adds up products first, and runs out of registers
   }
   static GQA_INLINE F to_float(I x) { return _mm512_cvtepi32_ps(x); }
   static GQA_INLINE void store_int16(int16_t* p, F x) {

@@ -24,7 +24,7 @@ struct NeonVec {
     int16x8_t a, b;
   };
   static constexpr int kWidth = 8;
-  static constexpr int kSums = 12;  // that fit in registers beside what is added to them
+  static constexpr int kSums = 12;  // that fit in registers together with their operands
 
   static GQA_INLINE F set1(float x) { return {vdupq_n_f32(x), vdupq_n_f32(x)}; }
   static GQA_INLINE F iota() {

@@ -21,7 +21,7 @@ struct Vec {
   typedef int32_t I __attribute__((vector_size(16)));
   using Mask = I;
   static constexpr int kWidth = 4;
-  static constexpr int kSums = 12;  // that fit in registers beside what is added to them
+  static constexpr int kSums = 12;  // that fit in registers together with their operands
 
   static GQA_INLINE F set1(float x) { return F{x, x, x, x}; }
   static GQA_INLINE F iota() { return F{0, 1, 2, 3}; }

@@ -97,7 +97,7 @@ def rows_of_head(rows, i_b, i_head, i_slot):
 @triton.jit
 def locate(
     pages,  # Pages
-    p_table,  # row of the table of the sequence and key head
+    p_table,  # the page-table row of a (sequence, key head)
     num_pages,
     begin,  # slot of the first key
     i_n,  # first key of the block, a multiple of BLOCK_N
