@@ -142,7 +142,7 @@ def varlen_call(
 ) -> AttentionCall:  # fmt: skip
     """The call that :func:`asym_gqa_varlen_attention` makes of its arguments."""
     if isinstance(causal, Tensor):
-        key_ranges = causal_ranges(causal, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, key_ranges)
+        key_ranges = causal_ranges(causal, q, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, key_ranges)
         causal = False
     options = Options.of(causal, scale, window, softcap, dropout_p, batch_invariant)
     return AttentionCall.packed(

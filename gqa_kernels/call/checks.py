@@ -282,6 +282,17 @@ def first_rows(x: Any, axis: int, given: int | None, most: int) -> Any:
     return x
 
 
+def check_offsets(name: str, offsets: object, batch: int, device: torch.device) -> None:
+    """Offsets of packed sequences by what every tensor shows without its numbers."""
+    if not isinstance(offsets, Tensor) or offsets.dtype not in (torch.int32, torch.int64):
+        got = offsets.dtype if isinstance(offsets, Tensor) else type(offsets).__name__
+        raise TypeError(f"{name} must be an int32 or int64 tensor, got {got}")
+    if offsets.shape != (batch + 1,):
+        raise ValueError(f"{name} must have shape ({batch + 1},), got {_shape(offsets)}")
+    if offsets.device != device:
+        raise ValueError(f"{name}.device must be {device}, got {offsets.device}")
+
+
 def resolve_offsets(
     name: str, offsets: Tensor, longest_name: str, longest: int | None, x: Tensor, batch: int
 ) -> tuple[Tensor, int]:
@@ -293,13 +304,7 @@ def resolve_offsets(
         x: ``[1, H, total, D]``.
     """
     tokens = x.shape[2]
-    if not isinstance(offsets, Tensor) or offsets.dtype not in (torch.int32, torch.int64):
-        got = offsets.dtype if isinstance(offsets, Tensor) else type(offsets).__name__
-        raise TypeError(f"{name} must be an int32 or int64 tensor, got {got}")
-    if offsets.shape != (batch + 1,):
-        raise ValueError(f"{name} must have shape ({batch + 1},), got {_shape(offsets)}")
-    if offsets.device != x.device:
-        raise ValueError(f"{name}.device must be {x.device}, got {offsets.device}")
+    check_offsets(name, offsets, batch, x.device)
     if longest is not None:
         longest = check_longest(longest_name, longest)
     if is_readable(offsets):

@@ -137,6 +137,24 @@ def test_bad_causality_is_refused(causal):
         asym_gqa_varlen_attention(*packed(), MAP, *ENDS, causal=causal)
 
 
+def test_causality_of_each_sequence_with_any_bound():
+    """A bound says how long a sequence may be; no memory is taken by it."""
+    given = (*packed(), MAP, *ENDS[:2])
+    causal = torch.tensor([True, False, True, False])
+    expected = asym_gqa_varlen_attention(*given, *ENDS[2:], causal=causal)
+    for bound in (sum(QUERIES) + 1, 2**40, 2**70):
+        out = asym_gqa_varlen_attention(*given, bound, ENDS[3], causal=causal)
+        torch.testing.assert_close(out, expected, rtol=0, atol=0)
+    for name, ends in (
+        ("cu_seqlens_q", (torch.tensor(0), ENDS[1])),
+        ("cu_seqlens_q", (ENDS[0][:-1], ENDS[1])),
+        ("cu_seqlens_q", (ENDS[0].float(), ENDS[1])),
+        ("cu_seqlens_k", (ENDS[0], ENDS[1].float())),
+    ):
+        with pytest.raises((ValueError, TypeError), match=f"{name} must"):
+            asym_gqa_varlen_attention(*packed(), MAP, *ends, *ENDS[2:], causal=causal)
+
+
 @pytest.mark.parametrize("option", ["attn_mask", "key_ranges"])
 @pytest.mark.parametrize("backend", USABLE)
 def test_bounds_above_all_tokens(backend, option):

@@ -55,6 +55,8 @@ def spoil(draw: Draw, call: Call) -> None:
 def spoilt(draw: Draw, x: object) -> object:
     """Something like an argument, and wrong for most calls."""
     if isinstance(x, Tensor) and x.numel() < LARGEST and draw.chance(0.75):
+        if x.layout != torch.strided or x.device.type == "meta":  # spoilt already
+            return x
         return draw.pick(*SPOIL_TENSOR)(draw, x.detach())
     if isinstance(x, (list, tuple)) and x and draw.chance(0.6):
         return _spoilt_list(draw, list(x))
@@ -86,8 +88,6 @@ def _spoilt_list(draw: Draw, x: list) -> list:
 
 
 def _shape(draw: Draw, x: Tensor) -> Tensor:
-    if x.layout != torch.strided:  # spoilt already
-        return x
     dim = draw.integer(0, max(0, x.dim() - 1))
     kind = draw.pick("more", "less", "squeeze", "unsqueeze", "flat", "swap", "empty", "longer")
     if kind == "unsqueeze" or x.dim() == 0:
@@ -139,7 +139,8 @@ def _kind(draw: Draw, x: Tensor) -> object:
     if kind == "meta":
         return x.to("meta")
     if kind == "sparse":
-        return x.to_sparse() if x.dtype.itemsize > 1 else x.to("meta")
+        has_sparse = x.dtype.itemsize > 1 and x.dtype != torch.uint16
+        return x.to_sparse() if has_sparse else x.to("meta")
     if kind == "grad" and x.dtype.is_floating_point and x.dtype.itemsize > 1:
         return x.clone().requires_grad_()
     if kind == "numpy" and x.dtype in (torch.float32, torch.int32, torch.int64):
