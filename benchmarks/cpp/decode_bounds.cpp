@@ -1,7 +1,7 @@
 // What bounds decode on this processor: nanoseconds a key of one KV head takes on one thread, by
 // format, page size, group size and the memory in which K and V lie, beside a loop that only reads
-// the same bytes in the same order. If K and V lie in memory and both times agree, memory bounds decode;
-// where all keys lie in a near cache, instructions do.
+// the same bytes in the same order. If K and V lie in memory and both times agree, memory bounds
+// decode. If all keys lie in a near cache, instructions do.
 //
 //   cmake -S . -B build/cpp && cmake --build build/cpp --target decode_bounds
 //   taskset -c 0 build/cpp/decode_bounds [text: only rows whose line has it, such as int8]

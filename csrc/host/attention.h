@@ -80,7 +80,7 @@ Tensor attention_output(const Tensor& q, const Tensor& k, const Tensor& v, const
                             none, none, none, none, 0.0, none, none);
 }
 
-// The same for attention_dense_output, which has fewer still.
+// The same for attention_dense_output, which has even fewer arguments.
 template <ForwardOutput* forward>
 Tensor attention_dense_output(const Tensor& q, const Tensor& k, const Tensor& v,
                               const Tensor& head_map, std::optional<double> scale,

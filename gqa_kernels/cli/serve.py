@@ -43,9 +43,8 @@ def run(arguments: argparse.Namespace) -> Outcome:
         ) from error
     from ..convert.checkpoint import read_config
 
-    read_config(
-        arguments.model
-    )  # refuses what is no checkpoint; the server takes it for a model id
+    # Refuses a folder without a checkpoint, which the server would take for the name of a model.
+    read_config(arguments.model)
     server = typer.Typer(add_completion=False)
     server.command()(Serve)
     manager = _manager(model_manager.ModelManager)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gqa_kernels.backends.reference.cache import reference_append, reference_keep
+from gqa_kernels.backends.reference.cache import gather, reference_append, reference_keep
 from gqa_kernels.call.append import AppendCall
 from gqa_kernels.call.keep import KeepCall
 from tests.cache.test_append import stored
@@ -155,10 +155,19 @@ def test_what_the_host_cannot_see(kind):
         table = view.page_table.clone()
         table[3, :, :2] = torch.tensor([-1, view.num_pages])
         changes["page_table"] = table
-    before = [x.clone() for x in stored(cache)]
+    before = gather(view)[:2]
     emulated_keep(KeepCall(replace(view, **changes), indices, counts))
-    changed = [not torch.equal(x, y) for x, y in zip(before, stored(cache), strict=True)]
-    assert any(changed)  # those in range moved
+    for old, new in zip(before, gather(view)[:2], strict=True):
+        expected = old.clone()
+        expected[0, :, 1:16:2] = old[0, :, 4:19:2]  # the others are out of range
+        expected[1, :, :16] = old[1, :, 3:19]  # no more than there are indices
+        if view.page_table is None:
+            expected[3, :, :16] = old[3, :, 3:19]
+        else:  # no key moves from or to its first two pages
+            begin = 0 if view.kv_begin is None else int(view.kv_begin[3])
+            first = max(2 * view.page_size - begin, 0)
+            expected[3, :, first:16] = old[3, :, first + 3 : 19]
+        assert torch.equal(new, expected)
     emulated_keep(KeepCall(view, indices[:, :, :0], counts))
 
 

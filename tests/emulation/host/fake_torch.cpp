@@ -1,6 +1,6 @@
-// The CUDA ops' host code as ops on CPU tensors: functions here replace torch's so
-// that they seem to lie on a CUDA device; everything else is the installed torch. Linked with fake_cuda.cpp
-// and -Bsymbolic, so that the host code finds these functions first.
+// The CUDA ops' host code as ops on CPU tensors. The functions here replace torch's, so that the
+// tensors seem to lie on a CUDA device; everything else is the installed torch. Linked with
+// fake_cuda.cpp and -Bsymbolic, so that the host code finds these functions first.
 #include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/c/shim.h>
